@@ -1,0 +1,60 @@
+"""Model-aware pretraining data selection (MATES, arXiv:2406.06046) inside an unmodified `transformers.Trainer`.
+
+Influence is > 0 where a candidate helps, higher is better, in nats/token of reference loss, everywhere.
+
+Public names are loaded when first used, so `import mates_hf` is light: a script that only reads finished rounds never
+imports torch. Trade-off: a missing dependency is reported at first use, not at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mates_hf.config import MatesConfig
+    from mates_hf.data.reference import ReferenceTask
+    from mates_hf.influence.directional import DirectionalProbe
+    from mates_hf.influence.ngram import NgramInfluenceModel
+    from mates_hf.influence.one_step import OneStepProbe
+    from mates_hf.records import MatesError, load_round
+    from mates_hf.selection.choose import gumbel_top_k
+    from mates_hf.training.callback import MatesCallback
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DirectionalProbe",
+    "MatesCallback",
+    "MatesConfig",
+    "MatesError",
+    "NgramInfluenceModel",
+    "OneStepProbe",
+    "ReferenceTask",
+    "gumbel_top_k",
+    "load_round",
+]
+
+_HOME = {
+    "DirectionalProbe": "mates_hf.influence.directional",
+    "MatesCallback": "mates_hf.training.callback",
+    "MatesConfig": "mates_hf.config",
+    "MatesError": "mates_hf.records",
+    "NgramInfluenceModel": "mates_hf.influence.ngram",
+    "OneStepProbe": "mates_hf.influence.one_step",
+    "ReferenceTask": "mates_hf.data.reference",
+    "gumbel_top_k": "mates_hf.selection.choose",
+    "load_round": "mates_hf.records",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module `mates_hf` has no attribute {name!r}; it has {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,168 @@
+"""Configuration of a run: one flat, frozen, validated dataclass.
+
+Parses beside `TrainingArguments` in `HfArgumentParser((TrainingArguments, MatesConfig))`, so no field shares a name
+with it. Trade-off: flat fields are longer to read than nested groups, and work on any command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatesConfig:
+    """How a run chooses its training data. Each field's help says what it changes.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field, the value and the range.
+    """
+
+    update_steps: int = field(
+        default=1_000, metadata={"help": "Optimizer steps between two rounds; a round selects the rows of that many."}
+    )
+    selection_ratio: float = field(
+        default=0.2, metadata={"help": "Share of the candidates of a round that is trained on, in (0, 1]."}
+    )
+    candidate_scope: Literal["slice", "pool"] = field(
+        default="slice",
+        metadata={
+            "help": "Where a round chooses from: `slice`, the next k / selection_ratio unused rows of the shuffled "
+            "pool (the paper's way), or `pool`, all unused rows."
+        },
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata={
+            "help": "Gumbel-top-k temperature in standard deviations of the labels; 0 takes the highest predictions."
+        },
+    )
+    num_probes: int = field(default=2_000, metadata={"help": "Candidates probed in each round."})
+    held_out_fraction: float = field(
+        default=0.2, metadata={"help": "Share of the probed candidates kept out of the fit to judge it, in (0, 1)."}
+    )
+    min_spearman: float = field(
+        default=0.1,
+        metadata={"help": "Guard: held-out rank correlation below which a round does not select, in [-1, 1]."},
+    )
+    on_weak_signal: Literal["own_order", "select", "error"] = field(
+        default="own_order",
+        metadata={
+            "help": "What a round does whose signal is too weak: `own_order` keeps the previous influence model if "
+            "that still passes, else the Trainer's own order; `select` ignores the guard; `error` ends the run."
+        },
+    )
+    random_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Rounds in the Trainer's own order before the first selection; more than the run has: never."
+        },
+    )
+    switch_lead_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps after a round's boundary at which its selection takes effect; covers what the "
+            "dataloader has already fetched. None: min(32, max(1, update_steps // 4))."
+        },
+    )
+    average_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Probe at the weights averaged over this many optimizer steps before the boundary; 0 probes the "
+            "live weights. None: min(32, update_steps // 2)."
+        },
+    )
+    probe_tokens_per_batch: int = field(
+        default=8_192, metadata={"help": "Padded tokens in one forward pass of a probe; halved when out of memory."}
+    )
+    selection_seed: int = field(default=0, metadata={"help": "Seed of the pool's shuffle, the probes and the noise."})
+    rounds_dir: str | None = field(
+        default=None, metadata={"help": "Where round directories go. None: `<output_dir>/_mates`."}
+    )
+    keep_rounds: int | None = field(
+        default=None, metadata={"help": "Keep this many newest round directories, at least 2. None: all."}
+    )
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
+
+        def whole(name: str, least: int) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+        def number(name: str) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+        require(whole("update_steps", 1), "update_steps", "a whole number of at least 1")
+        require(number("selection_ratio") and 0 < self.selection_ratio <= 1, "selection_ratio", "in (0, 1]")
+        require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
+        require(number("temperature") and self.temperature >= 0, "temperature", "a finite number of at least 0")
+        require(whole("num_probes", 10), "num_probes", "a whole number of at least 10")
+        require(number("held_out_fraction") and 0 < self.held_out_fraction < 1, "held_out_fraction", "in (0, 1)")
+        require(number("min_spearman") and -1 <= self.min_spearman <= 1, "min_spearman", "in [-1, 1]")
+        require(
+            self.on_weak_signal in ("own_order", "select", "error"),
+            "on_weak_signal",
+            "'own_order', 'select' or 'error'",
+        )
+        require(whole("random_rounds", 1), "random_rounds", "a whole number of at least 1")
+        require(
+            self.switch_lead_steps is None
+            or (whole("switch_lead_steps", 1) and self.switch_lead_steps <= self.update_steps),
+            "switch_lead_steps",
+            f"None or a whole number from 1 to `update_steps` ({self.update_steps})",
+        )
+        require(
+            self.average_steps is None or (whole("average_steps", 0) and self.average_steps <= self.update_steps),
+            "average_steps",
+            f"None or a whole number from 0 to `update_steps` ({self.update_steps})",
+        )
+        require(whole("probe_tokens_per_batch", 1), "probe_tokens_per_batch", "a whole number of at least 1")
+        require(whole("selection_seed", 0), "selection_seed", "a whole number of at least 0")
+        require(
+            self.rounds_dir is None or (isinstance(self.rounds_dir, str) and self.rounds_dir != ""),
+            "rounds_dir",
+            "None or a path as a non-empty str",
+        )
+        require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
+
+    @property
+    def lead_steps(self) -> int:
+        """Optimizer steps between a boundary and the first step trained on its selection."""
+        if self.switch_lead_steps is not None:
+            return self.switch_lead_steps
+        return min(32, max(1, self.update_steps // 4))
+
+    @property
+    def window_steps(self) -> int:
+        """Optimizer steps before a boundary over which the probed weights are averaged (0: the live weights)."""
+        return min(32, self.update_steps // 2) if self.average_steps is None else self.average_steps
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> MatesConfig:
+        """The settings of arXiv:2406.06046, section 4 (round length, probes, ratio, temperature, guard off).
+
+        The paper's temperature is 1.0; its released code uses 0.5. Its probe is `OneStepProbe` on the last word, its
+        influence model a bert-base regressor: pass those to `MatesCallback`.
+        """
+        settings: dict[str, Any] = {
+            "update_steps": 10_000,
+            "selection_ratio": 0.2,
+            "candidate_scope": "slice",
+            "temperature": 1.0,
+            "num_probes": 80_000,
+            "held_out_fraction": 0.1,
+            "on_weak_signal": "select",
+            "random_rounds": 1,
+            "average_steps": 0,
+        }
+        return cls(**{**settings, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values of all fields."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,163 @@
+"""One dataset row at a time, put through the collator alone: the exact reading, for every dataset and collator.
+
+Place in the flow: `pool` reads this way wherever the Arrow columns do not say the same, and `columns` compares against
+it. Trade-off: one Python call a row and more, in exchange for no assumption about what user code does. That code runs
+on seeded random streams which are put back afterwards: reading changes nothing and gives the same twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.arrow import assemble
+from mates_hf.data.rows import TokenRows
+from mates_hf.records import UnsupportedSettingError
+
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+# Inputs by which several texts share a row, or that replace token ids: a `TokenRows` cannot hold them.
+REFUSED_KEYS = ("position_ids", "cu_seq_lens", "cu_seqlens", "seq_idx", "inputs_embeds")
+
+
+class CollatedRow(NamedTuple):
+    """What a row trains on, each array (length,) int64, padding included; None where it was not given."""
+
+    input_ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | None
+    attention_mask: npt.NDArray[np.int64] | None
+
+
+def read_row(row: Any, collate_fn: Collator | None, where: str) -> CollatedRow:
+    """What the Trainer would train on for one dataset row.
+
+    Args:
+        row: `dataset[i]`.
+        collate_fn: called on the row alone; None where rows have token ids themselves.
+        where: which row it is, for errors.
+
+    Returns:
+        The row's tokens, padding included.
+
+    Raises:
+        ValueError: ids, labels or mask are no whole numbers, or not of one length; or a dataset has no `input_ids`.
+        TypeError: the row or batch is no dict.
+        UnsupportedSettingError: the collator packs or embeds, or makes no `input_ids`.
+    """
+    batch = row if collate_fn is None else collate_fn([row])
+    maker = "the dataset" if collate_fn is None else f"the collator `{name_of(collate_fn)}`"
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"A pool row must be a dict with `input_ids`, got {type(batch).__name__} from {maker}, {where}."
+        )
+    refuse_keys(batch, maker)
+    if "input_ids" not in batch:
+        message = f"A pool row must have `input_ids`, got the columns {sorted(map(str, batch))} from {maker}, {where}."
+        if collate_fn is None:
+            raise ValueError(f"{message} Tokenise the dataset, or pass the `collate_fn` that does.")
+        raise UnsupportedSettingError(
+            f"{message} Influence is measured on token ids: use a collator that gives those."
+        )
+    collated = collate_fn is not None
+    found = {
+        key: None if batch.get(key) is None else _flat(batch[key], key, collated, f"{maker}, {where}")
+        for key in CollatedRow._fields
+    }
+    ids = np.zeros(0, np.int64) if found["input_ids"] is None else found["input_ids"]
+    for key, value in found.items():
+        if value is not None and len(value) != len(ids):
+            raise ValueError(
+                f"`{key}` must be as long as `input_ids` ({len(ids)}), got {len(value)} from {maker}, {where}."
+            )
+    return CollatedRow(ids, found["labels"], found["attention_mask"])
+
+
+def _flat(value: Any, key: str, collated: bool, source: str) -> npt.NDArray[np.int64]:
+    """The (length,) whole numbers of a list, array or tensor; a collated one has a first dimension of 1."""
+    try:
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    except ValueError as error:
+        raise ValueError(f"`{key}` must be one whole number a token, got a ragged list from {source}.") from error
+    if collated:
+        if array.ndim != 2 or array.shape[0] != 1:
+            raise UnsupportedSettingError(
+                f"`{key}` of one collated row must have the shape (1, length), got {array.shape} from {source}. Use a "
+                "collator that keeps one row of the dataset in one row of the batch."
+            )
+        array = array[0]
+    if array.shape == (0,):  # an empty list has no integer type
+        return np.zeros(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in ("iub" if key == "attention_mask" else "iu"):
+        raise ValueError(
+            f"`{key}` must be one whole number a token, got {array.dtype} of shape {array.shape} from {source}."
+        )
+    return array.astype(np.int64)
+
+
+def stack_rows(rows: Iterable[CollatedRow]) -> TokenRows:
+    """Rows as read, flat and without padding."""
+    rows = list(rows)
+    offsets = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int64)
+    if not rows:
+        return TokenRows(values=np.zeros(0, np.int64), offsets=offsets)
+    labels = mask = None
+    if any(row.labels is not None for row in rows):
+        labels = np.concatenate([row.input_ids if row.labels is None else row.labels for row in rows])
+    if any(row.attention_mask is not None for row in rows):
+        ones = [np.ones(len(row.input_ids), np.int64) for row in rows]
+        masks = [row.attention_mask for row in rows]
+        mask = np.concatenate([one if m is None else m for m, one in zip(masks, ones, strict=True)])
+    return assemble(np.concatenate([row.input_ids for row in rows]), offsets, labels, mask)
+
+
+def refuse_keys(keys: Iterable[Any], maker: str) -> None:
+    """Raise `UnsupportedSettingError` for columns or inputs that a `TokenRows` cannot hold."""
+    bad = [str(key) for key in keys if str(key).startswith(REFUSED_KEYS)]
+    if bad:
+        raise UnsupportedSettingError(
+            f"A candidate must be one text a row; {maker} gives `{'`, `'.join(bad)}`, which packed or embedded rows "
+            "need. Use a collator that pads instead (`DataCollatorForLanguageModeling`, or `padding_free=False`), and "
+            "leave such columns out of the dataset."
+        )
+
+
+def name_of(collate_fn: Any) -> str:
+    """The name to call a collator by in messages."""
+    return str(getattr(collate_fn, "__qualname__", type(collate_fn).__qualname__))
+
+
+def rng_state() -> tuple[Any, ...]:
+    """The states of the CPU streams that user code may draw from, comparable by value."""
+    import torch
+
+    # The legacy global streams are meant: they are what user code draws from.
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
+
+
+@contextlib.contextmanager
+def forked_rng(seed: int) -> Iterator[None]:
+    """Run user code on streams seeded by `seed`, and put the streams of python, numpy and torch back as found."""
+    import torch
+
+    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    # Only where CUDA is up already: asking would start it, and a collator on the CPU does not need it.
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        if cuda is not None:
+            torch.cuda.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(torch_cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)

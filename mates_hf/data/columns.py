@@ -1,0 +1,191 @@
+"""A `datasets.Dataset` read from its Arrow columns, and the proof that its collator's rows can be read that way.
+
+Place in the flow: the fast path of `pool`. Trade-off: a collator is user code, so what it does is found by looking, at
+a fixed set of rows that holds the longest ones (a collator that truncates shows there) and at made-up rows with the
+tokenizer's special tokens (one that drops a token's label shows there). A collator that draws random numbers never
+qualifies. What a look cannot see is a change to rare rows that neither length nor special tokens point at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.arrow import ListColumn, assemble, effective_labels, is_integer_list
+from mates_hf.data.collated import CollatedRow, Collator, forked_rng, read_row, rng_state, stack_rows
+from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.records import IntArray
+
+logger = logging.getLogger(__name__)
+
+# How labels follow from the columns: the `labels` column, every token but the first, or the same without one token id.
+LabelRule: TypeAlias = Literal["column", "all"] | int
+
+NUM_LONGEST, NUM_SHORTEST, NUM_SPREAD = 16, 8, 40
+
+
+def visible_columns(dataset: Any) -> list[str] | None:
+    """The columns that a row of a plain `datasets.Dataset` shows; None for other kinds and for transformed rows."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not isinstance(dataset, datasets.Dataset):
+        return None
+    how = dataset.format
+    if how["type"] == "custom" or type(dataset).__getitem__ is not datasets.Dataset.__getitem__:
+        return None
+    return list(dataset.column_names if how["output_all_columns"] else how["columns"])
+
+
+def fixed_positions(num: int, size: int) -> IntArray:
+    """Up to `size` sorted positions below `num`, one in each equal stretch: a function of both, in any version."""
+    if num <= size:
+        return np.arange(num)
+    draws = [int.from_bytes(hashlib.sha256(f"{num},{j}".encode()).digest()[:8], "big") % num for j in range(size)]
+    return np.unique([(j * num + draw) // size for j, draw in enumerate(draws)]).astype(np.int64)
+
+
+class DatasetColumns:
+    """The token columns of a plain `datasets.Dataset`; whether they may be read is `find_rule`'s to say.
+
+    Args:
+        dataset: one whose `visible_columns` are not None.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._rules: dict[str, LabelRule | None] = {}
+        self._opened: dict[str, ListColumn] = {}
+
+    @property
+    def token_columns(self) -> list[str]:
+        """Those of `input_ids`, `labels` and `attention_mask` that rows show now (formats change in place)."""
+        return [name for name in visible_columns(self.dataset) or () if name in CollatedRow._fields]
+
+    def read(self, ids: IntArray, rule: LabelRule) -> TokenRows:
+        """The rows `ids` with labels by `rule`, without padding; a null row is an empty row."""
+        values, offsets = self._column("input_ids").read(ids)
+        labels = mask = None
+        if rule == "column":
+            labels = self._aligned("labels", ids, offsets)
+        elif rule != "all":
+            labels = np.where(values == rule, IGNORED, values)
+        if "attention_mask" in self.token_columns:
+            mask = self._aligned("attention_mask", ids, offsets)
+        return assemble(values, offsets, labels, mask)
+
+    def find_rule(self, collate_fn: Collator | None) -> LabelRule | None:
+        """The rule by which the columns give exactly the collator's rows; None where rows must be read one by one."""
+        names = self.token_columns
+        schema = self.dataset.data.schema
+        if "input_ids" not in names or not all(is_integer_list(schema.field(name).type) for name in names):
+            return None
+        if collate_fn is None:
+            return "column" if "labels" in names else "all"
+        key = f"{visible_columns(self.dataset)} {self.dataset.format['type']}"
+        if key not in self._rules:
+            try:
+                self._rules[key] = self._look_for_rule(collate_fn, "labels" in names)
+            except Exception as error:  # the looked-at rows need not be those asked for: reading these will tell
+                logger.debug("The collator failed on a looked-at or made-up row (%s).", error)
+                self._rules[key] = None
+        return self._rules[key]
+
+    def _look_for_rule(self, collate_fn: Collator, has_labels: bool) -> LabelRule | None:
+        """Compare the collator's rows with the columns, twice."""
+        ids = self._rows_to_check()
+        with forked_rng(0):
+            before = rng_state()
+            rows, again = (
+                stack_rows(read_row(self.dataset[i], collate_fn, f"pool row {i}") for i in ids.tolist())
+                for _ in range(2)
+            )
+            drew_random = rng_state() != before
+        if drew_random or not _same(rows, again):
+            return None
+        for rule in self._possible_rules(collate_fn, rows, int(ids[0]), has_labels):
+            if _same(rows, self.read(ids, rule)):
+                return rule
+        return None
+
+    def _possible_rules(
+        self, collate_fn: Collator, rows: TokenRows, longest: int, has_labels: bool
+    ) -> list[LabelRule]:
+        """The one label rule that the collator keeps on made-up rows, or none."""
+        plain = self.read(np.array([longest]), "all").values.astype(np.int64)
+        middle = len(plain) // 2
+        if len(plain) < 3:
+            return []
+        base = self.dataset[longest]
+
+        def label_in_the_middle(token: int, label: int) -> int | None:
+            """What the collator makes of a row with this token and label in its middle; None: it changed the row."""
+            ids, labels = plain.copy(), plain.copy()
+            ids[middle], labels[middle] = token, label
+            made_up = {"input_ids": ids.tolist(), "labels": labels.tolist(), "attention_mask": [1] * len(ids)}
+            row = {**base, **{name: made_up[name] for name in base if name in made_up}}
+            found = stack_rows([read_row(row, collate_fn, "a made-up row")])
+            return int(found.row(0)[1][middle]) if np.array_equal(found.values, ids) else None
+
+        with forked_rng(0):
+            own = int(plain[middle])
+            from_column = has_labels and label_in_the_middle(own, IGNORED) == IGNORED
+            kept = {i: label_in_the_middle(i, i) for i in {own, *_special_ids(collate_fn)}}
+        ignored = {token for token, label in kept.items() if label == IGNORED}
+        if any(label not in (token, IGNORED) for token, label in kept.items()) or (from_column and ignored):
+            return []
+        if from_column:
+            return ["column"]
+        plain_labels = effective_labels(TokenRows(values=rows.values, offsets=rows.offsets))
+        ignored |= set(rows.values[~rows.target_mask & (plain_labels != IGNORED)].tolist())
+        if len(ignored) > 1:
+            return []
+        return [ignored.pop()] if ignored else ["all"]
+
+    def _rows_to_check(self) -> IntArray:
+        """Up to 64 fixed pool rows, the longest first, then the shortest and some spread over the pool."""
+        num = len(self.dataset)
+        by_length = np.argsort(-self._column("input_ids").lengths(np.arange(num)), kind="stable")
+        rows = np.concatenate([by_length[:NUM_LONGEST], by_length[-NUM_SHORTEST:], fixed_positions(num, NUM_SPREAD)])
+        _, first = np.unique(rows, return_index=True)
+        unique: IntArray = rows[np.sort(first)]
+        return unique
+
+    def _aligned(self, name: str, ids: IntArray, offsets: IntArray) -> npt.NDArray[Any]:
+        values, found = self._column(name).read(ids)
+        if not np.array_equal(found, offsets):
+            bad = int(np.flatnonzero(np.diff(found) != np.diff(offsets))[0])
+            raise ValueError(
+                f"`{name}` must be as long as `input_ids` in every row; pool row {int(ids[bad])} has "
+                f"{int(np.diff(found)[bad])} and {int(np.diff(offsets)[bad])}."
+            )
+        return values
+
+    def _column(self, name: str) -> ListColumn:
+        if name not in self._opened:
+            indices = getattr(self.dataset, "_indices", None)
+            if indices is not None:
+                indices = indices.column(0).to_numpy().astype(np.int64, copy=False)
+            self._opened[name] = ListColumn(self.dataset.data.column(name), name, indices)
+        return self._opened[name]
+
+
+def _same(a: TokenRows, b: TokenRows) -> bool:
+    """True where both have the same tokens and train the same labels."""
+    return (
+        np.array_equal(a.offsets, b.offsets)
+        and np.array_equal(a.values, b.values)
+        and np.array_equal(effective_labels(a), effective_labels(b))
+    )
+
+
+def _special_ids(collate_fn: Any) -> list[int]:
+    """Ids of the special tokens of a collator's tokenizer: those whose labels collators are known to drop."""
+    collate_fn = getattr(collate_fn, "data_collator", collate_fn)  # the Trainer wraps one to remove columns
+    tokenizer = getattr(collate_fn, "tokenizer", None) or getattr(collate_fn, "processing_class", None)
+    ids = {*getattr(tokenizer, "all_special_ids", []), getattr(tokenizer, "pad_token_id", None)}
+    ids.add(getattr(collate_fn, "pad_token_id", None))
+    return sorted(i for i in ids if isinstance(i, int))

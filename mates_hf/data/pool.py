@@ -1,0 +1,235 @@
+"""The candidate pool: every row that may be trained on, read as the Trainer would train on it.
+
+Place in the flow: `training/` makes a `CandidatePool` of the Trainer's dataset and collator; probes and influence
+models read it as `TokenRows`. A pool row is `dataset[i]` put through the collator alone, so shuffled, sliced,
+concatenated, transformed datasets and plain torch datasets all count.
+
+Trade-off: reading row by row (`collated`) is exact and slow; a `datasets.Dataset` of token ids whose collator was seen
+to give exactly its columns is read from Arrow instead (`columns`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mates_hf.data.arrow import effective_labels
+from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_keys, stack_rows
+from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
+from mates_hf.data.rows import TokenRows
+from mates_hf.records import IntArray, UnsupportedSettingError
+
+logger = logging.getLogger(__name__)
+
+NUM_IDENTITY_ROWS = 1024
+
+
+class CandidatePool:
+    """A map-style dataset plus the collator that the Trainer uses; a view of some or all of its rows.
+
+    Args:
+        dataset: a `datasets.Dataset`, a torch `Dataset` or any sequence whose rows are dicts.
+        collate_fn: the dataloader's collator; None where rows have `input_ids` and, where not every token is trained,
+            `labels`.
+        ids: (N,) pool rows of the view, in order; None for all rows.
+
+    Raises:
+        ValueError: the dataset is empty, or has neither `input_ids` nor a collator to make them.
+        TypeError: the dataset is no map-style dataset.
+        UnsupportedSettingError: the dataset is streamed, or its rows are packed with position ids.
+    """
+
+    def __init__(
+        self, dataset: Any, collate_fn: Collator | None = None, ids: Sequence[int] | IntArray | None = None
+    ) -> None:
+        _refuse_streams(dataset)
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self._num_rows = len(dataset)
+        if not self._num_rows:
+            raise ValueError("The candidate pool must have rows, got an empty dataset. Check its split and filters.")
+        names = visible_columns(dataset)
+        if collate_fn is None and names is not None:
+            refuse_keys(names, "the dataset")
+            if "input_ids" not in names:
+                raise ValueError(
+                    f"The candidate pool must have a column `input_ids`, got the columns {names}. Tokenise it "
+                    "(`dataset.map(lambda row: tokenizer(row['text']))`), or pass the `collate_fn` that does."
+                )
+        self._ids = np.arange(self._num_rows) if ids is None else self._checked(ids)
+        # Shared by all views: the open columns, and the label rule of the collator once it was looked for.
+        self._columns = DatasetColumns(dataset)
+        self._told_slow = False
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def candidate_ids(self) -> IntArray:
+        """(N,) int64 pool rows of the view."""
+        return self._ids
+
+    def select(self, ids: Sequence[int] | IntArray) -> CandidatePool:
+        """A view of the pool rows `ids` (rows of the pool, not of this view), in that order."""
+        view = CandidatePool.__new__(CandidatePool)
+        view.__dict__.update(self.__dict__)
+        view._ids = self._checked(ids)
+        return view
+
+    def token_rows(self, ids: Sequence[int] | IntArray | None = None) -> TokenRows:
+        """The pool rows `ids` (None: the view's) as they would be trained on, in that order.
+
+        Cost: a copy of the tokens on the fast path; one `dataset[i]` and one collator call a row otherwise. Random
+        numbers that those draw come from a seed of the row's own, so two readings are equal, and the streams of
+        `random`, numpy and torch are left as found.
+
+        Args:
+            ids: (N,) pool rows; repeats are allowed.
+
+        Returns:
+            N rows without padding.
+
+        Raises:
+            ValueError: a row has no integer token ids, or an id is not a row of the pool.
+            UnsupportedSettingError: the collator packs several texts into a row, or makes no `input_ids`.
+        """
+        rows = self._ids if ids is None else self._checked(ids)
+        rule = self._label_rule()
+        return stack_rows(self._read_rows(rows)) if rule is None else self._columns.read(rows, rule)
+
+    def chunks(self, ids: Sequence[int] | IntArray | None, size: int) -> Iterator[TokenRows]:
+        """`token_rows(ids)` in pieces of `size` rows, one in memory at a time; sorted ids are read fastest."""
+        rows = self._ids if ids is None else self._checked(ids)
+        if size < 1:
+            raise ValueError(f"`size` must be at least 1 row, got {size}.")
+        return (self.token_rows(rows[start : start + size]) for start in range(0, len(rows), size))
+
+    def identity(self) -> dict[str, Any]:
+        """What the view holds, as plain JSON values that are equal for equal content.
+
+        Returns:
+            `num_rows`, `features` (columns and their types) and `rows_sha256`, over the tokens and labels of 1,024
+            rows whose positions depend on the number of rows only.
+        """
+        num = len(self)
+        where = fixed_positions(num, NUM_IDENTITY_ROWS)
+        rows = self.token_rows(self._ids[where])
+        digest = hashlib.sha256()
+        for part in (where, rows.offsets, rows.values, effective_labels(rows)):
+            digest.update(np.ascontiguousarray(part, "<i8").tobytes())
+        return {"num_rows": num, "features": self._features(), "rows_sha256": digest.hexdigest()}
+
+    def _features(self) -> str:
+        """Names and Arrow types of a `datasets.Dataset`, else the keys and the type of the first row."""
+        names = visible_columns(self.dataset)
+        if names is not None:
+            schema = self.dataset.data.schema
+            return ", ".join(f"{name}: {schema.field(name).type}" for name in sorted(names))
+        with forked_rng(0):
+            row = self.dataset[0]
+        return ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
+
+    def _checked(self, ids: Sequence[int] | IntArray) -> IntArray:
+        """`ids` as (N,) int64, or an error."""
+        array = np.asarray(ids)
+        if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
+            raise ValueError(f"`ids` must be a list of pool row numbers, got {array.dtype} of shape {array.shape}.")
+        array = array.astype(np.int64)
+        if len(array) and (array.min() < 0 or array.max() >= self._num_rows):
+            raise ValueError(
+                f"`ids` must be rows of the pool, 0 to {self._num_rows - 1}, got {array.min()} to {array.max()}. Pool "
+                "rows are counted in the whole pool, not in a view of it."
+            )
+        return array
+
+    def _read_rows(self, ids: IntArray) -> Iterator[CollatedRow]:
+        """One row at a time, each on random streams seeded by its id."""
+        for i in ids.tolist():
+            with forked_rng(i):
+                row = read_row(self.dataset[i], self.collate_fn, f"pool row {i}")
+            yield row
+
+    def _label_rule(self) -> LabelRule | None:
+        """How to read the Arrow columns, or None where rows must be read one by one."""
+        if visible_columns(self.dataset) is None:
+            return None
+        rule = self._columns.find_rule(self.collate_fn)
+        if rule is None and not self._told_slow:
+            self._told_slow = True
+            logger.info(
+                "Candidates are read row by row: the collator %s does more than pad and label token ids.",
+                name_of(self.collate_fn),
+            )
+        return rule
+
+
+def read_candidates(candidates: Any) -> tuple[IntArray, TokenRows]:
+    """Candidates of any accepted kind as ids and rows.
+
+    Args:
+        candidates: a `CandidatePool`, a `TokenRows`, a `datasets.Dataset` with `input_ids` (and `labels` where not
+            every token is trained), or any map-style sequence of such dicts.
+
+    Returns:
+        (N,) int64 candidate ids (pool rows; row numbers where there is no pool) and the N rows.
+
+    Raises:
+        ValueError: there is no candidate, or no `input_ids`.
+        TypeError: not one of those kinds.
+        UnsupportedSettingError: the candidates are streamed or packed.
+    """
+    if isinstance(candidates, TokenRows):
+        if not len(candidates):
+            raise ValueError("`candidates` must have rows, got none.")
+        return np.arange(len(candidates)), candidates
+    pool = candidates if isinstance(candidates, CandidatePool) else CandidatePool(candidates)
+    if not len(pool):
+        raise ValueError("`candidates` must have rows, got an empty view of a pool.")
+    return pool.candidate_ids, pool.token_rows()
+
+
+def rows_of(candidates: Any, candidate_ids: Sequence[int] | IntArray) -> TokenRows:
+    """The rows with these candidate ids, in that order, of whatever `read_candidates` accepts.
+
+    Args:
+        candidates: as in `read_candidates`.
+        candidate_ids: (M,) pool rows.
+
+    Returns:
+        M rows; those of a pool need not be in the view.
+
+    Raises:
+        ValueError: an id is not a row of the pool.
+    """
+    if isinstance(candidates, TokenRows):
+        ids = np.asarray(candidate_ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(candidates)):
+            raise ValueError(
+                f"`candidate_ids` must be rows 0 to {len(candidates) - 1} of the candidates, got {ids.min()} to "
+                f"{ids.max()}. Pass the candidates that were measured."
+            )
+        return candidates.take(ids)
+    pool = candidates if isinstance(candidates, CandidatePool) else CandidatePool(candidates)
+    return pool.token_rows(candidate_ids)
+
+
+def _refuse_streams(dataset: Any) -> None:
+    """Raise for what has no numbered rows: streams, bare iterables, dicts of splits or columns."""
+    loaded = [(name, sys.modules.get(name)) for name in ("datasets", "torch.utils.data")]
+    streams = tuple(module.IterableDataset for _, module in loaded if module is not None)
+    if isinstance(dataset, streams):
+        raise UnsupportedSettingError(
+            "The candidate pool must be a map-style dataset, got a stream "
+            f"({type(dataset).__name__}), whose rows cannot be re-ordered. Select from it before the run with "
+            "`MatesSelector.filter`, or load it without streaming."
+        )
+    if isinstance(dataset, (Mapping, str)) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            "The candidate pool must be a map-style dataset whose rows are dicts, got "
+            f"{type(dataset).__name__}. Pass one split of a DatasetDict; columns go through `Dataset.from_dict`."
+        )

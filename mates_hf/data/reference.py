@@ -1,0 +1,295 @@
+"""The reference task: the passages whose loss says what the model should get better at.
+
+Place in the flow: `training/` and the probes read its `rows`; nothing else of it reaches them. The reference loss is
+the mean negative log-likelihood over all its target tokens (nats/token, weighted by token, never a mean of means).
+
+Trade-off: passages are cut to `max_length` from the left, because what is asked for stands at their end; their first
+tokens (and a beginning-of-text token) are lost instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.arrow import effective_labels
+from mates_hf.data.passages import (
+    LossOn,
+    Passage,
+    check_columns,
+    check_tokenizer,
+    columns_there,
+    first_rows,
+    id_rows,
+    join,
+    tokenise,
+)
+from mates_hf.data.rows import TokenRows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceTask:
+    """Passages and the tokens of them that count. Build one with `from_dataset` or `from_lm_eval`.
+
+    Attributes:
+        name: what reports and round records call it.
+        rows: the passages; their labels are -100 outside of the targets.
+        loss_on: `"all"` where every token of a passage but the first is a target (or every labelled one, where labels
+            were given), `"completion"` where only the completion's are.
+        description: plain JSON values: source, columns, sizes, and how many passages were cut or dropped.
+
+    Raises:
+        ValueError: no passage has a target token.
+    """
+
+    name: str
+    rows: TokenRows
+    loss_on: LossOn = "all"
+    description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_loss_on(self.loss_on)
+        if not self.num_targets:
+            raise ValueError(
+                f"The reference task `{self.name}` must have target tokens, got {len(self)} passages with none. A "
+                "passage needs two tokens, and a label other than -100 after the first."
+            )
+        sizes = {
+            "name": self.name,
+            "loss_on": self.loss_on,
+            "num_passages": len(self),
+            "num_targets": self.num_targets,
+        }
+        object.__setattr__(self, "description", {**self.description, **sizes})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_targets(self) -> int:
+        """Target tokens over all passages: what the reference loss is a mean over."""
+        return int(self.rows.num_targets.sum())
+
+    def digest(self) -> str:
+        """SHA-256 of the passages' tokens and targets, in their order."""
+        digest = hashlib.sha256()
+        for part in (self.rows.offsets, self.rows.values, effective_labels(self.rows)):
+            digest.update(np.ascontiguousarray(part, "<i8").tobytes())
+        return digest.hexdigest()
+
+    def fit_to_model(self, vocab_size: int | None, max_positions: int | None) -> ReferenceTask:
+        """The task as a model can read it.
+
+        Args:
+            vocab_size: rows of its token embedding; None is not checked.
+            max_positions: tokens of its longest input; longer passages are cut from the left. None cuts nothing.
+
+        Returns:
+            The same passages, cut and counted in `description`; those that lose all their targets are left out.
+
+        Raises:
+            ValueError: a token id is beyond the vocabulary, or no target is left.
+        """
+        values = self.rows.values
+        if vocab_size is not None and (values.min() < 0 or values.max() >= vocab_size):
+            raise ValueError(
+                f"The token ids of the reference task `{self.name}` must be below the model's `vocab_size` "
+                f"({vocab_size}), got {values.min()} to {values.max()}. Use the model's own tokenizer."
+            )
+        if max_positions is None:
+            return self
+        return _build(self.name, self.rows, self.loss_on, self.description, max_positions, "the model's context")
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ReferenceTask, ReferenceTask]:
+        """Two disjoint tasks that together hold every passage, drawn by `seed`.
+
+        Args:
+            fraction: share of the passages in the first, in (0, 1); each gets one passage at least.
+            seed: equal seeds draw equal parts.
+
+        Returns:
+            The two parts, passages in their order.
+
+        Raises:
+            ValueError: the fraction is out of range, there is only one passage, or a part has no target.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"`fraction` must be in (0, 1), got {fraction}.")
+        if len(self) < 2:
+            raise ValueError(f"A reference task must have 2 passages to be split, `{self.name}` has {len(self)}.")
+        num = min(max(round(fraction * len(self)), 1), len(self) - 1)
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self._take(np.sort(order[:num])), self._take(np.sort(order[num:]))
+
+    def subset(self, num: int, seed: int = 0) -> ReferenceTask:
+        """`num` passages drawn by `seed`, in their order; the task itself where it has no more than that."""
+        if num < 1:
+            raise ValueError(f"`num` must be at least 1 passage, got {num}.")
+        if num >= len(self):
+            return self
+        return self._take(np.sort(np.random.default_rng(seed).permutation(len(self))[:num]))
+
+    def _take(self, passages: npt.NDArray[Any]) -> ReferenceTask:
+        return dataclasses.replace(self, rows=self.rows.take(passages))
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        tokenizer: Any = None,
+        *,
+        text_column: str | None = None,
+        prompt_column: str | None = None,
+        completion_column: str | None = None,
+        input_ids_column: str | None = None,
+        labels_column: str | None = None,
+        loss_on: LossOn = "all",
+        max_length: int = 1024,
+        limit: int | None = None,
+        name: str | None = None,
+    ) -> ReferenceTask:
+        """A task from texts, from prompts with completions, or from token ids.
+
+        Args:
+            dataset: rows that are dicts: a `datasets.Dataset`, a list, or a stream together with `limit`.
+            tokenizer: the model's tokenizer; not needed for token ids.
+            text_column: each text becomes exactly `tokenizer(text)`.
+            prompt_column: with `completion_column`; joined by a space unless white space is there already, and
+                tokenised as one text.
+            completion_column: what should follow the prompt.
+            input_ids_column: token ids.
+            labels_column: with `input_ids_column`: ids where a token is a target, -100 elsewhere.
+            loss_on: `"all"` makes every token but the first a target (with `labels_column`, every labelled one);
+                `"completion"` only the completion's, counting a token that spans the border.
+            max_length: tokens of the longest passage; longer ones are cut from the left, with one warning.
+            limit: take the first rows only.
+            name: for reports; the default says which columns.
+
+        Returns:
+            The task; passages without a target are left out and counted.
+
+        Raises:
+            ValueError: not exactly one of the three forms, a column that is not there, a value of the wrong kind, a
+                stream without limit, or no target token.
+            TypeError: the dataset cannot be iterated over, or is a dict of splits.
+        """
+        _check_loss_on(loss_on)
+        columns = {
+            "text_column": text_column,
+            "prompt_column": prompt_column,
+            "completion_column": completion_column,
+            "input_ids_column": input_ids_column,
+            "labels_column": labels_column,
+        }
+        given = {key: column for key, column in columns.items() if column is not None}
+        forms = [{"text_column"}, {"prompt_column", "completion_column"}, {"input_ids_column"}]
+        if given.keys() - {"labels_column"} not in forms or ("labels_column" in given and not input_ids_column):
+            raise ValueError(
+                "Exactly one of `text_column`, `prompt_column` with `completion_column`, or `input_ids_column` (with "
+                f"`labels_column` where not every token counts) must be given, got {given or 'none'}."
+                f"{columns_there(dataset)}"
+            )
+        if loss_on == "completion" and (text_column or (input_ids_column and not labels_column)):
+            raise ValueError(
+                '`loss_on="completion"` must come with a completion to tell apart, got '
+                f"{given}. Give `prompt_column` and `completion_column`, or `labels_column`."
+            )
+        rows = list(first_rows(dataset, limit))
+        check_columns(rows, given, dataset)
+        if input_ids_column:
+            tokens = id_rows(rows, input_ids_column, labels_column)
+        else:
+            passages = [join(row, text_column, prompt_column, completion_column, i) for i, row in enumerate(rows)]
+            tokens = tokenise(passages, check_tokenizer(tokenizer), loss_on)
+        description = {"source": "from_dataset", **given, "limit": limit, "max_length": max_length}
+        return _build(name or ",".join(given.values()), tokens, loss_on, description, max_length, "`max_length`")
+
+    @classmethod
+    def from_lm_eval(
+        cls,
+        task: Any,
+        tokenizer: Any,
+        *,
+        limit: int | None = None,
+        max_length: int = 1024,
+        loss_on: LossOn = "all",
+        metadata: Mapping[str, Any] | None = None,
+        split: Literal["train", "validation", "test"] | None = None,
+    ) -> ReferenceTask:
+        """A task from lm-evaluation-harness: its contexts and gold targets, joined as the harness scores them.
+
+        Args:
+            task: a task's name, the path of its YAML file, its config as a dict, or an lm-eval task.
+            tokenizer: the model's tokenizer.
+            limit: take the first documents only.
+            max_length: tokens of the longest passage; longer ones are cut from the left, with one warning.
+            loss_on: `"all"` counts every token but the first, `"completion"` the gold target's only.
+            metadata: for lm-eval's `TaskManager`, as its `--metadata`.
+            split: None takes a split that the task is not evaluated on, or warns that there is none.
+
+        Returns:
+            The task; its targets are gold targets only where `loss_on="completion"`.
+
+        Raises:
+            ImportError: lm-eval is not installed.
+            ValueError: no such task or split, a group instead of a task, or no target token.
+        """
+        from mates_hf.data.harness import documents, load_task, prompt_and_target
+
+        _check_loss_on(loss_on)
+        built = load_task(task, metadata)
+        name, used, docs = documents(built, split)
+        pairs = (prompt_and_target(built, doc) for doc in first_rows(docs, limit))
+        tokens = tokenise([Passage(*pair) for pair in pairs], check_tokenizer(tokenizer), loss_on)
+        description = {"source": "from_lm_eval", "split": used, "limit": limit, "max_length": max_length}
+        return _build(name, tokens, loss_on, description, max_length, "`max_length`")
+
+
+def _build(
+    name: str, rows: TokenRows, loss_on: LossOn, description: Mapping[str, Any], max_length: int, what: str
+) -> ReferenceTask:
+    """A task of the passages cut to their last `max_length` tokens, without those that have no target; one warning."""
+    if max_length < 2:
+        raise ValueError(f"{what} must be at least 2 tokens, got {max_length}: a passage's first token is no target.")
+    lengths = rows.lengths
+    num_cut = int((lengths > max_length).sum())
+    if num_cut:
+        # Position of each token counted from its passage's end, so that the last `max_length` stay.
+        kept = np.repeat(rows.offsets[1:], lengths) - np.arange(len(rows.values)) <= max_length
+        rows = TokenRows(
+            values=rows.values[kept],
+            offsets=np.concatenate([[0], np.cumsum(np.minimum(lengths, max_length))]).astype(np.int64),
+            labels=None if rows.labels is None else rows.labels[kept],
+        )
+    with_target = rows.num_targets > 0
+    num_dropped = int((~with_target).sum())
+    if num_cut or num_dropped:
+        logger.warning(
+            "Reference task `%s`, %d passages: %d were longer than %s (%d tokens) and cut from the left; %d have no "
+            "target token and were left out.",
+            name,
+            len(rows),
+            num_cut,
+            what,
+            max_length,
+            num_dropped,
+        )
+    counts = {
+        "num_cut": description.get("num_cut", 0) + num_cut,
+        "num_dropped": description.get("num_dropped", 0) + num_dropped,
+    }
+    rows = rows.take(with_target) if num_dropped else rows
+    return ReferenceTask(name=name, rows=rows, loss_on=loss_on, description={**description, **counts})
+
+
+def _check_loss_on(loss_on: str) -> None:
+    if loss_on not in ("all", "completion"):
+        raise ValueError(f"`loss_on` must be 'all' or 'completion', got {loss_on!r}.")

@@ -1,0 +1,94 @@
+"""Token rows: the one form in which candidates and reference passages reach probes and influence models.
+
+Place in the flow: everything that may be trained on or cared about becomes a `TokenRows`; nothing to the right of
+`data/` looks at a dataset's columns. Trade-off: inputs other than token ids and labels (custom masks, packed position
+ids) do not fit in, so a pool that needs them is refused where it is read.
+
+Shape suffixes: N rows, T tokens over all rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IGNORED = -100  # label of a token that is not trained, as everywhere in transformers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """N rows of tokens, flat.
+
+    Attributes:
+        values: (T,) integer token ids, row after row.
+        offsets: (N + 1,) int64; row i is `values[offsets[i]:offsets[i + 1]]`.
+        labels: (T,) integer, the id each position is trained to be predicted as from the ones before it, or -100; None
+            means every token but the first of its row is its own label. A row's first label is never a target.
+    """
+
+    values: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(N,) int64 tokens in each row."""
+        return np.diff(self.offsets)
+
+    @property
+    def target_mask(self) -> npt.NDArray[np.bool_]:
+        """(T,) bool, True where the token is predicted and trained."""
+        mask = np.ones(len(self.values), bool) if self.labels is None else self.labels != IGNORED
+        starts = self.offsets[:-1][self.lengths > 0]
+        mask[starts] = False
+        return mask
+
+    @property
+    def num_targets(self) -> npt.NDArray[np.int32]:
+        """(N,) int32 trained tokens in each row."""
+        if self.labels is None:
+            return np.maximum(self.lengths - 1, 0).astype(np.int32)
+        total = np.concatenate([[0], np.cumsum(self.target_mask)])
+        return np.asarray(total[self.offsets[1:]] - total[self.offsets[:-1]], np.int32)
+
+    def row(self, i: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Token ids and labels of row i, both (length,); the first label is -100."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        labels = (self.values if self.labels is None else self.labels)[span].copy()
+        labels[:1] = IGNORED
+        return self.values[span], labels
+
+    def take(self, index: npt.NDArray[Any]) -> TokenRows:
+        """Some rows: `index` is (M,) int row numbers or an (N,) bool mask; order and repeats are kept."""
+        rows = np.flatnonzero(index) if index.dtype == bool else np.asarray(index, np.int64)
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        where = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenRows(
+            values=self.values[where],
+            offsets=offsets,
+            labels=None if self.labels is None else self.labels[where],
+        )
+
+    @classmethod
+    def from_lists(
+        cls, input_ids: Iterable[Sequence[int]], labels: Iterable[Sequence[int]] | None = None
+    ) -> TokenRows:
+        """Rows from sequences of ids and, where not every token is trained, of labels of the same lengths."""
+        rows = [np.asarray(row, np.int64) for row in input_ids]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        values = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        flat_labels = None
+        if labels is not None:
+            label_rows = [np.asarray(row, np.int64) for row in labels]
+            if [len(row) for row in label_rows] != [len(row) for row in rows]:
+                raise ValueError("`labels` must have the lengths of `input_ids`, row by row.")
+            flat_labels = np.concatenate(label_rows) if label_rows else np.zeros(0, np.int64)
+        return cls(values=values, offsets=offsets, labels=flat_labels)

@@ -1,0 +1,183 @@
+"""Derivatives of candidates' losses along a direction, by central differences, and the step to take them with.
+
+Place in the flow: the second half of `DirectionalProbe.measure`, which finds the direction u. Candidates all run at
+θ + ε u, then all at θ − ε u: two swaps of the weights, whatever the number of candidates.
+
+Trade-off: a small ε drowns in the rounding of the forward pass, a large one in curvature, and where the two meet
+depends on precision. So ε is not a constant: a few candidates are measured at ε and 2ε, which must agree.
+
+Shapes: N candidates with T trained tokens over all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.influence.losses import unwrap
+from mates_hf.influence.preserve import preserved
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+NUM_EPSILON_CANDIDATES = 16
+_MIN_AGREEMENT = 0.99
+_LADDER = (1e-4, 1e-2)  # where a derivative is neither rounding noise nor curvature (in fp32; measured)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Direction:
+    """The preconditioned gradient of the reference loss: a candidate whose loss rises along it helps.
+
+    Attributes:
+        by_parameter: u of each parameter that moves, as large as the parameter; the others do not move.
+        step_size: c, the largest linear coefficient of a parameter; the others' ratio to it is inside u.
+        norm: ‖u‖.
+        parameter_norm: ‖θ‖ over the parameters of u.
+        reference_loss: mean loss over the reference task's trained tokens at θ_null, nats/token.
+        flops: estimate of what finding it took.
+    """
+
+    by_parameter: Mapping[nn.Parameter, Tensor]
+    step_size: float
+    norm: float
+    parameter_norm: float
+    reference_loss: float
+    flops: float
+
+    def length(self, epsilon: float) -> float:
+        """The factor of u whose step is `epsilon` times as long as ‖θ‖."""
+        return epsilon * self.parameter_norm / self.norm
+
+    def derivatives(self, plus: FloatArray, minus: FloatArray, epsilon: float) -> FloatArray:
+        """(T,) float64 derivatives along u from losses at either side; > 0 helps."""
+        return (plus.astype(np.float64) - minus) / (2 * self.length(epsilon))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpsilonChoice:
+    """The step of the central difference.
+
+    Attributes:
+        epsilon: ε‖u‖/‖θ‖.
+        agreement: Pearson correlation of the candidates' derivatives at ε and 2ε; None where nothing was compared.
+        num_rows: rows run forward to find out.
+        num_tokens: tokens of those rows.
+    """
+
+    epsilon: float
+    agreement: float | None = None
+    num_rows: int = 0
+    num_tokens: int = 0
+
+
+def losses_on_either_side(
+    model: nn.Module, direction: Direction, epsilon: float, losses: Callable[[], FloatArray]
+) -> tuple[FloatArray, FloatArray]:
+    """Run `losses` in eval mode at θ + ε u, then at θ − ε u, and leave no trace.
+
+    Args:
+        model: the live model, unwrapped.
+        direction: u.
+        epsilon: ε‖u‖/‖θ‖.
+        losses: what to measure, (T,) nats.
+
+    Returns:
+        Two arrays (T,), nats.
+    """
+    with preserved(model) as snapshot:
+        model.eval()
+        snapshot.shift(direction.by_parameter, direction.length(epsilon))
+        plus = losses()
+        snapshot.shift(direction.by_parameter, -direction.length(epsilon))
+        return plus, losses()
+
+
+def choose_epsilon(
+    model: nn.Module,
+    direction: Direction,
+    rows: TokenRows,
+    either_side: Callable[[TokenRows, float], tuple[FloatArray, FloatArray]],
+    *,
+    seed: int,
+) -> EpsilonChoice:
+    """The first step of a ladder whose derivatives agree with those at twice the step, else the one that agrees best.
+
+    Args:
+        model: the live model, for its precision.
+        direction: u.
+        rows: N candidates; up to 16 of them are measured.
+        either_side: losses of some rows at an ε, as `losses_on_either_side` gives them.
+        seed: of the candidates drawn.
+
+    Returns:
+        The choice, with the agreement to record.
+    """
+    start = 3e-3 if _is_low_precision(unwrap(model)) else 1e-3
+    if len(rows) < 3:
+        return EpsilonChoice(epsilon=start)
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:NUM_EPSILON_CANDIDATES]
+    few = rows.take(np.sort(drawn))
+
+    def derivatives(epsilon: float) -> FloatArray:
+        return row_means(few, direction.derivatives(*either_side(few, epsilon), epsilon))
+
+    tries: list[tuple[float, float]] = []
+    for epsilon in (start * 3.0**power for power in (0, 1, -1, 2, -2, -3)):
+        if not _LADDER[0] <= epsilon <= _LADDER[1]:
+            continue
+        tries.append((_pearson(derivatives(epsilon), derivatives(2 * epsilon)), epsilon))
+        if tries[-1][0] >= _MIN_AGREEMENT:
+            break
+    agreement, epsilon = max(tries)
+    if agreement < _MIN_AGREEMENT:
+        logger.warning(
+            "the derivatives of %d candidates at epsilon and at twice epsilon agree at %.3f at best (%.1e, of %d "
+            "tried), below %.2f, so labels are noisy: low precision or candidates that are all alike do this",
+            len(few), agreement, epsilon, len(tries), _MIN_AGREEMENT,
+        )  # fmt: skip
+    return EpsilonChoice(
+        epsilon=epsilon,
+        agreement=agreement if np.isfinite(agreement) else None,
+        num_rows=4 * len(tries) * len(few),
+        num_tokens=4 * len(tries) * len(few.values),
+    )
+
+
+def row_means(rows: TokenRows, values: FloatArray) -> FloatArray:
+    """(N,) float64 means of (T,) values over the trained tokens of each row, of which every row has one."""
+    starts = np.cumsum(rows.num_targets, dtype=np.int64) - rows.num_targets
+    means: FloatArray = np.add.reduceat(values.astype(np.float64), starts) / rows.num_targets
+    return means
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """Norm over all tensors together, over all shards of each."""
+    total = 0.0
+    for tensor in tensors:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        norm: Any = torch.linalg.vector_norm(tensor.detach(), dtype=dtype)
+        total += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
+    return float(total**0.5)
+
+
+def _pearson(a: FloatArray, b: FloatArray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / scale if scale > 0 and np.isfinite(scale) else -np.inf
+
+
+def _is_low_precision(model: nn.Module) -> bool:
+    """True where a forward pass rounds to 16 bits: its parameters, an autocast around us or inside `forward`."""
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        return True
+    return torch.is_autocast_enabled(next(model.parameters()).device.type) or hasattr(model, "_original_forward")

@@ -1,0 +1,299 @@
+"""The forward-only probe: influence as a directional derivative of the candidate's own loss.
+
+Place in the flow: the default probe of a round. With θ the weights, g_x the gradient of candidate x's mean loss and
+c · P the optimizer's linear response to one more gradient (`preconditioner`), a step on x ends at θ_null − c P g_x, so
+
+    influence(x) = L_ref(θ_null) − L_ref(θ_null − c P g_x)
+                 ≈ c · ∇L_ref(θ_null)ᵀ P g_x = c · d/dε L(x; θ + ε u) at ε = 0
+
+with u = P ∇L_ref(θ_null). A candidate whose own loss rises where the reference loss rises has positive influence:
+training on it takes both down again. The derivative is (L(x; θ + ε u) − L(x; θ − ε u)) / 2ε, token by token.
+
+Trade-off: two plain forward passes a candidate and one backward pass over the reference task a round, for a value of
+first order. It leaves out what shortens a step on x *alone*: clipping, and Adam's (1−β2) g_x² in the second moment,
+far above that of a batch. Ranks hardly change, but `OneStepProbe` plotted over this one has a slope below 1; in a
+batch, where the candidate will be trained on, neither happens. The round's audit records both probes' agreement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.influence.difference import (
+    Direction,
+    EpsilonChoice,
+    FloatArray,
+    choose_epsilon,
+    losses_on_either_side,
+    norm_of,
+    row_means,
+)
+from mates_hf.influence.losses import (
+    DEFAULT_TOKENS_PER_BATCH,
+    LossFunction,
+    mean_loss_gradient,
+    token_losses,
+    unwrap,
+)
+from mates_hf.influence.preconditioner import ParameterStep, group_learning_rates, parameter_steps, unwrap_optimizer
+from mates_hf.influence.preserve import local_shard, preserved
+from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings
+
+if TYPE_CHECKING:
+    from mates_hf.data.reference import ReferenceTask
+
+logger = logging.getLogger(__name__)
+
+_NUM_SECOND_MOMENT_BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionalProbe:
+    """Measure influence by two forward passes a candidate, along the preconditioned gradient of the reference loss.
+
+    Extra memory: 2 × the trainable parameters' bytes (their copy, and u) and one micro-batch of the reference task
+    forward and backward. With `second_moment="batches"` 3 ×, since E[g_B²] is held as well.
+
+    Attributes:
+        tokens_per_batch: padded tokens in one forward pass; None takes the run's, alone 8,192.
+        learning_rates: one a parameter group, of the step to come; None takes the run's, alone the optimizer's own.
+        epsilon: step to either side as a share of the parameters' norm, ε‖u‖/‖θ‖; None chooses it by the agreement of
+            the derivatives at ε and 2ε on a few candidates.
+        second_moment: where Adam's E[g_B²] comes from: `"state"`, the running average in the optimizer's state, free;
+            `"batches"`, the gradients of 4 batches of `batch_rows` candidates at the present weights.
+        parameters: `"all"`, or `"blocks"`: u is 0 on input embeddings and output head.
+        batch_rows: rows in one optimizer step; needed for `second_moment="batches"`; None takes the run's.
+        loss: the run's own loss, `loss(model, batch)`, a mean over the trained tokens of one row; candidates then run
+            one by one, and every token of a row gets the row's derivative. None is the likelihood.
+        seed: of the candidates that choose ε and make up batches; None takes the run's, alone 0.
+        progress: show a progress bar; None takes the run's, alone False.
+    """
+
+    tokens_per_batch: int | None = None
+    learning_rates: tuple[float, ...] | None = None
+    epsilon: float | None = None
+    second_moment: Literal["state", "batches"] = "state"
+    parameters: Literal["all", "blocks"] = "all"
+    batch_rows: int | None = None
+    loss: LossFunction | None = None
+    seed: int | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and not 0 < self.epsilon < 1:
+            raise ValueError(f"`epsilon` must be None or in (0, 1), a share of ‖θ‖, got {self.epsilon!r}.")
+        if self.second_moment not in ("state", "batches"):
+            raise ValueError(f"`second_moment` must be 'state' or 'batches', got {self.second_moment!r}.")
+        if self.parameters not in ("all", "blocks"):
+            raise ValueError(f"`parameters` must be 'all' or 'blocks', got {self.parameters!r}.")
+        for name in ("tokens_per_batch", "batch_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be None or at least 1, got {value!r}.")
+
+    def for_run(self, settings: RunSettings) -> DirectionalProbe:
+        """The probe with what it leaves open (None) taken from the run; what was set is kept."""
+        names = ("tokens_per_batch", "learning_rates", "batch_rows", "seed", "progress")
+        return dataclasses.replace(
+            self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
+        )
+
+    def measure(self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: Any) -> InfluenceLabels:
+        """Influence of candidates on the reference task; model, optimizer and random streams stay as they are.
+
+        Args:
+            model: the live model, wrapped by accelerate or not.
+            optimizer: its AdamW, Adam or SGD, wrapped by accelerate or not, after at least one step.
+            reference: what the model should get better at.
+            candidates: a dataset with `input_ids` (and `labels`), a candidate pool, or `TokenRows`.
+
+        Returns:
+            Labels of the candidates that have a trained token, with their tokens' derivatives; `info` has `epsilon`,
+            `epsilon_agreement` (None where too few candidates tell), `reference_loss`, `skipped`, `seconds`, `flops`.
+
+        Raises:
+            UnsupportedOptimizerError: the preconditioner of the optimizer is not known.
+            FreshOptimizerError: the optimizer has not taken a step.
+            ZeroLearningRateError: all learning rates are 0.
+            InfluenceError: the direction or the labels are zero, equal or not finite.
+            ProbeMemoryError: one row alone does not fit into memory.
+        """
+        started = time.perf_counter()
+        ids, rows, skipped = read_measurable(candidates)
+        direction = self.compute_direction(model, optimizer, reference, rows)
+        choice = EpsilonChoice(epsilon=self.epsilon) if self.epsilon is not None else None
+        if choice is None:
+            few = dataclasses.replace(self, progress=False).directional_derivatives
+            choice = choose_epsilon(
+                model, direction, rows, lambda r, e: few(model, direction, r, e), seed=self.seed or 0
+            )
+        plus, minus = self.directional_derivatives(model, direction, rows, choice.epsilon)
+        derivatives = direction.derivatives(plus, minus, choice.epsilon)
+        per_candidate = row_means(rows, derivatives)
+        num_tokens = 2 * len(rows.values) + choice.num_tokens
+        info = {
+            "epsilon": choice.epsilon,
+            "epsilon_agreement": choice.agreement,
+            "reference_loss": direction.reference_loss,
+            "learning_rates": group_learning_rates(unwrap_optimizer(optimizer), self.learning_rates),
+            "second_moment": self.second_moment,
+            "parameters": self.parameters,
+            "num_skipped": len(skipped),
+            "skipped": skipped.tolist(),
+            "seconds": time.perf_counter() - started,
+            "flops": direction.flops + 2.0 * count_parameters(unwrap(model)) * num_tokens,
+        }
+        logger.info(
+            "probed %d candidates (%d without a trained token) in %.1f s, epsilon %.1e, agreement %s",
+            len(rows), len(skipped), info["seconds"], choice.epsilon, choice.agreement,
+        )  # fmt: skip
+        return InfluenceLabels(
+            candidate_id=ids,
+            influence=(per_candidate * direction.step_size).astype(np.float32),
+            influence_per_token=per_candidate.astype(np.float32),
+            loss=row_means(rows, (plus.astype(np.float64) + minus) / 2).astype(np.float32),
+            num_tokens=rows.num_targets,
+            probe=np.full(len(rows), "directional"),
+            step_size=direction.step_size,
+            token_derivatives=derivatives.astype(np.float32),
+            info=info,
+        ).check()
+
+    def compute_direction(
+        self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: TokenRows | None = None
+    ) -> Direction:
+        """The first half of `measure`: u = (c_p / step_size) · P · ∇L_ref(θ_null), parameter by parameter.
+
+        Args:
+            model: the live model.
+            optimizer: its optimizer.
+            reference: what the model should get better at.
+            candidates: rows that batches are drawn from; needed for `second_moment="batches"`.
+
+        Returns:
+            The direction; its tensors are new.
+
+        Raises:
+            InfluenceError: the gradient of the reference loss is zero or not finite.
+            ValueError: `second_moment="batches"` without `batch_rows` or candidates.
+        """
+        model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
+        directions: dict[nn.Parameter, Tensor] = {}
+        with preserved(model) as snapshot:
+            model.eval()
+            steps = parameter_steps(optimizer, snapshot.parameters, self.learning_rates)
+            squares, flops = self._mean_squares(model, steps, candidates)
+            with torch.no_grad():
+                for step in steps:
+                    step.write_null()
+            snapshot.written()
+            reference_loss = mean_loss_gradient(
+                model, reference.rows, tokens_per_batch=self._tokens_per_batch, loss=self.loss
+            )
+            # One scalar turns every derivative into an influence: the ratios between parameters go into u.
+            step_size = max(abs(step.coefficient) for step in steps)
+            left_out = self._left_out(model)
+            for step in steps:
+                gradient = step.parameter.grad
+                if gradient is None or id(step.parameter) in left_out:
+                    continue
+                scale = step.coefficient / step_size
+                with torch.no_grad():
+                    step.precondition(local_shard(gradient), scale, squares.pop(step.parameter, None))
+                directions[step.parameter] = gradient
+        norm = norm_of(directions.values())
+        if not np.isfinite(norm) or norm == 0:
+            raise InfluenceError(
+                f"The preconditioned gradient of the reference loss must be finite and not zero, got norm {norm} at "
+                f"reference loss {reference_loss:.4g}. Look for NaN in the model or in the optimizer's state, and "
+                "check that the parameters the optimizer holds reach the loss."
+            )
+        return Direction(
+            by_parameter=directions,
+            step_size=step_size,
+            norm=norm,
+            parameter_norm=norm_of(directions),
+            reference_loss=reference_loss,
+            flops=flops + 6.0 * count_parameters(model) * len(reference.rows.values),
+        )
+
+    def directional_derivatives(
+        self, model: nn.Module, direction: Direction, rows: TokenRows, epsilon: float
+    ) -> tuple[FloatArray, FloatArray]:
+        """The second half of `measure`: losses of all trained tokens at θ + ε u, then at θ − ε u.
+
+        Args:
+            model: the live model.
+            direction: u.
+            rows: candidates with T trained tokens.
+            epsilon: ε‖u‖/‖θ‖.
+
+        Returns:
+            Two arrays (T,), nats. Their difference over 2ε is the derivative: > 0 helps.
+        """
+        model = unwrap(model)
+
+        def losses() -> FloatArray:
+            return token_losses(
+                model, rows, tokens_per_batch=self._tokens_per_batch, loss=self.loss, progress=bool(self.progress)
+            )
+
+        return losses_on_either_side(model, direction, epsilon, losses)
+
+    @property
+    def _tokens_per_batch(self) -> int:
+        return DEFAULT_TOKENS_PER_BATCH if self.tokens_per_batch is None else self.tokens_per_batch
+
+    def _left_out(self, model: nn.Module) -> set[int]:
+        """Ids of parameters that do not move: embeddings and output head under `parameters="blocks"`."""
+        if self.parameters == "all":
+            return set()
+        modules = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+        if modules[0] is None:
+            raise ValueError(
+                f"`parameters='blocks'` needs a model whose get_input_embeddings() tells them, got "
+                f"{type(model).__name__}. Use `parameters='all'`."
+            )
+        return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+
+    def _mean_squares(
+        self, model: nn.Module, steps: list[ParameterStep], candidates: TokenRows | None
+    ) -> tuple[dict[nn.Parameter, Tensor], float]:
+        """E[g_B²] at the present weights, from batches of candidates; empty where the optimizer's state tells it."""
+        squares: dict[nn.Parameter, Tensor] = {}
+        if self.second_moment == "state":
+            return squares, 0.0
+        if self.batch_rows is None or candidates is None or not len(candidates):
+            raise ValueError(
+                "`second_moment='batches'` must have candidates and `batch_rows`, the rows of one optimizer step, got "
+                f"batch_rows={self.batch_rows} and {0 if candidates is None else len(candidates)} candidates."
+            )
+        generator = np.random.default_rng(self.seed or 0)
+        num_tokens = 0
+        for _ in range(_NUM_SECOND_MOMENT_BATCHES):
+            # With replacement, so that batches larger than the candidates at hand vary as much as they should.
+            batch = candidates.take(generator.integers(len(candidates), size=self.batch_rows))
+            num_tokens += len(batch.values)
+            mean_loss_gradient(model, batch, tokens_per_batch=self._tokens_per_batch, loss=self.loss)
+            with torch.no_grad():
+                for step in steps:
+                    if step.parameter.grad is None:
+                        continue
+                    gradient = local_shard(step.parameter.grad)
+                    if step.l2:
+                        gradient.add_(local_shard(step.parameter), alpha=step.l2)
+                    gradient.square_().div_(_NUM_SECOND_MOMENT_BATCHES)
+                    if step.parameter in squares:
+                        squares[step.parameter].add_(gradient)
+                    else:
+                        squares[step.parameter] = gradient
+        return squares, 6.0 * count_parameters(model) * num_tokens

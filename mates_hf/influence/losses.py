@@ -1,0 +1,309 @@
+"""Loss of every trained token, and the gradient of a mean loss, by plain batched passes of the live model.
+
+Place in the flow: both probes and nothing else run the model, and they run it through here. A candidate needs forward
+passes only; the reference task needs one backward pass a round.
+
+Trade-off: the logits of a micro-batch exist in full, in the dtype the model gave them, because reaching into the
+output head differs from architecture to architecture. Micro-batches are therefore sized by the vocabulary as well as
+by tokens.
+
+Shapes: N rows, T trained tokens over all rows, B rows of a micro-batch padded to L tokens, V logits a token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.influence.cross_entropy import cross_entropy_at
+from mates_hf.records import MatesError
+
+LossFunction = Callable[[nn.Module, "dict[str, Tensor]"], Tensor]
+"""`loss(model, batch)`: mean loss, nats/token, of one row; `batch` has `input_ids`, `attention_mask` and `labels`, all
+(1, L) int64 on the model's device, labels unshifted with -100 where not trained."""
+
+DEFAULT_TOKENS_PER_BATCH = 8_192
+# glibc hands every block above 32 MiB back to the kernel when it is freed, so each larger logits tensor would be
+# page-faulted in anew; on an accelerator the limit only keeps a large vocabulary from filling the card.
+_MAX_LOGITS_BYTES_CPU = 32 * 2**20
+_MAX_LOGITS_BYTES = 2**30
+
+
+class ProbeMemoryError(MatesError):
+    """One row alone does not fit into memory."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module to run: without `torch.compile` and `DistributedDataParallel` around it.
+
+    Probing runs eagerly, because every new shape would be compiled again, and outside of DDP, whose backward would
+    average gradients over processes that may be looking at different rows. What accelerate wraps around `forward`
+    itself (autocast) stays.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def token_losses(
+    model: nn.Module,
+    rows: TokenRows,
+    *,
+    tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+    loss: LossFunction | None = None,
+    progress: bool = False,
+) -> npt.NDArray[np.floating[Any]]:
+    """Negative log-likelihood of every trained token, without gradient and in the mode the model is in.
+
+    Args:
+        model: a causal language model: ids (B, L) in, logits (B, L, V) out.
+        rows: N rows with T trained tokens.
+        tokens_per_batch: padded tokens in one forward pass at most; halved when memory runs out.
+        loss: the run's own loss in place of the likelihood; each trained token then gets the mean of its row.
+        progress: show a progress bar.
+
+    Returns:
+        (T,) float32 (float64 for a float64 model), nats, rows in their order, tokens in text order.
+
+    Raises:
+        ProbeMemoryError: one row alone does not fit into memory.
+    """
+    ends = np.cumsum(rows.num_targets, dtype=np.int64)
+    starts = ends - rows.num_targets
+    dtype = np.float64 if _dtype(model) == torch.float64 else np.float32
+    losses: npt.NDArray[np.floating[Any]] = np.zeros(int(ends[-1]) if len(rows) else 0, dtype)
+
+    def measure(batch: npt.NDArray[np.int64]) -> None:
+        values = _batch_losses(model, rows, batch, loss).detach().cpu().numpy()
+        position = 0
+        for i in batch:
+            count = int(ends[i] - starts[i])
+            losses[starts[i] : ends[i]] = values[position : position + count]
+            position += count
+
+    with torch.no_grad(), tqdm(total=len(rows), desc="probe", unit="row", disable=not progress) as bar:
+        _run_batches(model, rows, measure, tokens_per_batch=tokens_per_batch, one_row=loss is not None, bar=bar)
+    return losses
+
+
+def mean_loss(
+    model: nn.Module,
+    rows: TokenRows,
+    *,
+    tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+    loss: LossFunction | None = None,
+) -> float:
+    """Mean over all trained tokens of `rows` (never a mean of batch means), nats/token, without gradient."""
+    _require_targets(rows)
+    return float(token_losses(model, rows, tokens_per_batch=tokens_per_batch, loss=loss).mean(dtype=np.float64))
+
+
+def mean_loss_gradient(
+    model: nn.Module,
+    rows: TokenRows,
+    *,
+    tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+    loss: LossFunction | None = None,
+) -> float:
+    """Leave the gradient of the mean loss over all trained tokens in `.grad`, and return that loss.
+
+    Whatever was in `.grad` is dropped first; keep it with `preserved`. Micro-batches run backward one after the other,
+    so the cost in memory is one gradient and one micro-batch. If memory runs out, all of it starts again with smaller
+    micro-batches, since a backward pass that broke off has already written a part of its gradient.
+
+    Args:
+        model: a causal language model with trainable parameters.
+        rows: N rows with T > 0 trained tokens.
+        tokens_per_batch: padded tokens in one micro-batch at most.
+        loss: the run's own loss in place of the likelihood, a mean over the trained tokens of one row.
+
+    Returns:
+        Mean loss, nats/token.
+
+    Raises:
+        ValueError: no row has a trained token.
+        ProbeMemoryError: one row alone does not fit into memory.
+    """
+    num_targets = _require_targets(rows)
+    parts: list[float] = []
+
+    def forget() -> None:
+        parts.clear()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def accumulate(batch: npt.NDArray[np.int64]) -> None:
+        values = _batch_losses(model, rows, batch, loss)
+        values.backward(torch.full_like(values, 1.0 / num_targets))
+        parts.append(float(values.detach().sum(dtype=torch.float64)))
+
+    forget()
+    with torch.enable_grad():
+        _run_batches(
+            model, rows, accumulate, tokens_per_batch=tokens_per_batch, one_row=loss is not None, restart=forget
+        )
+    return sum(parts) / num_targets
+
+
+def _require_targets(rows: TokenRows) -> int:
+    num_targets = int(rows.num_targets.sum())
+    if num_targets == 0:
+        raise ValueError(
+            f"`rows` must have at least one trained token, got {len(rows)} rows with none. A row needs two tokens, "
+            "and a label other than -100 after its first."
+        )
+    return num_targets
+
+
+def _run_batches(
+    model: nn.Module,
+    rows: TokenRows,
+    work: Callable[[npt.NDArray[np.int64]], None],
+    *,
+    tokens_per_batch: int,
+    one_row: bool,
+    restart: Callable[[], None] | None = None,
+    bar: Any = None,
+) -> None:
+    """Call `work` with row numbers, micro-batch by micro-batch; smaller ones after memory has run out."""
+    _require_known_tokens(model, rows)
+    limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
+    todo = np.flatnonzero(rows.num_targets)
+    pending = deque(_plan(rows.lengths, todo, limit))
+    while pending:
+        batch = pending.popleft()
+        out_of_memory = False
+        try:
+            work(batch)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            out_of_memory = True
+        if not out_of_memory:
+            if bar is not None:
+                bar.update(len(batch))
+            continue
+        # Outside of the handler, so that the traceback no longer holds the tensors of the batch that failed.
+        length = int(rows.lengths[batch].max())
+        if len(batch) == 1:
+            raise ProbeMemoryError(
+                f"One row of {length} tokens must fit into memory beside the model, but memory ran out. Shorten the "
+                "rows, or free memory: a probe needs about 2.2 times the trainable parameters' bytes on top of it."
+            )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        limit = len(batch) * length // 2
+        if restart is not None:
+            restart()
+        else:
+            todo = np.concatenate([batch, *pending])
+        pending = deque(_plan(rows.lengths, todo, limit))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def _plan(lengths: npt.NDArray[np.int64], index: npt.NDArray[np.int64], limit: int) -> list[npt.NDArray[np.int64]]:
+    """Micro-batches of row numbers, longest rows first (memory runs out early, or not), ties in row order."""
+    order = index[np.lexsort((index, -lengths[index]))]
+    batches = []
+    start = 0
+    while start < len(order):
+        count = max(1, limit // int(lengths[order[start]]))
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
+def _batch_losses(
+    model: nn.Module, rows: TokenRows, batch: npt.NDArray[np.int64], loss: LossFunction | None
+) -> Tensor:
+    """Losses of the trained tokens of a micro-batch, row after row; float32, or float64 for float64 logits."""
+    device = next(model.parameters()).device
+    if loss is not None:
+        ids, labels = (torch.from_numpy(part.astype(np.int64))[None].to(device) for part in rows.row(int(batch[0])))
+        value = loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TypeError(f"`loss` must return a scalar tensor, got {value!r}.")
+        value = value.to(torch.promote_types(value.dtype, torch.float32)).reshape(1)
+        return value.expand(int(rows.num_targets[batch[0]]))
+    part = rows.take(batch)
+    here = np.arange(part.lengths.max()) < part.lengths[:, None]
+    ids_BL = np.zeros(here.shape, np.int64)  # padding is token 0: any id does, nothing that counts looks at it
+    ids_BL[here] = part.values
+    labels_BL = np.full(here.shape, IGNORED, np.int64)
+    labels_BL[here] = np.where(part.target_mask, part.values if part.labels is None else part.labels, IGNORED)
+    next_BL = np.full(here.shape, IGNORED, np.int64)
+    next_BL[:, :-1] = labels_BL[:, 1:]
+    index = np.flatnonzero(next_BL != IGNORED)
+
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids_BL).to(device)}
+    if _accepts(model, "use_cache"):
+        inputs["use_cache"] = False
+    if not here.all() and not _is_causal(model) and _accepts(model, "attention_mask"):
+        inputs["attention_mask"] = torch.from_numpy(here.astype(np.int64)).to(device)
+    output = model(**inputs)
+    logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
+    labels_T = next_BL.reshape(-1)[index]
+    return cross_entropy_at(
+        logits.reshape(-1, logits.shape[-1]),
+        torch.from_numpy(index).to(device),
+        torch.from_numpy(labels_T).to(device),
+    )
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    # The class's forward: accelerate hides the signature of the instance's own.
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """True where padding on the right cannot reach an earlier token, as every attention module says of itself.
+
+    Then no mask is needed, and attention takes its fast causal path.
+    """
+    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(flags) and all(isinstance(flag, bool) and flag for flag in flags)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _num_tokens_known(model: nn.Module) -> int | None:
+    """Rows of the input embedding, or None for a model that does not tell."""
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    return int(embedding.num_embeddings) if isinstance(embedding, nn.Embedding) else None
+
+
+def _require_known_tokens(model: nn.Module, rows: TokenRows) -> None:
+    known = _num_tokens_known(model)
+    if known is not None and len(rows.values) and int(rows.values.max()) >= known:
+        raise ValueError(
+            f"`rows` must hold token ids below the model's {known}, got {int(rows.values.max())}. Use the tokenizer "
+            "the model is trained with, or resize its embeddings."
+        )
+
+
+def _max_tokens(model: nn.Module) -> int:
+    """Padded tokens whose logits, as float32, stay below the limit of the device."""
+    width = _num_tokens_known(model) or 1
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return max(1, (_MAX_LOGITS_BYTES_CPU if on_cpu else _MAX_LOGITS_BYTES) // (4 * width))

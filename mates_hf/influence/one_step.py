@@ -1,0 +1,171 @@
+"""The paper's oracle: the reference loss after one real optimizer step on a candidate, in memory.
+
+Place in the flow: the audit of every round, the probe for optimizers that `DirectionalProbe` does not know, and the
+label of the paper (arXiv:2406.06046), measured against the null step: before minus after would give every candidate
+the sign of what momentum and weight decay do anyway.
+
+Trade-off: exact for that one step, clipping included, at the price of a backward pass, an optimizer step and a pass
+over the whole reference task for each candidate, and of a copy of the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient, unwrap
+from mates_hf.influence.preconditioner import (
+    FreshOptimizerError,
+    UnsupportedOptimizerError,
+    group_learning_rates,
+    unwrap_optimizer,
+)
+from mates_hf.influence.preserve import preserved
+from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.records import InfluenceLabels, RunSettings
+
+if TYPE_CHECKING:
+    from mates_hf.data.reference import ReferenceTask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneStepProbe:
+    """Measure influence by a real step of the run's own optimizer on each candidate alone, undone each time.
+
+    Extra memory: the trainable parameters, their gradient and the optimizer's state once more.
+
+    Attributes:
+        max_grad_norm: clip the candidate's gradient to this norm as the Trainer does; None takes the run's, and alone
+            None and 0 are off.
+        tokens_per_batch: padded tokens in one forward pass; None takes the run's, alone 8,192.
+        learning_rates: one a parameter group, of the step to come; None takes the run's, alone the optimizer's own.
+        loss: the run's own loss, `loss(model, batch)`, a mean over the trained tokens of one row; None is the
+            likelihood.
+        progress: show a progress bar; None takes the run's, alone False.
+    """
+
+    max_grad_norm: float | None = None
+    tokens_per_batch: int | None = None
+    learning_rates: tuple[float, ...] | None = None
+    loss: LossFunction | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise ValueError(f"`max_grad_norm` must be None or at least 0, got {self.max_grad_norm!r}.")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"`tokens_per_batch` must be None or at least 1, got {self.tokens_per_batch!r}.")
+
+    def for_run(self, settings: RunSettings) -> OneStepProbe:
+        """The probe with what it leaves open (None) taken from the run; what was set is kept."""
+        names = ("max_grad_norm", "tokens_per_batch", "learning_rates", "progress")
+        return dataclasses.replace(
+            self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
+        )
+
+    def measure(self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: Any) -> InfluenceLabels:
+        """Influence of candidates on the reference task; model, optimizer and random streams stay as they are.
+
+        Args:
+            model: the live model, wrapped by accelerate or not.
+            optimizer: any torch optimizer that needs no closure, after at least one step.
+            reference: what the model should get better at.
+            candidates: a dataset with `input_ids` (and `labels`), a candidate pool, or `TokenRows`.
+
+        Returns:
+            Labels of the candidates that have a trained token: reference loss after the null step minus reference loss
+            after the step on the candidate, nats/token, > 0 helps. `loss` is the candidate's before the step. `info`
+            has `reference_loss` (after the null step), `skipped`, `seconds`, `flops`.
+
+        Raises:
+            UnsupportedOptimizerError: the optimizer's step needs a closure.
+            FreshOptimizerError: the optimizer has not taken a step.
+            ZeroLearningRateError: all learning rates are 0.
+            InfluenceError: the labels are zero, equal or not finite.
+            ProbeMemoryError: one row alone does not fit into memory.
+        """
+        started = time.perf_counter()
+        ids, rows, skipped = read_measurable(candidates)
+        model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
+        _refuse_closure(optimizer)
+        rates = group_learning_rates(optimizer, self.learning_rates)
+        tokens_per_batch = DEFAULT_TOKENS_PER_BATCH if self.tokens_per_batch is None else self.tokens_per_batch
+        influence = np.zeros(len(rows), np.float64)
+        losses = np.zeros(len(rows), np.float64)
+
+        def reference_loss() -> float:
+            return mean_loss(model, reference.rows, tokens_per_batch=tokens_per_batch, loss=self.loss)
+
+        with preserved(model, optimizer) as snapshot:
+            model.eval()
+            for parameter in _parameters_of_null_step(optimizer):
+                parameter.grad = torch.zeros_like(parameter)
+            had_state = bool(optimizer.state)
+            _step(optimizer, rates)
+            if optimizer.state and not had_state:
+                raise FreshOptimizerError(optimizer)
+            null_loss = reference_loss()
+            for i in tqdm(range(len(rows)), desc="one-step probe", unit="row", disable=not self.progress):
+                snapshot.restore()
+                row = rows.take(np.array([i]))
+                losses[i] = mean_loss_gradient(model, row, tokens_per_batch=tokens_per_batch, loss=self.loss)
+                if self.max_grad_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
+                _step(optimizer, rates)
+                influence[i] = null_loss - reference_loss()
+        num_reference_tokens = len(reference.rows.values) * (len(rows) + 1)
+        info = {
+            "reference_loss": null_loss,
+            "learning_rates": rates,
+            "max_grad_norm": self.max_grad_norm,
+            "num_skipped": len(skipped),
+            "skipped": skipped.tolist(),
+            "seconds": time.perf_counter() - started,
+            "flops": count_parameters(model) * (6.0 * len(rows.values) + 2.0 * num_reference_tokens),
+        }
+        logger.info("probed %d candidates by real steps in %.1f s", len(rows), info["seconds"])
+        return InfluenceLabels(
+            candidate_id=ids,
+            influence=influence.astype(np.float32),
+            influence_per_token=influence.astype(np.float32),
+            loss=losses.astype(np.float32),
+            num_tokens=rows.num_targets,
+            probe=np.full(len(rows), "one_step"),
+            info=info,
+        ).check()
+
+
+def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UnsupportedOptimizerError(
+            f"`optimizer` must step without a closure, got {type(optimizer).__name__}, which evaluates the loss "
+            "several times a step. Train with AdamW, Adam, SGD or another optimizer of one gradient a step."
+        )
+
+
+def _parameters_of_null_step(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Parameters that a step with zero gradient moves: those with state, or all of a group that keeps none (SGD)."""
+    moved: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
+        moved += [parameter for parameter in trainable if optimizer.state.get(parameter)] or trainable
+    return moved
+
+
+def _step(optimizer: torch.optim.Optimizer, learning_rates: list[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        is_tensor = isinstance(group["lr"], torch.Tensor)
+        group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
+    # The class's method: schedulers and gradient scalers replace the instance's, to count and to unscale.
+    type(optimizer).step(optimizer)

@@ -1,0 +1,216 @@
+"""Leave no trace: run the live model and optimizer through a probe and put every bit back.
+
+Place in the flow: each probe does all of its work inside `preserved`. Parameters are cloned, overwritten in place and
+copied back, because nothing else is exact everywhere: `functional_call` is ignored by FSDP2 and recomputes at the
+wrong weights under checkpointing, and adding then subtracting does not give the same float.
+
+Trade-off: one copy of the trainable parameters, and one of the optimizer's state only where real steps are taken.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lives in this process, sharing its storage: a DTensor's shard, else the tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class Snapshot:
+    """Saved trainable parameters of a model, and the state of an optimizer where one was given.
+
+    `parameters` are the trainable ones of the model, then those that only the optimizer has.
+
+    Args:
+        model: the live model, unwrapped.
+        optimizer: the live optimizer, unwrapped, to rewind as well.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self._model = model
+        self.written()
+        found = {id(p): p for p in model.parameters() if p.requires_grad}
+        for group in optimizer.param_groups if optimizer is not None else ():
+            found.update((id(p), p) for p in group["params"] if p.requires_grad)
+        self.parameters: list[nn.Parameter] = list(found.values())
+        self._saved = [local_shard(p).clone() for p in self.parameters]
+        self._rewind_optimizer = _remember_optimizer(optimizer) if optimizer is not None else None
+
+    def restore(self) -> None:
+        """Copy parameters and optimizer state back and drop gradients; exact, any number of times."""
+        for parameter, saved in zip(self.parameters, self._saved, strict=True):
+            local_shard(parameter).copy_(saved)
+            parameter.grad = None
+        if self._rewind_optimizer is not None:
+            self._rewind_optimizer()
+        self.written()
+
+    @torch.no_grad()
+    def shift(self, direction: Mapping[nn.Parameter, Tensor], scale: float) -> None:
+        """Set every parameter to its saved value plus `scale` times its direction; those without one to the saved."""
+        for parameter, saved in zip(self.parameters, self._saved, strict=True):
+            if parameter in direction:
+                torch.add(saved, local_shard(direction[parameter]), alpha=scale, out=local_shard(parameter))
+            else:
+                local_shard(parameter).copy_(saved)
+        self.written()
+
+    def written(self) -> None:
+        """Must follow every write to the parameters in place: what was derived from their old values is dropped."""
+        # An enclosing autocast caches low-precision copies of parameters, FSDP2 gathered ones: both are now old.
+        torch.clear_autocast_cache()
+        for module in self._model.modules():
+            reshard: Any = getattr(module, "reshard", None)
+            if hasattr(module, "unshard") and callable(reshard):
+                reshard()
+
+
+@contextmanager
+def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Snapshot]:
+    """Put everything a probe may touch back to the bit, also when the body raises.
+
+    That is: trainable parameters, `.grad` (the same tensor objects; None inside), buffers, train/eval mode and other
+    plain attributes of every module, the random streams of Python, numpy, torch and the model's devices, and, where an
+    `optimizer` is given, its state, parameter groups, hooks and step counters. Inside, no step hook of the optimizer
+    and no hook that runs after a gradient is accumulated is called, so an optimizer that steps during backward
+    does not.
+
+    Args:
+        model: the live model, unwrapped.
+        optimizer: the live optimizer, unwrapped, if the body takes real steps.
+
+    Yields:
+        The snapshot, to rewind to in the middle.
+    """
+    snapshot = Snapshot(model, optimizer)
+    gradients = [parameter.grad for parameter in snapshot.parameters]
+    put_back = [_remember_modules(model), _remember_random_streams(snapshot.parameters)]
+    hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in snapshot.parameters]
+    if optimizer is not None:
+        hooks += [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
+        everyone = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim deletes its attribute of that name
+        hooks += [getattr(everyone, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
+    put_back += [_empty(registry) for registry in hooks if registry]
+    try:
+        for parameter in snapshot.parameters:
+            parameter.grad = None
+        yield snapshot
+    finally:
+        snapshot.restore()
+        for parameter, gradient in zip(snapshot.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for action in reversed(put_back):
+            action()
+
+
+def _empty(registry: dict[Any, Any]) -> Callable[[], None]:
+    """Empty a registry of hooks in place; returns what fills it again."""
+    saved = dict(registry)
+    registry.clear()
+
+    def fill() -> None:
+        registry.clear()
+        registry.update(saved)
+
+    return fill
+
+
+def _remember(value: Any) -> Callable[[], Any]:
+    """Copy a value deeply; returns what puts the copy back into the same objects and gives the value."""
+    if isinstance(value, Tensor):
+        saved = local_shard(value).clone()
+
+        def back() -> Any:
+            local_shard(value).copy_(saved)
+            return value
+
+    elif isinstance(value, dict):
+        entries = {key: _remember(entry) for key, entry in value.items()}
+
+        def back() -> Any:
+            restored = {key: entry() for key, entry in entries.items()}
+            value.clear()
+            value.update(restored)
+            return value
+
+    elif isinstance(value, list):
+        elements = [_remember(element) for element in value]
+
+        def back() -> Any:
+            value[:] = [element() for element in elements]
+            return value
+
+    else:
+
+        def back() -> Any:
+            return value
+
+    return back
+
+
+def _remember_attributes(owner: Any) -> Callable[[], None]:
+    """Numbers, texts and flags among an object's attributes (`training`, step counters, cached lengths)."""
+    saved = {key: value for key, value in vars(owner).items() if isinstance(value, _PLAIN)}
+
+    def back() -> None:
+        vars(owner).update(saved)
+
+    return back
+
+
+def _remember_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    state = _remember(optimizer.state)
+    attributes = _remember_attributes(optimizer)
+    groups = [
+        (group, {key: _remember(value) for key, value in group.items() if key != "params"})
+        for group in optimizer.param_groups
+    ]
+
+    def back() -> None:
+        state()
+        attributes()
+        for group, entries in groups:
+            for key in [key for key in group if key != "params" and key not in entries]:
+                del group[key]
+            group.update({key: entry() for key, entry in entries.items()})
+
+    return back
+
+
+def _remember_modules(model: nn.Module) -> Callable[[], None]:
+    """Buffers (objects and contents) and plain attributes of every module."""
+    actions = [_remember_attributes(module) for module in model.modules()]
+    buffers = [_remember(module._buffers) for module in model.modules() if module._buffers]
+
+    def back() -> None:
+        for action in actions + buffers:
+            action()
+
+    return back
+
+
+def _remember_random_streams(parameters: list[nn.Parameter]) -> Callable[[], None]:
+    devices = {parameter.device for parameter in parameters if parameter.device.type not in ("cpu", "meta", "mps")}
+    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    on_device = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+
+    def back() -> None:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        for device, state in on_device.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    return back

@@ -1,0 +1,105 @@
+"""What an n-gram influence model is made of: additive tables, and the statistics they were fitted on.
+
+Place in the flow: `additive.py` fits them, `ngram.py` keeps them. Trade-off: bigrams are exact in the statistics, so
+that rounds can be added up and explained, and hashed in the tables, so that scoring reads one fixed array.
+
+Shape suffixes: N rows, V vocabulary, H hash buckets, C cells (distinct bigrams).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.influence.kernels import score_rows
+
+FloatVector = npt.NDArray[np.float64]
+
+_WORD = np.int64(32)
+
+
+def join_keys(previous: npt.NDArray[np.int64], token: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(C,) int64 keys of bigrams: `previous << 32 | token`, whatever the vocabulary's size."""
+    return previous << _WORD | token
+
+
+def split_keys(keys: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(C,) int64 previous tokens and targets of keys."""
+    return keys >> _WORD, keys & np.int64(0xFFFFFFFF)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Additive effects; a candidate's value is the mean over its targets of the three entries.
+
+    Attributes:
+        token: (V,) effect of the target token.
+        previous: (V,) effect of the token before it.
+        bigram: (H,) effect of the hashed bigram.
+    """
+
+    token: npt.NDArray[Any]
+    previous: npt.NDArray[Any]
+    bigram: npt.NDArray[Any]
+
+    @classmethod
+    def zeros(cls, vocab_size: int, num_buckets: int) -> Tables:
+        """Tables without effect, float64."""
+        return cls(np.zeros(vocab_size), np.zeros(vocab_size), np.zeros(num_buckets))
+
+    def resized(self, vocab_size: int) -> Tables:
+        """Float64 copy for a vocabulary at least as large; the new ids have no effect."""
+        pad = (0, vocab_size - len(self.token))
+        token, previous = (np.pad(table.astype(np.float64), pad) for table in (self.token, self.previous))
+        return Tables(token, previous, self.bigram.astype(np.float64))
+
+    def plus(self, other: Tables, weight: float = 1.0) -> Tables:
+        """Sum with `weight` times tables of the same sizes."""
+        return Tables(
+            self.token + weight * other.token,
+            self.previous + weight * other.previous,
+            self.bigram + weight * other.bigram,
+        )
+
+    def scaled(self, factor: float) -> Tables:
+        """All effects times `factor`, float32, as scoring reads them."""
+        return Tables(*((factor * table).astype(np.float32) for table in (self.token, self.previous, self.bigram)))
+
+    def score(self, rows: TokenRows) -> FloatVector:
+        """(N,) float64 mean over each row's targets; 0 for a row without targets."""
+        tables = (self.token, self.previous, self.bigram)
+        return score_rows(rows.values, rows.offsets, rows.labels, tables)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Sparse table of bigrams, from which all margins follow.
+
+    Attributes:
+        keys: (C,) int64 ascending, `previous << 32 | token`.
+        counts: (C,) float32 weight: targets of this round plus decayed ones of earlier rounds.
+        sums: (C,) float32 weighted sum of the standardised derivative (0 for document labels).
+    """
+
+    keys: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.float32]
+    sums: npt.NDArray[np.float32]
+
+    @classmethod
+    def empty(cls) -> Statistics:
+        """No bigram seen."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+    @property
+    def token(self) -> npt.NDArray[np.int64]:
+        """(C,) int64 target of each cell."""
+        return split_keys(self.keys)[1]
+
+    @property
+    def previous(self) -> npt.NDArray[np.int64]:
+        """(C,) int64 token before it."""
+        return split_keys(self.keys)[0]

@@ -1,0 +1,6 @@
+"""From predicted influence to chosen candidates: what a round may draw, and which of it is trained on.
+
+`ledger` says which pool rows are still unused and which of them a round may choose from and probe; `choose` takes the
+k best of them. Place in the flow: right of `influence/` (influence arrives as a float array), left of `training/`
+(which turns the chosen rows into the order of a run). Nothing here needs torch.
+"""

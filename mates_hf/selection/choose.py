@@ -1,0 +1,202 @@
+"""Choose k of N candidates: the highest influence, the highest with Gumbel noise, or any.
+
+Place in the flow: the select stage, after a data influence model has predicted. Sign: > 0 helps, higher is better, so
+every function here keeps the **largest** values. Trade-off: positions come back sorted, not ranked, because a
+selection is a set whose training order is shuffled anyway; and the noise of a position depends on the seed and the
+position alone, so a longer candidate list never changes the noise of the earlier ones, at the price of one generator
+a block.
+
+Memory beyond the input: two arrays of its size while choosing (the noisy influence and the copy that is partitioned).
+
+Shape suffix: N candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.records import InfluenceError, IntArray
+
+BLOCK = 1 << 20  # candidates handled at once; also the noise's unit, so changing it changes every noisy selection
+NOISE, TIES, UNIFORM = 0x6E6F, 0x7469, 0x756E  # keep the streams of one seed apart; never 0, which seeds like no word
+
+Seed = int | Sequence[int]
+
+
+def gumbel_top_k(influence: npt.ArrayLike, k: int, temperature: float = 0.5, seed: Seed = 0) -> IntArray:
+    """The k candidates with the largest `influence / temperature + Gumbel(0, 1)`.
+
+    It draws k candidates one after another without replacement, each with probability proportional to
+    exp(influence / temperature) among those left (Plackett-Luce). A candidate of higher influence is always the more
+    likely one; temperature 0 is `top_k`, and a growing temperature approaches `uniform`.
+
+    Args:
+        influence: (N,) finite numbers, > 0 helps, higher is better; any unit.
+        k: how many to choose, from 0 to N.
+        temperature: in the unit of `influence` as passed. The method states it in standard deviations of the labels,
+            so divide influence by that standard deviation first.
+        seed: of the noise and of the order among ties; a sequence such as (selection seed, round) is one seed.
+
+    Returns:
+        (k,) int64 positions in `influence`, ascending.
+
+    Raises:
+        ValueError: k or temperature out of range, or `influence` not one-dimensional.
+        TypeError: `influence` holds no real numbers.
+        InfluenceError: influence is not finite; names the first positions.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"`temperature` must be a finite number of at least 0, got {temperature!r}. 0 takes the highest "
+            "influence; for a choice that ignores influence use `uniform`."
+        )
+    values_N = _checked(influence, k)
+    if temperature == 0 or k in (0, len(values_N)):
+        return _largest(values_N, k, seed)
+    # Adding temperature * noise ranks like dividing by temperature; divided by the larger of 1 and temperature,
+    # neither overflows. Counted from the maximum, float32 is finest where the choice is made.
+    scale = max(1.0, float(temperature))
+    top = float(values_N.max())
+    noisy_N = np.empty(len(values_N), np.result_type(values_N.dtype, np.float32))
+    with np.errstate(over="ignore"):
+        for block, span in _blocks(len(values_N)):
+            noise = -np.log(_generator(seed, NOISE, block).standard_exponential(span.stop - span.start))
+            noisy_N[span] = (values_N[span].astype(np.float64) - top) / scale + noise * (temperature / scale)
+    return _largest(noisy_N, k, seed)
+
+
+def top_k(influence: npt.ArrayLike, k: int, seed: Seed = 0) -> IntArray:
+    """The k candidates of highest influence; equals are chosen among at random, never by position.
+
+    Args:
+        influence: (N,) finite numbers, > 0 helps, higher is better.
+        k: how many to choose, from 0 to N.
+        seed: of the order among ties.
+
+    Returns:
+        (k,) int64 positions in `influence`, ascending.
+
+    Raises:
+        ValueError: k out of range, or `influence` not one-dimensional.
+        TypeError: `influence` holds no real numbers.
+        InfluenceError: influence is not finite; names the first positions.
+    """
+    return _largest(_checked(influence, k), k, seed)
+
+
+def uniform(num: int, k: int, seed: Seed = 0) -> IntArray:
+    """Any k of `num` candidates, each set equally likely: the control arm of every comparison.
+
+    Args:
+        num: how many there are.
+        k: how many to choose, from 0 to `num`.
+        seed: of the draw.
+
+    Returns:
+        (k,) int64 positions, ascending.
+
+    Raises:
+        ValueError: k out of range.
+    """
+    _check_k(k, num)
+    chosen = _generator(seed, UNIFORM).choice(num, k, replace=False, shuffle=False) if k else np.zeros(0)
+    return np.sort(chosen.astype(np.int64, copy=False))
+
+
+def row_worth(influence_per_token: npt.ArrayLike, num_tokens: npt.ArrayLike) -> npt.NDArray[Any]:
+    """What a row adds to a batch, `num_tokens * (influence_per_token - pool mean)`; to rank by where rows are counted.
+
+    The Trainer minimises a token-weighted loss, so to first order a batch of rows with n_i trained tokens and
+    influence per token d_i is worth their token-weighted mean, D = sum(n_i d_i) / T with T = sum(n_i). One more row of
+    n tokens and influence d changes that by
+
+        (T D + n d) / (T + n) - D  =  n (d - D) / (T + n)  =  n (d - D) / T * (1 + O(n / T)).
+
+    T is the same for every row that could be added, and D is on average the pool's token-weighted mean, so rows rank
+    by n (d - D): a long row counts more, for better or worse, and a row no better than the tokens it displaces is
+    worth nothing. With this mean, and not the plain mean over rows, the worth of all rows sums to 0.
+
+    Args:
+        influence_per_token: (N,) influence a trained token, > 0 helps.
+        num_tokens: (N,) trained tokens of each row, at least 0. A row without any is worth 0.
+
+    Returns:
+        (N,) float32 (float64 where `influence_per_token` is), in the unit of `influence_per_token` times tokens;
+        > 0 makes the average batch better, higher is better. Where all rows have one length it ranks like
+        `influence_per_token`.
+
+    Raises:
+        ValueError: the arrays differ in shape, or a count is negative.
+    """
+    values_N, num_N = np.asarray(influence_per_token), np.asarray(num_tokens)
+    if values_N.ndim != 1 or values_N.shape != num_N.shape:
+        raise ValueError(
+            "`influence_per_token` and `num_tokens` must be one-dimensional and of one length, got shapes "
+            f"{values_N.shape} and {num_N.shape}."
+        )
+    if num_N.size and num_N.min() < 0:
+        raise ValueError(f"`num_tokens` must be at least 0, got {num_N.min()} at position {int(num_N.argmin())}.")
+    total = float(num_N.sum(dtype=np.float64))
+    mean = float(np.multiply(values_N, num_N, dtype=np.float64).sum()) / total if total else 0.0
+    worth_N = num_N * (values_N.astype(np.float64) - mean)
+    return worth_N.astype(np.result_type(values_N.dtype, np.float32))
+
+
+def _generator(seed: Seed, stream: int, block: int = 0) -> np.random.Generator:
+    """The generator of one stream of a seed, and of one block in it."""
+    words = [seed] if isinstance(seed, (int, np.integer)) else list(seed)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*words, stream], spawn_key=(block,))))
+
+
+def _blocks(num: int) -> Iterator[tuple[int, slice]]:
+    """Number and span of each block of candidates."""
+    for block, start in enumerate(range(0, num, BLOCK)):
+        yield block, slice(start, min(start + BLOCK, num))
+
+
+def _check_k(k: int, num: int) -> None:
+    """Raise unless k of `num` can be chosen."""
+    if not 0 <= k <= num:
+        raise ValueError(f"`k` must be from 0 to the number of candidates ({num}), got {k}.")
+
+
+def _checked(influence: npt.ArrayLike, k: int) -> npt.NDArray[Any]:
+    """Influence as a one-dimensional array of finite real numbers from which k can be chosen."""
+    values_N = np.asarray(influence)
+    if values_N.ndim != 1:
+        raise ValueError(f"`influence` must be one-dimensional, one number a candidate, got shape {values_N.shape}.")
+    if values_N.dtype.kind not in "fiu":
+        raise TypeError(f"`influence` must hold real numbers, got dtype {values_N.dtype}.")
+    _check_k(k, len(values_N))
+    bad: list[int] = []
+    num_bad = 0
+    for _, span in _blocks(len(values_N)):
+        where = np.flatnonzero(~np.isfinite(values_N[span]))
+        num_bad += len(where)
+        bad += (where[: 8 - len(bad)] + span.start).tolist()
+    if num_bad:
+        raise InfluenceError(
+            f"`influence` must be finite; {num_bad} of {len(values_N)} candidates are not, first at position "
+            f"{', '.join(f'{i} ({values_N[i]})' for i in bad)}. Look at how these candidates were predicted, or leave "
+            "them out."
+        )
+    return values_N
+
+
+def _largest(values_N: npt.NDArray[Any], k: int, seed: Seed) -> IntArray:
+    """Ascending positions of the k largest values; which of those equal to the k-th is drawn at random."""
+    num = len(values_N)
+    if k in (0, num):
+        return np.arange(k, dtype=np.int64)
+    threshold = np.partition(values_N, num - k)[num - k]
+    above = np.flatnonzero(values_N > threshold)
+    ties = np.flatnonzero(values_N == threshold)
+    missing = k - len(above)
+    if missing < len(ties):
+        ties = _generator(seed, TIES).choice(ties, missing, replace=False, shuffle=False)
+    return np.sort(np.concatenate([above, ties])).astype(np.int64, copy=False)

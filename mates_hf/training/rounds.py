@@ -1,0 +1,272 @@
+"""One round of MATES (arXiv:2406.06046): probe, fit, score, select. Read `run_round`; it is the method.
+
+Place in the flow: `MatesCallback` opens a `Run` when training begins and calls `run_round` at each boundary; the order
+it returns goes into the `ScheduledSampler`. Each stage leaves its result in the round directory before the next one
+starts, so a killed round continues where it stopped.
+
+Trade-off: the stages of a round run one after another while training waits. It is the only way to label candidates
+with the model as it is, and costs about 1 % of a round at the paper's settings.
+
+Sign: influence > 0 helps; higher is better, everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import spearmanr
+
+from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.fit import labels_needed
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.records import (
+    FloatArray,
+    InfluenceLabels,
+    IntArray,
+    RoundWriter,
+    WeakSignalError,
+    read_labels,
+    write_array,
+    write_json,
+    write_labels,
+)
+from mates_hf.selection.choose import gumbel_top_k, row_worth
+from mates_hf.selection.ledger import PlannedRound
+from mates_hf.training.run import InfluenceModel, Order, Run, Stages, library_versions, load_order, stage_seed
+
+logger = logging.getLogger(__name__)
+
+NUM_AUDITED = 16  # candidates that get both probes each round
+NUM_AUDIT_PASSAGES = 32  # reference passages the audit reads: an oracle's cost is one reading of them a candidate
+SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
+
+
+def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray) -> Order:
+    """Probe some candidates, fit an influence model, score the others, select what is trained on next.
+
+    Args:
+        run: the run's state; its ledger must have every row trained on before `from_position` marked.
+        planned: number and steps of the round.
+        from_position: global row position at which the selection takes effect.
+        num_rows: rows to select, k.
+        own_rows: (N,) the Trainer's own order of the pool, for the case that the guard refuses to select.
+
+    Raises:
+        InfluenceError: influence that cannot be selected on.
+        WeakSignalError: the guard refused and `on_weak_signal="error"`.
+        RoundMismatchError: the round directory belongs to another config or pool.
+    """
+    config, stages = run.config, Stages()
+    writer = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step))
+    if writer.complete:
+        logger.info("round %d: found complete, loaded", planned.number)
+        order = load_order(writer.final_path)
+        run.remember(run.load_model(writer.final_path), order.info)
+        run.ledger.cursor = int(order.info["cursor"])
+        return order
+    stages.load(writer.path)
+    write_array(writer.path / "consumed.npy", run.ledger.to_bits())
+    draw = run.ledger.draw(
+        round_number=planned.number,
+        num_selected=num_rows,
+        selection_ratio=config.selection_ratio,
+        candidate_scope=config.candidate_scope,
+        num_probes=config.num_probes,
+    )
+
+    with stages.timed("probe") as stage:
+        labels = _probe(run, writer.path, draw.probes)
+        stage["flops"] = labels.info.get("flops", 0.0)
+    with stages.timed("audit") as stage:
+        fidelity = _audit(run, writer.path, labels, planned.number)
+        stage["flops"] = fidelity.get("flops", 0.0)
+    with stages.timed("fit"):
+        influence_model = _fit(run, writer.path, labels, planned.number)
+    guard, chosen_model = _guard(run, influence_model, labels)
+    if chosen_model is None:
+        rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
+        write_array(writer.path / "own_order.npy", rows)
+    else:
+        cursor = draw.cursor_after
+        with stages.timed("score"):
+            influence, num_targets = _score(run, writer.path, chosen_model, draw.candidates)
+        with stages.timed("select"):
+            rows = _select(run, labels, draw.candidates, influence, num_targets, num_rows, planned.number)
+            write_array(writer.path / "candidates.npy", draw.candidates)
+            write_array(writer.path / "selection.npy", rows)
+
+    info = {
+        "number": planned.number,
+        "step": planned.boundary_step,
+        "from_step": planned.from_step,
+        "to_step": planned.to_step,
+        "from_position": int(from_position),
+        "num_rows": len(rows),
+        "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
+        "cursor": int(cursor),
+        "num_candidates": len(draw.candidates),
+        "num_probed": len(draw.probes),
+        "num_skipped": len(labels.info.get("skipped", ())),
+        "seed": config.selection_seed,
+        "config": config.to_dict(),
+        "reference": {**run.reference.description, "digest": run.reference.digest()},
+        "pool": dict(run.pool_identity),
+        "weights": writer.key["weights"],
+        "probe": dict(labels.info),
+        "fit": influence_model.report.to_dict(),
+        "fidelity": fidelity,
+        "guard": guard,
+        "stages": stages.seconds_and_flops,
+        "versions": library_versions(),
+    }
+    write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
+    writer.finish(info)
+    run.remember(influence_model, info)
+    run.ledger.cursor = int(cursor)
+    logger.info(
+        "round %d: %s, %d of %d candidates, held-out Spearman %.3f [%.3f, %.3f], %.1f s",
+        planned.number, guard["decision"], len(rows), len(draw.candidates), guard["spearman"], *guard["interval"],
+        sum(stage["seconds"] for stage in stages.seconds_and_flops.values()),
+    )  # fmt: skip
+    return Order(number=planned.number, from_position=from_position, rows=rows, info=info)
+
+
+SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "seed", "cursor")
+
+
+def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
+    """Labels of the probed candidates, measured or read back."""
+    if (path / "probes.parquet").exists():
+        return read_labels(path / "probes.parquet")
+    probe = run.probe.for_run(run.settings)
+    labels = probe.measure(run.model, run.optimizer, run.reference, run.pool.select(probes)).check()
+    write_labels(path / "probes.parquet", labels)
+    return labels
+
+
+def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[str, Any]:
+    """A few candidates get both probes on a few passages: does the derivative agree with a real step."""
+    audit_path = path / "audit.json"
+    if audit_path.exists():
+        return dict(json.loads(audit_path.read_text(encoding="utf-8")))
+    if not isinstance(run.probe, DirectionalProbe) or len(labels) < NUM_AUDITED:
+        return {}
+    seed = stage_seed(run.config.selection_seed, number, "audit")
+    picked = np.sort(np.random.default_rng(seed).choice(len(labels), NUM_AUDITED, replace=False))
+    candidates = run.pool.select(labels.candidate_id[picked])
+    passages = run.reference.subset(NUM_AUDIT_PASSAGES, seed)
+    quiet = dataclasses.replace(run.settings, progress=False)
+    derivative = dataclasses.replace(run.probe.for_run(quiet), epsilon=labels.info["epsilon"])
+    fast = derivative.measure(run.model, run.optimizer, passages, candidates)
+    oracle = OneStepProbe(loss=run.probe.loss).for_run(quiet).measure(run.model, run.optimizer, passages, candidates)
+    slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
+    resampled = np.random.default_rng(seed).integers(0, len(fast), (200, len(fast)))
+    spread = [spearmanr(fast.influence[row], oracle.influence[row]).statistic for row in resampled]
+    audit = {
+        "truth": "one optimizer step on the candidate alone, clipped as the run clips",
+        "num_candidates": len(fast),
+        "num_passages": len(passages.rows),
+        "spearman": float(spearmanr(fast.influence, oracle.influence).statistic),
+        "interval": [float(bound) for bound in np.nanpercentile(spread, [2.5, 97.5])],
+        "slope": float(slope),
+        "intercept": float(intercept),
+        "flops": float(fast.info.get("flops", 0.0)) + float(oracle.info.get("flops", 0.0)),
+    }
+    write_json(audit_path, audit)
+    return audit
+
+
+def _fit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> InfluenceModel:
+    """The round's influence model, fitted with earlier rounds' labels pooled in, or read back."""
+    if (path / "influence_model" / "fit.json").exists():
+        return run.load_model(path)
+    fitted: InfluenceModel = copy.deepcopy(run.influence_model).fit(
+        run.pool,
+        labels,
+        held_out_fraction=run.config.held_out_fraction,
+        previous=run.latest_model,
+        seed=stage_seed(run.config.selection_seed, number, "fit"),
+    )
+    fitted.save_pretrained(path / "influence_model")
+    return fitted
+
+
+def _guard(
+    run: Run, influence_model: InfluenceModel, labels: InfluenceLabels
+) -> tuple[dict[str, Any], InfluenceModel | None]:
+    """Never select on noise: which influence model scores this round, if any."""
+    config, report = run.config, influence_model.report
+    guard = {"decision": "select", "spearman": report.spearman, "interval": list(report.interval)}
+    if report.passes(config.min_spearman) or config.on_weak_signal == "select":
+        return guard, influence_model
+    need = max(config.min_spearman, 0.05)
+    complaint = (
+        f"held-out Spearman is {report.spearman:.3f} (95 % interval {report.interval[0]:.3f} to "
+        f"{report.interval[1]:.3f}), below `min_spearman`={config.min_spearman} or not above 0; about "
+        f"{labels_needed(report)} labels would be needed (`num_probes` is {config.num_probes})"
+    )
+    if config.on_weak_signal == "error":
+        raise WeakSignalError(f"The round must not select on noise: {complaint}. Raise `num_probes`.")
+    if run.trusted_model is not None:
+        fresh = run.trusted_model.evaluate(run.pool, labels)
+        if fresh.passes(need):
+            logger.warning("Weak signal, previous influence model kept: %s.", complaint)
+            return {**guard, "decision": "keep_previous", "previous_spearman": fresh.spearman}, run.trusted_model
+    logger.warning("Weak signal, this round stays in the Trainer's own order: %s.", complaint)
+    return {**guard, "decision": "own_order"}, None
+
+
+def _score(
+    run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray
+) -> tuple[FloatArray, npt.NDArray[np.int32]]:
+    """Predicted influence (M,) float32 and trained tokens (M,) int32 of the candidates."""
+    influence = np.empty(len(candidates), np.float32)
+    num_targets = np.empty(len(candidates), np.int32)
+    done = 0
+    for rows in run.pool.chunks(candidates, SCORE_CHUNK):
+        span = slice(done, done + len(rows))
+        influence[span] = influence_model.predict(rows)
+        num_targets[span] = rows.num_targets
+        done = span.stop
+    write_array(path / "scores.npy", influence)
+    return influence, num_targets
+
+
+def _select(
+    run: Run,
+    labels: InfluenceLabels,
+    candidates: IntArray,
+    influence: FloatArray,
+    num_targets: npt.NDArray[np.int32],
+    num_rows: int,
+    number: int,
+) -> IntArray:
+    """The rows to train on, (k,) int64 in training order.
+
+    The budget is rows, so a candidate is worth n * (influence per token - pool mean); the temperature's unit is the
+    standard deviation of that over the probed candidates.
+    """
+    worth = row_worth(influence / labels.step_size, num_targets)
+    unit = float(np.std(row_worth(labels.influence_per_token, labels.num_tokens)))
+    trainable = np.flatnonzero(num_targets > 0)  # rows without a trained token come last
+    seed = run.config.selection_seed
+    chosen = trainable[
+        gumbel_top_k(
+            worth[trainable] / unit,
+            min(num_rows, len(trainable)),
+            temperature=run.config.temperature,
+            seed=stage_seed(seed, number, "select"),
+        )
+    ]
+    if len(chosen) < num_rows:
+        chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
+    order = np.random.default_rng(stage_seed(seed, number, "order")).permutation(len(chosen))
+    return candidates[chosen[order]].astype(np.int64)

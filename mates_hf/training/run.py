@@ -1,0 +1,203 @@
+"""What the rounds of one run share, and the small things that make them repeatable: orders, seeds, digests, timings.
+
+Place in the flow: `rounds.run_round` takes a `Run` and returns an `Order`; `session` makes the one and schedules the
+other. Trade-off: kept apart from `rounds.py` so that the method reads without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mates_hf.config import MatesConfig
+from mates_hf.data.pool import CandidatePool
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.influence.probe import Probe
+from mates_hf.records import ROUND_FILE, FitReport, FloatArray, InfluenceLabels, RunSettings, read_array, write_json
+from mates_hf.selection.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+
+class InfluenceModel(Protocol):
+    """Predicts influence from the candidate alone; see `NgramInfluenceModel`."""
+
+    @property
+    def report(self) -> FitReport:
+        """How well held-out labels were predicted by the last fit."""
+        ...
+
+    def fit(self, candidates: Any, labels: InfluenceLabels, *args: Any, **kwargs: Any) -> Any:
+        """Fit on labels, with `held_out_fraction`, `previous` (the last round's model or None) and `seed`."""
+        ...
+
+    def predict(self, dataset: Any) -> FloatArray:
+        """(N,) float32 predicted influence, in the labels' unit."""
+        ...
+
+    def evaluate(self, candidates: Any, labels: InfluenceLabels, *args: Any, **kwargs: Any) -> FitReport:
+        """How well fresh labels are predicted."""
+        ...
+
+    def save_pretrained(self, path: Any) -> None:
+        """Write the fitted model to a directory."""
+        ...
+
+    @classmethod
+    def from_pretrained(cls, path: Any) -> Any:
+        """Read back what `save_pretrained` wrote."""
+        ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What the rounds of one `train()` call share.
+
+    Attributes:
+        model: the model that trains, unwrapped.
+        optimizer: its torch optimizer.
+        reference: what the model should get better at.
+        pool: everything that may be trained on.
+        pool_identity: length, features and bytes of fixed rows.
+        probe: measures influence.
+        influence_model: unfitted; copied for each round.
+        config: the run's `MatesConfig`.
+        settings: what the training loop knows and probes need.
+        ledger: which pool rows were trained on.
+        rounds_dir: where round directories go.
+        latest_model: the last round's fit, whose labels are pooled into the next; None before the first.
+        trusted_model: the last fit that passed the guard; None if none did.
+    """
+
+    model: Any
+    optimizer: Any
+    reference: ReferenceTask
+    pool: CandidatePool
+    pool_identity: Mapping[str, Any]
+    probe: Probe
+    influence_model: InfluenceModel
+    config: MatesConfig
+    settings: RunSettings
+    ledger: Ledger
+    rounds_dir: Path
+    latest_model: InfluenceModel | None = None
+    trusted_model: InfluenceModel | None = None
+
+    def load_model(self, path: Path) -> InfluenceModel:
+        """The influence model that a round directory holds."""
+        model: InfluenceModel = type(self.influence_model).from_pretrained(path / "influence_model")
+        return model
+
+    def remember(self, influence_model: InfluenceModel, info: Mapping[str, Any]) -> None:
+        """Take a round's fit (and its `round.json`) into account for the next round."""
+        self.latest_model = influence_model
+        if info["guard"]["decision"] == "select":
+            self.trusted_model = influence_model
+
+    def key(self, step: int) -> dict[str, Any]:
+        """What a round's stages depend on; a round directory with this key is loaded instead of recomputed."""
+        return {
+            "config": order_config(self.config),
+            "pool": dict(self.pool_identity),
+            "step": step,
+            "weights": weights_digest(self.model),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a round decided: the rows to train on next.
+
+    Attributes:
+        number: the round.
+        from_position: global row position at which it takes effect.
+        rows: (k,) int64 pool rows in training order.
+        info: the round's `round.json`.
+    """
+
+    number: int
+    from_position: int
+    rows: npt.NDArray[Any]
+    info: Mapping[str, Any]
+
+
+def load_order(path: Path) -> Order:
+    """The order a finished round decided, rows memory-mapped."""
+    info = json.loads((path / ROUND_FILE).read_text(encoding="utf-8"))
+    rows = read_array(path / "selection.npy")
+    if rows is None:
+        rows = read_array(path / "own_order.npy")
+    if rows is None:
+        raise FileNotFoundError(f"`{path}` has neither selection.npy nor own_order.npy.")
+    return Order(number=info["number"], from_position=info["from_position"], rows=rows, info=info)
+
+
+class Stages:
+    """Seconds and FLOPs of each stage, one INFO line each; kept on disk so a rerun adds nothing twice."""
+
+    def __init__(self) -> None:
+        self.seconds_and_flops: dict[str, dict[str, float]] = {}
+        self._path: Path | None = None
+
+    def load(self, path: Path) -> None:
+        """Take over what an interrupted attempt at this round has done."""
+        self._path = path / "stages.json"
+        if self._path.exists():
+            self.seconds_and_flops = json.loads(self._path.read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[dict[str, float]]:
+        """Time a stage; what the body puts into the yielded dict is recorded with it."""
+        stage: dict[str, float] = {}
+        begin = time.perf_counter()
+        yield stage
+        stage["seconds"] = time.perf_counter() - begin
+        if name not in self.seconds_and_flops:
+            self.seconds_and_flops[name] = stage
+            if self._path is not None:
+                write_json(self._path, self.seconds_and_flops)
+        logger.info("stage %s: %.2f s", name, stage["seconds"])
+
+
+def stage_seed(selection_seed: int, number: int, stage: str) -> int:
+    """A seed of its own for each stage of each round."""
+    words = [selection_seed, number, int.from_bytes(stage.encode()[:8], "little")]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def order_config(config: MatesConfig) -> dict[str, Any]:
+    """The fields of a config that decide what is trained on (not where files go or how large a probe's batch is)."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch")
+    }
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over names and bytes of the trainable parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions a round's result may depend on."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "accelerate", "datasets", "numpy")
+    return {name: version(name) for name in names}

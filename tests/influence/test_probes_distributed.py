@@ -1,0 +1,100 @@
+"""Both probes under FSDP2 and DDP, two gloo processes, against one process alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mates_hf import DirectionalProbe, OneStepProbe, ReferenceTask
+from mates_hf.data.rows import TokenRows
+
+torch.set_num_threads(1)
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+
+def rows(count, seed):
+    return TokenRows.from_lists(np.random.default_rng(seed).integers(3, 64, (count, 8)))
+
+
+def build():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                        num_attention_heads=4, pad_token_id=0, bos_token_id=None, eos_token_id=2))
+
+
+def shard(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def local(tensor):
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().clone()
+
+
+def measure(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    for seed in range(3):
+        ids = torch.from_numpy(rows(4, seed).values.reshape(4, 8))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = [local(p) for p in model.parameters()]
+    reference = ReferenceTask(name="test", rows=rows(6, 10))
+    probes = (DirectionalProbe(), OneStepProbe(max_grad_norm=1.0))
+    labels = [probe.measure(model, optimizer, reference, rows(5, 11)) for probe in probes]
+    for old, parameter in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, local(parameter))
+    return [part.influence for part in labels]
+
+
+alone = measure(build())
+for wrapped in (shard(build()), torch.nn.parallel.DistributedDataParallel(build())):
+    for expected, found in zip(alone, measure(wrapped), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_and_replicated_models_give_the_labels_of_one_process(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = tmp_path / "probe.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    root = Path(__file__).resolve().parents[2]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), port],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,0 +1,224 @@
+"""Choosing: Plackett-Luce by brute force, exact top-k, ties, seeds, and what a row is worth in a batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mates_hf.records import InfluenceError
+from mates_hf.selection import choose
+from mates_hf.selection.choose import gumbel_top_k, row_worth, top_k, uniform
+
+NUM_SEEDS = 4_000
+# Standard error of a share over NUM_SEEDS draws is at most 0.5 / sqrt(4000) = 0.0079; four of them.
+SHARE_TOLERANCE = 4 * 0.5 / math.sqrt(NUM_SEEDS)
+
+finite_arrays = hnp.arrays(
+    st.sampled_from([np.float32, np.float64, np.int64]),
+    st.integers(0, 60),
+    elements=st.integers(-4, 4),  # few values, so that ties are the rule
+)
+
+
+def plackett_luce(weights: np.ndarray, k: int) -> dict[tuple[int, ...], float]:
+    """Probability of each set of k, by going through all orders in which it can be drawn."""
+    shares: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(len(weights)), k):
+        share, left = 1.0, float(weights.sum())
+        for i in order:
+            share *= weights[i] / left
+            left -= weights[i]
+        key = tuple(sorted(order))
+        shares[key] = shares.get(key, 0.0) + share
+    return shares
+
+
+@pytest.mark.parametrize(("temperature", "dtype"), [(0.5, np.float32), (2.0, np.float64)])
+def test_sets_are_drawn_with_plackett_luce_probabilities(temperature, dtype):
+    influence = np.array([0.4, -0.3, 1.1, 0.0], dtype)
+    expected = plackett_luce(np.exp(influence.astype(float) / temperature), 2)
+    counts = dict.fromkeys(expected, 0)
+    for seed in range(NUM_SEEDS):
+        counts[tuple(gumbel_top_k(influence, 2, temperature, seed).tolist())] += 1
+    for chosen, probability in expected.items():
+        assert counts[chosen] / NUM_SEEDS == pytest.approx(probability, abs=SHARE_TOLERANCE), chosen
+    assert max(counts, key=counts.get) == (0, 2)  # the two that help most: the other tail would give (1, 3)
+
+
+@pytest.mark.parametrize("offset", [2**17, -(2**17)])
+def test_a_common_offset_changes_no_choice_in_float32(offset):
+    influence = (np.arange(-500, 500) / 64).astype(np.float32)  # exact in float32, also with the offset
+    for seed in range(20):
+        expected = gumbel_top_k(influence, 200, 0.5, seed)
+        np.testing.assert_array_equal(gumbel_top_k(influence + np.float32(offset), 200, 0.5, seed), expected)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e-3, 1e6])
+def test_temperature_is_in_the_unit_of_influence(unit):
+    influence = np.random.default_rng(0).normal(size=200)
+    for seed in range(10):
+        expected = gumbel_top_k(influence, 40, 0.7, seed)
+        np.testing.assert_array_equal(gumbel_top_k(influence * unit, 40, 0.7 * unit, seed), expected)
+
+
+def test_mean_influence_of_the_choice_falls_from_top_k_to_uniform_as_temperature_grows():
+    influence = np.random.default_rng(1).normal(size=2_000).astype(np.float32)
+    means = [influence[gumbel_top_k(influence, 400, t, 3)].mean() for t in (0.0, 0.3, 1.0, 3.0, 1e30)]
+    assert all(high > low for high, low in itertools.pairwise(means))
+    assert abs(means[-1]) < 4 / math.sqrt(400)  # four standard errors of a mean of 400 standard normals
+
+
+@settings(max_examples=150, deadline=None)
+@given(finite_arrays, st.data())
+def test_choices_are_sorted_distinct_and_exact_at_temperature_0(influence, data):
+    k = data.draw(st.integers(0, len(influence)))
+    seed = data.draw(st.integers(0, 2**40))
+    before = influence.copy()
+    best = np.sort(influence)[len(influence) - k :]
+    for chosen in (top_k(influence, k, seed), gumbel_top_k(influence, k, 0, seed)):
+        np.testing.assert_array_equal(np.sort(influence[chosen]), best)
+    for chosen in (top_k(influence, k, seed), gumbel_top_k(influence, k, 1.5, seed), uniform(len(influence), k, seed)):
+        assert chosen.dtype == np.int64
+        assert chosen.shape == (k,)
+        assert np.all(np.diff(chosen) > 0)
+        assert k == 0 or (chosen[0] >= 0 and chosen[-1] < len(influence))
+    np.testing.assert_array_equal(influence, before)
+
+
+def test_ties_are_broken_at_random_and_not_by_position():
+    influence = np.array([0.0, 1.0, 1.0, 1.0, 1.0, 2.0], np.float32)
+    counts = np.zeros(6)
+    for seed in range(NUM_SEEDS):
+        counts[top_k(influence, 3, seed)] += 1
+    assert counts[0] == 0
+    assert counts[5] == NUM_SEEDS
+    np.testing.assert_allclose(counts[1:5] / NUM_SEEDS, 0.5, atol=SHARE_TOLERANCE)
+
+
+def test_uniform_includes_every_candidate_equally_often():
+    counts = np.zeros(5)
+    for seed in range(NUM_SEEDS):
+        counts[uniform(5, 2, seed)] += 1
+    np.testing.assert_allclose(counts / NUM_SEEDS, 0.4, atol=SHARE_TOLERANCE)
+
+
+@pytest.mark.parametrize("pick", [lambda s: gumbel_top_k(np.zeros(500), 50, 1.0, s), lambda s: uniform(500, 50, s)])
+def test_a_seed_repeats_its_choice_and_another_makes_another(pick):
+    np.testing.assert_array_equal(pick(7), pick(7))
+    seeds = [0, 7, 8, (7, 1), (7, 2), 2**40]
+    assert len({tuple(pick(seed)) for seed in seeds}) == len(seeds)
+
+
+def test_noise_is_not_drawn_from_the_global_generator():
+    np.random.seed(0)  # noqa: NPY002  (the state of the caller's legacy generator is the subject)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    gumbel_top_k(np.zeros(100), 10, 1.0, 0)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_noise_of_a_position_does_not_depend_on_the_candidates_after_it(monkeypatch):
+    monkeypatch.setattr(choose, "BLOCK", 64)
+    influence = np.zeros(1_000)
+    longer = np.concatenate([influence, np.full(333, -1e6)])  # never chosen, so the choice shows the noise of the rest
+    for seed in range(5):
+        np.testing.assert_array_equal(gumbel_top_k(influence, 100, 1.0, seed), gumbel_top_k(longer, 100, 1.0, seed))
+    # Blocks have noise of their own: with one noise for all, the choice would repeat from block to block.
+    chosen = gumbel_top_k(influence[:128], 64, 1.0, 0)
+    assert set(chosen[chosen < 64].tolist()) != set((chosen[chosen >= 64] - 64).tolist())
+
+
+def test_no_candidates_and_none_chosen():
+    empty = np.zeros(0, np.float32)
+    for chosen in (gumbel_top_k(empty, 0), top_k(empty, 0), uniform(0, 0), gumbel_top_k([1.0, 2.0], 0)):
+        assert chosen.shape == (0,)
+        assert chosen.dtype == np.int64
+    np.testing.assert_array_equal(gumbel_top_k([3.0, 1.0], 2), [0, 1])
+
+
+@pytest.mark.parametrize("extreme", [1e38, -1e38])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-3, 1.0, 1e300])
+def test_extreme_values_and_temperatures_stay_ordered(extreme, temperature):
+    influence = np.array([0.0, extreme, 0.0, extreme], np.float32)
+    with np.errstate(all="raise", under="ignore", over="ignore"):
+        chosen = gumbel_top_k(influence, 2, temperature, 0)
+    if temperature < 1e300:  # there the noise is larger than any influence
+        np.testing.assert_array_equal(chosen, [1, 3] if extreme > 0 else [0, 2])
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_k_out_of_range_is_refused_with_both_numbers(k):
+    for pick in (lambda: gumbel_top_k([1, 2, 3], k), lambda: top_k([1, 2, 3], k), lambda: uniform(3, k)):
+        with pytest.raises(ValueError, match=rf"`k` must be from 0 to the number of candidates \(3\), got {k}"):
+            pick()
+
+
+@pytest.mark.parametrize("temperature", [-0.1, math.nan, math.inf])
+def test_temperature_out_of_range_is_refused(temperature):
+    with pytest.raises(ValueError, match="`temperature` must be a finite number of at least 0, got"):
+        gumbel_top_k([1.0], 1, temperature)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("pick", [gumbel_top_k, top_k])
+def test_influence_that_is_not_finite_is_refused_by_position(monkeypatch, bad, pick):
+    monkeypatch.setattr(choose, "BLOCK", 4)
+    influence = np.arange(20, dtype=np.float32)
+    influence[[3, 17]] = bad
+    with pytest.raises(InfluenceError, match=rf"2 of 20 candidates are not, first at position 3 \({bad}\), 17"):
+        pick(influence, 5)
+
+
+def test_influence_of_another_shape_or_type_is_refused():
+    with pytest.raises(ValueError, match=r"one-dimensional.*\(2, 2\)"):
+        top_k(np.zeros((2, 2)), 1)
+    with pytest.raises(TypeError, match="real numbers, got dtype bool"):
+        top_k(np.zeros(2, bool), 1)
+
+
+def test_row_worth_is_what_one_more_row_changes_in_a_token_weighted_batch():
+    generator = np.random.default_rng(2)
+    num_tokens = generator.integers(1, 129, 3_000)
+    influence = generator.normal(0.3, 1.0, 3_000)
+    total, mean = num_tokens.sum(), np.average(influence, weights=num_tokens)
+    batch_with_row = np.array(
+        [
+            np.average(np.append(influence, d), weights=np.append(num_tokens, n))
+            for d, n in zip(influence[:200], num_tokens[:200], strict=True)
+        ]
+    )
+    worth = row_worth(influence, num_tokens)
+    # One row of at most 128 tokens in a batch of 190,000: the dropped term is of relative size n / T < 1e-3.
+    np.testing.assert_allclose(worth[:200] / total, batch_with_row - mean, rtol=1e-3)
+    np.testing.assert_array_equal(np.argsort(worth[:200]), np.argsort(batch_with_row - mean))
+
+
+def test_row_worth_sums_to_zero_and_ranks_like_influence_at_one_length():
+    generator = np.random.default_rng(3)
+    influence = generator.normal(2.0, 1.0, 500)
+    assert row_worth(influence, generator.integers(0, 99, 500)).sum() == pytest.approx(0, abs=1e-9)
+    np.testing.assert_array_equal(np.argsort(row_worth(influence, np.full(500, 64))), np.argsort(influence))
+
+
+def test_row_worth_of_a_longer_row_is_further_from_zero_in_its_own_direction():
+    worth = row_worth(np.array([1.0, 1.0, -1.0, -1.0, 0.5], np.float32), np.array([10, 20, 10, 20, 0]))
+    assert worth.dtype == np.float32
+    np.testing.assert_allclose(worth, [10, 20, -10, -20, 0])
+
+
+def test_row_worth_without_tokens_or_rows_is_zero():
+    np.testing.assert_array_equal(row_worth([1.0, 2.0], [0, 0]), [0, 0])
+    assert row_worth(np.zeros(0, np.float32), np.zeros(0, int)).shape == (0,)
+    assert np.isnan(row_worth([np.nan, 1.0], [1, 1])).all()  # kept, for the choice to refuse
+
+
+def test_row_worth_refuses_what_does_not_belong_together():
+    with pytest.raises(ValueError, match=r"got shapes \(2,\) and \(3,\)"):
+        row_worth([1.0, 2.0], [1, 2, 3])
+    with pytest.raises(ValueError, match="at least 0, got -3 at position 1"):
+        row_worth([1.0, 2.0], [1, -3])

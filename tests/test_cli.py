@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mates_hf.cli import main
+from mates_hf.records import InfluenceLabels, RoundWriter, write_array, write_labels
+
+KEY = {"config": {}, "pool": {}, "step": 8, "weights": "w"}
+
+
+def write_round(rounds_dir: Path, *, selects: bool) -> Path:
+    influence = np.array([0.25, -0.5, 0.75], np.float32)
+    labels = InfluenceLabels(
+        candidate_id=np.array([4, 0, 9]),
+        influence=influence,
+        influence_per_token=influence,
+        loss=np.ones(3, np.float32),
+        num_tokens=np.array([2, 3, 4], np.int32),
+        probe=np.array(["directional"] * 3),
+    )
+    writer = RoundWriter(rounds_dir, 3, KEY)
+    write_labels(writer.path / "probes.parquet", labels)
+    decision = "own_order"
+    if selects:
+        decision = "select"
+        write_array(writer.path / "candidates.npy", np.array([1, 2, 3, 5]))
+        write_array(writer.path / "scores.npy", np.array([-4.0, 1.0, -4.0, 3.0], np.float32))
+        write_array(writer.path / "selection.npy", np.array([5, 2]))
+    guard = {"decision": decision, "spearman": 0.5, "interval": [0.25, 0.75]}
+    return writer.finish({"guard": guard, "seconds": {"probe": 1.5}, "seeds": [1, 2, 3, 4, 5]})
+
+
+def test_round_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["round", str(write_round(tmp_path, selects=True))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "round: round-0003"
+    assert "probed: 3 candidates (directional), 9 trained tokens" in lines
+    assert "guard: decision select, spearman 0.5, interval [0.25, 0.75]" in lines
+    assert "selected: 2 pool rows" in lines
+    # The mean over rows 5 and 2, not over the highest of some other order.
+    assert "predicted influence of the selected rows (nats/token): mean +2.000e+00" in lines
+    assert any(line.startswith("influence (nats/token, > 0 helps): mean +1.667e-01") for line in lines)
+    assert lines[-2:] == ["seconds: probe 1.5", "seeds: 5 values"]
+
+
+def test_round_in_own_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["round", str(write_round(tmp_path, selects=False))]) == 0
+    out = capsys.readouterr().out
+    assert "selected: nothing; the run went on in the Trainer's own order" in out
+    assert "predicted influence" not in out
+
+
+def test_a_path_that_is_no_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["round", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("mates-hf: ")
+    assert "is not a finished round" in output.err
+
+
+def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch: {importlib.metadata.version('torch')}" in lines
+    assert any(line.startswith("accelerators: ") for line in lines)
+    assert any(line.startswith("python: ") for line in lines)

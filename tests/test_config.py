@@ -1,0 +1,164 @@
+"""The configuration: any values give a config or a `ValueError`, and it parses next to `TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mates_hf.config import MatesConfig
+
+NAMES = [field.name for field in dataclasses.fields(MatesConfig)]
+
+wild = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 40),
+    st.just(10**400),
+    st.floats(),
+    st.floats(0, 1),
+    st.text(max_size=8),
+    st.sampled_from(["slice", "pool", "own_order", "select", "error", "", "1"]),
+    st.binary(max_size=3),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=1), st.integers(), max_size=1),
+    st.just(Path("runs")),
+    st.complex_numbers(),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), wild, max_size=4))
+def test_any_values_give_a_working_config_or_a_value_error_that_names_its_field(values):
+    try:
+        config = MatesConfig(**values)
+    except ValueError as error:
+        name, value = str(error).split("`")[1], str(error).rsplit("got ", 1)[1]
+        assert name in values  # never a default: a short round shortens the default lead and window
+        assert value == f"{values[name]!r}."
+        return
+    assert 1 <= config.lead_steps <= config.update_steps
+    assert 0 <= config.window_steps <= config.update_steps
+    assert 0 < config.selection_ratio <= 1
+    assert math.isfinite(float(config.temperature))
+    assert config.temperature >= 0
+    for name, value in values.items():
+        assert getattr(config, name) == value  # nothing is corrected silently
+    assert MatesConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+# Per field: the values just outside and just inside its range.
+EDGES = {
+    "update_steps": ([0, -1, 1.0, True, "10", None], [1]),
+    "selection_ratio": ([0, 0.0, -0.1, 1.0001, math.nan, math.inf, True, "0.2", None], [1e-9, 1, 1.0]),
+    "candidate_scope": (["all", "Slice", "", None, []], ["slice", "pool"]),
+    "temperature": ([-1e-9, math.nan, math.inf, 10**400, False, "0", None], [0, 0.0, 5]),
+    "num_probes": ([9, 10.0, None], [10]),
+    "held_out_fraction": ([0, 1, 1.0, -0.2, math.nan, None], [1e-6, 0.999]),
+    "min_spearman": ([-1.01, 1.01, math.nan, None], [-1, 0, 1.0]),
+    "on_weak_signal": (["own", "", None, 1], ["own_order", "select", "error"]),
+    "random_rounds": ([0, -1, 1.5, None], [1, 10**9]),
+    "switch_lead_steps": ([0, 1_001, 2.0, True, "1"], [None, 1, 1_000]),
+    "average_steps": ([-1, 1_001, 2.0, False], [None, 0, 1_000]),
+    "probe_tokens_per_batch": ([0, 1e3, None], [1]),
+    "selection_seed": ([-1, 0.0, None, True], [0, 2**40]),
+    "rounds_dir": (["", 1, Path("runs"), b"runs"], [None, "runs/_mates"]),
+    "keep_rounds": ([1, 0, 2.0, True], [None, 2]),
+}
+
+
+def test_every_field_has_its_edges_tested_and_a_help_text():
+    assert sorted(EDGES) == sorted(NAMES)
+    for field in dataclasses.fields(MatesConfig):
+        assert len(field.metadata["help"]) > 20, field.name
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_values_outside_the_range_are_refused_by_name_and_those_at_its_edge_are_taken(name):
+    refused, taken = EDGES[name]
+    for value in refused:
+        with pytest.raises(ValueError, match=rf"^`{name}` must be .+, got ") as caught:
+            MatesConfig(**{name: value})
+        assert str(caught.value).endswith(f"got {value!r}.")
+    for value in taken:
+        assert getattr(MatesConfig(**{name: value}), name) == value
+
+
+def test_it_is_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MatesConfig().update_steps = 5
+    with pytest.raises(TypeError):
+        MatesConfig(5)
+    with pytest.raises(TypeError, match="selection_ration"):
+        MatesConfig(selection_ration=0.2)
+
+
+@pytest.mark.parametrize(
+    ("update_steps", "lead", "window"),
+    [(1, 1, 0), (3, 1, 1), (4, 1, 2), (7, 1, 3), (8, 2, 4), (128, 32, 32), (10_000, 32, 32)],
+)
+def test_lead_and_window_follow_from_the_round_length_unless_given(update_steps, lead, window):
+    config = MatesConfig(update_steps=update_steps)
+    assert (config.lead_steps, config.window_steps) == (lead, window)
+    given_ = MatesConfig(update_steps=update_steps, switch_lead_steps=update_steps, average_steps=0)
+    assert (given_.lead_steps, given_.window_steps) == (update_steps, 0)
+
+
+def test_paper_settings_are_those_of_the_paper_and_can_be_overridden():
+    paper = MatesConfig.paper()
+    assert (paper.update_steps, paper.num_probes, paper.selection_ratio) == (10_000, 80_000, 0.2)
+    assert (paper.candidate_scope, paper.temperature, paper.held_out_fraction) == ("slice", 1.0, 0.1)
+    assert paper.window_steps == 0
+    assert paper.on_weak_signal == "select"
+    released = MatesConfig.paper(temperature=0.5)
+    assert dataclasses.replace(released, temperature=1.0) == paper
+    with pytest.raises(ValueError, match="`temperature`"):
+        MatesConfig.paper(temperature=-1)
+
+
+def test_no_field_shares_a_name_with_training_arguments():
+    from transformers import TrainingArguments
+
+    assert not set(NAMES) & {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_it_parses_next_to_training_arguments(tmp_path):
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser((TrainingArguments, MatesConfig))
+    given_ = MatesConfig(
+        update_steps=50,
+        selection_ratio=0.25,
+        candidate_scope="pool",
+        temperature=0.5,
+        num_probes=77,
+        held_out_fraction=0.3,
+        min_spearman=-0.5,
+        on_weak_signal="error",
+        random_rounds=2,
+        switch_lead_steps=3,
+        average_steps=0,
+        probe_tokens_per_batch=100,
+        selection_seed=9,
+        rounds_dir="elsewhere",
+        keep_rounds=2,
+    )
+    assert all(getattr(given_, f.name) != f.default for f in dataclasses.fields(MatesConfig))
+    words = [word for name, value in given_.to_dict().items() for word in (f"--{name}", str(value))]
+    arguments, config = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--max_steps", "7", *words])
+    assert (arguments.max_steps, config) == (7, given_)
+    assert parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])[1] == MatesConfig()
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--candidate_scope", "everything"])
+
+
+def test_annotations_resolve_for_parsers():
+    hints = typing.get_type_hints(MatesConfig)
+    assert set(NAMES) <= set(hints)

@@ -1,0 +1,319 @@
+"""The callback in a real Trainer: the order of rows, bit-identity, resume, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from mates_hf import MatesCallback, load_round
+from mates_hf.config import MatesConfig
+from mates_hf.records import MatesError, RoundMismatchError, UnsupportedSettingError
+from tests.training.kit import (
+    LENGTH,
+    VOCAB,
+    assert_same,
+    make_arguments,
+    make_pool,
+    make_reference,
+    run,
+    small_config,
+)
+
+LOADERS = [
+    pytest.param({}, id="no-workers"),
+    pytest.param({"dataloader_num_workers": 2, "dataloader_prefetch_factor": 1}, id="workers"),
+    pytest.param(
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 1, "dataloader_persistent_workers": True},
+        id="persistent-workers",
+    ),
+]
+
+
+def mates(**changes: object) -> MatesCallback:
+    return MatesCallback(make_reference(), small_config(**{"switch_lead_steps": 3, **changes}))
+
+
+def selections(output_dir: Path) -> dict[int, np.ndarray]:
+    folders = sorted(path for path in (output_dir / "_mates").glob("round-*") if path.suffix == "")
+    return {load_round(path).info["number"]: np.asarray(load_round(path).selection) for path in folders}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_that_never_selects_is_the_run_without_the_callback(tmp_path, loader, accumulation):
+    settings = {**loader, "gradient_accumulation_steps": accumulation, "num_train_epochs": 2, "max_steps": -1}
+    pool = make_pool(42)  # ragged: 42 rows in batches of 4, so that an epoch's end is crossed with a short batch
+    plain = run(make_arguments(tmp_path / "a", **settings), [], pool, dropout=0.1)
+    ours = run(make_arguments(tmp_path / "b", **settings), [mates(random_rounds=99)], pool, dropout=0.1)
+    assert plain.rows == ours.rows
+    assert_same(plain, ours)
+    assert not (tmp_path / "b" / "_mates").exists()
+
+
+def test_the_first_round_is_the_trainers_own_order(tmp_path):
+    plain = run(make_arguments(tmp_path / "a"), [], dropout=0.1)
+    ours = run(make_arguments(tmp_path / "b"), [mates()], dropout=0.1)
+    before = (6 + 3) * 4
+    assert plain.rows[:before] == ours.rows[:before]
+    assert plain.losses[:9] == ours.losses[:9]  # probing at step 6 changed nothing of steps 7 to 9, with dropout on
+    assert plain.rows[before:] != ours.rows[before:]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("scope", ["slice", "pool"])
+def test_rows_trained_are_the_selections_in_order(tmp_path, loader, scope):
+    pool = make_pool().shuffle(seed=3).select(range(20, 380))
+    result = run(make_arguments(tmp_path, **loader), [mates(candidate_scope=scope)], pool)
+    numbers = np.array([row[0] * 32 + row[1] for row in pool["input_ids"]])
+    chosen = selections(tmp_path)
+    assert list(chosen) == [1, 2]
+    trained = np.array(result.rows)
+    assert np.array_equal(trained[36:60], numbers[chosen[1]])
+    assert np.array_equal(trained[60:80], numbers[chosen[2]])  # the last round's k is what max_steps leaves
+    assert len(set(result.rows)) == len(result.rows) == 80
+    for number in chosen:
+        record = load_round(tmp_path / "_mates" / f"round-{number:04d}")
+        assert not set(record.labels.candidate_id) & set(record.selection)
+        assert not set(numbers[record.labels.candidate_id]) & set(trained[: 36 if number == 1 else 60])
+        assert set(record.selection) <= set(record.candidates)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 1},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ],
+    ids=["workers", "accumulation"],
+)
+def test_the_order_does_not_depend_on_how_it_is_loaded(tmp_path, changes):
+    one = run(make_arguments(tmp_path / "a"), [mates()])
+    other = run(make_arguments(tmp_path / "b", **changes), [mates()])
+    if "gradient_accumulation_steps" in changes:  # sums in another order: rows until the first selection are the same
+        assert one.rows[:36] == other.rows[:36]
+    else:
+        assert one.rows == other.rows
+        assert_same(one, other)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("loader", LOADERS[:2])
+@pytest.mark.parametrize("stop", [4, 6, 8, 11, 15])
+def test_a_stopped_run_goes_on_exactly(tmp_path, loader, stop):
+    settings = {**loader, "save_strategy": "steps", "save_steps": 1, "max_steps": 20}
+    whole = run(make_arguments(tmp_path / "whole", **settings), [mates()], dropout=0.1)
+    first = run(make_arguments(tmp_path / "part", **settings), [mates(), Stop(stop)], dropout=0.1)
+    (tmp_path / "part").rename(tmp_path / "moved")  # no absolute path may be needed
+    args = make_arguments(tmp_path / "moved", **settings)
+    rest = run(args, [mates()], dropout=0.1, resume=str(tmp_path / "moved" / f"checkpoint-{stop}"))
+    assert first.rows + rest.rows == whole.rows
+    assert rest.losses == whole.losses
+    for name, value in whole.weights.items():
+        assert torch.equal(value, rest.weights[name]), name
+    for number, rows in selections(tmp_path / "whole").items():
+        assert np.array_equal(rows, selections(tmp_path / "moved")[number])
+
+
+def test_a_checkpoint_folder_moved_elsewhere_resumes(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5}
+    whole = run(make_arguments(tmp_path / "whole", **settings), [mates()])
+    run(make_arguments(tmp_path / "part", **settings), [mates(), Stop(10)])
+    shutil.move(tmp_path / "part" / "checkpoint-10", tmp_path / "elsewhere")
+    rest = run(make_arguments(tmp_path / "part", **settings), [mates()], resume=str(tmp_path / "elsewhere"))
+    assert rest.losses == whole.losses
+    assert rest.rows == whole.rows[40:]
+
+
+def test_own_order_over_several_epochs_before_the_first_selection(tmp_path):
+    pool = make_pool(160)  # 40 steps an epoch; the selection begins in the second one
+    config = {"update_steps": 50, "num_probes": 10, "switch_lead_steps": 2}
+    args = {"max_steps": 60, "save_strategy": "steps", "save_steps": 55}
+    plain = run(make_arguments(tmp_path / "a", max_steps=60), [], pool)
+    ours = run(make_arguments(tmp_path / "b", **args), [mates(**config)], pool)
+    assert ours.rows[: 52 * 4] == plain.rows[: 52 * 4]
+    assert sorted(ours.rows[:160]) == list(range(160))
+    second_pass = ours.rows[160:]
+    assert len(set(second_pass)) == len(second_pass) == 80
+    rest = run(
+        make_arguments(tmp_path / "b", **args), [mates(**config)], pool, resume=str(tmp_path / "b" / "checkpoint-55")
+    )
+    assert rest.rows == ours.rows[55 * 4 :]
+    assert rest.losses == ours.losses
+
+
+def test_an_epoch_ends_inside_the_lead(tmp_path):
+    pool = make_pool(100)  # 25 steps an epoch, between the boundary at 24 and the switch at 27
+    config = {"update_steps": 24, "num_probes": 10, "switch_lead_steps": 3, "selection_ratio": 0.5}
+    ours = run(make_arguments(tmp_path, max_steps=34), [mates(**config)], pool)
+    assert len(set(ours.rows[100:])) == len(ours.rows[100:]) == 36
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_metrics_reach_the_log(tmp_path, attach):
+    seen: list[str] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.extend(logs)
+
+    result = run(make_arguments(tmp_path), [mates(), Reporter()], attach=attach)
+    entries = [entry for entry in result.trainer.state.log_history if "mates/spearman" in entry]
+    assert [entry["step"] for entry in entries] == [6, 12]
+    assert ("mates/spearman" in seen) is attach
+
+
+def test_text_pool_with_a_tokenising_collator(tmp_path):
+    pool = make_pool()
+    texts = Dataset.from_dict({"text": [" ".join(map(str, row)) for row in pool["input_ids"]]})
+
+    def tokenise(rows):
+        ids = torch.tensor([[int(word) for word in row["text"].split()] for row in rows])
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    settings = {"remove_unused_columns": False}
+    plain = run(make_arguments(tmp_path / "a"), [mates()], pool)
+    text = run(make_arguments(tmp_path / "b", **settings), [mates()], texts, collator=tokenise)
+    assert plain.rows == text.rows
+    assert plain.losses == text.losses
+
+
+def test_the_guard_keeps_the_own_order_and_consumes_once(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = [[i // 32, i % 32, *rng.integers(32, VOCAB, LENGTH - 2)] for i in range(400)]
+    pool = Dataset.from_dict({"input_ids": noise, "labels": noise})
+    config = {"on_weak_signal": "own_order", "min_spearman": 0.95}
+    settings = {"save_strategy": "steps", "save_steps": 10}
+    result = run(make_arguments(tmp_path, **settings), [mates(**config)], pool)
+    record = load_round(tmp_path / "_mates" / "round-0001")
+    assert record.info["guard"]["decision"] == "own_order"
+    assert record.selection is None
+    assert len(set(result.rows)) == 80
+    assert not set(record.labels.candidate_id) & set(result.rows[36:60])
+    rest = run(make_arguments(tmp_path, **settings), [mates(**config)], pool, resume=str(tmp_path / "checkpoint-10"))
+    assert rest.rows == result.rows[40:]
+
+
+def test_added_to_a_run_that_had_none_and_dropped_again(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 25}
+    plain = run(make_arguments(tmp_path, **settings), [Stop(5)])
+    added = run(make_arguments(tmp_path, **settings), [mates(), Stop(20)], resume=str(tmp_path / "checkpoint-5"))
+    assert "no state of MatesCallback" in caplog.text
+    assert set(selections(tmp_path)) == {1, 2}
+    assert load_round(tmp_path / "_mates" / "round-0001").info["step"] == 11
+    assert len(set(plain.rows + added.rows)) == 80
+    dropped = run(make_arguments(tmp_path, **settings), [], resume=str(tmp_path / "checkpoint-20"))
+    assert dropped.trainer.state.global_step == 25
+
+
+def test_a_run_that_does_not_resume_loads_no_round(tmp_path):
+    first = run(make_arguments(tmp_path), [mates()])
+    again = run(make_arguments(tmp_path), [mates(selection_seed=7)])
+    assert first.rows != again.rows
+    assert (tmp_path / "_mates" / "round-0001.stale").exists()
+
+
+def test_keep_rounds_bounds_the_disk(tmp_path):
+    run(make_arguments(tmp_path, max_steps=40), [mates(keep_rounds=2)])
+    assert set(selections(tmp_path)) == {5, 6}
+
+
+def test_resume_with_another_config_or_pool_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5}
+    run(make_arguments(tmp_path, **settings), [mates(), Stop(10)])
+    where = str(tmp_path / "checkpoint-10")
+    with pytest.raises(RoundMismatchError, match=r"temperature: checkpoint 0\.0, this run 0\.5"):
+        run(make_arguments(tmp_path, **settings), [mates(temperature=0.5)], resume=where)
+    with pytest.raises(RoundMismatchError, match="pool"):
+        run(make_arguments(tmp_path, **settings), [mates()], make_pool(seed=1), resume=where)
+
+
+def test_resume_without_its_rounds_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5}
+    run(make_arguments(tmp_path, **settings), [mates(), Stop(10)])
+    shutil.rmtree(tmp_path / "_mates")
+    with pytest.raises(MatesError, match=r"round-0001.*is not there"):
+        run(make_arguments(tmp_path, **settings), [mates()], resume=str(tmp_path / "checkpoint-10"))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(make_pool(40))
+
+
+BIG = Dataset.from_dict({"input_ids": [[VOCAB + 5] * LENGTH] * 400, "labels": [[1] * LENGTH] * 400})
+REFUSED = [
+    pytest.param({"num_train_epochs": 1, "max_steps": -1}, {}, None, ValueError, "max_steps", id="whole-epochs"),
+    pytest.param({"max_steps": 95}, {}, None, ValueError, "largest `max_steps` that fits", id="too-few-rows"),
+    pytest.param({}, {}, Stream(), UnsupportedSettingError, "streaming", id="streaming"),
+    pytest.param(
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}, {}, None, ValueError,
+        "`switch_lead_steps` must be at least 9", id="lead",
+    ),
+    pytest.param(
+        {"train_sampling_strategy": "batch_rebalance"}, {}, None, UnsupportedSettingError, "batch_rebalance",
+        id="batch-rebalance",
+    ),
+    pytest.param(
+        {"dataloader_in_order": False, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}, {}, None,
+        UnsupportedSettingError, "in_order", id="in-order",
+    ),
+    pytest.param(
+        {"accelerator_config": {"dispatch_batches": True}}, {}, None, UnsupportedSettingError, "dispatch",
+        id="dispatch",
+    ),
+    pytest.param({}, {}, BIG, ValueError, "vocabulary", id="vocabulary"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "config", "pool", "error", "match"), REFUSED)
+def test_refused_before_the_first_step_and_nothing_written(tmp_path, args, config, pool, error, match):
+    steps: list[int] = []
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    with pytest.raises(error, match=match):
+        run(make_arguments(tmp_path / "run", **args), [mates(**config), Steps()], pool)
+    assert not steps
+    assert not (tmp_path / "run" / "_mates").exists()
+
+
+def test_an_optimizer_without_a_known_preconditioner_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(MatesError, match="OneStepProbe"):
+        run(make_arguments(tmp_path, optim="rmsprop"), [mates()])
+    assert not (tmp_path / "_mates").exists()
+
+
+@pytest.mark.parametrize("value", [None, "lambada", 3])
+def test_wrong_arguments(value):
+    with pytest.raises(TypeError, match="reference"):
+        MatesCallback(value)
+    with pytest.raises(TypeError, match="config"):
+        MatesCallback(make_reference(), {"update_steps": 3})
+
+
+def test_a_run_too_short_for_a_round_says_so(tmp_path, caplog):
+    run(make_arguments(tmp_path, max_steps=8), [mates()])
+    assert "stays in the Trainer's own order" in caplog.text
+
+
+def test_planted_pool_is_found_and_shuffled_labels_are_not(tmp_path):
+    config = MatesConfig(update_steps=8, num_probes=120, selection_ratio=0.25, on_weak_signal="select")
+    args = make_arguments(tmp_path, max_steps=16, learning_rate=1e-3)
+    run(args, [MatesCallback(make_reference(), config)], make_pool(600))
+    chosen = selections(tmp_path)[1]
+    assert np.mean(chosen % 3 == 0) >= 0.8  # a third of the pool is like the reference
