@@ -124,7 +124,8 @@ class InfluenceLabels:
         if bad.any():
             raise InfluenceError(
                 f"Influence and loss must be finite; {int(bad.sum())} of {len(self)} candidates are not, first "
-                f"candidate_id {self.candidate_id[bad][:8].tolist()}. Look for NaN in these rows' loss, or lower the learning rate."
+                f"candidate_id {self.candidate_id[bad][:8].tolist()}. Look for NaN in these rows' loss, or lower the "
+                "learning rate."
             )
         if np.all(self.influence == 0) or (len(self) > 1 and np.all(self.influence == self.influence[0])):
             what = "zero" if self.influence[0] == 0 else f"equal ({self.influence[0]:.3g})"

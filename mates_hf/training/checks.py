@@ -68,6 +68,11 @@ def refusals(args: Any, dataloader: Any) -> list[str]:
 def check_run(args: Any, dataloader: Any, config: MatesConfig) -> None:
     """Refuse a run whose data order this library could not keep, before its first step.
 
+    Args:
+        args: the run's `TrainingArguments`.
+        dataloader: its prepared training dataloader.
+        config: the run's `MatesConfig`.
+
     Raises:
         UnsupportedSettingError: names every setting that stands in the way, and what to set instead.
         ValueError: `switch_lead_steps` does not cover what the dataloader fetches ahead; says the number that would.

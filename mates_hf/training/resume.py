@@ -48,6 +48,11 @@ def check_weights(model: torch.nn.Module, marks: Mapping[str, str], checkpoint: 
 
     Some transformers versions leave a parameter unrestored (the output head of a GPT-NeoX checkpoint in 5.23).
 
+    Args:
+        model: the model as the Trainer resumed it.
+        marks: `weight_marks` of the model when the checkpoint was saved; empty where they were not.
+        checkpoint: the checkpoint's folder, where it can be told.
+
     Raises:
         MatesError: parameters differ from the ones saved and the checkpoint does not hold them.
     """
@@ -78,6 +83,10 @@ def check_weights(model: torch.nn.Module, marks: Mapping[str, str], checkpoint: 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuse to go on with another config or pool than the checkpoint was made with.
 
+    Args:
+        saved: this library's state in the checkpoint.
+        current: `run_identity` of the run that resumes.
+
     Raises:
         RoundMismatchError: names what differs and shows both values.
     """
@@ -99,6 +108,14 @@ def round_path(rounds_dir: Path, number: int) -> Path:
 
 def require_round(rounds_dir: Path, number: int, step: int) -> Path:
     """Directory of a round that a checkpoint needs.
+
+    Args:
+        rounds_dir: where the run's rounds are.
+        number: the round.
+        step: the step being resumed at, for the message.
+
+    Returns:
+        The directory.
 
     Raises:
         MatesError: it is not there.

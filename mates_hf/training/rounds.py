@@ -59,6 +59,9 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         num_rows: rows to select, k.
         own_rows: (N,) the Trainer's own order of the pool, for the case that the guard refuses to select.
 
+    Returns:
+        The rows to train on next, in order, and what led to them.
+
     Raises:
         InfluenceError: influence that cannot be selected on.
         WeakSignalError: the guard refused and `on_weak_signal="error"`.

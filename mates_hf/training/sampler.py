@@ -101,6 +101,10 @@ class ScheduledSampler(Sampler[int]):
     def append(self, from_position: int, rows: npt.NDArray[Any]) -> None:
         """Let `rows` be trained on, in this order, from `from_position` on.
 
+        Args:
+            from_position: global row position of the first of them.
+            rows: (k,) pool rows.
+
         Raises:
             MatesError: rows at that position were already handed to the dataloader, so they could not be replaced.
         """

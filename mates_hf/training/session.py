@@ -81,6 +81,9 @@ class Session:
         Args:
             step: optimizer steps done.
             saves: true where a checkpoint of this step is known to follow.
+
+        Returns:
+            The order of the round run at this step, or None.
         """
         self.state["position"] = self.clock.position(step)
         self.state["own_start"] = self.sampler.own_start
