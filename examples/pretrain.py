@@ -54,11 +54,11 @@ from mates_hf.influence.losses import mean_loss
 
 logger = logging.getLogger("pretrain")
 
-DEMO = """--output_dir runs/demo --max_steps 240 --update_steps 40 --random_rounds 1 --num_probes 400
- --candidate_scope pool --per_device_train_batch_size 16 --learning_rate 2e-3 --adam_beta2 0.95 --weight_decay 0.1
- --warmup_steps 20 --lr_scheduler_type constant_with_warmup --logging_steps 10 --save_strategy no --report_to none
- --block_size 128 --vocab_size 4096 --hidden_size 128 --num_layers 4 --evaluate_steps 10 --extend_random 1.5
- --disable_tqdm true --log_level error""".split()
+DEMO = """--output_dir runs/demo --max_steps 330 --update_steps 40 --random_rounds 4 --num_probes 400
+ --candidate_scope slice --per_device_train_batch_size 16 --learning_rate 2e-3 --adam_beta2 0.95 --weight_decay 0.1
+ --warmup_steps 20 --lr_scheduler_type constant_with_warmup --logging_strategy no --save_strategy no --report_to none
+ --block_size 128 --vocab_size 2048 --hidden_size 128 --num_layers 3 --evaluate_steps 15 --extend_random 1.5
+ --disable_tqdm true --log_level error --dataloader_pin_memory false""".split()
 
 
 @dataclass

@@ -32,9 +32,9 @@ PASSAGE_MIN_CHARACTERS = 600
 PASSAGE_MAX_CHARACTERS = 1_200
 PASSAGE_DROP_CHARACTERS = 100  # a row this short has too few tokens to carry a label
 
-# Characters taken of each kind. The manual is what is left of it (about 0.2 M, 7 % of the pool): scarce, as the text
+# Characters taken of each kind. The manual is what is left of it (about 0.2 M, 4 % of the pool): scarce, as the text
 # that a reference task needs is in a real pool, so that a uniform draw does badly and there is something to select.
-_BUDGETS = {"source": 1_400_000, "docstring": 400_000, "licence": 300_000, "metadata": 900_000}
+_BUDGETS = {"source": 3_000_000, "docstring": 900_000, "licence": 500_000, "metadata": 1_200_000}
 
 _REFERENCE_SHARE = 0.2
 _DEVELOPMENT_SHARE = 0.2

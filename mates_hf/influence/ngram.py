@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 LabelKind = Literal["auto", "token", "document", "both"]
 
 _ARGUMENTS = ("num_buckets", "pool_decay", "seed", "labels")
-_AUTO_KIND: LabelKind = "both"  # where there are derivatives
+_AUTO_KIND: LabelKind = "token"
 _SLOPE_RANGE = (0.05, 5.0)  # never 0 or below: calibration may soften a ranking, not erase or turn it
 
 

@@ -88,8 +88,10 @@ class Session:
         self.state["position"] = self.clock.position(step)
         self.state["own_start"] = self.sampler.own_start
         rates = tuple(group["lr"] for group in self.run.optimizer.param_groups)
-        if any(rates):
-            self._learning_rates = rates  # a boundary where a scheduler has them at 0 uses the last ones that moved
+        # A boundary where a scheduler has them at 0 uses the last ones that moved. A rate kept in a tensor is left to
+        # the probe: looking at it here would wait for the device at each step.
+        if all(isinstance(rate, float) for rate in rates) and any(rates):
+            self._learning_rates = rates
         order = None
         planned = self.next_round
         if planned is not None and step > self._window_start:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ from transformers import TrainerCallback
 
 from mates_hf import MatesCallback, load_round
 from mates_hf.config import MatesConfig
+from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.records import MatesError, RoundMismatchError, UnsupportedSettingError
 from tests.training.kit import (
     LENGTH,
@@ -24,6 +30,8 @@ from tests.training.kit import (
     run,
     small_config,
 )
+
+CHANCE = 0.2  # four standard deviations of a share of 0.3 among the 72 rows after the switch
 
 LOADERS = [
     pytest.param({}, id="no-workers"),
@@ -311,9 +319,120 @@ def test_a_run_too_short_for_a_round_says_so(tmp_path, caplog):
     assert "stays in the Trainer's own order" in caplog.text
 
 
-def test_planted_pool_is_found_and_shuffled_labels_are_not(tmp_path):
-    config = MatesConfig(update_steps=8, num_probes=120, selection_ratio=0.25, on_weak_signal="select")
-    args = make_arguments(tmp_path, max_steps=16, learning_rate=1e-3)
-    run(args, [MatesCallback(make_reference(), config)], make_pool(600))
-    chosen = selections(tmp_path)[1]
-    assert np.mean(chosen % 3 == 0) >= 0.8  # a third of the pool is like the reference
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """A probe whose labels are given to the wrong candidates: the control of the planted pool."""
+
+    inner: DirectionalProbe
+
+    def for_run(self, settings):
+        return Shuffled(self.inner.for_run(settings))
+
+    def measure(self, model, optimizer, reference, candidates):
+        labels = self.inner.measure(model, optimizer, reference, candidates)
+        order = np.random.default_rng(0).permutation(len(labels))
+        moved = labels.take(order)
+        return dataclasses.replace(moved, candidate_id=labels.candidate_id)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_planted_pool_is_found_and_with_shuffled_labels_it_is_not(tmp_path, shuffled):
+    # 30 % of the pool is like the reference: its rows count up, all others are random.
+    rng = np.random.default_rng(0)
+    planted = rng.permutation(1000) < 300
+    counting = [32 + (rng.integers(0, 8) + np.arange(LENGTH - 2)) % 8 for _ in range(1000)]
+    noise = rng.integers(32, VOCAB, (1000, LENGTH - 2))
+    rows = [[i // 32, i % 32, *(counting[i] if planted[i] else noise[i]).tolist()] for i in range(1000)]
+    pool = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    config = MatesConfig(update_steps=24, num_probes=200, selection_ratio=0.2, temperature=0.0)
+    probe = Shuffled(DirectionalProbe()) if shuffled else DirectionalProbe()
+    args = make_arguments(tmp_path, max_steps=48, learning_rate=1e-3, lr_scheduler_type="constant")
+    result = run(args, [MatesCallback(make_reference(), config, probe=probe)], pool)
+    record = load_round(tmp_path / "_mates" / "round-0001")
+    share = np.mean(planted[result.rows[record.info["from_position"] :]])
+    if shuffled:
+        assert record.info["guard"]["decision"] == "own_order"
+        assert abs(share - 0.3) < CHANCE
+    else:
+        assert record.info["guard"]["spearman"] > 0.5
+        assert share >= 0.8
+
+
+def test_candidates_without_a_trained_token_are_counted_and_not_selected(tmp_path):
+    pool = make_pool()
+    labels = [[-100] * LENGTH if i % 5 == 0 else row for i, row in enumerate(pool["input_ids"])]
+    pool = pool.remove_columns("labels").add_column("labels", labels)
+    run(make_arguments(tmp_path), [mates()], pool)
+    record = load_round(tmp_path / "_mates" / "round-0001")
+    assert record.info["num_skipped"] + len(record.labels) == record.info["num_probed"] == 40
+    assert record.info["num_skipped"] > 0
+    assert not np.any(np.asarray(record.selection) % 5 == 0)
+
+
+@pytest.mark.slow
+def test_two_processes_are_refused_by_name_before_the_first_step(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES.format(output_dir=str(tmp_path / "run")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "UnsupportedSettingError" in done.stderr
+    assert "world_size" in done.stderr
+    assert "stepped" not in done.stdout
+    assert not (tmp_path / "run" / "_mates").exists()
+
+
+TWO_PROCESSES = """
+from pathlib import Path
+from transformers import TrainerCallback
+from mates_hf import MatesCallback
+from tests.training.kit import make_arguments, make_reference, run, small_config
+
+class Steps(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        print("stepped")
+
+run(make_arguments(Path({output_dir!r})), [MatesCallback(make_reference(), small_config()), Steps()])
+"""
+
+
+def test_an_error_in_a_probe_ends_the_run_with_the_model_as_it_was(tmp_path):
+    weights: list[dict[str, torch.Tensor]] = []
+
+    class Before(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            weights.append({name: value.clone() for name, value in model.state_dict().items()})
+            self.model = model
+
+    before = Before()
+
+    @dataclasses.dataclass(frozen=True)
+    class Broken:
+        def for_run(self, settings):
+            return self
+
+        def measure(self, model, optimizer, reference, candidates):
+            raise RuntimeError("broken probe")
+
+    watch = run_until_error(tmp_path, [before, mates_with(Broken())])
+    assert "broken probe" in str(watch)
+    for name, value in before.model.state_dict().items():
+        assert torch.equal(value, weights[-1][name])
+
+
+def mates_with(probe) -> MatesCallback:
+    return MatesCallback(make_reference(), small_config(switch_lead_steps=3), probe=probe)
+
+
+def run_until_error(tmp_path, callbacks) -> BaseException:
+    with pytest.raises(RuntimeError) as caught:
+        run(make_arguments(tmp_path), callbacks)
+    return caught.value
+
+
+def test_every_hook_takes_what_a_newer_trainer_may_pass():
+    for name in dir(MatesCallback):
+        if name.startswith("on_"):
+            parameters = inspect.signature(getattr(MatesCallback, name)).parameters.values()
+            assert any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters), name
