@@ -3,15 +3,16 @@
 Place in the flow: under `ngram.py`, and knows arrays only. Trade-off: compiled with numba on first use
 (about a second for each integer type of the token ids, not cached on disk, so that read-only installs and clusters of
 mixed processors work) for scoring at memory speed. Every row is summed by one thread in text order and in float64, so
-the parallel and the serial kernel agree to the bit, whatever the number of threads.
+the result is the same to the bit, whatever the number of threads. The threads are Python's, around a kernel that lets
+go of the interpreter: numba's own share the OpenMP runtime with torch, change how many threads training has, and kill
+a child that is forked after they ran.
 
 Shape suffixes: N rows, T tokens over all rows, V vocabulary, H hash buckets, C cells of the bigram table.
 """
 
 from __future__ import annotations
 
-import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -21,22 +22,9 @@ import numpy.typing as npt
 from mates_hf.data.rows import IGNORED
 
 _CHUNKS_PER_THREAD = 8
+_SMALL = 2**18  # tokens below which threads are not worth starting
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _WORD = np.uint64(32)
-
-# A parallel kernel that has run leaves its thread pool behind, and a child forked afterwards dies on using it.
-_in_forked_child = False
-# Not every threading layer of numba survives two Python threads entering a parallel kernel at once.
-_parallel_lock = threading.Lock()
-
-
-def _note_fork() -> None:
-    global _in_forked_child
-    _in_forked_child = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
 
 
 @numba.njit(inline="always")
@@ -88,23 +76,6 @@ def _score_serial(
 ) -> None:
     for i in range(len(out)):
         out[i] = _score_row(values, labels, offsets[i], offsets[i + 1], token_V, previous_V, bigram_H, shift)
-
-
-@numba.njit(nogil=True, parallel=True)
-def _score_parallel(
-    values: Any,
-    labels: Any,
-    offsets: Any,
-    token_V: Any,
-    previous_V: Any,
-    bigram_H: Any,
-    shift: Any,
-    out: Any,
-    bounds: Any,
-) -> None:
-    for chunk in numba.prange(len(bounds) - 1):
-        for i in range(bounds[chunk], bounds[chunk + 1]):
-            out[i] = _score_row(values, labels, offsets[i], offsets[i + 1], token_V, previous_V, bigram_H, shift)
 
 
 @numba.njit(nogil=True)
@@ -217,7 +188,7 @@ def score_rows(
         offsets: (N + 1,) int64.
         labels: (T,) integer with -100 where a token is not trained, or None for all but the first of each row.
         tables: token (V,), previous (V,) and bigram (H,) float32, H a power of two. Ids of V and above add 0.
-        parallel: None uses all threads, but one in a process forked after this module was imported.
+        parallel: True uses one thread a core, False one; None decides by the number of tokens.
 
     Returns:
         (N,) float64, 0 for a row without targets, unit and sign those of the tables.
@@ -233,18 +204,22 @@ def score_rows(
         raise ValueError(f"`offsets` must rise from 0 to the number of tokens ({len(values)}), and do not.")
     targets = values if labels is None else labels
     out = np.empty(len(offsets) - 1, np.float64)
-    arguments = (values, targets, offsets, *tables, _shift(len(tables[2])), out)
+    shift = _shift(len(tables[2]))
+
+    def score(begin: int, end: int) -> None:
+        _score_serial(values, targets, offsets[begin : end + 1], *tables, shift, out[begin:end])
+
+    num_threads = numba.config.NUMBA_NUM_THREADS
     if parallel is None:
-        parallel = not _in_forked_child and numba.get_num_threads() > 1
+        parallel = num_threads > 1 and len(values) >= _SMALL
     if parallel:
         # Equal tokens, not equal rows, for every thread.
-        num_chunks = _CHUNKS_PER_THREAD * numba.get_num_threads()
-        goals = np.linspace(offsets[0], offsets[-1], num_chunks + 1)[1:-1]
-        bounds = np.concatenate([[0], np.searchsorted(offsets[:-1], goals), [len(out)]]).astype(np.int64)
-        with _parallel_lock:
-            _score_parallel(*arguments, bounds)
+        goals = np.linspace(offsets[0], offsets[-1], _CHUNKS_PER_THREAD * num_threads + 1)[1:-1]
+        bounds = [0, *np.searchsorted(offsets[:-1], goals).tolist(), len(out)]
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(score, bounds[:-1], bounds[1:]))
     else:
-        _score_serial(*arguments)
+        score(0, len(out))
     bad = np.isnan(out)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])

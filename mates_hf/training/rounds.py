@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,13 +40,21 @@ from mates_hf.records import (
 )
 from mates_hf.selection.choose import gumbel_top_k, row_worth
 from mates_hf.selection.ledger import PlannedRound
-from mates_hf.training.run import InfluenceModel, Order, Run, Stages, library_versions, load_order, stage_seed
+from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, stage_seed
 
 logger = logging.getLogger(__name__)
 
 NUM_AUDITED = 16  # candidates that get both probes each round
 NUM_AUDIT_PASSAGES = 32  # reference passages the audit reads: an oracle's cost is one reading of them a candidate
 SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
+
+
+class Scored(NamedTuple):
+    """M candidates, their predicted influence (M,) float32, > 0 helps, and trained tokens (M,) int32."""
+
+    candidates: IntArray
+    influence: FloatArray
+    num_targets: npt.NDArray[np.int32]
 
 
 def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray) -> Order:
@@ -67,30 +75,25 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         WeakSignalError: the guard refused and `on_weak_signal="error"`.
         RoundMismatchError: the round directory belongs to another config or pool.
     """
-    config, stages = run.config, Stages()
-    writer = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step))
+    writer, stages = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step)), Stages()
     if writer.complete:
-        logger.info("round %d: found complete, loaded", planned.number)
-        order = load_order(writer.final_path)
-        run.remember(run.load_model(writer.final_path), order.info)
-        run.ledger.cursor = int(order.info["cursor"])
-        return order
+        return _take_over(run, load_order(writer.final_path))
     stages.load(writer.path)
     write_array(writer.path / "consumed.npy", run.ledger.to_bits())
     draw = run.ledger.draw(
         round_number=planned.number,
         num_selected=num_rows,
-        selection_ratio=config.selection_ratio,
-        candidate_scope=config.candidate_scope,
-        num_probes=config.num_probes,
+        selection_ratio=run.config.selection_ratio,
+        candidate_scope=run.config.candidate_scope,
+        num_probes=run.config.num_probes,
     )
 
-    with stages.timed("probe") as stage:
+    with stages.timed("probe") as cost:
         labels = _probe(run, writer.path, draw.probes)
-        stage["flops"] = labels.info.get("flops", 0.0)
-    with stages.timed("audit") as stage:
+        cost["flops"] = labels.info.get("flops", 0.0)
+    with stages.timed("audit") as cost:
         fidelity = _audit(run, writer.path, labels, planned.number)
-        stage["flops"] = fidelity.get("flops", 0.0)
+        cost["flops"] = fidelity.get("flops", 0.0)
     with stages.timed("fit"):
         influence_model = _fit(run, writer.path, labels, planned.number)
     guard, chosen_model = _guard(run, influence_model, labels)
@@ -98,12 +101,10 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
         write_array(writer.path / "own_order.npy", rows)
     else:
-        cursor = draw.cursor_after
         with stages.timed("score"):
-            influence, num_targets = _score(run, writer.path, chosen_model, draw.candidates)
+            scored = _score(run, writer.path, chosen_model, draw.candidates)
         with stages.timed("select"):
-            rows = _select(run, labels, draw.candidates, influence, num_targets, num_rows, planned.number)
-            write_array(writer.path / "candidates.npy", draw.candidates)
+            rows, cursor = _select(run, labels, scored, num_rows, planned.number), draw.cursor_after
             write_array(writer.path / "selection.npy", rows)
 
     info = {
@@ -118,31 +119,30 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
         "num_skipped": len(labels.info.get("skipped", ())),
-        "seed": config.selection_seed,
-        "config": config.to_dict(),
-        "reference": {**run.reference.description, "digest": run.reference.digest()},
-        "pool": dict(run.pool_identity),
-        "weights": writer.key["weights"],
         "probe": dict(labels.info),
         "fit": influence_model.report.to_dict(),
         "fidelity": fidelity,
         "guard": guard,
         "stages": stages.seconds_and_flops,
-        "versions": library_versions(),
+        **run.describe(),
+        "weights": writer.key["weights"],
     }
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
-    writer.finish(info)
-    run.remember(influence_model, info)
-    run.ledger.cursor = int(cursor)
     logger.info(
-        "round %d: %s, %d of %d candidates, held-out Spearman %.3f [%.3f, %.3f], %.1f s",
+        "round %d: %s, %d of %d candidates, held-out Spearman %.3f [%.3f, %.3f]",
         planned.number, guard["decision"], len(rows), len(draw.candidates), guard["spearman"], *guard["interval"],
-        sum(stage["seconds"] for stage in stages.seconds_and_flops.values()),
     )  # fmt: skip
-    return Order(number=planned.number, from_position=from_position, rows=rows, info=info)
+    return _take_over(run, load_order(writer.finish(info)))
 
 
-SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "seed", "cursor")
+SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "cursor")
+
+
+def _take_over(run: Run, order: Order) -> Order:
+    """What a finished round leaves to the next ones: its influence model and how far the pool was gone through."""
+    run.remember(run.load_model(run.rounds_dir / f"round-{order.number:04d}"), order.info)
+    run.ledger.cursor = int(order.info["cursor"])
+    return order
 
 
 def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
@@ -227,10 +227,8 @@ def _guard(
     return {**guard, "decision": "own_order"}, None
 
 
-def _score(
-    run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray
-) -> tuple[FloatArray, npt.NDArray[np.int32]]:
-    """Predicted influence (M,) float32 and trained tokens (M,) int32 of the candidates."""
+def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray) -> Scored:
+    """Predicted influence and trained tokens of the candidates, a chunk at a time."""
     influence = np.empty(len(candidates), np.float32)
     num_targets = np.empty(len(candidates), np.int32)
     done = 0
@@ -239,25 +237,19 @@ def _score(
         influence[span] = influence_model.predict(rows)
         num_targets[span] = rows.num_targets
         done = span.stop
+    write_array(path / "candidates.npy", candidates)
     write_array(path / "scores.npy", influence)
-    return influence, num_targets
+    return Scored(candidates, influence, num_targets)
 
 
-def _select(
-    run: Run,
-    labels: InfluenceLabels,
-    candidates: IntArray,
-    influence: FloatArray,
-    num_targets: npt.NDArray[np.int32],
-    num_rows: int,
-    number: int,
-) -> IntArray:
+def _select(run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int) -> IntArray:
     """The rows to train on, (k,) int64 in training order.
 
     The budget is rows, so a candidate is worth n * (influence per token - pool mean); the temperature's unit is the
     standard deviation of that over the probed candidates.
     """
-    worth = row_worth(influence / labels.step_size, num_targets)
+    num_targets = scored.num_targets
+    worth = row_worth(scored.influence / labels.step_size, num_targets)
     unit = float(np.std(row_worth(labels.influence_per_token, labels.num_tokens)))
     trainable = np.flatnonzero(num_targets > 0)  # rows without a trained token come last
     seed = run.config.selection_seed
@@ -272,4 +264,4 @@ def _select(
     if len(chosen) < num_rows:
         chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
     order = np.random.default_rng(stage_seed(seed, number, "order")).permutation(len(chosen))
-    return candidates[chosen[order]].astype(np.int64)
+    return scored.candidates[chosen[order]].astype(np.int64)

@@ -94,6 +94,16 @@ class Run:
     latest_model: InfluenceModel | None = None
     trusted_model: InfluenceModel | None = None
 
+    def describe(self) -> dict[str, Any]:
+        """What `round.json` records of the run, so that a round can be understood, and repeated, alone."""
+        return {
+            "config": self.config.to_dict(),
+            "seed": self.config.selection_seed,
+            "reference": {**self.reference.description, "digest": self.reference.digest()},
+            "pool": dict(self.pool_identity),
+            "versions": library_versions(),
+        }
+
     def load_model(self, path: Path) -> InfluenceModel:
         """The influence model that a round directory holds."""
         model: InfluenceModel = type(self.influence_model).from_pretrained(path / "influence_model")
@@ -106,7 +116,10 @@ class Run:
             self.trusted_model = influence_model
 
     def key(self, step: int) -> dict[str, Any]:
-        """What a round's stages depend on; a round directory with this key is loaded instead of recomputed."""
+        """What a round's stages depend on; a round directory with this key is loaded instead of recomputed.
+
+        The weights are those the model has now, inside a round the averaged ones that the probe looks at.
+        """
         return {
             "config": order_config(self.config),
             "pool": dict(self.pool_identity),

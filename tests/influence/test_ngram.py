@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.influence import kernels
@@ -352,7 +353,16 @@ def test_forked_child_scores_after_the_parent_ran_the_parallel_kernel(fitted: Ng
             traceback.print_exc()
             os._exit(2)
     assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 0
-    assert not kernels._in_forked_child  # the parent keeps its threads
+
+
+def test_scoring_leaves_torch_its_number_of_threads(fitted: NgramInfluenceModel) -> None:
+    # numba's own threads share torch's OpenMP runtime: scoring with them changed how fast, and how, training summed
+    before = torch.get_num_threads()
+    rows = make_rows(50, seed=16)
+    tables = fitted._tables
+    assert tables is not None
+    kernels.score_rows(rows.values, rows.offsets, None, (tables.token, tables.previous, tables.bigram), parallel=True)
+    assert torch.get_num_threads() == before
 
 
 # --- pooling of rounds ---
