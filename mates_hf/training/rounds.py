@@ -45,7 +45,7 @@ from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order
 logger = logging.getLogger(__name__)
 
 NUM_AUDITED = 16  # candidates that get both probes each round
-NUM_AUDIT_PASSAGES = 32  # reference passages the audit reads: an oracle's cost is one reading of them a candidate
+NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
 SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
 
 

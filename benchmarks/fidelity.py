@@ -1,0 +1,172 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mates-hf"]
+# ///
+"""What an influence label agrees with: one real batch, and 10 to 1,000 steps on the rows it prefers.
+
+    python benchmarks/fidelity.py --data DATA_DIR             # about 40 minutes on two cores
+    python benchmarks/fidelity.py --data DATA_DIR --quick     # two minutes
+
+Place in the flow: it freezes the definition of the label and the selection defaults on evidence. Four parts, in units
+that run in processes of their own and are kept one by one, so that a killed run goes on where it stopped:
+
+- `in_batch`: labels against the change of the reference loss when a candidate replaces one row of a real batch.
+- `horizon`: development loss after training on sets of rows chosen by predicted influence.
+- `rounds`: labels from round to round, and what live or averaged weights, pooling, temperature and scope change.
+- `fit`: held-out rank correlation of the n-gram influence model by kind and number of labels.
+
+Trade-off: one small model on one corpus; every figure has its learning rate, seed and interval beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from fidelity_one_step import in_batch
+from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
+from fidelity_tables import write_tables
+from fidelity_training import ARMS, ONE_SEED_ARMS, SETS, fit, horizon, rounds
+from lab import MALLOC_SETTINGS, Lab, build_model, load_lab, rounded
+
+FUNCTIONS = {"in_batch": in_batch, "horizon": horizon, "rounds": rounds, "fit": fit}
+Unit = tuple[str, str, dict[str, Any], float]
+QUICK_UNITS = (
+    "in_batch/late", "in_batch/many lengths", "fit/all tokens, averaged", "horizon/random/random",
+    "horizon/all tokens, averaged/deciles", "horizon/all tokens, averaged/top", "rounds/0/random",
+    "rounds/0/averaged, pooled, top-k",
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def open_lab(paths: Paths, sizes: Sizes) -> Lab:
+    """The laboratory, once a process."""
+    return load_lab(paths.data, paths.work, num_documents=sizes.documents)
+
+
+def all_units(sizes: Sizes) -> list[Unit]:
+    """(name, part, arguments, rough cost in seconds) of everything there is to do, in the order of worth."""
+    late, early = sizes.warm, sizes.early
+    configurations = {
+        "late": {"steps": late},
+        "early": {"steps": early},
+        "β2 0.999": {"steps": late, "beta2": 0.999},
+        "clipping off": {"steps": late, "clip": None},
+        "many lengths": {"steps": late, "many_lengths": True},
+        "large batch": {"steps": sizes.large_batch_steps, "batch_rows": sizes.large_batch},
+    }
+    units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings, 60) for name, settings in configurations.items()]
+    units += [("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"}, 30)]
+    selection: list[Unit] = [
+        (f"rounds/{seed}/{arm}", "rounds", {"arm": arm, "seed": seed}, 25)
+        for seed in range(sizes.seeds)
+        for arm in ARMS
+        if seed == 0 or arm not in ONE_SEED_ARMS
+    ]
+    units += selection[: len(ARMS)]
+    units += [
+        (f"horizon/{kind}/{which}", "horizon", {"kind": kind, "which": which}, 45)
+        for kind, names in SETS.items()
+        for which in names
+    ]
+    units += selection[len(ARMS) :]
+    return units if sizes.everything else [unit for unit in units if unit[0] in QUICK_UNITS]
+
+
+def unit_path(paths: Paths, name: str) -> Path:
+    """Where the result of a unit is kept."""
+    return paths.work / "units" / (name.replace("/", "--").replace(" ", "_") + ".json")
+
+
+def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[str, float]:
+    """Run one unit and keep its result; name and seconds."""
+    name, part, settings, _ = unit
+    # Two threads that wait for each other on a busy machine are ten times slower than one; units run side by side.
+    torch.set_num_threads(1)
+    logging.getLogger("mates_hf").setLevel(logging.ERROR)
+    started = time.perf_counter()
+    lab = open_lab(paths, sizes)
+    result = FUNCTIONS[part](lab, sizes, paths, **settings)
+    seconds = time.perf_counter() - started
+    path = unit_path(paths, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rounded({**result, "seconds": seconds})), encoding="utf-8")
+    temporary.replace(path)
+    return name, seconds
+
+
+def finished(units: list[Unit], paths: Paths, sizes: Sizes, workers: int) -> Iterator[tuple[str, float]]:
+    """Run units in `workers` processes; yields each that is done."""
+    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run_unit, paths, sizes, unit) for unit in units]):
+            yield future.result()
+
+
+def say(text: str) -> None:
+    """One line to standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run what is missing, then write the JSON and the tables."""
+    parser = argparse.ArgumentParser(description="Measure what influence labels agree with.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with corpus.jsonl.gz and eval/")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="for the JSON and tables")
+    parser.add_argument("--work", type=Path, default=Path("runs/fidelity"), help="for units already done")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    sizes = QUICK if arguments.quick else Sizes()
+    work = arguments.work / ("quick" if arguments.quick else "full")
+    paths = Paths(data=arguments.data.resolve(), work=work.resolve())
+    lab = open_lab(paths, sizes)
+    say(f"{len(lab.rows)} rows in {len(lab.domain_names)} domains; {lab.overlap}")
+
+    units = all_units(sizes)
+    todo = [unit for unit in units if not unit_path(paths, unit[0]).exists()]
+    cost = {name: seconds for name, _, _, seconds in todo}
+    started, done = time.perf_counter(), 0.0
+    for number, (name, seconds) in enumerate(finished(todo, paths, sizes, arguments.workers), 1):
+        done += cost.pop(name)
+        left = (time.perf_counter() - started) * sum(cost.values()) / done
+        say(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s, about {left / 60:.0f} min left")
+
+    results = {name: json.loads(unit_path(paths, name).read_text(encoding="utf-8")) for name, *_ in units}
+    model = build_model(lab.vocab_size)
+    document = {
+        "settings": {
+            **dataclasses.asdict(sizes), "learning_rate": LR, "batch_rows": BATCH_ROWS, "window": WINDOW,
+            "parameters": sum(p.numel() for p in model.parameters()), "vocab_size": lab.vocab_size,
+            "row_tokens": int(lab.rows.lengths[0]), "pool_rows": len(lab.rows), "domains": lab.domain_names,
+            "reference_passages": len(lab.reference["all"]), "development_passages": len(lab.development["all"]),
+            "torch": torch.__version__, **lab.overlap,
+        },
+        "units": results,
+    }  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = "fidelity-quick" if arguments.quick else "fidelity"
+    path = arguments.out / f"{stem}.json"
+    path.write_text(json.dumps(rounded(document), ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    tables = write_tables(json.loads(path.read_text(encoding="utf-8")))
+    (arguments.out / f"{stem}.md").write_text(tables, encoding="utf-8")
+    say(tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Labels against one real step: what a candidate is worth in the place of one row of a real batch.
+
+Place in the flow: the part `in_batch` of `fidelity.py`. Trade-off: brute force, an optimizer step and a pass over the
+reference passages for each candidate and batch, so there are a hundred candidates and not thousands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from fidelity_setup import BATCH_ROWS, LOSSES, LR, Ids, Paths, Sizes, one_a_document
+from lab import (
+    TOKENS_PER_BATCH,
+    FloatArray,
+    Lab,
+    build_model,
+    build_optimizer,
+    spearman,
+    task_losses,
+    train_steps,
+    without_group_means,
+)
+from torch import nn
+
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.rows import TokenRows
+from mates_hf.influence.difference import Direction, norm_of, row_means
+from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.losses import mean_loss_gradient
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.preconditioner import parameter_steps
+from mates_hf.influence.preserve import preserved
+from mates_hf.selection.choose import row_worth
+
+EPSILON = 1e-3  # where a direction is not measured by `DirectionalProbe.measure`, which chooses its own
+
+
+def in_batch(
+    lab: Lab,
+    sizes: Sizes,
+    paths: Paths,
+    *,
+    steps: int,
+    beta2: float = 0.95,
+    clip: float | None = 1.0,
+    many_lengths: bool = False,
+    batch_rows: int = BATCH_ROWS,
+    lr: float = LR,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Labels of candidates and the truth they stand for, after `steps` random steps."""
+    rng = np.random.default_rng([seed, 1])
+    rows = shortened(lab.rows, rng.integers(12, 65, len(lab.rows))) if many_lengths else lab.rows
+    order = rng.permutation(len(rows))
+    trained, rest = np.split(order, [steps * batch_rows])
+    batches, rest = np.split(rest, [sizes.truth_batches * batch_rows])
+    chosen = stratified(lab, rest, np.concatenate([trained, batches]), sizes.per_domain)
+    candidates, domain = rows.take(chosen), lab.domain[chosen]
+    references = {loss_on: lab.reference[loss_on].subset(sizes.truth_passages) for loss_on in LOSSES}
+
+    model = build_model(lab.vocab_size, seed=seed)
+    optimizer = build_optimizer(model, lr=lr, beta2=beta2)
+    probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, batch_rows=batch_rows)
+    recent: dict[str, list[Direction]] = {loss_on: [] for loss_on in LOSSES}
+
+    def keep_direction(step: int) -> None:
+        if step > steps - 10:
+            for loss_on in LOSSES:
+                recent[loss_on].append(probe.compute_direction(model, optimizer, references[loss_on]))
+
+    train_steps(
+        model, optimizer, rows, trained, batch_rows=batch_rows, lr=lr, max_grad_norm=clip, warm_up=20,
+        on_step=keep_direction,
+    )  # fmt: skip
+    truth, between = in_batch_truth(
+        model, optimizer, references, candidates, np.split(batches, sizes.truth_batches), rows, clip
+    )
+    result: dict[str, Any] = {
+        "steps": steps, "beta2": beta2, "clip": clip, "many_lengths": many_lengths, "batch_rows": batch_rows,
+        "learning_rate": lr, "seed": seed, "candidate": chosen, "domain": domain, "num_tokens": candidates.num_targets,
+        "truth": truth, "truth_between_batches": between, "labels": {}, "agreement": {},
+    }  # fmt: skip
+    for loss_on in LOSSES:
+        labels = all_labels(probe, model, optimizer, references[loss_on], candidates, recent[loss_on], clip)
+        if many_lengths:
+            for name in ("one_step", "directional"):
+                per_token = labels.pop(name)
+                labels[f"{name}, mean"] = per_token
+                labels[f"{name}, sum"] = per_token * candidates.num_targets
+                labels[f"{name}, worth"] = row_worth(per_token, candidates.num_targets)
+        result["labels"][loss_on] = labels
+        result["agreement"][loss_on] = {
+            name: {
+                **spearman(label, truth[loss_on]),
+                "within": spearman(without_group_means(label, domain), without_group_means(truth[loss_on], domain)),
+            }
+            for name, label in labels.items()
+        }
+    return result
+
+
+def all_labels(
+    probe: DirectionalProbe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    reference: ReferenceTask,
+    candidates: TokenRows,
+    recent: list[Direction],
+    clip: float | None,
+) -> dict[str, FloatArray]:
+    """Every kind of label that is compared, (N,) each, > 0 helps (the candidate's own loss aside)."""
+    variants = {
+        "directional": probe,
+        "directional, E[g_B²] from batches": dataclasses.replace(probe, second_moment="batches"),
+        "directional, blocks": dataclasses.replace(probe, parameters="blocks"),
+    }
+    measured = {name: variant.measure(model, optimizer, reference, candidates) for name, variant in variants.items()}
+    one_step = OneStepProbe(max_grad_norm=clip, tokens_per_batch=TOKENS_PER_BATCH)
+    directions = {
+        "directional, u over 10 steps": mean_direction(recent),
+        "directional, gradient before the null step": plain_direction(model, optimizer, reference, null_step=False),
+        "gradient product (P = 1)": plain_direction(model, optimizer, reference, precondition=False),
+    }
+    labels = {"one_step": one_step.measure(model, optimizer, reference, candidates).influence.astype(np.float64)}
+    labels |= {name: value.influence_per_token.astype(np.float64) for name, value in measured.items()}
+    for name, direction in directions.items():
+        either_side = probe.directional_derivatives(model, direction, candidates, EPSILON)
+        labels[name] = row_means(candidates, direction.derivatives(*either_side, EPSILON))
+    labels["the candidate's own loss"] = measured["directional"].loss.astype(np.float64)
+    return labels
+
+
+def plain_direction(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    reference: ReferenceTask,
+    *,
+    null_step: bool = True,
+    precondition: bool = True,
+) -> Direction:
+    """`DirectionalProbe.compute_direction` with parts of it left out."""
+    by_parameter: dict[nn.Parameter, torch.Tensor] = {}
+    with preserved(model) as snapshot:
+        steps = parameter_steps(optimizer, snapshot.parameters)
+        if null_step:
+            with torch.no_grad():
+                for step in steps:
+                    step.write_null()
+            snapshot.written()
+        loss = mean_loss_gradient(model, reference.rows, tokens_per_batch=TOKENS_PER_BATCH)
+        step_size = max(step.coefficient for step in steps)
+        for step in steps:
+            gradient = step.parameter.grad
+            if gradient is not None:
+                if precondition:
+                    step.precondition(gradient, step.coefficient / step_size, None)
+                by_parameter[step.parameter] = gradient
+    return Direction(
+        by_parameter=by_parameter, step_size=step_size, norm=norm_of(by_parameter.values()),
+        parameter_norm=norm_of(by_parameter), reference_loss=loss, flops=0.0,
+    )  # fmt: skip
+
+
+def mean_direction(directions: list[Direction]) -> Direction:
+    """The mean of u over several steps."""
+    last = directions[-1]
+    mean = {
+        parameter: torch.stack([direction.by_parameter[parameter] for direction in directions]).mean(0)
+        for parameter in last.by_parameter
+    }
+    return dataclasses.replace(last, by_parameter=mean, norm=norm_of(mean.values()))
+
+
+def in_batch_truth(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    references: dict[str, ReferenceTask],
+    candidates: TokenRows,
+    batches: list[Ids],
+    rows: TokenRows,
+    clip: float | None,
+) -> tuple[dict[str, FloatArray], dict[str, float]]:
+    """What a candidate is worth in a real batch, by brute force.
+
+    The first row of a batch gives way to the candidate, the optimizer steps on the clipped, token-weighted gradient,
+    and the reference loss is read; all is then put back.
+
+    Returns:
+        By reference loss: (N,) loss after the step on the batch as it was minus loss after the step with the
+        candidate, mean over batches, > 0 helps; and the mean rank correlation between batches.
+    """
+    parameters = list(model.parameters())
+
+    def gradient_sum(part: TokenRows) -> list[torch.Tensor]:
+        mean_loss_gradient(model, part, tokens_per_batch=TOKENS_PER_BATCH)
+        num = float(part.num_targets.sum())
+        return [num * parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    def change(part: TokenRows, others: list[torch.Tensor], num_others: int, own: list[torch.Tensor]) -> list[float]:
+        snapshot.restore()
+        num = num_others + int(part.num_targets.sum())
+        for parameter, a, b in zip(parameters, others, own, strict=True):
+            parameter.grad = (a + b) / num
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        losses = task_losses(model, references)
+        return [losses[loss_on] for loss_on in LOSSES]
+
+    worth = np.zeros((len(batches), len(LOSSES), len(candidates)))
+    with preserved(model, optimizer) as snapshot:
+        singles = [candidates.take(np.array([i])) for i in range(len(candidates))]
+        own = [gradient_sum(single) for single in singles]
+        for b, batch in enumerate(batches):
+            first, rest = rows.take(batch[:1]), rows.take(batch[1:])
+            snapshot.restore()
+            first_gradient, others, num_others = gradient_sum(first), gradient_sum(rest), int(rest.num_targets.sum())
+            as_it_was = np.array(change(first, others, num_others, first_gradient))
+            for i, single in enumerate(singles):
+                worth[b, :, i] = as_it_was - change(single, others, num_others, own[i])
+    between = {
+        loss_on: float(
+            np.mean([spearman(worth[i, j], worth[k, j])["spearman"] for i in range(len(worth)) for k in range(i)])
+        )
+        for j, loss_on in enumerate(LOSSES)
+    }
+    return {loss_on: worth[:, j].mean(0) for j, loss_on in enumerate(LOSSES)}, between
+
+
+def shortened(rows: TokenRows, lengths: npt.NDArray[np.int64]) -> TokenRows:
+    """The first `lengths` tokens of each row."""
+    lengths = np.minimum(lengths, rows.lengths)
+    position = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
+    kept = position < np.repeat(lengths, rows.lengths)
+    return TokenRows(values=rows.values[kept], offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def stratified(lab: Lab, ids: Ids, trained: Ids, per_domain: int) -> Ids:
+    """The first rows of each domain among `ids`, one a document, none of a document trained on."""
+    ids = one_a_document(lab, ids[~np.isin(lab.document[ids], lab.document[trained])])
+    return np.concatenate([ids[lab.domain[ids] == k][:per_domain] for k in range(len(lab.domain_names))])
