@@ -48,19 +48,21 @@ class NgramInfluenceModel:
     Args:
         num_buckets: hash buckets of the bigram table, a power of two; 4 bytes each in memory and on disk.
         pool_decay: weight of the previous round's token labels against this round's, compounding with age, in [0, 1];
-            0 forgets earlier rounds. With document labels it only switches pooling on: earlier rounds' weight is then
-            the slope of the new labels on their prediction, held to [0, 1].
+            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (`benchmarks/results/fidelity.md`);
+            rounds so long that influence itself changes may want less. With document labels it only switches pooling
+            on: earlier rounds' weight is then the slope of the new labels on their prediction, held to [0, 1].
         seed: of the held-out split and the folds.
         labels: what is fitted. `"token"`: the derivative at each token; `"document"`: each candidate's
-            `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`: both
-            where the probe measured derivatives, else document labels.
+            `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
+            token labels where the probe measured derivatives, else document labels. `"both"` predicts a round's own
+            labels a little better, but what it adds follows this round alone and undoes the pooling of rounds.
 
     Raises:
         ValueError: an argument outside its range.
     """
 
     def __init__(
-        self, *, num_buckets: int = 2**20, pool_decay: float = 0.6, seed: int = 0, labels: LabelKind = "auto"
+        self, *, num_buckets: int = 2**20, pool_decay: float = 0.9, seed: int = 0, labels: LabelKind = "auto"
     ) -> None:
         if num_buckets < 2 or num_buckets & (num_buckets - 1):
             raise ValueError(f"`num_buckets` must be a power of two of at least 2, got {num_buckets!r}.")
