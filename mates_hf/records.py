@@ -330,10 +330,11 @@ class RoundWriter:
     Args:
         rounds_dir: `<output_dir>/_mates`.
         number: the round's number.
-        key: what the round depends on: `config`, `pool`, `step` and `weights`, plain JSON values.
+        key: what the round depends on: `config`, `pool`, `reference`, `step` and `weights`, plain JSON values.
 
     Raises:
-        RoundMismatchError: a directory of that number was made with another config or pool; both values are shown.
+        RoundMismatchError: a directory of that number was made with another config, pool or reference; both values
+            are shown.
     """
 
     def __init__(self, rounds_dir: Path, number: int, key: Mapping[str, Any]) -> None:
@@ -355,7 +356,7 @@ class RoundWriter:
         if found == self.key:
             return
         if found is not None:
-            for name in ("config", "pool"):
+            for name in ("config", "pool", "reference"):
                 if found.get(name) != self.key.get(name):
                     raise RoundMismatchError(
                         f"`{path}` was made with another {name}: it has {found.get(name)}, this run has "

@@ -209,7 +209,7 @@ def score_rows(
     def score(begin: int, end: int) -> None:
         _score_serial(values, targets, offsets[begin : end + 1], *tables, shift, out[begin:end])
 
-    num_threads = numba.config.NUMBA_NUM_THREADS
+    num_threads = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if parallel is None:
         parallel = num_threads > 1 and len(values) >= _SMALL
     if parallel:

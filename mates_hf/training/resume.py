@@ -29,7 +29,11 @@ STATE_VERSION = 1
 
 def run_identity(run: Run) -> dict[str, Any]:
     """What a resumed run must have in common with the run its checkpoint comes from."""
-    return {"config": order_config(run.config), "pool": dict(run.pool_identity)}
+    return {
+        "config": order_config(run.config),
+        "pool": dict(run.pool_identity),
+        "reference": {"digest": run.reference.digest()},
+    }
 
 
 def weight_marks(model: torch.nn.Module) -> dict[str, str]:
@@ -81,7 +85,7 @@ def check_weights(model: torch.nn.Module, marks: Mapping[str, str], checkpoint: 
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to go on with another config or pool than the checkpoint was made with.
+    """Refuse to go on with another config, pool or reference than the checkpoint was made with.
 
     Args:
         saved: this library's state in the checkpoint.
@@ -90,9 +94,9 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     Raises:
         RoundMismatchError: names what differs and shows both values.
     """
-    for name in ("config", "pool"):
-        if saved[name] != current[name]:
-            old, new = saved[name], current[name]
+    for name, new in current.items():
+        old = saved[name]
+        if old != new:
             differing = {key: (old.get(key), new.get(key)) for key in {*old, *new} if old.get(key) != new.get(key)}
             shown = ", ".join(f"{key}: checkpoint {a!r}, this run {b!r}" for key, (a, b) in sorted(differing.items()))
             raise RoundMismatchError(

@@ -123,6 +123,7 @@ class Run:
         return {
             "config": order_config(self.config),
             "pool": dict(self.pool_identity),
+            "reference": {"digest": self.reference.digest()},
             "step": step,
             "weights": weights_digest(self.model),
         }

@@ -248,6 +248,14 @@ def test_resume_with_another_config_or_pool_is_refused(tmp_path):
         run(make_arguments(tmp_path, **settings), [mates()], make_pool(seed=1), resume=where)
 
 
+def test_resume_with_another_reference_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 5}
+    run(make_arguments(tmp_path, **settings), [mates(), Stop(10)])
+    other = MatesCallback(make_reference(num=7), small_config(switch_lead_steps=3))
+    with pytest.raises(RoundMismatchError, match="reference"):
+        run(make_arguments(tmp_path, **settings), [other], resume=str(tmp_path / "checkpoint-10"))
+
+
 def test_resume_without_its_rounds_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5}
     run(make_arguments(tmp_path, **settings), [mates(), Stop(10)])
