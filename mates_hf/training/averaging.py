@@ -1,7 +1,9 @@
 """A running mean of the weights over the last steps before a round, and the swap that lets a probe look at it.
 
-Place in the flow: labels at the live weights swing from round to round, because a round of one kind of text
-overshoots and the next labels undo it; at averaged weights they are steady. The mean exists only inside its window.
+Place in the flow: labels at the live weights carry the noise of the last few steps; at averaged weights they agree
+better from boundary to boundary while the order is random. Once rounds select, a round of one kind of text overshoots
+and the next labels undo it, at either weights: against that, earlier rounds' labels are pooled
+(`benchmarks/results/fidelity.md`). The mean exists only inside its window.
 
 Trade-off: one more copy of the trainable parameters inside the window (in float32 for half-precision weights), against
 keeping it all the time.
