@@ -57,7 +57,7 @@ logger = logging.getLogger("pretrain")
 DEMO = """--output_dir runs/demo --max_steps 330 --update_steps 40 --random_rounds 4 --num_probes 400
  --candidate_scope slice --per_device_train_batch_size 16 --learning_rate 2e-3 --adam_beta2 0.95 --weight_decay 0.1
  --warmup_steps 20 --lr_scheduler_type constant_with_warmup --logging_strategy no --save_strategy no --report_to none
- --block_size 128 --vocab_size 2048 --hidden_size 128 --num_layers 3 --evaluate_steps 15 --extend_random 1.5
+ --block_size 128 --vocab_size 2048 --hidden_size 128 --num_layers 3 --evaluate_steps 15 --extend_random 2.0
  --disable_tqdm true --log_level error --dataloader_pin_memory false""".split()
 
 
