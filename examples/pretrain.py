@@ -303,6 +303,19 @@ def tokens_to_reach(curve: list[dict[str, float]], loss: float) -> float | None:
     return None
 
 
+def catch_up(ours: dict[str, Any], theirs: dict[str, Any], steps: int, since_selection: bool) -> str:
+    """How many times our tokens random needs for our held-out loss, counted from the start or the first selection."""
+    end, last = at_step(ours, steps), theirs["curve"][-1]
+    start = 0.0
+    if since_selection:
+        folders = sorted((Path(ours["output_dir"]) / "_mates").glob("round-????"))
+        start = load_round(folders[0]).info["from_step"] * last["tokens"] / last["step"] if folders else 0.0
+    reached = tokens_to_reach(theirs["curve"], end["held_out"])
+    if reached is None:
+        return f"not reached in {(last['tokens'] - start) / (end['tokens'] - start):.1f} x"
+    return f"{(reached - start) / (end['tokens'] - start):.2f} x"
+
+
 def at_step(result: dict[str, Any], step: int) -> dict[str, float]:
     """The last evaluation of a run up to a step."""
     return [row for row in result["curve"] if row["step"] <= step][-1]
@@ -319,15 +332,12 @@ def report(results: list[dict[str, Any]], rows: Dataset, training: TrainingArgum
             f"{result['arm']:8s}{result['seed']:5d}{row['reference']:16.4f}{row['held_out']:15.4f}{result['seconds']:9.1f}"
         )
     by_arm = {arm: [result for result in results if result["arm"] == arm] for arm in ("mates", "random")}
-    ratios: list[str] = []
-    for ours, theirs in zip(by_arm["mates"], by_arm["random"], strict=False):
-        end = at_step(ours, steps)
-        reached = tokens_to_reach(theirs["curve"], end["held_out"])
-        most = theirs["curve"][-1]["tokens"] / end["tokens"]
-        ratios.append(f"{reached / end['tokens']:.2f} x" if reached else f"not reached in {most:.1f} x")
-    if ratios:
-        summary["tokens_random_needs"] = ratios
-        show(f"\nTokens that random needs for MATES's held-out loss: {', '.join(ratios)}")
+    pairs = list(zip(by_arm["mates"], by_arm["random"], strict=False))
+    for name, since in (("the whole run", False), ("from the first selection on", True)):
+        ratios = [catch_up(ours, theirs, steps, since) for ours, theirs in pairs]
+        if ratios:
+            summary.setdefault("tokens_random_needs", {})[name] = ratios
+            show(f"\nTokens that random needs for MATES's held-out loss, {name}: {', '.join(ratios)}")
     if len(by_arm["mates"]) > 1 and len(by_arm["mates"]) == len(by_arm["random"]):
         summary["paired"] = paired_interval(by_arm["mates"], by_arm["random"], steps)
         mean, low, high = summary["paired"]
@@ -355,7 +365,7 @@ def report_rounds(result: dict[str, Any], rows: Dataset) -> list[dict[str, Any]]
     """What each round of a run chose, how good its signal was, and what it cost."""
     groups = np.array(rows["group"])
     names = sorted(set(groups))
-    folders = sorted(path for path in (Path(result["output_dir"]) / "_mates").glob("round-*") if path.suffix == "")
+    folders = sorted((Path(result["output_dir"]) / "_mates").glob("round-????"))
     records = [load_round(path) for path in folders]
     show(
         f"\nShare of each group, seed {result['seed']}:\n{'':18s}{'pool':>8s}"
@@ -376,7 +386,8 @@ def report_rounds(result: dict[str, Any], rows: Dataset) -> list[dict[str, Any]]
             total[0] += stage["seconds"]
             total[1] += stage.get("flops", 0.0)
     show(f"\n{'stage':12s}{'seconds':>9s}{'share of run':>14s}{'FLOPs':>12s}{'of training':>13s}")
-    for name, (seconds, flops) in stages.items():
+    together = [sum(total[i] for total in stages.values()) for i in (0, 1)]
+    for name, (seconds, flops) in [*stages.items(), ("together", together)]:
         show(
             f"{name:12s}{seconds:9.2f}{seconds / result['seconds']:14.1%}{flops:12.2e}{flops / result['flops']:13.1%}"
         )
