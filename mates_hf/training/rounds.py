@@ -5,7 +5,7 @@ it returns goes into the `ScheduledSampler`. Each stage leaves its result in the
 starts, so a killed round continues where it stopped.
 
 Trade-off: the stages of a round run one after another while training waits. It is the only way to label candidates
-with the model as it is, and costs about 1 % of a round at the paper's settings.
+with the model as it is. By count of FLOPs, the paper's 80,000 probes of 1,024 tokens are 1 % of its 10,000 steps.
 
 Sign: influence > 0 helps; higher is better, everywhere.
 """
