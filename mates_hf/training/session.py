@@ -61,6 +61,7 @@ class Session:
         self.next_round: PlannedRound | None = None
         self.average: WeightAverage | None = None
         self._window_start = 0
+        self._average_saved_at = -1
         self._learning_rates: tuple[float, ...] | None = None
         self.state: dict[str, Any] = {
             "version": resume.STATE_VERSION,
@@ -107,10 +108,10 @@ class Session:
 
     def save_average(self, step: int) -> None:
         """Keep the running mean for a checkpoint inside the averaging window."""
-        if self.average is not None and self.average.num_steps:
-            path = resume.average_path(self.run.rounds_dir, step)
-            if not path.exists():
-                self.average.save(path)
+        if self.average is not None and self.average.num_steps and self._average_saved_at != step:
+            # Over whatever an earlier attempt at this step left there: its weights may have been others.
+            self.average.save(resume.average_path(self.run.rounds_dir, step))
+            self._average_saved_at = step
             resume.prune_averages(self.run.rounds_dir, self.output_dir, step)
 
     def _run_round(self, planned: PlannedRound) -> Order:
