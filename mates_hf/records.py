@@ -320,6 +320,11 @@ def load_round(path: str | os.PathLike[str]) -> RoundRecord:
     )
 
 
+def round_path(rounds_dir: Path, number: int) -> Path:
+    """Directory of a finished round."""
+    return rounds_dir / f"round-{number:04d}"
+
+
 class RoundWriter:
     """A round in the making: stage results in `round-0003.partial`, renamed to `round-0003` when complete.
 
@@ -338,8 +343,8 @@ class RoundWriter:
     """
 
     def __init__(self, rounds_dir: Path, number: int, key: Mapping[str, Any]) -> None:
-        self.final_path = rounds_dir / f"round-{number:04d}"
-        self.path = rounds_dir / f"round-{number:04d}.partial"
+        self.final_path = round_path(rounds_dir, number)
+        self.path = self.final_path.with_suffix(".partial")
         self.key = json.loads(json.dumps(dict(key)))
         for path in (self.final_path, self.path):
             self._reconcile(path)

@@ -130,7 +130,7 @@ class MatesCallback(TrainerCallback):
             rounds_dir=Path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
         )
         if saved:
-            resume.check_same_run(saved, resume.run_identity(run))
+            resume.check_same_run(saved, run.identity())
             resume.check_weights(model, saved.get("weights", {}), _find_checkpoint(args, state.global_step))
         sampler = ScheduledSampler(dataloader.get_sampler(), clock, saved["own_start"] if saved else None)
         self._session = Session(

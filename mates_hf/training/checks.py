@@ -6,7 +6,6 @@ Trade-off: fail closed. A setting whose order of rows was not proven is refused,
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -104,8 +103,3 @@ def vocabulary_size(model: Any) -> int | None:
     get = getattr(model, "get_input_embeddings", None)
     embedding = get() if get is not None else None
     return getattr(embedding, "num_embeddings", None)
-
-
-def takes(function: Any, name: str) -> bool:
-    """True where a callable takes an argument of that name."""
-    return name in inspect.signature(function).parameters

@@ -18,22 +18,12 @@ from typing import Any
 
 import torch
 
-from mates_hf.records import ROUND_FILE, MatesError, RoundMismatchError, set_aside
-from mates_hf.training.run import Run, order_config
+from mates_hf.records import ROUND_FILE, MatesError, RoundMismatchError, round_path, set_aside
 
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "mates_hf"
 STATE_VERSION = 1
-
-
-def run_identity(run: Run) -> dict[str, Any]:
-    """What a resumed run must have in common with the run its checkpoint comes from."""
-    return {
-        "config": order_config(run.config),
-        "pool": dict(run.pool_identity),
-        "reference": {"digest": run.reference.digest()},
-    }
 
 
 def weight_marks(model: torch.nn.Module) -> dict[str, str]:
@@ -89,7 +79,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
 
     Args:
         saved: this library's state in the checkpoint.
-        current: `run_identity` of the run that resumes.
+        current: `Run.identity` of the run that resumes.
 
     Raises:
         RoundMismatchError: names what differs and shows both values.
@@ -103,11 +93,6 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
                 f"A resumed run must have the {name} it was started with; they differ in {shown}. Use the same "
                 f"{name}, or start a new run in another `output_dir`."
             )
-
-
-def round_path(rounds_dir: Path, number: int) -> Path:
-    """Directory of a finished round."""
-    return rounds_dir / f"round-{number:04d}"
 
 
 def require_round(rounds_dir: Path, number: int, step: int) -> Path:

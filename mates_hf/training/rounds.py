@@ -34,6 +34,7 @@ from mates_hf.records import (
     RoundWriter,
     WeakSignalError,
     read_labels,
+    round_path,
     write_array,
     write_json,
     write_labels,
@@ -140,7 +141,7 @@ SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows",
 
 def _take_over(run: Run, order: Order) -> Order:
     """What a finished round leaves to the next ones: its influence model and how far the pool was gone through."""
-    run.remember(run.load_model(run.rounds_dir / f"round-{order.number:04d}"), order.info)
+    run.remember(run.load_model(round_path(run.rounds_dir, order.number)), order.info)
     run.ledger.cursor = int(order.info["cursor"])
     return order
 

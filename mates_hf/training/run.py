@@ -115,15 +115,21 @@ class Run:
         if info["guard"]["decision"] == "select":
             self.trusted_model = influence_model
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run its checkpoint comes from."""
+        return {
+            "config": order_config(self.config),
+            "pool": dict(self.pool_identity),
+            "reference": {"digest": self.reference.digest()},
+        }
+
     def key(self, step: int) -> dict[str, Any]:
         """What a round's stages depend on; a round directory with this key is loaded instead of recomputed.
 
         The weights are those the model has now, inside a round the averaged ones that the probe looks at.
         """
         return {
-            "config": order_config(self.config),
-            "pool": dict(self.pool_identity),
-            "reference": {"digest": self.reference.digest()},
+            **self.identity(),
             "step": step,
             "weights": weights_digest(self.model),
         }

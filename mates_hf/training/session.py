@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.records import round_path
 from mates_hf.selection.ledger import Ledger, PlannedRound
 from mates_hf.training import resume
 from mates_hf.training.averaging import WeightAverage
@@ -68,7 +69,7 @@ class Session:
             "position": clock.start_position,
             "own_start": sampler.own_start,
             "origin_step": origin_step,
-            **resume.run_identity(run),
+            **run.identity(),
         }
         if resumed:
             self._restore_rounds(step)
@@ -182,7 +183,7 @@ class Session:
             if order.from_position + len(order.rows) > start:
                 self.sampler.append(max(order.from_position, start), _rows_from(order, start))
         for planned in done:
-            path = resume.round_path(run.rounds_dir, planned.number)
+            path = round_path(run.rounds_dir, planned.number)
             if path.exists():
                 run.remember(run.load_model(path), load_order(path).info)
 
