@@ -7,15 +7,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
 
-.PHONY: help setup test test-slow demo lint format clean
+# The lanes of other versions have environments of their own. Both take the torch of constraints.txt, whose comment says
+# why; OLDEST_TORCH=2.4.0 tests the floor in pyproject.toml where a CPU build of it can be found.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: help setup test test-slow test-oldest test-newest demo lint format clean
 
 help:
 	@echo "make test        tests that take less than 5 minutes together"
 	@echo "make test-slow   the other tests"
+	@echo "make test-oldest the tests of make test with the oldest supported versions (OLDEST_TORCH=2.4.0: torch too)"
+	@echo "make test-newest the tests of make test with the newest versions"
 	@echo "make lint        ruff, mypy, pydoclint"
 	@echo "make format      rewrite the files as ruff wants them"
 	@echo "make demo        pretrain a small model with and without selection (SEEDS=5 for five seeds)"
-	@echo "make clean       remove caches, builds and .venv"
+	@echo "make clean       remove caches, builds and the environments"
 
 setup: $(STAMP)
 
@@ -32,6 +40,16 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ]
 
+test-oldest: pyproject.toml constraints-oldest.txt constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt "torch==$(OLDEST_TORCH)" -e ".[dev]"
+	$(OLDEST)/bin/python -m pytest -q -m "not slow"
+
+test-newest: pyproject.toml constraints.txt
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c constraints.txt -e ".[dev]"
+	$(NEWEST)/bin/python -m pytest -q -m "not slow"
+
 demo: $(STAMP)
 	$(BIN)/python examples/pretrain.py $(if $(SEEDS),--seeds $(SEEDS))
 
@@ -46,5 +64,5 @@ format: $(STAMP)
 	$(BIN)/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

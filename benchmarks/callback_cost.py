@@ -35,8 +35,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.records import load_round
-from mates_hf.selection.ledger import RunPlan
+from mates_hf.round_files import load_round
+from mates_hf.selection.plan import RunPlan
 from mates_hf.training.callback import MatesCallback
 
 LENGTH = 128

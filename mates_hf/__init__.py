@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from mates_hf.influence.directional import DirectionalProbe
     from mates_hf.influence.ngram import NgramInfluenceModel
     from mates_hf.influence.one_step import OneStepProbe
-    from mates_hf.records import MatesError, load_round
+    from mates_hf.records import MatesError
+    from mates_hf.round_files import load_round
     from mates_hf.selection.choose import gumbel_top_k
     from mates_hf.training.callback import MatesCallback
 
@@ -44,7 +45,7 @@ _HOME = {
     "OneStepProbe": "mates_hf.influence.one_step",
     "ReferenceTask": "mates_hf.data.reference",
     "gumbel_top_k": "mates_hf.selection.choose",
-    "load_round": "mates_hf.records",
+    "load_round": "mates_hf.round_files",
 }
 
 

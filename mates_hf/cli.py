@@ -1,14 +1,17 @@
 """`mates-hf`: what a person asks from a shell.
 
-`mates-hf env` prints what a bug report needs, `mates-hf round PATH` what a finished round did. Place in the flow:
-right of everything, and the only module that prints. Trade-off: the summary of a round is read from its directory
-alone, so it works on a machine without torch and shows nothing the round did not record.
+`mates-hf env` prints what a bug report needs, `mates-hf round PATH` what a finished round did, `mates-hf verify RUN`
+whether a run's rounds are what they must be. Place in the flow: right of everything, and the only module that prints.
+Trade-off: rounds are read from their directories alone, so it works on a machine without torch and shows nothing that
+a round did not record.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.records import FloatArray, MatesError, RoundRecord, load_round
+from mates_hf.records import FloatArray, MatesError
+from mates_hf.round_files import RoundRecord, load_round
+from mates_hf.training.verify import report_lines, verify_run
 
 _PACKAGES = (
     "mates-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface_hub",
-    "numpy", "scipy", "scikit-learn", "numba", "pyarrow", "tqdm", "lm-eval", "evaluate", "matplotlib", "jinja2",
+    "numpy", "scipy", "scikit-learn", "numba", "llvmlite", "pyarrow", "tqdm", "lm-eval", "evaluate", "matplotlib",
+    "jinja2",
 )  # fmt: skip
+_IF_THERE = (
+    "peft", "trl", "deepspeed", "bitsandbytes", "flash-attn", "kernels", "liger-kernel", "torchao", "triton",
+    "xformers", "apex", "datatrove", "optuna", "wandb", "tensorboard", "trackio",
+)  # fmt: skip
+# Only whether they are set: values may name hosts, users and keys.
+_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+    "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG",
+    "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "SLURM_JOB_ID",
+)  # fmt: skip
+_PREFIXES = ("ACCELERATE_", "FSDP_", "NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "DEEPSPEED_", "NUMBA_")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,15 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None reads `sys.argv`.
 
     Returns:
-        Exit status: 0, or 1 with one line on stderr where the command cannot be done.
+        Exit status: 0, or 1 with one line on stderr where the command cannot be done or a run is not as it must be.
     """
     parser = argparse.ArgumentParser(prog="mates-hf", description="Model-aware pretraining data selection.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="print versions and devices, to paste into a bug report")
     of_round = commands.add_parser("round", help="print a summary of a finished round")
     of_round.add_argument("path", metavar="PATH", help="a round directory, <output_dir>/_mates/round-0003")
+    of_run = commands.add_parser("verify", help="recompute a run's selections and check everything its rounds left")
+    of_run.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
+    of_run.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "verify":
+            return _verify(arguments.path, as_json=arguments.json)
         lines = describe_environment() if arguments.command == "env" else describe_round(load_round(arguments.path))
         for line in lines:
             print(line)
@@ -49,16 +72,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _verify(path: str, *, as_json: bool) -> int:
+    """Print what `verify_run` found; 1 where something is wrong."""
+    result = verify_run(path)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        for line in report_lines(result):
+            print(line)
+        if result.problem is not None:
+            print(f"mates-hf: {result.problem}", file=sys.stderr)
+    return int(result.problem is not None)
+
+
 def describe_environment() -> Iterator[str]:
-    """Lines with the versions of Python and the packages, and the accelerators torch sees."""
+    """Lines with versions, torch's build and devices, threads, and the names of the variables that steer a launch."""
     yield f"python: {platform.python_version()} ({platform.python_implementation()})"
     yield f"platform: {platform.platform()}"
     for name in _PACKAGES:
-        try:
-            yield f"{name}: {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            yield f"{name}: not installed"
-    yield f"accelerators: {_accelerators()}"
+        yield f"{name}: {_version(name) or 'not installed'}"
+    yield from (f"{name}: {version}" for name in _IF_THERE if (version := _version(name)))
+    yield from _torch_lines()
+    threads = [f"{name}={os.environ[name]}" for name in _THREAD_VARIABLES if name in os.environ]
+    yield f"threads: {os.cpu_count()} CPUs, {_usable_cpus()} usable{''.join(', ' + text for text in threads)}"
+    found = sorted(name for name in os.environ if name in _VARIABLES or name.startswith(_PREFIXES))
+    yield f"set in the environment: {', '.join(found) or 'none of those that steer a launch'}"
+
+
+def _version(name: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_cpus() -> int:
+    """CPUs this process may run on; containers and schedulers often allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def describe_round(record: RoundRecord) -> Iterator[str]:
@@ -116,16 +167,33 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _accelerators() -> str:
-    """Names of the devices torch can use besides the CPU."""
+def _torch_lines() -> Iterator[str]:
+    """Torch's build, its devices besides the CPU, and its threads."""
     try:
         import torch
-    except ImportError as error:
-        return f"unknown, torch cannot be imported ({error})"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return f"{', '.join(names)} (CUDA or ROCm {torch.version.cuda or torch.version.hip})"
-    return "mps" if torch.backends.mps.is_available() else "none"
+    except (ImportError, OSError) as error:
+        # Only the kind: the message of a library that cannot be loaded names where it was looked for.
+        yield f"accelerators: unknown, torch cannot be imported ({type(error).__name__})"
+        return
+    built = [f"{name} {value}" for name, value in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if value]
+    if torch.backends.cudnn.is_available():
+        built.append(f"cuDNN {torch.backends.cudnn.version()}")
+    yield f"torch build: {', '.join(built) or 'CPU'}, commit {torch.version.git_version}"
+    names = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    if not names and torch.backends.mps.is_available():
+        names = ["mps"]
+    yield f"accelerators: {', '.join(names) or 'none'}"
+    backends = [name for name in ("nccl", "gloo", "mpi") if _has_backend(name)]
+    yield f"torch threads: {torch.get_num_threads()}, process group backends: {', '.join(backends) or 'none'}"
+
+
+def _has_backend(name: str) -> bool:
+    """True where torch was built with this process group backend."""
+    import torch.distributed as dist
+
+    return dist.is_available() and bool(getattr(dist, f"is_{name}_available")())
 
 
 if __name__ == "__main__":

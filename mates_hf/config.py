@@ -71,7 +71,21 @@ class MatesConfig:
         default=None,
         metadata={
             "help": "Probe at the weights averaged over this many optimizer steps before the boundary; 0 probes the "
-            "live weights. None: min(32, update_steps // 2)."
+            "live weights. None: min(32, update_steps // 2), and at most `drift_check_steps`."
+        },
+    )
+    drift_check_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between two checks, within a round, of whether its labels still hold; where they "
+            "do not, the next round starts at once and `update_steps` is a maximum. None: every `update_steps`."
+        },
+    )
+    drift_spearman: float = field(
+        default=0.5,
+        metadata={
+            "help": "Rank correlation of a few candidates' influence with what it was at the round, below which a "
+            "drift check starts the next round, in [-1, 1]."
         },
     )
     probe_tokens_per_batch: int = field(
@@ -122,6 +136,18 @@ class MatesConfig:
             "average_steps",
             f"None or a whole number from 0 to `update_steps` ({self.update_steps})",
         )
+        require(
+            self.drift_check_steps is None or whole("drift_check_steps", 1),
+            "drift_check_steps",
+            "None or a whole number of at least 1",
+        )
+        require(
+            self.drift_check_steps is None or self.window_steps <= self.drift_check_steps < self.update_steps,
+            "drift_check_steps",
+            f"None or a whole number from `average_steps` ({self.window_steps}) up to, without it, `update_steps` "
+            f"({self.update_steps})",
+        )
+        require(number("drift_spearman") and -1 <= self.drift_spearman <= 1, "drift_spearman", "in [-1, 1]")
         require(whole("probe_tokens_per_batch", 1), "probe_tokens_per_batch", "a whole number of at least 1")
         require(whole("selection_seed", 0), "selection_seed", "a whole number of at least 0")
         require(
@@ -141,7 +167,9 @@ class MatesConfig:
     @property
     def window_steps(self) -> int:
         """Optimizer steps before a boundary over which the probed weights are averaged (0: the live weights)."""
-        return min(32, self.update_steps // 2) if self.average_steps is None else self.average_steps
+        if self.average_steps is not None:
+            return self.average_steps
+        return min(32, self.update_steps // 2, self.drift_check_steps or self.update_steps)
 
     @classmethod
     def paper(cls, **overrides: Any) -> MatesConfig:

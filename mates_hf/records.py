@@ -1,30 +1,33 @@
-"""What crosses folder borders: the errors, influence labels, the fit report, and the round directory.
+"""What crosses folder borders: the errors, influence labels, the fit report, and how plain files are kept.
 
-Place in the flow: left of every folder, so every stage can import it and it imports none. It needs numpy and pyarrow
-only, so a finished round can be read on a machine without torch: `load_round(path)`.
+Place in the flow: left of every folder, so every stage can import it and it imports none. It needs numpy only, so
+what a run left on disk can be read on a machine without torch; `round_files` builds round directories of it.
 
-Trade-off: a round is a directory of plain files (Parquet, npy, JSON), not one archive. It costs a few more file
-handles and can be opened by anything.
+Trade-off: files are written whole or not at all and read with distrust, which costs a flush to disk and a look at
+each; in exchange a killed run leaves no half file, and a damaged one is a `MatesError` that names it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from mates_hf.processes import Processes
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-ROUND_FILE = "round.json"
-KEY_FILE = "key.json"
+COPY_AGAIN = "Copy the directory again from where it was written."
 
 
 class MatesError(RuntimeError):
@@ -175,11 +178,18 @@ class FitReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FitReport:
-        """Inverse of `to_dict`; keys of a newer version are ignored."""
+        """Inverse of `to_dict`; keys of a newer version are ignored, and what is no number is a `ValueError`."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
-        kept["interval"] = tuple(kept["interval"])
-        kept["calibration"] = tuple(tuple(pair) for pair in kept.get("calibration", ()))
+        numbers = [value for key, value in kept.items() if key not in ("interval", "calibration")]
+        pairs: list[Any] = [kept.get("interval"), *(kept.get("calibration") or ())]
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"A fit report must have an `interval` and a `calibration` of pairs, got {pairs}.")
+        numbers += [value for pair in pairs for value in pair]
+        if not all(isinstance(value, (int, float, type(None))) for value in numbers) or kept.get("spearman") is None:
+            raise ValueError(f"A fit report must hold numbers, got {kept}.")
+        kept["interval"], *calibration = (tuple(pair) for pair in pairs)
+        kept["calibration"] = tuple(calibration)
         return cls(**kept)
 
 
@@ -194,6 +204,7 @@ class RunSettings:
         tokens_per_batch: padded tokens in one forward pass of a probe.
         seed: for whatever a probe draws.
         progress: show a progress bar.
+        processes: those that train the model together and measure at the same time; None is one process.
     """
 
     learning_rates: tuple[float, ...] | None = None
@@ -202,190 +213,118 @@ class RunSettings:
     tokens_per_batch: int = 8192
     seed: int = 0
     progress: bool = False
+    processes: Processes | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundRecord:
-    """A finished round as read from its directory.
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write `path` through: under a temporary name, flushed to disk, renamed; readers see all or none.
 
-    Attributes:
-        path: the round directory.
-        info: `round.json`.
-        labels: `probes.parquet`, with the per-token derivatives of `token_derivatives.npy`.
-        candidates: (M,) int64 pool rows that were scored, or None.
-        scores: (M,) float32 predicted influence of `candidates`, or None.
-        selection: (k,) int64 pool rows in training order, or None where the guard kept the Trainer's own order.
+    Its mode is what the umask leaves. A link planted under the temporary name is removed, never followed.
     """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
-    path: Path
-    info: Mapping[str, Any]
-    labels: InfluenceLabels
-    candidates: IntArray | None
-    scores: FloatArray | None
-    selection: IntArray | None
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=True).encode("utf-8") + b"\n"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON under a temporary name, flush it to disk and rename: a reader sees all of it or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a JSON object, whole or not at all."""
+    content = json_bytes(value)
+    with written_whole(path) as file:
+        file.write(content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MatesError: it is damaged or holds something else.
+    """
+    require_file(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise MatesError(f"`{path}` must be a whole JSON object, and is damaged ({error}). {COPY_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise MatesError(f"`{path}` must be a JSON object, got {type(value).__name__}. {COPY_AGAIN}")
+    return value
 
 
 def write_array(path: Path, value: npt.NDArray[Any]) -> None:
-    """Write a `.npy` file under a temporary name, flush it to disk and rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Write a `.npy` file, whole or not at all."""
+    with written_whole(path) as file:
         np.save(file, value, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
-def read_array(path: Path) -> npt.NDArray[Any] | None:
-    """Memory-map a `.npy` file read-only, or None where there is none. Never unpickles."""
-    return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
-
-
-def write_labels(path: Path, labels: InfluenceLabels) -> None:
-    """Write `probes.parquet`, and beside it `token_derivatives.npy` where there are per-token derivatives."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if labels.token_derivatives is not None:
-        write_array(path.with_name("token_derivatives.npy"), labels.token_derivatives)
-    table = pa.table(
-        {
-            "candidate_id": pa.array(labels.candidate_id, pa.int64()),
-            "influence": pa.array(labels.influence, pa.float32()),
-            "influence_per_token": pa.array(labels.influence_per_token, pa.float32()),
-            "loss": pa.array(labels.loss, pa.float32()),
-            "num_tokens": pa.array(labels.num_tokens, pa.int32()),
-            "probe": pa.array(labels.probe.tolist(), pa.string()),
-        }
-    )
-    meta = {"step_size": labels.step_size, "info": dict(labels.info)}
-    table = table.replace_schema_metadata({"mates_hf": json.dumps(meta)})
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_labels(path: Path) -> InfluenceLabels:
-    """Read what `write_labels` wrote."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    meta = json.loads((table.schema.metadata or {}).get(b"mates_hf", b'{"step_size": 1.0, "info": {}}'))
-    columns = {name: table.column(name).to_numpy() for name in table.column_names if name != "probe"}
-    derivatives = read_array(path.with_name("token_derivatives.npy"))
-    return InfluenceLabels(
-        **columns,
-        probe=np.array(table.column("probe").to_pylist(), dtype=np.str_),
-        step_size=meta["step_size"],
-        token_derivatives=derivatives,
-        info=meta["info"],
-    )
-
-
-def load_round(path: str | os.PathLike[str]) -> RoundRecord:
-    """Read a finished round directory with numpy and pyarrow alone.
+def read_array(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any] | None:
+    """Memory-map a `.npy` file read-only. Never unpickles.
 
     Args:
-        path: a round directory, `<output_dir>/_mates/round-0003`.
+        path: the file.
+        dtype: with it, the array must be one-dimensional and of this type.
 
     Returns:
-        The record; arrays are memory-mapped.
+        The array, or None where there is no file.
 
     Raises:
-        FileNotFoundError: the directory or its `round.json` is missing, so the round never finished.
+        MatesError: the file is damaged, or holds another type or shape.
     """
-    path = Path(path)
-    if not (path / ROUND_FILE).exists():
-        raise FileNotFoundError(f"`{path}` is not a finished round: it has no {ROUND_FILE}.")
-    return RoundRecord(
-        path=path,
-        info=json.loads((path / ROUND_FILE).read_text(encoding="utf-8")),
-        labels=read_labels(path / "probes.parquet"),
-        candidates=read_array(path / "candidates.npy"),
-        scores=read_array(path / "scores.npy"),
-        selection=read_array(path / "selection.npy"),
-    )
+    if not path.exists():
+        return None
+    require_file(path)
+    try:
+        with np.errstate(all="ignore"):
+            array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header ends in any of a dozen kinds, `tokenize`'s among them
+        raise MatesError(f"`{path}` must be a whole .npy file, and is damaged ({error}). {COPY_AGAIN}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise MatesError(f"`{path}` must be a .npy file, got a zip archive. {COPY_AGAIN}")
+    if dtype is not None and (array.dtype != dtype or array.ndim != 1):
+        raise MatesError(
+            f"`{path}` must hold {np.dtype(dtype)} in one dimension, got {array.dtype} of shape {array.shape}. "
+            f"{COPY_AGAIN}"
+        )
+    return array
 
 
-def round_path(rounds_dir: Path, number: int) -> Path:
-    """Directory of a finished round."""
-    return rounds_dir / f"round-{number:04d}"
-
-
-class RoundWriter:
-    """A round in the making: stage results in `round-0003.partial`, renamed to `round-0003` when complete.
-
-    Safe to kill at any instant: each stage's file appears whole or not at all, `round.json` is written last and the
-    rename follows it. A rerun with the same key finds the finished stages; with another weights digest it sets the old
-    directory aside as `.stale`; with another config or pool it refuses.
+def require_file(path: Path) -> None:
+    """Raise unless `path` is a plain file: opening a pipe or a device could wait for ever.
 
     Args:
-        rounds_dir: `<output_dir>/_mates`.
-        number: the round's number.
-        key: what the round depends on: `config`, `pool`, `reference`, `step` and `weights`, plain JSON values.
+        path: what is to be opened.
 
     Raises:
-        RoundMismatchError: a directory of that number was made with another config, pool or reference; both values
-            are shown.
+        FileNotFoundError: there is nothing there.
+        MatesError: it is something else.
     """
-
-    def __init__(self, rounds_dir: Path, number: int, key: Mapping[str, Any]) -> None:
-        self.final_path = round_path(rounds_dir, number)
-        self.path = self.final_path.with_suffix(".partial")
-        self.key = json.loads(json.dumps(dict(key)))
-        for path in (self.final_path, self.path):
-            self._reconcile(path)
-        if not self.final_path.exists() and not self.path.exists():
-            self.path.mkdir(parents=True)
-            write_json(self.path / KEY_FILE, self.key)
-
-    def _reconcile(self, path: Path) -> None:
-        """Keep a directory whose key matches, set a stale one aside, refuse one of another config or pool."""
-        if not path.exists():
-            return
-        key_path = path / KEY_FILE
-        found = json.loads(key_path.read_text(encoding="utf-8")) if key_path.exists() else None
-        if found == self.key:
-            return
-        if found is not None:
-            for name in ("config", "pool", "reference"):
-                if found.get(name) != self.key.get(name):
-                    raise RoundMismatchError(
-                        f"`{path}` was made with another {name}: it has {found.get(name)}, this run has "
-                        f"{self.key.get(name)}. Use another `output_dir` or `rounds_dir`, or the {name} it was made "
-                        "with."
-                    )
-        set_aside(path)
-
-    @property
-    def complete(self) -> bool:
-        """True where a finished round of this key is already on disk."""
-        return (self.final_path / ROUND_FILE).exists()
-
-    def finish(self, info: Mapping[str, Any]) -> Path:
-        """Write `round.json`, rename the directory to its final name and return that."""
-        write_json(self.path / ROUND_FILE, info)
-        os.replace(self.path, self.final_path)
-        return self.final_path
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` is not there.")
+    if not path.is_file():
+        raise MatesError(f"`{path}` must be a plain file, and is none. {COPY_AGAIN}")
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a directory to `<name>.stale`, replacing an earlier stale one, and return the new path."""
-    stale = path.with_name(path.name.removesuffix(".partial") + ".stale")
-    if stale.exists():
-        shutil.rmtree(stale)
-    os.replace(path, stale)
-    return stale
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, a piece in memory at a time."""
+    require_file(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mates_hf
 from mates_hf.cli import main
-from mates_hf.records import InfluenceLabels, RoundWriter, write_array, write_labels
+from mates_hf.records import InfluenceLabels, write_array
+from mates_hf.round_files import RoundWriter, write_labels
 
 KEY = {"config": {}, "pool": {}, "step": 8, "weights": "w"}
 
@@ -65,6 +68,43 @@ def test_a_path_that_is_no_round(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"torch: {importlib.metadata.version('torch')}" in lines
-    assert any(line.startswith("accelerators: ") for line in lines)
-    assert any(line.startswith("python: ") for line in lines)
+    for name in ("torch", "transformers", "accelerate", "datasets", "numpy", "numba", "pyarrow"):
+        assert f"{name}: {importlib.metadata.version(name)}" in lines
+    for start in ("python: ", "platform: ", "torch build: ", "accelerators: ", "torch threads: ", "threads: "):
+        assert len([line for line in lines if line.startswith(start)]) == 1, start
+    assert all(line.partition(": ")[2] for line in lines)
+
+
+def test_environment_names_variables_and_tells_no_value_or_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"MASTER_ADDR": "secret-host", "WORLD_SIZE": "876543", "NCCL_SOCKET_IFNAME": "secret-card"}
+    untold = {"HF_TOKEN": "secret-token", "WANDB_API_KEY": "secret-key"}
+    for name, value in {**told, **untold}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("set in the environment: "))
+    assert set(told) <= set(line.partition(": ")[2].split(", "))
+    assert not any(name in out for name in untold)
+    assert not any(value in out for value in {**told, **untold}.values())
+    assert "OMP_NUM_THREADS=3" in out
+    assert str(Path.home()) not in out
+    assert str(Path(mates_hf.__file__).parents[1]) not in out
+
+
+def test_environment_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["env"]) == 0
+    assert "accelerators: unknown, torch cannot be imported (ModuleNotFoundError)" in capsys.readouterr().out
+
+
+def test_a_damaged_round_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_round(tmp_path, selects=True)
+    (path / "scores.npy").write_bytes(b"\x93NUMPY")
+    assert main(["round", str(path)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"mates-hf: `{path / 'scores.npy'}` must be a whole .npy file")
+    assert output.err.count("\n") == 1

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mates_hf"
 FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py")))
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LEFT_OF_ALL = {"records", "config"}
+LEFT_OF_ALL = {"records", "round_files", "config", "processes"}
 RIGHT_OF_ALL = {"cli", "__init__"}
 MAX_MODULE_LINES = 400
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "evaluate", "matplotlib", "sklearn", "numba")
@@ -129,7 +129,17 @@ def test_import_is_light() -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["mates_hf.records", "mates_hf.config", "mates_hf.data.rows", "mates_hf.cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mates_hf.records",
+        "mates_hf.round_files",
+        "mates_hf.config",
+        "mates_hf.data.rows",
+        "mates_hf.training.verify",
+        "mates_hf.cli",
+    ],
+)
 def test_a_round_is_read_without_torch(module: str) -> None:
     code = f"import sys, {module}, mates_hf; mates_hf.load_round; print([m for m in {HEAVY!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

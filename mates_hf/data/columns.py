@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 LabelRule: TypeAlias = Literal["column", "all"] | int
 
 NUM_LONGEST, NUM_SHORTEST, NUM_SPREAD = 16, 8, 40
+BLOCK = 1 << 20  # rows whose lengths are looked at at once
 
 
 def visible_columns(dataset: Any) -> list[str] | None:
@@ -147,8 +148,13 @@ class DatasetColumns:
 
     def _rows_to_check(self) -> IntArray:
         """Up to 64 fixed pool rows, the longest first, then the shortest and some spread over the pool."""
-        num = len(self.dataset)
-        by_length = np.argsort(-self._column("input_ids").lengths(np.arange(num)), kind="stable")
+        num, column = len(self.dataset), self._column("input_ids")
+        by_length = np.zeros(0, np.int64)
+        for start in range(0, num, BLOCK):
+            by_length = np.concatenate([by_length, np.arange(start, min(start + BLOCK, num))])
+            by_length = by_length[np.argsort(-column.lengths(by_length), kind="stable")]
+            if len(by_length) > NUM_LONGEST + NUM_SHORTEST:
+                by_length = np.concatenate([by_length[:NUM_LONGEST], by_length[-NUM_SHORTEST:]])
         rows = np.concatenate([by_length[:NUM_LONGEST], by_length[-NUM_SHORTEST:], fixed_positions(num, NUM_SPREAD)])
         _, first = np.unique(rows, return_index=True)
         unique: IntArray = rows[np.sort(first)]

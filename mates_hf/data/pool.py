@@ -61,24 +61,25 @@ class CandidatePool:
                     f"The candidate pool must have a column `input_ids`, got the columns {names}. Tokenise it "
                     "(`dataset.map(lambda row: tokenizer(row['text']))`), or pass the `collate_fn` that does."
                 )
-        self._ids = np.arange(self._num_rows) if ids is None else self._checked(ids)
+        # None: all rows, which a large pool's memory need not hold.
+        self._ids: IntArray | None = None if ids is None else self._checked(ids).copy()
         # Shared by all views: the open columns, and the label rule of the collator once it was looked for.
         self._columns = DatasetColumns(dataset)
         self._told_slow = False
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return self._num_rows if self._ids is None else len(self._ids)
 
     @property
     def candidate_ids(self) -> IntArray:
         """(N,) int64 pool rows of the view."""
-        return self._ids
+        return np.arange(self._num_rows) if self._ids is None else self._ids
 
     def select(self, ids: Sequence[int] | IntArray) -> CandidatePool:
         """A view of the pool rows `ids` (rows of the pool, not of this view), in that order."""
         view = CandidatePool.__new__(CandidatePool)
         view.__dict__.update(self.__dict__)
-        view._ids = self._checked(ids)
+        view._ids = self._checked(ids).copy()
         return view
 
     def token_rows(self, ids: Sequence[int] | IntArray | None = None) -> TokenRows:
@@ -98,13 +99,13 @@ class CandidatePool:
             ValueError: a row has no integer token ids, or an id is not a row of the pool.
             UnsupportedSettingError: the collator packs several texts into a row, or makes no `input_ids`.
         """
-        rows = self._ids if ids is None else self._checked(ids)
+        rows = self.candidate_ids if ids is None else self._checked(ids)
         rule = self._label_rule()
         return stack_rows(self._read_rows(rows)) if rule is None else self._columns.read(rows, rule)
 
     def chunks(self, ids: Sequence[int] | IntArray | None, size: int) -> Iterator[TokenRows]:
         """`token_rows(ids)` in pieces of `size` rows, one in memory at a time; sorted ids are read fastest."""
-        rows = self._ids if ids is None else self._checked(ids)
+        rows = self.candidate_ids if ids is None else self._checked(ids)
         if size < 1:
             raise ValueError(f"`size` must be at least 1 row, got {size}.")
         return (self.token_rows(rows[start : start + size]) for start in range(0, len(rows), size))
@@ -118,7 +119,7 @@ class CandidatePool:
         """
         num = len(self)
         where = fixed_positions(num, NUM_IDENTITY_ROWS)
-        rows = self.token_rows(self._ids[where])
+        rows = self.token_rows(where if self._ids is None else self._ids[where])
         digest = hashlib.sha256()
         for part in (where, rows.offsets, rows.values, effective_labels(rows)):
             digest.update(np.ascontiguousarray(part, "<i8").tobytes())
@@ -139,7 +140,7 @@ class CandidatePool:
         array = np.asarray(ids)
         if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
             raise ValueError(f"`ids` must be a list of pool row numbers, got {array.dtype} of shape {array.shape}.")
-        array = array.astype(np.int64)
+        array = array.astype(np.int64, copy=False)
         if len(array) and (array.min() < 0 or array.max() >= self._num_rows):
             raise ValueError(
                 f"`ids` must be rows of the pool, 0 to {self._num_rows - 1}, got {array.min()} to {array.max()}. Pool "

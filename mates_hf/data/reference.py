@@ -227,7 +227,8 @@ class ReferenceTask:
         """A task from lm-evaluation-harness: its contexts and gold targets, joined as the harness scores them.
 
         Args:
-            task: a task's name, the path of its YAML file, its config as a dict, or an lm-eval task.
+            task: a task's name, the path of its YAML file, its config as a dict, or an lm-eval task. lm-eval runs the
+                Python functions that a YAML file names, so give it only files you would run.
             tokenizer: the model's tokenizer.
             limit: take the first documents only.
             max_length: tokens of the longest passage; longer ones are cut from the left, with one warning.

@@ -7,9 +7,7 @@ Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import FitReport, MatesError, write_json
+from mates_hf.records import COPY_AGAIN, FitReport, MatesError, read_json, sha256_of, write_json, written_whole
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -46,19 +44,15 @@ def write_artifact(
 
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / (WEIGHTS_FILE + ".tmp")
-    with open(temporary, "wb") as file:
+    with written_whole(directory / WEIGHTS_FILE) as file:
         file.write(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / WEIGHTS_FILE)
     write_json(directory / FIT_FILE, report.to_dict())
     config = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
         "library_version": _library_version(),
         **settings,
-        "sha256": {name: _digest(directory / name) for name in (WEIGHTS_FILE, FIT_FILE)},
+        "sha256": {name: sha256_of(directory / name) for name in (WEIGHTS_FILE, FIT_FILE)},
     }
     write_json(directory / CONFIG_FILE, config)
 
@@ -86,19 +80,28 @@ def read_artifact(
     directory = Path(path)
     config = _read_config(directory, kind)
     missing = sorted({*settings, "sha256"} - set(config))
-    if missing or set(config["sha256"]) != {WEIGHTS_FILE, FIT_FILE}:
+    digests = config.get("sha256")
+    # Names in a file never become paths: only these two are read.
+    if missing or not isinstance(digests, dict) or set(digests) != {WEIGHTS_FILE, FIT_FILE}:
         raise MatesError(
             f"`{directory / CONFIG_FILE}` must hold every setting and checksum, and lacks {missing or 'checksums'}. "
-            "Copy the directory again, or fit again."
+            f"{COPY_AGAIN}"
         )
-    for name, digest in config["sha256"].items():
-        if not (directory / name).exists() or _digest(directory / name) != digest:
+    for name in (WEIGHTS_FILE, FIT_FILE):
+        if not (directory / name).exists() or sha256_of(directory / name) != digests[name]:
             raise MatesError(
                 f"`{directory / name}` must be as it was written (its SHA-256 is in {CONFIG_FILE}), and is missing, "
-                "cut short or changed. Copy the directory again, or fit again."
+                f"cut short or changed. {COPY_AGAIN}"
             )
-    tensors = load((directory / WEIGHTS_FILE).read_bytes())
-    report = FitReport.from_dict(json.loads((directory / FIT_FILE).read_text(encoding="utf-8")))
+    try:
+        tensors = load((directory / WEIGHTS_FILE).read_bytes())
+        report = FitReport.from_dict(read_json(directory / FIT_FILE))
+    except MatesError:
+        raise
+    except Exception as error:  # checksums can be forged along with a file, and safetensors has errors of its own
+        raise MatesError(
+            f"`{directory}` must hold a {kind} as it was written, and a file is damaged ({error!r}). {COPY_AGAIN}"
+        ) from error
     return config, tensors, report
 
 
@@ -107,14 +110,12 @@ def _read_config(directory: Path, kind: str) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"`{directory}` holds no influence model: it has no {CONFIG_FILE}.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found, version = config["kind"], int(config["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
+    config = read_json(path)
+    found, version = config.get("kind"), config.get("format_version")
+    if not isinstance(found, str) or not isinstance(version, int):
         raise MatesError(
-            f"`{path}` must be a whole JSON object with `kind` and `format_version`, and is not ({error!r}). Copy the "
-            "directory again, or fit again."
-        ) from error
+            f"`{path}` must say a `kind` and a `format_version`, got {found!r} and {version!r}. {COPY_AGAIN}"
+        )
     if found != kind:
         raise ValueError(f"`{directory}` must hold a {kind}, got a {found}. Load it with the class of that name.")
     if version > FORMAT_VERSION:
@@ -123,10 +124,6 @@ def _read_config(directory: Path, kind: str) -> dict[str, Any]:
             f"mates-hf {config.get('library_version')}. Upgrade mates-hf."
         )
     return config
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _library_version() -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.losses import unwrap
 from mates_hf.influence.preserve import preserved
+from mates_hf.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def choose_epsilon(
     either_side: Callable[[TokenRows, float], tuple[FloatArray, FloatArray]],
     *,
     seed: int,
+    processes: Processes = ALONE,
 ) -> EpsilonChoice:
     """The first step of a ladder whose derivatives agree with those at twice the step, else the one that agrees best.
 
@@ -118,6 +120,7 @@ def choose_epsilon(
         rows: N candidates; up to 16 of them are measured.
         either_side: losses of some rows at an ε, as `losses_on_either_side` gives them.
         seed: of the candidates drawn.
+        processes: those that call this together; the main one decides, so that all try the same steps.
 
     Returns:
         The choice, with the agreement to record.
@@ -135,7 +138,7 @@ def choose_epsilon(
     for epsilon in (start * 3.0**power for power in (0, 1, -1, 2, -2, -3)):
         if not _LADDER[0] <= epsilon <= _LADDER[1]:
             continue
-        tries.append((_pearson(derivatives(epsilon), derivatives(2 * epsilon)), epsilon))
+        tries.append((processes.agree(_pearson(derivatives(epsilon), derivatives(2 * epsilon))), epsilon))
         if tries[-1][0] >= _MIN_AGREEMENT:
             break
     agreement, epsilon = max(tries)

@@ -6,7 +6,7 @@ c · P the optimizer's linear response to one more gradient (`preconditioner`), 
     influence(x) = L_ref(θ_null) − L_ref(θ_null − c P g_x)
                  ≈ c · ∇L_ref(θ_null)ᵀ P g_x = c · d/dε L(x; θ + ε u) at ε = 0
 
-with u = P ∇L_ref(θ_null). A candidate whose own loss rises where the reference loss rises has positive influence:
+with u = Pᵀ ∇L_ref(θ_null). A candidate whose own loss rises where the reference loss rises has positive influence:
 training on it takes both down again. The derivative is (L(x; θ + ε u) − L(x; θ − ε u)) / 2ε, token by token.
 
 Trade-off: two plain forward passes a candidate and one backward pass over the reference task a round, for a value of
@@ -46,6 +46,7 @@ from mates_hf.influence.losses import (
 from mates_hf.influence.preconditioner import ParameterStep, group_learning_rates, parameter_steps, unwrap_optimizer
 from mates_hf.influence.preserve import local_shard, preserved
 from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.processes import ALONE, Processes
 from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings
 
 if TYPE_CHECKING:
@@ -72,10 +73,15 @@ class DirectionalProbe:
             `"batches"`, the gradients of 4 batches of `batch_rows` candidates at the present weights.
         parameters: `"all"`, or `"blocks"`: u is 0 on input embeddings and output head.
         batch_rows: rows in one optimizer step; needed for `second_moment="batches"`; None takes the run's.
-        loss: the run's own loss, `loss(model, batch)`, a mean over the trained tokens of one row; candidates then run
-            one by one, and every token of a row gets the row's derivative. None is the likelihood.
+        loss: the run's own loss of a candidate, `loss(model, batch)`, a mean over the trained tokens of one row;
+            candidates then run one by one, and every token of a row gets the row's derivative. None is the negative
+            log-likelihood.
+        reference_loss: the same for the reference task, whose loss should fall. None is the negative log-likelihood,
+            whatever the candidates' is; for a model without logits.
         seed: of the candidates that choose ε and make up batches; None takes the run's, alone 0.
         progress: show a progress bar; None takes the run's, alone False.
+        processes: those that call `measure` together on the same candidates and share the work; None takes the run's,
+            alone this process does all of it.
     """
 
     tokens_per_batch: int | None = None
@@ -85,8 +91,10 @@ class DirectionalProbe:
     parameters: Literal["all", "blocks"] = "all"
     batch_rows: int | None = None
     loss: LossFunction | None = None
+    reference_loss: LossFunction | None = None
     seed: int | None = None
     progress: bool | None = None
+    processes: Processes | None = None
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and not 0 < self.epsilon < 1:
@@ -102,7 +110,7 @@ class DirectionalProbe:
 
     def for_run(self, settings: RunSettings) -> DirectionalProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
-        names = ("tokens_per_batch", "learning_rates", "batch_rows", "seed", "progress")
+        names = ("tokens_per_batch", "learning_rates", "batch_rows", "seed", "progress", "processes")
         return dataclasses.replace(
             self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
         )
@@ -112,7 +120,8 @@ class DirectionalProbe:
 
         Args:
             model: the live model, wrapped by accelerate or not.
-            optimizer: its AdamW, Adam or SGD, wrapped by accelerate or not, after at least one step.
+            optimizer: its AdamW, SGD, Muon or another one with a closed form (`preconditioner`), wrapped by accelerate
+                or not, after at least one step.
             reference: what the model should get better at.
             candidates: a dataset with `input_ids` (and `labels`), a candidate pool, or `TokenRows`.
 
@@ -134,7 +143,12 @@ class DirectionalProbe:
         if choice is None:
             few = dataclasses.replace(self, progress=False).directional_derivatives
             choice = choose_epsilon(
-                model, direction, rows, lambda r, e: few(model, direction, r, e), seed=self.seed or 0
+                model,
+                direction,
+                rows,
+                lambda r, e: few(model, direction, r, e),
+                seed=self.seed or 0,
+                processes=self.processes or ALONE,
             )
         plus, minus = self.directional_derivatives(model, direction, rows, choice.epsilon)
         derivatives = direction.derivatives(plus, minus, choice.epsilon)
@@ -197,7 +211,11 @@ class DirectionalProbe:
                     step.write_null()
             snapshot.written()
             reference_loss = mean_loss_gradient(
-                model, reference.rows, tokens_per_batch=self._tokens_per_batch, loss=self.loss
+                model,
+                reference.rows,
+                tokens_per_batch=self._tokens_per_batch,
+                loss=self.reference_loss,
+                processes=self.processes or ALONE,
             )
             # One scalar turns every derivative into an influence: the ratios between parameters go into u.
             step_size = max(abs(step.coefficient) for step in steps)
@@ -244,7 +262,12 @@ class DirectionalProbe:
 
         def losses() -> FloatArray:
             return token_losses(
-                model, rows, tokens_per_batch=self._tokens_per_batch, loss=self.loss, progress=bool(self.progress)
+                model,
+                rows,
+                tokens_per_batch=self._tokens_per_batch,
+                loss=self.loss,
+                progress=bool(self.progress),
+                processes=self.processes or ALONE,
             )
 
         return losses_on_either_side(model, direction, epsilon, losses)
@@ -283,7 +306,13 @@ class DirectionalProbe:
             # With replacement, so that batches larger than the candidates at hand vary as much as they should.
             batch = candidates.take(generator.integers(len(candidates), size=self.batch_rows))
             num_tokens += len(batch.values)
-            mean_loss_gradient(model, batch, tokens_per_batch=self._tokens_per_batch, loss=self.loss)
+            mean_loss_gradient(
+                model,
+                batch,
+                tokens_per_batch=self._tokens_per_batch,
+                loss=self.loss,
+                processes=self.processes or ALONE,
+            )
             with torch.no_grad():
                 for step in steps:
                     if step.parameter.grad is None:

@@ -198,6 +198,9 @@ def score_rows(
     """
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"Token ids must be integers, got {values.dtype}. Tokenize the rows first.")
+    for ids in (values, values if labels is None else labels):
+        if ids.dtype == np.uint64 and len(ids) and ids.max() >= 2**63:  # would be negative, hence out of the tables
+            raise ValueError(f"Token ids must be below 2**63, got {ids.max()}. Look for damaged rows.")
     if labels is not None and len(labels) != len(values):
         raise ValueError(f"`labels` must have one entry a token ({len(values)}), got {len(labels)}.")
     if len(offsets) == 0 or offsets[0] < 0 or offsets[-1] > len(values) or np.any(np.diff(offsets) < 0):

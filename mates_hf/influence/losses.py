@@ -7,6 +7,9 @@ Trade-off: the logits of a micro-batch exist in full, in the dtype the model gav
 output head differs from architecture to architecture. Micro-batches are therefore sized by the vocabulary as well as
 by tokens.
 
+Several processes share the rows of each micro-batch and end up with the same losses and gradients. Where weights are
+sharded (FSDP2) they must run forward together, so none may try again alone when its memory runs out.
+
 Shapes: N rows, T trained tokens over all rows, B rows of a micro-batch padded to L tokens, V logits a token.
 """
 
@@ -25,6 +28,7 @@ from tqdm.auto import tqdm
 
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.influence.cross_entropy import cross_entropy_at
+from mates_hf.processes import ALONE, Processes
 from mates_hf.records import MatesError
 
 LossFunction = Callable[[nn.Module, "dict[str, Tensor]"], Tensor]
@@ -65,29 +69,35 @@ def token_losses(
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     loss: LossFunction | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> npt.NDArray[np.floating[Any]]:
     """Negative log-likelihood of every trained token, without gradient and in the mode the model is in.
 
     Args:
         model: a causal language model: ids (B, L) in, logits (B, L, V) out.
-        rows: N rows with T trained tokens.
-        tokens_per_batch: padded tokens in one forward pass at most; halved when memory runs out.
+        rows: N rows with T trained tokens, the same in every process.
+        tokens_per_batch: padded tokens in one forward pass of a process at most; halved when memory runs out.
         loss: the run's own loss in place of the likelihood; each trained token then gets the mean of its row.
         progress: show a progress bar.
+        processes: those that share the rows and call this together.
 
     Returns:
-        (T,) float32 (float64 for a float64 model), nats, rows in their order, tokens in text order.
+        (T,) float32 (float64 for a float64 model), nats, rows in their order, tokens in text order; the same in every
+        process.
 
     Raises:
-        ProbeMemoryError: one row alone does not fit into memory.
+        ProbeMemoryError: one row alone does not fit into memory, or memory ran out where weights are sharded.
+        ProcessError: another process failed.
     """
     ends = np.cumsum(rows.num_targets, dtype=np.int64)
     starts = ends - rows.num_targets
     dtype = np.float64 if _dtype(model) == torch.float64 else np.float32
     losses: npt.NDArray[np.floating[Any]] = np.zeros(int(ends[-1]) if len(rows) else 0, dtype)
 
-    def measure(batch: npt.NDArray[np.int64]) -> None:
+    def measure(batch: npt.NDArray[np.int64], counts: bool) -> None:
         values = _batch_losses(model, rows, batch, loss).detach().cpu().numpy()
+        if not counts:
+            return
         position = 0
         for i in batch:
             count = int(ends[i] - starts[i])
@@ -95,8 +105,16 @@ def token_losses(
             position += count
 
     with torch.no_grad(), tqdm(total=len(rows), desc="probe", unit="row", disable=not progress) as bar:
-        _run_batches(model, rows, measure, tokens_per_batch=tokens_per_batch, one_row=loss is not None, bar=bar)
-    return losses
+        _run_batches(
+            model,
+            rows,
+            measure,
+            tokens_per_batch=tokens_per_batch,
+            one_row=loss is not None,
+            bar=bar,
+            processes=processes,
+        )
+    return processes.sum(losses)
 
 
 def mean_loss(
@@ -105,10 +123,12 @@ def mean_loss(
     *,
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     loss: LossFunction | None = None,
+    processes: Processes = ALONE,
 ) -> float:
     """Mean over all trained tokens of `rows` (never a mean of batch means), nats/token, without gradient."""
     _require_targets(rows)
-    return float(token_losses(model, rows, tokens_per_batch=tokens_per_batch, loss=loss).mean(dtype=np.float64))
+    losses = token_losses(model, rows, tokens_per_batch=tokens_per_batch, loss=loss, processes=processes)
+    return float(losses.mean(dtype=np.float64))
 
 
 def mean_loss_gradient(
@@ -117,6 +137,7 @@ def mean_loss_gradient(
     *,
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     loss: LossFunction | None = None,
+    processes: Processes = ALONE,
 ) -> float:
     """Leave the gradient of the mean loss over all trained tokens in `.grad`, and return that loss.
 
@@ -126,16 +147,18 @@ def mean_loss_gradient(
 
     Args:
         model: a causal language model with trainable parameters.
-        rows: N rows with T > 0 trained tokens.
-        tokens_per_batch: padded tokens in one micro-batch at most.
+        rows: N rows with T > 0 trained tokens, the same in every process.
+        tokens_per_batch: padded tokens in one micro-batch of a process at most.
         loss: the run's own loss in place of the likelihood, a mean over the trained tokens of one row.
+        processes: those that share the rows and call this together.
 
     Returns:
-        Mean loss, nats/token.
+        Mean loss, nats/token; like the gradient, that of all rows in every process.
 
     Raises:
         ValueError: no row has a trained token.
-        ProbeMemoryError: one row alone does not fit into memory.
+        ProbeMemoryError: one row alone does not fit into memory, or memory ran out where weights are sharded.
+        ProcessError: another process failed.
     """
     num_targets = _require_targets(rows)
     parts: list[float] = []
@@ -145,17 +168,25 @@ def mean_loss_gradient(
         for parameter in model.parameters():
             parameter.grad = None
 
-    def accumulate(batch: npt.NDArray[np.int64]) -> None:
+    def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
         values = _batch_losses(model, rows, batch, loss)
-        values.backward(torch.full_like(values, 1.0 / num_targets))
-        parts.append(float(values.detach().sum(dtype=torch.float64)))
+        values.backward(torch.full_like(values, 1.0 / num_targets if counts else 0.0))
+        if counts:
+            parts.append(float(values.detach().sum(dtype=torch.float64)))
 
     forget()
     with torch.enable_grad():
         _run_batches(
-            model, rows, accumulate, tokens_per_batch=tokens_per_batch, one_row=loss is not None, restart=forget
+            model,
+            rows,
+            accumulate,
+            tokens_per_batch=tokens_per_batch,
+            one_row=loss is not None,
+            restart=forget,
+            processes=processes,
         )
-    return sum(parts) / num_targets
+    processes.sum_gradients(model.parameters())
+    return float(processes.sum(np.array([sum(parts)]))[0]) / num_targets
 
 
 def _require_targets(rows: TokenRows) -> int:
@@ -171,33 +202,48 @@ def _require_targets(rows: TokenRows) -> int:
 def _run_batches(
     model: nn.Module,
     rows: TokenRows,
-    work: Callable[[npt.NDArray[np.int64]], None],
+    work: Callable[[npt.NDArray[np.int64], bool], None],
     *,
     tokens_per_batch: int,
     one_row: bool,
     restart: Callable[[], None] | None = None,
     bar: Any = None,
+    processes: Processes = ALONE,
 ) -> None:
-    """Call `work` with row numbers, micro-batch by micro-batch; smaller ones after memory has run out."""
+    """Call `work` with this process's row numbers, micro-batch by micro-batch; smaller ones after memory has run out.
+
+    Which process runs which row depends on the rows alone. Where weights are sharded every process runs every
+    micro-batch: one without a row of its own runs the first row of all, and is told (False) that it does not count.
+    """
     _require_known_tokens(model, rows)
     limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
-    todo = np.flatnonzero(rows.num_targets)
-    pending = deque(_plan(rows.lengths, todo, limit))
+    together = processes.size > 1 and is_sharded(model)
+    planned = _plan(rows.lengths, np.flatnonzero(rows.num_targets), limit, processes.size)
+    shares = [(batch[processes.rank :: processes.size], batch) for batch in planned]
+    pending = deque((share, True) if len(share) else (whole[:1], False) for share, whole in shares)
     while pending:
-        batch = pending.popleft()
+        batch, counts = pending.popleft()
+        if not (counts or together):
+            continue
         out_of_memory = False
         try:
-            work(batch)
+            work(batch, counts)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if isinstance(error, MatesError) or not _is_out_of_memory(error):
                 raise
             out_of_memory = True
         if not out_of_memory:
             if bar is not None:
-                bar.update(len(batch))
+                bar.update(len(batch) * processes.size)
             continue
         # Outside of the handler, so that the traceback no longer holds the tensors of the batch that failed.
         length = int(rows.lengths[batch].max())
+        if together:
+            raise ProbeMemoryError(
+                f"A probe's micro-batch of {len(batch)} rows of up to {length} tokens must fit into memory beside the "
+                "sharded model, but memory ran out, and the processes can only go on together. Lower "
+                f"`probe_tokens_per_batch` (micro-batches had up to {limit} tokens), or shorten the rows."
+            )
         if len(batch) == 1:
             raise ProbeMemoryError(
                 f"One row of {length} tokens must fit into memory beside the model, but memory ran out. Shorten the "
@@ -206,11 +252,11 @@ def _run_batches(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         limit = len(batch) * length // 2
+        todo = [batch, *(share for share, counts in pending if counts)]
         if restart is not None:
             restart()
-        else:
-            todo = np.concatenate([batch, *pending])
-        pending = deque(_plan(rows.lengths, todo, limit))
+            todo = [share for share, _ in shares]
+        pending = deque((smaller, True) for smaller in _plan(rows.lengths, np.concatenate(todo), limit))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -218,13 +264,23 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
-def _plan(lengths: npt.NDArray[np.int64], index: npt.NDArray[np.int64], limit: int) -> list[npt.NDArray[np.int64]]:
-    """Micro-batches of row numbers, longest rows first (memory runs out early, or not), ties in row order."""
+def is_sharded(model: nn.Module) -> bool:
+    """True where a process holds a part of each parameter (FSDP2), so that all must run forward together."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
+def _plan(
+    lengths: npt.NDArray[np.int64], index: npt.NDArray[np.int64], limit: int, size: int = 1
+) -> list[npt.NDArray[np.int64]]:
+    """Micro-batches of row numbers for `size` processes, with up to `limit` padded tokens in each.
+
+    Longest rows come first (memory runs out early, or not), ties in row order.
+    """
     order = index[np.lexsort((index, -lengths[index]))]
     batches = []
     start = 0
     while start < len(order):
-        count = max(1, limit // int(lengths[order[start]]))
+        count = size * max(1, limit // int(lengths[order[start]]))
         batches.append(order[start : start + count])
         start += count
     return batches

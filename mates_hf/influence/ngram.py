@@ -28,7 +28,7 @@ from mates_hf.influence.artifacts import read_artifact, write_artifact
 from mates_hf.influence.fit import fit_report, slope_of, split_held_out
 from mates_hf.influence.kernels import hash_bigrams
 from mates_hf.influence.tables import Statistics, Tables
-from mates_hf.records import FitReport, FloatArray, InfluenceLabels, MatesError
+from mates_hf.records import COPY_AGAIN, FitReport, FloatArray, InfluenceLabels, MatesError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,6 +66,8 @@ class NgramInfluenceModel:
     ) -> None:
         if num_buckets < 2 or num_buckets & (num_buckets - 1):
             raise ValueError(f"`num_buckets` must be a power of two of at least 2, got {num_buckets!r}.")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
         if not 0 <= pool_decay <= 1:
             raise ValueError(f"`pool_decay` must be in [0, 1], got {pool_decay!r}.")
         if labels not in ("auto", "token", "document", "both"):
@@ -345,23 +347,18 @@ class NgramInfluenceModel:
         """
         names = (*_ARGUMENTS, "intercept", "step_size", "penalties")
         config, tensors, report = read_artifact(path, cls.__name__, names)
-        model = cls(**{name: config[name] for name in _ARGUMENTS})
-
-        def part(name: str) -> list[npt.NDArray[Any]]:
-            kind = Statistics if name == "statistics" else Tables
-            return [tensors[f"{name}.{field.name}"] for field in dataclasses.fields(kind)]
-
-        model._tables = Tables(*part("tables"))
-        model._document = Tables(*part("document")) if "document.token" in tensors else None
-        model._statistics = Statistics(*part("statistics"))
-        if len(model._tables.bigram) != model.num_buckets:
-            raise MatesError(
-                f"`num_buckets` in the config must be the size of the bigram table ({len(model._tables.bigram)}), got "
-                f"{model.num_buckets}: it was changed. Copy the directory again, or fit again."
-            )
-        model._intercept = float(config["intercept"])
-        model._step_size = float(config["step_size"])
-        model._penalties = Penalties(**config["penalties"])
+        try:
+            model = cls(**{name: config[name] for name in _ARGUMENTS})
+            model._tables = Tables.read(tensors, "tables", model.num_buckets)
+            if "document.token" in tensors:
+                model._document = Tables.read(tensors, "document", model.num_buckets)
+            model._statistics = Statistics.read(tensors, model.vocab_size)
+            model._intercept, model._step_size = float(config["intercept"]), float(config["step_size"])
+            if not np.isfinite([model._intercept, model._step_size]).all():
+                raise ValueError("`intercept` and `step_size` must be finite, and are not")
+            model._penalties = Penalties(**config["penalties"])
+        except (TypeError, ValueError, OverflowError) as error:  # damaged along with its checksum
+            raise MatesError(f"`{path}` must hold a model as it was fitted: {error}. {COPY_AGAIN}") from error
         model._report = report
         return model
 

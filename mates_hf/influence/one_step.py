@@ -11,7 +11,6 @@ over the whole reference task for each candidate, and of a copy of the optimizer
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -24,12 +23,13 @@ from tqdm.auto import tqdm
 from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient, unwrap
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
-    UnsupportedOptimizerError,
     group_learning_rates,
+    require_steps,
     unwrap_optimizer,
 )
-from mates_hf.influence.preserve import preserved
+from mates_hf.influence.preserve import optimizer_parts, preserved
 from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.processes import ALONE, Processes
 from mates_hf.records import InfluenceLabels, RunSettings
 
 if TYPE_CHECKING:
@@ -49,16 +49,22 @@ class OneStepProbe:
             None and 0 are off.
         tokens_per_batch: padded tokens in one forward pass; None takes the run's, alone 8,192.
         learning_rates: one a parameter group, of the step to come; None takes the run's, alone the optimizer's own.
-        loss: the run's own loss, `loss(model, batch)`, a mean over the trained tokens of one row; None is the
-            likelihood.
+        loss: the run's own loss of a candidate, `loss(model, batch)`, a mean over the trained tokens of one row; None
+            is the negative log-likelihood.
+        reference_loss: the same for the reference task, whose loss should fall. None is the negative log-likelihood,
+            whatever the candidates' is; for a model without logits.
         progress: show a progress bar; None takes the run's, alone False.
+        processes: those that call `measure` together on the same candidates and share the work; None takes the run's,
+            alone this process does all of it.
     """
 
     max_grad_norm: float | None = None
     tokens_per_batch: int | None = None
     learning_rates: tuple[float, ...] | None = None
     loss: LossFunction | None = None
+    reference_loss: LossFunction | None = None
     progress: bool | None = None
+    processes: Processes | None = None
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
@@ -68,7 +74,7 @@ class OneStepProbe:
 
     def for_run(self, settings: RunSettings) -> OneStepProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
-        names = ("max_grad_norm", "tokens_per_batch", "learning_rates", "progress")
+        names = ("max_grad_norm", "tokens_per_batch", "learning_rates", "progress", "processes")
         return dataclasses.replace(
             self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
         )
@@ -88,7 +94,7 @@ class OneStepProbe:
             has `reference_loss` (after the null step), `skipped`, `seconds`, `flops`.
 
         Raises:
-            UnsupportedOptimizerError: the optimizer's step needs a closure.
+            UnsupportedOptimizerError: the optimizer cannot take a step from gradients alone.
             FreshOptimizerError: the optimizer has not taken a step.
             ZeroLearningRateError: all learning rates are 0.
             InfluenceError: the labels are zero, equal or not finite.
@@ -97,30 +103,40 @@ class OneStepProbe:
         started = time.perf_counter()
         ids, rows, skipped = read_measurable(candidates)
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
-        _refuse_closure(optimizer)
+        require_steps(optimizer)
         rates = group_learning_rates(optimizer, self.learning_rates)
         tokens_per_batch = DEFAULT_TOKENS_PER_BATCH if self.tokens_per_batch is None else self.tokens_per_batch
+        processes = self.processes or ALONE
         influence = np.zeros(len(rows), np.float64)
         losses = np.zeros(len(rows), np.float64)
 
         def reference_loss() -> float:
-            return mean_loss(model, reference.rows, tokens_per_batch=tokens_per_batch, loss=self.loss)
+            return mean_loss(
+                model,
+                reference.rows,
+                tokens_per_batch=tokens_per_batch,
+                loss=self.reference_loss,
+                processes=processes,
+            )
 
         with preserved(model, optimizer) as snapshot:
             model.eval()
-            for parameter in _parameters_of_null_step(optimizer):
-                parameter.grad = torch.zeros_like(parameter)
-            had_state = bool(optimizer.state)
+            moved = _parameters_of_null_step(optimizer)
+            had_stepped = _has_stepped(optimizer)
+            _fill_gradients(moved)
             _step(optimizer, rates)
-            if optimizer.state and not had_state:
+            if _has_stepped(optimizer) and not had_stepped:
                 raise FreshOptimizerError(optimizer)
             null_loss = reference_loss()
             for i in tqdm(range(len(rows)), desc="one-step probe", unit="row", disable=not self.progress):
                 snapshot.restore()
                 row = rows.take(np.array([i]))
-                losses[i] = mean_loss_gradient(model, row, tokens_per_batch=tokens_per_batch, loss=self.loss)
+                losses[i] = mean_loss_gradient(
+                    model, row, tokens_per_batch=tokens_per_batch, loss=self.loss, processes=processes
+                )
                 if self.max_grad_norm:
                     nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
+                _fill_gradients(moved)
                 _step(optimizer, rates)
                 influence[i] = null_loss - reference_loss()
         num_reference_tokens = len(reference.rows.values) * (len(rows) + 1)
@@ -145,22 +161,30 @@ class OneStepProbe:
         ).check()
 
 
-def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UnsupportedOptimizerError(
-            f"`optimizer` must step without a closure, got {type(optimizer).__name__}, which evaluates the loss "
-            "several times a step. Train with AdamW, Adam, SGD or another optimizer of one gradient a step."
-        )
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """True where there is state of at least one step (Adagrad has state before it)."""
+    states = [state for part in optimizer_parts(optimizer) for state in part.state.values() if state]
+    return any(float(state["step"]) > 0 for state in states if "step" in state) or any("step" not in s for s in states)
 
 
 def _parameters_of_null_step(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Parameters that a step with zero gradient moves: those with state, or all of a group that keeps none (SGD)."""
     moved: list[nn.Parameter] = []
-    for group in optimizer.param_groups:
-        trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
-        moved += [parameter for parameter in trainable if optimizer.state.get(parameter)] or trainable
+    for part in optimizer_parts(optimizer):
+        for group in part.param_groups:
+            trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
+            moved += [parameter for parameter in trainable if part.state.get(parameter)] or trainable
     return moved
+
+
+def _fill_gradients(parameters: list[nn.Parameter]) -> None:
+    """Zero where there is none (an expert that no token of a row reached), so that momentum moves it all the same.
+
+    In a batch another row reaches it; without this, its momentum would be taken for the candidate's doing.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def _step(optimizer: torch.optim.Optimizer, learning_rates: list[float]) -> None:

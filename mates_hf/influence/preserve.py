@@ -28,6 +28,27 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def optimizer_parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that a container of several steps one after the other (`.optimizers`), else the one given."""
+    parts = getattr(optimizer, "optimizers", None)
+    if isinstance(parts, (list, tuple)) and parts and all(isinstance(part, torch.optim.Optimizer) for part in parts):
+        return list(parts)
+    return [optimizer]
+
+
+def forget_derived(model: nn.Module) -> None:
+    """Drop what was derived from the parameters' values, so that the next forward pass derives it anew.
+
+    An enclosing autocast caches low-precision copies of parameters, FSDP2 gathered ones; after this
+    `model.parameters()` are the sharded ones.
+    """
+    torch.clear_autocast_cache()
+    for module in model.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if hasattr(module, "unshard") and callable(reshard):
+            reshard()
+
+
 class Snapshot:
     """Saved trainable parameters of a model, and the state of an optimizer where one was given.
 
@@ -69,12 +90,7 @@ class Snapshot:
 
     def written(self) -> None:
         """Must follow every write to the parameters in place: what was derived from their old values is dropped."""
-        # An enclosing autocast caches low-precision copies of parameters, FSDP2 gathered ones: both are now old.
-        torch.clear_autocast_cache()
-        for module in self._model.modules():
-            reshard: Any = getattr(module, "reshard", None)
-            if hasattr(module, "unshard") and callable(reshard):
-                reshard()
+        forget_derived(self._model)
 
 
 @contextmanager
@@ -99,7 +115,8 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     put_back = [_remember_modules(model), _remember_random_streams(snapshot.parameters)]
     hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in snapshot.parameters]
     if optimizer is not None:
-        hooks += [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
+        for stepper in {id(o): o for o in (optimizer, *optimizer_parts(optimizer))}.values():
+            hooks += [getattr(stepper, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
         everyone = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim deletes its attribute of that name
         hooks += [getattr(everyone, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
     put_back += [_empty(registry) for registry in hooks if registry]
@@ -127,8 +144,11 @@ def _empty(registry: dict[Any, Any]) -> Callable[[], None]:
     return fill
 
 
-def _remember(value: Any) -> Callable[[], Any]:
-    """Copy a value deeply; returns what puts the copy back into the same objects and gives the value."""
+def _remember(value: Any, look_inside: bool = True) -> Callable[[], Any]:
+    """Copy a value deeply; returns what puts the copy back into the same objects and gives the value.
+
+    Of other objects the attributes are copied (GaLore keeps its projection in one), but not those of objects in them.
+    """
     if isinstance(value, Tensor):
         saved = local_shard(value).clone()
 
@@ -137,7 +157,7 @@ def _remember(value: Any) -> Callable[[], Any]:
             return value
 
     elif isinstance(value, dict):
-        entries = {key: _remember(entry) for key, entry in value.items()}
+        entries = {key: _remember(entry, look_inside) for key, entry in value.items()}
 
         def back() -> Any:
             restored = {key: entry() for key, entry in entries.items()}
@@ -146,10 +166,17 @@ def _remember(value: Any) -> Callable[[], Any]:
             return value
 
     elif isinstance(value, list):
-        elements = [_remember(element) for element in value]
+        elements = [_remember(element, look_inside) for element in value]
 
         def back() -> Any:
             value[:] = [element() for element in elements]
+            return value
+
+    elif look_inside and hasattr(value, "__dict__") and not isinstance(value, type):
+        contents = _remember(vars(value), look_inside=False)
+
+        def back() -> Any:
+            contents()
             return value
 
     else:
@@ -171,6 +198,15 @@ def _remember_attributes(owner: Any) -> Callable[[], None]:
 
 
 def _remember_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    parts = [_remember_optimizer(part) for part in optimizer_parts(optimizer) if part is not optimizer]
+    if parts:
+        attributes = _remember_attributes(optimizer)
+
+        def all_back() -> None:
+            for undo in (*parts, attributes):
+                undo()
+
+        return all_back
     state = _remember(optimizer.state)
     attributes = _remember_attributes(optimizer)
     groups = [

@@ -6,7 +6,8 @@ selection is a set whose training order is shuffled anyway; and the noise of a p
 position alone, so a longer candidate list never changes the noise of the earlier ones, at the price of one generator
 a block.
 
-Memory beyond the input: two arrays of its size while choosing (the noisy influence and the copy that is partitioned).
+Memory beyond the input: an array of its size (the noisy influence, or the worth of rows), a byte a candidate of masks,
+and a few numbers for each that is chosen: everything else goes through the candidates in blocks.
 
 Shape suffix: N candidates.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import InfluenceError, IntArray
+from mates_hf.records import FloatArray, InfluenceError, InfluenceLabels, IntArray
 
 BLOCK = 1 << 20  # candidates handled at once; also the noise's unit, so changing it changes every noisy selection
 NOISE, TIES, UNIFORM = 0x6E6F, 0x7469, 0x756E  # keep the streams of one seed apart; never 0, which seeds like no word
@@ -142,9 +143,110 @@ def row_worth(influence_per_token: npt.ArrayLike, num_tokens: npt.ArrayLike) -> 
     if num_N.size and num_N.min() < 0:
         raise ValueError(f"`num_tokens` must be at least 0, got {num_N.min()} at position {int(num_N.argmin())}.")
     total = float(num_N.sum(dtype=np.float64))
-    mean = float(np.multiply(values_N, num_N, dtype=np.float64).sum()) / total if total else 0.0
-    worth_N = num_N * (values_N.astype(np.float64) - mean)
-    return worth_N.astype(np.result_type(values_N.dtype, np.float32))
+    sums = [float(np.multiply(values_N[i], num_N[i], dtype=np.float64).sum()) for _, i in _blocks(len(num_N))]
+    mean = math.fsum(sums) / total if total else 0.0
+    worth_N = np.empty(len(num_N), np.result_type(values_N.dtype, np.float32))
+    for _, span in _blocks(len(num_N)):
+        worth_N[span] = num_N[span] * (values_N[span].astype(np.float64) - mean)
+    return worth_N
+
+
+def select_rows(
+    candidates: IntArray,
+    influence: FloatArray,
+    num_targets: npt.NDArray[np.int32],
+    labels: InfluenceLabels,
+    num_rows: int,
+    *,
+    temperature: float,
+    selection_seed: int,
+    round_number: int,
+) -> IntArray:
+    """The select stage of a round: the rows to train on next, in training order.
+
+    A pure function of what a round directory holds, so that anyone can recompute a finished round's selection. The
+    budget is rows, so a candidate is worth `row_worth`; the temperature's unit is the standard deviation of the same
+    over the probed candidates.
+
+    Args:
+        candidates: (M,) int64 pool rows to choose from.
+        influence: (M,) float32 predicted influence of each, > 0 helps, higher is better.
+        num_targets: (M,) int32 trained tokens of each; rows without any come last.
+        labels: measured influence of the round's probes.
+        num_rows: rows to choose, k, at most M.
+        temperature: in standard deviations of the labels; 0 takes the highest.
+        selection_seed: of the run.
+        round_number: with `selection_seed` it seeds noise, ties and training order.
+
+    Returns:
+        (k,) int64 pool rows in training order.
+
+    Raises:
+        ValueError: k or temperature out of range, or arrays of different lengths.
+        InfluenceError: influence is not finite, or the labels rank no row.
+    """
+    if not len(candidates) == len(influence) == len(num_targets) >= num_rows >= 0:
+        raise ValueError(
+            "`candidates`, `influence` and `num_targets` must be of one length, at least `num_rows`, got "
+            f"{len(candidates)}, {len(influence)} and {len(num_targets)} for {num_rows} rows."
+        )
+    finite = np.isfinite(influence)
+    if not finite.all():
+        raise InfluenceError(
+            f"Predicted influence must be finite; that of {len(finite) - int(np.count_nonzero(finite))} of "
+            f"{len(finite)} candidates is not, first candidate_id {candidates[~finite][:8].tolist()}. Look at how "
+            "these candidates were predicted."
+        )
+    unit = float(np.std(row_worth(labels.influence_per_token, labels.num_tokens)))
+    if not (math.isfinite(unit) and unit > 0):
+        raise InfluenceError(
+            f"The labels' standard deviation, the temperature's unit, must be a finite number above 0, got {unit}: "
+            "all probed candidates are worth the same. Check that they differ and that the learning rate is not 0."
+        )
+    worth = row_worth(influence, num_targets)
+    worth /= unit * float(labels.step_size)
+    trainable = np.greater(num_targets, 0)
+    num_trainable = int(np.count_nonzero(trainable))
+    seed = stage_seed(selection_seed, round_number, "select")
+    if num_trainable < len(worth):
+        worth = worth[trainable]
+    chosen = gumbel_top_k(worth, min(num_rows, num_trainable), temperature=temperature, seed=seed)
+    del worth
+    if num_trainable < len(trainable):
+        chosen = nth_true(trainable, chosen)
+    if len(chosen) < num_rows:
+        chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
+    order = np.random.default_rng(stage_seed(selection_seed, round_number, "order")).permutation(len(chosen))
+    return candidates[chosen[order]].astype(np.int64)
+
+
+def stage_seed(selection_seed: int, round_number: int, stage: str) -> int:
+    """A seed of its own for each stage of each round."""
+    words = [selection_seed, round_number, int.from_bytes(stage.encode()[:8], "little")]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def nth_true(mask: npt.NDArray[np.bool_], which: npt.NDArray[np.integer[Any]]) -> IntArray:
+    """Where some of a mask's True entries are, without a list of all of them.
+
+    Args:
+        mask: (N,) bool.
+        which: (k,) integer, numbers of True entries counted from 0, in any order.
+
+    Returns:
+        (k,) int64 positions in `mask`, in the order of `which`.
+    """
+    ends = np.cumsum([np.count_nonzero(mask[span]) for _, span in _blocks(len(mask))])
+    block_of = np.searchsorted(ends, which, side="right")
+    order = np.argsort(block_of, kind="stable")
+    cuts = np.searchsorted(block_of, np.arange(len(ends) + 1), sorter=order)
+    positions = np.empty(len(which), np.int64)
+    for block, span in _blocks(len(mask)):
+        asked = order[cuts[block] : cuts[block + 1]]
+        if len(asked):
+            local = np.flatnonzero(mask[span])
+            positions[asked] = local[which[asked] - (ends[block] - len(local))] + span.start
+    return positions
 
 
 def _generator(seed: Seed, stream: int, block: int = 0) -> np.random.Generator:
@@ -193,10 +295,29 @@ def _largest(values_N: npt.NDArray[Any], k: int, seed: Seed) -> IntArray:
     num = len(values_N)
     if k in (0, num):
         return np.arange(k, dtype=np.int64)
-    threshold = np.partition(values_N, num - k)[num - k]
+    threshold = _kth_largest(values_N, k)
     above = np.flatnonzero(values_N > threshold)
     ties = np.flatnonzero(values_N == threshold)
     missing = k - len(above)
     if missing < len(ties):
         ties = _generator(seed, TIES).choice(ties, missing, replace=False, shuffle=False)
     return np.sort(np.concatenate([above, ties])).astype(np.int64, copy=False)
+
+
+def _kth_largest(values_N: npt.NDArray[Any], k: int) -> Any:
+    """The k-th largest value; k from 1. Holds 2k values and a block, or a copy of all where that is less."""
+    num, room = len(values_N), 2 * k + BLOCK
+    if room >= num:
+        return np.partition(values_N, num - k)[num - k]
+    largest, size, lowest = np.empty(room, values_N.dtype), 0, None
+    for _, span in _blocks(num):
+        values = values_N[span]
+        if lowest is not None:
+            values = values[values > lowest]  # k that are at least as large are held already
+        largest[size : size + len(values)] = values
+        size += len(values)
+        if size >= 2 * k or span.stop == num:
+            largest[:size].partition(size - k)
+            largest[:k] = largest[size - k : size]
+            lowest, size = largest[:k].min(), k
+    return lowest

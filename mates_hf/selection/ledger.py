@@ -1,27 +1,26 @@
-"""Which pool rows were trained on, what a round may draw, and whether the pool suffices for a run.
+"""Which pool rows were trained on, and what a round may draw.
 
-Place in the flow: `training/` asks `RunPlan` before the first step whether the run fits the pool, then at each round's
-boundary asks the `Ledger` for candidates and probes, and marks what it chose. A row is marked when it is assigned to a
-round, not when its step is over: the steps between a boundary and its switch still train on the earlier assignment.
+Place in the flow: at each round's boundary `training/` asks the `Ledger` for candidates and probes, and marks what it
+chose. A row is marked when it is assigned to a round, not when its step is over: the steps between a boundary and its
+switch still train on the earlier assignment.
 
 Trade-off: one byte a pool row and a shuffled order of four (made when first needed), so that every draw is a plain
-numpy scan and any round can be replayed from the mask, the seed and the cursor alone.
+numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another two bytes a
+pool row, and eight a candidate that it returns; it goes through the pool in blocks for that.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.config import MatesConfig
 from mates_hf.records import IntArray, MatesError
+from mates_hf.selection.choose import nth_true
+from mates_hf.selection.plan import num_candidates
 
 BLOCK = 1 << 20  # rows of an order looked at at once
 SHUFFLE, PROBES = 0x7368, 0x7072  # keep the streams of one seed apart; never 0, which seeds like no word
@@ -69,8 +68,8 @@ class Ledger:
     @cached_property
     def shuffled(self) -> npt.NDArray[np.integer[Any]]:
         """(num_rows,) integer, the pool's rows in the order slices are taken; the same in every pass."""
-        order: npt.NDArray[np.integer[Any]] = np.arange(self.num_rows).astype(
-            np.int32 if self.num_rows <= 2**31 else np.int64
+        order: npt.NDArray[np.integer[Any]] = np.arange(
+            self.num_rows, dtype=np.int32 if self.num_rows <= 2**31 else np.int64
         )
         np.random.default_rng([self.seed, SHUFFLE]).shuffle(order)
         return order
@@ -105,6 +104,10 @@ class Ledger:
                 "replacement."
             )
         self.consumed[rows] = True
+
+    def release(self, rows: npt.NDArray[np.integer[Any]]) -> None:
+        """Make rows unused again that a round selected and that the next one, started early, cut off."""
+        self.consumed[rows] = False
 
     def start_new_pass(self) -> None:
         """Make every row unused again and go back to the start of the shuffled pool: the pool is used up."""
@@ -148,8 +151,8 @@ class Ledger:
             probes = self._draw_probes(self._blocked(candidates), num_probes, round_number)
             return RoundDraw(candidates, probes, cursor)
         probes = self._draw_probes(self.consumed, num_probes, round_number)
-        keep = ~self._blocked(probes)[self.shuffled]
-        return RoundDraw(self.shuffled[keep].astype(np.int64), probes, self.cursor)
+        candidates, _ = self._next_unused(self.shuffled, 0, self.num_rows, self._blocked(probes))
+        return RoundDraw(candidates, probes, self.cursor)
 
     def own_order(
         self, own_rows: npt.NDArray[np.integer[Any]], num_rows_needed: int, exclude: npt.NDArray[np.integer[Any]]
@@ -175,6 +178,25 @@ class Ledger:
                 "`max_steps`."
             )
         return rows
+
+    def rows_after(
+        self, rows: npt.NDArray[np.integer[Any]], num_more: int, exclude: npt.NDArray[np.integer[Any]]
+    ) -> IntArray:
+        """What follows a round's rows where the next round begins later than they last. Changes nothing.
+
+        Args:
+            rows: (k,) integer pool rows of the round.
+            num_more: rows that are missing until the next round.
+            exclude: (P,) integer pool rows left out though unused: those probed in the round.
+
+        Returns:
+            (num_more,) int64 unused rows, in the order of the shuffled pool from the cursor on: a function of the
+            round alone, and the first of them are the same for any `num_more`.
+
+        Raises:
+            MatesError: the pool has too few such rows.
+        """
+        return self.own_order(np.roll(self.shuffled, -self.cursor), num_more, np.concatenate([exclude, rows]))
 
     def to_bits(self) -> npt.NDArray[np.uint8]:
         """(ceil(num_rows / 8),) uint8 for disk: `consumed`, eight rows a byte."""
@@ -216,158 +238,25 @@ class Ledger:
 
     def _draw_probes(self, blocked: npt.NDArray[np.bool_], num: int, round_number: int) -> IntArray:
         """`num` rows that are not blocked, uniformly without replacement."""
-        free = np.flatnonzero(~blocked)
+        free = ~blocked
         generator = np.random.default_rng([self.seed, round_number, PROBES])
-        return free[generator.choice(len(free), num, replace=False)].astype(np.int64, copy=False)
+        return nth_true(free, generator.choice(np.count_nonzero(free), num, replace=False))
 
     @staticmethod
     def _next_unused(
         order: npt.NDArray[np.integer[Any]], start: int, num: int, blocked: npt.NDArray[np.bool_]
     ) -> tuple[IntArray, int]:
         """Up to `num` rows of `order` that are not blocked, from `start` and round the end; and where it stopped."""
-        parts: list[npt.NDArray[np.integer[Any]]] = [np.zeros(0, np.int64)]
-        missing, stop = num, start
+        rows = np.empty(min(num, len(order)), np.int64)
+        done, stop = 0, start
         for low, high in ((start, len(order)), (0, start)):
             for at in range(low, high, BLOCK):
-                if not missing:
+                if done == num:
                     break
                 block = order[at : min(at + BLOCK, high)]
-                where = np.flatnonzero(~blocked[block])[:missing]
+                where = np.flatnonzero(~blocked[block])[: num - done]
                 if len(where):
-                    parts.append(block[where])
-                    missing -= len(where)
+                    rows[done : done + len(where)] = block[where]
+                    done += len(where)
                     stop = at + int(where[-1]) + 1
-        return np.concatenate(parts).astype(np.int64, copy=False), stop % max(len(order), 1)
-
-
-@dataclass(frozen=True)
-class PlannedRound:
-    """A round that selects.
-
-    Attributes:
-        number: the round's number.
-        boundary_step: optimizer steps done when it probes, fits, scores and selects.
-        from_step: first optimizer step (counted from 0) that trains on its rows.
-        to_step: first optimizer step that no longer does.
-        num_rows: rows it selects, k.
-    """
-
-    number: int
-    boundary_step: int
-    from_step: int
-    to_step: int
-    num_rows: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """The selecting rounds of a run, and whether the pool has rows enough for them.
-
-    The steps before the first selection are in the Trainer's own order; of those only the rows of the current pass
-    count as used. A round whose selection could not be trained on is not planned. A row is trained on at most once in
-    a pass, so each round needs `num_rows / selection_ratio` unused rows to choose from and `num_probes` others.
-
-    Attributes:
-        num_rows: rows in the pool.
-        batch_rows: rows in one optimizer step, over all devices and accumulation.
-        max_steps: optimizer steps of the run.
-        config: round length, lead, ratio and number of probes.
-        first_step: optimizer step from which rounds are counted: 0, or where selection was added to a run.
-        rows_per_pass: row positions of one pass in the Trainer's own order; None: `num_rows`. A loader that drops or
-            fills up its last batch makes them differ.
-
-    Raises:
-        ValueError: a count is below 1.
-    """
-
-    num_rows: int
-    batch_rows: int
-    max_steps: int
-    config: MatesConfig
-    first_step: int = 0
-    rows_per_pass: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_rows", "batch_rows", "max_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-
-    @property
-    def first_from_step(self) -> int:
-        """First optimizer step that would train on a selection, whether or not the run reaches it."""
-        return self.first_step + self.config.random_rounds * self.config.update_steps + self.config.lead_steps
-
-    @property
-    def rows_before(self) -> int:
-        """Rows of the current pass that the Trainer's own order uses before the first selection; 0 is a fresh pass."""
-        rows = self.first_from_step * self.batch_rows % (self.rows_per_pass or self.num_rows)
-        return min(rows, self.num_rows)
-
-    @cached_property
-    def rounds(self) -> list[PlannedRound]:
-        """The rounds that select, in order; they cover the steps from `first_from_step` to `max_steps` once each."""
-        length, first = self.config.update_steps, self.config.random_rounds
-        rounds = []
-        for number, start in enumerate(range(self.first_from_step, self.max_steps, length), first):
-            stop = min(start + length, self.max_steps)
-            boundary = self.first_step + number * length
-            rounds.append(PlannedRound(number, boundary, start, stop, (stop - start) * self.batch_rows))
-        return rounds
-
-    @property
-    def max_steps_that_fit(self) -> int:
-        """The largest `max_steps` for which the pool suffices; `first_from_step` where not even one selection fits."""
-        ratio, full = _exact(self.config.selection_ratio), self.config.update_steps
-        unused, start = self.num_rows - self.rows_before, self.first_from_step
-        while True:
-            # ceil(steps * batch_rows / ratio) + num_probes <= unused, solved for steps.
-            steps = math.floor((unused - self.config.num_probes) * ratio / self.batch_rows)
-            if steps < full:
-                return start + max(steps, 0)
-            start += full
-            unused -= full * self.batch_rows
-
-    def check(self) -> None:
-        """Raise before the run's first step if one of its rounds would find too few unused rows.
-
-        Raises:
-            ValueError: the pool is too small for this many steps; says which round lacks rows, how many there are and
-                the largest `max_steps` that fits.
-        """
-        for planned, unused in self._with_unused():
-            candidates = num_candidates(planned.num_rows, self.config.selection_ratio)
-            if candidates + self.config.num_probes <= unused:
-                continue
-            fits = self.max_steps_that_fit
-            if fits > self.first_from_step:
-                way_out = f"The largest `max_steps` that fits is {fits} (got {self.max_steps}): set it"
-            else:
-                way_out = f"No selection of this config fits this pool; up to `max_steps` {fits} nothing is selected"
-            raise ValueError(
-                f"The pool must have rows enough that none is trained on twice. Round {planned.number} (steps "
-                f"{planned.from_step} to {planned.to_step}) must choose {planned.num_rows} rows from {candidates} "
-                f"unused ones (`selection_ratio` {self.config.selection_ratio}) and probe {self.config.num_probes} "
-                f"others (`num_probes`), {candidates + self.config.num_probes} in all; of the {self.num_rows} rows in "
-                f"the pool {unused} are unused by then. {way_out}, or enlarge the pool, lower `update_steps` or "
-                "`num_probes`, or raise `selection_ratio`. A run of whole epochs leaves nothing to choose."
-            )
-
-    def _with_unused(self) -> Iterator[tuple[PlannedRound, int]]:
-        """Each round with the rows unused when it draws."""
-        unused = self.num_rows - self.rows_before
-        for planned in self.rounds:
-            yield planned, unused
-            unused -= planned.num_rows
-
-
-def num_candidates(num_selected: int, selection_ratio: float) -> int:
-    """Candidates from which a ratio of `selection_ratio` selects `num_selected`: their quotient, rounded up.
-
-    Exact for the decimal the ratio was written as: 3 rows at 0.3 are 10 candidates, not 11.
-    """
-    return math.ceil(num_selected / _exact(selection_ratio))
-
-
-def _exact(ratio: float) -> Fraction:
-    """The fraction a ratio was meant as: 0.2 is 1/5, not the nearest binary number."""
-    return Fraction(repr(float(ratio)))
+        return rows[:done], stop % max(len(order), 1)

@@ -6,7 +6,7 @@ and the next labels undo it, at either weights: against that, earlier rounds' la
 (`benchmarks/results/fidelity.md`). The mean exists only inside its window.
 
 Trade-off: one more copy of the trainable parameters inside the window (in float32 for half-precision weights), against
-keeping it all the time.
+keeping it all the time. Of sharded parameters (FSDP2) each process averages its own part.
 """
 
 from __future__ import annotations
@@ -14,14 +14,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mates_hf.influence.preserve import forget_derived, local_shard
+from mates_hf.processes import ALONE, Processes
+from mates_hf.records import MatesError
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name, tied ones once."""
+    """Trainable parameters by name, tied ones once; of a model sharded by FSDP2 the sharded ones."""
+    forget_derived(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def whole_tensor(shard: Tensor, parameter: nn.Parameter) -> Tensor:
+    """All of a tensor of which `shard` is this process's part, sharded as `parameter` is; all processes must call."""
+    if not hasattr(parameter, "to_local"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    of: Any = parameter
+    return DTensor.from_local(
+        shard, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
+    ).full_tensor()
 
 
 class WeightAverage:
@@ -34,16 +52,14 @@ class WeightAverage:
     def __init__(self, model: nn.Module) -> None:
         self.num_steps = 0
         self._parameters = trainable_parameters(model)
-        self._mean: list[torch.Tensor] = []
+        self._mean: list[Tensor] = []
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now: one fused pass over the parameters, no device synchronisation."""
-        live = [parameter.detach() for parameter in self._parameters.values()]
+        live = [local_shard(parameter) for parameter in self._parameters.values()]
         if not self._mean:
-            half = (torch.float16, torch.bfloat16)
-            dtypes = [torch.float32 if tensor.dtype in half else tensor.dtype for tensor in live]
-            self._mean = [tensor.to(dtype, copy=True) for tensor, dtype in zip(live, dtypes, strict=True)]
+            self._mean = [tensor.to(_mean_dtype(tensor), copy=True) for tensor in live]
         else:
             same = [tensor.to(mean.dtype) for tensor, mean in zip(live, self._mean, strict=True)]
             torch._foreach_lerp_(self._mean, same, 1.0 / (self.num_steps + 1))
@@ -65,29 +81,78 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         for parameter, mean in zip(self._parameters.values(), self._mean, strict=False):
-            live = parameter.detach().clone()
-            parameter.copy_(mean)
+            shard = local_shard(parameter)
+            live = shard.clone()
+            shard.copy_(mean)
             mean.copy_(live)
 
-    def save(self, path: Path) -> None:
-        """Write the mean beside the rounds, whole or not at all, for a checkpoint that falls inside the window."""
+    def save(self, path: Path, processes: Processes = ALONE) -> None:
+        """Write the mean beside the rounds, whole or not at all, for a checkpoint that falls inside the window.
+
+        All processes must call it; the main one writes.
+        """
         from safetensors.torch import save_file
 
+        tensors = {}
+        for (name, parameter), mean in zip(self._parameters.items(), self._mean, strict=True):
+            whole = whole_tensor(mean, parameter)
+            if processes.is_main:
+                tensors[name] = whole.cpu().contiguous()
+        if not processes.is_main:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        tensors = {name: mean.contiguous() for name, mean in zip(self._parameters, self._mean, strict=True)}
         save_file(tensors, temporary, metadata={"num_steps": str(self.num_steps)})
         temporary.replace(path)
 
-    def load(self, path: Path) -> bool:
-        """Continue from a saved mean; False where there is none."""
-        if not path.exists():
-            return False
-        from safetensors import safe_open
+    def load(self, path: Path, processes: Processes = ALONE) -> bool:
+        """Continue from a mean that the main process finds on its disk; False where there is none."""
+        return self._load(path, processes) if processes.is_main else self._receive(processes)
 
-        with safe_open(path, framework="pt") as file:
-            self.num_steps = int(file.metadata()["num_steps"])
-            self._mean = [
-                file.get_tensor(name).to(parameter.device, copy=True) for name, parameter in self._parameters.items()
-            ]
+    def _load(self, path: Path, processes: Processes) -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.exists():
+            processes.publish({"num_steps": 0})
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.num_steps = int(file.metadata()["num_steps"])
+                wholes = {name: file.get_tensor(name) for name in self._parameters}
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            raise MatesError(
+                f"`{path}` must hold the running mean of the weights, but cannot be read ({error}). Delete it: "
+                "the next round then averages from here on."
+            ) from error
+        processes.publish({"num_steps": self.num_steps})
+        self._mean = []
+        for name, parameter in self._parameters.items():
+            processes.publish({}, mean=wholes[name].numpy())
+            self._mean.append(_own_part(wholes.pop(name), parameter))
         return True
+
+    def _receive(self, processes: Processes) -> bool:
+        message, _ = processes.receive()
+        self.num_steps = message["num_steps"]
+        if not self.num_steps:
+            return False
+        self._mean = [
+            _own_part(torch.from_numpy(processes.receive()[1]["mean"]), parameter)
+            for parameter in self._parameters.values()
+        ]
+        return True
+
+
+def _mean_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def _own_part(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A new tensor with this process's part of `whole`, where `parameter` lives."""
+    on_device = whole.to(parameter.device, copy=True)
+    if not hasattr(parameter, "to_local"):
+        return on_device
+    from torch.distributed.tensor import distribute_tensor
+
+    of: Any = parameter
+    return distribute_tensor(on_device, of.device_mesh, of.placements).to_local().clone()

@@ -14,7 +14,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import TrainerCallback
 
 from mates_hf.config import MatesConfig
@@ -22,15 +21,27 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.influence.preconditioner import require_known, unwrap_optimizer
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
 from mates_hf.influence.probe import Probe
+from mates_hf.processes import Processes
 from mates_hf.records import MatesError, RunSettings, UnsupportedSettingError
-from mates_hf.selection.ledger import Ledger, RunPlan
+from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
-from mates_hf.training.checks import check_run, context_length, vocabulary_size
+from mates_hf.training.checks import (
+    check_logits,
+    check_pool,
+    check_rows_once,
+    check_run,
+    context_length,
+    own_memory,
+    vocabulary_size,
+)
+from mates_hf.training.own_loss import LossWatch, takes_loss, with_own_loss
 from mates_hf.training.run import InfluenceModel, Run
 from mates_hf.training.sampler import RowClock, ScheduledSampler
-from mates_hf.training.session import Session, round_metrics
+from mates_hf.training.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +84,8 @@ class MatesCallback(TrainerCallback):
         self._trainer: Any = None
         self._session: Session | None = None
         self._proven = True
+        self._loss_watch: LossWatch | None = None
+        self._replaced: tuple[Any, Any] | None = None  # a dataloader and the sampler it had
 
     def attach(self, trainer: Any) -> MatesCallback:
         """Optional: let metrics reach every reporter and have the Trainer's own `compute_loss` probed.
@@ -84,17 +97,13 @@ class MatesCallback(TrainerCallback):
             trainer.add_callback(self)
         return self
 
+    @own_memory()
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check everything that can be known, then take over the data order. Raises before any step or file."""
-        self._session = None
+        self._let_go()
         dataloader, model = kwargs["train_dataloader"], kwargs["model"]
-        self._refuse_unsupported(args, dataloader)
-        saved = state.stateful_callbacks.get(resume.STATE_KEY) if state.global_step else None
-        if state.global_step and saved is None:
-            logger.warning(
-                "The checkpoint at step %d has no state of MatesCallback: rounds are counted from here on.",
-                state.global_step,
-            )
+        self._refuse_unsupported(args, dataloader, model)
+        saved = resume.saved_state(state)
         clock = _make_clock(args, state, dataloader, saved)
         pool = CandidatePool(dataloader.dataset, dataloader.collate_fn)
         origin_step = int(saved["origin_step"]) if saved else state.global_step
@@ -115,44 +124,55 @@ class MatesCallback(TrainerCallback):
         optimizer = unwrap_optimizer(kwargs["optimizer"])
         if isinstance(self.probe, DirectionalProbe):
             require_known(optimizer)
-        _check_vocabulary(pool, model)
+        elif isinstance(self.probe, OneStepProbe):
+            require_steps(optimizer)
+        check_pool(pool, model)
+        reference = self.reference.fit_to_model(vocabulary_size(model), context_length(model))
+        if isinstance(self.probe, (DirectionalProbe, OneStepProbe)) and self.probe.reference_loss is None:
+            check_logits(model, reference)
+        processes = Processes.of_run()
         run = Run(
             model=model,
             optimizer=optimizer,
-            reference=self.reference.fit_to_model(vocabulary_size(model), context_length(model)),
+            reference=reference,
             pool=pool,
             pool_identity=pool.identity(),
-            probe=self._probe_with_loss(args),
+            probe=with_own_loss(self.probe, self._trainer, args),
             influence_model=self.influence_model,
             config=self.config,
-            settings=self._settings(args, clock),
+            settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
             rounds_dir=Path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
+            processes=processes,
         )
+        processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
         if saved:
             resume.check_same_run(saved, run.identity())
-            resume.check_weights(model, saved.get("weights", {}), _find_checkpoint(args, state.global_step))
-        sampler = ScheduledSampler(dataloader.get_sampler(), clock, saved["own_start"] if saved else None)
+            checkpoint = _find_checkpoint(args, state.global_step)
+            resume.check_weights(model, saved.get("weights", {}), checkpoint)
+            resume.warn_without_optimizer(checkpoint)
+        finished = state.global_step >= state.max_steps
+        sampler = ScheduledSampler(dataloader.get_sampler(), clock, saved, finished=finished)
         self._session = Session(
             run,
             clock,
             sampler,
-            plan.rounds,
+            plan,
             output_dir=Path(args.output_dir),
-            origin_step=origin_step,
             step=state.global_step,
-            resumed=saved is not None,
+            saved=saved,
         )
+        self._replaced = (dataloader, dataloader.get_sampler())
         dataloader.set_sampler(sampler)
         state.stateful_callbacks[resume.STATE_KEY] = self._session.state
         self._proven = False
         logger.info(
-            "%d rounds over %d candidates, the first at step %d; %d reference tokens",
-            len(plan.rounds), len(pool), plan.rounds[0].boundary_step, run.reference.num_targets,
+            "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
+            len(plan.rounds), len(pool), plan.rounds[0].boundary_step, run.reference.num_targets, processes.size,
         )  # fmt: skip
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prove, once, that the first batch came from the schedule."""
+        """Prove, once, that the first batch came from the schedule; watch which loss the first step trains with."""
         if self._proven or self._session is None:
             return
         self._proven = True
@@ -163,23 +183,43 @@ class MatesCallback(TrainerCallback):
                 "for it. A setting or a Trainer subclass bypasses `dataloader.set_sampler`; train with the dataloader "
                 "that `Trainer.get_train_dataloader` makes."
             )
+        check_rows_once(self._session.sampler.own_rows)
+        told = self._trainer is not None or args.label_smoothing_factor
+        if not told and takes_loss(self._session.run.probe) and args.process_index == 0 and not args.torch_compile:
+            self._loss_watch = LossWatch(kwargs["model"])
 
+    @own_memory()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count rows; average weights inside the window; at a boundary, run a round and report it."""
         if self._session is None:
             return
-        order = self._session.after_step(state.global_step, control.should_save and args.should_save)
-        if order is not None:
-            self._report(state, round_metrics(order.info))
+        if self._loss_watch is not None:
+            self._loss_watch.finish()
+            self._loss_watch = None
+        metrics = self._session.after_step(state.global_step, control.should_save)
+        if metrics:
+            self._report(state, metrics)
 
+    @own_memory()
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the running mean for a checkpoint that `on_step_end` could not see coming (at an epoch's end, say)."""
-        if self._session is not None and args.should_save:
+        if self._session is not None:
             self._session.save_average(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go of the model, the optimizer and the pool."""
+        """Let go of the model, the optimizer and the pool; the dataloader has its own sampler again."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """As before `on_train_begin`; also what is left where training broke off, to be tried with a smaller batch."""
         self._session = None
+        if self._loss_watch is not None:
+            self._loss_watch.close()
+            self._loss_watch = None
+        if self._replaced is not None:
+            dataloader, sampler = self._replaced
+            dataloader.set_sampler(sampler)
+            self._replaced = None
 
     def _report(self, state: Any, metrics: dict[str, float]) -> None:
         """Into every reporter where attached, else into `state.log_history` alone."""
@@ -188,41 +228,27 @@ class MatesCallback(TrainerCallback):
         else:
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
 
-    def _refuse_unsupported(self, args: Any, dataloader: Any) -> None:
-        check_run(args, dataloader, self.config)
+    def _refuse_unsupported(self, args: Any, dataloader: Any, model: Any) -> None:
+        check_run(args, dataloader, model, self.config)
         if self._trainer is not None:
             others = [c for c in self._trainer.callback_handler.callbacks if isinstance(c, MatesCallback)]
             if len(others) > 1:
-                raise MatesError(f"A Trainer must have one MatesCallback, got {len(others)}: give it one.")
+                raise UnsupportedSettingError(f"A run must have one MatesCallback, got {len(others)}: give it one.")
+            if self._trainer.model is not model:
+                raise MatesError(
+                    "`callback.attach(trainer)` must be given the Trainer that trains, got another one. Attach the "
+                    "callback to this Trainer, or make a new callback for it."
+                )
 
-    def _settings(self, args: Any, clock: RowClock) -> RunSettings:
+    def _settings(self, args: Any, clock: RowClock, processes: Processes) -> RunSettings:
         return RunSettings(
             max_grad_norm=args.max_grad_norm or None,
             batch_rows=clock.batch_rows * clock.accumulation,
             tokens_per_batch=self.config.probe_tokens_per_batch,
             seed=self.config.selection_seed,
-            progress=not args.disable_tqdm and args.local_process_index == 0,
+            progress=not args.disable_tqdm and processes.is_main,
+            processes=processes,
         )
-
-    def _probe_with_loss(self, args: Any) -> Probe:
-        """The probe, with the Trainer's own loss where `attach` gave access to one that is not the plain NLL."""
-        from transformers import Trainer
-
-        trainer = self._trainer
-        own_loss = trainer is not None and (
-            type(trainer).compute_loss is not Trainer.compute_loss
-            or trainer.compute_loss_func is not None
-            or trainer.label_smoother is not None
-        )
-        if own_loss and dataclasses.is_dataclass(self.probe) and hasattr(self.probe, "loss"):
-            return dataclasses.replace(self.probe, loss=lambda model, batch: trainer.compute_loss(model, batch))
-        if trainer is None and args.label_smoothing_factor:
-            logger.warning(
-                "The probes measure the plain negative log-likelihood, but the run trains with "
-                "`label_smoothing_factor=%s`. `callback.attach(trainer)` has the Trainer's own loss probed.",
-                args.label_smoothing_factor,
-            )
-        return self.probe
 
 
 def _make_clock(args: Any, state: Any, dataloader: Any, saved: dict[str, Any] | None) -> RowClock:
@@ -250,23 +276,3 @@ def _find_checkpoint(args: Any, step: int) -> Path | None:
     candidates = [Path(given)] if isinstance(given, str) and given not in ("True", "true") else []
     candidates.append(Path(args.output_dir) / f"checkpoint-{step}")
     return next((path for path in candidates if path.is_dir()), None)
-
-
-def _check_vocabulary(pool: CandidatePool, model: Any) -> None:
-    """Token ids of a few fixed pool rows must be in the model's vocabulary.
-
-    Raises:
-        ValueError: names the row and the id.
-    """
-    size = vocabulary_size(model)
-    if size is None:
-        return
-    ids = np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64))
-    rows = pool.token_rows(ids)
-    for number, i in zip(ids, range(len(rows)), strict=True):
-        values = rows.row(i)[0]
-        if len(values) and (values.max() >= size or values.min() < 0):
-            raise ValueError(
-                f"Token ids must be in the model's vocabulary of {size}, got {int(values.max())} in pool row "
-                f"{number}. The pool was tokenised with another tokenizer, or the embedding was not resized."
-            )

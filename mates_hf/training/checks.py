@@ -6,13 +6,26 @@ Trade-off: fail closed. A setting whose order of rows was not proven is refused,
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import IterableDataset
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.data.collated import forked_rng, name_of
+from mates_hf.data.pool import CandidatePool
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.influence.losses import ProbeMemoryError, token_losses, unwrap
+from mates_hf.influence.preserve import preserved
+from mates_hf.records import IntArray, UnsupportedSettingError
+from mates_hf.training.parallel import parallel_refusals
+from mates_hf.training.sampler import ScheduledSampler
 
 
 def look_ahead_batches(dataloader: Any) -> int:
@@ -26,7 +39,7 @@ def look_ahead_steps(dataloader: Any, accumulation: int) -> int:
     return math.ceil(look_ahead_batches(dataloader) / accumulation)
 
 
-def refusals(args: Any, dataloader: Any) -> list[str]:
+def refusals(args: Any, dataloader: Any, model: Any, config: MatesConfig) -> list[str]:
     """Reasons why this run cannot have its data order scheduled, each naming the setting and the way out."""
     found: list[str] = []
     if isinstance(getattr(dataloader, "dataset", None), IterableDataset):
@@ -35,23 +48,17 @@ def refusals(args: Any, dataloader: Any) -> list[str]:
             "or filter the stream before training"
         )
         return found
-    if args.world_size > 1:
-        found.append(f"more than one process (`world_size` is {args.world_size}) is not supported yet: run one")
-    if args.n_gpu > 1:
-        found.append(
-            f"nn.DataParallel (`n_gpu` is {args.n_gpu}) splits each batch behind the sampler: make one GPU visible"
-        )
-    if getattr(args, "deepspeed", None):
-        found.append("DeepSpeed (`deepspeed`) shards the weights a probe has to move: train without it")
-    if getattr(args, "fsdp", None):
-        found.append("FSDP (`fsdp`) shards the weights a probe has to move and is not supported yet: train without it")
+    found += parallel_refusals(args, model)
     if getattr(args, "train_sampling_strategy", "random") == "batch_rebalance":
         found.append("`train_sampling_strategy='batch_rebalance'` has no sampler: use another strategy")
     if getattr(args, "dataloader_in_order", True) is False:
         found.append("`dataloader_in_order=False` lets workers reorder batches: set it to True")
     accelerator = args.accelerator_config
     if getattr(accelerator, "dispatch_batches", None):
-        found.append("`accelerator_config.dispatch_batches=True` reads batches in another process: set it to False")
+        found.append(
+            "`accelerator_config.dispatch_batches=True` has one process read for all and hides the batch size: set it "
+            "to False"
+        )
     if getattr(dataloader, "use_stateful_dataloader", False):
         found.append("`use_stateful_dataloader=True` replays its own order on resume: set it to False")
     if not found and not (hasattr(dataloader, "set_sampler") and hasattr(dataloader, "get_sampler")):
@@ -59,26 +66,59 @@ def refusals(args: Any, dataloader: Any) -> list[str]:
             f"the training dataloader ({type(dataloader).__name__}) has no `set_sampler`: use the one that "
             "`Trainer.get_train_dataloader` makes"
         )
-    elif not found and dataloader.get_sampler() is None:
-        found.append("the training dataloader has no sampler that could be replaced: give it a map-style dataset")
+    elif not found:
+        found += _sampler_refusals(dataloader.get_sampler())
+    found += _upload_refusals(args, config)
     return found
 
 
-def check_run(args: Any, dataloader: Any, config: MatesConfig) -> None:
-    """Refuse a run whose data order this library could not keep, before its first step.
+def _sampler_refusals(sampler: Any) -> list[str]:
+    """What is wrong with the sampler that the schedule would replace."""
+    if sampler is None:
+        return [
+            "the training dataloader has no sampler that could be replaced: let `Trainer.get_train_dataloader` make "
+            "it from a map-style dataset, without a `batch_sampler` of your own"
+        ]
+    if isinstance(sampler, ScheduledSampler):
+        return ["a run must have one MatesCallback, and another one has scheduled its rows already: give it one"]
+    # WeightedRandomSampler and RandomSampler tell; any other that repeats rows is found at its first pass.
+    if getattr(sampler, "replacement", False):
+        return [
+            f"a sampler with replacement ({type(sampler).__name__}) trains on rows more than once: use one without, "
+            "and leave it to the selection to prefer some rows"
+        ]
+    return []
+
+
+def _upload_refusals(args: Any, config: MatesConfig) -> list[str]:
+    """Round directories hold users' tokens; a hub upload takes all of `output_dir` but names that begin with `_`."""
+    if not args.push_to_hub or config.rounds_dir is None:
+        return []
+    output_dir, rounds_dir = Path(args.output_dir).resolve(), Path(config.rounds_dir).resolve()
+    if rounds_dir.is_relative_to(output_dir) and not rounds_dir.relative_to(output_dir).as_posix().startswith("_"):
+        return [
+            f"`push_to_hub` would upload `rounds_dir` ({config.rounds_dir}), which lies in `output_dir` under a name "
+            "that does not begin with `_`: leave `rounds_dir` out, or put it elsewhere"
+        ]
+    return []
+
+
+def check_run(args: Any, dataloader: Any, model: Any, config: MatesConfig) -> None:
+    """Refuse a run whose data order this library could not keep, or whose text it could not, before its first step.
 
     Args:
         args: the run's `TrainingArguments`.
         dataloader: its prepared training dataloader.
+        model: the model that trains, unwrapped.
         config: the run's `MatesConfig`.
 
     Raises:
         UnsupportedSettingError: names every setting that stands in the way, and what to set instead.
         ValueError: `switch_lead_steps` does not cover what the dataloader fetches ahead; says the number that would.
     """
-    found = refusals(args, dataloader)
+    found = refusals(args, dataloader, model, config)
     if found:
-        raise UnsupportedSettingError(f"MatesCallback cannot keep the data order of this run: {'; '.join(found)}.")
+        raise UnsupportedSettingError(f"MatesCallback cannot select data in this run: {'; '.join(found)}.")
     needed = look_ahead_steps(dataloader, args.gradient_accumulation_steps)
     if config.lead_steps < needed:
         raise ValueError(
@@ -87,6 +127,120 @@ def check_run(args: Any, dataloader: Any, config: MatesConfig) -> None:
             f"`switch_lead_steps={needed}` (and `update_steps` to at least that), or lower "
             "`dataloader_num_workers` or `dataloader_prefetch_factor`."
         )
+
+
+def check_pool(pool: CandidatePool, model: Any) -> None:
+    """Refuse a pool whose rows are not what the model would be trained on one by one.
+
+    Args:
+        pool: everything that may be trained on.
+        model: the model that trains.
+
+    Raises:
+        UnsupportedSettingError: the collator packs rows into one.
+        ValueError: a token id of a few fixed rows is not in the model's vocabulary; names the row and the id.
+    """
+    ids = np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64))
+    rows = pool.token_rows(ids)
+    if pool.collate_fn is not None:
+        with forked_rng(0):
+            num = len(pool.collate_fn([pool.dataset[0]] * 2)["input_ids"])
+        if num != 2:
+            raise UnsupportedSettingError(
+                "A collator must make one row of the batch from one row of the dataset, got "
+                f"{num} from 2 by `{name_of(pool.collate_fn)}`. Use one that pads instead of packing "
+                "(`DataCollatorForLanguageModeling`), or pack the dataset before training."
+            )
+    size = vocabulary_size(model)
+    if size is None:
+        return
+    for number, i in zip(ids, range(len(rows)), strict=True):
+        values = rows.row(i)[0]
+        if len(values) and (values.max() >= size or values.min() < 0):
+            raise ValueError(
+                f"Token ids must be in the model's vocabulary of {size}, got {int(values.max())} in pool row "
+                f"{number}. The pool was tokenised with another tokenizer, or the embedding was not resized."
+            )
+
+
+def check_logits(model: Any, reference: ReferenceTask) -> None:
+    """Refuse a model that does not tell the likelihood of a reference passage, by running it on one.
+
+    Args:
+        model: the model that trains; it stays as it is.
+        reference: what it should get better at, cut to its context.
+
+    Raises:
+        UnsupportedSettingError: the model does not give logits for `input_ids` alone in eval mode.
+    """
+    module = unwrap(model)
+    with preserved(module):
+        module.eval()
+        try:
+            token_losses(module, reference.rows.take(np.array([0])))
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise UnsupportedSettingError(
+                "The model must give logits (B, L, V) for `input_ids` alone in eval mode, because the loss of the "
+                f"reference task is the likelihood; {type(module).__name__} did not ({type(error).__name__}: {error})."
+                " Turn off what leaves the logits out (`use_liger_kernel`, a fused loss), or pass a probe of your own."
+            ) from error
+
+
+def check_rows_once(own_rows: IntArray) -> None:
+    """Refuse a sampler that repeats rows in its first pass, which is drawn before the first step.
+
+    Args:
+        own_rows: (N,) the Trainer's own order of the pool.
+
+    Raises:
+        UnsupportedSettingError: a row is in it twice.
+    """
+    repeated = np.flatnonzero(np.bincount(own_rows) > 1) if len(own_rows) else own_rows
+    if len(repeated):
+        raise UnsupportedSettingError(
+            f"The training sampler must give each row at most once in a pass, got {len(repeated)} rows more often, "
+            f"first {repeated[:8].tolist()}. Use a sampler without replacement, and leave it to the selection to "
+            "prefer some rows."
+        )
+
+
+def resume_caveats() -> list[str]:
+    """What the installed versions get wrong when a run goes on inside an epoch; to be told before the first step.
+
+    transformers 4 tells the dataloader its epoch before it skips the batches that were trained on, and accelerate
+    before 1.15 forgets it there. The latter is found by trying.
+    """
+    from accelerate.data_loader import DataLoaderShard, skip_first_batches
+
+    dataloader = DataLoaderShard(range(2))
+    dataloader.set_epoch(1)
+    if int(version("transformers").split(".")[0]) >= 5 or skip_first_batches(dataloader, 1).iteration == 1:
+        return []
+    return [
+        f"accelerate {version('accelerate')} forgets the epoch where it skips the batches that a run was trained on "
+        "before it stopped, so a run that resumes inside its second or a later epoch shuffles as in its first. "
+        "MatesCallback keeps the order of its own run exact; a run without it, such as the control of a comparison, "
+        "repeats some rows and leaves out others. Upgrade to accelerate 1.15 or transformers 5."
+    ]
+
+
+@contextlib.contextmanager
+def own_memory() -> Iterator[None]:
+    """What runs out of memory inside is told as this library's: `auto_find_batch_size` must not start training again.
+
+    Raises:
+        ProbeMemoryError: in place of torch's error, by whose text accelerate knows it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise ProbeMemoryError(
+            "A round must find memory beside the run, but memory ran out. Lower `probe_tokens_per_batch` or "
+            "`average_steps`, or the batch size of the run: a probe needs about 2.2 times the trainable parameters' "
+            "bytes on top of it."
+        ) from error
 
 
 def context_length(model: Any) -> int | None:

@@ -13,10 +13,9 @@ Sign: influence > 0 helps; higher is better, everywhere.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
-import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,27 +25,25 @@ from scipy.stats import spearmanr
 
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.fit import labels_needed
-from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.records import (
     FloatArray,
     InfluenceLabels,
     IntArray,
-    RoundWriter,
     WeakSignalError,
-    read_labels,
-    round_path,
+    read_json,
     write_array,
     write_json,
-    write_labels,
 )
-from mates_hf.selection.choose import gumbel_top_k, row_worth
-from mates_hf.selection.ledger import PlannedRound
-from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, stage_seed
+from mates_hf.round_files import SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
+from mates_hf.selection.choose import select_rows, stage_seed
+from mates_hf.selection.plan import PlannedRound
+from mates_hf.training.drift import set_sentinel
+from mates_hf.training.measure import NUM_AUDIT_PASSAGES, measure_audit, measure_labels
+from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order
 
 logger = logging.getLogger(__name__)
 
 NUM_AUDITED = 16  # candidates that get both probes each round
-NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
 SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
 
 
@@ -58,12 +55,17 @@ class Scored(NamedTuple):
     num_targets: npt.NDArray[np.int32]
 
 
-def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray) -> Order:
+def run_round(
+    run: Run, planned: PlannedRound, *, weights: str, from_position: int, num_rows: int, own_rows: IntArray
+) -> Order:
     """Probe some candidates, fit an influence model, score the others, select what is trained on next.
+
+    Called in the main process; the others `assist` where it measures.
 
     Args:
         run: the run's state; its ledger must have every row trained on before `from_position` marked.
         planned: number and steps of the round.
+        weights: digest of the weights that are probed.
         from_position: global row position at which the selection takes effect.
         num_rows: rows to select, k.
         own_rows: (N,) the Trainer's own order of the pool, for the case that the guard refuses to select.
@@ -76,7 +78,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         WeakSignalError: the guard refused and `on_weak_signal="error"`.
         RoundMismatchError: the round directory belongs to another config or pool.
     """
-    writer, stages = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step)), Stages()
+    writer, stages = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step, weights)), Stages()
     if writer.complete:
         return _take_over(run, load_order(writer.final_path))
     stages.load(writer.path)
@@ -95,6 +97,9 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
     with stages.timed("audit") as cost:
         fidelity = _audit(run, writer.path, labels, planned.number)
         cost["flops"] = fidelity.get("flops", 0.0)
+    if run.config.drift_check_steps:
+        with stages.timed("sentinel") as cost:
+            cost["flops"] = set_sentinel(run, writer.path, labels, planned.number)
     with stages.timed("fit"):
         influence_model = _fit(run, writer.path, labels, planned.number)
     guard, chosen_model = _guard(run, influence_model, labels)
@@ -103,7 +108,9 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         write_array(writer.path / "own_order.npy", rows)
     else:
         with stages.timed("score"):
-            scored = _score(run, writer.path, chosen_model, draw.candidates)
+            # The previous model predicts in the unit of its own labels, whose step size was another.
+            unit = labels.step_size / run.trusted_step_size if guard["decision"] == "keep_previous" else 1.0
+            scored = _score(run, writer.path, chosen_model, draw.candidates, unit)
         with stages.timed("select"):
             rows, cursor = _select(run, labels, scored, num_rows, planned.number), draw.cursor_after
             write_array(writer.path / "selection.npy", rows)
@@ -120,6 +127,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
         "num_skipped": len(labels.info.get("skipped", ())),
+        "step_size": labels.step_size,
         "probe": dict(labels.info),
         "fit": influence_model.report.to_dict(),
         "fidelity": fidelity,
@@ -136,9 +144,6 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
     return _take_over(run, load_order(writer.finish(info)))
 
 
-SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "cursor")
-
-
 def _take_over(run: Run, order: Order) -> Order:
     """What a finished round leaves to the next ones: its influence model and how far the pool was gone through."""
     run.remember(run.load_model(round_path(run.rounds_dir, order.number)), order.info)
@@ -150,8 +155,7 @@ def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
     """Labels of the probed candidates, measured or read back."""
     if (path / "probes.parquet").exists():
         return read_labels(path / "probes.parquet")
-    probe = run.probe.for_run(run.settings)
-    labels = probe.measure(run.model, run.optimizer, run.reference, run.pool.select(probes)).check()
+    labels = measure_labels(run, probes)
     write_labels(path / "probes.parquet", labels)
     return labels
 
@@ -160,24 +164,19 @@ def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[s
     """A few candidates get both probes on a few passages: does the derivative agree with a real step."""
     audit_path = path / "audit.json"
     if audit_path.exists():
-        return dict(json.loads(audit_path.read_text(encoding="utf-8")))
+        return read_json(audit_path)
     if not isinstance(run.probe, DirectionalProbe) or len(labels) < NUM_AUDITED:
         return {}
     seed = stage_seed(run.config.selection_seed, number, "audit")
     picked = np.sort(np.random.default_rng(seed).choice(len(labels), NUM_AUDITED, replace=False))
-    candidates = run.pool.select(labels.candidate_id[picked])
-    passages = run.reference.subset(NUM_AUDIT_PASSAGES, seed)
-    quiet = dataclasses.replace(run.settings, progress=False)
-    derivative = dataclasses.replace(run.probe.for_run(quiet), epsilon=labels.info["epsilon"])
-    fast = derivative.measure(run.model, run.optimizer, passages, candidates)
-    oracle = OneStepProbe(loss=run.probe.loss).for_run(quiet).measure(run.model, run.optimizer, passages, candidates)
+    fast, oracle = measure_audit(run, labels.candidate_id[picked], epsilon=labels.info["epsilon"], seed=seed)
     slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
     resampled = np.random.default_rng(seed).integers(0, len(fast), (200, len(fast)))
     spread = [spearmanr(fast.influence[row], oracle.influence[row]).statistic for row in resampled]
     audit = {
         "truth": "one optimizer step on the candidate alone, clipped as the run clips",
         "num_candidates": len(fast),
-        "num_passages": len(passages.rows),
+        "num_passages": min(NUM_AUDIT_PASSAGES, len(run.reference)),
         "spearman": float(spearmanr(fast.influence, oracle.influence).statistic),
         "interval": [float(bound) for bound in np.nanpercentile(spread, [2.5, 97.5])],
         "slope": float(slope),
@@ -190,7 +189,8 @@ def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[s
 
 def _fit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> InfluenceModel:
     """The round's influence model, fitted with earlier rounds' labels pooled in, or read back."""
-    if (path / "influence_model" / "fit.json").exists():
+    final = path / "influence_model"
+    if final.exists():
         return run.load_model(path)
     fitted: InfluenceModel = copy.deepcopy(run.influence_model).fit(
         run.pool,
@@ -199,7 +199,11 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> Influenc
         previous=run.latest_model,
         seed=stage_seed(run.config.selection_seed, number, "fit"),
     )
-    fitted.save_pretrained(path / "influence_model")
+    # Renamed when all of it is there: which of a model's files comes last is the model's business.
+    partial = path / "influence_model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    fitted.save_pretrained(partial)
+    partial.rename(final)
     return fitted
 
 
@@ -228,41 +232,31 @@ def _guard(
     return {**guard, "decision": "own_order"}, None
 
 
-def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray) -> Scored:
-    """Predicted influence and trained tokens of the candidates, a chunk at a time."""
+def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray, unit: float) -> Scored:
+    """Predicted influence, times `unit`, and trained tokens of the candidates, a chunk at a time."""
     influence = np.empty(len(candidates), np.float32)
     num_targets = np.empty(len(candidates), np.int32)
     done = 0
     for rows in run.pool.chunks(candidates, SCORE_CHUNK):
         span = slice(done, done + len(rows))
-        influence[span] = influence_model.predict(rows)
+        influence[span] = influence_model.predict(rows) * np.float32(unit)
         num_targets[span] = rows.num_targets
         done = span.stop
     write_array(path / "candidates.npy", candidates)
     write_array(path / "scores.npy", influence)
-    return Scored(candidates, influence, num_targets)
+    write_array(path / "num_targets.npy", num_targets)
+    del influence, num_targets  # eight bytes a candidate; the files' pages are the system's to drop
+    on_disk = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in ("scores.npy", "num_targets.npy"))
+    return Scored(candidates, *on_disk)
 
 
 def _select(run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int) -> IntArray:
-    """The rows to train on, (k,) int64 in training order.
-
-    The budget is rows, so a candidate is worth n * (influence per token - pool mean); the temperature's unit is the
-    standard deviation of that over the probed candidates.
-    """
-    num_targets = scored.num_targets
-    worth = row_worth(scored.influence / labels.step_size, num_targets)
-    unit = float(np.std(row_worth(labels.influence_per_token, labels.num_tokens)))
-    trainable = np.flatnonzero(num_targets > 0)  # rows without a trained token come last
-    seed = run.config.selection_seed
-    chosen = trainable[
-        gumbel_top_k(
-            worth[trainable] / unit,
-            min(num_rows, len(trainable)),
-            temperature=run.config.temperature,
-            seed=stage_seed(seed, number, "select"),
-        )
-    ]
-    if len(chosen) < num_rows:
-        chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
-    order = np.random.default_rng(stage_seed(seed, number, "order")).permutation(len(chosen))
-    return scored.candidates[chosen[order]].astype(np.int64)
+    """The rows to train on, (k,) int64 in training order."""
+    return select_rows(
+        *scored,
+        labels,
+        num_rows,
+        temperature=run.config.temperature,
+        selection_seed=run.config.selection_seed,
+        round_number=number,
+    )

@@ -1,4 +1,4 @@
-"""What the rounds of one run share, and the small things that make them repeatable: orders, seeds, digests, timings.
+"""What the rounds of one run share, and the small things that make them repeatable: orders, digests, timings.
 
 Place in the flow: `rounds.run_round` takes a `Run` and returns an `Order`; `session` makes the one and schedules the
 other. Trade-off: kept apart from `rounds.py` so that the method reads without it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -23,9 +22,23 @@ import torch
 from mates_hf.config import MatesConfig
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.influence.preserve import local_shard
 from mates_hf.influence.probe import Probe
-from mates_hf.records import ROUND_FILE, FitReport, FloatArray, InfluenceLabels, RunSettings, read_array, write_json
+from mates_hf.processes import ALONE, Processes
+from mates_hf.records import (
+    COPY_AGAIN,
+    FitReport,
+    FloatArray,
+    InfluenceLabels,
+    MatesError,
+    RunSettings,
+    read_array,
+    read_json,
+    write_json,
+)
+from mates_hf.round_files import ROUND_FILE
 from mates_hf.selection.ledger import Ledger
+from mates_hf.training.averaging import trainable_parameters, whole_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +88,11 @@ class Run:
         config: the run's `MatesConfig`.
         settings: what the training loop knows and probes need.
         ledger: which pool rows were trained on.
-        rounds_dir: where round directories go.
+        rounds_dir: where round directories go; only the main process touches it.
+        processes: those that train the model together.
         latest_model: the last round's fit, whose labels are pooled into the next; None before the first.
         trusted_model: the last fit that passed the guard; None if none did.
+        trusted_step_size: of the labels it was fitted on.
     """
 
     model: Any
@@ -91,8 +106,10 @@ class Run:
     settings: RunSettings
     ledger: Ledger
     rounds_dir: Path
+    processes: Processes = ALONE
     latest_model: InfluenceModel | None = None
     trusted_model: InfluenceModel | None = None
+    trusted_step_size: float = 1.0
 
     def describe(self) -> dict[str, Any]:
         """What `round.json` records of the run, so that a round can be understood, and repeated, alone."""
@@ -113,7 +130,7 @@ class Run:
         """Take a round's fit (and its `round.json`) into account for the next round."""
         self.latest_model = influence_model
         if info["guard"]["decision"] == "select":
-            self.trusted_model = influence_model
+            self.trusted_model, self.trusted_step_size = influence_model, float(info["step_size"])
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run its checkpoint comes from."""
@@ -123,16 +140,17 @@ class Run:
             "reference": {"digest": self.reference.digest()},
         }
 
-    def key(self, step: int) -> dict[str, Any]:
+    def key(self, step: int, weights: str) -> dict[str, Any]:
         """What a round's stages depend on; a round directory with this key is loaded instead of recomputed.
 
-        The weights are those the model has now, inside a round the averaged ones that the probe looks at.
+        Args:
+            step: optimizer steps done.
+            weights: `weights_digest` of the model as the probe looks at it (averaged).
+
+        Returns:
+            JSON values.
         """
-        return {
-            **self.identity(),
-            "step": step,
-            "weights": weights_digest(self.model),
-        }
+        return {**self.identity(), "step": step, "weights": weights}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,12 +172,17 @@ class Order:
 
 def load_order(path: Path) -> Order:
     """The order a finished round decided, rows memory-mapped."""
-    info = json.loads((path / ROUND_FILE).read_text(encoding="utf-8"))
-    rows = read_array(path / "selection.npy")
+    info = read_json(path / ROUND_FILE)
+    rows = read_array(path / "selection.npy", np.int64)
     if rows is None:
-        rows = read_array(path / "own_order.npy")
+        rows = read_array(path / "own_order.npy", np.int64)
     if rows is None:
         raise FileNotFoundError(f"`{path}` has neither selection.npy nor own_order.npy.")
+    for name in ("number", "from_position", "cursor"):
+        if not isinstance(info.get(name), int):
+            raise MatesError(
+                f"`{path / ROUND_FILE}` must hold the number `{name}`, got {info.get(name)!r}. {COPY_AGAIN}"
+            )
     return Order(number=info["number"], from_position=info["from_position"], rows=rows, info=info)
 
 
@@ -174,7 +197,7 @@ class Stages:
         """Take over what an interrupted attempt at this round has done."""
         self._path = path / "stages.json"
         if self._path.exists():
-            self.seconds_and_flops = json.loads(self._path.read_text(encoding="utf-8"))
+            self.seconds_and_flops = read_json(self._path)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[dict[str, float]]:
@@ -190,12 +213,6 @@ class Stages:
         logger.info("stage %s: %.2f s", name, stage["seconds"])
 
 
-def stage_seed(selection_seed: int, number: int, stage: str) -> int:
-    """A seed of its own for each stage of each round."""
-    words = [selection_seed, number, int.from_bytes(stage.encode()[:8], "little")]
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-
 def order_config(config: MatesConfig) -> dict[str, Any]:
     """The fields of a config that decide what is trained on (not where files go or how large a probe's batch is)."""
     return {
@@ -205,13 +222,22 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
     }
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over names and bytes of the trainable parameters."""
+def weights_digest(model: torch.nn.Module, processes: Processes = ALONE) -> str:
+    """SHA-256 over names and bytes of the trainable parameters, the same for any number of processes.
+
+    All processes must call it. Cost: a copy of the parameters to the host, one at a time; sharded ones are gathered.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for name, parameter in trainable_parameters(model).items():
+        whole = whole_tensor(local_shard(parameter), parameter)
+        digest.update(name.encode())
+        digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().data)
+    different = processes.differing(digest.hexdigest())
+    if different:
+        logger.warning(
+            "The weights of processes %s differ from the main one's: influence is a mean over different models. "
+            "Something updates them outside of the optimizer.", different,
+        )  # fmt: skip
     return digest.hexdigest()
 
 

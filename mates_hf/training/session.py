@@ -1,7 +1,8 @@
 """One `train()` call with a schedule: when rounds happen, what they may draw from, and going on after a stop.
 
 Place in the flow: `MatesCallback` opens a `Session` in `on_train_begin` and tells it of every optimizer step; the
-session runs the rounds (`rounds.run_round`) and feeds their orders to the `ScheduledSampler`.
+session runs the rounds (`rounds.run_round`) and feeds their orders to the `ScheduledSampler`. The main process decides
+and writes; the others assist it and receive the order.
 
 Trade-off: everything that lives as long as one `train()` call is here, so that the callback itself can be reused,
 retried with a smaller batch, or trained twice.
@@ -12,20 +13,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import round_path
-from mates_hf.selection.ledger import Ledger, PlannedRound
+from mates_hf.records import MatesError, read_array
+from mates_hf.round_files import PROBES_FILE, read_labels, round_path
+from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.training import resume
 from mates_hf.training.averaging import WeightAverage
+from mates_hf.training.drift import check_drift
+from mates_hf.training.measure import assist, release
 from mates_hf.training.rounds import run_round
-from mates_hf.training.run import Order, Run, load_order
+from mates_hf.training.run import Order, Run, load_order, weights_digest
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 
 logger = logging.getLogger(__name__)
@@ -38,11 +42,10 @@ class Session:
         run: what the rounds share.
         clock: steps and row positions.
         sampler: the schedule, already made and not yet installed.
-        rounds: the planned rounds, in order.
+        plan: when rounds happen.
         output_dir: where the Trainer's checkpoints go.
-        origin_step: the optimizer step from which rounds are counted.
         step: the optimizer step the call starts after.
-        resumed: true where the checkpoint holds this library's state.
+        saved: this library's state in the checkpoint that is resumed; None where there is none.
     """
 
     def __init__(
@@ -50,93 +53,136 @@ class Session:
         run: Run,
         clock: RowClock,
         sampler: ScheduledSampler,
-        rounds: Sequence[PlannedRound],
+        plan: RunPlan,
         *,
         output_dir: Path,
-        origin_step: int,
         step: int,
-        resumed: bool,
+        saved: Mapping[str, Any] | None,
     ) -> None:
-        self.run, self.clock, self.sampler, self.rounds = run, clock, sampler, rounds
+        self.run, self.clock, self.sampler, self.plan = run, clock, sampler, plan
         self.output_dir = output_dir
-        self.next_round: PlannedRound | None = None
         self.average: WeightAverage | None = None
+        self.order: Order | None = None  # the last round's
+        self._next_round: PlannedRound | None = None
+        self._next_event = 0
         self._window_start = 0
         self._average_saved_at = -1
         self._learning_rates: tuple[float, ...] | None = None
         self.state: dict[str, Any] = {
             "version": resume.STATE_VERSION,
+            "step": step,
             "position": clock.start_position,
-            "own_start": sampler.own_start,
-            "origin_step": origin_step,
+            **sampler.own_state,
+            "origin_step": plan.first_step,
+            "last_round": saved["last_round"] if saved else None,
             **run.identity(),
         }
-        if resumed:
-            self._restore_rounds(step)
-        else:
-            resume.set_earlier_run_aside(run.rounds_dir)
-        self._plan_next(step)
+        with run.processes.leading() if run.processes.is_main else contextlib.nullcontext():
+            if saved and saved["last_round"] is not None:
+                self._restore_rounds(saved["last_round"], step)
+            elif not saved and run.processes.is_main:
+                resume.set_earlier_run_aside(run.rounds_dir)
+            self._plan_next(step)
 
-    def after_step(self, step: int, saves: bool) -> Order | None:
-        """Count the rows of an optimizer step; average weights inside the window; at a boundary, run a round.
+    def after_step(self, step: int, saves: bool) -> dict[str, float]:
+        """Count the rows of an optimizer step; average weights inside the window; check for drift, run a round.
 
         Args:
             step: optimizer steps done.
             saves: true where a checkpoint of this step is known to follow.
 
         Returns:
-            The order of the round run at this step, or None.
+            `mates/...` metrics of what happened at this step, mostly none.
         """
-        self.state["position"] = self.clock.position(step)
-        self.state["own_start"] = self.sampler.own_start
+        self.state.update(step=step, position=self.clock.position(step), **self.sampler.own_state)
         rates = tuple(group["lr"] for group in self.run.optimizer.param_groups)
         # A boundary where a scheduler has them at 0 uses the last ones that moved. A rate kept in a tensor is left to
         # the probe: looking at it here would wait for the device at each step.
         if all(isinstance(rate, float) for rate in rates) and any(rates):
             self._learning_rates = rates
-        order = None
-        planned = self.next_round
-        if planned is not None and step > self._window_start:
+        metrics: dict[str, float] = {}
+        if self._next_event and step > self._window_start:
             if self.average is not None:
                 self.average.update()
-            if step == planned.boundary_step:
-                order = self._run_round(planned)
+            if step == self._next_event:
+                metrics = self._look(step)
             elif saves:
                 self.save_average(step)
+        self.state.pop("weights", None)  # those of an earlier save do not vouch for one that is not known to follow
         if saves:
             self.state["weights"] = resume.weight_marks(self.run.model)
-        return order
+        return metrics
 
     def save_average(self, step: int) -> None:
-        """Keep the running mean for a checkpoint inside the averaging window."""
+        """Keep the running mean for a checkpoint inside the averaging window; all processes must call it."""
         if self.average is not None and self.average.num_steps and self._average_saved_at != step:
             # Over whatever an earlier attempt at this step left there: its weights may have been others.
-            self.average.save(resume.average_path(self.run.rounds_dir, step))
+            self.average.save(resume.average_path(self.run.rounds_dir, step), self.run.processes)
             self._average_saved_at = step
-            resume.prune_averages(self.run.rounds_dir, self.output_dir, step)
+            if self.run.processes.is_main:
+                resume.prune_averages(self.run.rounds_dir, self.output_dir, step)
 
-    def _run_round(self, planned: PlannedRound) -> Order:
-        """Bring the ledger up to date, run the round at averaged weights, append its order to the schedule."""
+    def _look(self, step: int) -> dict[str, float]:
+        """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
+        run = self.run
+        run.settings = dataclasses.replace(run.settings, learning_rates=self._learning_rates)
+        if self.order is None and self._next_round is not None:
+            self._mark_own_order(self.clock.position(self._next_round.from_step))
+        average, self.average = self.average, None
+        metrics: dict[str, float] = {}
+        with average.swapped_in() if average is not None else contextlib.nullcontext():
+            weights = weights_digest(run.model, run.processes)
+            if not run.processes.is_main:
+                order = assist(run)
+            else:
+                with run.processes.leading():
+                    order = self._decide(step, weights, metrics)
+                release(run, order)
+        if order is not None:
+            self._schedule(order)
+            metrics.update(round_metrics(order.info))
+        self._plan_next(step)
+        return metrics
+
+    def _decide(self, step: int, weights: str, metrics: dict[str, float]) -> Order | None:
+        """In the main process: the order of a new round, or None where a drift check finds none is due."""
+        planned = self._next_round
+        if planned is None or step < planned.boundary_step:
+            assert self.order is not None
+            correlation = check_drift(self.run, round_path(self.run.rounds_dir, self.order.number))
+            metrics["mates/drift_spearman"] = correlation
+            logger.info("drift check of round %d at step %d: %.3f", self.order.number, step, correlation)
+            if correlation >= self.run.config.drift_spearman:
+                return None
+            planned = self.plan.round_at(self.order.number + 1, step)
+            assert planned is not None
+            logger.info("labels no longer hold: round %d starts early, at step %d", planned.number, step)
+        return self._run_round(planned, weights)
+
+    def _run_round(self, planned: PlannedRound, weights: str) -> Order:
+        """Bring the ledger up to date and run the round."""
         run, clock, sampler = self.run, self.clock, self.sampler
         from_position = clock.position(planned.from_step)
-        if planned is self.rounds[0]:
-            self._mark_own_order(from_position)
-        run.settings = dataclasses.replace(run.settings, learning_rates=self._learning_rates)
-        average, self.average = self.average, None
-        with average.swapped_in() if average is not None else contextlib.nullcontext():
-            order = run_round(
-                run,
-                planned,
-                from_position=from_position,
-                num_rows=clock.position(planned.to_step) - from_position,
-                own_rows=sampler.own_rows,
-            )
-        sampler.append(order.from_position, order.rows)
-        sampler.drop_finished(clock.position(planned.boundary_step))
+        if self.order is not None:  # what an early start cuts off
+            run.ledger.release(np.asarray(_rows_from(self.order, from_position)))
+        order = run_round(
+            run,
+            planned,
+            weights=weights,
+            from_position=from_position,
+            num_rows=clock.position(planned.to_step) - from_position,
+            own_rows=sampler.own_rows,
+        )
         run.ledger.mark_trained(np.asarray(order.rows))
-        self._plan_next(planned.boundary_step)
         self._prune(planned.number)
         return order
+
+    def _schedule(self, order: Order) -> None:
+        """In every process: train on the order from its position on."""
+        self.sampler.append(order.from_position, order.rows)
+        self.sampler.drop_finished(self.clock.position(order.info["step"]))
+        self.order = order
+        self.state["last_round"] = {name: order.info[name] for name in ("number", "step", "order_sha256")}
 
     def _mark_own_order(self, from_position: int) -> None:
         """Before the first selection: the rows that the Trainer's own order consumes in its running pass."""
@@ -145,57 +191,126 @@ class Session:
         if from_position < pass_end:
             self.run.ledger.mark_trained(sampler.own_order_until(from_position))
         elif from_position > pass_end:
-            # A next pass would begin inside the lead, with a permutation not drawn yet. Its first rows are the present
-            # permutation's, which a fresh pass may use again.
-            lead_rows = sampler.own_rows[: from_position - pass_end]
-            sampler.append(pass_end, lead_rows)
-            self.run.ledger.mark_trained(lead_rows)
+            # A next pass would begin inside the lead, with a permutation not drawn yet. Until the selection takes
+            # effect the present one goes on from its beginning (`ScheduledSampler`), as a fresh pass may.
+            self.run.ledger.mark_trained(sampler.own_rows[: from_position - pass_end])
 
     def _plan_next(self, step: int) -> None:
-        """The next round after `step`, and the averaging window before it."""
-        self.next_round = next((planned for planned in self.rounds if planned.boundary_step > step), None)
+        """The next round and drift check after `step`, and the averaging window before the earlier of them."""
+        self._next_round = planned = self._planned_after(self.order, step)
+        events = [planned.boundary_step] if planned is not None else []
+        check = self._next_check(step)
+        if check is not None and (planned is None or check < planned.boundary_step):
+            events.append(check)
+        self._next_event = min(events, default=0)
         self.average = None
-        if self.next_round is None:
-            return
         window = self.run.config.window_steps
-        self._window_start = self.next_round.boundary_step - max(window, 1)
-        if window:
+        self._window_start = self._next_event - max(window, 1)
+        if window and self._next_event:
             self.average = WeightAverage(self.run.model)
             path = resume.average_path(self.run.rounds_dir, step)
-            if step > self._window_start and not self.average.load(path):
+            if step > self._window_start and not self.average.load(path, self.run.processes):
                 logger.warning(
                     "The running mean of the weights at step %d is not in %s: the next round averages from here on, "
                     "so its labels differ from the uninterrupted run's.", step, self.run.rounds_dir,
                 )  # fmt: skip
 
-    def _restore_rounds(self, step: int) -> None:
+    def _planned_after(self, order: Order | None, step: int) -> PlannedRound | None:
+        """The round planned after `order`, or the first one, whose boundary is behind `step`."""
+        plan, length = self.plan, self.run.config.update_steps
+        planned = plan.rounds[0] if order is None else plan.round_at(order.number + 1, order.info["step"] + length)
+        while planned is not None and planned.boundary_step <= step:
+            planned = plan.round_at(planned.number + 1, planned.boundary_step + length)
+        return planned
+
+    def _next_check(self, step: int) -> int | None:
+        """The step of the next drift check, or None where there is none or no round could start from it."""
+        every, order = self.run.config.drift_check_steps, self.order
+        if every is None or order is None or order.info["guard"]["decision"] == "own_order":
+            return None
+        boundary = int(order.info["step"])
+        first = -(-self.run.config.lead_steps // every)  # the first check at which the round's rows are in training
+        check = boundary + every * max(first, (step - boundary) // every + 1)
+        return check if self.plan.round_at(order.number + 1, check) is not None else None
+
+    def _restore_rounds(self, last_round: Mapping[str, Any], step: int) -> None:
         """Orders, ledger and influence models as they were in memory at `step`."""
         run, start = self.run, self.clock.start_position
-        done = [planned for planned in self.rounds if planned.boundary_step <= step]
-        if not done:
-            return
-        paths = [resume.require_round(run.rounds_dir, planned.number, step) for planned in done[-2:]]
-        orders = [load_order(path) for path in paths]
-        bits = np.load(paths[-1] / "consumed.npy", allow_pickle=False)
-        run.ledger = Ledger.from_bits(bits, len(run.pool), run.config.selection_seed, int(orders[-1].info["cursor"]))
-        run.ledger.mark_trained(np.asarray(orders[-1].rows))
+        if not run.processes.is_main:
+            message, arrays = run.processes.receive()
+            orders = [Order(rows=arrays[str(order["number"])], **order) for order in message["orders"]]
+        else:
+            path = resume.require_round(run.rounds_dir, last_round, step)
+            last = load_order(path)
+            earlier = resume.round_before(run.rounds_dir, last.number)
+            orders = []
+            if last.from_position > start and earlier is not None:
+                orders.append(self._restore_order(earlier, last.from_position))
+            planned = self._planned_after(last, step)
+            until = self.clock.position(planned.from_step if planned is not None else self.plan.max_steps)
+            orders.append(self._restore_order(path, until))
+            self._restore_models(last.number)
+            run.processes.publish(
+                {
+                    "orders": [
+                        {"number": order.number, "from_position": order.from_position, "info": dict(order.info)}
+                        for order in orders
+                    ]
+                },
+                **{str(order.number): np.asarray(order.rows, np.int64) for order in orders},
+            )
+        self.order = orders[-1]
         for order in orders:
             if order.from_position + len(order.rows) > start:
                 self.sampler.append(max(order.from_position, start), _rows_from(order, start))
-        for planned in done:
-            path = round_path(run.rounds_dir, planned.number)
-            if path.exists():
-                run.remember(run.load_model(path), load_order(path).info)
+
+    def _restore_order(self, path: Path, until: int) -> Order:
+        """A finished round's order that lasts until a position, and the ledger as it was when that was decided.
+
+        A larger batch or more steps than planned use it up sooner. What is missing are unused rows in the order of the
+        shuffled pool, none of them probed in that round. They depend on the round alone, so that a second resume
+        trains on the same ones.
+        """
+        run, order = self.run, load_order(path)
+        bits = read_array(path / "consumed.npy", np.uint8)
+        if bits is None:
+            raise MatesError(f"`{path}` must hold consumed.npy, which says what was trained on before it, got none.")
+        cursor = int(order.info["cursor"])
+        run.ledger = Ledger.from_bits(np.asarray(bits), len(run.pool), run.config.selection_seed, cursor)
+        missing = until - order.from_position - len(order.rows)
+        if missing > 0:
+            probed = read_labels(path / PROBES_FILE).candidate_id
+            more = run.ledger.rows_after(order.rows, missing, exclude=probed)
+            logger.warning(
+                "The selection of round %d ends %d rows before the next one begins, because the batch is larger or "
+                "`max_steps` is higher than when it was made: unused rows of the pool follow it, at random.",
+                order.number, missing,
+            )  # fmt: skip
+            order = dataclasses.replace(order, rows=np.concatenate([order.rows, more]))
+        run.ledger.mark_trained(np.asarray(order.rows))
+        return order
+
+    def _restore_models(self, number: int) -> None:
+        """The last round's influence model, and the last that passed the guard."""
+        run = self.run
+        for earlier in range(number, -1, -1):
+            path = round_path(run.rounds_dir, earlier)
+            if not path.exists():
+                continue  # deleted by `keep_rounds`, which keeps those needed here
+            info = load_order(path).info
+            passed = info["guard"]["decision"] == "select"
+            if earlier == number:
+                run.latest_model = run.load_model(path)
+            if passed:
+                run.trusted_model = run.latest_model if earlier == number else run.load_model(path)
+                run.trusted_step_size = float(info["step_size"])
+                return
 
     def _prune(self, number: int) -> None:
-        """Bound the disk: delete rounds older than `keep_rounds`."""
+        """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""
         keep = self.run.config.keep_rounds
-        if keep is None:
-            return
-        for path in self.run.rounds_dir.glob("round-*"):
-            digits = path.name.removeprefix("round-").split(".")[0]
-            if digits.isdigit() and int(digits) <= number - keep:
-                shutil.rmtree(path)
+        if keep is not None:
+            resume.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep)
 
 
 def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:

@@ -88,7 +88,7 @@ def test_rows_are_the_dataset_rows(lists):
         lambda d: d.with_format("torch"),
         lambda d: d.with_format("numpy", columns=["input_ids"]),
         lambda d: d.cast_column("input_ids", datasets.LargeList(datasets.Value("int64"))),
-        lambda d: d.cast_column("input_ids", datasets.List(datasets.Value("uint16"))).shuffle(seed=2),
+        lambda d: d.cast_column("input_ids", datasets.Sequence(datasets.Value("uint16"))).shuffle(seed=2),
         lambda d: d.map(lambda row: {"input_ids": row["input_ids"][::-1]}, writer_batch_size=7),
     ],
 )

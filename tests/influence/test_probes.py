@@ -202,6 +202,16 @@ def test_linear_coefficient_is_the_slope_of_a_real_step(make_live: Callable[...,
             torch.testing.assert_close(a - b, predicted, rtol=1e-3, atol=1e-13)
 
 
+def brought_by_a_batch(average: torch.Tensor, v: torch.Tensor, beta2: float) -> torch.Tensor:
+    """E[g_B²] as P takes it: a row of a matrix that remembers less than a usual gradient adds gets the usual one."""
+    if average.dim() < 2:
+        return average
+    of_rows = average.mean(1)
+    usual = of_rows[of_rows > 0].mean()
+    rarely = beta2 * v.mean(1) < (1 - beta2) * usual
+    return torch.where(rarely[:, None], torch.maximum(average, usual), average)
+
+
 @pytest.mark.parametrize("kind", EPSILON_AND_ERROR)
 @pytest.mark.parametrize(
     "name",
@@ -223,7 +233,7 @@ def test_directional_equals_the_gradient_product(make_live: Callable[..., Live],
                 continue
             beta1, beta2 = group["betas"]
             state, t = optimizer.state[parameter], float(optimizer.state[parameter]["step"])
-            average = state["exp_avg_sq"] / (1 - beta2**t)
+            average = brought_by_a_batch(state["exp_avg_sq"] / (1 - beta2**t), state["exp_avg_sq"], beta2)
             v_eff = beta2 * state["exp_avg_sq"] + (1 - beta2) * average
             if group["amsgrad"]:
                 v_eff = torch.maximum(v_eff, state["max_exp_avg_sq"])
@@ -257,10 +267,11 @@ def test_second_moment_of_batches_is_written_out(make_live: Callable[..., Live])
     gradients = [batch_gradient(model, draw) for draw in draws]
     for i, parameter in enumerate(model.parameters()):
         mean_square = sum(g[i] ** 2 for g in gradients) / 4
-        state, t = optimizer.state[parameter], 4
-        correction = 1 - 0.5 ** (t + 1)
-        batches = ((0.5 * state["exp_avg_sq"] + 0.5 * mean_square) / correction).sqrt() + 1e-8
-        running = (state["exp_avg_sq"] / (1 - 0.5**t)).sqrt() + 1e-8
+        v, t = optimizer.state[parameter]["exp_avg_sq"], 4
+        batches, running = (
+            ((0.5 * v + 0.5 * brought_by_a_batch(average, v, 0.5)) / (1 - 0.5 ** (t + 1))).sqrt() + 1e-8
+            for average in (mean_square, v / (1 - 0.5**t))
+        )
         ratio = from_state.by_parameter[parameter] * running
         torch.testing.assert_close(from_batches.by_parameter[parameter] * batches, ratio, rtol=1e-9, atol=1e-13)
     with pytest.raises(ValueError, match="batch_rows"):
@@ -312,10 +323,14 @@ def test_linear_regression_influence_in_closed_form(momentum: float) -> None:
         0.5 * reference_residuals.square().mean() - 0.5 * residuals(reference, null - lr * g)[1].square().mean()
         for g in own_gradients
     ]
-    labels = DirectionalProbe(loss=half_square).measure(model, optimizer, task(reference), candidates)
+    labels = DirectionalProbe(loss=half_square, reference_loss=half_square).measure(
+        model, optimizer, task(reference), candidates
+    )
     np.testing.assert_allclose(labels.influence, expected, rtol=1e-5, atol=1e-9)
     assert labels.info["epsilon_agreement"] == pytest.approx(1.0)
-    oracle = OneStepProbe(loss=half_square).measure(model, optimizer, task(reference), candidates)
+    oracle = OneStepProbe(loss=half_square, reference_loss=half_square).measure(
+        model, optimizer, task(reference), candidates
+    )
     np.testing.assert_allclose(oracle.influence, exact, rtol=1e-5, atol=1e-9)
 
 
@@ -549,11 +564,11 @@ class OwnAdamW(torch.optim.AdamW):
 
 def test_unknown_optimizers_are_refused(make_live: Callable[..., Live]) -> None:
     reference, candidates = task(random_rows(4, 100)), random_rows(5, 200)
-    for kind in (torch.optim.RMSprop, OwnAdamW):
+    for kind in (torch.optim.Rprop, OwnAdamW):
         model, optimizer = make_live(lambda model, kind=kind: kind(model.parameters(), lr=1e-3))
         with pytest.raises(UnsupportedOptimizerError, match="OneStepProbe"):
             DirectionalProbe().measure(model, optimizer, reference, candidates)
-    with pytest.raises(UnsupportedOptimizerError, match="closure"):
+    with pytest.raises(UnsupportedOptimizerError, match="several times"):
         OneStepProbe().measure(model, torch.optim.LBFGS(model.parameters()), reference, candidates)
     other, _ = make_live(adamw)
     with pytest.raises(UnsupportedOptimizerError, match="parameters of `model`"):

@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mates_hf import DirectionalProbe, OneStepProbe, ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.processes import Processes
+from mates_hf.records import MatesError
 
 torch.set_num_threads(1)
 rank, port = int(sys.argv[1]), sys.argv[2]
@@ -47,7 +49,7 @@ def local(tensor):
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().clone()
 
 
-def measure(model):
+def measure(model, processes=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     for seed in range(3):
         ids = torch.from_numpy(rows(4, seed).values.reshape(4, 8))
@@ -56,17 +58,31 @@ def measure(model):
         optimizer.zero_grad()
     before = [local(p) for p in model.parameters()]
     reference = ReferenceTask(name="test", rows=rows(6, 10))
-    probes = (DirectionalProbe(), OneStepProbe(max_grad_norm=1.0))
+    probes = (DirectionalProbe(processes=processes), OneStepProbe(max_grad_norm=1.0, processes=processes))
+    state = [{name: local(value) for name, value in entry.items()} for entry in optimizer.state.values()]
     labels = [probe.measure(model, optimizer, reference, rows(5, 11)) for probe in probes]
     for old, parameter in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, local(parameter))
+    for old, entry in zip(state, optimizer.state.values(), strict=True):
+        assert all(torch.equal(value, local(entry[name])) for name, value in old.items())
     return [part.influence for part in labels]
 
 
 alone = measure(build())
-for wrapped in (shard(build()), torch.nn.parallel.DistributedDataParallel(build())):
-    for expected, found in zip(alone, measure(wrapped), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+for wrap in (shard, torch.nn.parallel.DistributedDataParallel):
+    for processes in (None, Processes.of_run()):
+        # Each process measures everything, then its share: five candidates, so one of two has none at the end.
+        for expected, found in zip(alone, measure(wrap(build()), processes), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+together = Processes.of_run()
+assert together.differing([1, rank]) == [1] and together.differing("same") == []
+try:
+    together.require_same("selection", np.arange(3) + rank)
+except MatesError as error:
+    assert "processes [1] differ" in str(error)
+else:
+    raise AssertionError("different selections passed for the same")
 dist.destroy_process_group()
 """
 

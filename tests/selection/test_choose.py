@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mates_hf.records import InfluenceError
+from mates_hf.records import InfluenceError, InfluenceLabels
 from mates_hf.selection import choose
-from mates_hf.selection.choose import gumbel_top_k, row_worth, top_k, uniform
+from mates_hf.selection.choose import gumbel_top_k, row_worth, select_rows, top_k, uniform
 
 NUM_SEEDS = 4_000
 # Standard error of a share over NUM_SEEDS draws is at most 0.5 / sqrt(4000) = 0.0079; four of them.
@@ -222,3 +222,107 @@ def test_row_worth_refuses_what_does_not_belong_together():
         row_worth([1.0, 2.0], [1, 2, 3])
     with pytest.raises(ValueError, match="at least 0, got -3 at position 1"):
         row_worth([1.0, 2.0], [1, -3])
+
+
+def probed(influence_per_token, num_tokens, step_size=0.5) -> InfluenceLabels:
+    per_token = np.asarray(influence_per_token, np.float32)
+    return InfluenceLabels(
+        candidate_id=np.arange(1_000, 1_000 + len(per_token)),
+        influence=per_token * np.float32(step_size),
+        influence_per_token=per_token,
+        loss=np.ones(len(per_token), np.float32),
+        num_tokens=np.asarray(num_tokens, np.int32),
+        probe=np.array(["directional"] * len(per_token)),
+        step_size=step_size,
+    )
+
+
+def select(influence, num_targets, k, labels, *, temperature=0.0, seed=0, number=1) -> np.ndarray:
+    candidates = 100 + 7 * np.arange(len(influence))
+    return select_rows(
+        candidates,
+        np.asarray(influence, np.float32),
+        np.asarray(num_targets, np.int32),
+        labels,
+        k,
+        temperature=temperature,
+        selection_seed=seed,
+        round_number=number,
+    )
+
+
+def test_selected_rows_are_those_a_batch_gains_most_from_and_rows_without_a_target_come_last():
+    labels = probed([-1, 1, 2], [4, 4, 4])
+    influence, num_targets = [1.0, 0.9, -3.0, 50.0, 0.0], [2, 30, 9, 0, 20]
+    # In the labels' derivatives: 2, 1.8, -6 and 0, their mean over 61 tokens is 4/61; times tokens, row 1 gains most.
+    assert select(influence, num_targets, 1, labels).tolist() == [107]
+    assert set(select(influence, num_targets, 2, labels)) == {107, 100}
+    assert set(select(influence, num_targets, 4, labels)) == {107, 100, 128, 114}
+    assert set(select(influence, num_targets, 5, labels)) == {107, 100, 128, 114, 121}
+
+
+def test_the_temperature_of_a_selection_is_in_standard_deviations_of_the_labels():
+    rng = np.random.default_rng(0)
+    influence, tokens, per_token = rng.normal(size=200), np.full(200, 8), rng.normal(size=50)
+    plain = select(influence, tokens, 20, probed(per_token, [8] * 50, step_size=1.0), temperature=0.5)
+    # Everything in another unit: nothing changes.
+    scaled = select(influence * 0.25, tokens, 20, probed(per_token * 0.25, [8] * 50, step_size=1.0), temperature=0.5)
+    assert plain.tolist() == scaled.tolist()
+    # The step size turns influence into derivatives, the labels' own unit.
+    halved = select(influence * 0.25, tokens, 20, probed(per_token, [8] * 50, step_size=0.25), temperature=0.5)
+    assert plain.tolist() == halved.tolist()
+    assert set(plain) != set(
+        select(influence, tokens, 20, probed(per_token * 9, [8] * 50, step_size=1.0), temperature=1)
+    )
+
+
+def test_training_order_and_noise_depend_on_seed_and_round():
+    influence, tokens = np.random.default_rng(0).normal(size=300), np.full(300, 8)
+    labels = probed([-1, 1, 2], [4, 4, 4])
+    first = select(influence, tokens, 30, labels)
+    assert first.tolist() == select(influence, tokens, 30, labels).tolist()
+    assert first.tolist() != sorted(first.tolist())
+    for other in (select(influence, tokens, 30, labels, number=2), select(influence, tokens, 30, labels, seed=1)):
+        assert set(other) == set(first)
+        assert other.tolist() != first.tolist()
+    noisy = [set(select(influence, tokens, 30, labels, temperature=2.0, number=number)) for number in (1, 2)]
+    assert noisy[0] != noisy[1]
+
+
+def test_a_selection_from_what_ranks_nothing_is_refused():
+    labels = probed([-1, 1, 2], [4, 4, 4])
+    with pytest.raises(InfluenceError, match=r"1 of 3 candidates is not, first candidate_id \[107\]"):
+        select([1, np.nan, 2], [4, 4, 4], 1, labels)
+    with pytest.raises(InfluenceError, match="must be a finite number above 0, got 0.0"):
+        select([1, 2, 3], [4, 4, 4], 1, probed([2, 2, 2], [4, 4, 4]))
+    with pytest.raises(ValueError, match="got 3, 3 and 2 for 1 rows"):
+        select([1, 2, 3], [4, 4], 1, labels)
+    with pytest.raises(ValueError, match="got 3, 3 and 3 for 4 rows"):
+        select([1, 2, 3], [4, 4, 4], 4, labels)
+
+
+@settings(max_examples=200, deadline=None)
+@given(finite_arrays.filter(len), st.data())
+def test_the_kth_largest_in_blocks_is_the_one_of_the_sorted_whole(values, data):
+    k = data.draw(st.integers(1, len(values)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "BLOCK", data.draw(st.integers(1, 8)))
+        assert choose._kth_largest(values, k) == np.sort(values)[len(values) - k]
+
+
+@settings(max_examples=200, deadline=None)
+@given(hnp.arrays(np.bool_, st.integers(0, 60)), st.data())
+def test_numbers_of_true_entries_are_where_a_list_of_all_would_have_them(mask, data):
+    where = np.flatnonzero(mask)
+    which = np.array(data.draw(st.lists(st.integers(0, len(where) - 1)) if len(where) else st.just([])), np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "BLOCK", data.draw(st.integers(1, 8)))
+        assert np.array_equal(choose.nth_true(mask, which), where[which])
+
+
+def test_worth_in_blocks_is_the_worth(monkeypatch):
+    rng = np.random.default_rng(0)
+    influence, num = rng.normal(size=1000).astype(np.float32), rng.integers(0, 50, 1000)
+    whole = row_worth(influence, num)
+    monkeypatch.setattr(choose, "BLOCK", 7)
+    assert np.allclose(row_worth(influence, num), whole, rtol=1e-6, atol=0)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mates_hf.config import MatesConfig
 from mates_hf.records import MatesError
-from mates_hf.selection.ledger import Ledger, RunPlan, num_candidates
+from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.plan import RunPlan, num_candidates
 
 RATIOS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 scopes = st.sampled_from(["slice", "pool"])

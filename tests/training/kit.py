@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
 from datasets import Dataset
 from transformers import (
     LlamaConfig,
@@ -72,6 +74,9 @@ def make_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    unknown = changes.keys() - TrainingArguments.__dataclass_fields__.keys()
+    if unknown and transformers.__version__.startswith("4."):  # in the newest one it is a mistake
+        pytest.skip(f"transformers {transformers.__version__} has no {', '.join(sorted(unknown))}")
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -308,12 +305,6 @@ def test_refused_before_the_first_step_and_nothing_written(tmp_path, args, confi
     assert not (tmp_path / "run" / "_mates").exists()
 
 
-def test_an_optimizer_without_a_known_preconditioner_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(MatesError, match="OneStepProbe"):
-        run(make_arguments(tmp_path, optim="rmsprop"), [mates()])
-    assert not (tmp_path / "_mates").exists()
-
-
 @pytest.mark.parametrize("value", [None, "lambada", 3])
 def test_wrong_arguments(value):
     with pytest.raises(TypeError, match="reference"):
@@ -375,34 +366,6 @@ def test_candidates_without_a_trained_token_are_counted_and_not_selected(tmp_pat
     assert record.info["num_skipped"] + len(record.labels) == record.info["num_probed"] == 40
     assert record.info["num_skipped"] > 0
     assert not np.any(np.asarray(record.selection) % 5 == 0)
-
-
-@pytest.mark.slow
-def test_two_processes_are_refused_by_name_before_the_first_step(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(output_dir=str(tmp_path / "run")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode != 0
-    assert "UnsupportedSettingError" in done.stderr
-    assert "world_size" in done.stderr
-    assert "stepped" not in done.stdout
-    assert not (tmp_path / "run" / "_mates").exists()
-
-
-TWO_PROCESSES = """
-from pathlib import Path
-from transformers import TrainerCallback
-from mates_hf import MatesCallback
-from tests.training.kit import make_arguments, make_reference, run, small_config
-
-class Steps(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        print("stepped")
-
-run(make_arguments(Path({output_dir!r})), [MatesCallback(make_reference(), small_config()), Steps()])
-"""
 
 
 def test_an_error_in_a_probe_ends_the_run_with_the_model_as_it_was(tmp_path):

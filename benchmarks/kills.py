@@ -1,0 +1,478 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mates-hf"]
+# ///
+"""Kill a run at random points, resume it, compare it with the run that was left alone: how many differ?
+
+    python benchmarks/kills.py --points 100            # writes benchmarks/results/kills.{json,md}
+    python benchmarks/kills.py --points 6 --out DIR    # somewhere else
+    python benchmarks/kills.py --only 17 --seed 0      # one point again, its folder kept
+
+A point is one executed line: of this library, of the Trainer's loop, or of what writes and deletes its checkpoints.
+A first run of each setting counts its lines, phase by phase (probe, fit, inside the write of a file, inside the save
+of a checkpoint, ...). For a point, a phase and one of its lines are drawn; the run sends itself SIGKILL there. It is
+then resumed as a user would resume it, from `last_complete_checkpoint`, or started again where there is none yet;
+every third one may be killed a second time on the way. The end must have the same weights, optimizer state, losses,
+random streams, rows in the same order and the same selections, to the bit, and no stage that was finished may be run
+again.
+
+Trade-off: importing torch and transformers takes longer than the run, so runs are forked from a process that has
+imported them and built nothing. They are real processes, with real dataloader workers, and die of a real SIGKILL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from mates_hf import MatesCallback  # noqa: E402
+from mates_hf.influence.ngram import NgramInfluenceModel  # noqa: E402, F401  (imported before forking)
+from mates_hf.training.checkpoints import last_complete_checkpoint  # noqa: E402
+from tests.training.kit import make_arguments, make_reference, run, small_config  # noqa: E402
+
+NUM_SETTINGS = 10
+FORMAT = 1
+# Where a line belongs: the innermost function on the stack that is listed here (None: any function of the file).
+PHASES = {
+    ("mates_hf/records.py", "written_whole"): "write of a file",
+    ("mates_hf/training/averaging.py", None): "averaging window",
+    ("mates_hf/training/rounds.py", "_probe"): "probe",
+    ("mates_hf/training/rounds.py", "_audit"): "audit",
+    ("mates_hf/training/rounds.py", "_fit"): "fit",
+    ("mates_hf/training/rounds.py", "_score"): "score",
+    ("mates_hf/training/rounds.py", "_select"): "select",
+    ("mates_hf/round_files.py", "finish"): "rename of the round",
+    ("mates_hf/training/session.py", "_prune"): "prune rounds",
+    ("mates_hf/training/callback.py", "on_train_begin"): "start",
+    ("transformers/trainer.py", "_save_checkpoint"): "checkpoint",
+    ("torch/serialization.py", "_save"): "file of a checkpoint",
+}
+TRAINING = "training"
+TRACED = {  # files beside the library's own whose lines are points (None: all of the file)
+    "transformers/trainer.py": None,
+    "transformers/trainer_callback.py": ("save_to_json",),
+    "transformers/modeling_utils.py": ("save_pretrained",),
+    "torch/serialization.py": ("save", "_save", "persistent_id"),
+    "/shutil.py": None,
+}
+KEPT = ("probes.parquet", "audit.json", "sentinel.json", "influence_model/config.json", "round.json")
+
+
+class LineKiller:
+    """Counts executed lines by phase, and kills the process at one of them.
+
+    Args:
+        kill: phase and number of the line in it, from 1; None counts only.
+        note_path: where the line is written to before the process dies.
+    """
+
+    def __init__(self, kill: tuple[str, int] | None, note_path: Path) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.kill = kill
+        self.note_path = note_path
+        self._pid = os.getpid()
+        self._traced: dict[CodeType, bool] = {}
+        self._phases: dict[CodeType, str | None] = {}
+
+    def start(self) -> None:
+        """Count from here on, in this thread."""
+        sys.settrace(self._on_call)
+
+    def _on_call(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        code = frame.f_code
+        traced = self._traced.get(code)
+        if traced is None:
+            traced = self._traced[code] = _is_traced(code)
+        return self._on_line if traced else None
+
+    def _on_line(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
+        if event == "line":
+            phase = self._phase_of(frame)
+            self.counts[phase] += 1
+            if self.kill == (phase, self.counts[phase]) and os.getpid() == self._pid:
+                self._die(frame)
+        return self._on_line
+
+    def _phase_of(self, frame: FrameType | None) -> str:
+        while frame is not None:
+            code = frame.f_code
+            if code not in self._phases:
+                self._phases[code] = _listed_phase(code)
+            phase = self._phases[code]
+            if phase is not None:
+                return phase
+            frame = frame.f_back
+        return TRAINING
+
+    def _die(self, frame: FrameType | None) -> None:
+        sys.settrace(None)
+        here = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}" if frame else ""
+        step = None
+        while frame is not None and step is None:
+            state = getattr(frame.f_locals.get("self"), "state", None)
+            step = getattr(state, "global_step", None)
+            frame = frame.f_back
+        self.note_path.write_text(json.dumps({"line": here, "step": step}))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_traced(code: CodeType) -> bool:
+    if "/mates_hf/" in code.co_filename:
+        return True
+    for ending, names in TRACED.items():
+        if code.co_filename.endswith(ending):
+            return names is None or code.co_name in names
+    return False
+
+
+def _listed_phase(code: CodeType) -> str | None:
+    for (ending, name), phase in PHASES.items():
+        if code.co_filename.endswith(ending) and name in (None, code.co_name):
+            return phase
+    return None
+
+
+def draw_setting(generator: np.random.Generator, number: int) -> dict[str, dict[str, Any]]:
+    """Settings of one run: arguments of the Trainer and of `MatesConfig`."""
+
+    def pick(*values: Any) -> Any:
+        return values[int(generator.integers(len(values)))]
+
+    arguments: dict[str, Any] = {
+        "max_steps": 32,
+        "save_strategy": "steps",
+        "save_steps": pick(2, 3, 5, 8, 13),
+        "save_total_limit": pick(None, 1, 2),
+    }
+    if pick(True, False):
+        arguments |= {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 1}
+    if pick(True, False):
+        arguments |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    config = {
+        "switch_lead_steps": pick(3, 4),
+        "candidate_scope": pick("slice", "pool"),
+        "keep_rounds": pick(None, 2) if number else 2,
+        "average_steps": pick(None, None, 0, 5),
+        "drift_check_steps": pick(None, None, 5),
+        **pick({}, {"on_weak_signal": "own_order", "min_spearman": 0.5}),
+    }
+    return {"arguments": arguments, "config": config}
+
+
+def in_child(work: Callable[[], None], log_path: Path) -> int:
+    """Run `work` in a forked process; its exit code, negative for a signal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def train(
+    setting: Mapping[str, Any], folder: Path, *, resume: bool, kill: tuple[str, int] | None, count: bool = False
+) -> int:
+    """Run to the end, which leaves `folder/result.pt`, or to the kill, which leaves `folder/killed.json`.
+
+    Args:
+        setting: of the run.
+        folder: holds the run's `output_dir`, its log and what it leaves.
+        resume: go on from the last complete checkpoint, if there is one.
+        kill: phase and number of the line to die at.
+        count: leave `folder/lines.json`.
+
+    Returns:
+        Exit code, negative for a signal.
+    """
+    output_dir = folder / "run"
+    (folder / "killed.json").unlink(missing_ok=True)
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        killer = LineKiller(kill, folder / "killed.json")
+        arguments = make_arguments(output_dir, **setting["arguments"])
+        callback = MatesCallback(make_reference(), small_config(**setting["config"]))
+        checkpoint = last_complete_checkpoint(output_dir) if resume else None
+        if kill is not None or count:
+            killer.start()
+        result = run(arguments, [callback], dropout=0.1, resume=checkpoint)
+        sys.settrace(None)
+        torch.save(
+            {
+                "weights": result.weights,
+                "optimizer": result.optimizer["state"],
+                "losses": result.losses,
+                "rows": result.rows,
+                "streams": result.streams,
+                "start": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
+            },
+            folder / "result.pt",
+        )
+        if count:
+            (folder / "lines.json").write_text(json.dumps(killer.counts))
+
+    return in_child(work, folder / "log.txt")
+
+
+def selections(output_dir: Path) -> dict[str, str]:
+    """SHA-256 of the order that each finished round left."""
+    found = {}
+    for path in sorted((output_dir / "_mates").glob("round-????")):
+        files = [path / name for name in ("selection.npy", "own_order.npy") if (path / name).exists()]
+        found[path.name] = " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return found
+
+
+def finished_stages(output_dir: Path) -> dict[str, int]:
+    """When each finished stage of each round was written, nanoseconds."""
+    found = {}
+    for path in sorted((output_dir / "_mates").glob("round-*")):
+        if path.suffix != ".stale":
+            for name in KEPT:
+                if (path / name).exists():
+                    found[f"{path.name.removesuffix('.partial')}/{name}"] = (path / name).stat().st_mtime_ns
+    return found
+
+
+def compare(whole: Path, folder: Path, before: Mapping[str, int]) -> tuple[int, list[str]]:
+    """What differs between a run that was killed and resumed and the one that was not.
+
+    Args:
+        whole: folder of the run that was left alone.
+        folder: of the other.
+        before: `finished_stages` when it was resumed; empty where it was started again.
+
+    Returns:
+        The step it was resumed from, and what differs.
+    """
+    expected, got = (torch.load(path / "result.pt", weights_only=True) for path in (whole, folder))
+    start, num_steps = got["start"], len(expected["streams"])
+    per_step = len(expected["rows"]) // num_steps
+    differs = [
+        name
+        for name, same in {
+            "losses": expected["losses"] == got["losses"],
+            "rows": expected["rows"][start * per_step :] == got["rows"],
+            "random streams": expected["streams"][start:] == got["streams"],
+            "weights": _same(expected["weights"], got["weights"]),
+            "optimizer state": _same(expected["optimizer"], got["optimizer"]),
+        }.items()
+        if not same
+    ]
+    theirs = selections(folder / "run")
+    differs += [f"selection of {n}" for n, digest in selections(whole / "run").items() if theirs.get(n) != digest]
+    after = finished_stages(folder / "run")
+    differs += [f"{name} made again" for name, at in before.items() if after.get(name, at) != at]
+    return start, differs
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def run_point(
+    point: int, seed: int, settings: list[dict[str, Any]], lines: list[dict[str, int]], work: Path
+) -> dict[str, Any]:
+    """Kill, resume, maybe kill again and resume again, and compare.
+
+    Args:
+        point: its number; with `seed` it decides everything.
+        seed: of the points.
+        settings: the settings that runs have.
+        lines: lines of each setting's run, by phase.
+        work: holds the folders of the runs left alone, by number, and the one of this point.
+
+    Returns:
+        What `kills.json` holds of the point.
+    """
+    generator = np.random.default_rng([seed, point])
+    phases = sorted({phase for counts in lines for phase in counts})
+    phase = phases[point % len(phases)]
+    fitting = [number for number, counts in enumerate(lines) if counts.get(phase)]
+    number = int(generator.choice(fitting))
+    folder = work / f"point-{point}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    setting = settings[number]
+    deaths = []
+    line = int(generator.integers(1, lines[number][phase] + 1))
+    code = train(setting, folder, resume=False, kill=(phase, line))
+    if code == -signal.SIGKILL:
+        deaths.append({"phase": phase, **json.loads((folder / "killed.json").read_text())})
+    before = finished_stages(folder / "run") if last_complete_checkpoint(folder / "run") else {}
+    if point % 3 == 2:  # again, anywhere in the first half of what a whole run does
+        again = phases[int(generator.integers(len(phases)))]
+        line = int(generator.integers(1, lines[number].get(again, 1) // 2 + 2))
+        code = train(setting, folder, resume=True, kill=(again, line))
+        if code == -signal.SIGKILL:
+            deaths.append({"phase": again, **json.loads((folder / "killed.json").read_text())})
+            before = finished_stages(folder / "run") if last_complete_checkpoint(folder / "run") else {}
+    if code == -signal.SIGKILL:
+        code = train(setting, folder, resume=True, kill=None)
+    if code == 0:
+        start, differs = compare(work / f"whole-{number}", folder, before)
+    else:
+        error = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+        start, differs = None, [f"does not resume: {' '.join(error)}"]
+    if not deaths:
+        differs.append("was not killed: it has fewer lines than the run that counted them")
+    return {"point": point, "setting": number, "deaths": deaths, "resumed_from": start, "differs": differs}
+
+
+def count_lines(settings: list[dict[str, Any]], work: Path) -> list[dict[str, int]]:
+    """Run each setting to its end and count its lines by phase.
+
+    Args:
+        settings: the settings.
+        work: gets a folder for each.
+
+    Returns:
+        Lines by phase.
+
+    Raises:
+        RuntimeError: a run failed, or no run ever entered a phase.
+    """
+    lines: list[dict[str, int]] = []
+    for number, setting in enumerate(settings):
+        folder = work / f"whole-{number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if train(setting, folder, resume=False, kill=None, count=True):
+            raise RuntimeError(f"The run that is left alone failed:\n{(folder / 'log.txt').read_text()}\n{setting}")
+        lines.append(json.loads((folder / "lines.json").read_text()))
+    missing = {*PHASES.values(), TRAINING} - {phase for counts in lines for phase in counts}
+    if missing:
+        raise RuntimeError(f"No line of {sorted(missing)} was ever reached: have the functions in PHASES moved?")
+    return lines
+
+
+def write_results(out: Path, results: Mapping[str, Any]) -> None:
+    """`kills.json` and `kills.md`."""
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "kills.json.tmp"
+    points = ",\n".join(f"  {json.dumps(point)}" for point in results["points"])
+    head = json.dumps({name: value for name, value in results.items() if name != "points"}, indent=1)
+    temporary.write_text(f'{head[:-2]},\n "points": [\n{points}\n ]\n}}\n')
+    os.replace(temporary, out / "kills.json")
+    (out / "kills.md").write_text(make_table(results))
+
+
+def make_table(results: Mapping[str, Any]) -> str:
+    """Points by the phase of their first kill."""
+    points = results["points"]
+    rows = []
+    for phase in sorted({*PHASES.values(), TRAINING}):
+        here = [point for point in points if point["deaths"] and point["deaths"][0]["phase"] == phase]
+        rows.append(
+            f"| {phase} | {len(here)} | {sum(len(p['deaths']) > 1 for p in here)} "
+            f"| {sum(p['resumed_from'] == 0 for p in here)} | {sum(bool(p['differs']) for p in here)} |"
+        )
+    total = (
+        f"| **all** | **{len(points)}** | {sum(len(p['deaths']) > 1 for p in points)} "
+        f"| {sum(p['resumed_from'] == 0 for p in points)} | **{sum(bool(p['differs']) for p in points)}** |"
+    )
+    return "\n".join(
+        [
+            "# Killed anywhere, resumed exactly",
+            "",
+            f"`python benchmarks/kills.py --points {len(points)} --seed {results['seed']}`: real processes, SIGKILL "
+            "at a random executed line, resumed from the last complete checkpoint, compared to the bit with the run "
+            f"that was left alone (CPU, float32, dropout 0.1; {len(results['settings'])} settings of workers, "
+            "accumulation, checkpoints, scope, averaging, guard, drift checks and kept rounds, in `kills.json`).",
+            "",
+            "| killed in | points | killed a second time | no checkpoint yet: started again | differ |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            *rows,
+            total,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Run the points that are not in the results yet; print how many runs differ."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--points", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--work", type=Path, help="folder for the runs (default: a temporary one)")
+    parser.add_argument("--only", type=int, help="one point, printed and not recorded; its folder is kept")
+    parser.add_argument("--settings", type=int, default=NUM_SETTINGS, help="different settings of runs")
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="kills-"))
+    generator = np.random.default_rng(options.seed)
+    settings = [draw_setting(generator, number) for number in range(options.settings)]
+    sources = hashlib.sha256()
+    for path in sorted((ROOT / "mates_hf").rglob("*.py")):
+        sources.update(path.read_bytes())
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "seed": options.seed,
+        "code": sources.hexdigest()[:16],
+        "settings": settings,
+        "points": [],
+    }
+    recorded = options.out / "kills.json"
+    if recorded.exists() and options.only is None:
+        earlier = json.loads(recorded.read_text())
+        if {**earlier, "points": []} == results:
+            results["points"] = earlier["points"]
+    lines = count_lines(settings, work)
+    done = {point["point"] for point in results["points"]}
+    for point in [options.only] if options.only is not None else range(options.points):
+        if point in done:
+            continue
+        result = run_point(point, options.seed, settings, lines, work)
+        where = ", then ".join(f"{d['phase']} ({d['line']}, step {d['step']})" for d in result["deaths"])
+        verdict = "differs: " + "; ".join(result["differs"]) if result["differs"] else "the same"
+        print(f"{point:4d} {where}; from step {result['resumed_from']}: {verdict}", flush=True)
+        if options.only is not None:
+            print(f"its folder: {work / f'point-{point}'}\n{json.dumps(settings[result['setting']])}")
+            return
+        results["points"].append(result)
+        write_results(options.out, results)
+        if not result["differs"]:
+            shutil.rmtree(work / f"point-{point}")
+    if options.work is None:
+        shutil.rmtree(work)
+    num_differing = sum(bool(point["differs"]) for point in results["points"])
+    print(f"{len(results['points'])} points, runs that differ: {num_differing}")
+    sys.exit(1 if num_differing else 0)
+
+
+if __name__ == "__main__":
+    main()

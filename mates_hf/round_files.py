@@ -1,0 +1,299 @@
+"""A round on disk: in the making, finished, read back. Everything a round did, readable without this library.
+
+Place in the flow: left of every folder, on top of `records`. `training/` writes through `RoundWriter`; `load_round`
+needs numpy and pyarrow only, so a finished round can be read on a machine without torch.
+
+Trade-off: a round is a directory of plain files (Parquet, npy, JSON), not one archive. It costs a few more file
+handles and can be opened by anything, `sha256sum -c SHA256SUMS` included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from mates_hf.records import (
+    COPY_AGAIN,
+    FloatArray,
+    InfluenceLabels,
+    IntArray,
+    MatesError,
+    RoundMismatchError,
+    json_bytes,
+    read_array,
+    read_json,
+    require_file,
+    sha256_of,
+    write_array,
+    write_json,
+    written_whole,
+)
+
+ROUND_FILE = "round.json"
+KEY_FILE = "key.json"
+CHECKSUMS_FILE = "SHA256SUMS"
+PROBES_FILE = "probes.parquet"
+SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "cursor")
+
+_COLUMNS = {
+    "candidate_id": "int64",
+    "influence": "float32",
+    "influence_per_token": "float32",
+    "loss": "float32",
+    "num_tokens": "int32",
+    "probe": "string",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """A finished round as read from its directory.
+
+    Attributes:
+        path: the round directory.
+        info: `round.json`.
+        labels: `probes.parquet`, with the per-token derivatives of `token_derivatives.npy`.
+        candidates: (M,) int64 pool rows that were scored, or None.
+        scores: (M,) float32 predicted influence of `candidates`, or None.
+        selection: (k,) int64 pool rows in training order, or None where the guard kept the Trainer's own order.
+    """
+
+    path: Path
+    info: Mapping[str, Any]
+    labels: InfluenceLabels
+    candidates: IntArray | None
+    scores: FloatArray | None
+    selection: IntArray | None
+
+
+def write_labels(path: Path, labels: InfluenceLabels) -> None:
+    """Write `probes.parquet`, and beside it `token_derivatives.npy` where there are per-token derivatives."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if labels.token_derivatives is not None:
+        write_array(path.with_name("token_derivatives.npy"), labels.token_derivatives)
+    values = {name: getattr(labels, name) for name in _COLUMNS}
+    values["probe"] = labels.probe.tolist()
+    table = pa.table({name: pa.array(values[name], getattr(pa, kind)()) for name, kind in _COLUMNS.items()})
+    meta = {"step_size": labels.step_size, "info": dict(labels.info)}
+    table = table.replace_schema_metadata({"mates_hf": json.dumps(meta)})
+    with written_whole(path) as file:
+        pq.write_table(table, file)
+
+
+def read_labels(path: Path) -> InfluenceLabels:
+    """Read what `write_labels` wrote.
+
+    Args:
+        path: the `probes.parquet` of a round.
+
+    Returns:
+        The labels; derivatives are memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MatesError: the file is damaged, or holds other columns.
+    """
+    import pyarrow.parquet as pq
+
+    require_file(path)
+    try:
+        with open(path, "rb") as file:  # a file, not a path: folder names such as `lr=1` would become columns
+            table = pq.ParquetFile(file).read(list(_COLUMNS))
+        meta = json.loads((table.schema.metadata or {}).get(b"mates_hf", b'{"step_size": 1.0, "info": {}}'))
+        columns = {name: table.column(name) for name in _COLUMNS}
+        for name, kind in _COLUMNS.items():
+            found = {"float": "float32"}.get(str(columns[name].type), str(columns[name].type))
+            if found != kind or columns[name].null_count:
+                raise ValueError(f"`{name}` must be {kind} without nulls, got {found}")
+        values = {name: column.to_numpy() for name, column in columns.items() if name != "probe"}
+        if len(values["num_tokens"]) and values["num_tokens"].min() < 0:
+            raise ValueError(f"`num_tokens` must not be negative, got {values['num_tokens'].min()}")
+        step_size, info = float(meta["step_size"]), dict(meta["info"])
+        if not math.isfinite(step_size) or step_size == 0:
+            raise ValueError(f"`step_size` must be a finite number other than 0, got {step_size}")
+        return InfluenceLabels(
+            **values,
+            probe=np.array(columns["probe"].to_pylist(), dtype=np.str_),
+            step_size=step_size,
+            token_derivatives=read_array(path.with_name("token_derivatives.npy"), np.float32),
+            info=info,
+        )
+    except MatesError:
+        raise
+    except Exception as error:  # damaged Parquet ends in errors of Arrow, of the system, of memory, of text
+        raise MatesError(
+            f"`{path}` must hold the labels of a round, and is damaged ({error}). {COPY_AGAIN}"
+        ) from error
+
+
+def load_round(path: str | os.PathLike[str]) -> RoundRecord:
+    """Read a finished round directory with numpy and pyarrow alone.
+
+    Args:
+        path: a round directory, `<output_dir>/_mates/round-0003`.
+
+    Returns:
+        The record; arrays are memory-mapped.
+
+    Raises:
+        FileNotFoundError: the directory or its `round.json` is missing, so the round never finished.
+        MatesError: a file is damaged, or is not of the type or length it must have.
+    """
+    path = Path(path)
+    if not (path / ROUND_FILE).exists():
+        raise FileNotFoundError(f"`{path}` is not a finished round: it has no {ROUND_FILE}.")
+    candidates = read_array(path / "candidates.npy", np.int64)
+    scores = read_array(path / "scores.npy", np.float32)
+    if candidates is not None and scores is not None and len(candidates) != len(scores):
+        raise MatesError(
+            f"`{path / 'scores.npy'}` must have one entry a candidate ({len(candidates)}), got {len(scores)}. "
+            f"{COPY_AGAIN}"
+        )
+    return RoundRecord(
+        path=path,
+        info=read_json(path / ROUND_FILE),
+        labels=read_labels(path / PROBES_FILE),
+        candidates=candidates,
+        scores=scores,
+        selection=read_array(path / "selection.npy", np.int64),
+    )
+
+
+def write_checksums(path: Path, info: Mapping[str, Any]) -> None:
+    """Write `SHA256SUMS` of a round's files as `sha256sum` does, and of the `round.json` that is to hold `info`."""
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    kept = [name for name in files if name not in (CHECKSUMS_FILE, ROUND_FILE) and not name.endswith(".tmp")]
+    digests = {name: sha256_of(path / name) for name in kept}
+    digests[ROUND_FILE] = hashlib.sha256(json_bytes(info)).hexdigest()
+    with written_whole(path / CHECKSUMS_FILE) as file:
+        file.writelines(f"{digest}  {name}\n".encode() for name, digest in digests.items())
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """What `write_checksums` wrote.
+
+    Args:
+        path: the round directory.
+
+    Returns:
+        SHA-256 by file name relative to the directory.
+
+    Raises:
+        FileNotFoundError: the directory has no `SHA256SUMS`.
+        MatesError: it is damaged, or names a file outside the directory.
+    """
+    require_file(path / CHECKSUMS_FILE)
+    try:
+        lines = (path / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        raise MatesError(f"`{path / CHECKSUMS_FILE}` must be text, and is damaged ({error}). {COPY_AGAIN}") from error
+    found = {}
+    for line in lines:
+        match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        name = PurePosixPath(match[2]) if match else PurePosixPath("/")
+        if match is None or name.is_absolute() or ".." in name.parts or "\0" in match[2]:
+            raise MatesError(
+                f"`{path / CHECKSUMS_FILE}` must have lines of a checksum and a file of the round, got {line[:80]!r}. "
+                f"{COPY_AGAIN}"
+            )
+        found[match[2]] = match[1]
+    return found
+
+
+def round_path(rounds_dir: Path, number: int) -> Path:
+    """Directory of a finished round.
+
+    Args:
+        rounds_dir: `<output_dir>/_mates`.
+        number: the round's number.
+
+    Returns:
+        The directory, whether or not it is there.
+
+    Raises:
+        ValueError: `number`, which may come from a file, is no round's number.
+    """
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"A round's number must be a whole number of at least 0, got {number!r}.")
+    return rounds_dir / f"round-{number:04d}"
+
+
+class RoundWriter:
+    """A round in the making: stage results in `round-0003.partial`, renamed to `round-0003` when complete.
+
+    Safe to kill at any instant: each stage's file appears whole or not at all, `round.json` is written last and the
+    rename follows it. A rerun with the same key finds the finished stages; with another weights digest it sets the old
+    directory aside as `.stale`; with another config or pool it refuses.
+
+    Args:
+        rounds_dir: `<output_dir>/_mates`.
+        number: the round's number.
+        key: what the round depends on: `config`, `pool`, `reference`, `step` and `weights`, plain JSON values.
+
+    Raises:
+        RoundMismatchError: a directory of that number was made with another config, pool or reference; both values
+            are shown.
+    """
+
+    def __init__(self, rounds_dir: Path, number: int, key: Mapping[str, Any]) -> None:
+        self.final_path = round_path(rounds_dir, number)
+        self.path = self.final_path.with_suffix(".partial")
+        self.key = json.loads(json.dumps(dict(key)))
+        for path in (self.final_path, self.path):
+            self._reconcile(path)
+        if not self.final_path.exists() and not self.path.exists():
+            self.path.mkdir(parents=True)
+            write_json(self.path / KEY_FILE, self.key)
+
+    def _reconcile(self, path: Path) -> None:
+        """Keep a directory whose key matches, set a stale one aside, refuse one of another config or pool."""
+        if not path.exists():
+            return
+        key_path = path / KEY_FILE
+        found = read_json(key_path) if key_path.exists() else None
+        if found == self.key:
+            return
+        if found is not None:
+            for name in ("config", "pool", "reference"):
+                if found.get(name) != self.key.get(name):
+                    raise RoundMismatchError(
+                        f"`{path}` was made with another {name}: it has {found.get(name)}, this run has "
+                        f"{self.key.get(name)}. Use another `output_dir` or `rounds_dir`, or the {name} it was made "
+                        "with."
+                    )
+        set_aside(path)
+
+    @property
+    def complete(self) -> bool:
+        """True where a finished round of this key is already on disk."""
+        return (self.final_path / ROUND_FILE).exists()
+
+    def finish(self, info: Mapping[str, Any]) -> Path:
+        """Write the checksums and `round.json`, rename the directory to its final name and return that."""
+        write_checksums(self.path, info)
+        write_json(self.path / ROUND_FILE, info)
+        os.replace(self.path, self.final_path)
+        return self.final_path
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a directory to `<name>.stale`, replacing an earlier stale one, and return the new path."""
+    stale = path.with_name(path.name.removesuffix(".partial") + ".stale")
+    if stale.is_dir() and not stale.is_symlink():
+        shutil.rmtree(stale)
+    else:
+        stale.unlink(missing_ok=True)
+    os.replace(path, stale)
+    return stale

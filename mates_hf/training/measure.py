@@ -1,0 +1,126 @@
+"""What all processes measure together when the main one asks: a round's labels, its audit, a drift check's sentinel.
+
+Place in the flow: the main process runs the round (`rounds`) and asks; the others `assist` until it says what comes
+next. Model, optimizer, pool and reference are there in every process, so a question is a few ids and numbers.
+
+Trade-off: every process reads all probed rows and holds all labels, though it measures only its share. They are small
+beside the model, and probes stay free of who does what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.processes import ProcessError
+from mates_hf.records import InfluenceError, InfluenceLabels, IntArray
+from mates_hf.training.run import Order, Run
+
+NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
+SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
+
+
+def measure_labels(run: Run, ids: IntArray) -> InfluenceLabels:
+    """Labels of a round's probed candidates, by the run's own probe on the whole reference task."""
+    _ask(run, "labels", ids)
+    return _labels(run, ids)
+
+
+def measure_audit(run: Run, ids: IntArray, *, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:
+    """The same candidates by the derivative and by real steps, both on the same few passages."""
+    _ask(run, "audit", ids, epsilon=epsilon, seed=seed)
+    return _audit(run, ids, epsilon, seed)
+
+
+def measure_sentinel(run: Run, ids: IntArray, *, epsilon: float | None, seed: int) -> InfluenceLabels:
+    """Labels of a few candidates on a share of the reference task; the same share for the same seed."""
+    _ask(run, "sentinel", ids, epsilon=epsilon, seed=seed)
+    return _sentinel(run, ids, epsilon, seed)
+
+
+def release(run: Run, order: Order | None) -> None:
+    """Tell the processes that assist what was decided.
+
+    Args:
+        run: the run's state.
+        order: to train on; None is to go on as before.
+
+    Raises:
+        ProcessError: a process received another selection.
+    """
+    if order is None:
+        run.processes.publish({"go_on": True})
+    else:
+        rows = np.ascontiguousarray(order.rows, np.int64)
+        run.processes.publish(
+            {"number": order.number, "from_position": order.from_position, "info": dict(order.info)}, rows=rows
+        )
+        run.processes.require_same("selection", rows)
+
+
+def assist(run: Run) -> Order | None:
+    """Every process but the main one: measure what it asks for, until it says what was decided.
+
+    Args:
+        run: the run's state.
+
+    Returns:
+        The order to train on, or None to go on as before.
+
+    Raises:
+        ProcessError: the main process failed, or what was received is not what it decided.
+    """
+    while True:
+        message, arrays = run.processes.receive()
+        what = message.get("measure")
+        if what == "labels":
+            _labels(run, arrays["ids"])
+        elif what == "audit":
+            _audit(run, arrays["ids"], message["epsilon"], message["seed"])
+        elif what == "sentinel":
+            with contextlib.suppress(InfluenceError):  # which the main process sees as well, and decides upon
+                _sentinel(run, arrays["ids"], message["epsilon"], message["seed"])
+        elif "go_on" in message:
+            return None
+        else:
+            rows = arrays["rows"]
+            run.processes.require_same("selection", rows)
+            if hashlib.sha256(rows.tobytes()).hexdigest() != message["info"]["order_sha256"]:
+                raise ProcessError("The rows received are not those whose hash the round recorded.")
+            return Order(**{name: message[name] for name in ("number", "from_position", "info")}, rows=rows)
+
+
+def _ask(run: Run, what: str, ids: IntArray, **details: Any) -> None:
+    run.processes.publish({"measure": what, **details}, ids=np.asarray(ids, np.int64))
+
+
+def _labels(run: Run, ids: IntArray) -> InfluenceLabels:
+    return (
+        run.probe.for_run(run.settings).measure(run.model, run.optimizer, run.reference, run.pool.select(ids)).check()
+    )
+
+
+def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:
+    assert isinstance(run.probe, DirectionalProbe)
+    candidates, passages = run.pool.select(ids), run.reference.subset(NUM_AUDIT_PASSAGES, seed)
+    quiet = dataclasses.replace(run.settings, progress=False)
+    derivative = dataclasses.replace(run.probe.for_run(quiet), epsilon=epsilon)
+    real_steps = OneStepProbe(loss=run.probe.loss, reference_loss=run.probe.reference_loss).for_run(quiet)
+    return (
+        derivative.measure(run.model, run.optimizer, passages, candidates),
+        real_steps.measure(run.model, run.optimizer, passages, candidates),
+    )
+
+
+def _sentinel(run: Run, ids: IntArray, epsilon: float | None, seed: int) -> InfluenceLabels:
+    probe = run.probe.for_run(dataclasses.replace(run.settings, progress=False))
+    if isinstance(probe, DirectionalProbe):
+        probe = dataclasses.replace(probe, epsilon=epsilon)
+    passages = run.reference.subset(-(-len(run.reference) // SENTINEL_SHARE), seed)
+    return probe.measure(run.model, run.optimizer, passages, run.pool.select(ids)).check()

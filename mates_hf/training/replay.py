@@ -1,0 +1,346 @@
+"""One finished round, read with distrust and recomputed from what it left on disk.
+
+Place in the flow: under `verify`, which goes through a run's rounds in order. The rules are not written down twice:
+candidates and probes come from the run's own `Ledger.draw`, selections from its own `select_rows`.
+
+Trade-off: numpy and pyarrow alone, so a run is checked on a machine without torch; the price is that what only the
+model can tell (labels, predicted influence) is checked by its checksum and its consequences, not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.config import MatesConfig
+from mates_hf.records import InfluenceLabels, IntArray, MatesError, read_array, read_json, sha256_of
+from mates_hf.round_files import (
+    CHECKSUMS_FILE,
+    KEY_FILE,
+    PROBES_FILE,
+    ROUND_FILE,
+    SELECTION_KEYS,
+    read_checksums,
+    read_labels,
+)
+from mates_hf.selection.choose import select_rows
+from mates_hf.selection.ledger import Ledger
+
+DECISIONS = ("select", "keep_previous", "own_order")
+
+_COUNTS = (
+    "number", "step", "from_step", "to_step", "from_position", "num_rows", "cursor", "num_candidates", "num_probed",
+    "num_skipped", "seed",
+)  # fmt: skip
+_SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
+_MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
+
+
+class WrongError(Exception):
+    """A check failed: file, what it must hold, what it holds."""
+
+
+class FinishedRound:
+    """A finished round: read and checked piece by piece, each check by the name of its file."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path, self.number = path, number
+        info = self.info = self._json(ROUND_FILE)
+        for name in _COUNTS:
+            value = info.get(name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+            self.require(ok, ROUND_FILE, f"`{name}` as a whole number of at least 0", repr(value))
+        for name in _MAPPINGS:
+            self.require(isinstance(info.get(name), dict), ROUND_FILE, f"`{name}` as an object", repr(info.get(name)))
+        self.require(info["number"] == number, ROUND_FILE, f"`number` {number}", str(info["number"]))
+        self.decision = info["guard"].get("decision")
+        what = f"`decision` of `guard` to be one of {', '.join(DECISIONS)}"
+        self.require(self.decision in DECISIONS, ROUND_FILE, what, repr(self.decision))
+        self.order_file = "own_order.npy" if self.decision == "own_order" else "selection.npy"
+        try:
+            self.config = MatesConfig(**info["config"])
+        except (TypeError, ValueError) as error:
+            raise WrongError(ROUND_FILE, "`config` of this version of mates-hf", str(error)) from error
+        self.num_pool_rows = info["pool"].get("num_rows")
+        what = "`num_rows` of `pool` as a number of rows"
+        ok = isinstance(self.num_pool_rows, int) and 0 < self.num_pool_rows < 2**63
+        self.require(ok, ROUND_FILE, what, repr(self.num_pool_rows))
+        self.require(info["cursor"] < self.num_pool_rows, ROUND_FILE, "`cursor` in the pool", f"{info['cursor']}")
+
+    def check(self, before: FinishedRound | None) -> None:
+        """All of it, the cheap first.
+
+        Args:
+            before: the round before this one, where it is on disk.
+
+        Raises:
+            WrongError: the first thing that is wrong.
+        """
+        self._check_key()
+        self._check_checksums()
+        order_file = self.order_file
+        other_file = "selection.npy" if self.decision == "own_order" else "own_order.npy"
+        there = (self.path / other_file).exists()
+        self.require(not there, other_file, f"no such file, as `guard` decided {self.decision}", "one")
+        self.rows: IntArray = self._array(order_file, np.int64, self.info["num_rows"])
+        self._check_order_hash()
+        consumed = self._array("consumed.npy", np.uint8, -(-self.num_pool_rows // 8))
+        cursor = self._cursor_before(before)
+        try:
+            ledger = Ledger.from_bits(np.asarray(consumed), self.num_pool_rows, self.config.selection_seed, 0)
+        except ValueError as error:
+            raise WrongError("consumed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
+        self.consumed, self.ledger = ledger.consumed, ledger
+        if before is not None:
+            self._check_goes_on(before)
+            self.ledger = before.ledger  # the pool's shuffled order is made once
+        else:
+            num = int(np.count_nonzero(self.consumed))
+            position = self.info["from_position"]
+            self.require(
+                num <= position or self.number > self.config.random_rounds, "consumed.npy",
+                f"at most {position} consumed rows, those before `from_position`", str(num),
+            )  # fmt: skip
+        self.labels = self._read_labels()
+        self._check_rows()
+        candidates = None
+        if self.decision != "own_order":
+            candidates = self._array("candidates.npy", np.int64, self.info["num_candidates"])
+            self._check_candidates(candidates)
+        self._check_draw(candidates, cursor)
+        if candidates is not None:
+            self._check_selection(candidates)
+
+    @staticmethod
+    def require(ok: bool, file: str, expected: str, found: str) -> None:
+        """Raise what is wrong unless `ok`."""
+        if not ok:
+            raise WrongError(file, expected, found if len(found) <= 300 else found[:300] + " ...")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return read_json(self.path / name)
+        except (OSError, MatesError) as error:
+            raise WrongError(name, "a whole JSON object", str(error)) from error
+
+    def _array(self, name: str, dtype: npt.DTypeLike, length: int) -> npt.NDArray[Any]:
+        try:
+            array = read_array(self.path / name, dtype)
+        except (OSError, MatesError) as error:
+            raise WrongError(name, f"{length} entries of {np.dtype(dtype)}", str(error)) from error
+        self.require(array is not None, name, f"{length} entries of {np.dtype(dtype)}", "no such file")
+        assert array is not None
+        self.require(len(array) == length, name, f"{length} entries", str(len(array)))
+        return array
+
+    def _check_key(self) -> None:
+        """`key.json` and `selection.json` say what `round.json` says."""
+        key, info = self._json(KEY_FILE), self.info
+        self.key = key
+        for name in ("config", "pool", "reference"):
+            value = key.get(name)
+            self.require(isinstance(value, dict), KEY_FILE, f"`{name}` as an object", repr(value))
+            assert isinstance(value, dict)
+            self._same(KEY_FILE, value, {entry: info[name].get(entry) for entry in value}, f"`{name}` of round.json")
+        self._same(KEY_FILE, key["pool"], info["pool"], "`pool` of round.json")
+        for name in ("step", "weights"):
+            self._same(KEY_FILE, {name: key.get(name)}, {name: info.get(name)}, "round.json")
+        seed = self.config.selection_seed
+        self.require(info["seed"] == seed, ROUND_FILE, f"`seed` {seed}, as `selection_seed`", str(info["seed"]))
+        short = {name: info.get(name) for name in SELECTION_KEYS}
+        self._same("selection.json", self._json("selection.json"), short, "round.json")
+        for low, high in (("step", "from_step"), ("from_step", "to_step")):
+            ok = info[low] < info[high]
+            self.require(ok, ROUND_FILE, f"`{high}` after `{low}` ({info[low]})", str(info[high]))
+
+    def _same(self, file: str, found: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
+        """Raise the first entry of a file that is not as in another."""
+        for name in sorted({*found, *expected}):
+            what = f"`{name}` {expected.get(name)!r}, as {source}"
+            self.require(found.get(name) == expected.get(name), file, what, repr(found.get(name)))
+
+    def _check_checksums(self) -> None:
+        """Every file is the one that was written."""
+        try:
+            checksums = read_checksums(self.path)
+            names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
+            names += ["influence_model/"] + (_SCORED if self.decision != "own_order" else [])
+            for name in names:
+                ok = any(listed == name or (name[-1] == "/" and listed.startswith(name)) for listed in checksums)
+                self.require(ok, CHECKSUMS_FILE, f"a checksum of {name}", "none")
+            for name, digest in checksums.items():
+                file = self.path / name
+                self.require(file.exists(), name, f"a file with SHA-256 {digest}", "no such file")
+                now = sha256_of(file)
+                self.require(now == digest, name, f"SHA-256 {digest}, as {CHECKSUMS_FILE}", now)
+        except (OSError, MatesError) as error:
+            raise WrongError(CHECKSUMS_FILE, "a checksum of each file", str(error)) from error
+
+    def _check_order_hash(self) -> None:
+        digest = hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest()
+        expected = self.info.get("order_sha256")
+        self.require(digest == expected, self.order_file, f"rows whose SHA-256 is {expected}, as round.json", digest)
+
+    def _cursor_before(self, before: FinishedRound | None) -> int | None:
+        """Where the round's slice begins in the shuffled pool; None where the round that tells is deleted."""
+        if before is not None:
+            return int(before.info["cursor"])
+        if self.number == self.config.random_rounds:
+            return 0
+        moved = self.decision != "own_order" and self.config.candidate_scope == "slice"
+        return None if moved else int(self.info["cursor"])
+
+    def _check_goes_on(self, before: FinishedRound) -> None:
+        """The round goes on where the one before it ends: the same run, positions in a row, its rows consumed."""
+        for name in ("pool", "reference"):
+            self._same(ROUND_FILE, self.info[name], before.info[name], f"round {before.number}")
+        self._same(ROUND_FILE, self.key["config"], before.key["config"], f"round {before.number}")
+        info, earlier = self.info, before.info
+        ok = info["step"] > earlier["step"]
+        self.require(
+            ok, ROUND_FILE, f"`step` after {earlier['step']}, that of round {before.number}", f"{info['step']}"
+        )
+        kept = info["from_position"] - earlier["from_position"]
+        end = earlier["from_position"] + earlier["num_rows"]
+        what = f"`from_position` {end}, where the rows of round {before.number} end"
+        # A drift check starts a round early; a changed batch size or `max_steps` starts it early or late.
+        moved = info["from_step"] != earlier["to_step"] or _rows_per_step(info) != _rows_per_step(earlier)
+        ok = 0 < kept < self.num_pool_rows if moved else kept == len(before.rows)
+        self.require(ok, ROUND_FILE, what, str(info["from_position"]))
+        was, now = before.consumed.copy(), self.consumed
+        was[before.rows[:kept]] = True
+        was[self._rows_between(before, kept - len(before.rows))] = True
+        wrong = np.flatnonzero(was != now)
+        if len(wrong):
+            row = int(wrong[0])
+            self.require(
+                False, "consumed.npy",
+                f"the rows consumed in round {before.number} and its own, so row {row} "
+                f"{'consumed' if was[row] else 'unused'}",
+                f"{len(wrong)} rows that differ, the first of them row {row}",
+            )  # fmt: skip
+
+    def _rows_between(self, before: FinishedRound, num_more: int) -> IntArray:
+        """The rows trained on after those of a round and before those of the next one."""
+        if num_more <= 0:
+            return np.zeros(0, np.int64)
+        before.ledger.consumed, before.ledger.cursor = before.consumed, int(before.info["cursor"])
+        try:
+            return before.ledger.rows_after(before.rows, num_more, exclude=before.labels.candidate_id)
+        except MatesError as error:
+            raise WrongError(ROUND_FILE, f"rows enough after those of round {before.number}", str(error)) from error
+
+    def _read_labels(self) -> InfluenceLabels:
+        """The probes: as many as recorded, no row twice, none consumed, with the ones that had no trained token."""
+        try:
+            labels = read_labels(self.path / PROBES_FILE).check()
+        except (OSError, MatesError) as error:
+            raise WrongError(PROBES_FILE, "the labels of the round's probes", str(error)) from error
+        skipped = labels.info.get("skipped", [])
+        ok = isinstance(skipped, list) and all(isinstance(row, int) and 0 <= row < 2**63 for row in skipped)
+        self.require(ok, PROBES_FILE, "`skipped` as a list of rows", repr(skipped))
+        self.require(
+            len(skipped) == self.info["num_skipped"], PROBES_FILE,
+            f"{self.info['num_skipped']} skipped rows, as round.json", str(len(skipped)),
+        )  # fmt: skip
+        self.probes: IntArray = np.concatenate([labels.candidate_id, np.asarray(skipped, np.int64)]).astype(np.int64)
+        expected = self.info["num_probed"]
+        self.require(len(self.probes) == expected, PROBES_FILE, f"{expected} probed rows", str(len(self.probes)))
+        self._check_unused(self.probes, PROBES_FILE)
+        return labels
+
+    def _check_unused(self, rows: IntArray, file: str) -> None:
+        """Rows are in the pool, each once, and none was trained on in this pass."""
+        outside = rows[(rows < 0) | (rows >= self.num_pool_rows)]
+        self.require(not len(outside), file, f"rows of the pool, below {self.num_pool_rows}", _first(outside))
+        ordered = np.sort(rows)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        self.require(not len(twice), file, "each row once", f"{_first(twice)} more than once")
+        used = rows[self.consumed[rows]]
+        self.require(not len(used), file, "rows not trained on in this pass", f"{_first(used)} consumed before")
+
+    def _check_rows(self) -> None:
+        """The rows to train on: unused, each once, none of them probed."""
+        self._check_unused(self.rows, self.order_file)
+        probed = np.intersect1d(self.rows, self.probes)
+        self.require(not len(probed), self.order_file, "no probed row", f"{_first(probed)} in {PROBES_FILE} too")
+
+    def _check_candidates(self, candidates: IntArray) -> None:
+        """Candidates: unused, each once, none of them probed; the selection is of them."""
+        self._check_unused(candidates, "candidates.npy")
+        probed = np.intersect1d(candidates, self.probes)
+        self.require(not len(probed), "candidates.npy", "no probed row", f"{_first(probed)} in {PROBES_FILE} too")
+        others = np.setdiff1d(self.rows, candidates)
+        self.require(
+            not len(others), self.order_file, "rows of candidates.npy only", f"{_first(others)}, which is none"
+        )
+
+    def _check_draw(self, candidates: IntArray | None, cursor: int | None) -> None:
+        """Candidates and probes are what ledger, seed and round number draw."""
+        if cursor is None:
+            # The slice began at its first candidate, or at rows before it that were all used.
+            assert candidates is not None
+            cursor = int(np.flatnonzero(self.ledger.shuffled == candidates[0])[0]) if len(candidates) else 0
+        file = PROBES_FILE if candidates is None else "candidates.npy"
+        self.ledger.consumed, self.ledger.cursor = self.consumed, cursor
+        try:
+            draw = self.ledger.draw(
+                round_number=self.number,
+                num_selected=self.info["num_rows"],
+                selection_ratio=self.config.selection_ratio,
+                candidate_scope=self.config.candidate_scope,
+                num_probes=self.config.num_probes,
+            )
+        except MatesError as error:
+            raise WrongError("consumed.npy", "rows enough for the round", str(error)) from error
+        if candidates is not None:
+            self._first_difference(file, draw.candidates, candidates, "what ledger and seed draw")
+            cursor_after = draw.cursor_after
+        else:
+            cursor_after = cursor
+        self._first_difference(PROBES_FILE, np.sort(draw.probes), np.sort(self.probes), "what ledger and seed draw")
+        expected = int(self.info["cursor"])
+        self.require(expected == cursor_after, ROUND_FILE, f"`cursor` {cursor_after}, after its slice", str(expected))
+
+    def _check_selection(self, candidates: IntArray) -> None:
+        """The selection is what scores, labels and seed give, in that order."""
+        scores = self._array("scores.npy", np.float32, len(candidates))
+        num_targets = self._array("num_targets.npy", np.int32, len(candidates))
+        try:
+            rows = select_rows(
+                np.asarray(candidates),
+                np.asarray(scores),
+                np.asarray(num_targets),
+                self.labels,
+                self.info["num_rows"],
+                temperature=self.config.temperature,
+                selection_seed=self.config.selection_seed,
+                round_number=self.number,
+            )
+        except (MatesError, ValueError) as error:
+            raise WrongError("scores.npy", "predicted influence that can be selected on", str(error)) from error
+        self._first_difference("selection.npy", rows, self.rows, "what scores, labels and seed give")
+
+    def _first_difference(self, file: str, expected: IntArray, found: IntArray, source: str) -> None:
+        """Raise the first place where two lists of rows differ."""
+        self.require(len(expected) == len(found), file, f"{len(expected)} rows, {source}", str(len(found)))
+        wrong = np.flatnonzero(expected != found)
+        if len(wrong):
+            at = int(wrong[0])
+            where = f"{len(wrong)} of {len(found)} rows that differ, the first of them row {found[at]}"
+            raise WrongError(file, f"row {expected[at]} at position {at}, {source}", where)
+
+
+def _rows_per_step(info: Mapping[str, Any]) -> float:
+    """Rows a step trains on: another number where the batch size was changed between rounds."""
+    return float(info["num_rows"] / (info["to_step"] - info["from_step"]))
+
+
+def _first(rows: IntArray) -> str:
+    """How many rows, and the first of them."""
+    return f"{len(rows)} rows, first row {int(rows[0])}," if len(rows) else "none"

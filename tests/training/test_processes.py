@@ -1,0 +1,194 @@
+"""Several real processes: the rows of one process, in its order; one writer; long waits; deaths; sharded weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mates_hf import load_round
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = 8  # rows of an optimizer step, over all processes
+
+
+class Finished:
+    """What the processes of a run left: exit codes, errors, and the result of each."""
+
+    def __init__(self, processes: list[subprocess.Popen[str]], result: str) -> None:
+        self.errors = [process.communicate(timeout=240)[1] for process in processes]
+        self.codes = [process.returncode for process in processes]
+        paths = [Path(f"{result}-{rank}.json") for rank in range(len(processes))]
+        self.results = [json.loads(path.read_text()) for path in paths if path.exists()]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """Pool rows of each optimizer step, all processes together, in global order."""
+        each = BATCH // len(self.results)
+        parts = [np.array(result["rows"]).reshape(-1, each) for result in self.results]
+        return np.concatenate(parts, axis=1).tolist()
+
+
+def start(tmp_path: Path, size: int, **settings: Any) -> Finished:
+    """Train in `size` processes at the same total batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    result = str(tmp_path / f"result-{port}")
+    args = {"per_device_train_batch_size": BATCH // size, **settings.pop("args", {})}
+    command = [sys.executable, "tests/training/worker.py", json.dumps({"args": args, "result": result, **settings})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if size > 1:
+        environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        return Finished(processes, result)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("alone")
+    finished = start(tmp_path, 1, output_dir=str(tmp_path / "run"))
+    assert finished.codes == [0], finished.errors
+    return finished, tmp_path / "run"
+
+
+def test_two_processes_train_on_the_rows_of_one_in_its_order(tmp_path, alone):
+    one, one_dir = alone
+    two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), own_dirs=True)
+    assert two.codes == [0, 0], two.errors
+    assert two.rows == one.rows
+    assert not (tmp_path / "run-of-1").exists()  # only the main process writes; no file system need be shared
+    for number in (1, 2):
+        expected, found = (load_round(path / f"_mates/round-000{number}") for path in (one_dir, tmp_path / "run"))
+        np.testing.assert_array_equal(found.selection, expected.selection)
+        np.testing.assert_array_equal(found.labels.candidate_id, expected.labels.candidate_id)
+        np.testing.assert_allclose(
+            found.labels.influence, expected.labels.influence, atol=1e-3 * np.abs(expected.labels.influence).max()
+        )
+    # Every process has the round's metrics, the main one's.
+    assert [entry["mates/spearman"] for entry in two.results[0]["rounds"]] == [
+        entry["mates/spearman"] for entry in two.results[1]["rounds"]
+    ]
+
+
+@pytest.mark.parametrize("stages", [((2, 10), (1, 16), (2, 20)), ((2, 8), (1, 14), (2, 20))], ids=["window", "order"])
+def test_the_number_of_processes_may_change_at_each_resume(tmp_path, alone, stages):
+    one, _ = alone
+    rows: list[list[int]] = []
+    for size, stop in stages:
+        args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 20}
+        part = start(
+            tmp_path,
+            size,
+            output_dir=str(tmp_path / "run"),
+            args=args,
+            stop_at=stop,
+            resume=bool(rows),
+        )
+        assert part.codes == [0] * size, part.errors
+        assert "running mean" not in "".join(part.errors)  # the averaged weights went from one to the other
+        rows += part.rows
+    assert rows == one.rows
+
+
+def test_a_sharded_run_stopped_inside_the_averaging_window_goes_on(tmp_path, alone):
+    one, _ = alone
+    rows: list[list[int]] = []
+    for stop in (10, 20):
+        settings = {"save_strategy": "steps", "save_steps": 10}
+        part = start(
+            tmp_path,
+            2,
+            output_dir=str(tmp_path / "run"),
+            args=settings,
+            stop_at=stop,
+            resume=bool(rows),
+            fsdp2=True,
+        )
+        assert part.codes == [0, 0], "".join(part.errors)[-6000:]
+        assert "running mean" not in "".join(part.errors)
+        rows += part.rows
+    assert rows == one.rows
+
+
+def test_a_fit_longer_than_the_collective_timeout_does_not_end_the_run(tmp_path):
+    run_dir = tmp_path / "run"
+    two = start(tmp_path, 2, output_dir=str(run_dir), args={"ddp_timeout": 4, "max_steps": 10}, fit_seconds=10)
+    assert two.codes == [0, 0], two.errors
+    assert load_round(run_dir / "_mates/round-0001").selection is not None
+
+
+def test_a_process_that_dies_ends_the_run_with_a_clear_error_and_no_half_written_round(tmp_path):
+    two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), dies=True)
+    assert two.codes[1] == -signal.SIGKILL
+    assert two.codes[0] not in (0, -signal.SIGKILL)
+    assert "one of them died or stopped" in two.errors[0]
+    assert not (tmp_path / "run/_mates/round-0001").exists()
+    assert two.results == []
+
+
+def test_an_error_in_the_main_process_stops_the_others(tmp_path):
+    impossible = {"on_weak_signal": "error", "min_spearman": 1.0}
+    two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), config=impossible)
+    assert 0 not in two.codes
+    assert "WeakSignalError" in two.errors[0]
+    assert "The main process stopped this run: WeakSignalError" in two.errors[1]
+
+
+def test_weights_sharded_by_fsdp2_give_the_influence_and_rows_of_one_process(tmp_path, alone):
+    one, one_dir = alone
+    two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), fsdp2=True)
+    assert two.codes == [0, 0], two.errors
+    assert [result["sharded"] for result in two.results] == [True, True]
+    assert two.rows == one.rows
+    expected, found = (load_round(path / "_mates/round-0001") for path in (one_dir, tmp_path / "run"))
+    assert np.abs(found.labels.influence).max() > 0
+    np.testing.assert_allclose(
+        found.labels.influence, expected.labels.influence, atol=1e-3 * np.abs(expected.labels.influence).max()
+    )
+    np.testing.assert_array_equal(found.selection, expected.selection)
+
+
+def test_accelerate_launch_starts_it_as_users_do(tmp_path, alone):
+    one, _ = alone
+    result = str(tmp_path / "result")
+    settings = {"args": {"per_device_train_batch_size": BATCH // 2}, "output_dir": str(tmp_path / "run")}
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["tests/training/worker.py", json.dumps({**settings, "result": result})]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = [np.array(json.loads(Path(f"{result}-{rank}.json").read_text())["rows"]).reshape(-1, 4) for rank in (0, 1)]
+    assert np.concatenate(parts, axis=1).tolist() == one.rows

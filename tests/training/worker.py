@@ -1,0 +1,112 @@
+"""One process of a training run, for the tests that start several: settings in as JSON, what it saw out as JSON.
+
+RANK=0 WORLD_SIZE=2 ... python tests/training/worker.py '{"output_dir": ...}'
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, default_data_collator
+
+from mates_hf import MatesCallback
+from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.ngram import NgramInfluenceModel
+from tests.training.kit import Watch, make_arguments, make_model, make_pool, make_reference, small_config
+
+torch.set_num_threads(1)
+
+
+class SlowModel(NgramInfluenceModel):
+    """Fits longer than the other processes would wait for a collective of theirs."""
+
+    seconds = 0.0
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(SlowModel.seconds)
+        return super().fit(*args, **kwargs)
+
+
+class DyingProbe(DirectionalProbe):
+    """One process dies outright while all of them measure."""
+
+    def measure(self, *args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().measure(*args, **kwargs)
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, with a checkpoint, as a job's time limit does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def shard_with_fsdp2(trainer: Trainer) -> None:
+    """What accelerate does for `fsdp` on an accelerator; on CPU it leaves `fsdp` out, so the test switches it on."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    state = trainer.accelerator.state
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    trainer.is_fsdp_enabled = True
+
+
+def main(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train as told and return what this process saw."""
+    rank = os.environ.get("RANK", "0")
+    own_dir = f"-of-{rank}" if settings.get("own_dirs") and rank != "0" else ""
+    args = make_arguments(Path(settings["output_dir"] + own_dir), **settings.get("args", {}))
+    SlowModel.seconds = settings.get("fit_seconds", 0.0)
+    callback = MatesCallback(
+        make_reference(),
+        small_config(**settings.get("config", {})),
+        probe=DyingProbe() if settings.get("dies") else None,
+        influence_model=SlowModel() if settings.get("fit_seconds") else None,
+    )
+    watch, model = Watch(), make_model()
+    watch.watch(model)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=make_pool(settings.get("num_rows", 400)),
+        data_collator=default_data_collator,
+        callbacks=[StopAt(settings.get("stop_at", -1)), callback, watch],
+    )
+    if settings.get("fsdp2"):
+        shard_with_fsdp2(trainer)
+    trainer.train(resume_from_checkpoint=settings.get("resume"))
+    history = copy.deepcopy(trainer.state.log_history)
+    return {
+        "rows": watch.rows,
+        "sharded": any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters()),
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "rounds": [entry for entry in history if "mates/round" in entry],
+    }
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    result = main(given)
+    Path(f"{given['result']}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result), encoding="utf-8")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
