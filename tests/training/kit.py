@@ -22,6 +22,7 @@ from transformers import (
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 
+OLD_TRAINER = transformers.__version__.startswith("4.")
 VOCAB = 64
 DIGITS = 32  # the first two tokens of a row are its number in this base
 LENGTH = 12
@@ -75,7 +76,7 @@ def make_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
         "use_cpu": True,
     }
     unknown = changes.keys() - TrainingArguments.__dataclass_fields__.keys()
-    if unknown and transformers.__version__.startswith("4."):  # in the newest one it is a mistake
+    if unknown and OLD_TRAINER:  # in the newest one it is a mistake
         pytest.skip(f"transformers {transformers.__version__} has no {', '.join(sorted(unknown))}")
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **changes})
 

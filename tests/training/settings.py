@@ -42,7 +42,15 @@ from tests.training.kit import (
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
-MODULES = ("test_settings.py", "test_settings_runs.py", "test_settings_losses.py", "test_settings_refused.py")
+MODULES = (
+    "test_settings.py",
+    "test_settings_runs.py",
+    "test_settings_losses.py",
+    "test_settings_refused.py",
+    "test_models.py",
+    "test_parallel.py",
+    "test_processes.py",
+)
 ORDER = "order"
 NO_TRACE = "order, no trace"
 NO_FILE = "no step, no file"
@@ -279,7 +287,7 @@ HEAD = """# Settings: supported or refused
 
 Every setting below is one of two: **supported**, with a test that a run with it selects; or **refused** by name in
 `on_train_begin`, with a test that no step was taken and no file written. This table is written from those tests' own
-results by `python -m tests.training.settings docs/settings.md`; one process, CPU.
+results by `python -m tests.training.settings docs/settings.md`, on a CPU; one process where a row names no others.
 
 What the tests prove:
 

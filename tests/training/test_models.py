@@ -13,6 +13,7 @@ from transformers import Trainer, default_data_collator
 from mates_hf import MatesCallback, load_round
 from tests.influence.test_models import FAMILIES
 from tests.training.kit import Result, Watch, assert_same, make_arguments, make_pool, make_reference, small_config
+from tests.training.settings import ORDER, proves
 
 STEPS, BATCH = 12, 4
 
@@ -33,6 +34,7 @@ def run_family(family: str, output_dir: Path, resume: str | None = None, **chang
     return Result(trainer, watch)
 
 
+@proves(f"models: {', '.join(sorted(FAMILIES))}", ORDER, note="small ones of each architecture")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_round_selects_and_its_rows_are_trained_on(family: str, tmp_path: Path) -> None:
     result = run_family(family, tmp_path)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import TrainerCallback
 
 from mates_hf.training.parallel import parallel_refusals
 from tests.training.kit import make_model
+from tests.training.settings import NO_FILE, Setup, assert_refused, case, mates
 
 ONE = SimpleNamespace(n_gpu=1, deepspeed=None)
 
@@ -57,3 +61,68 @@ def test_weights_that_fsdp2_sharded_are_supported(monkeypatch):
     sharded.weight = ShardedParameter(torch.zeros(2, 2))
     sharded.unshard = sharded.reshard = lambda: None
     assert parallel_refusals(ONE, sharded) == []
+
+
+class Arranged(TrainerCallback):
+    """Makes a run look as if it were started in another arrangement, when training begins."""
+
+    def __init__(self, arrange: Callable[[Any, pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch) -> None:
+        self.arrange, self.patch = arrange, patch
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.arrange(args, self.patch)
+
+
+def of_kind(kind: DistributedType) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    def arrange(args: Any, patch: pytest.MonkeyPatch) -> None:
+        patch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+
+    return arrange
+
+
+def several_gpus(args: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(args, "_n_gpu", 4)
+
+
+def context_parallel(args: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(AcceleratorState._shared_state, "parallelism_config", SimpleNamespace(non_data_parallel_size=2))
+
+
+def nothing(args: Any, patch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+def with_module(module: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = make_model()
+        model.extra = module()
+        return model
+
+    return make
+
+
+def split_module() -> nn.Module:
+    module = nn.Module()
+    module.weight = ShardedParameter(torch.zeros(2, 2))
+    return module
+
+
+def arranged(setting: str, match: str, arrange: Any = nothing, model: Any = make_model, note: str = "") -> Any:
+    return case(setting, match, arrange, model, outcome="refused", what=NO_FILE, note=note)
+
+
+REFUSED = [
+    arranged("DeepSpeed", "DeepSpeed", of_kind(DistributedType.DEEPSPEED),
+             note="flat buffers of weights and optimizer state; use FSDP2"),
+    arranged("Megatron-LM, XLA and other engines of accelerate", "MEGATRON_LM", of_kind(DistributedType.MEGATRON_LM)),
+    arranged("nn.DataParallel (several GPUs in one process)", "n_gpu", several_gpus, note="use DDP"),
+    arranged("FSDP1", "FSDP1", model=with_module(FullyShardedDataParallel), note="use FSDP2"),
+    arranged("tensor parallelism", "tensor parallelism", model=with_module(split_module)),
+    arranged("context and sequence parallelism (`parallelism_config`)", "parallelism_config", context_parallel),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "match", "arrange", "model"), REFUSED)
+def test_refused_before_the_first_step(tmp_path, monkeypatch, setting, match, arrange, model):
+    setup = Setup(model=model)
+    assert_refused(tmp_path, setup, match, callbacks=lambda: [Arranged(arrange, monkeypatch), mates()])

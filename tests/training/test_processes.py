@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 
 from mates_hf import load_round
+from tests.training.settings import proves
 
 pytestmark = pytest.mark.slow
+
+DDP, FSDP2 = "DDP, several processes (`accelerate launch`)", "FSDP2 (`fsdp` with `version: 2`, `fully_shard`)"
+SAME_ROWS = "the rows of one process in its order, at an equal total batch; influence within 1e-3 of one process's"
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8  # rows of an optimizer step, over all processes
 
@@ -75,6 +79,7 @@ def alone(tmp_path_factory):
     return finished, tmp_path / "run"
 
 
+@proves(DDP, SAME_ROWS, note="two processes; gloo")
 def test_two_processes_train_on_the_rows_of_one_in_its_order(tmp_path, alone):
     one, one_dir = alone
     two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), own_dirs=True)
@@ -94,6 +99,7 @@ def test_two_processes_train_on_the_rows_of_one_in_its_order(tmp_path, alone):
     ]
 
 
+@proves(DDP, "their number may change at each resume")
 @pytest.mark.parametrize("stages", [((2, 10), (1, 16), (2, 20)), ((2, 8), (1, 14), (2, 20))], ids=["window", "order"])
 def test_the_number_of_processes_may_change_at_each_resume(tmp_path, alone, stages):
     one, _ = alone
@@ -114,6 +120,7 @@ def test_the_number_of_processes_may_change_at_each_resume(tmp_path, alone, stag
     assert rows == one.rows
 
 
+@proves(FSDP2, "resumes exactly")
 def test_a_sharded_run_stopped_inside_the_averaging_window_goes_on(tmp_path, alone):
     one, _ = alone
     rows: list[list[int]] = []
@@ -134,6 +141,7 @@ def test_a_sharded_run_stopped_inside_the_averaging_window_goes_on(tmp_path, alo
     assert rows == one.rows
 
 
+@proves("`ddp_timeout` shorter than a fit", "the run goes on")
 def test_a_fit_longer_than_the_collective_timeout_does_not_end_the_run(tmp_path):
     run_dir = tmp_path / "run"
     two = start(tmp_path, 2, output_dir=str(run_dir), args={"ddp_timeout": 4, "max_steps": 10}, fit_seconds=10)
@@ -158,6 +166,9 @@ def test_an_error_in_the_main_process_stops_the_others(tmp_path):
     assert "The main process stopped this run: WeakSignalError" in two.errors[1]
 
 
+@proves(
+    FSDP2, SAME_ROWS, note="two processes; gloo, where accelerate itself leaves `fsdp` out and the test turns it on"
+)
 def test_weights_sharded_by_fsdp2_give_the_influence_and_rows_of_one_process(tmp_path, alone):
     one, one_dir = alone
     two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), fsdp2=True)

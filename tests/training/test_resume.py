@@ -19,8 +19,11 @@ from transformers import TrainerCallback
 from mates_hf import MatesCallback, load_round
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.records import MatesError
-from tests.training.kit import Result, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.kit import OLD_TRAINER, Result, make_arguments, make_pool, make_reference, run, small_config
 
+batch_may_change = pytest.mark.skipif(
+    OLD_TRAINER, reason="transformers 4 resumes with the batch size of the checkpoint, whatever the arguments say"
+)
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 # Two passes over a ragged pool (162 rows, 41 steps with a short last batch) before the first selection.
 LONG = {"update_steps": 50, "num_probes": 10, "switch_lead_steps": 2}
@@ -139,6 +142,7 @@ def test_more_workers_than_before(tmp_path, short, step):
     assert_goes_on(rest, whole, step)
 
 
+@batch_may_change
 @pytest.mark.parametrize("step", [5, 8, 14])
 def test_another_accumulation_at_equal_total_batch_takes_the_same_rows(tmp_path, short, step):
     where, whole = short
@@ -172,6 +176,7 @@ def test_without_the_trainers_skip_a_pass_goes_on_past_its_end(tmp_path, ragged)
 # What may change, and what it does.
 
 
+@batch_may_change
 @pytest.mark.parametrize("step", [8, 10, 14])  # in the lead, in the first selection, just before the second
 def test_a_smaller_batch_goes_on_where_the_rows_stopped(tmp_path, short, step):
     where, whole = short
@@ -189,6 +194,7 @@ def test_a_smaller_batch_goes_on_where_the_rows_stopped(tmp_path, short, step):
     assert len(set(together)) == len(together)
 
 
+@batch_may_change
 @pytest.mark.parametrize("step", [5, 8, 10, 14])
 def test_a_larger_batch_goes_on_where_the_rows_stopped_and_does_not_run_out(tmp_path, short, step, caplog):
     where, whole = short
@@ -246,7 +252,7 @@ def test_a_finished_run_starts_no_round_and_takes_no_step(tmp_path, short, worke
     assert {path.name for path in (tmp_path / "_mates").iterdir()} == {"round-0001", "round-0002"}
 
 
-def test_a_run_that_finished_with_an_epoch_takes_no_step(tmp_path, ragged):
+def test_a_run_that_finished_in_a_later_epoch_takes_no_step(tmp_path, ragged):
     where, whole = ragged
     checkpoint = as_of(where, tmp_path, 60)
     args = make_arguments(tmp_path, max_steps=60)

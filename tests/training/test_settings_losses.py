@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from mates_hf import DirectionalProbe, OneStepProbe
 from mates_hf.records import MatesError
-from tests.training.kit import make_model, make_pool, make_reference
+from tests.training.kit import OLD_TRAINER, make_model, make_pool, make_reference
 from tests.training.settings import (
     NO_FILE,
     NO_TRACE,
@@ -289,7 +289,8 @@ def test_an_own_loss_is_probed_through_attach_and_named_without(tmp_path, settin
     # Weights, candidates and reference are the same: what differs is the candidates' loss alone.
     assert np.array_equal(plain.candidate_id, labels.candidate_id)
     assert plain.info["reference_loss"] == labels.info["reference_loss"]
-    assert 0.5 < spearman(plain.influence, labels.influence) < 1
+    assert 0.5 < spearman(plain.influence, labels.influence)
+    assert not np.allclose(plain.influence, labels.influence)
     expected = spy.expected(labels, formula)
     assert np.allclose(labels.loss, expected, **SAME_LOSS)
     assert not np.allclose(plain.loss, expected, **SAME_LOSS)
@@ -354,6 +355,8 @@ def fuse_head(model: Any, *, always: bool = False) -> Any:
         "need a GPU")  # fmt: skip
 @proves("`use_liger_kernel`", "labels equal those of the model with logits")
 def test_a_model_without_logits_in_training(tmp_path, monkeypatch):
+    if OLD_TRAINER:
+        pytest.skip("transformers 4 puts Liger's kernels in by Liger's own function, which is not here to be replaced")
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: fuse_head(model))
     setup = Setup(args={"use_liger_kernel": True})
     _, record = check(tmp_path, setup)

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from mates_hf import DirectionalProbe
 from mates_hf.influence.losses import ProbeMemoryError
-from tests.training.kit import assert_same, make_model, make_pool
+from tests.training.kit import OLD_TRAINER, assert_same, make_model, make_pool
 from tests.training.settings import (
     FROM_STEP,
     NO_TRACE,
@@ -379,7 +379,11 @@ class Hub:
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_push_to_hub(tmp_path, monkeypatch, strategy):
     hub = Hub()
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    if OLD_TRAINER:
+        monkeypatch.setattr("transformers.trainer.create_repo", hub.create_repo)
+        monkeypatch.setattr("transformers.trainer.upload_folder", hub.upload_folder)
+    else:
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
     monkeypatch.setattr("transformers.trainer.Trainer.create_model_card", lambda self, **kwargs: None)
     setup = Setup(args={"push_to_hub": True, "hub_model_id": "me/model", "hub_strategy": strategy, **SAVES})
     result = setup.run(tmp_path, [mates()])
