@@ -212,12 +212,14 @@ def _run_batches(
 ) -> None:
     """Call `work` with this process's row numbers, micro-batch by micro-batch; smaller ones after memory has run out.
 
-    Which process runs which row depends on the rows alone. Where weights are sharded every process runs every
-    micro-batch: one without a row of its own runs the first row of all, and is told (False) that it does not count.
+    Which process runs which row depends on the rows alone. Where weights are sharded, or the loss is the run's own,
+    every process runs every micro-batch: one without a row of its own runs the first row of all, and is told (False)
+    that it does not count.
     """
     _require_known_tokens(model, rows)
     limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
-    together = processes.size > 1 and is_sharded(model)
+    # A run's own loss may wait for the other processes as well (to add up its metrics, say).
+    together = processes.size > 1 and (one_row or is_sharded(model))
     planned = _plan(rows.lengths, np.flatnonzero(rows.num_targets), limit, processes.size)
     shares = [(batch[processes.rank :: processes.size], batch) for batch in planned]
     pending = deque((share, True) if len(share) else (whole[:1], False) for share, whole in shares)
@@ -241,7 +243,7 @@ def _run_batches(
         if together:
             raise ProbeMemoryError(
                 f"A probe's micro-batch of {len(batch)} rows of up to {length} tokens must fit into memory beside the "
-                "sharded model, but memory ran out, and the processes can only go on together. Lower "
+                "model, but memory ran out, and the processes can only go on together. Lower "
                 f"`probe_tokens_per_batch` (micro-batches had up to {limit} tokens), or shorten the rows."
             )
         if len(batch) == 1:

@@ -209,7 +209,9 @@ def parameter_steps(
                     continue
                 num_moved += 1
                 state = part.state.get(parameter, {})
-                step = make(parameter, state, group, lr) if state or isinstance(part, torch.optim.SGD) else None
+                # A gradient scaler that skipped every step so far leaves state behind that has seen none.
+                stepped = bool(state) and float(state.get("step", 1)) > 0
+                step = make(parameter, state, group, lr) if stepped or isinstance(part, torch.optim.SGD) else None
                 if step is not None:
                     steps.append(step)
     if not num_moved:

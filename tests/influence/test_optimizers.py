@@ -645,3 +645,14 @@ def test_the_message_names_what_is_known() -> None:
         require_known(torch.optim.Rprop([nn.Parameter(torch.ones(2))]))
     known = {name.rpartition(".")[2] for name, row in CLASSES.items() if row.outcome == DIRECTIONAL and row.variants}
     assert all(re.search(rf"\b{name}\b", str(caught.value)) for name in known)
+
+
+def test_state_that_has_seen_no_step_is_no_state() -> None:
+    """What a gradient scaler leaves behind that skipped every step so far."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[parameter]["step"].zero_()
+    with pytest.raises(FreshOptimizerError, match="train a step first"):
+        parameter_steps(optimizer, [parameter])

@@ -463,7 +463,9 @@ def test_always_checkpointed_model_gives_the_same_gradient(make_live: Callable[.
 
 def test_accelerate_wrapped_model_and_optimizer(trained: Live) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer's, of a test before this one
     model, optimizer = copy.deepcopy(trained)
     reference = task(chain_rows(24, 9, 1))
     candidates = join(chain_rows(12, 11, 1), chain_rows(12, 12, 7), random_rows(12, 13))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,13 @@ class Watch(TrainerCallback):
         self.streams.append(int(torch.get_rng_state().sum()))
 
 
+@functools.cache
+def leave_modules_to_themselves() -> None:
+    """Each `train()` collects garbage; going through all that is imported would take longer than these runs."""
+    gc.collect()
+    gc.freeze()
+
+
 class Result:
     """A finished run: its Trainer, the rows it trained on, its losses."""
 
@@ -123,6 +132,7 @@ def run(
     collator: Any = default_data_collator,
 ) -> Result:
     """Train the small model and watch it."""
+    leave_modules_to_themselves()
     watch = Watch()
     model = make_model(dropout=dropout)
     watch.watch(model)

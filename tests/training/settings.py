@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
 import importlib.metadata
 import re
 import sys
@@ -33,6 +32,7 @@ from tests.training.kit import (
     Result,
     Watch,
     assert_same,
+    leave_modules_to_themselves,
     make_arguments,
     make_model,
     make_pool,
@@ -120,13 +120,6 @@ def watched(trainer_class: type[Trainer]) -> type[Trainer]:
             return super().training_step(model, inputs, *args, **kwargs)
 
     return Watched
-
-
-@functools.cache
-def leave_modules_to_themselves() -> None:
-    """Each `train()` collects garbage; going through all that is imported would take longer than these runs."""
-    gc.collect()
-    gc.freeze()
 
 
 @dataclasses.dataclass(frozen=True)
