@@ -186,3 +186,9 @@ def test_our_run_resumes_exactly_where_the_epoch_is_forgotten(tmp_path: Path, mo
     whole = trained()
     monkeypatch.setattr(DataLoaderShard, "set_epoch", forgets)
     assert trained(str(tmp_path / "checkpoint-23")) == whole[23 * 4 :]
+
+
+def test_a_run_says_at_its_start_what_its_accelerate_cannot_resume(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("mates_hf.training.callback.resume_caveats", lambda: ["accelerate 0.1 forgets the epoch"])
+    run(make_arguments(tmp_path, max_steps=10), [MatesCallback(make_reference(), small_config())])
+    assert caplog.text.count("accelerate 0.1 forgets the epoch") == 1

@@ -36,6 +36,7 @@ from mates_hf.training.checks import (
     check_run,
     context_length,
     own_memory,
+    resume_caveats,
     vocabulary_size,
 )
 from mates_hf.training.own_loss import LossWatch, takes_loss, with_own_loss
@@ -103,6 +104,8 @@ class MatesCallback(TrainerCallback):
         self._let_go()
         dataloader, model = kwargs["train_dataloader"], kwargs["model"]
         self._refuse_unsupported(args, dataloader, model)
+        for caveat in resume_caveats():
+            logger.warning("%s", caveat)
         saved = resume.saved_state(state)
         clock = _make_clock(args, state, dataloader, saved)
         pool = CandidatePool(dataloader.dataset, dataloader.collate_fn)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mates_hf import load_round
+from mates_hf.training.verify import verify_run
 from tests.training.settings import proves
 
 pytestmark = pytest.mark.slow
@@ -203,3 +204,13 @@ def test_accelerate_launch_starts_it_as_users_do(tmp_path, alone):
     assert done.returncode == 0, done.stderr
     parts = [np.array(json.loads(Path(f"{result}-{rank}.json").read_text())["rows"]).reshape(-1, 4) for rank in (0, 1)]
     assert np.concatenate(parts, axis=1).tolist() == one.rows
+
+
+def test_rounds_that_drift_starts_early_are_those_of_one_process_and_verify(tmp_path):
+    config = {"average_steps": 2, "drift_check_steps": 3, "drift_spearman": 1.0}
+    runs = [start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config) for size in (1, 2)]
+    assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
+    assert runs[0].rows == runs[1].rows
+    result = verify_run(tmp_path / "run-2")
+    assert result.problem is None
+    assert [checked.number for checked in result.rounds] == [1, 2, 3, 4, 5]

@@ -402,7 +402,8 @@ def test_sft_trainer(tmp_path, tiny_tokenizer, caplog):
             return trainer
 
     ours, record = check(tmp_path, Sft())
-    assert len(warnings_in(caplog)) == 1
+    # TRL 1 computes its loss outside of the model; earlier ones train with what the model returns.
+    assert len(warnings_in(caplog)) == int(not trl.__version__.startswith("0."))
     own = Sft(attach=True).run(tmp_path / "own", [mates()])
     labels = assert_selected(own, tmp_path / "own").labels
     assert np.allclose(labels.loss, record.labels.loss, **SAME_LOSS)
