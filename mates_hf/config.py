@@ -96,7 +96,8 @@ class MatesConfig:
         default=None, metadata={"help": "Where round directories go. None: `<output_dir>/_mates`."}
     )
     keep_rounds: int | None = field(
-        default=None, metadata={"help": "Keep this many newest round directories, at least 2. None: all."}
+        default=None,
+        metadata={"help": "Keep this many newest round directories, at least 2, and those the last checkpoint needs."},
     )
 
     def __post_init__(self) -> None:

@@ -205,6 +205,7 @@ class RunSettings:
         seed: for whatever a probe draws.
         progress: show a progress bar.
         processes: those that train the model together and measure at the same time; None is one process.
+        shards_dir: where a probe keeps what it has measured so far; None keeps nothing.
     """
 
     learning_rates: tuple[float, ...] | None = None
@@ -214,6 +215,7 @@ class RunSettings:
     seed: int = 0
     progress: bool = False
     processes: Processes | None = None
+    shards_dir: Path | None = None
 
 
 @contextlib.contextmanager

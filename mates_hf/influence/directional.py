@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -47,13 +48,14 @@ from mates_hf.influence.preconditioner import ParameterStep, group_learning_rate
 from mates_hf.influence.preserve import local_shard, preserved
 from mates_hf.influence.probe import count_parameters, read_measurable
 from mates_hf.processes import ALONE, Processes
-from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings
+from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings, read_array, write_array
 
 if TYPE_CHECKING:
     from mates_hf.data.reference import ReferenceTask
 
 logger = logging.getLogger(__name__)
 
+SHARD_ROWS = 512  # candidates measured at a time; a killed probe loses no more than these
 _NUM_SECOND_MOMENT_BATCHES = 4
 
 
@@ -82,6 +84,8 @@ class DirectionalProbe:
         progress: show a progress bar; None takes the run's, alone False.
         processes: those that call `measure` together on the same candidates and share the work; None takes the run's,
             alone this process does all of it.
+        shards_dir: where the main process keeps the losses of each 512 candidates, so that a killed probe goes on
+            behind them; None takes the run's, alone nothing is kept.
     """
 
     tokens_per_batch: int | None = None
@@ -95,6 +99,7 @@ class DirectionalProbe:
     seed: int | None = None
     progress: bool | None = None
     processes: Processes | None = None
+    shards_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and not 0 < self.epsilon < 1:
@@ -110,7 +115,7 @@ class DirectionalProbe:
 
     def for_run(self, settings: RunSettings) -> DirectionalProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
-        names = ("tokens_per_batch", "learning_rates", "batch_rows", "seed", "progress", "processes")
+        names = ("tokens_per_batch", "learning_rates", "batch_rows", "seed", "progress", "processes", "shards_dir")
         return dataclasses.replace(
             self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
         )
@@ -150,7 +155,7 @@ class DirectionalProbe:
                 seed=self.seed or 0,
                 processes=self.processes or ALONE,
             )
-        plus, minus = self.directional_derivatives(model, direction, rows, choice.epsilon)
+        plus, minus = self._in_shards(model, direction, rows, choice.epsilon)
         derivatives = direction.derivatives(plus, minus, choice.epsilon)
         per_candidate = row_means(rows, derivatives)
         num_tokens = 2 * len(rows.values) + choice.num_tokens
@@ -271,6 +276,29 @@ class DirectionalProbe:
             )
 
         return losses_on_either_side(model, direction, epsilon, losses)
+
+    def _in_shards(
+        self, model: nn.Module, direction: Direction, rows: TokenRows, epsilon: float
+    ) -> tuple[FloatArray, FloatArray]:
+        """`directional_derivatives`, some candidates at a time, those that an interrupted probe left read back."""
+        processes = self.processes or ALONE
+        parts = []
+        for start in range(0, len(rows), SHARD_ROWS):
+            shard = rows.take(np.arange(start, min(start + SHARD_ROWS, len(rows))))
+            path = self.shards_dir / f"{start}-{epsilon:.6e}.npy" if self.shards_dir and processes.is_main else None
+            stored = read_array(path) if path is not None else None
+            if processes.agree(float(stored is not None)):
+                both = np.zeros((2, int(shard.num_targets.sum())))
+                if stored is not None:
+                    both[:] = stored
+                parts.append(processes.sum(both))
+                continue
+            parts.append(np.stack(self.directional_derivatives(model, direction, shard, epsilon)))
+            if path is not None:
+                path.parent.mkdir(exist_ok=True)
+                write_array(path, parts[-1])
+        plus, minus = np.concatenate(parts, axis=1)
+        return plus, minus
 
     @property
     def _tokens_per_batch(self) -> int:

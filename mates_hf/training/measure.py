@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,13 @@ NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both 
 SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 
 
-def measure_labels(run: Run, ids: IntArray) -> InfluenceLabels:
-    """Labels of a round's probed candidates, by the run's own probe on the whole reference task."""
+def measure_labels(run: Run, ids: IntArray, shards_dir: Path) -> InfluenceLabels:
+    """Labels of a round's probed candidates, by the run's own probe on the whole reference task.
+
+    What is measured goes to `shards_dir` bit by bit, so that a killed probe goes on from there.
+    """
     _ask(run, "labels", ids)
-    return _labels(run, ids)
+    return _labels(run, ids, shards_dir)
 
 
 def measure_audit(run: Run, ids: IntArray, *, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:
@@ -80,7 +84,7 @@ def assist(run: Run) -> Order | None:
         message, arrays = run.processes.receive()
         what = message.get("measure")
         if what == "labels":
-            _labels(run, arrays["ids"])
+            _labels(run, arrays["ids"], None)
         elif what == "audit":
             _audit(run, arrays["ids"], message["epsilon"], message["seed"])
         elif what == "sentinel":
@@ -100,10 +104,9 @@ def _ask(run: Run, what: str, ids: IntArray, **details: Any) -> None:
     run.processes.publish({"measure": what, **details}, ids=np.asarray(ids, np.int64))
 
 
-def _labels(run: Run, ids: IntArray) -> InfluenceLabels:
-    return (
-        run.probe.for_run(run.settings).measure(run.model, run.optimizer, run.reference, run.pool.select(ids)).check()
-    )
+def _labels(run: Run, ids: IntArray, shards_dir: Path | None) -> InfluenceLabels:
+    probe = run.probe.for_run(dataclasses.replace(run.settings, shards_dir=shards_dir))
+    return probe.measure(run.model, run.optimizer, run.reference, run.pool.select(ids)).check()
 
 
 def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:

@@ -153,10 +153,13 @@ def _take_over(run: Run, order: Order) -> Order:
 
 def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
     """Labels of the probed candidates, measured or read back."""
+    shards = path / "probe_shards"
     if (path / "probes.parquet").exists():
-        return read_labels(path / "probes.parquet")
-    labels = measure_labels(run, probes)
-    write_labels(path / "probes.parquet", labels)
+        labels = read_labels(path / "probes.parquet")
+    else:
+        labels = measure_labels(run, probes, shards)
+        write_labels(path / "probes.parquet", labels)
+    shutil.rmtree(shards, ignore_errors=True)
     return labels
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from mates_hf import MatesCallback, load_round
+from mates_hf.influence import directional
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.records import MatesError
 from tests.training.kit import OLD_TRAINER, Result, make_arguments, make_pool, make_reference, run, small_config
@@ -503,3 +504,33 @@ def test_what_nobody_can_restore_ends_the_run_before_its_first_step(tmp_path, sh
     with pytest.raises(MatesError, match=r"1 parameters differ \(lm_head\.weight\)"):
         run(make_arguments(tmp_path), [mates(), Steps()], dropout=0.1, resume=str(checkpoint))
     assert not steps
+
+
+class Killed(BaseException):
+    """Stands for a kill that the test survives."""
+
+
+def test_a_probe_killed_on_its_way_goes_on_behind_what_it_has_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(directional, "SHARD_ROWS", 10)  # 40 probes: four shards
+    settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
+    whole = run(make_arguments(tmp_path / "whole", **settings), [mates()], dropout=0.1)
+    measured: list[int] = []
+    inner = directional.DirectionalProbe.directional_derivatives
+
+    def counted(self, model, direction, rows, epsilon):
+        if self.shards_dir is not None and len(rows) == 10:  # not the few that choose epsilon
+            measured.append(1)
+            if len(measured) == 3:
+                raise Killed
+        return inner(self, model, direction, rows, epsilon)
+
+    monkeypatch.setattr(directional.DirectionalProbe, "directional_derivatives", counted)
+    with pytest.raises(Killed):
+        run(make_arguments(tmp_path / "part", **settings), [mates()], dropout=0.1)
+    shards = tmp_path / "part" / "_mates" / "round-0001.partial" / "probe_shards"
+    assert len(list(shards.iterdir())) == 2
+    rest = run(make_arguments(tmp_path / "part", **settings), [mates()], dropout=0.1, resume=True)
+    assert len(measured) == 3 + 2
+    assert not list((tmp_path / "part").rglob("probe_shards"))
+    assert rest.losses == whole.losses
+    assert rest.rows == whole.rows[20:]
