@@ -97,7 +97,10 @@ class MatesConfig:
     )
     keep_rounds: int | None = field(
         default=None,
-        metadata={"help": "Keep this many newest round directories, at least 2, and those the last checkpoint needs."},
+        metadata={
+            "help": "Keep this many newest round directories, at least 2, and those that the last checkpoint needs. "
+            "None: all."
+        },
     )
 
     def __post_init__(self) -> None:
