@@ -18,7 +18,9 @@ are rank correlations; they hold for the learning rates stated.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -34,6 +36,9 @@ from mates_hf.influence import muon_step
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.losses import mean_loss, mean_loss_gradient
 from mates_hf.influence.one_step import OneStepProbe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.influence.test_optimizers import frozen_change  # noqa: E402
 
 LENGTH, BATCH = 32, 16
 MUON_LR, ADAM_LR = 0.02, 1e-3
@@ -57,20 +62,6 @@ class Together(torch.optim.Optimizer):
             optimizer.step()
 
 
-def frozen(matrix: Tensor, change: Tensor, coefficients: Any, num_steps: int, eps: float) -> Tensor:
-    """OPUS's form: A = XXᵀ of each iteration as it is at the momentum, multiplied from the left."""
-    a, b, c = coefficients
-    tall = matrix.shape[0] > matrix.shape[1]
-    x, tangent = (matrix.T, change.T) if tall else (matrix, change)
-    norm = x.norm().clamp(min=eps)
-    x = x / norm
-    for _ in range(num_steps):
-        gram = x @ x.T
-        left = a * torch.eye(len(gram), dtype=gram.dtype) + b * gram + c * gram @ gram
-        x, tangent = left @ x, left @ tangent
-    return (tangent.T if tall else tangent) / norm
-
-
 def identity(matrix: Tensor, change: Tensor, coefficients: Any, num_steps: int, eps: float) -> Tensor:
     """No preconditioner but the size of the momentum."""
     return change / matrix.norm()
@@ -78,7 +69,7 @@ def identity(matrix: Tensor, change: Tensor, coefficients: Any, num_steps: int, 
 
 RESPONSES: dict[str, Callable[..., Tensor]] = {
     "whole derivative": muon_step.orthogonalise_change,
-    "frozen": frozen,
+    "frozen": frozen_change,
     "none": identity,
 }
 

@@ -35,7 +35,7 @@ def tiny_tokenizer() -> Any:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_model() -> Callable[..., Any]:
     """A function that builds a Llama of 2 layers and width 32; arguments: `seed` and fields of its config."""
 

@@ -108,6 +108,17 @@ def damaged(path: Path, how: tuple[str, Any], others: list[Path]) -> Iterator[bo
         path.write_bytes(before)
 
 
+@contextmanager
+def put_back(*paths: Path) -> Iterator[None]:
+    """The files hold afterwards what they held before."""
+    kept = [path.read_bytes() for path in paths]
+    try:
+        yield
+    finally:
+        for path, content in zip(paths, kept, strict=True):
+            path.write_bytes(content)
+
+
 # --- round directories ---
 
 
@@ -155,17 +166,13 @@ def test_damage_with_checksums_to_match_is_verified_or_named(finished, data, how
     round_dir = finished / "_mates" / data.draw(st.sampled_from(["round-0002", "round-0003"]))
     files = [file for file in files_of(round_dir) if file.name != "SHA256SUMS"]
     sums = round_dir / "SHA256SUMS"
-    kept = sums.read_bytes()
     path = data.draw(st.sampled_from(files))
-    with damaged(path, how, files):
+    with damaged(path, how, files), put_back(sums):
         if path.is_file():
             name = path.relative_to(round_dir).as_posix()
-            lines = [line for line in kept.decode().splitlines() if not line.endswith(f"  {name}")]
+            lines = [line for line in sums.read_text().splitlines() if not line.endswith(f"  {name}")]
             sums.write_text("\n".join([f"{sha256_of(path)}  {name}", *lines]) + "\n")
-        try:
-            result = verify_run(finished)
-        finally:
-            sums.write_bytes(kept)
+        result = verify_run(finished)
         assert result.problem is None or (result.problem.expected and result.problem.found)
 
 
@@ -182,8 +189,7 @@ def test_any_value_in_a_round_is_verified_or_named(finished, data, value):
     """Entries of `round.json`, changed in every copy of them, checksums included."""
     round_dir = finished / "_mates" / "round-0003"
     names = ("round.json", "key.json", "selection.json", "SHA256SUMS")
-    kept = {name: (round_dir / name).read_bytes() for name in names}
-    info, key, short = (json.loads(kept[name]) for name in names[:3])
+    info, key, short = (json.loads((round_dir / name).read_bytes()) for name in names[:3])
     outer = data.draw(st.sampled_from(sorted(info)))
     inner = data.draw(st.none() | st.sampled_from(sorted(info[outer]))) if isinstance(info[outer], dict) else None
     for place in (info, key, short):
@@ -191,15 +197,12 @@ def test_any_value_in_a_round_is_verified_or_named(finished, data, value):
             place[outer] = value
         elif outer in place and inner in place[outer]:
             place[outer][inner] = value
-    try:
+    with put_back(*(round_dir / name for name in names)):
         for name, content in zip(names, (info, key, short), strict=False):
             write_json(round_dir / name, content)
         write_checksums(round_dir, info)
         problem = verify_run(finished).problem
         assert problem is None or (problem.round == "round-0003" and problem.expected)
-    finally:
-        for name, content in kept.items():
-            (round_dir / name).write_bytes(content)
 
 
 # --- configs ---
@@ -250,6 +253,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
 ROWS = TokenRows.from_lists([[1, 2, 3], [4], [], [63, 1, 70_000]])
 
 
+def vouch_for(path: Path) -> None:
+    """Let the saved model's config hold the checksum that one of its files has now."""
+    config_path = path.parent / CONFIG_FILE
+    config = json.loads(config_path.read_bytes())
+    config["sha256"][path.name] = sha256_of(path)
+    config_path.write_text(json.dumps(config))
+
+
 def load_and_use(path: Path) -> None:
     """Load a model, and if it loads, let it do what a run does with it."""
     model = NgramInfluenceModel.from_pretrained(path)
@@ -279,52 +290,37 @@ def test_a_damaged_model_is_refused(saved, data, how):
 @given(data=st.data(), how=damages())
 def test_a_damaged_model_with_checksums_to_match_is_used_or_refused(saved, data, how):
     config_path = saved / CONFIG_FILE
-    kept = config_path.read_bytes()
     path = saved / data.draw(st.sampled_from([WEIGHTS_FILE, FIT_FILE]))
-    with damaged(path, how, files_of(saved)):
+    with damaged(path, how, files_of(saved)), put_back(config_path):
         if path.is_file():
-            config = json.loads(kept)
-            config["sha256"][path.name] = sha256_of(path)
-            config_path.write_text(json.dumps(config))
-        try:
-            with or_refused(*STATE_ERRORS, FileNotFoundError):
-                load_and_use(saved)
-        finally:
-            config_path.write_bytes(kept)
+            vouch_for(path)
+        with or_refused(*STATE_ERRORS, FileNotFoundError):
+            load_and_use(saved)
 
 
 @fixed(200)
 @given(data=st.data(), value=json_values)
 def test_any_value_in_a_models_config_is_used_or_refused(saved, data, value):
     config_path = saved / CONFIG_FILE
-    kept = config_path.read_bytes()
-    config = json.loads(kept)
+    config = json.loads(config_path.read_bytes())
     outer = data.draw(st.sampled_from(sorted(config)))
-    config_path.write_text(json.dumps({**config, outer: value}))
-    try:
+    with put_back(config_path):
+        config_path.write_text(json.dumps({**config, outer: value}))
         with or_refused(*STATE_ERRORS):
             load_and_use(saved)
-    finally:
-        config_path.write_bytes(kept)
 
 
 @fixed(200)
 @given(data=st.data(), value=json_values)
 def test_any_value_in_a_models_report_is_used_or_refused(saved, data, value):
     """The guard compares the report's numbers, so what is none must not get that far."""
-    config_path, report_path = saved / CONFIG_FILE, saved / FIT_FILE
-    kept = config_path.read_bytes(), report_path.read_bytes()
-    report = json.loads(kept[1])
-    report_path.write_text(json.dumps({**report, data.draw(st.sampled_from(sorted(report))): value}))
-    config = json.loads(kept[0])
-    config["sha256"][FIT_FILE] = sha256_of(report_path)
-    config_path.write_text(json.dumps(config))
-    try:
+    report_path = saved / FIT_FILE
+    report = json.loads(report_path.read_bytes())
+    with put_back(saved / CONFIG_FILE, report_path):
+        report_path.write_text(json.dumps({**report, data.draw(st.sampled_from(sorted(report))): value}))
+        vouch_for(report_path)
         with or_refused(*STATE_ERRORS):
             load_and_use(saved)
-    finally:
-        config_path.write_bytes(kept[0])
-        report_path.write_bytes(kept[1])
 
 
 @fixed(150)
@@ -333,9 +329,8 @@ def test_any_arrays_in_a_model_are_used_or_refused(saved, data):
     """Arrays that are whole and wrong: ids beyond the tables, lengths that differ, numbers that are none."""
     from safetensors.numpy import load, save
 
-    config_path, weights_path = saved / CONFIG_FILE, saved / WEIGHTS_FILE
-    kept = config_path.read_bytes(), weights_path.read_bytes()
-    tensors = load(kept[1])
+    weights_path = saved / WEIGHTS_FILE
+    tensors = load(weights_path.read_bytes())
     name = data.draw(st.sampled_from(sorted(tensors)))
     array = tensors[name].copy()
     kind = data.draw(st.sampled_from(["drop", "cut", "value", "type", "shape", "grow"]))
@@ -355,16 +350,11 @@ def test_any_arrays_in_a_model_are_used_or_refused(saved, data):
             "shape": array[None, :],
             "grow": np.concatenate([array, array]),
         }[kind]
-    try:
+    with put_back(saved / CONFIG_FILE, weights_path):
         weights_path.write_bytes(save(tensors))
-        config = json.loads(kept[0])
-        config["sha256"][WEIGHTS_FILE] = sha256_of(weights_path)
-        config_path.write_text(json.dumps(config))
+        vouch_for(weights_path)
         with or_refused(*STATE_ERRORS):
             load_and_use(saved)
-    finally:
-        config_path.write_bytes(kept[0])
-        weights_path.write_bytes(kept[1])
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class DirectionalProbe:
                 rows,
                 lambda r, e: few(model, direction, r, e),
                 seed=self.seed or 0,
-                processes=self.processes or ALONE,
+                processes=self._processes,
             )
         plus, minus = self._in_shards(model, direction, rows, choice.epsilon)
         derivatives = direction.derivatives(plus, minus, choice.epsilon)
@@ -220,7 +220,7 @@ class DirectionalProbe:
                 reference.rows,
                 tokens_per_batch=self._tokens_per_batch,
                 loss=self.reference_loss,
-                processes=self.processes or ALONE,
+                processes=self._processes,
             )
             # One scalar turns every derivative into an influence: the ratios between parameters go into u.
             step_size = max(abs(step.coefficient) for step in steps)
@@ -272,7 +272,7 @@ class DirectionalProbe:
                 tokens_per_batch=self._tokens_per_batch,
                 loss=self.loss,
                 progress=bool(self.progress),
-                processes=self.processes or ALONE,
+                processes=self._processes,
             )
 
         return losses_on_either_side(model, direction, epsilon, losses)
@@ -281,7 +281,7 @@ class DirectionalProbe:
         self, model: nn.Module, direction: Direction, rows: TokenRows, epsilon: float
     ) -> tuple[FloatArray, FloatArray]:
         """`directional_derivatives`, some candidates at a time, those that an interrupted probe left read back."""
-        processes = self.processes or ALONE
+        processes = self._processes
         parts = []
         for start in range(0, len(rows), SHARD_ROWS):
             shard = rows.take(np.arange(start, min(start + SHARD_ROWS, len(rows))))
@@ -299,6 +299,10 @@ class DirectionalProbe:
                 write_array(path, parts[-1])
         plus, minus = np.concatenate(parts, axis=1)
         return plus, minus
+
+    @property
+    def _processes(self) -> Processes:
+        return self.processes or ALONE
 
     @property
     def _tokens_per_batch(self) -> int:
@@ -339,7 +343,7 @@ class DirectionalProbe:
                 batch,
                 tokens_per_batch=self._tokens_per_batch,
                 loss=self.loss,
-                processes=self.processes or ALONE,
+                processes=self._processes,
             )
             with torch.no_grad():
                 for step in steps:

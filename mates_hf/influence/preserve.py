@@ -144,7 +144,7 @@ def _empty(registry: dict[Any, Any]) -> Callable[[], None]:
     return fill
 
 
-def _remember(value: Any, look_inside: bool = True) -> Callable[[], Any]:
+def remember(value: Any, look_inside: bool = True) -> Callable[[], Any]:
     """Copy a value deeply; returns what puts the copy back into the same objects and gives the value.
 
     Of other objects the attributes are copied (GaLore keeps its projection in one), but not those of objects in them.
@@ -157,7 +157,7 @@ def _remember(value: Any, look_inside: bool = True) -> Callable[[], Any]:
             return value
 
     elif isinstance(value, dict):
-        entries = {key: _remember(entry, look_inside) for key, entry in value.items()}
+        entries = {key: remember(entry, look_inside) for key, entry in value.items()}
 
         def back() -> Any:
             restored = {key: entry() for key, entry in entries.items()}
@@ -166,14 +166,14 @@ def _remember(value: Any, look_inside: bool = True) -> Callable[[], Any]:
             return value
 
     elif isinstance(value, list):
-        elements = [_remember(element, look_inside) for element in value]
+        elements = [remember(element, look_inside) for element in value]
 
         def back() -> Any:
             value[:] = [element() for element in elements]
             return value
 
     elif look_inside and hasattr(value, "__dict__") and not isinstance(value, type):
-        contents = _remember(vars(value), look_inside=False)
+        contents = remember(vars(value), look_inside=False)
 
         def back() -> Any:
             contents()
@@ -207,10 +207,10 @@ def _remember_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                 undo()
 
         return all_back
-    state = _remember(optimizer.state)
+    state = remember(optimizer.state)
     attributes = _remember_attributes(optimizer)
     groups = [
-        (group, {key: _remember(value) for key, value in group.items() if key != "params"})
+        (group, {key: remember(value) for key, value in group.items() if key != "params"})
         for group in optimizer.param_groups
     ]
 
@@ -228,7 +228,7 @@ def _remember_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 def _remember_modules(model: nn.Module) -> Callable[[], None]:
     """Buffers (objects and contents) and plain attributes of every module."""
     actions = [_remember_attributes(module) for module in model.modules()]
-    buffers = [_remember(module._buffers) for module in model.modules() if module._buffers]
+    buffers = [remember(module._buffers) for module in model.modules() if module._buffers]
 
     def back() -> None:
         for action in actions + buffers:

@@ -98,7 +98,7 @@ class MatesCallback(TrainerCallback):
             trainer.add_callback(self)
         return self
 
-    @own_memory()
+    @own_memory
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check everything that can be known, then take over the data order. Raises before any step or file."""
         self._let_go()
@@ -191,7 +191,7 @@ class MatesCallback(TrainerCallback):
         if not told and takes_loss(self._session.run.probe) and args.process_index == 0 and not args.torch_compile:
             self._loss_watch = LossWatch(kwargs["model"])
 
-    @own_memory()
+    @own_memory
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count rows; average weights inside the window; at a boundary, run a round and report it."""
         if self._session is None:
@@ -203,7 +203,7 @@ class MatesCallback(TrainerCallback):
         if metrics:
             self._report(state, metrics)
 
-    @own_memory()
+    @own_memory
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the running mean for a checkpoint that `on_step_end` could not see coming (at an epoch's end, say)."""
         if self._session is not None:

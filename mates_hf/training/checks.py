@@ -6,9 +6,9 @@ Trade-off: fail closed. A setting whose order of rows was not proven is refused,
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -224,23 +224,30 @@ def resume_caveats() -> list[str]:
     ]
 
 
-@contextlib.contextmanager
-def own_memory() -> Iterator[None]:
-    """What runs out of memory inside is told as this library's: `auto_find_batch_size` must not start training again.
+def own_memory(hook: Callable[..., None]) -> Callable[..., None]:
+    """What runs out of memory in a hook is told as this library's: `auto_find_batch_size` must not start again.
 
-    Raises:
-        ProbeMemoryError: in place of torch's error, by whose text accelerate knows it.
+    Args:
+        hook: of the callback.
+
+    Returns:
+        The hook; it raises `ProbeMemoryError` in place of torch's error, by whose text accelerate knows it.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise ProbeMemoryError(
-            "A round must find memory beside the run, but memory ran out. Lower `probe_tokens_per_batch` or "
-            "`average_steps`, or the batch size of the run: a probe needs about 2.2 times the trainable parameters' "
-            "bytes on top of it."
-        ) from error
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            hook(*args, **kwargs)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise ProbeMemoryError(
+                "A round must find memory beside the run, but memory ran out. Lower `probe_tokens_per_batch` or "
+                "`average_steps`, or the batch size of the run: a probe needs about 2.2 times the trainable "
+                "parameters' bytes on top of it."
+            ) from error
+
+    return guarded
 
 
 def context_length(model: Any) -> int | None:

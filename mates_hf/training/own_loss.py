@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mates_hf.influence.preserve import remember
 from mates_hf.influence.probe import Probe
 
 logger = logging.getLogger(__name__)
@@ -143,11 +145,9 @@ class LossWatch:
 @contextlib.contextmanager
 def _kept_attributes(trainer: Any) -> Iterator[None]:
     """Numbers, lists and dicts among a Trainer's attributes are put back: subclasses sum up what they will log."""
-    from transformers import Trainer
-
-    given = inspect.signature(Trainer.__init__).parameters  # data sets and other large things, which no loss changes
+    given = _constructor_arguments()
     put_back = [
-        (name, _remember(value))
+        (name, remember(value, look_inside=False))
         for name, value in vars(trainer).items()
         if name not in given and isinstance(value, (bool, int, float, list, dict))
     ]
@@ -158,24 +158,9 @@ def _kept_attributes(trainer: Any) -> Iterator[None]:
             setattr(trainer, name, back())
 
 
-def _remember(value: Any) -> Callable[[], Any]:
-    """Copy lists and dicts of lists; returns what fills the same objects again and gives the value."""
-    if isinstance(value, dict):
-        entries = {key: _remember(entry) for key, entry in value.items()}
+@functools.cache
+def _constructor_arguments() -> frozenset[str]:
+    """Attributes named as these are data sets and other large things, which no loss changes."""
+    from transformers import Trainer
 
-        def fill() -> Any:
-            restored = {key: entry() for key, entry in entries.items()}
-            value.clear()
-            value.update(restored)
-            return value
-
-        return fill
-    if isinstance(value, list):
-        elements = list(value)
-
-        def fill_list() -> Any:
-            value[:] = elements
-            return value
-
-        return fill_list
-    return lambda: value
+    return frozenset(inspect.signature(Trainer.__init__).parameters)

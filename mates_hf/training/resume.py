@@ -203,6 +203,15 @@ def round_before(rounds_dir: Path, number: int) -> Path | None:
     return next((path for path in paths if (path / ROUND_FILE).exists()), None)
 
 
+def last_passed(rounds_dir: Path, number: int) -> int | None:
+    """The last round on disk, up to `number`, that passed the guard; `keep_rounds` deletes others."""
+    for earlier in range(number, -1, -1):
+        path = round_path(rounds_dir, earlier) / ROUND_FILE
+        if path.exists() and read_json(path)["guard"]["decision"] == "select":
+            return earlier
+    return None
+
+
 def prune_rounds(rounds_dir: Path, output_dir: Path, number: int, keep: int) -> None:
     """Delete rounds that are neither among the newest nor asked for by a resume.
 
@@ -245,11 +254,9 @@ def rounds_needed(rounds_dir: Path, output_dir: Path, number: int) -> set[int]:
         before = round_before(rounds_dir, latest)
         if before is not None:
             needed.add(read_json(before / ROUND_FILE)["number"])
-        for earlier in range(latest, -1, -1):
-            path = round_path(rounds_dir, earlier) / ROUND_FILE
-            if path.exists() and read_json(path)["guard"]["decision"] == "select":
-                needed.add(earlier)
-                break
+        passed = last_passed(rounds_dir, latest)
+        if passed is not None:
+            needed.add(passed)
     return needed
 
 

@@ -30,6 +30,7 @@ from mates_hf.records import (
     InfluenceLabels,
     IntArray,
     WeakSignalError,
+    read_array,
     read_json,
     write_array,
     write_json,
@@ -249,8 +250,10 @@ def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: In
     write_array(path / "scores.npy", influence)
     write_array(path / "num_targets.npy", num_targets)
     del influence, num_targets  # eight bytes a candidate; the files' pages are the system's to drop
-    on_disk = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in ("scores.npy", "num_targets.npy"))
-    return Scored(candidates, *on_disk)
+    scores, targets = read_array(path / "scores.npy"), read_array(path / "num_targets.npy")
+    assert scores is not None
+    assert targets is not None
+    return Scored(candidates, scores, targets)
 
 
 def _select(run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int) -> IntArray:

@@ -91,6 +91,7 @@ class ScheduledSampler(Sampler[int]):
     Attributes:
         own_rows: (N,) int64, the running pass in the Trainer's own order; empty until it is drawn.
         own_start: global position at which that pass began.
+        own_state: what a checkpoint holds of that pass, JSON values.
         drawn_position: global position behind the last row that was handed to the dataloader.
     """
 
@@ -103,23 +104,20 @@ class ScheduledSampler(Sampler[int]):
         self.own_rows: IntArray = np.zeros(0, np.int64)
         self.own_start = clock.epoch_position(clock.first_epoch)
         self._own_epoch = clock.first_epoch
-        self._own_sha256 = ""
-        self._own_random = ""
         self._saved = saved
         if saved is not None:
             self.own_start, self._own_epoch = int(saved["own_start"]), int(saved["own_epoch"])
+        self.own_state = self._describe_pass("", "")
         self.drawn_position = clock.start_position
         self._finished = finished
         self._orders: list[tuple[int, npt.NDArray[Any]]] = []
 
-    @property
-    def own_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the running pass in the Trainer's own order, JSON values."""
+    def _describe_pass(self, sha256: str, random: str) -> dict[str, Any]:
         return {
             "own_start": self.own_start,
             "own_epoch": self._own_epoch,
-            "own_sha256": self._own_sha256,
-            "own_random": self._own_random,
+            "own_sha256": sha256,
+            "own_random": random,
         }
 
     def __len__(self) -> int:
@@ -161,10 +159,6 @@ class ScheduledSampler(Sampler[int]):
         later = [order for order in self._orders if order[0] > position]
         current = [order for order in self._orders if order[0] <= position][-1:]
         self._orders = current + later
-
-    def own_order_from(self, position: int) -> IntArray:
-        """Rows of the running own-order pass that lie at or after a global position, (M,) int64."""
-        return self.own_rows[max(0, position - self.own_start) :]
 
     def own_order_until(self, position: int) -> IntArray:
         """Rows of the running own-order pass that lie before a global position, (M,) int64."""
@@ -218,15 +212,15 @@ class ScheduledSampler(Sampler[int]):
             # run does not have otherwise: the Trainer restores the one of the checkpoint, which is later.
             random = b"" if hasattr(self.own, "set_epoch") else torch.get_rng_state().numpy().tobytes()
             self.own_rows = np.fromiter(iter(self.own), np.int64, count=len(self.own))
-        self._own_random = base64.b64encode(random).decode()
-        self._own_sha256 = hashlib.sha256(self.own_rows.data).hexdigest()
+        sha256 = hashlib.sha256(self.own_rows.data).hexdigest()
+        self.own_state = self._describe_pass(sha256, base64.b64encode(random).decode())
         expected = saved.get("own_sha256")
-        if not expected or expected == self._own_sha256:
+        if not expected or expected == sha256:
             return
         if not self._orders or self._orders[0][0] > self.clock.start_position:
             raise MatesError(
                 f"A resumed run must go on in the order of rows that it was in, but the Trainer's own order has the "
-                f"SHA-256 {self._own_sha256[:12]} now and had {expected[:12]} when the checkpoint was saved. Set "
+                f"SHA-256 {sha256[:12]} now and had {expected[:12]} when the checkpoint was saved. Set "
                 "`seed`, `data_seed`, `accelerator_config.use_seedable_sampler` and `train_sampling_strategy` as they "
                 "were, or start a new run in another `output_dir`."
             )

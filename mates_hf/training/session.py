@@ -293,18 +293,10 @@ class Session:
     def _restore_models(self, number: int) -> None:
         """The last round's influence model, and the last that passed the guard."""
         run = self.run
-        for earlier in range(number, -1, -1):
+        passed = resume.last_passed(run.rounds_dir, number)
+        for earlier in sorted({number, number if passed is None else passed}):
             path = round_path(run.rounds_dir, earlier)
-            if not path.exists():
-                continue  # deleted by `keep_rounds`, which keeps those needed here
-            info = load_order(path).info
-            passed = info["guard"]["decision"] == "select"
-            if earlier == number:
-                run.latest_model = run.load_model(path)
-            if passed:
-                run.trusted_model = run.latest_model if earlier == number else run.load_model(path)
-                run.trusted_step_size = float(info["step_size"])
-                return
+            run.remember(run.load_model(path), load_order(path).info)
 
     def _prune(self, number: int) -> None:
         """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""

@@ -18,7 +18,7 @@ from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.losses import mean_loss, mean_loss_gradient, token_losses
 from mates_hf.influence.one_step import OneStepProbe
 from tests.influence.test_preserve import assert_same, everything
-from tests.influence.test_probes import chain_rows, join, random_rows, task
+from tests.influence.test_probes import chain_rows, join, random_rows, task, train_on_four_kinds
 
 VOCAB = 64
 ROUNDING = 2e-5  # float32 losses of about 4, summed in another order
@@ -82,11 +82,7 @@ def trained(family: str) -> tuple[Any, torch.optim.Optimizer]:
     """After some steps of AdamW on texts of four kinds, at a gentle learning rate; copy it before changing it."""
     model = FAMILIES[family]().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    for seed in range(60):
-        ids = torch.from_numpy(np.stack([chain_rows(1, seed + 1000 * s, s).values for s in (1, 7, 3, 5)]))
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_on_four_kinds(model, optimizer)
     optimizer.param_groups[0]["lr"] = 3e-4
     return model, optimizer
 

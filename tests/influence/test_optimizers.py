@@ -30,7 +30,7 @@ from mates_hf.influence.preconditioner import (
     require_steps,
 )
 from tests.influence.test_preserve import assert_same, everything
-from tests.influence.test_probes import chain_rows, join, random_rows, task
+from tests.influence.test_probes import chain_rows, join, random_rows, task, train_on_four_kinds
 
 DIRECTIONAL, ONE_STEP, REFUSED = "directional", "one step", "refused"
 CURVATURE = 1e-5  # of central differences of real steps, relative; the perturbation is 1e-5 of a usual gradient
@@ -437,18 +437,9 @@ def test_rows_that_hardly_any_batch_reaches_count_as_usual_ones(name: str, given
 
 
 @pytest.fixture(scope="module")
-def live() -> tuple[Any, torch.optim.Optimizer]:
+def live(make_tiny_model: Callable[..., Any]) -> tuple[Any, torch.optim.Optimizer]:
     """A small model trained by Muon (matrices of its blocks) and AdamW (the rest) on texts of three kinds."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=2,
-            )
-        )  # fmt: skip
+    model = make_tiny_model()
     hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     optimizer = Together(torch.optim.Muon(hidden, lr=0.02), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95)))
@@ -517,11 +508,7 @@ def test_tokens_never_trained_on_do_not_fill_the_direction(live: tuple[Any, torc
     """Ids 0 to 2 are in no training row. In the reference and in some candidates they must not outweigh all else."""
     model = copy.deepcopy(live[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for seed in range(60):
-        ids = torch.from_numpy(np.stack([chain_rows(1, seed + 1000 * s, s).values for s in (1, 7, 3, 5)]))
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_on_four_kinds(model, optimizer)
     optimizer.param_groups[0]["lr"] = 3e-4
     assert not optimizer.state[model.model.embed_tokens.weight]["exp_avg_sq"][:3].any()
     with_new = [chain_rows(24, 9, 1), candidates_of_all_kinds()]

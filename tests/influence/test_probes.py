@@ -335,18 +335,9 @@ def test_linear_regression_influence_in_closed_form(momentum: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained() -> Live:
+def trained(make_tiny_model: Callable[..., Any]) -> Live:
     """A small float32 model after 400 steps of AdamW on texts of two kinds, unclipped, and its optimizer at 3e-4."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=2,
-            )
-        )  # fmt: skip
+    model = make_tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     for seed in range(400):
         rows = [chain_rows(2, seed, 1), chain_rows(2, 1000 + seed, 7)]
@@ -356,6 +347,15 @@ def trained() -> Live:
         optimizer.zero_grad()
     optimizer.param_groups[0]["lr"] = 3e-4
     return model, optimizer
+
+
+def train_on_four_kinds(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Sixty steps on texts of four kinds, one row of each in a batch."""
+    for seed in range(60):
+        ids = torch.from_numpy(np.stack([chain_rows(1, seed + 1000 * s, s).values for s in (1, 7, 3, 5)]))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def join(*parts: TokenRows) -> TokenRows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ class Watch(TrainerCallback):
         self.streams.append(int(torch.get_rng_state().sum()))
 
 
+class Stop(TrainerCallback):
+    """Ends training after a step, as a job's time limit does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
 @functools.cache
 def leave_modules_to_themselves() -> None:
     """Each `train()` collects garbage; going through all that is imported would take longer than these runs."""
@@ -130,8 +141,9 @@ def run(
     dropout: float = 0.0,
     attach: bool = False,
     collator: Any = default_data_collator,
+    prepare: Callable[[Trainer], None] = lambda trainer: None,
 ) -> Result:
-    """Train the small model and watch it."""
+    """Train the small model and watch it; `prepare` is given the Trainer before it trains."""
     leave_modules_to_themselves()
     watch = Watch()
     model = make_model(dropout=dropout)
@@ -145,6 +157,7 @@ def run(
     )
     if attach:
         callbacks[0].attach(trainer)
+    prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return Result(trainer, watch)
 

@@ -20,6 +20,7 @@ from mates_hf.records import MatesError, RoundMismatchError, UnsupportedSettingE
 from tests.training.kit import (
     LENGTH,
     VOCAB,
+    Stop,
     assert_same,
     make_arguments,
     make_pool,
@@ -105,14 +106,6 @@ def test_the_order_does_not_depend_on_how_it_is_loaded(tmp_path, changes):
     else:
         assert one.rows == other.rows
         assert_same(one, other)
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize("loader", LOADERS[:2])

@@ -12,8 +12,7 @@ import torch
 from mates_hf import MatesCallback, load_round
 from mates_hf.records import InfluenceError
 from mates_hf.training import drift
-from tests.training.kit import Result, make_arguments, make_pool, make_reference, run, small_config
-from tests.training.test_callback import Stop
+from tests.training.kit import Result, Stop, make_arguments, make_pool, make_reference, run, small_config
 
 STEPS = {"update_steps": 12, "switch_lead_steps": 2, "average_steps": 2}
 ALWAYS, NEVER = 1.0, -1.0  # levels of rank correlation below which a round starts early

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import TrainerCallback
 
 import mates_hf
 from mates_hf import MatesCallback, NgramInfluenceModel
@@ -22,7 +21,7 @@ from mates_hf.cli import main
 from mates_hf.records import read_json, write_array, write_json
 from mates_hf.round_files import read_labels, write_checksums, write_labels
 from mates_hf.training.verify import Problem, report_lines, verify_run
-from tests.training.kit import make_arguments, make_pool, make_reference, run, small_config
+from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
 
 EARLIER_KEEP = 2
 
@@ -97,14 +96,6 @@ def test_a_row_without_a_target_among_probes_and_candidates(tmp_path):
     info = read_json(tmp_path / "_mates" / "round-0001" / "round.json")
     assert info["num_skipped"] > 0
     assert verify_run(tmp_path).problem is None
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ RANK=0 WORLD_SIZE=2 ... python tests/training/worker.py '{"output_dir": ...}'
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import signal
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import Trainer
 
 from mates_hf import MatesCallback
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.ngram import NgramInfluenceModel
-from tests.training.kit import Watch, make_arguments, make_model, make_pool, make_reference, small_config
+from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
 
 torch.set_num_threads(1)
 
@@ -42,17 +41,6 @@ class DyingProbe(DirectionalProbe):
         if os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().measure(*args, **kwargs)
-
-
-class StopAt(TrainerCallback):
-    """Ends training after a step, with a checkpoint, as a job's time limit does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def shard_with_fsdp2(trainer: Trainer) -> None:
@@ -83,24 +71,19 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         probe=DyingProbe() if settings.get("dies") else None,
         influence_model=SlowModel() if settings.get("fit_seconds") else None,
     )
-    watch, model = Watch(), make_model()
-    watch.watch(model)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=make_pool(settings.get("num_rows", 400)),
-        data_collator=default_data_collator,
-        callbacks=[StopAt(settings.get("stop_at", -1)), callback, watch],
+    stop = Stop(settings.get("stop_at", args.max_steps))
+    finished = run(
+        args,
+        [stop, callback],
+        make_pool(settings.get("num_rows", 400)),
+        resume=settings.get("resume"),
+        prepare=shard_with_fsdp2 if settings.get("fsdp2") else lambda trainer: None,
     )
-    if settings.get("fsdp2"):
-        shard_with_fsdp2(trainer)
-    trainer.train(resume_from_checkpoint=settings.get("resume"))
-    history = copy.deepcopy(trainer.state.log_history)
     return {
-        "rows": watch.rows,
-        "sharded": any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters()),
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
-        "rounds": [entry for entry in history if "mates/round" in entry],
+        "rows": finished.rows,
+        "sharded": any(hasattr(parameter, "to_local") for parameter in finished.trainer.model.parameters()),
+        "losses": finished.losses,
+        "rounds": [entry for entry in finished.trainer.state.log_history if "mates/round" in entry],
     }
 
 
