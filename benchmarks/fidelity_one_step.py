@@ -33,7 +33,7 @@ from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.losses import mean_loss_gradient
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.influence.preconditioner import parameter_steps
-from mates_hf.influence.preserve import preserved
+from mates_hf.preserve import preserved
 from mates_hf.selection.choose import row_worth
 
 EPSILON = 1e-3  # where a direction is not measured by `DirectionalProbe.measure`, which chooses its own

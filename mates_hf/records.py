@@ -29,6 +29,8 @@ IntArray = npt.NDArray[np.int64]
 
 COPY_AGAIN = "Copy the directory again from where it was written."
 
+STATE_KEY = "mates_hf"  # of the run's state in `TrainerState.stateful_callbacks`
+
 
 class MatesError(RuntimeError):
     """Root of the errors this library raises about state (wrong input raises `ValueError` or `TypeError`)."""
@@ -40,6 +42,10 @@ class UnsupportedSettingError(MatesError):
 
 class InfluenceError(MatesError):
     """Influence that must not be selected on: non-finite, all zero or all equal."""
+
+
+class EvaluationError(MatesError):
+    """A model that cannot be evaluated as it is: it gives NaN, or its context is too short for a task's items."""
 
 
 class WeakSignalError(MatesError):

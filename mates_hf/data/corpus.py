@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import importlib.metadata
 import re
 import sysconfig
@@ -22,11 +21,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
+
+from mates_hf.data.overlap import NGRAM_WORDS, find_overlap, hash_ngrams, words_of
 
 _T = TypeVar("_T")
-
-NGRAM_WORDS = 13  # the usual length for contamination checks: shorter ones recur in unrelated text
 
 PASSAGE_MIN_CHARACTERS = 600
 PASSAGE_MAX_CHARACTERS = 1_200
@@ -128,60 +126,12 @@ def builtin_corpus(*, seed: int = 0, max_rows_per_kind: int | None = None) -> Bu
     return BuiltinCorpus(pool=pool, reference=reference, development=development, overlap=overlap)
 
 
-def find_overlap(texts_a: Sequence[str], texts_b: Sequence[str], n: int = NGRAM_WORDS) -> npt.NDArray[np.int64]:
-    """Find the texts in `texts_a` that share a word n-gram with any text in `texts_b`.
-
-    Words are lower-cased runs of letters, digits and underscores, so punctuation and white space make no difference.
-    A text of fewer than `n` words has no n-gram and shares none. N-grams are compared by 64-bit hash: no shared n-gram
-    is missed, and a false find has a chance of about the product of both n-gram counts times 5e-20.
-
-    Args:
-        texts_a: the texts asked about.
-        texts_b: the texts they must not share with.
-        n: words in an n-gram.
-
-    Returns:
-        (M,) int64 positions in `texts_a`, ascending.
-
-    Raises:
-        ValueError: `n` is below 1.
-    """
-    hashes_a, owners_a = _hash_ngrams(texts_a, n)
-    hashes_b, _ = _hash_ngrams(texts_b, n)
-    return np.unique(owners_a[np.isin(hashes_a, hashes_b)])
-
-
-def _hash_ngrams(texts: Sequence[str], n: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """Hash of every word n-gram and the position of its text, both (number of n-grams,); equal in every process."""
-    if n < 1:
-        raise ValueError(f"`n` must be at least 1 word, got {n}.")
-    vocabulary: dict[str, int] = {}
-    ids: list[int] = []
-    lengths: list[int] = []
-    for text in texts:
-        words = _words(text)
-        ids.extend(vocabulary.setdefault(word, len(vocabulary)) for word in words)
-        lengths.append(len(words))
-    num_windows = len(ids) - n + 1
-    if num_windows < 1:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    digests = [hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest() for word in vocabulary]
-    words_T = np.frombuffer(b"".join(digests), "<u8")[np.array(ids)]
-    hashes = np.zeros(num_windows, np.uint64)
-    for j in range(n):
-        hashes = (hashes ^ words_T[j : j + num_windows]) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(32)
-    owners = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-    inside = owners[:num_windows] == owners[n - 1 :]  # a window over two texts is no n-gram of either
-    return hashes[inside], owners[:num_windows][inside]
-
-
 def _split_by_components(passages: Sequence[str], rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
     """Positions of the reference, development and pool passages; passages that share a 13-gram stay together."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    hashes, owners = _hash_ngrams(passages, NGRAM_WORDS)
+    hashes, owners = hash_ngrams(passages, NGRAM_WORDS)
     order = np.argsort(hashes, kind="stable")
     same = hashes[order][1:] == hashes[order][:-1]
     left, right = owners[order][:-1][same], owners[order][1:][same]
@@ -224,14 +174,14 @@ def _manual_passages(stdlib: Path) -> list[str]:
     for name in sorted(topics):
         fresh: list[str] = []
         for paragraph in _paragraphs(topics[name]):
-            words = _words(paragraph)
+            words = words_of(paragraph)
             key = " ".join(words)
             if len(words) >= NGRAM_WORDS and key in seen:
                 continue
             seen.add(key)
             fresh.append(paragraph)
         passages += _passages(fresh)
-    return list({" ".join(_words(passage)): passage for passage in passages}.values())
+    return list({" ".join(words_of(passage)): passage for passage in passages}.values())
 
 
 def _stdlib_files(stdlib: Path, rng: np.random.Generator) -> tuple[list[Path], list[Path]]:
@@ -301,7 +251,7 @@ def _distinct_passages(texts: Iterable[str], budget: int, seen: set[str]) -> Ite
     """Passages of the texts up to `budget` characters that are not in `seen` (one licence is in many packages)."""
     for text in texts:
         for passage in _passages(_paragraphs(text)):
-            key = " ".join(_words(passage))
+            key = " ".join(words_of(passage))
             if key in seen:
                 continue
             if budget < len(passage):
@@ -340,13 +290,8 @@ def _passages(paragraphs: Iterable[str]) -> list[str]:
     return [
         passage.strip("\n")
         for passage in passages
-        if len(passage) >= PASSAGE_DROP_CHARACTERS and len(_words(passage)) >= NGRAM_WORDS
+        if len(passage) >= PASSAGE_DROP_CHARACTERS and len(words_of(passage)) >= NGRAM_WORDS
     ]
-
-
-def _words(text: str) -> list[str]:
-    """Lower-cased runs of letters, digits and underscores."""
-    return re.findall(r"\w+", text.lower())
 
 
 def _shuffled(values: Sequence[_T], rng: np.random.Generator) -> list[_T]:

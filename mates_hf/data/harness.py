@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")  # in the order of preference
+TASKS_DIR = Path(__file__).parents[1] / "evaluation" / "tasks"  # of the task files that ship with this library
 
 
 def load_task(task: Any, metadata: Mapping[str, Any] | None) -> Any:
@@ -36,30 +37,55 @@ def load_task(task: Any, metadata: Mapping[str, Any] | None) -> Any:
         if not hasattr(task, "doc_to_text"):
             raise ValueError(f"`task` must be a name, YAML file, config or lm-eval task, got {type(task).__name__}.")
         return task
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError('lm-eval tasks need lm-eval: `pip install "mates-hf[eval]"`.') from error
     spec: Any = str(task) if isinstance(task, Path) else task
-    is_file = isinstance(spec, str) and spec.endswith((".yaml", ".yml"))
-    if is_file and not Path(spec).is_file():
-        raise ValueError(f"`task` must be an existing file where it ends in .yaml, got {spec!r}.")
-    # The harness's own index of several thousand files is read only where a name has to be found in it.
-    by_name = isinstance(spec, str) and not is_file
-    manager = TaskManager(metadata=dict(metadata or {}), include_defaults=by_name)
-    if by_name and spec not in manager.all_tasks:
-        close = difflib.get_close_matches(spec, manager.all_tasks)
-        raise ValueError(
-            f"`task` must be a task that lm-eval knows, got {spec!r}."
-            f"{' Close: ' + ', '.join(close) + '.' if close else ''} `lm-eval ls tasks` lists them all; the path of a "
-            "YAML file of your own works too."
-        )
-    found = manager.load(spec)["tasks"]
+    found = task_manager([spec], metadata).load(spec)["tasks"]
     if len(found) != 1:
         raise ValueError(
             f"`task` must be a single task, got {spec!r}, a group of {len(found)}. Take one of {sorted(found)}."
         )
     return next(iter(found.values()))
+
+
+def task_manager(specs: Iterable[Any], metadata: Mapping[str, Any] | None) -> Any:
+    """A task manager that knows the tasks asked for.
+
+    The harness's own index of several thousand files, which takes some 10 seconds to read, is read only where a name
+    has to be found in it.
+
+    Args:
+        specs: names, paths of YAML files, or configs.
+        metadata: handed to each task.
+
+    Returns:
+        An lm-eval `TaskManager`.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: there is no such task or file.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError('lm-eval tasks need lm-eval: `pip install "mates-hf[eval]"`.') from error
+    files = [spec for spec in specs if isinstance(spec, str) and spec.endswith((".yaml", ".yml"))]
+    absent = [file for file in files if not Path(file).is_file()]
+    if absent:
+        raise ValueError(f"`task` must be an existing file where it ends in .yaml, got {absent[0]!r}.")
+    names = [spec for spec in specs if isinstance(spec, str) and spec not in files]
+    arguments = {"include_path": str(TASKS_DIR), "metadata": dict(metadata or {})}
+    manager = TaskManager(include_defaults=False, **arguments)
+    if set(names) <= set(manager.all_tasks):
+        return manager
+    manager = TaskManager(include_defaults=True, **arguments)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks)
+            raise ValueError(
+                f"`task` must be a task that lm-eval knows, got {name!r}."
+                f"{' Close: ' + ', '.join(close) + '.' if close else ''} `lm-eval ls tasks` lists them all; the path "
+                "of a YAML file of your own works too."
+            )
+    return manager
 
 
 def documents(task: Any, split: str | None) -> tuple[str, str, Any]:
@@ -81,7 +107,7 @@ def documents(task: Any, split: str | None) -> tuple[str, str, Any]:
         "validation": task.has_validation_docs(),
         "test": task.has_test_docs(),
     }
-    available = [name for name in SPLITS if there[name]]
+    available = [name for name in SPLITS if there[name] and _has_data(task, name)]
     name = str(getattr(task, "task_name", None) or type(task).__name__)
     if not available or (split is not None and split not in available):
         raise ValueError(f"`split` must be a split of the task `{name}` ({available}), got {split!r}.")
@@ -131,6 +157,13 @@ def prompt_and_target(task: Any, doc: Any) -> tuple[str, str]:
             f"{type(prompt).__name__} and {type(target).__name__}. Take another task, or `from_dataset`."
         )
     return prompt, target
+
+
+def _has_data(task: Any, split: str) -> bool:
+    """False where a task's config names a split that its dataset does not have (a folder without that file)."""
+    config, dataset = getattr(task, "config", None), getattr(task, "dataset", None)
+    named = getattr(config, {"train": "training_split"}.get(split, f"{split}_split"), None)
+    return named is None or not isinstance(dataset, Mapping) or named in dataset
 
 
 def _choose(task: Any, doc: Any, gold: Any) -> str:

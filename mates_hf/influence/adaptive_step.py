@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.influence.parameter_step import ParameterStep, chunks, rarely_reached, row_means
-from mates_hf.influence.preserve import local_shard
+from mates_hf.preserve import local_shard
 
 State = Mapping[str, Any]
 

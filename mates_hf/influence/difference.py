@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.losses import unwrap
-from mates_hf.influence.preserve import preserved
+from mates_hf.model_traits import unwrap
+from mates_hf.preserve import preserved
 from mates_hf.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)

@@ -42,11 +42,11 @@ from mates_hf.influence.losses import (
     LossFunction,
     mean_loss_gradient,
     token_losses,
-    unwrap,
 )
 from mates_hf.influence.preconditioner import ParameterStep, group_learning_rates, parameter_steps, unwrap_optimizer
-from mates_hf.influence.preserve import local_shard, preserved
 from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.model_traits import unwrap
+from mates_hf.preserve import local_shard, preserved
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings, read_array, write_array
 

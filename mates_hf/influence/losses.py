@@ -15,7 +15,6 @@ Shapes: N rows, T trained tokens over all rows, B rows of a micro-batch padded t
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.influence.cross_entropy import cross_entropy_at
+from mates_hf.model_traits import accepts, is_causal, is_out_of_memory, is_sharded, vocabulary_size
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import MatesError
 
@@ -44,22 +44,6 @@ _MAX_LOGITS_BYTES = 2**30
 
 class ProbeMemoryError(MatesError):
     """One row alone does not fit into memory."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module to run: without `torch.compile` and `DistributedDataParallel` around it.
-
-    Probing runs eagerly, because every new shape would be compiled again, and outside of DDP, whose backward would
-    average gradients over processes that may be looking at different rows. What accelerate wraps around `forward`
-    itself (autocast) stays.
-    """
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def token_losses(
@@ -231,7 +215,7 @@ def _run_batches(
         try:
             work(batch, counts)
         except RuntimeError as error:
-            if isinstance(error, MatesError) or not _is_out_of_memory(error):
+            if isinstance(error, MatesError) or not is_out_of_memory(error):
                 raise
             out_of_memory = True
         if not out_of_memory:
@@ -259,16 +243,6 @@ def _run_batches(
             restart()
             todo = [share for share, _ in shares]
         pending = deque((smaller, True) for smaller in _plan(rows.lengths, np.concatenate(todo), limit))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """True where a process holds a part of each parameter (FSDP2), so that all must run forward together."""
-    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 def _plan(
@@ -311,9 +285,9 @@ def _batch_losses(
     index = np.flatnonzero(next_BL != IGNORED)
 
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids_BL).to(device)}
-    if _accepts(model, "use_cache"):
+    if accepts(model, "use_cache"):
         inputs["use_cache"] = False
-    if not here.all() and not _is_causal(model) and _accepts(model, "attention_mask"):
+    if not here.all() and not is_causal(model) and accepts(model, "attention_mask"):
         inputs["attention_mask"] = torch.from_numpy(here.astype(np.int64)).to(device)
     output = model(**inputs)
     logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
@@ -325,34 +299,12 @@ def _batch_losses(
     )
 
 
-def _accepts(model: nn.Module, name: str) -> bool:
-    # The class's forward: accelerate hides the signature of the instance's own.
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def _is_causal(model: nn.Module) -> bool:
-    """True where padding on the right cannot reach an earlier token, as every attention module says of itself.
-
-    Then no mask is needed, and attention takes its fast causal path.
-    """
-    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    return bool(flags) and all(isinstance(flag, bool) and flag for flag in flags)
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _num_tokens_known(model: nn.Module) -> int | None:
-    """Rows of the input embedding, or None for a model that does not tell."""
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    return int(embedding.num_embeddings) if isinstance(embedding, nn.Embedding) else None
-
-
 def _require_known_tokens(model: nn.Module, rows: TokenRows) -> None:
-    known = _num_tokens_known(model)
+    known = vocabulary_size(model)
     if known is not None and len(rows.values) and int(rows.values.max()) >= known:
         raise ValueError(
             f"`rows` must hold token ids below the model's {known}, got {int(rows.values.max())}. Use the tokenizer "
@@ -362,6 +314,6 @@ def _require_known_tokens(model: nn.Module, rows: TokenRows) -> None:
 
 def _max_tokens(model: nn.Module) -> int:
     """Padded tokens whose logits, as float32, stay below the limit of the device."""
-    width = _num_tokens_known(model) or 1
+    width = vocabulary_size(model) or 1
     on_cpu = next(model.parameters()).device.type == "cpu"
     return max(1, (_MAX_LOGITS_BYTES_CPU if on_cpu else _MAX_LOGITS_BYTES) // (4 * width))

@@ -20,15 +20,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient, unwrap
+from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
     group_learning_rates,
     require_steps,
     unwrap_optimizer,
 )
-from mates_hf.influence.preserve import optimizer_parts, preserved
 from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.model_traits import unwrap
+from mates_hf.preserve import optimizer_parts, preserved
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import InfluenceLabels, RunSettings
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.preserve import local_shard
+from mates_hf.preserve import local_shard
 
 _CHUNK = 2**20  # elements worked on at once
 

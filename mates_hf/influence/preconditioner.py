@@ -21,8 +21,8 @@ from torch import nn
 from mates_hf.influence import adaptive_step, factored_step
 from mates_hf.influence.muon_step import MuonStep
 from mates_hf.influence.parameter_step import ParameterStep as ParameterStep
-from mates_hf.influence.preserve import optimizer_parts
 from mates_hf.influence.sgd_step import SgdStep
+from mates_hf.preserve import optimizer_parts
 from mates_hf.records import MatesError
 
 # `make(parameter, state, group, lr)`: the parameter's next step; None where no step has been taken with it.

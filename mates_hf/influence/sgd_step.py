@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mates_hf.influence.parameter_step import ParameterStep, chunks
-from mates_hf.influence.preserve import local_shard
+from mates_hf.preserve import local_shard
 
 
 class SgdStep(ParameterStep):

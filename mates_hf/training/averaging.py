@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.preserve import forget_derived, local_shard
+from mates_hf.preserve import forget_derived, local_shard
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import MatesError
 

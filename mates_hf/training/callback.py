@@ -24,8 +24,9 @@ from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
 from mates_hf.influence.probe import Probe
+from mates_hf.model_traits import context_length, vocabulary_size
 from mates_hf.processes import Processes
-from mates_hf.records import MatesError, RunSettings, UnsupportedSettingError
+from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
@@ -34,10 +35,8 @@ from mates_hf.training.checks import (
     check_pool,
     check_rows_once,
     check_run,
-    context_length,
     own_memory,
     resume_caveats,
-    vocabulary_size,
 )
 from mates_hf.training.own_loss import LossWatch, takes_loss, with_own_loss
 from mates_hf.training.run import InfluenceModel, Run
@@ -167,7 +166,7 @@ class MatesCallback(TrainerCallback):
         )
         self._replaced = (dataloader, dataloader.get_sampler())
         dataloader.set_sampler(sampler)
-        state.stateful_callbacks[resume.STATE_KEY] = self._session.state
+        state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
         logger.info(
             "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",

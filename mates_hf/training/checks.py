@@ -21,8 +21,9 @@ from mates_hf.config import MatesConfig
 from mates_hf.data.collated import forked_rng, name_of
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.influence.losses import ProbeMemoryError, token_losses, unwrap
-from mates_hf.influence.preserve import preserved
+from mates_hf.influence.losses import ProbeMemoryError, token_losses
+from mates_hf.model_traits import unwrap, vocabulary_size
+from mates_hf.preserve import preserved
 from mates_hf.records import IntArray, UnsupportedSettingError
 from mates_hf.training.parallel import parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
@@ -248,19 +249,3 @@ def own_memory(hook: Callable[..., None]) -> Callable[..., None]:
             ) from error
 
     return guarded
-
-
-def context_length(model: Any) -> int | None:
-    """Most positions the model takes, or None where its config does not say."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        value = getattr(getattr(model, "config", None), name, None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def vocabulary_size(model: Any) -> int | None:
-    """Rows of the model's input embedding, or None where it has none."""
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if get is not None else None
-    return getattr(embedding, "num_embeddings", None)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.preserve import remember
 from mates_hf.influence.probe import Probe
+from mates_hf.preserve import remember
 
 logger = logging.getLogger(__name__)
 

@@ -20,15 +20,14 @@ from typing import Any
 import torch
 
 from mates_hf.config import MatesConfig
-from mates_hf.influence.preserve import local_shard
-from mates_hf.records import MatesError, RoundMismatchError, read_json
+from mates_hf.preserve import local_shard
+from mates_hf.records import STATE_KEY, MatesError, RoundMismatchError, read_json
 from mates_hf.round_files import ROUND_FILE, round_path, set_aside
 from mates_hf.training.averaging import trainable_parameters, whole_tensor
 from mates_hf.training.checkpoints import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
-STATE_KEY = "mates_hf"
 STATE_VERSION = 2
 
 

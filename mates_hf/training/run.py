@@ -22,8 +22,8 @@ import torch
 from mates_hf.config import MatesConfig
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.influence.preserve import local_shard
 from mates_hf.influence.probe import Probe
+from mates_hf.preserve import local_shard
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import (
     COPY_AGAIN,

@@ -67,7 +67,7 @@ def test_dropping_the_mask_changes_nothing(
     model.set_attn_implementation(attention)
     rows = make_rows([9, 4, 6, 2])
     without = token_losses(model, rows)
-    monkeypatch.setattr(module, "_is_causal", lambda model: False)
+    monkeypatch.setattr(module, "is_causal", lambda model: False)
     np.testing.assert_allclose(without, token_losses(model, rows), atol=ROUNDING)
 
 

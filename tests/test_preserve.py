@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mates_hf.influence.preserve import preserved
+from mates_hf.preserve import preserved
 
 
 def train_a_step(model: Any, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:

@@ -1,6 +1,7 @@
-"""Leave no trace: run the live model and optimizer through a probe and put every bit back.
+"""Leave no trace: run the live model and optimizer through a probe or an evaluation and put every bit back.
 
-Place in the flow: each probe does all of its work inside `preserved`. Parameters are cloned, overwritten in place and
+Place in the flow: left of all folders. Each probe does all of its work inside `preserved`, an evaluation, which moves
+no parameter, inside `undisturbed`. Parameters are cloned, overwritten in place and
 copied back, because nothing else is exact everywhere: `functional_call` is ignored by FSDP2 and recomputes at the
 wrong weights under checkpointing, and adding then subtracting does not give the same float.
 
@@ -128,6 +129,29 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
         snapshot.restore()
         for parameter, gradient in zip(snapshot.parameters, gradients, strict=True):
             parameter.grad = gradient
+        for action in reversed(put_back):
+            action()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put back what forward passes may touch, also when the body raises; parameters and gradients are not copied.
+
+    That is: buffers, train/eval mode and other plain attributes of every module, and the random streams of Python,
+    numpy, torch and the model's devices.
+
+    Args:
+        model: the live model, unwrapped; the body must not write to its parameters.
+
+    Yields:
+        Nothing.
+    """
+    put_back = [_remember_modules(model), _remember_random_streams(list(model.parameters()))]
+    forget_derived(model)
+    try:
+        yield
+    finally:
+        forget_derived(model)
         for action in reversed(put_back):
             action()
 

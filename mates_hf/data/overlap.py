@@ -1,0 +1,221 @@
+"""Texts that share a word n-gram: which of these are partly in those.
+
+Place in the flow: `corpus` keeps its parts apart with it, and `evaluation/contamination` looks for reference passages
+and evaluated texts in a candidate pool. The smaller side is indexed, the larger one read through once.
+
+Trade-off: n-grams are compared by 64-bit hash. No shared n-gram is missed, and a false find has a chance of about the
+product of both n-gram counts times 5e-20, for 16 bytes an n-gram of the indexed side and a batch of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+NGRAM_WORDS = 13  # the usual length for contamination checks: shorter ones recur in unrelated text
+
+_BATCH_CHARACTERS = 4_000_000  # of text hashed at once: about 150 MB of words, ids and hashes
+_MAX_FILTER_BITS = 24  # 16 MB, which a processor's last cache about holds
+_HASH_BITS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """What texts that were looked up share with the texts of an index.
+
+    Attributes:
+        positions: (M,) int64, looked-up texts that share an n-gram with an indexed one, ascending.
+        indexed_positions: (K,) int64, indexed texts that share an n-gram with a looked-up one, ascending.
+        num_texts: texts looked up.
+        num_short: those of them with fewer words than an n-gram, which can share none.
+    """
+
+    positions: npt.NDArray[np.int64]
+    indexed_positions: npt.NDArray[np.int64]
+    num_texts: int
+    num_short: int
+
+
+class NgramIndex:
+    """The word n-grams of some texts, to look other texts up in.
+
+    Words are lower-cased runs of letters, digits and underscores, so punctuation and white space make no difference.
+    A text of fewer than `n` words has no n-gram and shares none.
+
+    Args:
+        texts: the texts to index, read once; 16 bytes an n-gram stay in memory.
+        n: words in an n-gram.
+
+    Attributes:
+        n: words in an n-gram.
+        num_texts: texts indexed.
+        num_short: those of them with fewer than `n` words.
+
+    Raises:
+        ValueError: `n` is below 1.
+    """
+
+    def __init__(self, texts: Iterable[str], n: int = NGRAM_WORDS) -> None:
+        self.n = n
+        self.num_texts = 0
+        self.num_short = 0
+        found: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = [hash_ngrams([], n)]
+        for batch in _batches(texts):
+            hashes, owners = hash_ngrams(batch, n)
+            self.num_short += len(batch) - len(np.unique(owners))
+            found.append((hashes, owners + self.num_texts))
+            self.num_texts += len(batch)
+        hashes, owners = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.argsort(hashes, kind="stable")
+        self._owners = owners[order]
+        self._hashes, starts = np.unique(hashes[order], return_index=True)
+        self._ends = np.append(starts, len(order)).astype(np.int64)
+        # Almost no n-gram of a large pool is in the index. One look at its first bits in a small table says so, where
+        # a binary search would go through memory a dozen times.
+        bits = min(max(int(len(self._hashes)).bit_length() + 6, 10), _MAX_FILTER_BITS)
+        self._shift = np.uint64(_HASH_BITS - bits)
+        self._filter = np.zeros(1 << bits, bool)
+        self._filter[self._hashes >> self._shift] = True
+
+    def shared(self, texts: Iterable[str]) -> npt.NDArray[np.int64]:
+        """(M,) int64 positions in `texts`, ascending, of those that share an n-gram with an indexed text."""
+        return find_overlaps(texts, [self])[0].positions
+
+    def find(self, hashes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Look n-grams up.
+
+        Args:
+            hashes: (T,) uint64, as `hash_ngrams` gives them.
+
+        Returns:
+            (S,) int64 positions in `hashes` of the n-grams that an indexed text has, ascending, and (S,) int64 numbers
+            of these n-grams in the index, which `owners_of` takes.
+        """
+        maybe = np.flatnonzero(self._filter[hashes >> self._shift])
+        place = np.searchsorted(self._hashes, hashes[maybe])
+        place[place == len(self._hashes)] = 0
+        same = self._hashes[place] == hashes[maybe]
+        return maybe[same], place[same]
+
+    def owners_of(self, ngrams: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(K,) int64 positions, ascending, of the indexed texts that have one of the n-grams (numbers from `find`)."""
+        is_asked = np.zeros(len(self._hashes), bool)
+        is_asked[ngrams] = True
+        return np.unique(self._owners[np.repeat(is_asked, np.diff(self._ends))])
+
+
+def find_overlaps(texts: Iterable[str], indexes: Sequence[NgramIndex]) -> list[Overlap]:
+    """Look texts up in several indexes at once, so that a large pool is read and hashed only once.
+
+    Args:
+        texts: the texts asked about, read once and a batch at a time.
+        indexes: all with n-grams of the same length.
+
+    Returns:
+        One overlap an index, in their order.
+
+    Raises:
+        ValueError: no index, or indexes of different `n`.
+    """
+    lengths = sorted({index.n for index in indexes})
+    if len(lengths) != 1:
+        raise ValueError(f"`indexes` must be one at least, all with n-grams of one length, got the lengths {lengths}.")
+    num_texts = num_short = 0
+    positions: list[list[npt.NDArray[np.int64]]] = [[np.zeros(0, np.int64)] for _ in indexes]
+    ngrams = [np.zeros(0, np.int64) for _ in indexes]
+    for batch in _batches(texts):
+        hashes, owners = hash_ngrams(batch, lengths[0])
+        for i, index in enumerate(indexes):
+            where, which = index.find(hashes)
+            positions[i].append(np.unique(owners[where]) + num_texts)
+            ngrams[i] = np.union1d(ngrams[i], which)
+        num_short += len(batch) - len(np.unique(owners))
+        num_texts += len(batch)
+    return [
+        Overlap(
+            positions=np.concatenate(positions[i]),
+            indexed_positions=index.owners_of(ngrams[i]),
+            num_texts=num_texts,
+            num_short=num_short,
+        )
+        for i, index in enumerate(indexes)
+    ]
+
+
+def find_overlap(texts_a: Sequence[str], texts_b: Sequence[str], n: int = NGRAM_WORDS) -> npt.NDArray[np.int64]:
+    """Find the texts in `texts_a` that share a word n-gram with any text in `texts_b`.
+
+    Words, n-grams and the chance of a false find are those of `NgramIndex`.
+
+    Args:
+        texts_a: the texts asked about.
+        texts_b: the texts they must not share with; these are indexed, so the fewer the better.
+        n: words in an n-gram.
+
+    Returns:
+        (M,) int64 positions in `texts_a`, ascending.
+
+    Raises:
+        ValueError: `n` is below 1.
+    """
+    return NgramIndex(texts_b, n).shared(texts_a)
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-cased runs of letters, digits and underscores."""
+    return re.findall(r"\w+", text.lower())
+
+
+def hash_ngrams(texts: Sequence[str], n: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Hash every word n-gram; equal in every process.
+
+    Args:
+        texts: all are held as words at once.
+        n: words in an n-gram.
+
+    Returns:
+        (T,) uint64 hash of each n-gram, text after text, and (T,) int64 position of its text.
+
+    Raises:
+        ValueError: `n` is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1 word, got {n}.")
+    vocabulary: dict[str, int] = {}
+    ids: list[int] = []
+    lengths: list[int] = []
+    for text in texts:
+        words = words_of(text)
+        ids.extend(vocabulary.setdefault(word, len(vocabulary)) for word in words)
+        lengths.append(len(words))
+    num_windows = len(ids) - n + 1
+    if num_windows < 1:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    digests = [hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest() for word in vocabulary]
+    words_T = np.frombuffer(b"".join(digests), "<u8")[np.array(ids)]
+    hashes = np.zeros(num_windows, np.uint64)
+    for j in range(n):
+        hashes = (hashes ^ words_T[j : j + num_windows]) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(32)
+    owners = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    inside = owners[:num_windows] == owners[n - 1 :]  # a window over two texts is no n-gram of either
+    return hashes[inside], owners[:num_windows][inside]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Consecutive texts of about `_BATCH_CHARACTERS` together, a longer one alone or last."""
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,241 @@
+"""Evaluation of the model as it is now, by lm-eval tasks: what `LmEvalCallback` does at a step, without the Trainer.
+
+Place in the flow: above `live`; `callback` and the example for checkpoints call it. Tasks are built and their requests
+tokenised once, checked against the model before anything is trained, and asked again at every evaluation.
+
+Trade-off: lm-eval's standard errors are left out, because they would be computed again at every step of a curve.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mates_hf.data.harness import task_manager
+from mates_hf.evaluation.continuations import Continuations, answer, assist, longest
+from mates_hf.model_traits import context_length, unwrap
+from mates_hf.preserve import undisturbed
+from mates_hf.processes import ALONE, Processes
+from mates_hf.records import EvaluationError
+
+logger = logging.getLogger(__name__)
+
+_FEWSHOT_SEED = 1234  # lm-eval's own default
+_NO_LIMIT = 10**9  # tokenizers without a longest input say so by a much larger number
+
+
+class Evaluator:
+    """Tasks and a tokenizer, to evaluate a model with, again and again.
+
+    Args:
+        tasks: lm-eval tasks and groups: names (lm-eval's or this library's), paths of YAML files, configs, or tasks.
+        tokenizer: the model's; a copy is used.
+        limit: first documents of each task only.
+        batch_size: rows of a micro-batch.
+        metadata: for the tasks, as lm-eval's `--metadata`: `{"data_dir": ...}` for the local ones.
+        truncate: cut contexts that are longer than the model's from the left, with one warning, as lm-eval does;
+            without it they are an error.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: an argument is out of range, or the tokenizer has no end token.
+    """
+
+    def __init__(
+        self,
+        tasks: str | Path | Sequence[Any],
+        tokenizer: Any,
+        *,
+        limit: int | None = None,
+        batch_size: int = 8,
+        metadata: Mapping[str, Any] | None = None,
+        truncate: bool = False,
+    ) -> None:
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise ImportError('Evaluation needs lm-eval: `pip install "mates-hf[eval]"`.') from error
+        names = [tasks] if isinstance(tasks, (str, Path, dict)) else list(tasks)
+        if not names:
+            raise ValueError("`tasks` must name one lm-eval task or group at least, got none.")
+        for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        _check_tokenizer(tokenizer)
+        self.tasks = [str(name) if isinstance(name, Path) else name for name in names]
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.limit = limit
+        self.batch_size = batch_size
+        self.metadata = dict(metadata or {})
+        self.truncate = truncate
+        self._loaded: dict[str, Any] | None = None
+        self._live: Any = None
+
+    @property
+    def loaded(self) -> dict[str, Any]:
+        """lm-eval's `tasks` and `groups` by name; built at first use, which takes seconds where data are large."""
+        if self._loaded is None:
+            started = time.perf_counter()
+            names = [task for task in self.tasks if isinstance(task, (str, dict))]
+            loaded = dict(task_manager(names, self.metadata).load(list(self.tasks)))
+            for task in loaded["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+                if task.OUTPUT_TYPE == "generate_until":
+                    raise EvaluationError(
+                        f"Tasks must be scored by likelihood, but the answers of `{task.task_name}` are generated. "
+                        "Evaluate it on a checkpoint with the command `lm_eval`."
+                    )
+            self._loaded = loaded
+            logger.info("%d tasks built in %.1f s", len(loaded["tasks"]), time.perf_counter() - started)
+        return self._loaded
+
+    def prepare(self, model: nn.Module, processes: Processes = ALONE, *, progress: bool = False) -> None:
+        """Build the tasks, tokenise their requests, and prove on the longest of them that the model can answer.
+
+        All processes call it together; only the main one reads tasks and data.
+
+        Args:
+            model: the live model.
+            processes: of the run.
+            progress: show progress bars.
+
+        Raises:
+            ValueError: a task, split, file or column is not there, or the tokenizer is not the model's.
+            EvaluationError: contexts are longer than the model's, memory runs out, or the model gives NaN.
+            ProcessError: another process failed.
+        """
+
+        def body() -> dict[str, float]:
+            live = self._live_model(model, processes, progress)
+            pairs = []
+            for name, task in self.loaded["tasks"].items():
+                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+                asked = [pair for request in task.instances for pair in live.pairs_of(request)]
+                self._check_lengths(name, asked, live.max_tokens)
+                pairs += asked
+            hardest = longest(Continuations.from_pairs(pairs, live.max_tokens), self.batch_size)
+            answer(unwrap(model), hardest, batch_rows=self.batch_size, progress=False, processes=processes)
+            return {}
+
+        self._together(model, processes, body)
+
+    def run(self, model: nn.Module, processes: Processes = ALONE, *, progress: bool = False) -> dict[str, float]:
+        """Evaluate the model as it is; afterwards it is as it was, to the bit, and so are all random streams.
+
+        Args:
+            model: the live model, in every process.
+            processes: of the run; all call it together, and share the requests.
+            progress: show progress bars.
+
+        Returns:
+            `<task or group>/<metric>` -> value, the same in every process.
+
+        Raises:
+            EvaluationError: the model gives NaN, or memory runs out.
+            ProcessError: another process failed.
+        """
+
+        def body() -> dict[str, float]:
+            import lm_eval
+
+            self._live_model(model, processes, progress)
+            found = lm_eval.evaluate(
+                lm=self._live, task_dict=self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
+            )
+            return flat_metrics(found["results"])
+
+        return self._together(model, processes, body)
+
+    def _together(
+        self, model: nn.Module, processes: Processes, body: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """The main process does its part and the others assist; the model is left as found."""
+        module = unwrap(model)
+        with undisturbed(module):
+            module.eval()
+            if not processes.is_main:
+                return assist(module, processes)
+            with processes.leading():
+                try:
+                    metrics = body()
+                finally:
+                    if self._live is not None:
+                        self._live.model = None
+                processes.publish({"metrics": metrics})
+        return metrics
+
+    def _live_model(self, model: nn.Module, processes: Processes, progress: bool) -> Any:
+        """What lm-eval asks; keeps the tokenised requests from one evaluation to the next."""
+        from mates_hf.evaluation.live import LiveModel
+
+        limits = [context_length(unwrap(model)), getattr(self.tokenizer, "model_max_length", None)]
+        known = [size for size in limits if size is not None and size < _NO_LIMIT]
+        max_tokens = min(known) if known else None
+        if self._live is None or self._live.max_tokens != max_tokens:
+            self._live = LiveModel(self.tokenizer, batch_rows=self.batch_size, max_tokens=max_tokens)
+        self._live.model, self._live.processes, self._live.progress = unwrap(model), processes, progress
+        return self._live
+
+    def _check_lengths(
+        self, name: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None
+    ) -> None:
+        """Contexts that do not fit are an error, or one warning where they may be cut."""
+        if limit is None:
+            return
+        lengths = np.array([len(context) + len(targets) - 1 for context, targets in pairs])
+        num_long = int((lengths > limit).sum())
+        longest_targets = max(len(targets) for _, targets in pairs)
+        if longest_targets > limit:
+            raise EvaluationError(
+                f"Every choice must fit into the model's context of {limit} tokens, but one of `{name}` has "
+                f"{longest_targets}. Leave the task out."
+            )
+        if not num_long:
+            return
+        told = (
+            f"{num_long} of {len(pairs)} requests of `{name}` are longer than the model's context of {limit} tokens "
+            f"(the longest has {lengths.max()})"
+        )
+        if not self.truncate:
+            raise EvaluationError(
+                f"Evaluated items must fit into the model's context, but {told}. Leave the task out, or pass "
+                "`truncate=True`, which cuts contexts from the left as lm-eval does."
+            )
+        logger.warning("%s: their contexts are cut from the left.", told)
+
+
+def flat_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """lm-eval's results as one level: `<task or group>/<metric>` -> value, without standard errors.
+
+    Args:
+        results: the `results` of `lm_eval.evaluate`.
+
+    Returns:
+        Values by name; a filter other than lm-eval's `none` stays in the name.
+    """
+    found = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, comma, filtered = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                found[f"{task}/{metric if filtered == 'none' else key}"] = float(value)
+    return found
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not callable(tokenizer) or not hasattr(tokenizer, "encode"):
+        raise ValueError(f"`tokenizer` must be the model's tokenizer, got {type(tokenizer).__name__}.")
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ValueError(
+            "`tokenizer` must have an end token, because lm-eval puts it where an item has no context, got one "
+            "without (`eos_token` is None). Set `tokenizer.eos_token`."
+        )

@@ -1,0 +1,75 @@
+"""What a model takes and how it is wrapped: questions that probes, evaluation and checks ask of any causal model.
+
+Place in the flow: left of all folders, like `records`. Trade-off: a model that does not tell (no config, no embedding)
+is given the benefit of the doubt: None, and whoever asked goes on without that check.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module to run: without `torch.compile` and `DistributedDataParallel` around it.
+
+    Forward passes of ours run eagerly, because every new shape would be compiled again, and outside of DDP, whose
+    backward would average gradients over processes that may be looking at different rows. What accelerate wraps around
+    `forward` itself (autocast) stays.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def context_length(model: Any) -> int | None:
+    """Most positions the model takes, or None where its config does not say."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            value = getattr(part, name, None)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """Rows of the model's input embedding, or None where it has none."""
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    size = getattr(embedding, "num_embeddings", None)
+    return int(size) if size is not None else None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True where a process holds a part of each parameter (FSDP2), so that all must run forward together."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """True where the model's forward takes an argument of that name."""
+    # The class's forward: accelerate hides the signature of the instance's own.
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True where padding on the right cannot reach an earlier token, as every attention module says of itself.
+
+    Then no mask is needed, and attention takes its fast causal path.
+    """
+    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(flags) and all(isinstance(flag, bool) and flag for flag in flags)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """True where torch says that memory ran out, on any device."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
