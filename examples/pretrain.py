@@ -13,9 +13,10 @@ manual as reference. With arguments it is the real thing:
         --reference passages.jsonl --held_out other_passages.jsonl --max_steps 800 --update_steps 100
     accelerate launch examples/pretrain.py --model_config EleutherAI/pythia-410m --dataset allenai/c4 \
         --dataset_config en --reference lambada_openai --arms mates --block_size 1024 --max_steps 50000 \
-        --update_steps 10000 --output_dir runs/pythia-410m
+        --update_steps 10000 --output_dir runs/pythia-410m --eval_tasks mates_zero_shot --eval_every 5000
 
-Every `TrainingArguments` and `MatesConfig` field is an argument too.
+Every `TrainingArguments` and `MatesConfig` field is an argument too. Pool documents that share a 13-gram with a
+reference passage, a held-out one or an item of `--eval_tasks` are counted and dropped.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ from transformers import (
 )
 
 from mates_hf import MatesCallback, MatesConfig, ReferenceTask, load_round
-from mates_hf.data.corpus import builtin_corpus, find_overlap
+from mates_hf.data.corpus import builtin_corpus
+from mates_hf.evaluation import LmEvalCallback, check_contamination
 from mates_hf.influence.losses import mean_loss
 
 logger = logging.getLogger("pretrain")
@@ -95,6 +97,19 @@ class ExampleArguments:
     extend_random: float = field(
         default=1.0, metadata={"help": "Train the random arm this many times longer, to see when it catches up."}
     )
+    eval_tasks: list[str] | None = field(
+        default=None, metadata={"help": "lm-eval tasks to evaluate while training: `mates_zero_shot`, or any others."}
+    )
+    eval_every: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between two of these. None: at each round and at the end."}
+    )
+    eval_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the files of `mates_zero_shot_local`."}
+    )
+    eval_limit: int | None = field(default=None, metadata={"help": "First documents of each task only."})
+    eval_truncate: bool = field(
+        default=False, metadata={"help": "Cut items longer than the model's context from the left, as lm-eval does."}
+    )
 
 
 # --- data ---
@@ -104,8 +119,9 @@ def read_documents(arguments: ExampleArguments) -> tuple[Dataset, list[dict[str,
     """The pool's documents (text, group), reference passages and held-out passages."""
     if arguments.dataset is None:
         corpus = builtin_corpus()
-        show(f"Built-in corpus: {len(corpus.pool)} passages; texts sharing a 13-gram across parts: {corpus.overlap}")
+        show(f"Built-in corpus: {len(corpus.pool)} passages")
         pool = Dataset.from_list([{"text": row["text"], "group": row["kind"]} for row in corpus.pool])
+        pool = drop_shared(pool, corpus.reference, corpus.development)
         return pool, [{"text": text} for text in corpus.reference], [{"text": text} for text in corpus.development]
     pool = load_dataset(
         arguments.dataset, arguments.dataset_config, data_files=arguments.data_files, split=arguments.split
@@ -121,7 +137,8 @@ def read_documents(arguments: ExampleArguments) -> tuple[Dataset, list[dict[str,
         held_out = read_jsonl(arguments.held_out)
     else:
         passages, held_out = passages[::2], passages[1::2]
-    return drop_overlap(pool, passages, held_out), passages, held_out
+    pool = drop_shared(pool, [text_of(row) for row in passages], [text_of(row) for row in held_out])
+    return pool, passages, held_out
 
 
 def read_jsonl(path: str) -> list[dict[str, str]]:
@@ -129,13 +146,16 @@ def read_jsonl(path: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def drop_overlap(pool: Dataset, *parts: list[dict[str, str]]) -> Dataset:
-    """The pool without documents that share a 13-gram with a reference or held-out passage."""
-    shared = find_overlap(pool["text"], [text_of(row) for part in parts for row in part])
-    show(f"{len(shared)} of {len(pool)} pool documents share a 13-gram with the reference or held-out set: dropped")
-    keep = np.ones(len(pool), bool)
-    keep[shared] = False
-    return pool.select(np.flatnonzero(keep))
+def drop_shared(
+    pool: Dataset, reference: Any, held_out: Any, evaluated: dict[str, Any] | None = None, tokenizer: Any = None
+) -> Dataset:
+    """The pool without documents that share a 13-gram with reference, held-out passages or evaluated items."""
+    sides = {"held-out": held_out, **(evaluated or {})}
+    found = check_contamination(pool=pool, reference=reference, evaluation=sides, tokenizer=tokenizer)
+    kept = found.kept("pool")
+    show("\n".join(found.lines()))
+    show(f"{len(pool) - len(kept):,} of {len(pool):,} pool documents dropped")
+    return pool if len(kept) == len(pool) else pool.select(kept)
 
 
 def text_of(passage: dict[str, str]) -> str:
@@ -206,6 +226,21 @@ def make_reference(
     return build(passages, "reference"), build(held_out, "held-out")
 
 
+def make_evaluation(arguments: ExampleArguments, tokenizer: Any, batch_size: int) -> LmEvalCallback | None:
+    """What evaluates the model while it trains, the same for every run; None where it was not asked for."""
+    if arguments.eval_tasks is None:
+        return None
+    return LmEvalCallback(
+        arguments.eval_tasks,
+        tokenizer,
+        every_steps=arguments.eval_every,
+        limit=arguments.eval_limit,
+        batch_size=batch_size,
+        metadata={"data_dir": arguments.eval_data_dir} if arguments.eval_data_dir else None,
+        truncate=arguments.eval_truncate,
+    )
+
+
 # --- model and runs ---
 
 
@@ -262,9 +297,10 @@ def train_arm(
     config: MatesConfig,
     rows: Dataset,
     tasks: dict[str, ReferenceTask],
-    vocab_size: int,
+    tokenizer: Any,
+    zero_shot: LmEvalCallback | None,
 ) -> dict[str, Any]:
-    """Train one arm from the seed's weights; its learning curve, seconds and FLOPs."""
+    """Train one arm from the seed's weights; its learning curve, seconds, FLOPs and evaluations."""
     args = copy.copy(training)
     args.output_dir = str(Path(training.output_dir) / f"{arm}-{seed}")
     args.seed = args.data_seed = seed
@@ -277,18 +313,24 @@ def train_arm(
     callbacks: list[TrainerCallback] = [evaluation]
     if arm == "mates":
         callbacks.append(MatesCallback(tasks["reference"], config))
+    if zero_shot is not None:
+        callbacks.append(zero_shot)
     trainer = Trainer(
-        model=make_model(arguments, vocab_size, seed),
+        model=make_model(arguments, len(tokenizer), seed),
         args=args,
         train_dataset=rows,
         data_collator=default_data_collator,
+        processing_class=tokenizer,  # saved with each checkpoint, for `evaluate.py`
         callbacks=callbacks,
     )
+    if zero_shot is not None and args.report_to:
+        zero_shot.attach(trainer)  # its metrics reach the reporters
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     flops = trainer.state.total_flos * training.max_steps / args.max_steps
+    zero_shot_curve = [entry for entry in trainer.state.log_history if "lm_eval/seconds" in entry]
     return {"arm": arm, "seed": seed, "output_dir": args.output_dir, "curve": evaluation.curve, "flops": flops,
-            "seconds": time.perf_counter() - begin}  # fmt: skip
+            "seconds": time.perf_counter() - begin, "evaluations": zero_shot_curve}  # fmt: skip
 
 
 # --- report ---
@@ -331,6 +373,7 @@ def report(results: list[dict[str, Any]], rows: Dataset, training: TrainingArgum
         show(
             f"{result['arm']:8s}{result['seed']:5d}{row['reference']:16.4f}{row['held_out']:15.4f}{result['seconds']:9.1f}"
         )
+    report_evaluations(results, steps)
     by_arm = {arm: [result for result in results if result["arm"] == arm] for arm in ("mates", "random")}
     pairs = list(zip(by_arm["mates"], by_arm["random"], strict=False))
     for name, since in (("the whole run", False), ("from the first selection on", True)):
@@ -348,6 +391,26 @@ def report(results: list[dict[str, Any]], rows: Dataset, training: TrainingArgum
     if by_arm["mates"]:
         summary["rounds"] = report_rounds(by_arm["mates"][0], rows)
     return summary
+
+
+def report_evaluations(results: list[dict[str, Any]], steps: int) -> None:
+    """Accuracy of each task that has one, at the last evaluation of each run up to a step."""
+    entries = [[entry for entry in result["evaluations"] if entry["step"] <= steps] for result in results]
+    last = [(result, found[-1]) for result, found in zip(results, entries, strict=True) if found]
+    keys = list(dict.fromkeys(key for _, entry in last for key in entry if key.endswith(("/accuracy", "/acc"))))
+    names = {}  # our tasks have both, lm-eval's own the second
+    for key in sorted(keys, key=lambda key: key.endswith("/acc")):
+        names.setdefault(key.split("/")[1], key)
+    if not names:
+        return
+    heads = [name.removeprefix("mates_").removesuffix("_local") for name in names]
+    show(f"\n{'accuracy':8s}{'seed':>5s}{'step':>7s}" + "".join(f"  {head}" for head in heads))
+    for result, entry in last:
+        cells = [
+            f"{entry.get(key, float('nan')):{len(head) + 2}.3f}"
+            for head, key in zip(heads, names.values(), strict=True)
+        ]
+        show(f"{result['arm']:8s}{result['seed']:5d}{entry['step']:7d}" + "".join(cells))
 
 
 def paired_interval(
@@ -436,15 +499,19 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     pool, passages, held_out = read_documents(arguments)
     tokenizer = get_tokenizer(arguments, pool["text"])
-    rows = make_rows(pool, tokenizer, arguments.block_size).shuffle(seed=0)
     reference, development = make_reference(arguments, tokenizer, passages, held_out)
+    zero_shot = make_evaluation(arguments, tokenizer, training.per_device_eval_batch_size)
+    if zero_shot is not None or not passages:
+        evaluated = zero_shot.evaluator.loaded["tasks"] if zero_shot is not None else {}
+        pool = drop_shared(pool, reference, development, evaluated, tokenizer)
+    rows = make_rows(pool, tokenizer, arguments.block_size).shuffle(seed=0)
     show(
         f"{len(rows)} rows of {arguments.block_size} tokens; reference {reference.num_targets} tokens, "
         f"held-out {development.num_targets}"
     )
     tasks = {"reference": reference, "held_out": development}
     results = [
-        train_arm(arm, seed, arguments, training, config, rows, tasks, len(tokenizer))
+        train_arm(arm, seed, arguments, training, config, rows, tasks, tokenizer, zero_shot)
         for seed in range(arguments.seeds)
         for arm in arguments.arms.split(",")
     ]

@@ -8,10 +8,12 @@ Trade-off: lm-eval's standard errors are left out, because they would be compute
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,11 @@ class Evaluator:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         _check_tokenizer(tokenizer)
-        self.tasks = [str(name) if isinstance(name, Path) else name for name in names]
+        # A task object of the caller's is copied, because how it builds its requests is replaced.
+        self.tasks = [
+            str(name) if isinstance(name, Path) else name if isinstance(name, (str, dict)) else copy.copy(name)
+            for name in names
+        ]
         self.tokenizer = copy.deepcopy(tokenizer)
         self.limit = limit
         self.batch_size = batch_size
@@ -80,11 +86,12 @@ class Evaluator:
 
     @property
     def loaded(self) -> dict[str, Any]:
-        """lm-eval's `tasks` and `groups` by name; built at first use, which takes seconds where data are large."""
+        """lm-eval's `tasks` and `groups` by name, with their requests; built at first use."""
         if self._loaded is None:
             started = time.perf_counter()
             names = [task for task in self.tasks if isinstance(task, (str, dict))]
-            loaded = dict(task_manager(names, self.metadata).load(list(self.tasks)))
+            with _without_advice():
+                loaded = dict(task_manager(names, self.metadata).load(list(self.tasks)))
             for task in loaded["tasks"].values():
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
@@ -94,6 +101,9 @@ class Evaluator:
                         f"Tasks must be scored by likelihood, but the answers of `{task.task_name}` are generated. "
                         "Evaluate it on a checkpoint with the command `lm_eval`."
                     )
+                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+                # What `lm_eval.evaluate` builds at each evaluation is what was built here.
+                task.build_all_requests = functools.partial(_ask_again, task)
             self._loaded = loaded
             logger.info("%d tasks built in %.1f s", len(loaded["tasks"]), time.perf_counter() - started)
         return self._loaded
@@ -118,7 +128,6 @@ class Evaluator:
             live = self._live_model(model, processes, progress)
             pairs = []
             for name, task in self.loaded["tasks"].items():
-                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
                 asked = [pair for request in task.instances for pair in live.pairs_of(request)]
                 self._check_lengths(name, asked, live.max_tokens)
                 pairs += asked
@@ -211,6 +220,27 @@ class Evaluator:
                 "`truncate=True`, which cuts contexts from the left as lm-eval does."
             )
         logger.warning("%s: their contexts are cut from the left.", told)
+
+
+def _ask_again(task: Any, **arguments: Any) -> None:
+    """In place of a task's `build_all_requests`: the requests it has, without their last answers."""
+    for request in task.instances:
+        request.resps, request.filtered_resps = [], {}
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Inside, lm-eval does not advise to pass metadata, as it does for each local task, also where they were."""
+    source = logging.getLogger("lm_eval.api.task")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Custom kwargs can be passed" not in record.getMessage()
+
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)
 
 
 def flat_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
