@@ -192,7 +192,8 @@ class FitReport:
         if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
             raise ValueError(f"A fit report must have an `interval` and a `calibration` of pairs, got {pairs}.")
         numbers += [value for pair in pairs for value in pair]
-        if not all(isinstance(value, (int, float, type(None))) for value in numbers) or kept.get("spearman") is None:
+        needed = [kept.get("spearman"), *pairs[0]]
+        if not all(isinstance(value, (int, float, type(None))) for value in numbers) or None in needed:
             raise ValueError(f"A fit report must hold numbers, got {kept}.")
         kept["interval"], *calibration = (tuple(pair) for pair in pairs)
         kept["calibration"] = tuple(calibration)

@@ -67,8 +67,8 @@ def _findings(tree: ast.AST) -> Iterator[tuple[int, str]]:
             for name in names:
                 if name.split(".")[0] in UNPICKLERS:
                     yield node.lineno, f"imports {name}"
-        elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            yield node.value.lineno, "passes trust_remote_code"
+        elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and ast.unparse(node.value) != "False":
+            yield node.value.lineno, "passes trust_remote_code"  # left out, transformers asks at the terminal
         elif isinstance(node, ast.Constant) and node.value == "trust_remote_code":
             yield node.lineno, "names trust_remote_code"
         elif isinstance(node, ast.Call):

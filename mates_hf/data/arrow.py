@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.data.rows import IGNORED, Piece, TokenRows, TokenSpans
 from mates_hf.records import IntArray, UnsupportedSettingError
 
 if TYPE_CHECKING:
@@ -81,6 +81,18 @@ class ListColumn:
                 out[to] = values[_flat_index(begin, sizes)]
         return out, offsets
 
+    def spans(self, ids: IntArray) -> TokenSpans:
+        """The rows `ids`, in that order, where they lie: no token is copied or looked at.
+
+        Args:
+            ids: (N,) int64 row numbers; repeats are allowed.
+
+        Returns:
+            N rows, views of Arrow memory.
+        """
+        pieces = (Piece(self._open(n)[0], *self._spans(n, local), where) for n, where, local in self._by_chunk(ids))
+        return TokenSpans(pieces=tuple(pieces), num_rows=len(ids))
+
     def _by_chunk(self, ids: IntArray) -> Iterator[tuple[int, IntArray, IntArray]]:
         """For each touched chunk: its number, the positions in `ids` that fall into it, and their rows inside it."""
         if not len(ids):
@@ -110,8 +122,9 @@ class ListColumn:
 
     def _open(self, number: int) -> Chunk:
         """A chunk's views, made on first use and kept."""
-        if number in self._opened:
-            return self._opened[number]
+        found = self._opened.get(number)  # several threads may read one column
+        if found is not None:
+            return found
         import pyarrow as pa
 
         chunk = self._chunks[number]
@@ -121,10 +134,10 @@ class ListColumn:
         missing = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
         if missing is not None:
             values = values.fill_null(0)
-        self._opened[number] = (values.to_numpy(), edges, valid)
+        found = self._opened[number] = (values.to_numpy(), edges, valid)
         if missing is not None:
             self._refuse_null_tokens(number, missing)
-        return self._opened[number]
+        return found
 
     def _refuse_null_tokens(self, number: int, missing: npt.NDArray[np.bool_]) -> None:
         """Raise where a row that is there holds a null; the slots of a null row may."""
@@ -132,7 +145,7 @@ class ListColumn:
         total = np.concatenate([[0], np.cumsum(missing)])
         bad = np.flatnonzero(total[starts + lengths] > total[starts])
         if len(bad):
-            del self._opened[number]
+            self._opened.pop(number, None)
             raise ValueError(
                 f"The tokens in column `{self.name}` must not be null; {len(bad)} rows hold nulls, the first is row "
                 f"{int(self._first_rows[number] + bad[0])} of the table. Remove those rows or tokens."

@@ -41,6 +41,12 @@ def visible_columns(dataset: Any) -> list[str] | None:
     return list(dataset.column_names if how["output_all_columns"] else how["columns"])
 
 
+def physical_rows(dataset: Any) -> IntArray | None:
+    """(N,) int64 table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same."""
+    indices = getattr(dataset, "_indices", None)
+    return None if indices is None else indices.column(0).to_numpy().astype(np.int64, copy=False)
+
+
 def fixed_positions(num: int, size: int) -> IntArray:
     """Up to `size` sorted positions below `num`, one in each equal stretch: a function of both, in any version."""
     if num <= size:
@@ -172,10 +178,7 @@ class DatasetColumns:
 
     def _column(self, name: str) -> ListColumn:
         if name not in self._opened:
-            indices = getattr(self.dataset, "_indices", None)
-            if indices is not None:
-                indices = indices.column(0).to_numpy().astype(np.int64, copy=False)
-            self._opened[name] = ListColumn(self.dataset.data.column(name), name, indices)
+            self._opened[name] = ListColumn(self.dataset.data.column(name), name, physical_rows(self.dataset))
         return self._opened[name]
 
 

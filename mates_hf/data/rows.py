@@ -4,14 +4,16 @@ Place in the flow: everything that may be trained on or cared about becomes a `T
 `data/` looks at a dataset's columns. Trade-off: inputs other than token ids and labels (custom masks, packed position
 ids) do not fit in, so a pool that needs them is refused where it is read.
 
-Shape suffixes: N rows, T tokens over all rows.
+`TokenSpans` is the same for corpora that should stay where they are: rows as stretches of buffers that others own.
+
+Shape suffixes: N rows, T tokens over all rows, M rows of one buffer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -92,3 +94,47 @@ class TokenRows:
                 raise ValueError("`labels` must have the lengths of `input_ids`, row by row.")
             flat_labels = np.concatenate(label_rows) if label_rows else np.zeros(0, np.int64)
         return cls(values=values, offsets=offsets, labels=flat_labels)
+
+
+class Piece(NamedTuple):
+    """Rows that lie in one buffer.
+
+    Attributes:
+        values: (B,) integer, the whole buffer; never written to.
+        starts: (M,) int64 position of each row's first token in it.
+        lengths: (M,) int64 tokens of each row.
+        where: (M,) int64 number of each row among the N.
+    """
+
+    values: npt.NDArray[Any]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    where: npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenSpans:
+    """N rows of tokens in buffers that are not copied; every token but the first of a row is a target.
+
+    Attributes:
+        pieces: the rows, buffer by buffer; together each of the N rows once.
+        num_rows: N.
+        first_row: what errors call row 0, where the N rows are a part of something larger.
+        vocab_size: ids of this and above are an error; None allows any.
+    """
+
+    pieces: tuple[Piece, ...]
+    num_rows: int
+    first_row: int = 0
+    vocab_size: int | None = None
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def num_targets(self) -> npt.NDArray[np.int32]:
+        """(N,) int32 trained tokens in each row."""
+        num = np.zeros(self.num_rows, np.int32)
+        for piece in self.pieces:
+            num[piece.where] = np.maximum(piece.lengths - 1, 0)
+        return num

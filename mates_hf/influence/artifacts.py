@@ -7,8 +7,12 @@ Nothing is pickled.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import importlib.metadata
+import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,13 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FIT_FILE = "fit.json"
 FORMAT_VERSION = 1
+
+# A saved model names its kind; what is not in this table is never imported.
+_HOMES = {
+    "NgramInfluenceModel": "mates_hf.influence.ngram",
+    "EncoderInfluenceModel": "mates_hf.influence.encoder",
+    "HiddenStateInfluenceModel": "mates_hf.influence.hidden_states",
+}
 
 
 def write_artifact(
@@ -50,7 +61,7 @@ def write_artifact(
     config = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
-        "library_version": _library_version(),
+        "library_version": library_version(),
         **settings,
         "sha256": {name: sha256_of(directory / name) for name in (WEIGHTS_FILE, FIT_FILE)},
     }
@@ -105,6 +116,65 @@ def read_artifact(
     return config, tensors, report
 
 
+def load_influence_model(path: Path) -> Any:
+    """A saved influence model of any kind that ships here.
+
+    Args:
+        path: its directory.
+
+    Returns:
+        The fitted model. Nothing is unpickled, and no name in a file becomes an import.
+
+    Raises:
+        FileNotFoundError: the directory holds no influence model.
+        ValueError: it is of a kind unknown here, or was written in a newer format.
+        MatesError: a file is damaged or was changed after it was written.
+    """
+    if not (path / CONFIG_FILE).exists():
+        raise FileNotFoundError(f"`{path}` holds no influence model: it has no {CONFIG_FILE}.")
+    kind = read_json(path / CONFIG_FILE).get("kind")
+    if not isinstance(kind, str):
+        raise MatesError(f"`{path / CONFIG_FILE}` must say a `kind`, got {kind!r}. {COPY_AGAIN}")
+    if kind not in _HOMES:
+        raise ValueError(
+            f"`{path}` must hold one of {', '.join(_HOMES)}, got {kind!r}. Load a model of your own with its class, "
+            "and pass it: `MatesSelector(influence_model)`. A newer kind needs a newer mates-hf."
+        )
+    return getattr(importlib.import_module(_HOMES[kind]), kind).from_pretrained(path)
+
+
+def model_digest(model: Any) -> str:
+    """SHA-256 of what a model predicts by: of what it saves, or its own `digest()` where it depends on more.
+
+    Args:
+        model: fitted. A torch module that it reads candidates with, as its attribute `model`, counts too.
+
+    Returns:
+        The digest, the same in every process.
+    """
+    if callable(own := getattr(model, "digest", None)):
+        return str(own())
+    digest = hashlib.sha256()
+    if callable(weights := getattr(getattr(model, "model", None), "state_dict", None)):
+        import torch
+
+        for name, tensor in weights().items():
+            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            if path.name == FIT_FILE:  # says how well and how fast it was fitted: nothing depends on it
+                continue
+            if path.name == CONFIG_FILE:
+                config = {k: v for k, v in json.loads(content).items() if k not in ("sha256", "library_version")}
+                content = json.dumps(config, sort_keys=True).encode()
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
 def _read_config(directory: Path, kind: str) -> dict[str, Any]:
     """The config of a saved model of this kind and of a format that can be read."""
     path = directory / CONFIG_FILE
@@ -126,7 +196,8 @@ def _read_config(directory: Path, kind: str) -> dict[str, Any]:
     return config
 
 
-def _library_version() -> str:
+def library_version() -> str:
+    """Version of this library as installed."""
     try:
         return importlib.metadata.version("mates-hf")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed

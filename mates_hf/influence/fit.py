@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.pool import rows_of
+from mates_hf.data.rows import TokenRows
 from mates_hf.evaluation.agreement import bootstrap_interval, calibration_bins, check_pair, within_group
 
 # Under their own names: the influence models take these two from here.
 from mates_hf.evaluation.agreement import rank_correlation as rank_correlation
 from mates_hf.evaluation.agreement import slope_of as slope_of
-from mates_hf.records import FitReport
+from mates_hf.records import FitReport, InfluenceLabels
 
 _Z_95 = 1.959964
 _SPEARMAN_VARIANCE = 1.06  # of atanh(Spearman), times n - 3 (Fieller, Hartley and Pearson 1957)
@@ -114,3 +116,28 @@ def labels_needed(report: FitReport) -> int:
     num_held_out = 3 + _SPEARMAN_VARIANCE * (_Z_95 / math.atanh(rho)) ** 2
     needed = math.ceil(num_held_out * total / report.num_held_out)
     return max(needed, total + 1) if report.interval[0] <= 0 else needed
+
+
+def measured_rows(candidates: Any, labels: InfluenceLabels) -> TokenRows:
+    """The rows that labels were measured on, in their order.
+
+    Args:
+        candidates: the candidate pool, or the rows the labels' `candidate_id` point into.
+        labels: measured influence.
+
+    Returns:
+        One row a label.
+
+    Raises:
+        ValueError: their numbers of targets are not the labels'.
+    """
+    rows = rows_of(candidates, labels.candidate_id)
+    differ = np.flatnonzero(rows.num_targets != labels.num_tokens)
+    if len(differ):
+        first = differ[0]
+        raise ValueError(
+            f"`labels` must have been measured on these candidates: candidate_id {labels.candidate_id[first]} has "
+            f"{rows.num_targets[first]} targets here and {labels.num_tokens[first]} in the labels ({len(differ)} "
+            "candidates differ). Pass the pool that was probed, untouched."
+        )
+    return rows

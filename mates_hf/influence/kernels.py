@@ -12,6 +12,9 @@ Shape suffixes: N rows, T tokens over all rows, V vocabulary, H hash buckets, C 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,12 +22,19 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.rows import IGNORED
+from mates_hf.data.rows import IGNORED, Piece, TokenSpans
 
-_CHUNKS_PER_THREAD = 8
+_PARTS_PER_THREAD = 8
 _SMALL = 2**18  # tokens below which threads are not worth starting
+_PART = 2**15  # tokens below which handing a part to a thread costs more than it saves
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _WORD = np.uint64(32)
+_ONE = np.uint64(1)
+_NO_LIMIT = 2**63  # ids of this and above are negative ones
+
+Tables = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+_thread_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("mates_hf_thread_limit", default=None)
 
 
 @numba.njit(inline="always")
@@ -32,7 +42,7 @@ def _bucket(previous: Any, token: Any, shift: Any) -> Any:
     """Hash bucket of a bigram: the top `64 - shift` bits of a multiplied, folded and multiplied key."""
     mixed = ((np.uint64(previous) << _WORD) | np.uint64(token)) * _MULTIPLIER
     mixed = (mixed ^ (mixed >> _WORD)) * _MULTIPLIER
-    return np.int64(mixed >> shift)
+    return mixed >> shift
 
 
 @numba.njit(nogil=True)
@@ -41,41 +51,43 @@ def _hash_bigrams(previous: Any, token: Any, shift: Any, out: Any) -> None:
         out[i] = _bucket(previous[i], token[i], shift)
 
 
-@numba.njit(inline="always")
-def _score_row(
-    values: Any, labels: Any, start: int, end: int, token_V: Any, previous_V: Any, bigram_H: Any, shift: Any
-) -> Any:
-    """Mean table value over one row's targets: 0 without targets, NaN where an id is negative."""
-    vocab_size = len(token_V)
-    total = 0.0
-    num_targets = 0
-    if end > start and values[start] < 0:
-        return np.nan
-    for i in range(start + 1, end):
-        if values[i] < 0:
-            return np.nan
-        if labels[i] == IGNORED:
-            continue
-        if labels[i] < 0:
-            return np.nan
-        num_targets += 1
-        token = np.int64(labels[i])
-        previous = np.int64(values[i - 1])
-        if token < vocab_size:
-            total += np.float64(token_V[token])
-        if previous < vocab_size:
-            total += np.float64(previous_V[previous])
-            if token < vocab_size:
-                total += np.float64(bigram_H[_bucket(previous, token, shift)])
-    return total / num_targets if num_targets else 0.0
-
-
+# Unsigned positions and ids: signed ones cost a test for "counted from the end" at each access, half of the time. An
+# id below 0 becomes one of 2**63 or more, so that one comparison with a limit finds both kinds of impossible ids. The
+# body is written out: handing tables on to another compiled function counts their references at each token.
 @numba.njit(nogil=True)
-def _score_serial(
-    values: Any, labels: Any, offsets: Any, token_V: Any, previous_V: Any, bigram_H: Any, shift: Any, out: Any
-) -> None:
-    for i in range(len(out)):
-        out[i] = _score_row(values, labels, offsets[i], offsets[i + 1], token_V, previous_V, bigram_H, shift)
+def _score_spans(
+    values: Any, labels: Any, starts: Any, lengths: Any, token_V: Any, previous_V: Any, bigram_H: Any, shift: Any,
+    limit: Any, out: Any,
+) -> None:  # fmt: skip
+    """Mean table value over each row's targets: 0 without targets, NaN where an id is not below the limit."""
+    vocab_size = np.uint64(len(token_V))
+    for row in range(len(out)):
+        out[row] = 0.0
+        if lengths[row] == 0:
+            continue
+        start = np.uint64(starts[row])
+        previous = np.uint64(np.int64(values[start]))
+        highest = previous
+        total = 0.0
+        num_targets = 0
+        for i in range(start + _ONE, start + np.uint64(lengths[row])):
+            if labels[i] != IGNORED:
+                num_targets += 1
+                token = np.uint64(np.int64(labels[i]))
+                highest = max(highest, token)
+                if token < vocab_size and previous < vocab_size:
+                    pair = np.float64(token_V[token]) + np.float64(previous_V[previous])
+                    total += pair + np.float64(bigram_H[_bucket(previous, token, shift)])
+                elif token < vocab_size:
+                    total += np.float64(token_V[token])
+                elif previous < vocab_size:
+                    total += np.float64(previous_V[previous])
+            previous = np.uint64(np.int64(values[i]))
+            highest = max(highest, previous)
+        if highest >= limit:
+            out[row] = np.nan
+        elif num_targets:
+            out[row] = total / num_targets
 
 
 @numba.njit(nogil=True)
@@ -173,11 +185,26 @@ def backfit(
     _backfit(count, total, token, previous, slot, penalties, *tables, num_sweeps)
 
 
+@contextlib.contextmanager
+def at_most_threads(num: int | None) -> Iterator[None]:
+    """Score with so many threads at most inside the `with`; None: one a core. Workers that share cores want 1."""
+    token = _thread_limit.set(num)
+    try:
+        yield
+    finally:
+        _thread_limit.reset(token)
+
+
+def num_threads() -> int:
+    """Threads that scoring uses here: `at_most_threads`, else one a core."""
+    return _thread_limit.get() or int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
 def score_rows(
     values: npt.NDArray[Any],
     offsets: npt.NDArray[np.int64],
     labels: npt.NDArray[Any] | None,
-    tables: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]],
+    tables: Tables,
     *,
     parallel: bool | None = None,
 ) -> npt.NDArray[np.float64]:
@@ -196,40 +223,101 @@ def score_rows(
     Raises:
         ValueError: an id is negative, or the arrays do not fit each other.
     """
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"Token ids must be integers, got {values.dtype}. Tokenize the rows first.")
-    for ids in (values, values if labels is None else labels):
-        if ids.dtype == np.uint64 and len(ids) and ids.max() >= 2**63:  # would be negative, hence out of the tables
-            raise ValueError(f"Token ids must be below 2**63, got {ids.max()}. Look for damaged rows.")
     if labels is not None and len(labels) != len(values):
         raise ValueError(f"`labels` must have one entry a token ({len(values)}), got {len(labels)}.")
     if len(offsets) == 0 or offsets[0] < 0 or offsets[-1] > len(values) or np.any(np.diff(offsets) < 0):
         raise ValueError(f"`offsets` must rise from 0 to the number of tokens ({len(values)}), and do not.")
-    targets = values if labels is None else labels
-    out = np.empty(len(offsets) - 1, np.float64)
-    shift = _shift(len(tables[2]))
+    piece = Piece(values, offsets[:-1], np.diff(offsets), np.arange(len(offsets) - 1))
+    spans = TokenSpans(pieces=(piece,), num_rows=len(offsets) - 1)
+    return _score(spans, labels, tables, parallel)
 
-    def score(begin: int, end: int) -> None:
-        _score_serial(values, targets, offsets[begin : end + 1], *tables, shift, out[begin:end])
 
-    num_threads = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    if parallel is None:
-        parallel = num_threads > 1 and len(values) >= _SMALL
-    if parallel:
-        # Equal tokens, not equal rows, for every thread.
-        goals = np.linspace(offsets[0], offsets[-1], _CHUNKS_PER_THREAD * num_threads + 1)[1:-1]
-        bounds = [0, *np.searchsorted(offsets[:-1], goals).tolist(), len(out)]
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(score, bounds[:-1], bounds[1:]))
-    else:
-        score(0, len(out))
-    bad = np.isnan(out)
-    if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        ids = targets[offsets[row] : offsets[row + 1]]
-        raise ValueError(
-            f"Token ids must not be negative (labels: except {IGNORED}); row {row} holds "
-            f"{int(min(ids.min(), values[offsets[row] : offsets[row + 1]].min()))}. Mask untrained tokens in "
-            "`labels`, not in `input_ids`."
-        )
+def score_spans(spans: TokenSpans, tables: Tables) -> npt.NDArray[np.float64]:
+    """`score_rows` over rows in buffers of others, a thread to a core for as many tokens as are worth it.
+
+    Args:
+        spans: N rows; the tokens are read once and not copied.
+        tables: as in `score_rows`.
+
+    Returns:
+        (N,) float64, as `score_rows`: to the bit what each row gives alone.
+
+    Raises:
+        ValueError: an id is negative or not below the spans' `vocab_size`, or a row lies outside its buffer.
+    """
+    return _score(spans, None, tables, None)
+
+
+def _score(
+    spans: TokenSpans, labels: npt.NDArray[Any] | None, tables: Tables, parallel: bool | None
+) -> npt.NDArray[np.float64]:
+    """Score the rows; with labels there is one piece, and they lie as its values do."""
+    for piece in spans.pieces:
+        if not np.issubdtype(piece.values.dtype, np.integer):
+            raise ValueError(f"Token ids must be integers, got {piece.values.dtype}. Tokenize the rows first.")
+        ends = piece.starts + piece.lengths
+        if len(ends) and (min(piece.starts.min(), piece.lengths.min()) < 0 or ends.max() > len(piece.values)):
+            raise ValueError(
+                f"Rows must lie within their buffer of {len(piece.values)} tokens, and one reaches from "
+                f"{piece.starts.min()} to {ends.max()}. The dataset's file is damaged: make it anew."
+            )
+    out = np.zeros(spans.num_rows, np.float64)
+    shift, limit = _shift(len(tables[2])), _NO_LIMIT if spans.vocab_size is None else spans.vocab_size
+
+    def score(piece: Piece) -> None:
+        found = np.empty(len(piece.where), np.float64)
+        targets = piece.values if labels is None else labels
+        _score_spans(piece.values, targets, piece.starts, piece.lengths, *tables, shift, np.uint64(limit), found)
+        out[piece.where] = found
+
+    _spread(score, spans.pieces, parallel)
+    bad = np.flatnonzero(np.isnan(out))
+    if len(bad):
+        raise _impossible_id(spans, labels, limit, int(bad[0]))
     return out
+
+
+def _spread(work: Callable[[Piece], None], pieces: tuple[Piece, ...], parallel: bool | None) -> None:
+    """Do the pieces' work on threads where it is worth them, in parts of about equal tokens."""
+    threads = num_threads()
+    total = sum(int(piece.lengths.sum()) for piece in pieces)
+    if parallel is None:
+        parallel = threads > 1 and total >= _SMALL
+    if not parallel:
+        for piece in pieces:
+            work(piece)
+        return
+    goal = max(total // (_PARTS_PER_THREAD * threads), _PART)
+    parts = []
+    for piece in pieces:
+        done = np.cumsum(piece.lengths)
+        cuts = np.searchsorted(done, np.arange(goal, int(done[-1]) if len(done) else 0, goal))
+        bounds = [0, *np.unique(cuts[cuts > 0]).tolist(), len(done)]
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+            starts, lengths, where = (part[begin:end] for part in piece[1:])
+            parts.append(Piece(piece.values, starts, lengths, where))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, parts))
+
+
+def _impossible_id(spans: TokenSpans, labels: npt.NDArray[Any] | None, limit: int, row: int) -> ValueError:
+    """What is wrong with the ids of a row."""
+    piece, i = next(
+        (piece, int(np.flatnonzero(piece.where == row)[0])) for piece in spans.pieces if row in piece.where
+    )
+    span = slice(int(piece.starts[i]), int(piece.starts[i] + piece.lengths[i]))
+    ids = [int(token) for token in piece.values[span]]
+    if labels is not None:
+        ids += [int(label) for label in labels[span][1:] if label != IGNORED]
+    lowest, highest, name = min(ids), max(ids), f"row {row + spans.first_row}"
+    if lowest < 0:
+        return ValueError(
+            f"Token ids must not be negative (labels: except {IGNORED}); {name} holds {lowest}. Mask untrained tokens "
+            "in `labels`, not in `input_ids`."
+        )
+    if highest >= _NO_LIMIT:
+        return ValueError(f"Token ids must be below 2**63, got {highest} in {name}. Look for damaged rows.")
+    return ValueError(
+        f"Token ids must be below the tokenizer's {limit}, got {highest} in {name}. They were made with another "
+        "tokenizer than the influence model's: tokenise the texts again, or pass the tokenizer that made them."
+    )

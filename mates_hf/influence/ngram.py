@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.pool import read_candidates, rows_of
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.pool import read_candidates
+from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.influence.additive import MIN_BIGRAM_COUNT, Penalties, TokenDesign, centre_by
 from mates_hf.influence.artifacts import read_artifact, write_artifact
-from mates_hf.influence.fit import fit_report, slope_of, split_held_out
+from mates_hf.influence.fit import fit_report, measured_rows, slope_of, split_held_out
 from mates_hf.influence.kernels import hash_bigrams
 from mates_hf.influence.tables import Statistics, Tables
 from mates_hf.records import COPY_AGAIN, FitReport, FloatArray, InfluenceLabels, MatesError
@@ -60,6 +60,8 @@ class NgramInfluenceModel:
     Raises:
         ValueError: an argument outside its range.
     """
+
+    reads_spans = True  # `predict` scores rows in the buffers of others, without a copy
 
     def __init__(
         self, *, num_buckets: int = 2**20, pool_decay: float = 0.9, seed: int = 0, labels: LabelKind = "auto"
@@ -145,7 +147,7 @@ class NgramInfluenceModel:
         groups = None if groups is None else np.asarray(groups)[trained]
         labels = labels if trained.all() else labels.take(trained)
         held_out = split_held_out(len(labels), held_out_fraction, seed)
-        rows = _labelled_rows(candidates, labels)
+        rows = measured_rows(candidates, labels)
 
         per_token = labels.influence_per_token.astype(np.float64)
         centre, scale = float(per_token.mean()), float(per_token.std())
@@ -232,7 +234,7 @@ class NgramInfluenceModel:
         """Predicted `influence` of each row.
 
         Args:
-            dataset: `TokenRows`, a candidate pool, or a dataset with `input_ids` (and `labels`).
+            dataset: `TokenRows`, `TokenSpans`, a candidate pool, or a dataset with `input_ids` (and `labels`).
 
         Returns:
             (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
@@ -244,7 +246,7 @@ class NgramInfluenceModel:
         """Predicted `influence_per_token` of each row, (N,) float32, > 0 helps; arguments as in `predict`."""
         return self._score(_rows(dataset)).astype(np.float32)
 
-    def _score(self, rows: TokenRows) -> npt.NDArray[np.float64]:
+    def _score(self, rows: TokenRows | TokenSpans) -> npt.NDArray[np.float64]:
         return self._fitted().score(rows) + self._intercept
 
     def evaluate(
@@ -263,7 +265,7 @@ class NgramInfluenceModel:
         """
         started = time.perf_counter()
         labels.check()
-        predicted = self._score(_labelled_rows(candidates, labels)) * labels.step_size
+        predicted = self._score(measured_rows(candidates, labels)) * labels.step_size
         fitted = self.report.num_labels + self.report.num_held_out
         report = fit_report(predicted, labels.influence, groups=groups, num_labels=fitted, seed=seed)
         return dataclasses.replace(report, seconds=time.perf_counter() - started)
@@ -370,24 +372,6 @@ def _calibration(
     return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *_SLOPE_RANGE))
 
 
-def _rows(dataset: Any) -> TokenRows:
+def _rows(dataset: Any) -> TokenRows | TokenSpans:
     """The rows of whatever can be predicted on; unlike candidates to fit, there may be none."""
-    return dataset if isinstance(dataset, TokenRows) else read_candidates(dataset)[1]
-
-
-def _labelled_rows(candidates: Any, labels: InfluenceLabels) -> TokenRows:
-    """The rows that the labels were measured on, in their order.
-
-    Raises:
-        ValueError: their numbers of targets are not the labels'.
-    """
-    rows = rows_of(candidates, labels.candidate_id)
-    differ = np.flatnonzero(rows.num_targets != labels.num_tokens)
-    if len(differ):
-        first = differ[0]
-        raise ValueError(
-            f"`labels` must have been measured on these candidates: candidate_id {labels.candidate_id[first]} has "
-            f"{rows.num_targets[first]} targets here and {labels.num_tokens[first]} in the labels ({len(differ)} "
-            "candidates differ). Pass the pool that was probed, untouched."
-        )
-    return rows
+    return dataset if isinstance(dataset, (TokenRows, TokenSpans)) else read_candidates(dataset)[1]

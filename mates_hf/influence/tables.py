@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.rows import TokenRows
-from mates_hf.influence.kernels import score_rows
+from mates_hf.data.rows import TokenRows, TokenSpans
+from mates_hf.influence.kernels import score_rows, score_spans
 
 FloatVector = npt.NDArray[np.float64]
 
@@ -105,9 +105,11 @@ class Tables:
         """All effects times `factor`, float32, as scoring reads them."""
         return Tables(*((factor * table).astype(np.float32) for table in (self.token, self.previous, self.bigram)))
 
-    def score(self, rows: TokenRows) -> FloatVector:
+    def score(self, rows: TokenRows | TokenSpans) -> FloatVector:
         """(N,) float64 mean over each row's targets; 0 for a row without targets."""
         tables = (self.token, self.previous, self.bigram)
+        if isinstance(rows, TokenSpans):
+            return score_spans(rows, tables)
         return score_rows(rows.values, rows.offsets, rows.labels, tables)
 
 

@@ -1,6 +1,8 @@
 """From predicted influence to chosen candidates: what a round may draw, and which of it is trained on.
 
 `ledger` says which pool rows are still unused and which of them a round may choose from and probe; `choose` takes the
-k best of them. Place in the flow: right of `influence/` (influence arrives as a float array), left of `training/`
-(which turns the chosen rows into the order of a run). Nothing here needs torch.
+k best of them. `selector` does the same for any dataset outside of a run: `mapped` and `streaming` score it, `result`
+keeps what a budget allows, `saved` and `card` are its files. Place in the flow: right of `influence/` (influence
+arrives as a float array), left of `training/` (which turns the chosen rows into the order of a run). Only tokenizers
+and influence models that are handed in may need torch.
 """

@@ -39,7 +39,7 @@ from mates_hf.training.checks import (
     resume_caveats,
 )
 from mates_hf.training.own_loss import LossWatch, takes_loss, with_own_loss
-from mates_hf.training.run import InfluenceModel, Run
+from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 from mates_hf.training.session import Session
 
@@ -56,7 +56,8 @@ class MatesCallback(TrainerCallback):
         reference: what the model should get better at.
         config: how data is chosen; None takes the defaults.
         probe: measures influence; None is `DirectionalProbe()`.
-        influence_model: predicts influence; None is `NgramInfluenceModel()`.
+        influence_model: predicts influence; None is `NgramInfluenceModel()`. An `EncoderInfluenceModel` takes the
+            Trainer's `processing_class` as training tokenizer where it has none.
 
     Raises:
         TypeError: `reference` is no `ReferenceTask` or `config` no `MatesConfig`.
@@ -133,6 +134,7 @@ class MatesCallback(TrainerCallback):
         if isinstance(self.probe, (DirectionalProbe, OneStepProbe)) and self.probe.reference_loss is None:
             check_logits(model, reference)
         processes = Processes.of_run()
+        tokenizer = kwargs.get("processing_class")
         run = Run(
             model=model,
             optimizer=optimizer,
@@ -140,7 +142,8 @@ class MatesCallback(TrainerCallback):
             pool=pool,
             pool_identity=pool.identity(),
             probe=with_own_loss(self.probe, self._trainer, args),
-            influence_model=self.influence_model,
+            influence_model=bound_to_run(self.influence_model, model, tokenizer),
+            tokenizer=tokenizer,
             config=self.config,
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),

@@ -73,6 +73,24 @@ class InfluenceModel(Protocol):
         ...
 
 
+def bound_to_run(influence_model: InfluenceModel, model: Any, tokenizer: Any) -> InfluenceModel:
+    """The influence model with what it needs of the run and was not given: one that has a `for_run` asks for it.
+
+    Args:
+        influence_model: fitted or not.
+        model: the model that trains, unwrapped.
+        tokenizer: the Trainer's `processing_class`, or None.
+
+    Returns:
+        This, or a copy that reads the model's states, or decodes with the tokenizer.
+
+    Raises:
+        ValueError: it needs what the run does not have.
+    """
+    bind = getattr(influence_model, "for_run", None)
+    return influence_model if bind is None else bind(model=model, tokenizer=tokenizer)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Run:
     """What the rounds of one `train()` call share.
@@ -84,12 +102,13 @@ class Run:
         pool: everything that may be trained on.
         pool_identity: length, features and bytes of fixed rows.
         probe: measures influence.
-        influence_model: unfitted; copied for each round.
+        influence_model: unfitted, bound to this run; copied for each round.
         config: the run's `MatesConfig`.
         settings: what the training loop knows and probes need.
         ledger: which pool rows were trained on.
         rounds_dir: where round directories go; only the main process touches it.
         processes: those that train the model together.
+        tokenizer: the Trainer's `processing_class`, for influence models that read text; None where it has none.
         latest_model: the last round's fit, whose labels are pooled into the next; None before the first.
         trusted_model: the last fit that passed the guard; None if none did.
         trusted_step_size: of the labels it was fitted on.
@@ -107,6 +126,7 @@ class Run:
     ledger: Ledger
     rounds_dir: Path
     processes: Processes = ALONE
+    tokenizer: Any = None
     latest_model: InfluenceModel | None = None
     trusted_model: InfluenceModel | None = None
     trusted_step_size: float = 1.0
@@ -124,7 +144,7 @@ class Run:
     def load_model(self, path: Path) -> InfluenceModel:
         """The influence model that a round directory holds."""
         model: InfluenceModel = type(self.influence_model).from_pretrained(path / "influence_model")
-        return model
+        return bound_to_run(model, self.model, self.tokenizer)
 
     def remember(self, influence_model: InfluenceModel, info: Mapping[str, Any]) -> None:
         """Take a round's fit (and its `round.json`) into account for the next round."""

@@ -17,8 +17,8 @@ from mates_hf.data.rows import TokenRows
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.losses import mean_loss, mean_loss_gradient, token_losses
 from mates_hf.influence.one_step import OneStepProbe
-from tests.influence.test_preserve import assert_same, everything
 from tests.influence.test_probes import chain_rows, join, random_rows, task, train_on_four_kinds
+from tests.test_preserve import assert_same, everything
 
 VOCAB = 64
 ROUNDING = 2e-5  # float32 losses of about 4, summed in another order

@@ -29,8 +29,8 @@ from mates_hf.influence.preconditioner import (
     require_known,
     require_steps,
 )
-from tests.influence.test_preserve import assert_same, everything
 from tests.influence.test_probes import chain_rows, join, random_rows, task, train_on_four_kinds
+from tests.test_preserve import assert_same, everything
 
 DIRECTIONAL, ONE_STEP, REFUSED = "directional", "one step", "refused"
 CURVATURE = 1e-5  # of central differences of real steps, relative; the perturbation is 1e-5 of a usual gradient

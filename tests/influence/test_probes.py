@@ -25,7 +25,7 @@ from mates_hf.influence.preconditioner import (
 )
 from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings
 from tests.influence.test_losses import gpt2
-from tests.influence.test_preserve import assert_same, everything
+from tests.test_preserve import assert_same, everything
 
 FLOAT32 = 3e-6  # labels are float32; relative to the largest
 # Of the central difference, relative to the largest label: Llama's norm computes in float32 even in a float64 model.

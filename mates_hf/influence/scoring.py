@@ -1,0 +1,335 @@
+"""Scoring a corpus: from a column of texts or tokens to each row's predicted influence.
+
+Place in the flow: between a fitted influence model and `selection/`. A `Scorer` is the model with its tokenizer and
+one column, small enough to be sent to worker processes. Trade-off: token columns are read where Arrow has them, so
+that the n-gram model scores at the speed of memory; models that want rows of their own get a copy, a batch at a time.
+
+Every row is scored alone: neither its neighbours, nor the batch, nor the number of threads or processes changes a bit
+of an n-gram prediction. Sign: > 0 helps, higher is better.
+
+Shape suffixes: N rows, T tokens over all rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.arrow import ListColumn, assemble, is_integer_list
+from mates_hf.data.columns import physical_rows
+from mates_hf.data.rows import TokenRows, TokenSpans
+from mates_hf.influence.artifacts import model_digest
+from mates_hf.influence.kernels import at_most_threads
+from mates_hf.records import FloatArray, InfluenceError, IntArray
+
+_VERSION = 1  # of what a score is; raised when the same model gives other numbers, so that no cache is stale
+_BESIDE = ("labels", "attention_mask")  # columns that say more about `input_ids`
+
+
+class Predictions(NamedTuple):
+    """What was predicted of N rows.
+
+    Attributes:
+        influence: (N,) float32 predicted influence, nats/token of reference loss that one optimizer step on the row
+            alone takes off, > 0 helps; the model's intercept where a row has no target.
+        num_targets: (N,) int32 trained tokens of each row.
+    """
+
+    influence: FloatArray
+    num_targets: npt.NDArray[np.int32]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of how a tokenizer makes ids of a text, the same after saving and loading, and after any call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # what the last call set
+            content.pop(state, None)
+    else:
+        content = {"vocab": tokenizer.get_vocab(), "special": tokenizer.all_special_ids}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_column(schema: Any, column: str | None) -> tuple[str, bool]:
+    """Which column to score.
+
+    Args:
+        schema: `pyarrow.Schema` of the dataset.
+        column: its name; None takes `input_ids`, else `text`.
+
+    Returns:
+        The name, and True where it holds texts.
+
+    Raises:
+        ValueError: there is no such column; names those there are.
+        TypeError: the column holds neither texts nor integer tokens.
+    """
+    import pyarrow as pa
+
+    names = list(schema.names)
+    name = column if column is not None else next((found for found in ("input_ids", "text") if found in names), None)
+    if name is None or name not in names:
+        meant = "`input_ids` or `text`" if column is None else f"`{column}`"
+        raise ValueError(
+            f"The dataset must have a column {meant} to score, got the columns {names}. Pass the one that holds the "
+            "tokens or the text as `column=`."
+        )
+    kind = schema.field(name).type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return name, True
+    if not is_integer_list(kind):
+        raise TypeError(
+            f"Column `{name}` must hold texts (string) or token ids (a list of integers), got {kind}. Pass the one "
+            f"that does as `column=`; the columns are {names}."
+        )
+    return name, False
+
+
+class TokenColumns:
+    """A column of token ids with what stands beside it in a table, opened once.
+
+    Args:
+        table: `pyarrow.Table` or that of a `datasets.Dataset`.
+        column: of token ids; beside `input_ids`, list columns `labels` and `attention_mask` count as in training.
+        indices: (R,) physical row of each visible row, or None where they are the same.
+    """
+
+    def __init__(self, table: Any, column: str, indices: IntArray | None = None) -> None:
+        def is_token_column(name: str) -> bool:
+            return name in table.column_names and is_integer_list(table.schema.field(name).type)
+
+        self._tokens = ListColumn(table.column(column), column, indices)
+        names = [name for name in _BESIDE if column == "input_ids" and is_token_column(name)]
+        self._beside = {name: ListColumn(table.column(name), name, indices) for name in names}
+
+    def spans(self, ids: IntArray) -> TokenSpans | None:
+        """The rows where they lie; None where labels or padding beside them say that not every token counts."""
+        if "labels" in self._beside:
+            return None
+        if "attention_mask" in self._beside:
+            mask, offsets = self._beside["attention_mask"].read(ids)
+            if not (mask.all() and np.array_equal(np.diff(offsets), self._tokens.lengths(ids))):
+                return None
+        return self._tokens.spans(ids)
+
+    def rows(self, ids: IntArray, first_row: int = 0) -> TokenRows:
+        """The rows copied, without padding and with their labels; errors call the first one `first_row`."""
+        found = {name: column.read(ids) for name, column in self._beside.items()}
+        return _with_labels(*self._tokens.read(ids), found, first_row)
+
+    def content(self, ids: IntArray) -> bytes:
+        """What the rows hold."""
+        parts = [array for column in (self._tokens, *self._beside.values()) for array in column.read(ids)]
+        return b"".join(array.astype("<i8").tobytes() for array in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """An influence model, the tokenizer of its tokens, and the column to score: all that a worker process needs.
+
+    Attributes:
+        model: fitted; anything with `predict(TokenRows)`. One whose class says `reads_spans = True` gets `TokenSpans`.
+        column: name of the column.
+        is_text: True where the column holds texts.
+        tokenizer: of the tokens the model was fitted on; None where it is not known.
+        max_length: tokens a text is cut to; None leaves it whole.
+        num_threads: at most; None is one a core.
+    """
+
+    model: Any
+    column: str
+    is_text: bool
+    tokenizer: Any = None
+    max_length: int | None = None
+    num_threads: int | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of everything but the rows that a prediction depends on."""
+        tokens = None if self.tokenizer is None else tokenizer_digest(self.tokenizer)
+        parts = [_VERSION, model_digest(self.model), self.column, self.is_text, tokens, self.max_length]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def predict(self, rows: TokenRows | TokenSpans, first_row: int = 0) -> Predictions:
+        """Predict rows of tokens.
+
+        Args:
+            rows: N rows.
+            first_row: what errors call the first of them.
+
+        Returns:
+            The predictions.
+
+        Raises:
+            ValueError: an id is negative, or outside the tokenizer's vocabulary.
+            InfluenceError: the model predicts what is not finite.
+        """
+        num_targets = rows.num_targets
+        if not len(num_targets):
+            return Predictions(np.zeros(0, np.float32), num_targets)
+        if isinstance(rows, TokenRows):
+            self._check_ids(rows, first_row)
+        with at_most_threads(self.num_threads):
+            influence = np.asarray(self.model.predict(rows), np.float32)
+        if influence.shape != num_targets.shape:
+            raise ValueError(
+                f"`predict` of {type(self.model).__name__} must return one number a row ({len(num_targets)}), got "
+                f"shape {influence.shape}."
+            )
+        bad = np.flatnonzero(~np.isfinite(influence))
+        if len(bad):
+            raise InfluenceError(
+                f"Predicted influence must be finite; that of {len(bad)} of {len(influence)} rows is not, first row "
+                f"{int(bad[0]) + first_row}. Look at these rows, and at the influence model."
+            )
+        return Predictions(influence, num_targets)
+
+    def predict_table(self, table: Any, first_row: int = 0) -> Predictions:
+        """Predict the rows of an Arrow table; a null row is an empty one.
+
+        Args:
+            table: `pyarrow.Table` with the column. Beside `input_ids`, list columns `labels` and `attention_mask`
+                count as they do in training.
+            first_row: what errors call the first row.
+
+        Returns:
+            The predictions.
+
+        Raises:
+            ValueError: a token is null, negative or outside the vocabulary.
+        """
+        if self.is_text:
+            return self.predict_texts(table.column(self.column).to_pylist(), first_row)
+        return self._predict_ids(TokenColumns(table, self.column), np.arange(table.num_rows), first_row)
+
+    def open(self, dataset: Any, batch_size: int = 1000) -> Callable[[int, int], Predictions]:
+        """A function that predicts the rows from one number to before another of a `datasets.Dataset`.
+
+        Tokens are read where they lie on disk, texts tokenised a batch at a time. For token columns and a model that
+        `reads_spans`, several threads may call it.
+
+        Args:
+            dataset: with the column; a format or transform of it is not applied.
+            batch_size: texts tokenised at once.
+
+        Returns:
+            The function; it raises as `predict_table` does.
+        """
+        if not self.is_text:
+            tokens = TokenColumns(dataset.data, self.column, physical_rows(dataset))
+            return lambda begin, end: self._predict_ids(tokens, np.arange(begin, end), begin)
+        view = dataset.with_format("arrow", columns=[self.column])
+
+        def predict(begin: int, end: int) -> Predictions:
+            starts = range(begin, end, batch_size)
+            parts = [self.predict_table(view[start : min(start + batch_size, end)], start) for start in starts]
+            return Predictions(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+        return predict
+
+    def content(self, dataset: Any, ids: IntArray) -> bytes:
+        """What the rows `ids` of a `datasets.Dataset` hold in the columns that a prediction reads."""
+        if not self.is_text:
+            return TokenColumns(dataset.data, self.column, physical_rows(dataset)).content(ids)
+        texts = dataset.with_format("arrow", columns=[self.column])[ids.tolist()].column(self.column)
+        return json.dumps(texts.to_pylist()).encode()
+
+    def rows_of(self, dataset: Any, ids: IntArray) -> TokenRows:
+        """The rows `ids` of a `datasets.Dataset` as they are predicted, copied."""
+        if not self.is_text:
+            return TokenColumns(dataset.data, self.column, physical_rows(dataset)).rows(ids)
+        texts = dataset.with_format("arrow", columns=[self.column])[ids.tolist()].column(self.column)
+        return rows_of_lists(self.tokenize(texts.to_pylist()))
+
+    def _predict_ids(self, tokens: TokenColumns, ids: IntArray, first_row: int) -> Predictions:
+        """Predict rows of a token column, in place where the model can and nothing beside it says otherwise."""
+        spans = tokens.spans(ids) if getattr(self.model, "reads_spans", False) else None
+        if spans is None:
+            return self.predict(tokens.rows(ids, first_row), first_row)
+        vocab_size = None if self.tokenizer is None else len(self.tokenizer)
+        return self.predict(dataclasses.replace(spans, first_row=first_row, vocab_size=vocab_size), first_row)
+
+    def predict_texts(self, texts: Sequence[str | None], first_row: int = 0) -> Predictions:
+        """Predict texts: each exactly `tokenizer(text)`, truncated; None is an empty one."""
+        return self.predict(rows_of_lists(self.tokenize(texts)), first_row)
+
+    def predict_batch(self, batch: Mapping[str, Any]) -> Predictions:
+        """Predict rows as `datasets` hands them out of a stream: lists by column."""
+        column = batch[self.column]
+        if self.is_text:
+            return self.predict_texts(column)
+        rows = rows_of_lists(column)
+        found = {}
+        for name in _BESIDE if self.column == "input_ids" else ():
+            if name in batch and all(row is None or isinstance(row, (list, np.ndarray)) for row in batch[name]):
+                other = rows_of_lists(batch[name])
+                found[name] = (other.values, other.offsets)
+        return self.predict(_with_labels(rows.values, rows.offsets, found, 0))
+
+    def tokenize(self, texts: Sequence[str | None]) -> list[list[int]]:
+        """Token ids of each text."""
+        where = [i for i, text in enumerate(texts) if text is not None]
+        cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
+        found: list[list[int]] = [[] for _ in texts]
+        if where:
+            encoded = self.tokenizer([texts[i] for i in where], return_attention_mask=False, **cut)["input_ids"]
+            for i, ids in zip(where, encoded, strict=True):
+                found[i] = ids
+        return found
+
+    def _check_ids(self, rows: TokenRows, first_row: int) -> None:
+        """Refuse ids outside the vocabulary, for models that would look them up unchecked."""
+        limit = 2**63 if self.tokenizer is None else len(self.tokenizer)
+        if len(rows.values) and (rows.values.min() < 0 or int(rows.values.max()) >= limit):
+            where = int(np.flatnonzero((rows.values < 0) | (rows.values >= limit))[0])
+            row = int(np.searchsorted(rows.offsets, where, side="right")) - 1
+            raise ValueError(
+                f"Token ids must be from 0 to below {limit}, got {int(rows.values[where])} in row {row + first_row}. "
+                "They were made with another tokenizer than the influence model's, or untrained tokens are masked in "
+                "`input_ids` instead of `labels`."
+            )
+
+
+def rows_of_lists(lists: Iterable[Any]) -> TokenRows:
+    """Rows of lists of ids; None is an empty row.
+
+    Args:
+        lists: one a row.
+
+    Returns:
+        The rows.
+
+    Raises:
+        TypeError: a row is no list of integers.
+    """
+    rows = [np.asarray([] if row is None else row) for row in lists]
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or (len(row) and row.dtype.kind not in "iu"):
+            raise TypeError(
+                f"Token rows must be lists of integers, got {row.dtype} of shape {row.shape} in row {i} of a batch. "
+                "Tokenise the texts, or pass the column that holds them as `column=`."
+            )
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    values = np.concatenate([row.astype(np.int64) for row in rows]) if rows else np.zeros(0, np.int64)
+    return TokenRows(values=values, offsets=offsets)
+
+
+def _with_labels(
+    values: npt.NDArray[Any], offsets: IntArray, beside: Mapping[str, tuple[Any, IntArray]], first_row: int
+) -> TokenRows:
+    """Rows of tokens without padding, with what the columns beside them say."""
+    for name, (_, found) in beside.items():
+        if not np.array_equal(found, offsets):
+            bad = int(np.flatnonzero(np.diff(found) != np.diff(offsets))[0])
+            raise ValueError(
+                f"`{name}` must be as long as `input_ids` in every row; row {bad + first_row} has "
+                f"{int(np.diff(found)[bad])} and {int(np.diff(offsets)[bad])}."
+            )
+    labels, mask = (beside[name][0] if name in beside else None for name in _BESIDE)
+    return assemble(values, offsets, labels, mask)

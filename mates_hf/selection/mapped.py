@@ -1,0 +1,285 @@
+"""Scoring a `datasets.Dataset`: through `Dataset.map` with its cache and processes, or in place; in parts that stay.
+
+Place in the flow: what `MatesSelector.map`, `score` and `select` do with a map-style dataset. Trade-off: the cache key
+is made here instead of by `datasets`, which would hash the live model by pickling it and find another hash after each
+call of a tokenizer. It holds the dataset's fingerprint and the content of 1,024 rows, so that a dataset that was
+changed under its old fingerprint is scored anew.
+
+Shape suffix: N rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mates_hf.data.columns import fixed_positions
+from mates_hf.data.rows import TokenRows
+from mates_hf.influence.kernels import num_threads
+from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.records import FloatArray, MatesError, read_array, write_array
+from mates_hf.selection.streaming import INFLUENCE_COLUMN
+
+logger = logging.getLogger(__name__)
+
+SHARD_ROWS = 65_536
+NUM_KEY_ROWS = 1024
+AHEAD_ROWS = 4096  # scored at a time while others are written
+# Arguments of `Dataset.map` that this module sets, or that would change what is computed.
+_OURS = (
+    "batched", "drop_last_batch", "features", "fn_kwargs", "function", "input_columns", "new_fingerprint",
+    "with_indices", "with_rank",
+)  # fmt: skip
+
+
+class Ahead:
+    """Predictions of a token column's rows in their order, made on threads while `datasets` writes earlier rows.
+
+    Args:
+        dataset: with the column.
+        scorer: of a token column and a model that `reads_spans`.
+    """
+
+    def __init__(self, dataset: Any, scorer: Scorer) -> None:
+        self._num_rows = len(dataset)
+        self._predict = dataclasses.replace(scorer, num_threads=1).open(dataset)
+        self._num_threads = num_threads()
+        self._pool = ThreadPoolExecutor(self._num_threads)
+        self._blocks: dict[int, Future[Predictions]] = {}
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def influence(self, begin: int, end: int) -> FloatArray:
+        """(end - begin,) float32 influence of these rows; asked for from the first to the last."""
+        first, last = begin // AHEAD_ROWS, (end - 1) // AHEAD_ROWS
+        for block in range(first, last + 1 + 2 * self._num_threads):
+            start = block * AHEAD_ROWS
+            if block not in self._blocks and start < self._num_rows:
+                stop = min(start + AHEAD_ROWS, self._num_rows)
+                self._blocks[block] = self._pool.submit(self._predict, start, stop)
+        for block in [block for block in self._blocks if block < first]:
+            del self._blocks[block]
+        found = np.concatenate([self._blocks[block].result().influence for block in range(first, last + 1)])
+        return found[begin - first * AHEAD_ROWS : end - first * AHEAD_ROWS]
+
+
+@dataclasses.dataclass(frozen=True)
+class AddInfluence:
+    """What `Dataset.map` runs on a batch: the table with the new column, without some others.
+
+    Attributes:
+        scorer: what predicts.
+        removed: columns left out.
+        ahead: has the predictions where they are made while `datasets` writes; None in worker processes.
+    """
+
+    scorer: Scorer
+    removed: tuple[str, ...] = ()
+    ahead: Ahead | None = None
+
+    def __call__(self, table: Any, indices: list[int]) -> Any:
+        """The batch with its influence."""
+        import pyarrow as pa
+
+        if self.ahead is None:
+            found = self.scorer.predict_table(table, indices[0]).influence
+        else:
+            found = self.ahead.influence(indices[0], indices[-1] + 1)
+        left_out = {INFLUENCE_COLUMN, *self.removed}
+        kept = table.select([name for name in table.column_names if name not in left_out])
+        return kept.append_column(INFLUENCE_COLUMN, pa.array(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyScores:
+    """What `Dataset.map` runs on a batch where the predictions alone are wanted."""
+
+    scorer: Scorer
+
+    def __call__(self, table: Any, indices: list[int]) -> Any:
+        """The predictions of a batch."""
+        import pyarrow as pa
+
+        scored = self.scorer.predict_table(table, indices[0])
+        return pa.table({name: pa.array(values) for name, values in scored._asdict().items()})
+
+
+def map_rows(
+    dataset: Any,
+    scorer: Scorer,
+    *,
+    batch_size: int,
+    num_proc: int | None,
+    shards_dir: Path | None,
+    shard_rows: int,
+    remove_columns: str | list[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`MatesSelector.map` of a `Dataset`."""
+    import datasets
+
+    wrong = sorted(set(_OURS) & set(kwargs))
+    if wrong:
+        raise TypeError(f"`{'`, `'.join(wrong)}` cannot be given: the selector sets how rows are scored.")
+    removed = (remove_columns,) if isinstance(remove_columns, str) else tuple(remove_columns or ())
+    missing = [name for name in removed if name not in dataset.column_names]
+    if missing:
+        raise ValueError(f"`remove_columns` must be columns of the dataset, {dataset.column_names}, got {missing}.")
+    if INFLUENCE_COLUMN in dataset.column_names:
+        logger.info("The column `%s` is replaced.", INFLUENCE_COLUMN)
+    left_out = {INFLUENCE_COLUMN, *removed}
+    features = datasets.Features(
+        {name: kind for name, kind in dataset.features.items() if name not in left_out}
+        | {INFLUENCE_COLUMN: datasets.Value("float32")}
+    )
+    options = {"batch_size": batch_size, "num_proc": num_proc, "features": features, **kwargs}
+    key = _key(dataset, scorer, *sorted(removed))
+
+    def add_to(part: Any, key: str, **more: Any) -> Any:
+        if num_proc or scorer.is_text or not getattr(scorer.model, "reads_spans", False):
+            return _map(part, AddInfluence(scorer, removed), key, **options, **more)
+        with Ahead(part, scorer) as ahead:
+            return _map(part, AddInfluence(scorer, removed, ahead), key, **options, **more)
+
+    if shards_dir is None:
+        return _with_format_of(dataset, add_to(dataset, key))
+    _check_parts(kwargs, shard_rows)
+    folder = shards_dir / key
+    parts = []
+    for begin in range(0, max(len(dataset), 1), shard_rows):
+        end = min(begin + shard_rows, len(dataset))
+        name = folder / f"{begin:012d}-{end:012d}.arrow"  # `datasets` moves a file to its name when it is whole
+        part = dataset.select(range(begin, end))
+        parts.append(add_to(part, f"{key}-{begin:x}-{end:x}", cache_file_name=str(name)))
+    whole = datasets.concatenate_datasets(parts, split=dataset.split)
+    return _with_format_of(dataset, whole)
+
+
+def score_rows(
+    dataset: Any,
+    scorer: Scorer,
+    *,
+    batch_size: int,
+    num_proc: int | None,
+    shards_dir: Path | None,
+    shard_rows: int,
+) -> Predictions:
+    """`MatesSelector.score`: predictions of all rows, part by part."""
+    from tqdm import tqdm
+
+    _check_parts({}, shard_rows)
+    folder = None if shards_dir is None else shards_dir / _key(dataset, scorer)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    influence, num_targets = np.empty(len(dataset), np.float32), np.empty(len(dataset), np.int32)
+    predict = scorer.open(dataset, batch_size)
+    for begin in tqdm(range(0, len(dataset), shard_rows), desc="Scoring", delay=3, unit="part"):
+        end = min(begin + shard_rows, len(dataset))
+
+        def compute(begin: int = begin, end: int = end) -> Predictions:
+            if not num_proc:
+                return predict(begin, end)
+            return _scores_by_map(dataset, scorer, begin, end, batch_size, num_proc)
+
+        scored = compute() if folder is None else _kept(folder / f"{begin:012d}-{end:012d}", end - begin, compute)
+        influence[begin:end], num_targets[begin:end] = scored
+    return Predictions(influence, num_targets)
+
+
+def log_intercepts(mapped: Any, scorer: Scorer) -> None:
+    """Count the rows that say nothing: empty documents, and those of tokens that the model never saw."""
+    if not len(mapped):
+        return
+    empty = TokenRows(values=np.zeros(0, np.int64), offsets=np.zeros(2, np.int64))
+    intercept = scorer.predict(empty).influence[0]
+    influence = mapped.data.column(INFLUENCE_COLUMN).to_numpy()
+    num = int(np.count_nonzero(influence == intercept))
+    if num:
+        logger.info(
+            "%d of %d rows have no trained token that the influence model knows (empty documents among them); their "
+            "influence is its intercept, %.3g.", num, len(influence), intercept,
+        )  # fmt: skip
+
+
+def _key(dataset: Any, scorer: Scorer, *more: str) -> str:
+    """Fingerprint of the result: of the data, the model, the tokenizer and the column."""
+    digest = hashlib.sha256()
+    parts = [scorer.digest(), dataset._fingerprint, len(dataset), str(dataset.features), *more]
+    digest.update(json.dumps(parts).encode())
+    if len(dataset):
+        digest.update(scorer.content(dataset, fixed_positions(len(dataset), NUM_KEY_ROWS)))
+    return digest.hexdigest()[:32]
+
+
+def _map(dataset: Any, function: Callable[..., Any], key: str, *, features: Any, **options: Any) -> Any:
+    """`Dataset.map` over Arrow tables, and the same of a dataset without rows, which `datasets` leaves as it is."""
+    import datasets
+
+    if not len(dataset):
+        return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
+    return dataset.with_format("arrow").map(
+        function,
+        batched=True,
+        with_indices=True,
+        features=features,
+        new_fingerprint=key,
+        **{"desc": "Scoring", **options},
+    )
+
+
+def _with_format_of(dataset: Any, mapped: Any) -> Any:
+    """The mapped dataset in the format that the dataset has; the new column is shown."""
+    had = dataset.format
+    hidden = set(dataset.column_names) - set(had["columns"]) - {INFLUENCE_COLUMN}
+    columns = [name for name in mapped.column_names if name not in hidden] if hidden else None
+    return mapped.with_format(
+        had["type"], columns=columns, output_all_columns=had["output_all_columns"], **had["format_kwargs"]
+    )
+
+
+def _scores_by_map(dataset: Any, scorer: Scorer, begin: int, end: int, batch_size: int, num_proc: int) -> Predictions:
+    """Predictions of some rows by worker processes."""
+    import datasets
+
+    features = datasets.Features({"influence": datasets.Value("float32"), "num_targets": datasets.Value("int32")})
+    part = dataset.select(range(begin, end)).with_format(None)
+    key = _key(part, scorer, "scores")
+    found = _map(part, OnlyScores(scorer), key, features=features, batch_size=batch_size, num_proc=num_proc)
+    return Predictions(*(found.data.column(name).to_numpy() for name in features))
+
+
+def _kept(path: Path, num: int, compute: Callable[[], Predictions]) -> Predictions:
+    """Predictions of a part, read back where they are on disk whole, else computed and written."""
+    names = [path.with_name(f"{path.name}.{name}.npy") for name in Predictions._fields]
+    try:
+        found = [read_array(name, kind) for name, kind in zip(names, (np.float32, np.int32), strict=True)]
+    except MatesError as error:
+        logger.warning("A scored part is damaged and is scored again: %s", error)
+        found = []
+    if len(found) == 2 and all(array is not None and len(array) == num for array in found):
+        return Predictions(*found)  # type: ignore[arg-type]
+    scored = compute()
+    for name, array in zip(names, scored, strict=True):
+        write_array(name, array)
+    return scored
+
+
+def _check_parts(kwargs: dict[str, Any], shard_rows: int) -> None:
+    if "cache_file_name" in kwargs or kwargs.get("keep_in_memory"):
+        raise ValueError(
+            "`cache_file_name` and `keep_in_memory` must not be given with `shards_dir`, which is on disk."
+        )
+    if shard_rows < 1:
+        raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")

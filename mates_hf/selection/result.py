@@ -1,0 +1,314 @@
+"""What a budget keeps of a scored dataset: the rule, and a result that can be asked again with another budget.
+
+Place in the flow: the selector predicts, `keep_rows` chooses by it, `Selection` is what the caller gets. Trade-off: a
+result holds eight bytes a row and the dataset, so that another budget, the rejected rows and the reasons for one row
+cost no second scoring.
+
+Sign: > 0 helps, higher is better. Shape suffix: N rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.records import IntArray
+from mates_hf.selection.choose import gumbel_top_k, nth_true, row_worth
+
+SPAN_TARGETS = 32  # of a row are explained together
+
+Ranking = Literal["influence", "row_worth"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much to keep. Exactly one of the first four is given.
+
+    Attributes:
+        ratio: share of the rows, in (0, 1]; rounded to whole rows, at least one.
+        k: number of rows.
+        threshold: keep rows whose `influence` is at least this.
+        num_tokens: keep the rows of highest influence that together have at most this many trained tokens.
+        temperature: of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
+        seed: of the noise and of the order among ties.
+
+    Raises:
+        ValueError: none or several are given, or one is out of range.
+    """
+
+    ratio: float | None = None
+    k: int | None = None
+    threshold: float | None = None
+    num_tokens: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in ("ratio", "k", "threshold", "num_tokens")}
+        given = [name for name, value in values.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "Exactly one of `ratio`, `k`, `threshold` and `num_tokens` must say how much to keep, got "
+                f"{', '.join(f'{name}={values[name]!r}' for name in given) or 'none'}."
+            )
+        rules: dict[str, tuple[bool, str]] = {
+            "ratio": (self.ratio is None or 0 < self.ratio <= 1, "in (0, 1]"),
+            "k": (_is_count(self.k), "a whole number of at least 0"),
+            "threshold": (self.threshold is None or not math.isnan(self.threshold), "a number"),
+            "num_tokens": (_is_count(self.num_tokens), "a whole number of at least 0"),
+            "temperature": (0 <= self.temperature < math.inf, "a finite number of at least 0"),
+        }
+        for name, (ok, rule) in rules.items():
+            if not ok:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
+        if self.threshold is not None and self.temperature:
+            raise ValueError(
+                f"`temperature` must be 0 with `threshold`, which asks for all rows above it, got {self.temperature}. "
+                "Use `ratio` or `k` with a temperature."
+            )
+
+    @property
+    def ranking(self) -> Ranking:
+        """What rows are ranked by: `influence` where tokens are counted, `row_worth` where rows are."""
+        return "row_worth" if self.threshold is None and self.num_tokens is None else "influence"
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 0)
+
+
+def rank_values(scored: Predictions, ranking: Ranking) -> npt.NDArray[np.float32]:
+    """What rows are ranked by, (N,) float32, higher is better.
+
+    `influence` as predicted; or `row_worth` of it, in nats/token times tokens (`influence` is `influence_per_token`
+    times a step size that all rows share, so both rank alike).
+    """
+    if ranking == "influence":
+        return scored.influence
+    return np.asarray(row_worth(scored.influence, scored.num_targets), np.float32)
+
+
+def temperature_unit(num_targets: npt.NDArray[np.int32], ranking: Ranking, label_std: float) -> float:
+    """Standard deviation of the labels in the unit that rows are ranked in.
+
+    Args:
+        num_targets: (N,) trained tokens of the rows.
+        ranking: what they are ranked by.
+        label_std: standard deviation of the labels' `influence`.
+
+    Returns:
+        `label_std`; for `row_worth`, n (d - mean), what that is over rows of these lengths whose influence d does not
+        depend on their length n: `label_std` times the root of the mean of n squared.
+
+    Raises:
+        ValueError: the fit did not record a standard deviation.
+    """
+    if not (math.isfinite(label_std) and label_std > 0):
+        raise ValueError(
+            "A `temperature` above 0 is in standard deviations of the labels, and this model's fit records "
+            f"{label_std}. Use `temperature=0`."
+        )
+    if ranking == "influence":
+        return label_std
+    trained = num_targets[num_targets > 0].astype(np.float64)
+    return label_std * (float(np.sqrt(np.mean(trained**2))) if len(trained) else 1.0)
+
+
+def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray:
+    """The rows that a budget keeps.
+
+    Args:
+        scored: predictions of N rows.
+        budget: what to keep. Rows without a trained token come last in a row budget and never in a token budget;
+            with `threshold` their influence, the intercept, decides.
+        label_std: standard deviation of the labels' `influence`, for a temperature.
+
+    Returns:
+        (k,) int64 row numbers, ascending.
+
+    Raises:
+        ValueError: `k` is more than there are rows, or a temperature without `label_std`.
+    """
+    num = len(scored.influence)
+    if budget.threshold is not None:
+        return np.flatnonzero(scored.influence >= np.float32(budget.threshold))
+    if budget.k is not None and budget.k > num:
+        raise ValueError(f"`k` must be at most the number of rows ({num}), got {budget.k}.")
+    trained = scored.num_targets > 0
+    values = rank_values(scored, budget.ranking)[trained]
+    if budget.temperature and len(values):
+        values = values / np.float32(temperature_unit(scored.num_targets, budget.ranking, label_std))
+    where = np.flatnonzero(trained)
+
+    def best(k: int) -> IntArray:
+        return where[gumbel_top_k(values, k, temperature=budget.temperature, seed=budget.seed)]
+
+    if budget.num_tokens is not None:
+        # A choice of k is part of that of k + 1 (but among ties), so the largest k that fits is found by halving.
+        low, high = 0, len(values)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = int(scored.num_targets[best(middle)].sum(dtype=np.int64)) <= budget.num_tokens
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return best(low)
+    k = budget.k if budget.k is not None else share_of(num, budget.ratio)
+    chosen = best(min(k, len(values)))
+    if k > len(values):
+        others = nth_true(~trained, np.arange(k - len(values)))
+        chosen = np.sort(np.concatenate([chosen, others]))
+    return chosen.astype(np.int64)
+
+
+def share_of(num: int, ratio: float | None) -> int:
+    """Rows in a share of `num`: rounded, at least one where there is one."""
+    return min(num, max(1, round(num * (ratio or 0.0))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A scored dataset and what a budget keeps of it.
+
+    Attributes:
+        dataset: the dataset as it was given.
+        influence: (N,) float32 predicted influence, nats/token of reference loss that a step on the row takes off, > 0
+            helps; the intercept where a row has no target.
+        num_targets: (N,) int32 trained tokens of each row.
+        rows: (k,) int64 kept rows, ascending.
+        budget: what they were kept by.
+        scorer: what predicted, for `explain`.
+        label_std: standard deviation of the labels' `influence`, the unit of a temperature.
+    """
+
+    dataset: Any
+    influence: npt.NDArray[np.float32]
+    num_targets: npt.NDArray[np.int32]
+    rows: IntArray
+    budget: Budget
+    scorer: Scorer
+    label_std: float
+
+    @classmethod
+    def make(cls, dataset: Any, scored: Predictions, budget: Budget, scorer: Scorer, label_std: float) -> Selection:
+        """Choose by a budget."""
+        rows = keep_rows(scored, budget, label_std)
+        return cls(
+            dataset=dataset,
+            influence=scored.influence,
+            num_targets=scored.num_targets,
+            rows=rows,
+            budget=budget,
+            scorer=scorer,
+            label_std=label_std,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def selected(self) -> Any:
+        """The kept rows, in the dataset's order."""
+        return self.dataset.select(self.rows)
+
+    @property
+    def rejected(self) -> Any:
+        """The other rows, in the dataset's order."""
+        return self.dataset.select(np.flatnonzero(~self._kept()))
+
+    @property
+    def ratio(self) -> float:
+        """Share of the rows that is kept."""
+        return len(self.rows) / max(1, len(self.influence))
+
+    @property
+    def ranked_by(self) -> Ranking:
+        """What `threshold` is counted in: `influence`, or `row_worth` where the budget counts rows."""
+        return self.budget.ranking
+
+    @property
+    def threshold(self) -> float:
+        """The budget's threshold, else the lowest value of `ranked_by` among kept rows with targets; inf without any.
+
+        With a temperature some rows above it are rejected.
+        """
+        if self.budget.threshold is not None:
+            return float(self.budget.threshold)
+        rows = self.rows[self.num_targets[self.rows] > 0]
+        return float(self._values()[rows].min()) if len(rows) else math.inf
+
+    def rethreshold(
+        self,
+        *,
+        ratio: float | None = None,
+        k: int | None = None,
+        threshold: float | None = None,
+        num_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Selection:
+        """The same scored rows under another budget, without scoring again; arguments as in `MatesSelector.filter`."""
+        budget = Budget(
+            ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
+        )
+        scored = Predictions(self.influence, self.num_targets)
+        return Selection.make(self.dataset, scored, budget, self.scorer, self.label_std)
+
+    def explain(self, i: int) -> dict[str, Any]:
+        """Why a row was kept or not.
+
+        Args:
+            i: row of the dataset.
+
+        Returns:
+            `row`, `selected`, `influence`, `num_targets`, `rank` (1 is the highest of N by `ranked_by`), `ranked_by`,
+            `value` in it, `threshold`, and `spans`: stretches of the row in text order, each with `num_targets`,
+            `text` (None without tokenizer) and the `influence` predicted for it alone, > 0 helps. For an n-gram model
+            the mean of the spans, weighted by their targets, is the row's influence.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        if not 0 <= i < len(self.influence):
+            raise ValueError(f"`i` must be a row of the dataset, 0 to {len(self.influence) - 1}, got {i}.")
+        values = self._values()
+        return {
+            "row": int(i),
+            "selected": bool(self._kept()[i]),
+            "influence": float(self.influence[i]),
+            "num_targets": int(self.num_targets[i]),
+            "rank": int((values > values[i]).sum()) + 1,
+            "ranked_by": self.ranked_by,
+            "value": float(values[i]),
+            "threshold": self.threshold,
+            "spans": self._spans(int(i)),
+        }
+
+    def _spans(self, i: int) -> list[dict[str, Any]]:
+        """Predictions of the row's stretches; each begins with the token before its first target."""
+        ids, labels = self.scorer.rows_of(self.dataset, np.array([i])).row(0)
+        cuts = range(0, max(len(ids) - 1, 0), SPAN_TARGETS)
+        parts = [slice(cut, cut + SPAN_TARGETS + 1) for cut in cuts]
+        rows = TokenRows.from_lists([ids[part].tolist() for part in parts], [labels[part].tolist() for part in parts])
+        influence, num_targets = self.scorer.predict(rows)
+        tokenizer = self.scorer.tokenizer
+        return [
+            {
+                "num_targets": int(num_targets[j]),
+                "text": None if tokenizer is None else tokenizer.decode(ids[part][0 if j == 0 else 1 :].tolist()),
+                "influence": float(influence[j]),
+            }
+            for j, part in enumerate(parts)
+        ]
+
+    def _values(self) -> npt.NDArray[np.float32]:
+        return rank_values(Predictions(self.influence, self.num_targets), self.ranked_by)
+
+    def _kept(self) -> npt.NDArray[np.bool_]:
+        kept = np.zeros(len(self.influence), bool)
+        kept[self.rows] = True
+        return kept

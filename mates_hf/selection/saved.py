@@ -1,0 +1,192 @@
+"""A selector on disk: an influence model's directory with the tokenizer of its tokens and where it comes from.
+
+Place in the flow: under `MatesSelector.save_pretrained` and `from_pretrained`; also opens the model of a finished
+round. Trade-off: the influence model's own files stay where they would be alone, so that its class reads them without
+us; the tokenizer lies in a folder beside them, with a checksum for each of its files.
+
+```
+config.json  model.safetensors  fit.json   the influence model
+tokenizer/                                 where it is known
+selector.json                              checksums of the tokenizer, max_length, origin
+```
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mates_hf.influence.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE, library_version, load_influence_model
+from mates_hf.influence.scoring import tokenizer_digest
+from mates_hf.records import COPY_AGAIN, MatesError, read_json, sha256_of, write_json
+from mates_hf.round_files import ROUND_FILE
+
+SELECTOR_FILE = "selector.json"
+TOKENIZER_DIR = "tokenizer"
+CARD_FILE = "README.md"
+FORMAT_VERSION = 1
+HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, FIT_FILE, SELECTOR_FILE, CARD_FILE, f"{TOKENIZER_DIR}/*"]
+
+_ROUND_MODEL_DIR = "influence_model"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+class Saved(NamedTuple):
+    """What a directory holds.
+
+    Attributes:
+        model: the fitted influence model.
+        tokenizer: of its tokens, or None where none was saved.
+        max_length: tokens a text is cut to, or None.
+        origin: plain JSON values that say where the fit comes from.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_length: int | None
+    origin: Mapping[str, Any]
+
+
+def is_hub_id(name: str) -> bool:
+    """True where a name could be a repository on the Hub, and is nothing on this disk."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def download(name: str, **options: Any) -> Path:
+    """Folder of a repository's files in the Hub's cache.
+
+    Args:
+        name: of the repository.
+        **options: of `huggingface_hub.snapshot_download`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: there is no such repository, or it cannot be read.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, **options))
+    except (OSError, ValueError) as error:  # not there, not allowed, not online
+        raise FileNotFoundError(
+            f"`{name}` must be a directory or a repository on the Hub that can be read, and is not ({error})."
+        ) from error
+
+
+def write_selector(
+    directory: Path, model: Any, tokenizer: Any, max_length: int | None, origin: Mapping[str, Any]
+) -> None:
+    """Write a selector; a directory without the model's config, which is written last, is refused when read.
+
+    Args:
+        directory: created where missing.
+        model: fitted.
+        tokenizer: of its tokens, or None.
+        max_length: tokens a text is cut to, or None.
+        origin: plain JSON values.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    folder = directory / TOKENIZER_DIR
+    shutil.rmtree(folder, ignore_errors=True)
+    recorded: dict[str, Any] | None = None
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        recorded = {"digest": tokenizer_digest(tokenizer), "sha256": _checksums(folder)}
+    write_json(
+        directory / SELECTOR_FILE,
+        {
+            "format_version": FORMAT_VERSION,
+            "library_version": library_version(),
+            "max_length": max_length,
+            "tokenizer": recorded,
+            "origin": dict(origin),
+        },
+    )
+    model.save_pretrained(directory)
+
+
+def read_selector(path: Path) -> Saved:
+    """Read a saved selector, a saved influence model, or the influence model of a finished round.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        What it holds. A round knows its training run's token ids, not the tokenizer that made them.
+
+    Raises:
+        FileNotFoundError: it is none of the three, or the round did not finish.
+        ValueError: a file was written in a newer format.
+        MatesError: a file is damaged or was changed after it was written.
+    """
+    if (path / _ROUND_MODEL_DIR).is_dir() and not (path / CONFIG_FILE).exists():
+        if not (path / ROUND_FILE).exists():
+            raise FileNotFoundError(f"`{path}` is not a finished round: it has no {ROUND_FILE}.")
+        found = round_origin(read_json(path / ROUND_FILE))
+        return Saved(load_influence_model(path / _ROUND_MODEL_DIR), None, None, found)
+    if not (path / CONFIG_FILE).exists():
+        rounds = sorted(one.name for one in path.glob("round-*") if (one / ROUND_FILE).exists())
+        hint = f" It holds rounds: name one, `{path / rounds[-1]}`." if rounds else ""
+        raise FileNotFoundError(
+            f"`{path}` must be a saved selector, a saved influence model or a finished round, and has no "
+            f"{CONFIG_FILE}.{hint}"
+        )
+    if not (path / SELECTOR_FILE).exists():
+        return Saved(load_influence_model(path), None, None, {})
+    about = read_json(path / SELECTOR_FILE)
+    version, max_length, origin = about.get("format_version"), about.get("max_length"), about.get("origin")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"`{path}` must have a selector format of at most {FORMAT_VERSION}, got {version}, written by mates-hf "
+            f"{about.get('library_version')}. Upgrade mates-hf."
+        )
+    whole = isinstance(version, int) and "tokenizer" in about
+    if (
+        not whole
+        or not isinstance(origin, dict)
+        or not (max_length is None or (isinstance(max_length, int) and max_length > 0))
+    ):
+        raise MatesError(
+            f"`{path / SELECTOR_FILE}` must say `format_version`, `max_length`, `tokenizer` and `origin` as they were "
+            f"written. {COPY_AGAIN}"
+        )
+    tokenizer = _read_tokenizer(path / TOKENIZER_DIR, about["tokenizer"])
+    return Saved(load_influence_model(path), tokenizer, max_length, origin)
+
+
+def round_origin(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says of a round, from its `round.json`; facts that it does not record are left out."""
+    names = ("number", "step", "model", "reference", "num_probed", "num_candidates", "fidelity", "guard", "step_size")
+    return {("round" if name == "number" else name): info[name] for name in names if info.get(name) not in (None, {})}
+
+
+def _read_tokenizer(folder: Path, recorded: Any) -> Any:
+    """The saved tokenizer, after every file of its folder was compared with its checksum."""
+    if recorded is None:
+        return None
+    if not isinstance(recorded, dict) or not folder.is_dir() or _checksums(folder) != recorded.get("sha256"):
+        raise MatesError(
+            f"`{folder}` must hold the files whose SHA-256 are in {SELECTOR_FILE}, and no others; one is missing, cut "
+            f"short, changed or was added. {COPY_AGAIN}"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer_digest(tokenizer) != recorded.get("digest"):
+        raise MatesError(
+            f"`{folder}` must load as the tokenizer that was saved, and makes other tokens. It may need the version "
+            "of transformers it was saved with."
+        )
+    return tokenizer
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of each file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}

@@ -1,0 +1,383 @@
+"""`MatesSelector`: a fitted data influence model as a filter for datasets, on disk and on the Hub.
+
+Place in the flow: right of every influence model, for people who choose data before a run or outside of a Trainer; a
+round inside the Trainer selects by `choose.select_rows` instead. Trade-off: `map` goes through `datasets`, its cache
+and its processes, and writes the whole dataset once more; `filter` and `select` score in place and write nothing.
+
+Sign: influence > 0 helps, higher is better. Shape suffix: N rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelHubMixin
+
+from mates_hf.influence.scoring import Predictions, Scorer, find_column, tokenizer_digest
+from mates_hf.records import FitReport, UnsupportedSettingError
+from mates_hf.selection.card import TAGS, write_card
+from mates_hf.selection.mapped import SHARD_ROWS, log_intercepts, map_rows, score_rows
+from mates_hf.selection.result import Budget, Selection
+from mates_hf.selection.saved import download, is_hub_id, read_selector, write_selector
+from mates_hf.selection.streaming import (
+    StreamSelection,
+    is_stream,
+    map_stream,
+    refuse_arguments,
+    select_stream,
+    stream_schema,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+_STREAMED = "a stream is scored in the process that reads it, as it is read"
+_NO_LENGTH = 10**9  # a tokenizer without a maximum says 10**30
+
+
+class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
+    """Predict the influence of any dataset's rows, and keep those that help.
+
+    A text becomes exactly `tokenizer(text)`, truncated, never packed; every token but the first is a target. Token
+    columns are used as they are (beside `input_ids`, columns `labels` and `attention_mask` count as in training).
+
+    Args:
+        influence_model: fitted; anything with `predict`, `report` and `save_pretrained` (see "Adding an influence
+            model" in CONTRIBUTING.md). One whose predictions depend on more than what it saves needs a `digest()`.
+        tokenizer: of the tokens the model was fitted on; None takes the model's own where it has one, and otherwise
+            leaves token columns only.
+        max_length: tokens a text is cut to; None takes the tokenizer's maximum where it has one.
+        origin: plain JSON values for the model card: `model`, `step`, `reference`, `num_probed`, `fidelity`.
+
+    Raises:
+        MatesError: the influence model is not fitted.
+        ValueError: the model has seen ids that the tokenizer does not have, or `max_length` is below 1.
+    """
+
+    def __init__(
+        self,
+        influence_model: Any,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.influence_model = influence_model
+        self._report: FitReport | None = getattr(influence_model, "report", None)  # of an unfitted one: an error
+        self.tokenizer = tokenizer if tokenizer is not None else getattr(influence_model, "tokenizer", None)
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise ValueError(f"`max_length` must be a whole number of at least 1, or None, got {max_length!r}.")
+        self.origin = dict(origin or {})
+        if self.tokenizer is not None:
+            if max_length is None and self.tokenizer.model_max_length < _NO_LENGTH:
+                max_length = int(self.tokenizer.model_max_length)
+            seen = getattr(influence_model, "vocab_size", 0)
+            if isinstance(seen, int) and seen > len(self.tokenizer):
+                raise ValueError(
+                    f"`tokenizer` must be the one the influence model was fitted with: the model has seen the id "
+                    f"{seen - 1}, and the tokenizer has ids below {len(self.tokenizer)}."
+                )
+        self.max_length = max_length
+
+    # --- scoring ---
+
+    def map(
+        self,
+        dataset: Any,
+        *,
+        column: str | None = None,
+        batch_size: int = 1000,
+        num_proc: int | None = None,
+        shards_dir: str | Path | None = None,
+        shard_rows: int = SHARD_ROWS,
+        **kwargs: Any,
+    ) -> Any:
+        """The dataset with a float32 `influence` column: nats/token of reference loss, > 0 helps, higher is better.
+
+        Rows keep their order, columns and format; a column of that name is replaced. A row without a target gets the
+        model's intercept, and these are counted in the log. The cache of `datasets` is keyed by the dataset and all
+        that a prediction depends on, so that a second process finds it and a changed weight does not.
+
+        Args:
+            dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; streams are scored as read.
+            column: of texts or of token ids; None takes `input_ids`, else `text`.
+            batch_size: rows scored at once.
+            num_proc: worker processes, of one thread each; None scores in this process on all cores.
+            shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run goes on where it stopped.
+            shard_rows: see `shards_dir`.
+            **kwargs: for `datasets.Dataset.map`, but what would change what is computed.
+
+        Returns:
+            A dataset of the same kind.
+
+        Raises:
+            ValueError: there is no such column (names those there are), or a token is impossible.
+            TypeError: the column holds neither texts nor tokens, or this is no dataset.
+            UnsupportedSettingError: a transform hides the dataset's columns.
+        """
+        if isinstance(dataset, dict):
+            refuse_arguments("one file cannot hold several splits", cache_file_name=kwargs.get("cache_file_name"))
+            parts = {name: None if shards_dir is None else Path(shards_dir) / str(name) for name in dataset}
+            options: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
+            mapped = {
+                name: self.map(split, column=column, shards_dir=parts[name], **options, **kwargs)
+                for name, split in dataset.items()
+            }
+            return type(dataset)(mapped)
+        if is_stream(dataset):
+            remove_columns = kwargs.pop("remove_columns", None)
+            refuse_arguments(_STREAMED, num_proc=num_proc, shards_dir=shards_dir, **kwargs)
+            return map_stream(dataset, self._scorer(dataset, column), batch_size, remove_columns)
+        scorer = self._scorer(dataset, column, num_proc)
+        options = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
+        mapped = map_rows(
+            dataset, scorer, shards_dir=None if shards_dir is None else Path(shards_dir), **options, **kwargs
+        )
+        log_intercepts(mapped, scorer)
+        return mapped
+
+    def score(
+        self,
+        dataset: Any,
+        *,
+        column: str | None = None,
+        batch_size: int = 1000,
+        num_proc: int | None = None,
+        shards_dir: str | Path | None = None,
+        shard_rows: int = SHARD_ROWS,
+    ) -> Predictions:
+        """Predictions alone, in memory: tokens are read where they lie on disk, and no dataset is written.
+
+        Args:
+            dataset: a `Dataset`.
+            column: as in `map`.
+            batch_size: texts tokenised at once.
+            num_proc: worker processes; None scores in this process on all cores, which token columns want.
+            shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run goes on where it stopped.
+            shard_rows: see `shards_dir`.
+
+        Returns:
+            `influence` (N,) float32, > 0 helps, and `num_targets` (N,) int32.
+
+        Raises:
+            ValueError: there is no such column, or a token is impossible.
+            TypeError: the column holds neither texts nor tokens, or this is no `Dataset`.
+            UnsupportedSettingError: a transform hides the dataset's columns.
+        """
+        if isinstance(dataset, dict) or is_stream(dataset):
+            raise TypeError(f"`score` takes one `Dataset`, got {type(dataset).__name__}. Pass a split, or use `map`.")
+        scorer = self._scorer(dataset, column, num_proc)
+        return score_rows(
+            dataset,
+            scorer,
+            batch_size=batch_size,
+            num_proc=num_proc,
+            shards_dir=None if shards_dir is None else Path(shards_dir),
+            shard_rows=shard_rows,
+        )
+
+    # --- selection ---
+
+    def filter(
+        self,
+        dataset: Any,
+        *,
+        ratio: float | None = None,
+        k: int | None = None,
+        threshold: float | None = None,
+        num_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Any:
+        """The rows that help most, in the dataset's order, columns unchanged: `select(...).selected`.
+
+        Args:
+            dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; each split by itself.
+            ratio: as in `select`.
+            k: as in `select`.
+            threshold: as in `select`.
+            num_tokens: as in `select`.
+            temperature: as in `select`.
+            seed: as in `select`.
+            **options: other arguments of `select`.
+
+        Returns:
+            A dataset of the same kind.
+        """
+        budget: dict[str, Any] = {"ratio": ratio, "k": k, "threshold": threshold, "num_tokens": num_tokens}
+        found = self.select(dataset, **budget, temperature=temperature, seed=seed, **options)
+        if isinstance(dataset, dict):
+            return type(dataset)({name: selection.selected for name, selection in found.items()})
+        return found.selected
+
+    def select(
+        self,
+        dataset: Any,
+        *,
+        ratio: float | None = None,
+        k: int | None = None,
+        threshold: float | None = None,
+        num_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        column: str | None = None,
+        batch_size: int = 1000,
+        num_proc: int | None = None,
+        shards_dir: str | Path | None = None,
+        calibration_rows: int = 10_000,
+    ) -> Any:
+        """Score a dataset and keep what a budget allows; exactly one of `ratio`, `k`, `threshold`, `num_tokens`.
+
+        Row budgets rank by what a row adds to a batch, n * (influence - token-weighted mean); a token budget and a
+        threshold by `influence`.
+
+        Args:
+            dataset: as in `filter`.
+            ratio: share of the rows (of each split), in (0, 1].
+            k: number of rows (of each split).
+            threshold: lowest `influence` to keep.
+            num_tokens: trained tokens to keep (of each split), at most.
+            temperature: of Gumbel noise in standard deviations of the labels; 0 takes the highest.
+            seed: of the noise.
+            column: as in `map`.
+            batch_size: rows scored at once.
+            num_proc: as in `score`.
+            shards_dir: as in `score`.
+            calibration_rows: first rows of a stream, from which the threshold for `ratio` is taken.
+
+        Returns:
+            A `Selection`; a `StreamSelection` of a stream; a dict of them by split.
+
+        Raises:
+            ValueError: the budget is impossible, there is no such column, or a token is impossible.
+            TypeError: the column holds neither texts nor tokens, or this is no dataset.
+            UnsupportedSettingError: a transform hides the dataset's columns.
+        """
+        budget = Budget(
+            ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
+        )
+        options: dict[str, Any] = {"column": column, "batch_size": batch_size, "num_proc": num_proc}
+        if not isinstance(dataset, dict):
+            return self._select(dataset, budget, shards_dir=shards_dir, calibration_rows=calibration_rows, **options)
+        parts = {name: None if shards_dir is None else Path(shards_dir) / str(name) for name in dataset}
+        return {
+            name: self._select(split, budget, shards_dir=parts[name], calibration_rows=calibration_rows, **options)
+            for name, split in dataset.items()
+        }
+
+    def _select(
+        self, dataset: Any, budget: Budget, *, batch_size: int, calibration_rows: int, **options: Any
+    ) -> Selection | StreamSelection:
+        """One split."""
+        label_std = float("nan") if self._report is None else self._report.label_std
+        column = options["column"]
+        if is_stream(dataset):
+            refuse_arguments(_STREAMED, num_proc=options["num_proc"], shards_dir=options["shards_dir"])
+            scorer = self._scorer(dataset, column)
+            sizes = {"batch_size": batch_size, "calibration_rows": calibration_rows}
+            return select_stream(dataset, scorer, budget, label_std, **sizes)
+        scored = self.score(dataset, batch_size=batch_size, **options)
+        selection = Selection.make(dataset, scored, budget, self._scorer(dataset, column), label_std)
+        logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)
+        return selection
+
+    def _scorer(self, dataset: Any, column: str | None, num_proc: int | None = None) -> Scorer:
+        """What scores this dataset, or an error."""
+        stream = is_stream(dataset)
+        if not stream and dataset.format["type"] == "custom":
+            raise UnsupportedSettingError(
+                "A dataset with a transform (`set_transform`) has other rows than columns, and columns are scored. "
+                "Write what the transform makes into columns with `dataset.map`, or take it off with "
+                "`dataset.with_format(None)`."
+            )
+        name, is_text = find_column(stream_schema(dataset) if stream else dataset.data.schema, column)
+        if is_text and self.tokenizer is None:
+            raise ValueError(
+                f"Column `{name}` holds texts, and no tokenizer is recorded with this influence model. Pass the "
+                "training tokenizer: `MatesSelector.from_pretrained(path, tokenizer=tokenizer)`."
+            )
+        threads = 1 if num_proc else None
+        return Scorer(self.influence_model, name, is_text, self.tokenizer, self.max_length, threads)
+
+    # --- on disk and on the Hub ---
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> Self:
+        """Read a selector, an influence model or the model of a finished round. Nothing is unpickled.
+
+        Args:
+            pretrained_model_name_or_path: a directory that `save_pretrained` wrote, a round directory such as
+                `runs/my-run/_mates/round-0003`, or a repository on the Hub.
+            tokenizer: of the tokens the model was fitted on. A round does not know it; where one is recorded, it must
+                be the same.
+            max_length: tokens a text is cut to; None takes what was saved.
+            force_download: download again what is in the Hub's cache.
+            token: for private repositories.
+            cache_dir: of the Hub's files.
+            local_files_only: do not ask the Hub.
+            revision: of the repository.
+
+        Returns:
+            The selector.
+
+        Raises:
+            FileNotFoundError: there is no such directory or repository, or it holds no influence model.
+            ValueError: it was written in a newer format, or with another tokenizer than the one given.
+            MatesError: a file is damaged or was changed after it was written.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_dir():
+            name = str(pretrained_model_name_or_path)
+            if not is_hub_id(name):
+                raise FileNotFoundError(f"`{name}` must be a directory or the name of a repository on the Hub.")
+            path = download(
+                name, revision=revision, token=token, cache_dir=cache_dir,
+                force_download=force_download, local_files_only=local_files_only,
+            )  # fmt: skip
+        saved = read_selector(path)
+        known = saved.tokenizer if saved.tokenizer is not None else getattr(saved.model, "tokenizer", None)
+        if tokenizer is not None and known is not None and tokenizer_digest(tokenizer) != tokenizer_digest(known):
+            raise ValueError(
+                f"`tokenizer` must be the one that `{pretrained_model_name_or_path}` was fitted with, and makes other "
+                "tokens. Leave it out: the right one is saved with the model."
+            )
+        return cls(
+            saved.model,
+            known if tokenizer is None else tokenizer,
+            max_length=saved.max_length if max_length is None else max_length,
+            origin=saved.origin,
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the model, its tokenizer and its origin; `save_pretrained` and `push_to_hub` call this."""
+        write_selector(save_directory, self.influence_model, self.tokenizer, self.max_length, self.origin)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The model card, made from the fit.
+
+        Args:
+            *args: not used.
+            **kwargs: not used.
+
+        Returns:
+            The card.
+        """
+        tokenizer = None if self.tokenizer is None else type(self.tokenizer).__name__
+        return ModelCard(write_card(type(self.influence_model).__name__, self._report, self.origin, tokenizer))

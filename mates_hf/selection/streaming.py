@@ -1,0 +1,269 @@
+"""Scoring and filtering streams (`datasets.IterableDataset`), whose rows are seen once and never all together.
+
+Place in the flow: what `MatesSelector` does with a stream. Trade-off: nobody knows a stream's best fifth before its
+end, so the threshold is taken from its first rows and then holds for all; the ratio that comes out is near the one
+asked for where those rows are like the rest, and is reported. A row's fate depends on the row and the threshold alone,
+so a stream can be stopped and resumed anywhere (`state_dict`).
+
+Sign: > 0 helps, higher is better. Shape suffix: N rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
+
+logger = logging.getLogger(__name__)
+
+INFLUENCE_COLUMN = "influence"
+NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
+
+
+def is_stream(dataset: Any) -> bool:
+    """True for a stream, False for a `Dataset`; a `TypeError` for anything else."""
+    import datasets
+
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise TypeError(
+            "`dataset` must be a `datasets.Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`, got "
+            f"{type(dataset).__name__}. Make one with `datasets.Dataset.from_dict` or `datasets.load_dataset`."
+        )
+    return isinstance(dataset, datasets.IterableDataset)
+
+
+def refuse_arguments(why: str, **given: Any) -> None:
+    """Raise a `TypeError` that names the arguments which are not None, and says why they cannot be given."""
+    wrong = sorted(name for name, value in given.items() if value is not None)
+    if wrong:
+        raise TypeError(f"`{'`, `'.join(wrong)}` cannot be given: {why}.")
+
+
+def stream_schema(stream: Any) -> Any:
+    """`pyarrow.Schema` of a stream: its features, or what its first rows look like."""
+    import pyarrow as pa
+
+    if stream.features is not None:
+        return stream.features.arrow_schema
+    return pa.Table.from_pylist(list(unformatted(stream)[0].take(NUM_PEEKED))).schema
+
+
+def unformatted(stream: Any) -> tuple[Any, str | None]:
+    """The stream handing out plain Python values, and the format it had."""
+    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
+    return (stream if had is None else stream.with_format(None)), had
+
+
+@dataclasses.dataclass(frozen=True)
+class AddInfluence:
+    """What `map` does to a batch of a stream."""
+
+    scorer: Scorer
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The new column of the batch."""
+        return {INFLUENCE_COLUMN: self.scorer.predict_batch(batch).influence}
+
+
+def map_stream(stream: Any, scorer: Scorer, batch_size: int, remove_columns: list[str] | None) -> Any:
+    """The stream with a float32 `influence` column; rows keep their order and are scored when they are read."""
+    import datasets
+
+    plain, had = unformatted(stream)
+    features = None
+    if stream.features is not None:
+        kept = {name: kind for name, kind in stream.features.items() if name not in (remove_columns or ())}
+        features = datasets.Features({**kept, INFLUENCE_COLUMN: datasets.Value("float32")})
+    mapped = plain.map(
+        AddInfluence(scorer), batched=True, batch_size=batch_size, features=features, remove_columns=remove_columns
+    )
+    return mapped if had is None else mapped.with_format(had)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which rows of a stream are kept: a function of the row.
+
+    Attributes:
+        ranking: what rows are ranked by.
+        threshold: lowest value that is kept, in its unit, noise included.
+        mean: of influence over the trained tokens of the first rows; `row_worth` is counted from it.
+        noise: scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
+        seed: of the noise.
+    """
+
+    ranking: Ranking
+    threshold: float
+    mean: float = 0.0
+    noise: float = 0.0
+    seed: int = 0
+
+    def values(self, scored: Predictions, content: list[Any]) -> npt.NDArray[np.float64]:
+        """(N,) float64 what rows are ranked by; -inf where a row budget meets a row without targets."""
+        values = scored.influence.astype(np.float64)
+        if self.ranking == "row_worth":
+            values = scored.num_targets * (values - self.mean)
+            values[scored.num_targets == 0] = -math.inf
+        return values + self.noise * _gumbel(content, self.seed) if self.noise else values
+
+
+def _gumbel(content: list[Any], seed: int) -> npt.NDArray[np.float64]:
+    """(N,) Gumbel(0, 1) noise that depends on the seed and a row's content, not on where it stands in the stream."""
+    key = int(seed).to_bytes(8, "little", signed=True)
+    drawn = np.empty(len(content), np.float64)
+    for i, row in enumerate(content):
+        data = row.encode() if isinstance(row, str) else np.asarray(row or [], np.int64).tobytes()
+        word = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+        drawn[i] = -math.log(-math.log((word + 0.5) / 2.0**64))
+    return drawn
+
+
+class StreamSelection:
+    """A filtered stream, and how much of it was kept so far.
+
+    Args:
+        stream: the stream, unformatted.
+        had: the format to hand rows out in.
+        scorer: what predicts.
+        rule: which rows are kept.
+        batch_size: rows scored at once.
+        num_calibration_rows: first rows that the threshold was taken from; 0 where it was given.
+        calibration_ratio: share of those that is kept; NaN without any.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        had: str | None,
+        scorer: Scorer,
+        rule: Rule,
+        *,
+        batch_size: int,
+        num_calibration_rows: int,
+        calibration_ratio: float,
+    ) -> None:
+        self._stream, self._had, self._batch_size = stream, had, batch_size
+        self._keep = _Keep(scorer, rule)
+        self.rule = rule
+        self.num_calibration_rows = num_calibration_rows
+        self.calibration_ratio = calibration_ratio
+
+    @property
+    def selected(self) -> Any:
+        """The stream of kept rows, in their order; a new one each time, and all are counted together."""
+        kept = self._stream.filter(self._keep, batched=True, batch_size=self._batch_size)
+        return kept if self._had is None else kept.with_format(self._had)
+
+    @property
+    def ranked_by(self) -> Ranking:
+        """What `threshold` is counted in."""
+        return self.rule.ranking
+
+    @property
+    def threshold(self) -> float:
+        """Lowest value of `ranked_by` that is kept, noise of a temperature included."""
+        return self.rule.threshold
+
+    @property
+    def num_seen(self) -> int:
+        """Rows that went by in this process; those that a DataLoader's workers read are not among them."""
+        return self._keep.num_seen
+
+    @property
+    def num_kept(self) -> int:
+        """Rows of those that were kept."""
+        return self._keep.num_kept
+
+    @property
+    def ratio(self) -> float:
+        """Achieved share, `num_kept / num_seen`; NaN before the first row."""
+        return self.num_kept / self.num_seen if self.num_seen else math.nan
+
+
+class _Keep:
+    """What `filter` asks of a batch of a stream."""
+
+    def __init__(self, scorer: Scorer, rule: Rule) -> None:
+        self.scorer, self.rule = scorer, rule
+        self.num_seen = self.num_kept = 0
+        self._next_report = 10_000
+
+    def __call__(self, batch: Mapping[str, Any]) -> list[bool]:
+        values = self.rule.values(self.scorer.predict_batch(batch), batch[self.scorer.column])
+        kept = values >= self.rule.threshold
+        self.num_seen += len(kept)
+        self.num_kept += int(kept.sum())
+        if self.num_seen >= self._next_report:
+            self._next_report *= 10
+            logger.info("Kept %d of %d rows of the stream (%.4f).", self.num_kept, self.num_seen, self._ratio())
+        found: list[bool] = kept.tolist()
+        return found
+
+    def _ratio(self) -> float:
+        return self.num_kept / self.num_seen
+
+
+def select_stream(
+    stream: Any, scorer: Scorer, budget: Budget, label_std: float, *, batch_size: int, calibration_rows: int
+) -> StreamSelection:
+    """Find the threshold of a stream; its rows are read once here and again when the selection is.
+
+    Args:
+        stream: a `datasets.IterableDataset`; shuffle it first where it is ordered by source.
+        scorer: what predicts.
+        budget: a `threshold`, or a `ratio` with its temperature.
+        label_std: standard deviation of the labels' `influence`, for a temperature.
+        batch_size: rows scored at once.
+        calibration_rows: first rows from which the threshold of a ratio is taken.
+
+    Returns:
+        The selection.
+
+    Raises:
+        ValueError: the budget needs the whole dataset, or the stream is empty.
+    """
+    plain, had = unformatted(stream)
+    if budget.threshold is not None:
+        rule = Rule("influence", float(np.float32(budget.threshold)))
+        return StreamSelection(
+            plain, had, scorer, rule, batch_size=batch_size, num_calibration_rows=0, calibration_ratio=math.nan
+        )
+    if budget.ratio is None:
+        raise ValueError(
+            "A stream must be filtered by `ratio` or `threshold`: the best `k` rows or `num_tokens` are known at its "
+            "end only. Use `ratio=` and `.take(k)`, or load the dataset without streaming."
+        )
+    if calibration_rows < 1:
+        raise ValueError(f"`calibration_rows` must be at least 1, got {calibration_rows}.")
+    parts, content = [], []
+    for batch in plain.take(calibration_rows).iter(batch_size):
+        parts.append(scorer.predict_batch(batch))
+        content += list(batch[scorer.column])
+    if not parts:
+        raise ValueError("The stream must have rows, got none. Check its files and filters.")
+    scored = Predictions(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    noise = 0.0
+    if budget.temperature:
+        noise = budget.temperature * temperature_unit(scored.num_targets, budget.ranking, label_std)
+    num_tokens = int(scored.num_targets.sum(dtype=np.int64))
+    mean = float(scored.influence.astype(np.float64) @ scored.num_targets) / max(1, num_tokens)
+    rule = Rule(budget.ranking, -math.inf, mean, noise, budget.seed)
+    values = np.sort(rule.values(scored, content))[::-1]
+    rule = dataclasses.replace(rule, threshold=float(values[share_of(len(values), budget.ratio) - 1]))
+    share = float(np.mean(values >= rule.threshold))
+    logger.info(
+        "Threshold %.4g of %s, from the first %d rows of the stream, of which it keeps %.4f (asked for %.4f).",
+        rule.threshold, rule.ranking, len(values), share, budget.ratio,
+    )  # fmt: skip
+    return StreamSelection(
+        plain, had, scorer, rule, batch_size=batch_size, num_calibration_rows=len(values), calibration_ratio=share
+    )

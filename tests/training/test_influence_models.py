@@ -1,0 +1,93 @@
+"""Influence models that read text or the training model's states: in the Trainer, stopped, resumed, told too late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from mates_hf import MatesCallback, load_round
+from mates_hf.influence.encoder import EncoderInfluenceModel
+from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
+from tests.training.kit import (
+    Stop,
+    make_arguments,
+    make_model,
+    make_pool,
+    make_reference,
+    run,
+    small_config,
+)
+
+
+def make_encoder(tokenizer: Any, **settings: Any) -> EncoderInfluenceModel:
+    from transformers import BertConfig, BertModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+        )
+        encoder = BertModel(config)
+    return EncoderInfluenceModel((encoder, tokenizer), **settings)
+
+
+@pytest.mark.parametrize("kind", ["hidden states", "encoder", "fine-tuned encoder"])
+def test_a_stopped_run_goes_on_exactly(tmp_path, kind, tiny_tokenizer) -> None:
+    def build() -> Any:
+        if kind == "hidden states":
+            return HiddenStateInfluenceModel()
+        settings = {"head_only": kind == "encoder", "max_tokens": 32, "chunk_tokens": 32, "num_epochs": 1}
+        return make_encoder(tiny_tokenizer, **settings)
+
+    def give(trainer: Trainer) -> None:
+        trainer.processing_class = tiny_tokenizer
+        trainer.callback_handler.processing_class = tiny_tokenizer
+
+    def callback(**changes: Any) -> MatesCallback:
+        return MatesCallback(make_reference(), small_config(num_probes=60, **changes), influence_model=build())
+
+    saving = {"save_strategy": "steps", "save_steps": 8, "max_steps": 16}
+    whole = run(make_arguments(tmp_path / "whole", **saving), [callback()], prepare=give, dropout=0.1)
+    run(make_arguments(tmp_path / "run", **saving), [Stop(8), callback()], prepare=give, dropout=0.1)
+    resumed = run(make_arguments(tmp_path / "run", **saving), [callback()], prepare=give, dropout=0.1, resume=True)
+    assert resumed.losses == whole.losses
+    for name, value in whole.weights.items():
+        assert torch.equal(resumed.weights[name], value), name
+    assert resumed.rows == whole.rows[8 * 4 :]
+    record = load_round(tmp_path / "whole" / "_mates" / "round-0001")
+    assert record.selection is not None
+    assert record.info["fit"]["num_held_out"] > 0
+
+
+def test_fitting_on_hidden_states_changes_no_bit_of_training(tmp_path) -> None:
+    """Until a selection is trained on: the same steps, with and without the round between them."""
+    plain = run(make_arguments(tmp_path / "plain"), [], dropout=0.1)
+    callback = MatesCallback(make_reference(), small_config(), influence_model=HiddenStateInfluenceModel())
+    watched = run(make_arguments(tmp_path / "mates"), [callback], dropout=0.1)
+    boundary, lead = 6, 1  # a round runs after step 6 and takes effect one step later
+    same = boundary + lead
+    assert watched.rows[: 4 * same] == plain.rows[: 4 * same]
+    assert watched.rows[4 * same :] != plain.rows[4 * same :]
+    assert watched.losses[:same] == plain.losses[:same]
+    assert watched.streams == plain.streams
+
+
+def test_what_an_influence_model_lacks_is_told_before_the_first_step(tmp_path, tiny_tokenizer) -> None:
+    callback = MatesCallback(
+        make_reference(), small_config(), influence_model=make_encoder(tiny_tokenizer, max_tokens=32, chunk_tokens=32)
+    )
+    trainer = Trainer(
+        model=make_model(), args=make_arguments(tmp_path), train_dataset=make_pool(), callbacks=[callback]
+    )
+    with pytest.raises(ValueError, match="must have the training tokenizer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not (tmp_path / "_mates").exists()
