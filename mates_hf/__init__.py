@@ -15,20 +15,24 @@ if TYPE_CHECKING:
     from mates_hf.config import MatesConfig
     from mates_hf.data.reference import ReferenceTask
     from mates_hf.influence.directional import DirectionalProbe
+    from mates_hf.influence.encoder import EncoderInfluenceModel
     from mates_hf.influence.ngram import NgramInfluenceModel
     from mates_hf.influence.one_step import OneStepProbe
     from mates_hf.records import MatesError
     from mates_hf.round_files import load_round
     from mates_hf.selection.choose import gumbel_top_k
+    from mates_hf.selection.selector import MatesSelector
     from mates_hf.training.callback import MatesCallback
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "DirectionalProbe",
+    "EncoderInfluenceModel",
     "MatesCallback",
     "MatesConfig",
     "MatesError",
+    "MatesSelector",
     "NgramInfluenceModel",
     "OneStepProbe",
     "ReferenceTask",
@@ -38,9 +42,11 @@ __all__ = [
 
 _HOME = {
     "DirectionalProbe": "mates_hf.influence.directional",
+    "EncoderInfluenceModel": "mates_hf.influence.encoder",
     "MatesCallback": "mates_hf.training.callback",
     "MatesConfig": "mates_hf.config",
     "MatesError": "mates_hf.records",
+    "MatesSelector": "mates_hf.selection.selector",
     "NgramInfluenceModel": "mates_hf.influence.ngram",
     "OneStepProbe": "mates_hf.influence.one_step",
     "ReferenceTask": "mates_hf.data.reference",

@@ -7,6 +7,8 @@ is given the benefit of the doubt: None, and whoever asked goes on without that 
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from typing import Any
 
 import torch
@@ -46,6 +48,15 @@ def vocabulary_size(model: Any) -> int | None:
     embedding = get() if callable(get) else None
     size = getattr(embedding, "num_embeddings", None)
     return int(size) if size is not None else None
+
+
+def hub_name(model: Any) -> str:
+    """The repository a model was loaded from; its class where that was a folder, whose path is nobody's business."""
+    inner = unwrap(model)
+    name = getattr(getattr(inner, "config", None), "name_or_path", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or os.path.exists(name):
+        return type(inner).__name__
+    return name
 
 
 def is_sharded(model: nn.Module) -> bool:

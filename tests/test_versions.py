@@ -26,11 +26,13 @@ PACKAGE = ROOT / "mates_hf"
 
 
 def floors() -> dict[str, str]:
-    """The lower bounds of the dependencies in pyproject.toml."""
+    """The lower bounds in pyproject.toml of the dependencies, and of those of evaluation."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert section is not None
-    return dict(re.findall(r'^ *"([\w-]+)>=([\d.]+)', section[1], re.MULTILINE))
+    extra = re.search(r"^eval = \[(.*)\]$", text, re.MULTILINE)
+    assert extra is not None
+    return dict(re.findall(r'"([\w-]+)>=([\d.]+)', section[1] + extra[1]))
 
 
 def test_the_oldest_lane_installs_the_floors() -> None:

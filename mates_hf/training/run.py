@@ -22,7 +22,8 @@ import torch
 from mates_hf.config import MatesConfig
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.influence.probe import Probe
+from mates_hf.influence.probe import Probe, count_parameters
+from mates_hf.model_traits import hub_name
 from mates_hf.preserve import local_shard
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import (
@@ -138,6 +139,7 @@ class Run:
             "seed": self.config.selection_seed,
             "reference": {**self.reference.description, "digest": self.reference.digest()},
             "pool": dict(self.pool_identity),
+            "model": {"name": hub_name(self.model), "num_parameters": count_parameters(self.model)},
             "versions": library_versions(),
         }
 

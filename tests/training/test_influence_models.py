@@ -11,6 +11,7 @@ from transformers import Trainer
 from mates_hf import MatesCallback, load_round
 from mates_hf.influence.encoder import EncoderInfluenceModel
 from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
+from mates_hf.model_traits import hub_name
 from tests.training.kit import (
     Stop,
     make_arguments,
@@ -91,3 +92,21 @@ def test_what_an_influence_model_lacks_is_told_before_the_first_step(tmp_path, t
         trainer.train()
     assert trainer.state.global_step == 0
     assert not (tmp_path / "_mates").exists()
+
+
+def test_a_round_says_which_model_it_probed(tmp_path) -> None:
+    run(make_arguments(tmp_path), [MatesCallback(make_reference(), small_config())])
+    info = load_round(tmp_path / "_mates" / "round-0001").info
+    assert info["model"] == {"name": "LlamaForCausalLM", "num_parameters": make_model().num_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("EleutherAI/pythia-410m", "EleutherAI/pythia-410m"), ("gpt2", "gpt2"), ("", "LlamaForCausalLM")],
+)
+def test_a_model_is_called_as_on_the_hub_and_never_by_its_folder(tmp_path, given, name) -> None:
+    model = make_model()
+    model.config._name_or_path = given
+    assert hub_name(model) == name
+    model.config._name_or_path = str(tmp_path)
+    assert hub_name(model) == "LlamaForCausalLM"
