@@ -233,6 +233,11 @@ class Scorer:
 
         return predict
 
+    def columns_of(self, names: Sequence[str]) -> list[str]:
+        """Those of a dataset's columns that a prediction may read."""
+        beside = _BESIDE if self.column == "input_ids" else ()
+        return [name for name in names if name == self.column or name in beside]
+
     def content(self, dataset: Any, ids: IntArray) -> bytes:
         """What the rows `ids` of a `datasets.Dataset` hold in the columns that a prediction reads."""
         if not self.is_text:

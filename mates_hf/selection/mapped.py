@@ -1,9 +1,11 @@
 """Scoring a `datasets.Dataset`: through `Dataset.map` with its cache and processes, or in place; in parts that stay.
 
-Place in the flow: what `MatesSelector.map`, `score` and `select` do with a map-style dataset. Trade-off: the cache key
-is made here instead of by `datasets`, which would hash the live model by pickling it and find another hash after each
-call of a tokenizer. It holds the dataset's fingerprint and the content of 1,024 rows, so that a dataset that was
-changed under its old fingerprint is scored anew.
+Place in the flow: what `MatesSelector.map`, `score` and `select` do with a map-style dataset. Trade-offs: `map` writes
+the new column alone and sets it beside the others, as `concatenate_datasets(axis=1)` does, so a corpus is not copied,
+and the result needs the files that the dataset had (`save_to_disk` writes one that does not). The cache key is made
+here instead of by `datasets`, which would hash the live model by pickling it and find another hash after each call of
+a tokenizer. It holds the dataset's fingerprint and the content of 1,024 rows, so that a dataset that was changed under
+its old fingerprint is scored anew.
 
 Shape suffix: N rows.
 """
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.data.columns import fixed_positions
+from mates_hf.data.columns import fixed_positions, physical_rows
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.kernels import num_threads
 from mates_hf.influence.scoring import Predictions, Scorer
@@ -76,30 +78,26 @@ class Ahead:
 
 
 @dataclasses.dataclass(frozen=True)
-class AddInfluence:
-    """What `Dataset.map` runs on a batch: the table with the new column, without some others.
+class OnlyInfluence:
+    """What `Dataset.map` runs on a batch: the new column.
 
     Attributes:
         scorer: what predicts.
-        removed: columns left out.
         ahead: has the predictions where they are made while `datasets` writes; None in worker processes.
     """
 
     scorer: Scorer
-    removed: tuple[str, ...] = ()
     ahead: Ahead | None = None
 
     def __call__(self, table: Any, indices: list[int]) -> Any:
-        """The batch with its influence."""
+        """The influence of a batch."""
         import pyarrow as pa
 
         if self.ahead is None:
             found = self.scorer.predict_table(table, indices[0]).influence
         else:
             found = self.ahead.influence(indices[0], indices[-1] + 1)
-        left_out = {INFLUENCE_COLUMN, *self.removed}
-        kept = table.select([name for name in table.column_names if name not in left_out])
-        return kept.append_column(INFLUENCE_COLUMN, pa.array(found))
+        return pa.table({INFLUENCE_COLUMN: pa.array(found)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,31 +137,44 @@ def map_rows(
         raise ValueError(f"`remove_columns` must be columns of the dataset, {dataset.column_names}, got {missing}.")
     if INFLUENCE_COLUMN in dataset.column_names:
         logger.info("The column `%s` is replaced.", INFLUENCE_COLUMN)
+    if shards_dir is not None:
+        _check_parts(kwargs, shard_rows)
     left_out = {INFLUENCE_COLUMN, *removed}
-    features = datasets.Features(
-        {name: kind for name, kind in dataset.features.items() if name not in left_out}
-        | {INFLUENCE_COLUMN: datasets.Value("float32")}
-    )
-    options = {"batch_size": batch_size, "num_proc": num_proc, "features": features, **kwargs}
-    key = _key(dataset, scorer, *sorted(removed))
+    kept = dataset.with_format(None).select_columns([name for name in dataset.column_names if name not in left_out])
+    new = datasets.Features({INFLUENCE_COLUMN: datasets.Value("float32")})
+    features = datasets.Features({**kept.features, **new})
+    if not len(dataset):  # which `Dataset.map` and `concatenate_datasets` leave as it is
+        nothing: dict[str, list[Any]] = {name: [] for name in features}
+        return _with_format_of(dataset, datasets.Dataset.from_dict(nothing, features=features, split=dataset.split))
+    options = {"batch_size": batch_size, "num_proc": num_proc, "features": new, **kwargs}
+    key = _key(dataset, scorer, scorer.digest(), INFLUENCE_COLUMN)
 
-    def add_to(part: Any, key: str, **more: Any) -> Any:
+    def score(part: Any, key: str, **more: Any) -> Any:
         if num_proc or scorer.is_text or not getattr(scorer.model, "reads_spans", False):
-            return _map(part, AddInfluence(scorer, removed), key, **options, **more)
+            return _map(part, OnlyInfluence(scorer), key, scorer, **options, **more)
         with Ahead(part, scorer) as ahead:
-            return _map(part, AddInfluence(scorer, removed, ahead), key, **options, **more)
+            return _map(part, OnlyInfluence(scorer, ahead), key, scorer, **options, **more)
 
     if shards_dir is None:
-        return _with_format_of(dataset, add_to(dataset, key))
-    _check_parts(kwargs, shard_rows)
-    folder = shards_dir / key
-    parts = []
-    for begin in range(0, max(len(dataset), 1), shard_rows):
-        end = min(begin + shard_rows, len(dataset))
-        name = folder / f"{begin:012d}-{end:012d}.arrow"  # `datasets` moves a file to its name when it is whole
-        part = dataset.select(range(begin, end))
-        parts.append(add_to(part, f"{key}-{begin:x}-{end:x}", cache_file_name=str(name)))
-    whole = datasets.concatenate_datasets(parts, split=dataset.split)
+        scored = score(dataset, key)
+    else:
+        folder = shards_dir / key
+        parts = []
+        for begin in range(0, len(dataset), shard_rows):
+            end = min(begin + shard_rows, len(dataset))
+            name = folder / f"{begin:012d}-{end:012d}.arrow"  # `datasets` moves a file to its name when it is whole
+            part = dataset.select(range(begin, end))
+            parts.append(score(part, f"{key}-{begin:x}-{end:x}", cache_file_name=str(name)))
+        scored = datasets.concatenate_datasets(parts)
+    if not kept.column_names:
+        return _with_format_of(dataset, scored)
+    if physical_rows(kept) is not None:  # a column beside a table needs its order: the rows are written in theirs
+        in_memory = bool(kwargs.get("keep_in_memory"))
+        rows_key = _key(dataset, scorer, "rows", *kept.column_names)
+        kept = kept.flatten_indices(keep_in_memory=in_memory, num_proc=num_proc, new_fingerprint=rows_key)
+    info = dataset.info.copy()
+    info.features = features
+    whole = datasets.concatenate_datasets([kept, scored], info=info, split=dataset.split, axis=1)
     return _with_format_of(dataset, whole)
 
 
@@ -180,7 +191,7 @@ def score_rows(
     from tqdm import tqdm
 
     _check_parts({}, shard_rows)
-    folder = None if shards_dir is None else shards_dir / _key(dataset, scorer)
+    folder = None if shards_dir is None else shards_dir / _key(dataset, scorer, scorer.digest())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     influence, num_targets = np.empty(len(dataset), np.float32), np.empty(len(dataset), np.int32)
@@ -214,28 +225,21 @@ def log_intercepts(mapped: Any, scorer: Scorer) -> None:
 
 
 def _key(dataset: Any, scorer: Scorer, *more: str) -> str:
-    """Fingerprint of the result: of the data, the model, the tokenizer and the column."""
+    """Fingerprint of a result: of the data, its scored columns' content, and what else it depends on."""
     digest = hashlib.sha256()
-    parts = [scorer.digest(), dataset._fingerprint, len(dataset), str(dataset.features), *more]
+    parts = [dataset._fingerprint, len(dataset), str(dataset.features), *more]
     digest.update(json.dumps(parts).encode())
     if len(dataset):
         digest.update(scorer.content(dataset, fixed_positions(len(dataset), NUM_KEY_ROWS)))
     return digest.hexdigest()[:32]
 
 
-def _map(dataset: Any, function: Callable[..., Any], key: str, *, features: Any, **options: Any) -> Any:
-    """`Dataset.map` over Arrow tables, and the same of a dataset without rows, which `datasets` leaves as it is."""
-    import datasets
-
-    if not len(dataset):
-        return datasets.Dataset.from_dict({name: [] for name in features}, features=features, split=dataset.split)
-    return dataset.with_format("arrow").map(
-        function,
-        batched=True,
-        with_indices=True,
-        features=features,
-        new_fingerprint=key,
-        **{"desc": "Scoring", **options},
+def _map(dataset: Any, function: Callable[..., Any], key: str, scorer: Scorer, **options: Any) -> Any:
+    """`Dataset.map` over Arrow tables of the columns that scoring reads."""
+    return (
+        dataset.with_format("arrow")
+        .select_columns(scorer.columns_of(dataset.column_names))
+        .map(function, batched=True, with_indices=True, new_fingerprint=key, **{"desc": "Scoring", **options})
     )
 
 
@@ -255,8 +259,9 @@ def _scores_by_map(dataset: Any, scorer: Scorer, begin: int, end: int, batch_siz
 
     features = datasets.Features({"influence": datasets.Value("float32"), "num_targets": datasets.Value("int32")})
     part = dataset.select(range(begin, end)).with_format(None)
-    key = _key(part, scorer, "scores")
-    found = _map(part, OnlyScores(scorer), key, features=features, batch_size=batch_size, num_proc=num_proc)
+    key = _key(part, scorer, scorer.digest(), "scores")
+    options = {"features": features, "batch_size": batch_size, "num_proc": num_proc}
+    found = _map(part, OnlyScores(scorer), key, scorer, **options)
     return Predictions(*(found.data.column(name).to_numpy() for name in features))
 
 

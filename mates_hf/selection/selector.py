@@ -2,7 +2,7 @@
 
 Place in the flow: right of every influence model, for people who choose data before a run or outside of a Trainer; a
 round inside the Trainer selects by `choose.select_rows` instead. Trade-off: `map` goes through `datasets`, its cache
-and its processes, and writes the whole dataset once more; `filter` and `select` score in place and write nothing.
+and its processes, and writes a column; `filter` and `select` score in place and write nothing.
 
 Sign: influence > 0 helps, higher is better. Shape suffix: N rows.
 """
@@ -103,6 +103,9 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         model's intercept, and these are counted in the log. The cache of `datasets` is keyed by the dataset and all
         that a prediction depends on, so that a second process finds it and a changed weight does not.
 
+        The new column is written alone, 4 bytes a row, and set beside the others, which stay where they are: keep
+        their files, or `save_to_disk` the result. Rows that were shuffled or picked are written in their order first.
+
         Args:
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; streams are scored as read.
             column: of texts or of token ids; None takes `input_ids`, else `text`.
@@ -110,7 +113,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             num_proc: worker processes, of one thread each; None scores in this process on all cores.
             shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run goes on where it stopped.
             shard_rows: see `shards_dir`.
-            **kwargs: for `datasets.Dataset.map`, but what would change what is computed.
+            **kwargs: for `datasets.Dataset.map` of the new column, but what would change what is computed.
 
         Returns:
             A dataset of the same kind.

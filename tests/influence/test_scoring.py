@@ -81,6 +81,13 @@ def test_any_number_of_threads_gives_the_same_bits(num_threads: int) -> None:
     assert found.std() > 0
 
 
+def test_a_limit_of_threads_holds_for_what_sets_none() -> None:
+    with kernels.at_most_threads(1), kernels.at_most_threads(None):
+        assert kernels.num_threads() == 1
+    with kernels.at_most_threads(1), kernels.at_most_threads(3):
+        assert kernels.num_threads() == 3
+
+
 def test_impossible_spans_and_ids_are_refused() -> None:
     values = np.array([1, 2, 3, 49], np.int32)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,44 @@ def test_formats_columns_and_splits_are_kept(selector: MatesSelector, dataset: D
     assert nothing.features["influence"] == datasets.Value("float32")
 
 
+def test_the_new_column_is_written_alone(selector: MatesSelector, dataset: Dataset, tmp_path: Path) -> None:
+    info = datasets.DatasetInfo(description="made", license="mit", features=dataset.features)
+    Dataset(dataset.data, info=info, split="train").save_to_disk(tmp_path / "data")
+    stored = load_from_disk(str(tmp_path / "data"))
+    scored = selector.map(stored)
+    new = [Path(found["filename"]) for found in scored.cache_files if found not in stored.cache_files]
+    assert [path.parent for path in new] == [tmp_path / "data"]
+    assert Dataset.from_file(str(new[0])).column_names == ["influence"]
+    address = stored.data.column("input_ids").chunk(0).values.buffers()[1].address
+    assert scored.data.column("input_ids").chunk(0).values.buffers()[1].address == address
+    assert (scored.info.description, scored.info.license, scored.split) == ("made", "mit", "train")
+    assert selector.map(stored)._fingerprint == scored._fingerprint
+
+    alone_there = selector.map(stored, remove_columns=["input_ids", "id"])
+    assert alone_there.column_names == ["influence"]
+    assert np.array_equal(influence_of(alone_there), influence_of(scored))
+    scored.save_to_disk(tmp_path / "copy")
+    expected = scored.to_dict()
+    shutil.rmtree(tmp_path / "data")
+    assert load_from_disk(str(tmp_path / "copy")).to_dict() == expected
+
+
+def test_rows_in_another_order_are_written_once(selector: MatesSelector, dataset: Dataset, tmp_path: Path) -> None:
+    dataset.save_to_disk(tmp_path / "data")
+    shuffled = load_from_disk(str(tmp_path / "data")).shuffle(seed=4)
+    stay = selector.map(shuffled, keep_in_memory=True)
+    assert stay.cache_files == []
+    scored = selector.map(shuffled)
+    first = caches(tmp_path / "data")
+    assert scored["id"][:] == shuffled["id"][:] != dataset["id"][:]
+    assert np.array_equal(influence_of(scored), alone(selector.influence_model, shuffled["input_ids"][:]))
+    other = MatesSelector(MeanId()).map(shuffled)
+    assert other["id"][:] == shuffled["id"][:]
+    assert np.array_equal(influence_of(other), alone(MeanId(), shuffled["input_ids"][:]))
+    assert len(caches(tmp_path / "data") - first) == 1  # the other model's column; the rows are there
+    assert stay.to_dict() == scored.to_dict()
+
+
 def test_rows_that_say_nothing_are_counted(selector: MatesSelector, caplog: pytest.LogCaptureFixture) -> None:
     dataset = Dataset.from_dict({"input_ids": [[], [5], [5, GOOD], None]})
     with caplog.at_level(logging.INFO):
@@ -217,7 +256,7 @@ def test_another_process_hits_the_cache_and_another_model_misses_it(
     stored = load_from_disk(str(tmp_path / "data"))
     scored = selector.map(stored)
     assert caches(tmp_path / "data") == first
-    assert Path(scored.cache_files[0]["filename"]).name in first
+    assert Path(scored.cache_files[-1]["filename"]).name in first
     assert np.array_equal(influence_of(scored), np.load(tmp_path / "out.npy"))
     assert np.array_equal(influence_of(scored), influence_of(selector.map(dataset)))
 
@@ -283,8 +322,8 @@ def test_damaged_parts_are_scored_again(
 @FORKS[0]
 @FORKS[1]
 def test_a_full_disk_leaves_nothing_that_looks_whole(selector: MatesSelector, tmp_path: Path) -> None:
-    large = Dataset.from_dict({"input_ids": make_lists(3000, seed=8)})
-    large.save_to_disk(tmp_path / "data")
+    lists = make_lists(3000, seed=8, longest=4)
+    Dataset.from_dict({"input_ids": lists * 20}).save_to_disk(tmp_path / "data")
 
     def run_out_of_disk() -> None:
         import signal
@@ -294,8 +333,8 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(selector: MatesSelector, tm
         stored = load_from_disk(str(tmp_path / "data"))
         for work in (
             lambda: selector.map(stored),
-            lambda: selector.map(stored, shards_dir=tmp_path / "parts", shard_rows=2000),
-            lambda: selector.score(stored.select([0] * 60_000), shards_dir=tmp_path / "parts"),
+            lambda: selector.map(stored, shards_dir=tmp_path / "parts", shard_rows=40_000),
+            lambda: selector.score(stored, shards_dir=tmp_path / "parts"),
         ):
             with pytest.raises(OSError, match="File too large|requested and"):
                 work()
@@ -303,8 +342,8 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(selector: MatesSelector, tm
     assert in_child(run_out_of_disk) == 0
     assert caches(tmp_path / "data") == set()
     assert [path for path in tmp_path.joinpath("parts").rglob("*") if path.suffix in (".arrow", ".npy")] == []
-    scored = selector.map(load_from_disk(str(tmp_path / "data")), shards_dir=tmp_path / "parts", shard_rows=2000)
-    assert np.array_equal(influence_of(scored), alone(selector.influence_model, large["input_ids"][:]))
+    scored = selector.map(load_from_disk(str(tmp_path / "data")), shards_dir=tmp_path / "parts", shard_rows=40_000)
+    assert np.array_equal(influence_of(scored), np.tile(alone(selector.influence_model, lists), 20))
 
 
 # --- bad input ---
