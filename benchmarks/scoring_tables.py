@@ -1,0 +1,128 @@
+"""The table of `scoring.py`: raw seconds and bytes to medians, spreads and whether a target is met.
+
+Place in the flow: after the measuring; knows no arms but by their names.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+TYPES = ("int32", "int64")  # of the token ids in a column
+
+Result = dict[str, Any]
+# Part, what, values of the turns (none: not installed), unit, target: at least this, or at most what is below 0.
+Line = tuple[str, str, Sequence[float], str, float | None]
+
+
+def ratios(a: Sequence[float], b: Sequence[float], factor: float = 1.0) -> list[float]:
+    """`factor * a / b`, turn by turn."""
+    return [factor * x / y for x, y in zip(a, b, strict=True)]
+
+
+def column_lines(result: Result) -> list[Line]:
+    """Rows of the table about the column."""
+    seconds, billion = result["seconds"], result["tokens"] / 1e9
+    counts = sorted({int(name.split()[2]) for name in seconds})
+    most = counts[-1]
+    lines: list[Line] = []
+    for kind in TYPES:
+        for num in counts:
+            score, add = seconds[f"score {kind} {num}"], seconds[f"sum {kind} {num}"]
+            threads = f"{num} thread{'s' * (num > 1)}"
+            lines.append(("column", f"{kind}: time / `numpy.sum`, {threads} each", ratios(score, add), "x", -8.0))
+            lines.append(("column", f"{kind}: ns/token, {threads}", [x / billion for x in score], "ns", None))
+        if most > 1:
+            score, one = seconds[f"score {kind} {most}"], seconds[f"sum {kind} 1"]
+            lines.append(
+                ("column", f"{kind}: time of {most} threads / `numpy.sum` of one", ratios(score, one), "x", None)
+            )
+            gain = ratios(seconds[f"score {kind} 1"], score)
+            goal = 1.6 if most == 2 else None
+            lines.append(("column", f"{kind}: {most} threads against one", gain, "x", goal))
+    return lines
+
+
+def map_lines(result: Result) -> list[Line]:
+    """Rows of the table about `map`."""
+    lines: list[Line] = []
+    for kind, found in result.items():
+        seconds, size = found["seconds"], f"{found['tokens'] / 1e6:.0f} M tokens, {kind.replace('quarter', 'int32')}"
+        score = seconds["score"]
+        scale = found["tokens"] / found["row tokens"]
+        goal = -1.3 if kind == "int32" else None
+        lines += [
+            ("map", f"{size}: scoring / identity, batched", ratios(score, seconds["identity"]), "x", goal),
+            ("map", f"{size}: scoring / identity, Arrow tables", ratios(score, seconds["identity arrow"]), "x", None),
+            ("map", f"{size}: scoring / identity, row by row", ratios(score, seconds["rows"], 1 / scale), "x", None),
+            (
+                "map", f"{size}: scoring, then `save_to_disk` / identity, then the same",
+                ratios(seconds["score, saved"], seconds["identity, saved"]), "x", None,
+            ),
+            ("map", f"{size}: scoring", score, "s", None),
+            ("map", f"{size}: identity, batched", seconds["identity"], "s", None),
+        ]  # fmt: skip
+    return lines
+
+
+def memory_lines(memory: dict[str, Result]) -> list[Line]:
+    """Rows of the table about memory."""
+    lines: list[Line] = []
+    for name, found in memory.items():
+        what = f"{name.split()[2]}, {found['tokens'] / 1e6:.0f} M tokens"
+        added = (found["own_peak"] - found["own_before"]) / 2**20
+        lines.append(("memory", f"{what}: own memory added at its peak", [added], "MiB", None))
+        lines.append(("memory", f"{what}: `ru_maxrss`, mapped pages of the column included",
+                      [found["ru_maxrss"] / 2**20], "MiB", None))  # fmt: skip
+    return lines
+
+
+def rate_lines(rivals: Result, encoder: Result) -> list[Line]:
+    """Rows of the table about rivals."""
+    seconds, tokens = rivals["seconds"], rivals["tokens"]
+    lines: list[Line] = []
+    rates = {name: [tokens[name] / x for x in found] for name, found in seconds.items()}
+    pipelines = [name for name in rates if "pipeline" in name]
+    best = max(pipelines, key=lambda name: statistics.median(rates[name]))
+    for rival, name, goal in (
+        ("DSIR",) * 2 + (100.0,),
+        ("fastText",) * 2 + (10.0,),
+        ("bert-base pipeline", best, 5000.0),
+    ):
+        for ours, target in (("tokens", goal), ("documents", None), ("texts", None)):
+            found = ratios(rates[f"n-gram model, {ours}"], rates[name]) if name in rates else []
+            lines.append(("rivals", f"n-gram model, {ours} / {rival}", found, "x", target))
+    lines += [
+        ("rivals", f"{name}: thousand tokens/s", [x / 1e3 for x in found], "", None) for name, found in rates.items()
+    ]
+    found = encoder.get("seconds", {})
+    others = [name for name in found if name != "encoder"]
+    quickest = min(others, key=lambda name: statistics.median(found[name]), default=None)
+    for name in others or ["pipeline"]:
+        gain = ratios(found[name], found["encoder"]) if found else []
+        goal = 3.0 if name in (quickest, "pipeline") else None
+        note = ", its quickest" if name == quickest else ""
+        lines.append(("encoder", f"`EncoderInfluenceModel` / {name}{note}", gain, "x", goal))
+    if found:
+        rate = [encoder["tokens"] / x / 1e3 for x in found["encoder"]]
+        lines.append(("encoder", "`EncoderInfluenceModel`: thousand tokens/s", rate, "", None))
+    return lines
+
+
+def report(machine: Result, settings: Result, lines: Sequence[Line], quick: bool) -> str:
+    """The table: medians over the turns, with the lowest and the highest."""
+    text = [f"# scoring{' (quick, not to be reported)' if quick else ''}", ""]
+    text += [", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
+    text += ["Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".", ""]
+    text += ["| part | what | median | lowest to highest | target | met |", "|---|---|---|---|---|---|"]
+    for part, what, values, unit, goal in lines:
+        if not values:
+            text.append(f"| {part} | {what} | not installed | | | |")
+            continue
+        median = statistics.median(values)
+        spread = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
+        target = "" if goal is None else f"≥ {goal:g}" if goal > 0 else f"≤ {-goal:g}"
+        met = "" if goal is None else "yes" if (median >= goal if goal > 0 else median <= -goal) else "**no**"
+        text.append(f"| {part} | {what} | {median:.4g} {unit} | {spread} | {target} | {met} |")
+    return "\n".join(text) + "\n"

@@ -1,0 +1,255 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mates-hf"]
+# ///
+"""Does a selector carry over: to a corpus the run never saw, and to a model that starts from nothing?
+
+    python benchmarks/selector_gain.py                          # about 20 minutes on two cores; needs no data
+    python benchmarks/selector_gain.py --quick --out runs/quick
+    python benchmarks/selector_gain.py --corpus corpus.jsonl.gz                       # the demo's selector on a file
+    python benchmarks/selector_gain.py --corpus corpus.jsonl.gz --reference ref.jsonl # demo on one half of the file
+
+1. A demo run, `examples/pretrain.py` as a user starts it, MATES alone, one seed. Its last round that selected is the
+   selector.
+2. Another corpus, free of every text that shares a 13-gram with the demo's pool, reference or held-out passages:
+   installed packages and a second draw of the built-in corpus, or a file. A fresh process reads the selector, filters
+   it to a fifth of its rows, and saves that.
+3. Fresh weights, one seed each, trained on what was kept, packed to rows of one length, each token once; against a
+   random draw of as many tokens, from the same weights. A third arm draws at random with the kept tokens' shares of
+   the kinds of text: what is gained over it, the kinds do not explain. All arms share optimizer, steps, rate (constant
+   after a warm-up), and points of evaluation, where the mean of the last weights is judged. The random arm goes on to
+   see when it gets as far.
+
+Trade-off: models of a million parameters and minutes of training. The learning rate and the corpora stand in the
+table. A killed run goes on where it stopped: finished parts are kept under `--work`; delete that after a change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lab import MALLOC_SETTINGS, rounded
+from selector_gain_corpus import builtin_texts, file_texts
+from selector_gain_tables import RANDOM, SAME_KINDS, SELECTED, write_page
+from selector_gain_training import BATCH_ROWS, BLOCK, LR, WARM_UP, WINDOW, Tokens, Unit, read_tokens, steps_of, train
+
+RESULTS = Path(__file__).parent / "results"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
+RATIO = 0.2
+
+# What the demo would set by itself, for a pool that it is given.
+OWN_POOL = f"""--dataset json --text_column text --group_column kind --update_steps 40 --random_rounds 4
+ --num_probes 400 --candidate_scope slice --per_device_train_batch_size {BATCH_ROWS} --learning_rate {LR}
+ --adam_beta2 0.95 --weight_decay 0.1 --warmup_steps {WARM_UP} --lr_scheduler_type constant_with_warmup
+ --logging_strategy no --report_to none --block_size {BLOCK} --vocab_size 2048 --hidden_size 128 --num_layers 3
+ --evaluate_steps 30 --disable_tqdm true --log_level error --dataloader_pin_memory false""".split()
+
+FILTER = """
+import sys
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+from mates_hf import MatesSelector
+
+selector_dir, tokenizer_dir, corpus_dir, kept_dir, ratio = sys.argv[1:]
+selector = MatesSelector.from_pretrained(selector_dir, tokenizer=AutoTokenizer.from_pretrained(tokenizer_dir))
+selector.filter(load_from_disk(corpus_dir), ratio=float(ratio)).save_to_disk(kept_dir)
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is run.
+
+    Attributes:
+        seeds: fresh models of each arm.
+        share: of the other corpus to read.
+        demo_steps: of the demo run.
+        demo: arguments of the demo run besides.
+    """
+
+    seeds: int = 5
+    share: float = 1.0
+    demo_steps: int = 330
+    demo: tuple[str, ...] = ()
+
+
+QUICK = Sizes(
+    seeds=2,
+    share=0.1,
+    demo_steps=60,
+    demo=tuple("--update_steps 20 --random_rounds 1 --num_probes 100 --on_weak_signal select".split()),
+)
+
+
+# --- stages 1 and 2 ---
+
+
+def run_demo(work: Path, sizes: Sizes, own_pool: bool) -> Path:
+    """Make the demo run as a user would; its folder. A finished one is kept."""
+    folder = work / "demo"
+    if (folder / "results.json").exists():
+        return folder
+    steps = str(sizes.demo_steps)
+    given = [*OWN_POOL, "--data_files", str(work / "pool.jsonl"), "--reference", str(work / "reference.jsonl"),
+             "--held_out", str(work / "held_out.jsonl")] if own_pool else []  # fmt: skip
+    given += ["--output_dir", str(folder), "--arms", "mates", "--max_steps", steps, *sizes.demo]
+    saving = ["--save_strategy", "steps", "--save_steps", steps]  # a checkpoint has the tokenizer
+    subprocess.run([sys.executable, str(EXAMPLE), *given, *saving], check=True)
+    return folder
+
+
+def last_selector(demo: Path) -> Path:
+    """The round folder of the last round that selected by a model of its own."""
+    from mates_hf import load_round
+
+    for folder in sorted((demo / "mates-0" / "_mates").glob("round-????"), reverse=True):
+        if load_round(folder).info["guard"]["decision"] == "select":
+            return folder
+    raise SystemExit("No round of the demo run selected, so there is no selector to try.")
+
+
+def write_texts(work: Path, arguments: argparse.Namespace, sizes: Sizes) -> None:
+    """Read all texts and keep them under `work`: files for the demo, the other corpus as a dataset."""
+    from datasets import Dataset
+
+    if (work / "texts.json").exists():
+        return
+    texts = (
+        file_texts(arguments.corpus, arguments.reference, sizes.share)
+        if arguments.corpus
+        else builtin_texts(sizes.share)
+    )
+    named = {"pool": texts.demo_pool, "reference": texts.reference, "held_out": texts.held_out}
+    for name, rows in named.items():
+        lines = [json.dumps({"text": row} if isinstance(row, str) else row) for row in rows]
+        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    other = [{**row, "row": i} for i, row in enumerate(texts.other)]
+    Dataset.from_list(other).save_to_disk(str(work / "corpus"))
+    about = {"held_out": texts.held_out, "own": texts.own, "dropped": texts.dropped}
+    (work / "texts.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def filter_corpus(work: Path, selector: Path, checkpoint: Path) -> Path:
+    """Filter in a process that knows the folders alone."""
+    kept = work / "kept"
+    if not (kept / "state.json").exists():
+        command = [selector, checkpoint, work / "corpus", kept, RATIO]
+        subprocess.run([sys.executable, "-c", FILTER, *map(str, command)], check=True)
+    return kept
+
+
+# --- stage 3 ---
+
+
+def trained(work: Path, kept: Path, checkpoint: Path, units: list[Unit], workers: int) -> Iterator[str]:
+    """Run units side by side; yields a line for each that is done."""
+    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {unit.file: pool.submit(train, work, kept, checkpoint, unit) for unit in units}
+        for name, future in futures.items():
+            yield f"{name}: {future.result():.0f} s"
+
+
+# --- results ---
+
+
+def collect(work: Path, arguments: argparse.Namespace, sizes: Sizes, selector: Path, tokens: Tokens) -> dict[str, Any]:
+    """All that the page is made from."""
+    import torch
+    import transformers
+
+    from mates_hf import load_round
+
+    units = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "units").glob("*.json"))]
+    lengths = tokens.lengths
+    info = load_round(selector).info
+    kinds = {
+        name: {"corpus": float(lengths[tokens.kind == k].sum() / lengths.sum()),
+               "kept": float(lengths[(tokens.kind == k) & tokens.kept].sum() / lengths[tokens.kept].sum())}
+        for k, name in enumerate(tokens.kinds)
+    }  # fmt: skip
+    about = json.loads((work / "texts.json").read_text(encoding="utf-8"))
+    return {
+        "settings": {
+            "quick": arguments.quick,
+            "corpus": "file" if arguments.corpus else "built-in",
+            "demo_pool": "half of the file" if arguments.reference else "built-in",
+            "reference": "file" if arguments.reference else "language manual", "ratio": RATIO,
+            "learning_rate": LR, "batch_rows": BATCH_ROWS, "block": BLOCK, "warm_up": WARM_UP, "window": WINDOW,
+            "steps": steps_of(tokens), "demo_steps": sizes.demo_steps, "seeds": sizes.seeds,
+            "held_out_passages": len(about["held_out"]), "own_passages": len(about["own"]),
+            "dropped": about["dropped"], "corpus_rows": len(tokens.ids), "corpus_tokens": int(lengths.sum()),
+            "kept_rows": int(tokens.kept.sum()), "kept_tokens": int(lengths[tokens.kept].sum()),
+            "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+        "selector": {"number": info["number"], "step": info["step"], **info["guard"]},
+        "kinds": kinds,
+        "units": units,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, then write the JSON and the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path, help="JSON lines of `text` (and `domain`) to filter")
+    parser.add_argument("--reference", type=Path, help="JSON lines; the demo then trains on one half of --corpus")
+    parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
+    parser.add_argument("--seeds", type=int, help="fresh models of each arm (5; quick: 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="for the JSON and the page")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/selector_gain"), help="for the runs and finished parts"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="trainings side by side, of one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after this many")
+    arguments = parser.parse_args()
+    if arguments.reference and not arguments.corpus:
+        parser.error("--reference must come with the --corpus that has text for it")
+    sizes = QUICK if arguments.quick else Sizes()
+    sizes = dataclasses.replace(sizes, seeds=arguments.seeds or sizes.seeds)
+    name = "selector_gain" + ("_reference" if arguments.reference else "_file" if arguments.corpus else "")
+    name += "_quick" if arguments.quick else ""
+    work = (arguments.work / name).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    from transformers import AutoTokenizer
+
+    write_texts(work, arguments, sizes)
+    demo = run_demo(work, sizes, own_pool=arguments.reference is not None)
+    selector = last_selector(demo)
+    checkpoint = demo / "mates-0" / f"checkpoint-{sizes.demo_steps}"
+    kept = filter_corpus(work, selector, checkpoint)
+    tokens = read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
+    counts = Counter(np.array(tokens.kinds)[tokens.kind[tokens.kept]].tolist())
+    print(f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts}); {steps_of(tokens)} steps", flush=True)
+    units = [Unit(arm=arm, seed=seed) for seed in range(sizes.seeds) for arm in (SELECTED, RANDOM, SAME_KINDS)]
+    todo = [unit for unit in units if not (work / "units" / unit.file).exists()]
+    while todo:
+        if time.perf_counter() - started > 60 * arguments.minutes:
+            print(f"{len(todo)} of {len(units)} trainings are left; the same command goes on")
+            sys.exit(3)
+        for line in trained(work, kept, checkpoint, todo[: arguments.workers], arguments.workers):
+            print(line, flush=True)
+        todo = todo[arguments.workers :]
+    document = rounded(collect(work, arguments, sizes, selector, tokens), 7)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
+    (arguments.out / f"{name}.md").write_text(write_page(document), encoding="utf-8")
+    print(write_page(document))
+
+
+if __name__ == "__main__":
+    main()
