@@ -282,7 +282,8 @@ def default(document: Document) -> str:
     """The rule that decides the default, applied."""
     costs = {entry["name"]: entry for entry in document["cost"]}
     text = (
-        "## Which is the default\n\nRule: of the influence models of the package that cost at most "
+        "## Which is the default\n\nThe rule was written after the results were seen, twice over. "
+        "Rule: of the influence models of the package that cost at most "
         f"{CHEAP:g} FLOPs a token, (1) those whose realised gain is not shown to be below the best one's (the paired "
         f"difference in loss has an interval that includes 0), (2) of these, those whose Spearman is within {NEAR:g} "
         "of the highest, (3) of these, the one with the fewest FLOPs, then with the shortest fit. The interval is "
