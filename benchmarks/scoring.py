@@ -16,7 +16,7 @@ Five parts, each in a process of its own; arms take turns, and ratios are taken 
   is `lambda batch: batch` with `batched=True`, the quickest that people write: `datasets` decodes no column before it
   is looked at. Identity on Arrow tables and row by row stand beside it.
 - memory: what scoring adds to a process, for a column and for one of four times its size. Own memory leaves out
-  mapped pages of the column, which the system takes back when it wants to; `ru_maxrss` counts them.
+  mapped pages of the column, which the system takes back when it wants to; resident memory counts them.
 - rivals: tokens a second with one thread each, n-gram model against DSIR (`data-selection`), fastText
   (`fasttext-wheel`) and a `text-classification` pipeline of a bert-base-sized model (random weights, WordPiece trained
   here: speed only). Rivals read documents of natural lengths; tokens are those of the n-gram model's tokenizer, but of
@@ -38,7 +38,6 @@ import gzip
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,6 +63,7 @@ LENGTH = 1024  # tokens of a row of the column
 NUM_LABELS, LABEL_LENGTH = 2000, 256
 NUM_FITTED = 64  # documents that the encoder is fitted on, the shortest
 MAX_LENGTH = 512  # of the encoders
+FEW_TOKENS = 2048  # of a pass that a processor's caches hold more of
 PARTS = (
     "column", "map", "rivals", "encoder",
     *(f"memory {size} {how}" for how in ("score", "map") for size in ("quarter", "int32")),
@@ -223,9 +223,9 @@ def measure_memory(folder: Path, name: str, how: str) -> Result:
     work = {"score": selector.score, "map": functools.partial(selector.map, load_from_cache_file=False)}[how]
     work(dataset.select(range(64)))
 
-    def own() -> int:
+    def own(name: str = "RssAnon") -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
     held, peak, done = own(), own(), threading.Event()
 
@@ -240,8 +240,8 @@ def measure_memory(folder: Path, name: str, how: str) -> Result:
     done.set()
     watcher.join()
     del result
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens": num_tokens, "own_before": held, "own_peak": max(peak, own()), "ru_maxrss": most}
+    # `ru_maxrss` of a process begins with that of the process that started it; this is the same without that.
+    return {"tokens": num_tokens, "own_before": held, "own_peak": max(peak, own()), "resident_peak": own("VmHWM")}
 
 
 def measure_rivals(folder: Path, arguments: argparse.Namespace) -> Result:
@@ -330,7 +330,7 @@ def measure_encoder(folder: Path, arguments: argparse.Namespace) -> Result:
     torch.set_num_threads(arguments.threads)
     documents = load_from_disk(str(folder / "documents"))
     order = np.random.default_rng(2).permutation(len(documents))
-    chosen = documents.select(sorted(order[: 80 if arguments.quick else 192].tolist()))
+    chosen = documents.select(sorted(order[: 80 if arguments.quick else 128].tolist()))
     tokenizer = AutoTokenizer.from_pretrained(weights, model_max_length=MAX_LENGTH)
     encoder = EncoderInfluenceModel(
         (AutoModel.from_pretrained(weights), tokenizer), head_only=True, max_tokens=MAX_LENGTH, chunk_tokens=MAX_LENGTH
@@ -355,7 +355,16 @@ def measure_encoder(folder: Path, arguments: argparse.Namespace) -> Result:
     )
     texts = chosen["text"][:]
     how = {"truncation": True, "max_length": MAX_LENGTH, "function_to_apply": "none"}
-    arms: dict[str, Callable[[], Any]] = {"encoder": lambda: encoder.predict(chosen.select_columns(["text"]))}
+    data = chosen.select_columns(["text"])
+
+    def predict(tokens_per_batch: int) -> None:
+        encoder.tokens_per_batch = tokens_per_batch
+        encoder.predict(data)
+
+    sizes = (encoder.tokens_per_batch, FEW_TOKENS)
+    arms: dict[str, Callable[[], Any]] = {
+        f"encoder, {size} tokens a pass": functools.partial(predict, size) for size in sizes
+    }
     for size in (1, 8, 32):
         arms[f"pipeline, batches of {size}"] = functools.partial(classify, texts, batch_size=size, **how)
     read = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
@@ -401,6 +410,9 @@ def write(arguments: argparse.Namespace, machine: Result, corpus: Result, raw: d
         **corpus,
         "tokens of the column": f"{raw['column']['tokens']:,} in rows of {LENGTH}",
         "hash buckets": NgramInfluenceModel().num_buckets,
+        "tokens of the encoder's documents (10, 50, 90 %)": "/".join(
+            f"{x:.0f}" for x in raw["encoder"].get("lengths", [])
+        ),
     }
     text = report(machine, settings, lines, arguments.quick)
     print(text)

@@ -73,8 +73,8 @@ def memory_lines(memory: dict[str, Result]) -> list[Line]:
         what = f"{name.split()[2]}, {found['tokens'] / 1e6:.0f} M tokens"
         added = (found["own_peak"] - found["own_before"]) / 2**20
         lines.append(("memory", f"{what}: own memory added at its peak", [added], "MiB", None))
-        lines.append(("memory", f"{what}: `ru_maxrss`, mapped pages of the column included",
-                      [found["ru_maxrss"] / 2**20], "MiB", None))  # fmt: skip
+        lines.append(("memory", f"{what}: resident memory at its peak, mapped pages of the column included",
+                      [found["resident_peak"] / 2**20], "MiB", None))  # fmt: skip
     return lines
 
 
@@ -97,16 +97,18 @@ def rate_lines(rivals: Result, encoder: Result) -> list[Line]:
         ("rivals", f"{name}: thousand tokens/s", [x / 1e3 for x in found], "", None) for name, found in rates.items()
     ]
     found = encoder.get("seconds", {})
-    others = [name for name in found if name != "encoder"]
-    quickest = min(others, key=lambda name: statistics.median(found[name]), default=None)
-    for name in others or ["pipeline"]:
-        gain = ratios(found[name], found["encoder"]) if found else []
-        goal = 3.0 if name in (quickest, "pipeline") else None
-        note = ", its quickest" if name == quickest else ""
-        lines.append(("encoder", f"`EncoderInfluenceModel` / {name}{note}", gain, "x", goal))
-    if found:
-        rate = [encoder["tokens"] / x / 1e3 for x in found["encoder"]]
-        lines.append(("encoder", "`EncoderInfluenceModel`: thousand tokens/s", rate, "", None))
+    others = [name for name in found if name.startswith("pipeline")]
+    quickest = min(others, key=lambda name: statistics.median(found[name]), default="pipeline")
+    for ours in [name for name in found if name not in others] or ["encoder"]:
+        for name in others or [quickest]:
+            gain = ratios(found[name], found[ours]) if found else []
+            goal, note = (3.0, ", its quickest") if name == quickest else (None, "")
+            what = ours.replace("encoder", "`EncoderInfluenceModel`")
+            lines.append(("encoder", f"{what} / {name}{note}", gain, "x", goal))
+    for name, values in found.items():
+        lines.append(
+            ("encoder", f"{name}: thousand tokens/s", [encoder["tokens"] / x / 1e3 for x in values], "", None)
+        )
     return lines
 
 

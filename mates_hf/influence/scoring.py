@@ -152,7 +152,9 @@ class Scorer:
 
     def digest(self) -> str:
         """SHA-256 of everything but the rows that a prediction depends on."""
-        tokens = None if self.tokenizer is None else tokenizer_digest(self.tokenizer)
+        tokens: str | int | None = None
+        if self.tokenizer is not None:  # of a token column it only bounds the ids, and a large one takes 0.3 s to read
+            tokens = tokenizer_digest(self.tokenizer) if self.is_text else len(self.tokenizer)
         parts = [_VERSION, model_digest(self.model), self.column, self.is_text, tokens, self.max_length]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -102,6 +103,9 @@ def test_impossible_spans_and_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="below the tokenizer's 49, got 49 in row 12.*another tokenizer"):
         kernels.score_spans(spans(0, 4, vocab_size=49, first_row=12), TABLES)
     assert np.isfinite(kernels.score_spans(spans(0, 3, vocab_size=49), TABLES)).all()
+    labels = np.array([0, -5, 3])
+    with pytest.raises(ValueError, match="except -100.*row 0 holds -5"):
+        kernels.score_rows(np.array([1, 2, 3]), np.array([0, 3]), labels, TABLES)
 
 
 # --- a scorer ---
@@ -205,6 +209,12 @@ def test_a_digest_follows_the_weights_and_nothing_else(tmp_path: Any, tiny_token
     assert scorer.digest() != before
     for change in ({"max_length": 9}, {"column": "body"}, {"is_text": False}, {"tokenizer": None}):
         assert dataclasses.replace(scorer, **change).digest() != scorer.digest()
+
+    tokens = dataclasses.replace(scorer, is_text=False)
+    more = copy.deepcopy(tiny_tokenizer)
+    more.add_tokens(["w64"])
+    for one in (scorer, tokens):  # an id that one tokenizer has and the other has not
+        assert dataclasses.replace(one, tokenizer=more).digest() != one.digest()
 
     class Depends(MeanId):
         def digest(self) -> str:
