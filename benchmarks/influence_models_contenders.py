@@ -25,8 +25,9 @@ from lab import TOKENS_PER_BATCH
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
+from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.influence.encoder import EncoderInfluenceModel
-from mates_hf.influence.fit import rank_correlation, split_held_out
+from mates_hf.influence.fit import split_held_out
 from mates_hf.influence.folding import FoldingEncoder, load_encoder
 from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
 from mates_hf.influence.losses import token_losses

@@ -1,4 +1,4 @@
-"""What a model takes and how it is wrapped: questions that probes, evaluation and checks ask of any causal model.
+"""What a model takes and how it is run: what probes, evaluation and checks ask of any causal language model.
 
 Place in the flow: left of all folders, like `records`. Trade-off: a model that does not tell (no config, no embedding)
 is given the benefit of the doubt: None, and whoever asked goes on without that check.
@@ -11,8 +11,10 @@ import os
 import re
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -48,6 +50,53 @@ def vocabulary_size(model: Any) -> int | None:
     embedding = get() if callable(get) else None
     size = getattr(embedding, "num_embeddings", None)
     return int(size) if size is not None else None
+
+
+def require_known_tokens(model: Any, values: npt.NDArray[Any]) -> None:
+    """Raise a `ValueError` where a token id is not in the model's vocabulary.
+
+    Args:
+        model: one that does not tell its vocabulary knows all.
+        values: (T,) integer token ids.
+    """
+    known = vocabulary_size(model)
+    if known is None or not len(values):
+        return
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < 0 or highest >= known:
+        raise ValueError(
+            f"Token ids must be below the model's {known}, 0 to {known - 1}, got {lowest} to {highest}. Use the "
+            "tokenizer the model is trained with, or resize its embeddings."
+        )
+
+
+def logits_of(
+    model: nn.Module, ids_BL: npt.NDArray[np.int64], here_BL: npt.NDArray[np.bool_], last: int | None = None
+) -> Tensor:
+    """Logits of rows that are padded on the right, by a plain forward pass.
+
+    Args:
+        model: a causal language model.
+        ids_BL: token ids; any where there is padding.
+        here_BL: True where there is a token of the row.
+        last: positions at the end to have logits of; None is all. A model that can leaves out the others' logits.
+
+    Returns:
+        (B, L, V), or (B, last, V), as the model gives them.
+    """
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids_BL).to(device)}
+    if accepts(model, "use_cache"):
+        inputs["use_cache"] = False
+    if not here_BL.all() and not is_causal(model) and accepts(model, "attention_mask"):
+        inputs["attention_mask"] = torch.from_numpy(here_BL.astype(np.int64)).to(device)
+    if last is not None and accepts(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = last
+    output = model(**inputs)
+    logits: Tensor = (
+        output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
+    )
+    return logits if last is None else logits[:, -last:]
 
 
 def hub_name(model: Any) -> str:

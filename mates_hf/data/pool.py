@@ -194,6 +194,11 @@ def read_candidates(candidates: Any) -> tuple[IntArray, TokenRows]:
     return pool.candidate_ids, pool.token_rows()
 
 
+def rows_to_predict(dataset: Any) -> TokenRows:
+    """The rows of whatever `read_candidates` accepts; unlike candidates to fit on, there may be none."""
+    return dataset if isinstance(dataset, TokenRows) else read_candidates(dataset)[1]
+
+
 def rows_of(candidates: Any, candidate_ids: Sequence[int] | IntArray) -> TokenRows:
     """The rows with these candidate ids, in that order, of whatever `read_candidates` accepts.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mates_hf.data.harness import prompt_and_target
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.texts import decode_ids
 
 
 def texts_of(source: Any, argument: str, *, tokenizer: Any = None, text_column: str = "text") -> Iterator[str]:
@@ -77,5 +78,4 @@ def _decode(ids: Any, tokenizer: Any, where: str) -> str:
         raise ValueError(
             f"`tokenizer` must be the tokenizer that made the token ids of {where}, got {type(tokenizer).__name__}."
         )
-    # Cleaned up, "do n't" would be one word fewer, and no longer what a text column holds.
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return decode_ids(ids, tokenizer)

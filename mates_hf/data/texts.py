@@ -84,6 +84,12 @@ def decode_rows(rows: TokenRows, tokenizer: Any) -> list[str]:
             f"{rows.values[outside[0]]}. Pass the tokenizer that made them."
         )
     return [
-        tokenizer.decode(rows.values[start:end].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decode_ids(rows.values[start:end].tolist(), tokenizer)
         for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True)
     ]
+
+
+def decode_ids(ids: Sequence[int], tokenizer: Any) -> str:
+    """Text of one row's ids, without special tokens."""
+    # Cleaned up, "do n't" would be one word fewer, and no longer what a text column holds.
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

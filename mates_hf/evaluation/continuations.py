@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from mates_hf.model_traits import accepts, is_causal, is_out_of_memory, unwrap, vocabulary_size
+from mates_hf.model_traits import is_out_of_memory, logits_of, require_known_tokens, unwrap
 from mates_hf.processes import ALONE, Processes
-from mates_hf.records import EvaluationError, MatesError
+from mates_hf.records import EvaluationError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ def log_likelihoods(
         EvaluationError: memory ran out.
         ProcessError: another process failed.
     """
-    _require_known(model, requests)
     module = unwrap(model)
+    require_known_tokens(module, requests.values)
     rows, row_of_N = _distinct_inputs(requests)
     lengths = np.array([len(row) for row in rows], np.int64)
     order = np.lexsort((np.arange(len(rows)), -lengths))  # longest first: memory runs out early, or not
@@ -207,25 +207,23 @@ def _run(
     members: list[list[int]],
 ) -> list[tuple[int, float, bool]]:
     """Request, summed log-likelihood and whether greedy decoding agrees, for every request of a micro-batch."""
-    length = max(map(len, rows))
-    ids_BL = np.zeros((len(rows), length), np.int64)  # padding on the right is token 0: nothing that counts sees it
-    for b, row in enumerate(rows):
-        ids_BL[b, : len(row)] = row
+    lengths = np.array([len(row) for row in rows])
+    length = int(lengths.max())
+    here_BL = np.arange(length) < lengths[:, None]
+    ids_BL = np.zeros(here_BL.shape, np.int64)  # padding on the right is token 0: nothing that counts sees it
+    ids_BL[here_BL] = np.concatenate(rows)
     first = min(
         len(row) - int(requests.num_targets[i]) for row, group in zip(rows, members, strict=True) for i in group
     )
-    memory_ran_out = False
     try:
-        logits_BKV = _logits_from(model, ids_BL, [len(row) for row in rows], first)
+        logits_BKV = logits_of(model, ids_BL, here_BL, last=length - first)
     except RuntimeError as error:
-        if isinstance(error, MatesError) or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        memory_ran_out = True
-    if memory_ran_out:
         raise EvaluationError(
             f"A batch of {len(rows)} rows of up to {length} tokens must fit into memory beside the run, but memory "
             "ran out. Lower `batch_size`, or leave out the tasks with long contexts."
-        )
+        ) from error
     found = []
     for b, (row, group) in enumerate(zip(rows, members, strict=True)):
         for i in group:
@@ -241,31 +239,3 @@ def _run(
     totals = torch.stack([total for _, total, _ in found]).tolist()
     flags = torch.stack([flag for _, _, flag in found]).tolist()
     return [(i, total, flag) for (i, _, _), total, flag in zip(found, totals, flags, strict=True)]
-
-
-def _logits_from(model: nn.Module, ids_BL: npt.NDArray[np.int64], lengths: list[int], first: int) -> Tensor:
-    """(B, L - first, V) logits of the positions from `first` on."""
-    device = next(model.parameters()).device
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids_BL).to(device)}
-    if accepts(model, "use_cache"):
-        inputs["use_cache"] = False
-    length = ids_BL.shape[1]
-    if min(lengths) < length and not is_causal(model) and accepts(model, "attention_mask"):
-        mask = np.arange(length) < np.array(lengths)[:, None]
-        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(device)
-    if accepts(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = length - first
-    output = model(**inputs)
-    logits: Tensor = (
-        output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
-    )
-    return logits[:, -(length - first) :]
-
-
-def _require_known(model: nn.Module, requests: Continuations) -> None:
-    size = vocabulary_size(unwrap(model))
-    if size is not None and len(requests.values) and int(requests.values.max()) >= size:
-        raise ValueError(
-            f"`tokenizer` must give token ids below the model's {size}, got {int(requests.values.max())}. Use the "
-            "tokenizer the model is trained with, or resize its embeddings."
-        )

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows
+from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.influence import kernels
-from mates_hf.influence.fit import rank_correlation
 from mates_hf.influence.tables import FloatVector, Statistics, Tables, join_keys, split_keys
 
 if TYPE_CHECKING:

@@ -116,6 +116,11 @@ def read_artifact(
     return config, tensors, report
 
 
+def damaged(path: Any, error: Exception) -> MatesError:
+    """The error for a saved model whose content was damaged along with its checksum."""
+    return MatesError(f"`{path}` must hold a model as it was fitted: {error}. {COPY_AGAIN}")
+
+
 def load_influence_model(path: Path) -> Any:
     """A saved influence model of any kind that ships here.
 

@@ -26,19 +26,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mates_hf.data.pool import read_candidates
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.texts import decode_rows, has_column, read_texts
-from mates_hf.influence.artifacts import read_artifact, write_artifact
+from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fine_tune import FineTuning
-from mates_hf.influence.fit import fit_report, measured_rows
+from mates_hf.influence.fit import fresh_report, measured_rows
 from mates_hf.influence.folding import FoldingEncoder, load_encoder, pack_tokenizer, rebuild, unpack_tokenizer
 from mates_hf.influence.pooling import own_streams
 from mates_hf.influence.ridge import (
     SETTINGS,
     FitTarget,
     StateLine,
-    damaged,
     fit_ridge,
     require_same_width,
 )
@@ -285,7 +283,7 @@ class EncoderInfluenceModel:
                 "tokenizer, which decodes token ids (`EncoderInfluenceModel(..., tokenizer=tokenizer)`)."
             )
         else:
-            rows = _rows(candidates) if labels is None else measured_rows(candidates, labels)
+            rows = rows_to_predict(candidates) if labels is None else measured_rows(candidates, labels)
             texts, found = decode_rows(rows, self.tokenizer), rows.num_targets > 0
         read = self._source.read(texts)
         found = found & np.array([len(ids) > 0 for ids in read], bool)
@@ -334,12 +332,9 @@ class EncoderInfluenceModel:
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
-        started = time.perf_counter()
-        labels.check()
-        predicted = self._per_token(candidates, labels)[0] * labels.step_size
-        fitted = self.report.num_labels + self.report.num_held_out
-        report = fit_report(predicted, labels.influence, groups=groups, num_labels=fitted, seed=seed)
-        return dataclasses.replace(report, seconds=time.perf_counter() - started)
+        return fresh_report(
+            lambda: self._per_token(candidates, labels)[0], labels, self.report, groups=groups, seed=seed
+        )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and `fit.json` into a directory.
@@ -389,8 +384,3 @@ class EncoderInfluenceModel:
         model._encoder, model._report = encoder, report
         model.device = device or model.device
         return model
-
-
-def _rows(dataset: Any) -> TokenRows:
-    """The rows of whatever can be predicted on; unlike candidates to fit, there may be none."""
-    return dataset if isinstance(dataset, TokenRows) else read_candidates(dataset)[1]

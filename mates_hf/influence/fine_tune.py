@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mates_hf.influence.fit import rank_correlation, slope_of, split_held_out
+from mates_hf.evaluation.agreement import rank_correlation, slope_of
+from mates_hf.influence.fit import SLOPE_RANGE, split_held_out
 from mates_hf.influence.folding import FoldingEncoder
 from mates_hf.influence.ridge import FitTarget, FloatVector, StateLine
 from mates_hf.records import IntArray, MatesError
 
 logger = logging.getLogger(__name__)
 
-_SLOPE_RANGE = (0.05, 5.0)  # never 0 or below: calibration may soften a ranking, not erase or turn it
 _PRIOR_CANDIDATES = 10  # what says that the slope is 1: on its own, a slope through a few candidates is anything
 _MAX_GRAD_NORM = 1.0
 _HEAD_STD = 0.02  # of a new head's weights, as encoders of transformers begin
@@ -145,7 +145,7 @@ class FineTuning:
 def calibration_slope(labels: FloatVector, predicted: FloatVector) -> float:
     """Slope of (V,) labels on predictions of candidates that were not fitted, drawn towards 1 where V is small."""
     weight = len(labels) / (len(labels) + _PRIOR_CANDIDATES)
-    return float(np.clip(weight * slope_of(labels, predicted) + 1 - weight, *_SLOPE_RANGE))
+    return float(np.clip(weight * slope_of(labels, predicted) + 1 - weight, *SLOPE_RANGE))
 
 
 def _new_head(width: int, start: StateLine | None) -> nn.Linear:

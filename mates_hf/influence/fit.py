@@ -8,7 +8,10 @@ about the distribution of influence, whose tails are heavy.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +19,17 @@ import numpy.typing as npt
 
 from mates_hf.data.pool import rows_of
 from mates_hf.data.rows import TokenRows
-from mates_hf.evaluation.agreement import bootstrap_interval, calibration_bins, check_pair, within_group
-
-# Under their own names: the influence models take these two from here.
-from mates_hf.evaluation.agreement import rank_correlation as rank_correlation
-from mates_hf.evaluation.agreement import slope_of as slope_of
+from mates_hf.evaluation.agreement import (
+    bootstrap_interval,
+    calibration_bins,
+    check_pair,
+    rank_correlation,
+    slope_of,
+    within_group,
+)
 from mates_hf.records import FitReport, InfluenceLabels
+
+SLOPE_RANGE = (0.05, 5.0)  # never 0 or below: calibration may soften a ranking, not erase or turn it
 
 _Z_95 = 1.959964
 _SPEARMAN_VARIANCE = 1.06  # of atanh(Spearman), times n - 3 (Fieller, Hartley and Pearson 1957)
@@ -116,6 +124,56 @@ def labels_needed(report: FitReport) -> int:
     num_held_out = 3 + _SPEARMAN_VARIANCE * (_Z_95 / math.atanh(rho)) ** 2
     needed = math.ceil(num_held_out * total / report.num_held_out)
     return max(needed, total + 1) if report.interval[0] <= 0 else needed
+
+
+def usable_labels(
+    labels: InfluenceLabels, groups: npt.NDArray[Any] | None, usable: npt.NDArray[np.bool_]
+) -> tuple[InfluenceLabels, npt.NDArray[Any] | None]:
+    """The labels that can be fitted on, and their groups.
+
+    Args:
+        labels: of M candidates.
+        groups: (M,) group of each, or None.
+        usable: (M,) bool.
+
+    Returns:
+        Both, of the usable ones in their order.
+
+    Raises:
+        ValueError: `groups` has another length.
+    """
+    if groups is not None and len(groups) != len(labels):
+        raise ValueError(f"`groups` must have one entry a label ({len(labels)}), got {len(groups)}.")
+    groups = None if groups is None else np.asarray(groups)[usable]
+    return (labels if usable.all() else labels.take(usable)), groups
+
+
+def fresh_report(
+    per_token: Callable[[], npt.NDArray[np.float64]],
+    labels: InfluenceLabels,
+    fitted: FitReport,
+    *,
+    groups: npt.NDArray[Any] | None,
+    seed: int,
+) -> FitReport:
+    """Judge a fitted model on labels that it has not seen: what each influence model's `evaluate` does.
+
+    Args:
+        per_token: predicts `influence_per_token` of the labelled candidates; called once the labels are checked.
+        labels: fresh labels of N candidates.
+        fitted: the report of the fit.
+        groups: (N,) group of each label, or None.
+        seed: of the bootstrap.
+
+    Returns:
+        The report, in the unit of `labels.influence`; `seconds` is the time this took.
+    """
+    started = time.perf_counter()
+    labels.check()
+    predicted = per_token() * labels.step_size
+    num_labels = fitted.num_labels + fitted.num_held_out
+    report = fit_report(predicted, labels.influence, groups=groups, num_labels=num_labels, seed=seed)
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
 def measured_rows(candidates: Any, labels: InfluenceLabels) -> TokenRows:

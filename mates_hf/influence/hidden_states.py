@@ -25,21 +25,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mates_hf.data.pool import read_candidates
+from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.artifacts import read_artifact, write_artifact
-from mates_hf.influence.fit import fit_report, measured_rows
+from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
+from mates_hf.influence.fit import fresh_report, measured_rows
 from mates_hf.influence.pooling import collect, fitting_precision, length_buckets, mean_states, own_streams
 from mates_hf.influence.ridge import (
     SETTINGS,
     FitTarget,
     StateLine,
-    damaged,
     fit_ridge,
     require_same_width,
 )
-from mates_hf.model_traits import is_sharded, unwrap, vocabulary_size
-from mates_hf.preserve import preserved
+from mates_hf.model_traits import is_sharded, require_known_tokens, unwrap
+from mates_hf.preserve import undisturbed
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels, MatesError
 
 if TYPE_CHECKING:
@@ -205,11 +204,11 @@ class HiddenStateInfluenceModel:
         Raises:
             ValueError: there is no model, or tokens are outside its vocabulary.
         """
-        return (self._per_token(_rows(dataset), model) * self._fitted().step_size).astype(np.float32)
+        return (self._per_token(rows_to_predict(dataset), model) * self._fitted().step_size).astype(np.float32)
 
     def predict_per_token(self, dataset: Any, *, model: nn.Module | None = None) -> FloatArray:
         """Predicted `influence_per_token` of each row, (N,) float32, > 0 helps; arguments as in `predict`."""
-        return self._per_token(_rows(dataset), model).astype(np.float32)
+        return self._per_token(rows_to_predict(dataset), model).astype(np.float32)
 
     def _per_token(self, rows: TokenRows, model: nn.Module | None) -> npt.NDArray[np.float64]:
         line, found = self._fitted(), rows.num_targets > 0
@@ -236,12 +235,13 @@ class HiddenStateInfluenceModel:
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
-        started = time.perf_counter()
-        labels.check()
-        predicted = self._per_token(measured_rows(candidates, labels), model) * labels.step_size
-        fitted = self.report.num_labels + self.report.num_held_out
-        report = fit_report(predicted, labels.influence, groups=groups, num_labels=fitted, seed=seed)
-        return dataclasses.replace(report, seconds=time.perf_counter() - started)
+        return fresh_report(
+            lambda: self._per_token(measured_rows(candidates, labels), model),
+            labels,
+            self.report,
+            groups=groups,
+            seed=seed,
+        )
 
     def _states(self, rows: TokenRows, model: nn.Module | None, line: StateLine | None = None) -> npt.NDArray[Any]:
         """(N, D) float32 mean states of rows that all have targets, or (N,) float64 z-scored predictions of a line."""
@@ -252,7 +252,7 @@ class HiddenStateInfluenceModel:
                 "it. Pass it (`predict(dataset, model=model)`), or use `with_model(model)`."
             )
         module, width, num_layers = _states_module(model)
-        _require_known_tokens(module, rows)
+        require_known_tokens(module, rows.values)
         layers = [0, (num_layers + 1) // 2, -1] if self.layers is None else self.layers
         for layer in layers:
             if not -num_layers - 1 <= layer <= num_layers:
@@ -264,7 +264,7 @@ class HiddenStateInfluenceModel:
         if line is not None:
             require_same_width(line, width)
         keep = {"width": width} if line is None else {"width": None, "of": line.z_scores}
-        with _undisturbed(model, self.seed):
+        with _reading(model, self.seed):
             return collect(
                 length_buckets(rows.lengths, np.ones(len(rows), np.int64), self.tokens_per_batch),
                 lambda batch: _mean_over_targets(module, layers, rows.take(batch)),
@@ -308,19 +308,14 @@ class HiddenStateInfluenceModel:
         return found
 
 
-def _rows(dataset: Any) -> TokenRows:
-    """The rows of whatever can be predicted on; unlike candidates to fit, there may be none."""
-    return dataset if isinstance(dataset, TokenRows) else read_candidates(dataset)[1]
-
-
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+def _reading(model: nn.Module, seed: int) -> Iterator[None]:
     """Run a live model in eval mode, on random streams of its own, and put every bit of it back."""
     device = next(model.parameters()).device
     # transformers collects hidden states through hooks that it leaves in the modules, and notes there that it did.
     found = [(module, dict(module._forward_hooks), set(vars(module))) for module in model.modules()]
     try:
-        with preserved(unwrap(model)), own_streams(seed, device), fitting_precision(device):
+        with undisturbed(unwrap(model)), own_streams(seed, device), fitting_precision(device):
             unwrap(model).eval()
             yield
     finally:
@@ -374,14 +369,3 @@ def _mean_over_targets(module: Any, layers: Sequence[int], rows: TokenRows) -> T
     states = [output["last_hidden_state"] if layer == -1 else output["hidden_states"][layer] for layer in layers]
     counted, owner = torch.from_numpy(counted_BL).to(device), torch.arange(len(rows), device=device)
     return torch.cat([mean_states(state, counted, owner, len(rows)) for state in states], dim=1)
-
-
-def _require_known_tokens(module: Any, rows: TokenRows) -> None:
-    known = vocabulary_size(module)
-    if known is None or not len(rows.values):
-        return
-    if not 0 <= int(rows.values.min()) <= int(rows.values.max()) < known:
-        raise ValueError(
-            f"Candidates must hold token ids of the model, 0 to {known - 1}, got {rows.values.min()} to "
-            f"{rows.values.max()}. Use the tokenizer it is trained with."
-        )

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.influence.cross_entropy import cross_entropy_at
-from mates_hf.model_traits import accepts, is_causal, is_out_of_memory, is_sharded, vocabulary_size
+from mates_hf.model_traits import is_out_of_memory, is_sharded, logits_of, require_known_tokens, vocabulary_size
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import MatesError
 
@@ -200,7 +200,7 @@ def _run_batches(
     every process runs every micro-batch: one without a row of its own runs the first row of all, and is told (False)
     that it does not count.
     """
-    _require_known_tokens(model, rows)
+    require_known_tokens(model, rows.values)
     limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
     # A run's own loss may wait for the other processes as well (to add up its metrics, say).
     together = processes.size > 1 and (one_row or is_sharded(model))
@@ -284,13 +284,7 @@ def _batch_losses(
     next_BL[:, :-1] = labels_BL[:, 1:]
     index = np.flatnonzero(next_BL != IGNORED)
 
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids_BL).to(device)}
-    if accepts(model, "use_cache"):
-        inputs["use_cache"] = False
-    if not here.all() and not is_causal(model) and accepts(model, "attention_mask"):
-        inputs["attention_mask"] = torch.from_numpy(here.astype(np.int64)).to(device)
-    output = model(**inputs)
-    logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
+    logits = logits_of(model, ids_BL, here)
     labels_T = next_BL.reshape(-1)[index]
     return cross_entropy_at(
         logits.reshape(-1, logits.shape[-1]),
@@ -301,15 +295,6 @@ def _batch_losses(
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
-
-
-def _require_known_tokens(model: nn.Module, rows: TokenRows) -> None:
-    known = vocabulary_size(model)
-    if known is not None and len(rows.values) and int(rows.values.max()) >= known:
-        raise ValueError(
-            f"`rows` must hold token ids below the model's {known}, got {int(rows.values.max())}. Use the tokenizer "
-            "the model is trained with, or resize its embeddings."
-        )
 
 
 def _max_tokens(model: nn.Module) -> int:

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.pool import read_candidates
-from mates_hf.data.rows import TokenRows, TokenSpans
+from mates_hf.data.pool import rows_to_predict
+from mates_hf.data.rows import TokenSpans
+from mates_hf.evaluation.agreement import slope_of
 from mates_hf.influence.additive import MIN_BIGRAM_COUNT, Penalties, TokenDesign, centre_by
-from mates_hf.influence.artifacts import read_artifact, write_artifact
-from mates_hf.influence.fit import fit_report, measured_rows, slope_of, split_held_out
+from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
+from mates_hf.influence.fit import SLOPE_RANGE, fit_report, fresh_report, measured_rows, split_held_out, usable_labels
 from mates_hf.influence.kernels import hash_bigrams
 from mates_hf.influence.tables import Statistics, Tables
-from mates_hf.records import COPY_AGAIN, FitReport, FloatArray, InfluenceLabels, MatesError
+from mates_hf.records import FitReport, FloatArray, InfluenceLabels, MatesError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,7 +40,6 @@ LabelKind = Literal["auto", "token", "document", "both"]
 
 _ARGUMENTS = ("num_buckets", "pool_decay", "seed", "labels")
 _AUTO_KIND: LabelKind = "token"
-_SLOPE_RANGE = (0.05, 5.0)  # never 0 or below: calibration may soften a ranking, not erase or turn it
 
 
 class NgramInfluenceModel:
@@ -141,11 +141,7 @@ class NgramInfluenceModel:
         labels.check()
         seed = self.seed if seed is None else seed
         kind = self._kind_for(labels)
-        if groups is not None and len(groups) != len(labels):
-            raise ValueError(f"`groups` must have one entry a label ({len(labels)}), got {len(groups)}.")
-        trained = labels.num_tokens > 0
-        groups = None if groups is None else np.asarray(groups)[trained]
-        labels = labels if trained.all() else labels.take(trained)
+        labels, groups = usable_labels(labels, groups, labels.num_tokens > 0)
         held_out = split_held_out(len(labels), held_out_fraction, seed)
         rows = measured_rows(candidates, labels)
 
@@ -240,13 +236,14 @@ class NgramInfluenceModel:
             (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
             a row has no target.
         """
-        return (self._score(_rows(dataset)) * self._step_size).astype(np.float32)
+        return (self._score(dataset) * self._step_size).astype(np.float32)
 
     def predict_per_token(self, dataset: Any) -> FloatArray:
         """Predicted `influence_per_token` of each row, (N,) float32, > 0 helps; arguments as in `predict`."""
-        return self._score(_rows(dataset)).astype(np.float32)
+        return self._score(dataset).astype(np.float32)
 
-    def _score(self, rows: TokenRows | TokenSpans) -> npt.NDArray[np.float64]:
+    def _score(self, dataset: Any) -> npt.NDArray[np.float64]:
+        rows = dataset if isinstance(dataset, TokenSpans) else rows_to_predict(dataset)
         return self._fitted().score(rows) + self._intercept
 
     def evaluate(
@@ -263,12 +260,9 @@ class NgramInfluenceModel:
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
-        started = time.perf_counter()
-        labels.check()
-        predicted = self._score(measured_rows(candidates, labels)) * labels.step_size
-        fitted = self.report.num_labels + self.report.num_held_out
-        report = fit_report(predicted, labels.influence, groups=groups, num_labels=fitted, seed=seed)
-        return dataclasses.replace(report, seconds=time.perf_counter() - started)
+        return fresh_report(
+            lambda: self._score(measured_rows(candidates, labels)), labels, self.report, groups=groups, seed=seed
+        )
 
     def explain(self, k: int = 20, tokenizer: Any = None) -> dict[str, list[dict[str, Any]]]:
         """The n-grams that raise and lower predicted influence most.
@@ -360,7 +354,7 @@ class NgramInfluenceModel:
                 raise ValueError("`intercept` and `step_size` must be finite, and are not")
             model._penalties = Penalties(**config["penalties"])
         except (TypeError, ValueError, OverflowError) as error:  # damaged along with its checksum
-            raise MatesError(f"`{path}` must hold a model as it was fitted: {error}. {COPY_AGAIN}") from error
+            raise damaged(path, error) from error
         model._report = report
         return model
 
@@ -369,9 +363,4 @@ def _calibration(
     labels: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], fold: npt.NDArray[np.int64]
 ) -> float:
     """Slope of labels on out-of-sample predictions, kept positive; both about the mean of what one fit predicts."""
-    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *_SLOPE_RANGE))
-
-
-def _rows(dataset: Any) -> TokenRows | TokenSpans:
-    """The rows of whatever can be predicted on; unlike candidates to fit, there may be none."""
-    return dataset if isinstance(dataset, (TokenRows, TokenSpans)) else read_candidates(dataset)[1]
+    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *SLOPE_RANGE))

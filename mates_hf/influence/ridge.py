@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.influence.fit import fit_report, split_held_out
-from mates_hf.records import COPY_AGAIN, FitReport, InfluenceLabels, MatesError
+from mates_hf.influence.fit import fit_report, split_held_out, usable_labels
+from mates_hf.records import FitReport, InfluenceLabels
 
 FloatVector = npt.NDArray[np.float64]
 
@@ -72,10 +72,7 @@ class FitTarget:
         Raises:
             ValueError: `groups` has another length, too few candidates are usable, or those fitted on are all equal.
         """
-        if groups is not None and len(groups) != len(labels):
-            raise ValueError(f"`groups` must have one entry a label ({len(labels)}), got {len(groups)}.")
-        groups = None if groups is None else np.asarray(groups)[usable]
-        labels = labels if usable.all() else labels.take(usable)
+        labels, groups = usable_labels(labels, groups, usable)
         held_out = split_held_out(len(labels), held_out_fraction, seed)
         per_token = labels.influence_per_token.astype(np.float64)
         centre, scale = float(per_token[~held_out].mean()), float(per_token[~held_out].std())
@@ -261,8 +258,3 @@ def require_same_width(previous: StateLine, width: int) -> StateLine:
             "it out after a change of model."
         )
     return previous
-
-
-def damaged(path: Any, error: Exception) -> MatesError:
-    """The error for a saved model whose content was damaged along with its checksum."""
-    return MatesError(f"`{path}` must hold a model as it was fitted: {error}. {COPY_AGAIN}")

@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.evaluation.kit import write_local
+from tests.launch import free_port, start_processes
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 TASKS = ["mates_sciq_local", "mates_boolq_local", "mates_lambada_all_tokens_local"]
 FLOAT32 = 1e-4  # sums of float32 log-likelihoods, in other batches and with sharded weights
 
 
 def start(tmp_path: Path, size: int, **settings: Any) -> tuple[list[int], list[str], list[dict[str, Any]]]:
     """Exit codes, errors and results of a run in `size` processes at the same total batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     result = str(tmp_path / f"result-{port}")
     args = {"per_device_train_batch_size": 4 // size, **settings.pop("args", {})}
     given = {"args": args, "result": result, "tasks": TASKS, "evaluates": True, "output_dir": str(tmp_path / port)}
     given |= {"data_dir": str(write_local(tmp_path / "data")), **settings}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if size > 1:
-        environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "tests/evaluation/worker.py", json.dumps(given)],
-            cwd=ROOT,
-            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    processes = start_processes(["tests/evaluation/worker.py", json.dumps(given)], size, port)
     try:
         errors = [process.communicate(timeout=240)[1] for process in processes]
     finally:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mates_hf.influence.fit import fit_report, labels_needed, rank_correlation, slope_of, split_held_out
+from mates_hf.evaluation.agreement import rank_correlation, slope_of
+from mates_hf.influence.fit import fit_report, labels_needed, split_held_out
 from mates_hf.records import FitReport
 
 ROUNDING = 1e-9

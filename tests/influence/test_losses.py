@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mates_hf import model_traits
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence import losses as module
 from mates_hf.influence.losses import ProbeMemoryError, mean_loss, mean_loss_gradient, token_losses
@@ -67,7 +68,7 @@ def test_dropping_the_mask_changes_nothing(
     model.set_attn_implementation(attention)
     rows = make_rows([9, 4, 6, 2])
     without = token_losses(model, rows)
-    monkeypatch.setattr(module, "is_causal", lambda model: False)
+    monkeypatch.setattr(model_traits, "is_causal", lambda model: False)
     np.testing.assert_allclose(without, token_losses(model, rows), atol=ROUNDING)
 
 

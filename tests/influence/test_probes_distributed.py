@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.launch import free_port, start_processes
+
 SCRIPT = """
-import sys
+import os
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,8 +23,8 @@ from mates_hf.processes import Processes
 from mates_hf.records import MatesError
 
 torch.set_num_threads(1)
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
 
 
 def rows(count, seed):
@@ -89,24 +88,10 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_sharded_and_replicated_models_give_the_labels_of_one_process(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     script = tmp_path / "probe.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    root = Path(__file__).resolve().parents[2]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), port],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = start_processes([str(script)], 2, port)
     try:
         for process in processes:
             _, errors = process.communicate(timeout=120)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from mates_hf import load_round
 from mates_hf.training.verify import verify_run
+from tests.launch import free_port, start_processes
 from tests.training.settings import proves
 
 pytestmark = pytest.mark.slow
@@ -45,26 +45,11 @@ class Finished:
 
 def start(tmp_path: Path, size: int, **settings: Any) -> Finished:
     """Train in `size` processes at the same total batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     result = str(tmp_path / f"result-{port}")
     args = {"per_device_train_batch_size": BATCH // size, **settings.pop("args", {})}
-    command = [sys.executable, "tests/training/worker.py", json.dumps({"args": args, "result": result, **settings})]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if size > 1:
-        environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    given = {"args": args, "result": result, **settings}
+    processes = start_processes(["tests/training/worker.py", json.dumps(given)], size, port)
     try:
         return Finished(processes, result)
     finally:
