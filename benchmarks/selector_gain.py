@@ -4,7 +4,7 @@
 # ///
 """Does a selector carry over: to a corpus the run never saw, and to a model that starts from nothing?
 
-    python benchmarks/selector_gain.py                          # about 20 minutes on two cores; needs no data
+    python benchmarks/selector_gain.py                          # about 40 minutes on two cores; needs no data
     python benchmarks/selector_gain.py --quick --out runs/quick
     python benchmarks/selector_gain.py --corpus corpus.jsonl.gz                       # the demo's selector on a file
     python benchmarks/selector_gain.py --corpus corpus.jsonl.gz --reference ref.jsonl # demo on one half of the file
@@ -14,11 +14,10 @@
 2. Another corpus, free of every text that shares a 13-gram with the demo's pool, reference or held-out passages:
    installed packages and a second draw of the built-in corpus, or a file. A fresh process reads the selector, filters
    it to a fifth of its rows, and saves that.
-3. Fresh weights, one seed each, trained on what was kept, packed to rows of one length, each token once; against a
+3. Fresh weights, one seed each, trained on what was kept, packed to rows of one length, in three epochs; against a
    random draw of as many tokens, from the same weights. A third arm draws at random with the kept tokens' shares of
    the kinds of text: what is gained over it, the kinds do not explain. All arms share optimizer, steps, rate (constant
-   after a warm-up), and points of evaluation, where the mean of the last weights is judged. The random arm goes on to
-   see when it gets as far.
+   after a warm-up), epochs and points of evaluation, where the mean of the last weights is judged.
 
 Trade-off: models of a million parameters and minutes of training. The learning rate and the corpora stand in the
 table. A killed run goes on where it stopped: finished parts are kept under `--work`; delete that after a change.
@@ -44,7 +43,19 @@ import numpy as np
 from lab import MALLOC_SETTINGS, rounded
 from selector_gain_corpus import builtin_texts, file_texts
 from selector_gain_tables import RANDOM, SAME_KINDS, SELECTED, write_page
-from selector_gain_training import BATCH_ROWS, BLOCK, LR, WARM_UP, WINDOW, Tokens, Unit, read_tokens, steps_of, train
+from selector_gain_training import (
+    BATCH_ROWS,
+    BLOCK,
+    EPOCHS,
+    LR,
+    WARM_UP,
+    WINDOW,
+    Tokens,
+    Unit,
+    read_tokens,
+    steps_of,
+    train,
+)
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
@@ -189,7 +200,7 @@ def collect(work: Path, arguments: argparse.Namespace, sizes: Sizes, selector: P
             "demo_pool": "half of the file" if arguments.reference else "built-in",
             "reference": "file" if arguments.reference else "language manual", "ratio": RATIO,
             "learning_rate": LR, "batch_rows": BATCH_ROWS, "block": BLOCK, "warm_up": WARM_UP, "window": WINDOW,
-            "steps": steps_of(tokens), "demo_steps": sizes.demo_steps, "seeds": sizes.seeds,
+            "steps": EPOCHS * steps_of(tokens), "epochs": EPOCHS, "demo_steps": sizes.demo_steps, "seeds": sizes.seeds,
             "held_out_passages": len(about["held_out"]), "own_passages": len(about["own"]),
             "dropped": about["dropped"], "corpus_rows": len(tokens.ids), "corpus_tokens": int(lengths.sum()),
             "kept_rows": int(tokens.kept.sum()), "kept_tokens": int(lengths[tokens.kept].sum()),
@@ -234,8 +245,11 @@ def main() -> None:
     kept = filter_corpus(work, selector, checkpoint)
     tokens = read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
     counts = Counter(np.array(tokens.kinds)[tokens.kind[tokens.kept]].tolist())
-    print(f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts}); {steps_of(tokens)} steps", flush=True)
-    units = [Unit(arm=arm, seed=seed) for seed in range(sizes.seeds) for arm in (SELECTED, RANDOM, SAME_KINDS)]
+    say = f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts})"
+    print(f"{say}; {EPOCHS} x {steps_of(tokens)} steps", flush=True)
+    arms = [(arm, seed) for seed in range(sizes.seeds) for arm in (SELECTED, RANDOM)]
+    arms += [(SAME_KINDS, seed) for seed in range(sizes.seeds)]
+    units = [Unit(arm=arm, seed=seed) for arm, seed in arms]
     todo = [unit for unit in units if not (work / "units" / unit.file).exists()]
     while todo:
         if time.perf_counter() - started > 60 * arguments.minutes:

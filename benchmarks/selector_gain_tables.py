@@ -26,8 +26,8 @@ def write_page(document: Document) -> str:
     lines = [*_settings(document), "", *_losses(units), "", *_differences(units), "", *_kinds(document)]
     lines += [
         "",
-        "Shares are of tokens. Below 0 the arm named first is better. `random needs`: tokens until the random arm has "
-        "the selected arm's held-out loss, as a multiple of the selected arm's.",
+        "Shares are of tokens. Below 0 the arm named first is better. `selected needs`: share of the steps "
+        "after which the selected arm has the held-out loss that the random arm ends with.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -66,17 +66,17 @@ def _settings(document: Document) -> list[str]:
         "",
         f"Fresh models of the demo's shape, learning rate {settings['learning_rate']:g} (constant after "
         f"{settings['warm_up']} steps), AdamW, {settings['batch_rows']} rows of {settings['block']} tokens, "
-        f"{settings['steps']} steps: each kept token once. Held-out: {settings['held_out_passages']} passages like "
-        "the reference. Own: passages of the other corpus itself. nats/token, token-weighted, at the mean of the last "
-        f"{settings['window']} steps' weights. Python {settings['python']}, torch {settings['torch']}, transformers "
-        f"{settings['transformers']}.",
+        f"{settings['steps']:,} steps: {settings['epochs']} epochs over what was kept or drawn. Held-out: "
+        f"{settings['held_out_passages']} passages like the reference. Own: passages of the other corpus itself. "
+        f"nats/token, token-weighted, at the mean of the last {settings['window']} steps' weights. Python "
+        f"{settings['python']}, torch {settings['torch']}, transformers {settings['transformers']}.",
     ]
 
 
 def _losses(units: Units) -> list[str]:
     arms = [arm for arm in (SELECTED, RANDOM, SAME_KINDS) if any(name == arm for name, _ in units)]
     heads = [f"{arm}: {key.replace('_', '-')}" for key in LOSSES for arm in arms]
-    lines = ["| seed | " + " | ".join([*heads, "random needs"]) + " |", "|---|" + "---|" * (len(heads) + 1)]
+    lines = ["| seed | " + " | ".join([*heads, "selected needs"]) + " |", "|---|" + "---|" * (len(heads) + 1)]
     for seed in sorted({seed for _, seed in units}):
         ends = [at_end(units[arm, seed]) if (arm, seed) in units else {} for arm in arms]
         cells = [f"{end[key]:.4f}" if end else "" for key in LOSSES for end in ends]
@@ -88,10 +88,8 @@ def _catch_up(units: Units, seed: int) -> str:
     if (SELECTED, seed) not in units or (RANDOM, seed) not in units:
         return ""
     ours, theirs = units[SELECTED, seed], units[RANDOM, seed]
-    reached = steps_to_reach(theirs["curve"], at_end(ours)["held_out"])
-    if reached is None:
-        return f"not reached in {theirs['curve'][-1]['step'] / ours['num_steps']:.1f} x"
-    return f"{reached / ours['num_steps']:.2f} x"
+    reached = steps_to_reach(ours["curve"], at_end(theirs)["held_out"])
+    return "more" if reached is None else f"{reached / ours['num_steps']:.0%}"
 
 
 def _differences(units: Units) -> list[str]:

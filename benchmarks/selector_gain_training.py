@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from lab import build_optimizer, train_steps
 from selector_gain_corpus import as_rows, pack
-from selector_gain_tables import RANDOM, SAME_KINDS, SELECTED
+from selector_gain_tables import SAME_KINDS, SELECTED
 
 LR, BATCH_ROWS, WARM_UP, BLOCK = 2e-3, 16, 20, 128
 EVERY, WINDOW = 30, 10  # steps between two evaluations, and of weights that one averages
-EXTENDED = 2.0  # times the steps that the random arm goes on for
+EPOCHS = 3  # over one fifth of the corpus: in one, a model of this size is still on its way out of the first plateau
 MOST_OWN_ROWS = 150
 
 
@@ -65,8 +65,8 @@ class Tokens:
         """(N,) tokens of each row with the one that ends it."""
         return np.array([len(row) + 1 for row in self.ids])
 
-    def blocks(self, arm: str, seed: int, num_steps: int) -> npt.NDArray[np.int64]:
-        """(B, BLOCK) the rows of one training, in order."""
+    def blocks(self, arm: str, seed: int, num_epochs: int) -> npt.NDArray[np.int64]:
+        """(B, BLOCK) the rows of one training, in order: as many in every arm, each epoch shuffled."""
         order = np.random.default_rng(seed).permutation(len(self.ids))
         if arm == SELECTED:
             order = order[self.kept[order]]
@@ -81,7 +81,9 @@ class Tokens:
                 drawn.append(rows[: np.searchsorted(total, self.lengths[self.kept & (self.kind == k)].sum()) + 1])
             order = np.concatenate(drawn)
             order = order[np.argsort(np.random.default_rng(seed).permutation(len(place))[order])]
-        return pack(self.ids, order, self.end, BLOCK)[: num_steps * BATCH_ROWS]
+        blocks = pack(self.ids, order, self.end, BLOCK)[: steps_of(self) * BATCH_ROWS]
+        rng = np.random.default_rng([seed, 1])
+        return np.concatenate([blocks, *(rng.permutation(blocks) for _ in range(num_epochs - 1))])
 
 
 def read_tokens(work: Path, kept: Path, tokenizer: Any) -> Tokens:
@@ -98,7 +100,7 @@ def read_tokens(work: Path, kept: Path, tokenizer: Any) -> Tokens:
 
 
 def steps_of(tokens: Tokens) -> int:
-    """Steps in which the selected arm sees each of its tokens once."""
+    """Steps of one epoch: the selected arm sees each of its tokens once."""
     return int(tokens.lengths[tokens.kept].sum()) // BLOCK // BATCH_ROWS
 
 
@@ -123,10 +125,8 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> float:
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokens = read_tokens(work, kept, tokenizer)
-    num_steps = steps_of(tokens)
-    last = int(EXTENDED * num_steps) if unit.arm == RANDOM else num_steps
-    blocks = tokens.blocks(unit.arm, unit.seed, last)
-    last = min(last, len(blocks) // BATCH_ROWS)
+    blocks = tokens.blocks(unit.arm, unit.seed, EPOCHS)
+    num_steps = len(blocks) // BATCH_ROWS
     passages = json.loads((work / "texts.json").read_text(encoding="utf-8"))["held_out"]
     columns = {"text_column": "text", "max_length": BLOCK, "name": "held-out"}
     held_out = ReferenceTask.from_dataset([{"text": text} for text in passages], tokenizer, **columns)
@@ -134,9 +134,7 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> float:
 
     torch.manual_seed(unit.seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint)).train()
-    ends = {num_steps, last}
-    between = {step for step in range(EVERY, last, EVERY) if all(abs(step - end) >= WINDOW for end in ends)}
-    points = sorted(between | ends)
+    points = [*range(EVERY, num_steps - WINDOW + 1, EVERY), num_steps]
     curve: list[dict[str, float]] = []
     average = WeightAverage(model)
 
@@ -150,14 +148,14 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> float:
         with average.swapped_in():
             model.eval()
             entry = {"step": step, "held_out": mean_loss(model, held_out.rows)}
-            if step in ends:
+            if step == num_steps:
                 entry["own"] = mean_loss(model, own)
             model.train()
         curve.append(entry)
         average = WeightAverage(model)
 
     optimizer = build_optimizer(model, lr=LR)
-    order = np.arange(last * BATCH_ROWS)
+    order = np.arange(num_steps * BATCH_ROWS)
     train_steps(
         model, optimizer, as_rows(blocks), order, batch_rows=BATCH_ROWS, lr=LR, warm_up=WARM_UP, on_step=on_step
     )

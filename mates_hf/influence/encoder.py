@@ -58,7 +58,7 @@ class EncoderInfluenceModel:
     """Predict a candidate's influence from its text, by an encoder with a regression head on its mean state.
 
     The defaults are the paper's. Fine-tuning is AdamW without weight decay, the learning rate falling to 0 in a line,
-    gradients clipped at 1, squared error on z-scored labels; bf16 where a GPU has it.
+    gradients clipped at 1, squared error on z-scored labels; bf16 where the device multiplies in it.
 
     Args:
         encoder: Hub id or path of any encoder of transformers, a (model, tokenizer) pair, or a model loaded from one

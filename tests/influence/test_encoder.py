@@ -19,7 +19,7 @@ from sklearn.linear_model import Ridge
 
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import IGNORED, TokenRows
-from mates_hf.influence import ridge
+from mates_hf.influence import pooling, ridge
 from mates_hf.influence.artifacts import write_artifact
 from mates_hf.influence.encoder import EncoderInfluenceModel
 from mates_hf.influence.fine_tune import calibration_slope
@@ -247,7 +247,7 @@ def test_warm_start_carries_an_earlier_round_over(mode: str, make: Any, fitted: 
 
 @pytest.mark.parametrize("num_words", [1, 13, 14, 15, 28, 29, 56, 57, 200])
 def test_a_document_is_folded_into_equal_chunks_and_pooled_over_their_tokens(
-    num_words: int, bert: Any, encoder_tokenizer: Any
+    num_words: int, bert: Any, encoder_tokenizer: Any, in_float32: None
 ) -> None:
     encoder = load_encoder((bert, encoder_tokenizer), max_tokens=64, chunk_tokens=16)
     ids = np.random.default_rng(0).integers(4, VOCAB, num_words)
@@ -280,7 +280,9 @@ def test_length_buckets_hold_every_row_once_within_the_limit() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_prediction_does_not_depend_on_the_rows_beside_it(mode: str, fitted: Any, labels: InfluenceLabels) -> None:
+def test_a_prediction_does_not_depend_on_the_rows_beside_it(
+    mode: str, fitted: Any, labels: InfluenceLabels, in_float32: None
+) -> None:
     unseen = make_rows(40, seed=4, low=3, high=90)
     model, tolerance = fitted[mode], BATCHING * labels.influence.std()
     together = model.predict(unseen)
@@ -288,6 +290,23 @@ def test_a_prediction_does_not_depend_on_the_rows_beside_it(mode: str, fitted: A
     np.testing.assert_allclose(alone, together, atol=tolerance, rtol=BATCHING)
     order = np.random.default_rng(0).permutation(40)
     np.testing.assert_allclose(model.predict(unseen.take(order)), together[order], atol=tolerance, rtol=BATCHING)
+
+
+def test_bf16_ranks_as_float32_does_and_is_used_where_a_device_multiplies_in_it(
+    fitted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unseen, found = make_rows(60, seed=4, low=3, high=90), {}
+    for precise in (True, False):
+        monkeypatch.setattr(pooling, "multiplies_bf16", lambda device, precise=precise: not precise)
+        found[precise] = fitted["head_only"].predict(unseen)
+    assert not np.array_equal(found[True], found[False])
+    assert spearmanr(found[True], found[False])[0] > 0.999
+    monkeypatch.undo()
+    for capabilities, faster in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert pooling.multiplies_bf16(torch.device("cpu")) is faster
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not pooling.multiplies_bf16(torch.device("cpu"))
 
 
 def test_passes_add_up_to_the_same_fit(bert: Any, make: Any, rows: TokenRows, labels: InfluenceLabels) -> None:

@@ -123,7 +123,9 @@ def test_an_earlier_round_helps_when_labels_are_few(live: Any, fitted: Any) -> N
     assert np.array_equal(fitted.predict(unseen), before)
 
 
-def test_a_prediction_does_not_depend_on_the_rows_beside_it(fitted: Any, live: Any, labels: InfluenceLabels) -> None:
+def test_a_prediction_does_not_depend_on_the_rows_beside_it(
+    fitted: Any, live: Any, labels: InfluenceLabels, in_float32: None
+) -> None:
     unseen = make_rows(40, seed=4, low=2, high=60)
     together = fitted.predict(unseen)
     alone = np.concatenate([fitted.predict(unseen.take(np.array([i]))) for i in range(40)])
