@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from filelock import FileLock
 from lab import TOKENS_PER_BATCH, Averager, Lab, build_model, build_optimizer, task_losses, train_steps
 from torch import nn
 
@@ -112,22 +113,23 @@ class Point:
         return task_losses(self.model, self.lab.development)
 
 
-def warm_point(lab: Lab, sizes: Sizes, paths: Paths, seed: int) -> Point:
-    """The state after `sizes.warm` random steps; trained once and read back from then on."""
+def warm_point(lab: Lab, sizes: Sizes, paths: Paths, seed: int, **shape: int) -> Point:
+    """The state after `sizes.warm` random steps; trained once and read back from then on. `shape` is the model's."""
     order = np.random.default_rng([seed, 2]).permutation(len(lab.rows))
     used = sizes.warm * BATCH_ROWS
-    model = build_model(lab.vocab_size, seed=seed)
+    model = build_model(lab.vocab_size, seed=seed, **shape)
     optimizer = build_optimizer(model, lr=LR)
     point = Point(model=model, optimizer=optimizer, average=WeightAverage(model), rest=order[used:], lab=lab)
     path = paths.work / f"warm-{seed}-{sizes.warm}.pt"
     mean_path = path.with_suffix(".safetensors")
-    if not path.exists():
-        averager = Averager(model, sizes.warm, WINDOW)
-        point.train(order[:used], warm_up=20, on_step=averager.update)
-        averager.average.save(mean_path)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-        temporary.replace(path)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            averager = Averager(model, sizes.warm, WINDOW)
+            point.train(order[:used], warm_up=20, on_step=averager.update)
+            averager.average.save(mean_path)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+            temporary.replace(path)
     state = torch.load(path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

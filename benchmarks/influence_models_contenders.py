@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 from influence_models_setup import Bench, Ids, Values
 from influence_models_trigrams import NgramRidge, TrigramTables
 from lab import TOKENS_PER_BATCH
+from static_rivals import FASTTEXT, cosines, dsir, fasttext, mean_direction
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
@@ -138,46 +137,17 @@ def _characters(bench: Bench, num: int, draw: int) -> Scorer:
 
 
 def _dsir(bench: Bench, num: int, draw: int) -> Scorer:
-    """Log importance weights of hashed word n-grams, reference passages against all candidates to fit on."""
-    from data_selection import HashedNgramDSIR
-
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {name: str(Path(folder) / f"{name}.jsonl") for name in ("raw", "target")}
-        raw = bench.rows.take(np.arange(bench.sizes.labels))
-        for name, rows in (("raw", raw), ("target", _pieces(bench))):
-            lines = [json.dumps({"text": text}) + "\n" for text in _texts(bench, rows)]
-            Path(paths[name]).write_text("".join(lines), encoding="utf-8")
-        dsir = HashedNgramDSIR([paths["raw"]], [paths["target"]], cache_dir=folder, num_proc=1)
-        dsir.fit_importance_estimator(num_tokens_to_fit="all")
-    return lambda rows: np.array(
-        [float(dsir.importance_estimator(dsir.featurizer(text))) for text in _texts(bench, rows)]
-    )
-
-
-FASTTEXT = {"lr": 0.5, "epoch": 25, "dim": 100, "wordNgrams": 2, "minCount": 1, "bucket": 2**18, "thread": 1}
+    """DSIR of the reference passages against all candidates to fit on."""
+    score = dsir(_texts(bench, bench.rows.take(np.arange(bench.sizes.labels))), _texts(bench, _pieces(bench)))
+    return lambda rows: score(_texts(bench, rows))
 
 
 def _fasttext(bench: Bench, num: int, draw: int) -> Scorer:
-    """Log-odds of a classifier, reference passages against as many candidates drawn from those to fit on."""
-    import fasttext
-
+    """A classifier of the reference passages against as many candidates drawn from those to fit on."""
     positive = _texts(bench, _pieces(bench))
     drawn = np.random.default_rng([draw, 8]).permutation(bench.sizes.labels)[: len(positive)]
-    negative = _texts(bench, bench.rows.take(drawn))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.txt"
-        lines = [f"__label__yes {text}\n" for text in positive] + [f"__label__no {text}\n" for text in negative]
-        order = np.random.default_rng([draw, 10]).permutation(len(lines))
-        path.write_text("".join(lines[i] for i in order), encoding="utf-8")
-        model = fasttext.train_supervised(str(path), verbose=0, seed=draw, **FASTTEXT)
-
-    def score(rows: TokenRows) -> Values:
-        found, chances = model.predict(_texts(bench, rows))  # the likelier label: of both, it gives one chance twice
-        likelier = np.clip(np.array([chance[0] for chance in chances], np.float64), 0.5, 1 - 1e-9)
-        sign = np.array([1.0 if names[0] == "__label__yes" else -1.0 for names in found])
-        return sign * np.log(likelier / (1 - likelier))
-
-    return score
+    score = fasttext(positive, _texts(bench, bench.rows.take(drawn)), draw)
+    return lambda rows: score(_texts(bench, rows))
 
 
 # --- fitted on labels ---
@@ -295,23 +265,13 @@ def _sum(first: Part, second: Part) -> Callable[[Bench, int, int], Values]:
 def _similarity(bench: Bench, num: int, draw: int) -> Scorer:
     """Cosine of a candidate's state with the mean state of the pieces of the reference passages."""
     encoder = folding_encoder()
-    reference = _mean_direction(encoder_states(bench, encoder, _pieces(bench)))
-    return lambda rows: _cosines(encoder_states(bench, encoder, rows), reference)
+    reference = mean_direction(encoder_states(bench, encoder, _pieces(bench)))
+    return lambda rows: cosines(encoder_states(bench, encoder, rows), reference)
 
 
 def _similarity_rank(bench: Bench, num: int, draw: int) -> Values:
-    reference = _mean_direction(encoder_states(bench, folding_encoder(), _pieces(bench)))
-    return _cosines(kept_states(bench)[bench.evaluated], reference)
-
-
-def _mean_direction(states: np.ndarray) -> np.ndarray:
-    """(D,) mean of states of unit length."""
-    return np.asarray(np.nanmean(states / np.linalg.norm(states, axis=1, keepdims=True), axis=0))
-
-
-def _cosines(states: np.ndarray, direction: np.ndarray) -> Values:
-    """(N,) cosines of states with a direction; 0 where there is no state."""
-    return np.nan_to_num(states @ direction / np.linalg.norm(states, axis=1) / np.linalg.norm(direction))
+    reference = mean_direction(encoder_states(bench, folding_encoder(), _pieces(bench)))
+    return cosines(kept_states(bench)[bench.evaluated], reference)
 
 
 def _scored(fit: Callable[[Bench, int, int], Scorer]) -> Callable[[Bench, int, int], Values]:

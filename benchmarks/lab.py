@@ -6,8 +6,9 @@ Place in the flow: `benchmarks/*.py` import it and nothing else of one another; 
 Trade-off: models of half a million parameters on rows of 64 tokens. What is found here is a lead for larger ones, and
 is cheap enough to repeat over seeds and to check against brute force.
 
-The data folder holds `corpus.jsonl.gz` (rows with `text` and `domain`) and `eval/lambada/test_a.jsonl` (rows with
-`context` and `target`). `domain` is read for reports only, never to select.
+The data folder holds `corpus.jsonl.gz` (rows with `text` and `domain`) and `eval/`, of which a reference task reads
+its own files: `lambada/test_a.jsonl` (rows with `context` and `target`), or `arc_easy` and `boolq`, `train.jsonl` and
+a validation file of multiple choice. `domain` is read for reports and by arms that are told it, never to select.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Lab:
         reference: passages that influence is measured on, by `loss_on`: `"all"` tokens, or the last word
             (`"completion"`). Both have the same rows.
         development: disjoint passages that results are read from, alike.
+        test: passages disjoint from both, to be read once, at the end; empty unless asked for.
         overlap: how many documents of the pool were dropped for sharing a 13-gram with a passage, and how many
             development passages for sharing one with a reference passage.
     """
@@ -73,6 +75,7 @@ class Lab:
     tokenizer: PreTrainedTokenizerFast
     reference: dict[str, ReferenceTask]
     development: dict[str, ReferenceTask]
+    test: dict[str, ReferenceTask]
     overlap: dict[str, int]
 
     @property
@@ -90,7 +93,9 @@ def load_lab(
     pieces: int = 4,
     num_reference: int = 256,
     num_development: int = 256,
+    num_test: int = 0,
     num_documents: int | None = None,
+    task: str = "lambada",
 ) -> Lab:
     """Read and tokenise the corpus, once for each setting; later calls read what the first one wrote.
 
@@ -102,27 +107,32 @@ def load_lab(
         pieces: rows cut from one document at most; its remainder is dropped.
         num_reference: passages drawn from the first half of the reference file.
         num_development: passages drawn from the second half.
+        num_test: passages after those.
         num_documents: read the first documents only; None reads all.
+        task: what the passages are of: `lambada`, `arc_easy` (questions with their right answers) or `boolq`
+            (its passages). Where there is a training split, that is the first half.
     """
     with gzip.open(data_dir / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
         documents = [json.loads(line) for _, line in zip(range(num_documents or 10**9), file, strict=False)]
-    lines = (data_dir / "eval" / "lambada" / "test_a.jsonl").read_text(encoding="utf-8").splitlines()
-    passages = [json.loads(line) for line in lines]
-    half = len(passages) // 2
-    first = passages[:half][:num_reference]
-    second = passages[half:][:num_development]
-    shared = find_overlap([p["text"] for p in second], [p["text"] for p in first])
-    second = [passage for i, passage in enumerate(second) if i not in set(shared.tolist())]
+    first, second = _PASSAGES[task](data_dir / "eval" / task)
+    first, second = first[:num_reference], second[: num_development + num_test]
+    shared = set(find_overlap([p["text"] for p in second], [p["text"] for p in first]).tolist())
+    development = [passage for i, passage in enumerate(second[:num_development]) if i not in shared]
+    test = [passage for i, passage in enumerate(second) if i >= num_development and i not in shared]
+    known = set(find_overlap([p["text"] for p in test], [p["text"] for p in development]).tolist())
+    test = [passage for i, passage in enumerate(test) if i not in known]
     names = tuple(sorted({document["domain"] for document in documents}))
 
     limit = row_tokens * pieces * CHARACTERS_PER_TOKEN
     texts = [document["text"][:limit] for document in documents]
     tag = f"{vocab_size}-{row_tokens}-{pieces}-{num_reference}-{num_development}-{len(texts)}"
+    if num_test or task != "lambada":
+        tag += f"-{num_test}-{task}"
     cache_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(texts, vocab_size, cache_dir / f"tokenizer-{vocab_size}-{len(texts)}.json")
     path = cache_dir / f"rows-{tag}.npz"
     if not path.exists():
-        dropped = find_overlap(texts, [p["text"] for p in first + second])
+        dropped = find_overlap(texts, [p["text"] for p in (*first, *development, *test)])
         kept = np.setdiff1d(np.arange(len(texts)), dropped)
         ids = tokenizer([texts[i] for i in kept], add_special_tokens=False)["input_ids"]
         cut = [
@@ -143,9 +153,51 @@ def load_lab(
         domain_names=names,
         tokenizer=tokenizer,
         reference=_tasks(first, tokenizer, "reference"),
-        development=_tasks(second, tokenizer, "development"),
-        overlap={"documents_dropped": int(stored["dropped"]), "development_passages_dropped": len(shared)},
+        development=_tasks(development, tokenizer, "development"),
+        test=_tasks(test, tokenizer, "test") if test else {},
+        overlap={
+            "documents_dropped": int(stored["dropped"]),
+            "development_passages_dropped": len(shared.intersection(range(num_development))),
+        },
     )
+
+
+Passage = dict[str, str]
+
+
+def _lambada(folder: Path) -> tuple[list[Passage], list[Passage]]:
+    """Halves of the cased test passages: `context`, and `target`, their last word."""
+    passages = _read_lines(folder / "test_a.jsonl")
+    half = len(passages) // 2
+    return passages[:half], passages[half:]
+
+
+def _arc_easy(folder: Path) -> tuple[list[Passage], list[Passage]]:
+    """Questions with their right answer as target."""
+
+    def passage(row: dict[str, Any]) -> Passage:
+        context, target = f"Question: {row['question']}\nAnswer:", row["choices"][row["label"]]
+        return {"context": context, "target": target, "text": f"{context} {target}"}
+
+    return tuple([passage(row) for row in _read_lines(folder / f"{name}.jsonl")] for name in ("train", "validation"))  # type: ignore[return-value]
+
+
+def _boolq(folder: Path) -> tuple[list[Passage], list[Passage]]:
+    """Passages without their questions, each once; their last word is the target."""
+
+    def passages(name: str) -> list[Passage]:
+        texts = dict.fromkeys(row["context"].strip() for row in _read_lines(folder / f"{name}.jsonl"))
+        parts = [(text, text.rsplit(" ", 1)) for text in texts if " " in text]
+        return [{"context": context, "target": target, "text": text} for text, (context, target) in parts]
+
+    return passages("train"), passages("validation_a")
+
+
+_PASSAGES = {"lambada": _lambada, "arc_easy": _arc_easy, "boolq": _boolq}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _tasks(passages: Sequence[dict[str, Any]], tokenizer: Any, name: str) -> dict[str, ReferenceTask]:

@@ -1,0 +1,387 @@
+"""One training of `selection.py`: from the warm start of its seed on, rounds that choose as one arm does.
+
+Place in the flow: between the arms and the tables. Trade-off: a plain loop instead of the Trainer, with the library's
+own probes, influence models and selection: what differs between two arms of a seed is the choice of rows alone.
+
+Signs: influence > 0 helps; losses in nats/token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fidelity_setup import BATCH_ROWS, WINDOW, Ids, Paths, Point, one_a_document, warm_point
+from fidelity_setup import Sizes as WarmSizes
+from lab import TOKENS_PER_BATCH, Averager, Lab, load_lab, task_losses
+from selection_arms import ABLATIONS, ARMS, RANDOM, Arm
+from static_rivals import cosines, dsir, fasttext, mean_direction
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.data.texts import decode_rows
+from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.losses import mean_loss, token_losses
+from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.records import InfluenceLabels
+from mates_hf.selection.choose import gumbel_top_k
+from mates_hf.training.averaging import WeightAverage
+
+SHAPE = {"width": 128, "layers": 4}  # of the model: 1.05 million parameters
+POOL_DECAY = 0.9
+NGRAM_FLOPS = 3.0  # a scored token: three look-ups, added
+EDITED = ("news", "science_textbook", "wikipedia")  # what the quality filter is told to keep, and what not
+UNEDITED = ("forum", "legal_terms", "spam", "web_cc")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is run; the defaults are the full run.
+
+    Attributes:
+        documents: read of the corpus; None is all.
+        warm: random steps before the first round, the same for every arm of a seed.
+        steps: that every arm goes on for.
+        random_steps: that the random arm goes on for, to see when it gets as far.
+        every: steps between two evaluations.
+        passages: reference passages, and development passages.
+        test: test passages at most.
+        reserved: rows, one a document, that probes are drawn from and no arm trains on.
+        held: rows of the pool that no arm trains on, to see what choosing unlearns.
+        items: of each zero-shot task; 0 leaves them out.
+    """
+
+    documents: int | None = None
+    warm: int = 300
+    steps: int = 200
+    random_steps: int = 1_000
+    every: int = 40
+    passages: int = 256
+    test: int = 512
+    reserved: int = 5_000
+    held: int = 300
+    items: int = 100
+
+
+QUICK = Sizes(
+    documents=6_000, warm=40, steps=40, random_steps=80, every=20, passages=32, test=32, reserved=1_200, held=60,
+    items=0,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One training.
+
+    Attributes:
+        task: reference task.
+        filtered: whether the pool is what a quality filter keeps.
+        arm: its name.
+        seed: of weights, warm-up, order and draws.
+    """
+
+    task: str
+    filtered: bool
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """In messages and file names."""
+        return f"{self.task}{' filtered' if self.filtered else ''}/{self.arm}/{self.seed}"
+
+
+@functools.lru_cache(maxsize=2)
+def open_lab(paths: Paths, sizes: Sizes, task: str, filtered: bool) -> Lab:
+    """The laboratory of a setting, one at a time in a process."""
+    lab = load_lab(
+        paths.data, paths.work / task, num_documents=sizes.documents, task=task, num_reference=sizes.passages,
+        num_development=sizes.passages, num_test=sizes.test,
+    )  # fmt: skip
+    return filtered_lab(lab) if filtered else lab
+
+
+def filtered_lab(lab: Lab) -> Lab:
+    """The half of the rows that a fastText classifier of edited text against unedited web text likes best."""
+    rng = np.random.default_rng(0)
+    sides = []
+    for names in (EDITED, UNEDITED):
+        rows = np.flatnonzero(np.isin(lab.domain, [lab.domain_names.index(name) for name in names]))
+        sides.append(texts_of(lab, lab.rows.take(rng.permutation(rows)[:3_000])))
+    score = fasttext(*sides, seed=0)
+    blocks = np.array_split(np.arange(len(lab.rows)), max(1, len(lab.rows) // 5_000))
+    quality = np.concatenate([score(texts_of(lab, lab.rows.take(block))) for block in blocks])
+    kept = np.sort(np.argsort(-quality, kind="stable")[: len(lab.rows) // 2])
+    return dataclasses.replace(lab, rows=lab.rows.take(kept), domain=lab.domain[kept], document=lab.document[kept])
+
+
+def texts_of(lab: Lab, rows: TokenRows) -> list[str]:
+    """Rows as texts of one line."""
+    return [" ".join(text.split()) for text in decode_rows(rows, lab.tokenizer)]
+
+
+class Run:
+    """A training in progress: the model, the rows that are left, and what everything cost.
+
+    Args:
+        lab: corpus and passages.
+        sizes: of the run.
+        paths: data and work folders.
+        unit: what to train.
+    """
+
+    def __init__(self, lab: Lab, sizes: Sizes, paths: Paths, unit: Unit) -> None:
+        self.lab, self.sizes, self.paths, self.unit = lab, sizes, paths, unit
+        self.arm: Arm = {**ARMS, **ABLATIONS}[unit.arm]
+        work = paths.work / (unit.task + ("-filtered" if unit.filtered else ""))
+        work.mkdir(parents=True, exist_ok=True)
+        self.point: Point = warm_point(
+            lab, WarmSizes(warm=sizes.warm), dataclasses.replace(paths, work=work), unit.seed, **SHAPE
+        )
+        self.digest = _digest(self.point)
+        by_document = one_a_document(lab, self.point.rest)
+        self.held, self.reserved, _ = np.split(by_document, [sizes.held, sizes.held + sizes.reserved])
+        closed = np.concatenate([self.held, self.reserved])
+        self.open_rows: Ids = self.point.rest[~np.isin(self.point.rest, closed)]
+        self.num_parameters = sum(p.numel() for p in self.point.model.parameters())
+        self.costs: dict[str, dict[str, float]] = {}
+        self.curve: list[dict[str, float]] = []
+        self.final: dict[str, Any] = {}
+        self.rounds: list[dict[str, Any]] = []
+        self._fitted: NgramInfluenceModel | None = None
+        self._domain_sums = np.zeros((2, len(lab.domain_names)))
+        self._static: Callable[[TokenRows], Any] | None = None
+        self._average = WeightAverage(
+            self.point.model
+        )  # that evaluations look at: of the warm start, then of a window
+        self._average.load(work / f"warm-{unit.seed}-{sizes.warm}.safetensors")
+        self._seconds_evaluating = 0.0
+        self._step = 0
+
+    def cost(self, stage: str, seconds: float, flops: float) -> None:
+        """Add to a stage."""
+        entry = self.costs.setdefault(stage, {"seconds": 0.0, "flops": 0.0})
+        entry["seconds"] += seconds
+        entry["flops"] += flops
+
+    def train(self) -> dict[str, Any]:
+        """Go through all rounds; the result as JSON values."""
+        self._evaluate()
+        last = self.sizes.random_steps if self.unit.arm == RANDOM else self.sizes.steps
+        number = 0
+        while self._step < last:
+            num_steps = min(self.arm.round_steps, last - self._step)
+            chosen = self._choose(number, num_steps * BATCH_ROWS)
+            chosen = np.random.default_rng([self.unit.seed, 4, number]).permutation(chosen)
+            averager = Averager(self.point.model, num_steps, min(WINDOW, num_steps))
+            begin, before = self._step, self._seconds_evaluating
+            started = time.perf_counter()
+
+            def on_step(step: int, begin: int = begin, averager: Averager = averager) -> None:
+                averager.update(step)
+                self._step = begin + step
+                self._on_step()
+
+            self.point.train(chosen, on_step=on_step)
+            seconds = time.perf_counter() - started - (self._seconds_evaluating - before)
+            if self._step <= self.sizes.steps:
+                self.cost("train", seconds, 6.0 * self.num_parameters * len(self.lab.rows.take(chosen).values))
+            self.point.average = averager.average
+            number += 1
+        return {
+            **dataclasses.asdict(self.unit), "digest": self.digest, "parameters": self.num_parameters,
+            "curve": self.curve, "final": self.final, "rounds": self.rounds, "costs": self.costs,
+        }  # fmt: skip
+
+    # --- evaluation, the same for every arm and not among its costs ---
+
+    def _on_step(self) -> None:
+        every = self.sizes.every
+        if 0 < self._step % every <= every - min(WINDOW, every):
+            return
+        self._average.update()
+        if self._step % every == 0:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Development losses at averaged weights; after the steps that all arms have, all there is to know."""
+        started = time.perf_counter()
+        with self._average.swapped_in():
+            self.curve.append({"step": self._step, **self.point.development()})
+            if self._step == self.sizes.steps:
+                self.final = self._everything()
+        self._average = WeightAverage(self.point.model)
+        self._seconds_evaluating += time.perf_counter() - started
+
+    def _everything(self) -> dict[str, Any]:
+        model = self.point.model
+        final: dict[str, Any] = {"test": task_losses(model, self.lab.test)} if self.lab.test else {}
+        final["pool"] = mean_loss(model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
+        if self.sizes.items:
+            found = open_evaluator(self.paths, self.sizes, self.unit.task).run(model)
+            keys = ("choice_prob", "nll_per_byte", "accuracy")
+            final["zero_shot"] = {name: value for name, value in found.items() if name.endswith(keys)}
+        return final
+
+    # --- choosing ---
+
+    def _choose(self, number: int, k: int) -> Ids:
+        """The (k,) rows of a round."""
+        arm, seed = self.arm, (self.unit.seed, number)
+        if arm.rank == "random":
+            chosen, self.open_rows = np.split(self.open_rows, [k])
+            return chosen
+        candidates = self.open_rows
+        if arm.again:
+            candidates = np.random.default_rng([self.unit.seed, 5, number]).permutation(candidates)
+        if arm.scope == "slice":
+            candidates = candidates[: round(k / arm.ratio)]
+        record: dict[str, Any] = {"step": self._step}
+        labels = self._probe(number, candidates, record) if arm.probed and not (arm.once and number) else None
+        values = self._values(candidates, labels, number, record)
+        started = time.perf_counter()
+        chosen = candidates[gumbel_top_k(values, k, arm.temperature, seed=seed)]
+        self.cost("select", time.perf_counter() - started, 0.0)
+        if not arm.again:
+            gone = chosen if arm.scope == "pool" else candidates
+            self.open_rows = self.open_rows[~np.isin(self.open_rows, gone)]
+        if arm.round_steps > 1:
+            record["domains"] = np.bincount(self.lab.domain[chosen], minlength=len(self.lab.domain_names)) / k
+            self.rounds.append(record)
+        return chosen
+
+    def _probe(self, number: int, candidates: Ids, record: dict[str, Any]) -> InfluenceLabels:
+        """Labels of a round's probes, which no arm trains on, or of the candidates themselves."""
+        arm, started = self.arm, time.perf_counter()
+        ids = candidates
+        if arm.probes is not None:
+            ids = self.reserved[number * arm.probes : (number + 1) * arm.probes]
+        record["probes"] = len(ids)
+        self._probed = ids
+        reference = self.lab.reference[arm.loss_on].subset(arm.passages, seed=number)
+        one_step = OneStepProbe(max_grad_norm=1.0, tokens_per_batch=TOKENS_PER_BATCH)
+        probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH) if arm.probe == "directional" else one_step
+        with self.point.weights(arm.averaged):
+            labels = probe.measure(self.point.model, self.point.optimizer, reference, self.lab.rows.take(ids))
+        self.cost("probe", time.perf_counter() - started, labels.info["flops"])
+        return labels
+
+    def _values(self, candidates: Ids, labels: InfluenceLabels | None, number: int, record: dict[str, Any]) -> Any:
+        """(N,) what the candidates are ranked by, in standard deviations of the labels where there are any."""
+        arm, lab = self.arm, self.lab
+        rows = lab.rows.take(candidates)
+        if labels is not None and arm.probes is None:
+            values = np.empty(len(candidates), np.float32)
+            values[labels.candidate_id] = labels.influence
+            return values / labels.influence.std()
+        if arm.rank == "influence":
+            return self._predicted(rows, labels, number, record)
+        if arm.rank in ("domain means", "best domain"):
+            return self._by_domain(candidates, labels)
+        started = time.perf_counter()
+        if arm.rank == "stratified":
+            order = np.random.default_rng([self.unit.seed, 6, number]).permutation(len(candidates))
+            values = np.empty(len(candidates))
+            for k in range(len(lab.domain_names)):
+                mine = order[lab.domain[candidates[order]] == k]
+                values[mine] = -np.arange(len(mine))
+            return values
+        if arm.rank == "low loss":
+            with self.point.weights(averaged=True):
+                losses = token_losses(self.point.model, rows, tokens_per_batch=TOKENS_PER_BATCH)
+            values = -losses.reshape(len(rows), -1).mean(1, dtype=np.float64)
+            self.cost("score", time.perf_counter() - started, 2.0 * self.num_parameters * len(rows.values))
+            return values
+        if self._static is None:
+            self._static = static_scorer(lab, arm.rank, self.unit.seed)
+            self.cost("fit", time.perf_counter() - started, 0.0)
+            started = time.perf_counter()
+        values = self._static(rows)
+        self.cost("score", time.perf_counter() - started, 0.0)
+        return values
+
+    def _predicted(self, rows: TokenRows, labels: InfluenceLabels | None, number: int, record: dict[str, Any]) -> Any:
+        arm = self.arm
+        if labels is not None:
+            started = time.perf_counter()
+            self._fitted = NgramInfluenceModel(seed=self.unit.seed, labels=arm.labels, pool_decay=POOL_DECAY).fit(
+                self.lab.rows.take(self._probed),
+                labels,
+                groups=self.lab.domain[self._probed],
+                previous=self._fitted if arm.pooled else None,
+            )
+            self.cost("fit", time.perf_counter() - started, 0.0)
+            record["held_out_spearman"] = self._fitted.report.spearman
+        assert self._fitted is not None
+        started = time.perf_counter()
+        values = self._fitted.predict(rows) / self._fitted.report.label_std
+        self.cost("score", time.perf_counter() - started, NGRAM_FLOPS * len(rows.values))
+        return values
+
+    def _by_domain(self, candidates: Ids, labels: InfluenceLabels | None) -> Any:
+        """Mean label of each candidate's domain, earlier rounds decayed as the n-gram model has them; or the best."""
+        assert labels is not None
+        domain, size = self.lab.domain[self._probed], len(self.lab.domain_names)
+        self._domain_sums *= POOL_DECAY
+        self._domain_sums += [np.bincount(domain, labels.influence, size), np.bincount(domain, minlength=size)]
+        sums, counts = self._domain_sums
+        means = np.where(counts > 0, sums / np.maximum(counts, 1e-9), sums.sum() / counts.sum())
+        values = means[self.lab.domain[candidates]] / labels.influence.std()
+        return values if self.arm.rank == "domain means" else (values == values.max()).astype(float)
+
+
+def static_scorer(lab: Lab, rank: str, seed: int) -> Callable[[TokenRows], Any]:
+    """A function from rows to how like the reference passages they are; the passages cut as long as a row."""
+    rows, length = lab.reference["all"].rows, int(lab.rows.lengths[0])
+    spans = [rows.values[a:b] for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
+    pieces = TokenRows.from_lists([span[i : i + length] for span in spans for i in range(0, len(span), length)])
+    target = texts_of(lab, pieces)
+    drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))
+    if rank == "similarity":
+        from influence_models_contenders import folding_encoder
+
+        encoder = folding_encoder()
+
+        def states(texts: list[str]) -> Any:
+            documents = encoder.read(texts)
+            found = np.array([len(ids) > 0 for ids in documents])
+            kept = np.full((len(texts), encoder.width), np.nan, np.float32)
+            kept[found] = encoder.states([documents[i] for i in np.flatnonzero(found)], 2_048)
+            return kept
+
+        direction = mean_direction(states(target))
+        return lambda found: cosines(states(texts_of(lab, found)), direction)
+    if rank == "DSIR":
+        score = dsir(texts_of(lab, lab.rows.take(drawn[:16_000])), target)
+    else:
+        score = fasttext(target, texts_of(lab, lab.rows.take(drawn[: len(target)])), seed)
+    return lambda found: score(texts_of(lab, found))
+
+
+@functools.lru_cache(maxsize=1)
+def open_evaluator(paths: Paths, sizes: Sizes, task: str) -> Any:
+    """The nine zero-shot tasks with the tokenizer of a setting."""
+    from mates_hf.evaluation import Evaluator
+
+    tokenizer = open_lab(paths, sizes, task, False).tokenizer
+    metadata = {"data_dir": str(paths.data / "eval")}
+    return Evaluator("mates_zero_shot_local", tokenizer, limit=sizes.items, metadata=metadata, truncate=True)
+
+
+def _digest(point: Point) -> str:
+    """Of the warm weights: a unit of another warm start is not of the same pair."""
+    digest = hashlib.sha256()
+    for parameter in point.model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
+    """Train one arm of one seed; its result as JSON values."""
+    lab = open_lab(paths, sizes, unit.task, unit.filtered)
+    return Run(lab, sizes, paths, unit).train()
