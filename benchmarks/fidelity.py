@@ -12,7 +12,7 @@ that run in processes of their own and are kept one by one, so that a killed run
 
 - `in_batch`: labels against the change of the reference loss when a candidate replaces one row of a real batch.
 - `horizon`: development loss after training on sets of rows chosen by predicted influence.
-- `rounds`: labels from round to round, and what live or averaged weights, pooling, temperature and scope change.
+- `rounds`: labels of the same candidates from round to round (what selecting by them gains is in `selection.py`).
 - `fit`: held-out rank correlation of the n-gram influence model by kind and number of labels.
 
 Trade-off: one small model on one corpus; every figure has its learning rate, seed and interval beside it.
@@ -38,15 +38,15 @@ import torch
 from fidelity_one_step import in_batch
 from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
 from fidelity_tables import write_tables
-from fidelity_training import ARMS, ONE_SEED_ARMS, SETS, fit, horizon, rounds
+from fidelity_training import ARMS, SETS, fit, horizon, rounds
 from lab import MALLOC_SETTINGS, Lab, build_model, load_lab, rounded
 
 FUNCTIONS = {"in_batch": in_batch, "horizon": horizon, "rounds": rounds, "fit": fit}
 Unit = tuple[str, str, dict[str, Any], float]
 QUICK_UNITS = (
     "in_batch/late", "in_batch/many lengths", "fit/all tokens, averaged", "horizon/random/random",
-    "horizon/all tokens, averaged/deciles", "horizon/all tokens, averaged/top", "rounds/0/random",
-    "rounds/0/averaged, pooled, top-k",
+    "horizon/all tokens, averaged/deciles", "horizon/all tokens, averaged/top", "rounds/random",
+    "rounds/averaged, pooled",
 )  # fmt: skip
 
 
@@ -66,22 +66,21 @@ def all_units(sizes: Sizes) -> list[Unit]:
         "clipping off": {"steps": late, "clip": None},
         "many lengths": {"steps": late, "many_lengths": True},
         "large batch": {"steps": sizes.large_batch_steps, "batch_rows": sizes.large_batch},
+        "1,000 steps": {"steps": sizes.long},
+        "rate 3e-3": {"steps": late, "lr": 3e-3},
+        "Llama": {"steps": late, "family": "llama"},
+        "1 M parameters": {"steps": late, "width": 128, "layers": 4},
+        "labels in bf16": {"steps": late, "bf16": True},
+        "seed 1": {"steps": late, "seed": 1},
     }
     units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings, 60) for name, settings in configurations.items()]
     units += [("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"}, 30)]
-    selection: list[Unit] = [
-        (f"rounds/{seed}/{arm}", "rounds", {"arm": arm, "seed": seed}, 25)
-        for seed in range(sizes.seeds)
-        for arm in ARMS
-        if seed == 0 or arm not in ONE_SEED_ARMS
-    ]
-    units += selection[: len(ARMS)]
+    units += [(f"rounds/{arm}", "rounds", {"arm": arm}, 25) for arm in ARMS]
     units += [
         (f"horizon/{kind}/{which}", "horizon", {"kind": kind, "which": which}, 45)
         for kind, names in SETS.items()
         for which in names
     ]
-    units += selection[len(ARMS) :]
     return units if sizes.everything else [unit for unit in units if unit[0] in QUICK_UNITS]
 
 

@@ -30,12 +30,13 @@ from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.difference import Direction, norm_of, row_means
 from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import mean_loss_gradient
+from mates_hf.influence.losses import mean_loss_gradient, token_losses
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.influence.preconditioner import parameter_steps
 from mates_hf.preserve import preserved
 from mates_hf.selection.choose import row_worth
 
+TUNED_STEPS = 10  # of the perplexity difference
 EPSILON = 1e-3  # where a direction is not measured by `DirectionalProbe.measure`, which chooses its own
 
 
@@ -51,8 +52,13 @@ def in_batch(
     batch_rows: int = BATCH_ROWS,
     lr: float = LR,
     seed: int = 0,
+    bf16: bool = False,
+    **shape: Any,
 ) -> dict[str, Any]:
-    """Labels of candidates and the truth they stand for, after `steps` random steps."""
+    """Labels of candidates and the truth they stand for, after `steps` random steps.
+
+    With `bf16` labels are measured under bf16 autocast; training and truth stay in float32. `shape` is the model's.
+    """
     rng = np.random.default_rng([seed, 1])
     rows = shortened(lab.rows, rng.integers(12, 65, len(lab.rows))) if many_lengths else lab.rows
     order = rng.permutation(len(rows))
@@ -62,7 +68,7 @@ def in_batch(
     candidates, domain = rows.take(chosen), lab.domain[chosen]
     references = {loss_on: lab.reference[loss_on].subset(sizes.truth_passages) for loss_on in LOSSES}
 
-    model = build_model(lab.vocab_size, seed=seed)
+    model = build_model(lab.vocab_size, seed=seed, **shape)
     optimizer = build_optimizer(model, lr=lr, beta2=beta2)
     probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, batch_rows=batch_rows)
     recent: dict[str, list[Direction]] = {loss_on: [] for loss_on in LOSSES}
@@ -81,11 +87,14 @@ def in_batch(
     )
     result: dict[str, Any] = {
         "steps": steps, "beta2": beta2, "clip": clip, "many_lengths": many_lengths, "batch_rows": batch_rows,
-        "learning_rate": lr, "seed": seed, "candidate": chosen, "domain": domain, "num_tokens": candidates.num_targets,
-        "truth": truth, "truth_between_batches": between, "labels": {}, "agreement": {},
+        "learning_rate": lr, "seed": seed, "bf16": bf16, "family": model.config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()), "candidate": chosen, "domain": domain,
+        "num_tokens": candidates.num_targets, "truth": truth, "truth_between_batches": between, "labels": {},
+        "agreement": {},
     }  # fmt: skip
     for loss_on in LOSSES:
-        labels = all_labels(probe, model, optimizer, references[loss_on], candidates, recent[loss_on], clip)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            labels = all_labels(probe, model, optimizer, references[loss_on], candidates, recent[loss_on], clip)
         if many_lengths:
             for name in ("one_step", "directional"):
                 per_token = labels.pop(name)
@@ -130,8 +139,49 @@ def all_labels(
     for name, direction in directions.items():
         either_side = probe.directional_derivatives(model, direction, candidates, EPSILON)
         labels[name] = row_means(candidates, direction.derivatives(*either_side, EPSILON))
+    labels["LESS: cosine with Adam's step"] = adam_cosine(model, optimizer, reference, candidates)
+    labels["perplexity difference"] = tuned_difference(model, optimizer, reference, candidates)
     labels["the candidate's own loss"] = measured["directional"].loss.astype(np.float64)
     return labels
+
+
+def adam_cosine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, reference: ReferenceTask, candidates: TokenRows
+) -> FloatArray:
+    """(N,) cosine of the reference gradient with the step that Adam takes on the candidate alone, as in LESS."""
+    group = optimizer.param_groups[0]
+    (beta1, beta2), eps = group["betas"], group["eps"]
+    found = np.zeros(len(candidates))
+    with preserved(model) as snapshot:
+        mean_loss_gradient(model, reference.rows, tokens_per_batch=TOKENS_PER_BATCH)
+        wanted = torch.cat([p.grad.flatten().clone() for p in snapshot.parameters if p.grad is not None])
+        states = [optimizer.state[p] for p in snapshot.parameters if p.grad is not None]
+        first, second = (torch.cat([s[name].flatten() for s in states]) for name in ("exp_avg", "exp_avg_sq"))
+        count = float(states[0]["step"]) + 1
+        for i in range(len(candidates)):
+            mean_loss_gradient(model, candidates.take(np.array([i])), tokens_per_batch=TOKENS_PER_BATCH)
+            own = torch.cat([p.grad.flatten() for p in snapshot.parameters if p.grad is not None])
+            mean = (beta1 * first + (1 - beta1) * own) / (1 - beta1**count)
+            square = (beta2 * second + (1 - beta2) * own.square()) / (1 - beta2**count)
+            found[i] = torch.nn.functional.cosine_similarity(mean / (square.sqrt() + eps), wanted, dim=0)
+    return found
+
+
+def tuned_difference(
+    model: nn.Module, optimizer: torch.optim.Optimizer, reference: ReferenceTask, candidates: TokenRows
+) -> FloatArray:
+    """(N,) loss of each candidate minus its loss after `TUNED_STEPS` optimizer steps on the reference passages."""
+
+    def losses() -> FloatArray:
+        found = token_losses(model, candidates, tokens_per_batch=TOKENS_PER_BATCH)
+        return row_means(candidates, found.astype(np.float64))
+
+    with preserved(model, optimizer):
+        before = losses()
+        for _ in range(TUNED_STEPS):
+            mean_loss_gradient(model, reference.rows, tokens_per_batch=TOKENS_PER_BATCH)
+            optimizer.step()
+        return before - losses()
 
 
 def plain_direction(

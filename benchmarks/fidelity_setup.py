@@ -37,6 +37,7 @@ class Sizes:
 
     documents: int | None = None
     early: int = 40
+    long: int = 1_000
     warm: int = 300
     per_domain: int = 7
     truth_batches: int = 3
@@ -47,10 +48,10 @@ class Sizes:
     set_probes: int = 1200
     round_steps: int = 40
     rounds: int = 5
-    random_rounds: int = 18
+    oracle_probes: int = 600
+    oracle_passages: int = 64
     round_probes: int = 500
     fixed: int = 300
-    seeds: int = 3
     fit_sizes: tuple[int, ...] = (250, 500, 1000, 2000)
     fit_test: int = 1000
     fit_repeats: int = 3
@@ -58,9 +59,9 @@ class Sizes:
 
 
 QUICK = Sizes(
-    documents=3000, early=20, warm=60, per_domain=3, truth_batches=2, truth_passages=16, large_batch=32,
-    large_batch_steps=20, horizons=(5, 20, 40), set_probes=300, round_steps=10, rounds=2, random_rounds=4,
-    round_probes=150, fixed=60, seeds=1, fit_sizes=(100, 250), fit_test=200, fit_repeats=1, everything=False,
+    documents=3000, early=20, long=80, warm=60, per_domain=3, truth_batches=2, truth_passages=16, large_batch=32,
+    large_batch_steps=20, horizons=(5, 20, 40), set_probes=300, round_steps=10, rounds=2, oracle_probes=50,
+    oracle_passages=8, round_probes=150, fixed=60, fit_sizes=(100, 250), fit_test=200, fit_repeats=1, everything=False,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from lab import mean_interval, spearman
+from lab import spearman
 
 Units = dict[str, dict[str, Any]]
 REFERENCES = {"all": "all tokens", "completion": "last word"}
@@ -31,14 +31,12 @@ def write_tables(document: dict[str, Any]) -> str:
         f"passages, cut to their last 128 tokens; development losses: {settings['development_passages']} other ones. "
         f"Dropped for a shared 13-gram: {settings['documents_dropped']} documents of the pool, "
         f"{settings['development_passages_dropped']} development passages. Brackets are 95 % bootstrap intervals over "
-        "candidates; ± is the 95 % t interval over seeds. "
-        "Influence > 0 helps.\n"
+        "candidates. Influence > 0 helps.\n"
     )
     sections = [
         in_batch_section(parts["in_batch"], settings),
         horizon_section(parts["horizon"], settings),
         steadiness_section(parts["rounds"], settings),
-        selection_section(parts["rounds"], settings),
         fit_section(parts["fit"]),
     ]
     return "\n".join([head, *sections])
@@ -68,19 +66,21 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
         f"{settings['truth_passages']} reference passages. Cells: Spearman over all candidates / on what is left "
         "after domain means are taken off both (pooled residuals). Of rows of many lengths, n tokens each, a label is "
         "the `mean` over tokens, its `sum` (n × mean), or `worth` (n × (mean − pool mean)); unless said, the "
-        "mean. `one_step` is the paper's oracle. All labels but the candidate's own loss predict a decrease.\n\n"
+        "mean. `one_step` is the paper's oracle; `perplexity difference` what ten steps on the reference passages "
+        "take off the candidate's loss. All labels but the candidate's own loss predict a decrease. In bf16 labels "
+        "are measured under autocast, against the float32 truth.\n\n"
     )
     names = list(units)
     configurations = [
         [name.split("/")[1], str(unit["steps"]), str(unit["beta2"]), str(unit["clip"] or "off"),
          "12 to 64" if unit["many_lengths"] else "64", str(unit["batch_rows"]), f"{unit['learning_rate']:g}",
-         str(unit["seed"]), str(len(unit["candidate"])),
+         f"{unit['family']}, {unit['parameters'] / 1e6:.2f} M", str(unit["seed"]), str(len(unit["candidate"])),
          " / ".join(f"{unit['truth_between_batches'][loss_on]:.3f}" for loss_on in REFERENCES)]
         for name, unit in units.items()
     ]  # fmt: skip
     text += table(
-        ["configuration", "steps before", "β2", "clipping", "tokens in a row", "batch rows", "learning rate", "seed",
-         "candidates", "truth of one batch against another's (all tokens / last word)"],
+        ["configuration", "steps before", "β2", "clipping", "tokens in a row", "batch rows", "learning rate", "model",
+         "seed", "candidates", "truth of one batch against another's (all tokens / last word)"],
         configurations,
     )  # fmt: skip
     for loss_on, title in REFERENCES.items():
@@ -186,62 +186,6 @@ def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
     header = ["rows selected by", "labelled at", "Spearman with the next boundary's labels", "best domain",
               "its mean label by boundary (standard deviations)"]  # fmt: skip
     return text + table(header, rows)
-
-
-def selection_section(units: Units, settings: dict[str, Any]) -> str:
-    """Losses at the end of the rounds, by way of selecting, paired with random by seed."""
-    num_rounds, length = settings["rounds"], settings["round_steps"]
-    text = (
-        f"## What selection should default to\n\n{num_rounds} rounds of {length} steps from the checkpoint after "
-        f"{settings['warm']} random steps; 20 % of a slice (scope pool: the same number of rows out of all unused "
-        f"ones), {settings['round_probes']} probes a round, {settings['seeds']} seeds (initial weights, order of the "
-        "pool, probes), paired; pooled: earlier rounds' labels at 0.6 of the weight of the next round's, or as said; "
-        "an arm without ± ran with seed 0 only, against random of seed 0. Differences to "
-        "random at equal steps, < 0 is better; speed: how many times the steps random needs from the checkpoint for "
-        "the same loss at averaged weights (mean over seeds; `>` where random did not get there in "
-        f"{settings['random_rounds'] * length} steps for some seed).\n\n"
-    )
-    random = {unit["seed"]: unit for unit in units.values() if unit["arm"] == "random"}
-    rows = []
-    for arm in dict.fromkeys(unit["arm"] for unit in units.values()):
-        runs = [unit for unit in units.values() if unit["arm"] == arm]
-        cells = []
-        for loss_on in REFERENCES:
-            for where in ("averaged", "live"):
-                ends = [run["boundaries"][num_rounds][where][loss_on] for run in runs]
-                base = [random[run["seed"]]["boundaries"][num_rounds][where][loss_on] for run in runs]
-                if arm == "random":
-                    cells.append(f"{np.mean(ends):.3f}")
-                    continue
-                mean, width = mean_interval([a - b for a, b in zip(ends, base, strict=True)])
-                cells.append(f"{mean:+.3f}" if np.isnan(width) else f"{mean:+.3f} ± {width:.3f}")
-            cells.append(speed(runs, random, loss_on, num_rounds, length))
-        pool = np.mean([run["boundaries"][num_rounds]["pool_averaged"] for run in runs])
-        held_out = [b["held_out_spearman"] for run in runs for b in run["boundaries"] if "held_out_spearman" in b]
-        rows.append([arm, *cells, f"{pool:.3f}", f"{np.mean(held_out):.3f}" if held_out else ""])
-    header = ["selection", "all tokens, averaged weights", "all tokens, live", "speed, all tokens",
-              "last word, averaged weights", "last word, live", "speed, last word", "loss of the pool",
-              "held-out Spearman"]  # fmt: skip
-    return text + table(header, rows)
-
-
-def speed(runs: list[dict[str, Any]], random: dict[int, Any], loss_on: str, num_rounds: int, length: int) -> str:
-    """Steps random needs for a run's last loss over the steps the run took, mean over seeds."""
-    ratios, beyond = [], False
-    for run in runs:
-        curve = np.array([b["averaged"][loss_on] for b in random[run["seed"]]["boundaries"]])
-        lowest = np.minimum.accumulate(curve)
-        target = run["boundaries"][num_rounds]["averaged"][loss_on]
-        where = int(np.argmax(lowest <= target)) if (lowest <= target).any() else len(curve)
-        if where == len(curve):
-            beyond = True
-            ratios.append((len(curve) - 1) / num_rounds)
-        elif where == 0:
-            ratios.append(0.0)
-        else:
-            above, below = lowest[where - 1], lowest[where]
-            ratios.append((where - 1 + (above - target) / (above - below)) / num_rounds)
-    return f"{'> ' if beyond else ''}{np.mean(ratios):.2f} ×"
 
 
 # --- fit ---

@@ -1,4 +1,4 @@
-"""Labels against training: sets of rows over 10 to 1,000 steps, rounds of selection, and fits of influence models.
+"""Labels against training: sets of rows over 10 to 1,000 steps, labels from round to round, and how many are needed.
 
 Place in the flow: the parts `horizon`, `rounds` and `fit` of `fidelity.py`. Trade-off: a plain loop instead of the
 Trainer; the order of rows inside a selection is all that chance decides between two arms of one seed.
@@ -10,20 +10,26 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from fidelity_one_step import EPSILON, plain_direction
 from fidelity_setup import BATCH_ROWS, LR, WINDOW, Ids, Paths, Point, Sizes, one_a_document, warm_point
 from lab import TOKENS_PER_BATCH, Averager, Lab, spearman, without_group_means
 
-from mates_hf.influence.losses import mean_loss
+from mates_hf.influence.difference import row_means
+from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k, uniform
 
 # --- horizon: sets of rows, 10 to 1,000 steps ---
 
 LABEL_KINDS: dict[str, dict[str, Any]] = {
-    "all tokens, live": {"loss_on": "all", "averaged": False, "parameters": "all"},
-    "all tokens, averaged": {"loss_on": "all", "averaged": True, "parameters": "all"},
-    "last word, averaged": {"loss_on": "completion", "averaged": True, "parameters": "all"},
-    "all tokens, averaged, blocks": {"loss_on": "all", "averaged": True, "parameters": "blocks"},
+    "all tokens, live": {"averaged": False},
+    "all tokens, averaged": {},
+    "last word, averaged": {"loss_on": "completion"},
+    "all tokens, averaged, blocks": {"parameters": "blocks"},
+    "one-step oracle, all tokens, averaged": {"probe": "one-step"},
+    "gradient product, all tokens, averaged": {"probe": "gradient product"},
 }
 
 SETS = {
@@ -32,7 +38,42 @@ SETS = {
     "last word, averaged": ("deciles", "top", "bottom"),
     "all tokens, live": ("deciles", "top"),
     "all tokens, averaged, blocks": ("deciles",),
+    "one-step oracle, all tokens, averaged": ("deciles", "top"),
+    "gradient product, all tokens, averaged": ("deciles",),
 }
+
+
+def measure(
+    point: Point,
+    sizes: Sizes,
+    ids: Ids,
+    *,
+    averaged: bool = True,
+    loss_on: str = "all",
+    parameters: str = "all",
+    probe: str = "directional",
+) -> tuple[InfluenceLabels, Ids]:
+    """Labels of one kind, and the candidates that have them: the oracle measures fewer, on fewer passages."""
+    rows, reference = point.lab.rows, point.lab.reference[loss_on]
+    if probe == "one-step":
+        ids = ids[: sizes.oracle_probes]
+        oracle = OneStepProbe(max_grad_norm=1.0, tokens_per_batch=TOKENS_PER_BATCH)
+        with point.weights(averaged):
+            few = reference.subset(sizes.oracle_passages)
+            return oracle.measure(point.model, point.optimizer, few, rows.take(ids)), ids
+    with point.weights(averaged):
+        labels = point.measure(ids, loss_on, parameters)
+        if probe == "directional":
+            return labels, ids
+        direction = plain_direction(point.model, point.optimizer, reference, precondition=False)
+        candidates = rows.take(ids)
+        either_side = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH).directional_derivatives(
+            point.model, direction, candidates, EPSILON
+        )
+        derivatives = direction.derivatives(*either_side, EPSILON).astype(np.float32)
+    means = row_means(candidates, derivatives).astype(np.float32)
+    changed = {"influence": means * labels.step_size, "influence_per_token": means, "token_derivatives": derivatives}
+    return dataclasses.replace(labels, **changed), ids
 
 
 def horizon(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, which: str, seed: int = 0) -> dict[str, Any]:
@@ -43,9 +84,7 @@ def horizon(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, which: str, seed
     result: dict[str, Any] = {"kind": kind, "which": which, "seed": seed, "learning_rate": LR, "pool_rows": len(rest)}
     predicted = np.zeros(len(rest))
     if kind != "random":
-        settings = dict(LABEL_KINDS[kind])
-        with point.weights(settings.pop("averaged")):
-            labels = point.measure(probes, **settings)
+        labels, probes = measure(point, sizes, probes, **LABEL_KINDS[kind])
         model = NgramInfluenceModel(seed=seed).fit(lab.rows.take(probes), labels, groups=lab.domain[probes])
         predicted = model.predict(lab.rows.take(rest)) / model.report.label_std
         result["held_out_spearman"] = model.report.spearman
@@ -93,88 +132,50 @@ def losses_along(point: Point, ids: Ids, horizons: list[int]) -> dict[int, dict[
     return losses
 
 
-# --- rounds: steadiness, and what selection should default to ---
+# --- rounds: do labels hold from one to the next ---
 
-ARM_DEFAULTS: dict[str, Any] = {
-    "averaged": True, "pooled": False, "pool_decay": 0.6, "temperature": 0.0, "scope": "slice", "loss_on": "all",
-    "parameters": "all",
-}  # fmt: skip
+# How rows are chosen between two boundaries; the labels of fixed candidates are watched.
 ARMS: dict[str, dict[str, Any]] = {
-    "random": {"temperature": None},
-    "live, top-k": {"averaged": False},
-    "live, pooled, top-k": {"averaged": False, "pooled": True},
-    "averaged, top-k": {},
-    "averaged, pooled, top-k": {"pooled": True},
-    "averaged, pooled (decay 0.9), top-k": {"pooled": True, "pool_decay": 0.9},
-    "averaged, pooled, τ 0.5": {"pooled": True, "temperature": 0.5},
-    "averaged, pooled, τ 1.0": {"pooled": True, "temperature": 1.0},
-    "averaged, pooled, top-k, scope pool": {"pooled": True, "scope": "pool"},
-    "averaged, pooled, top-k, blocks": {"pooled": True, "parameters": "blocks"},
-    "averaged, pooled, top-k, last word": {"pooled": True, "loss_on": "completion"},
+    "random": {},
+    "live": {"averaged": False, "pooled": False},
+    "averaged": {"averaged": True, "pooled": False},
+    "averaged, pooled": {"averaged": True, "pooled": True},
 }
-ONE_SEED_ARMS = ("averaged, pooled, top-k, last word",)
-STEADINESS_ARMS = ("random", "live, top-k", "averaged, top-k", "averaged, pooled, top-k")
 RATIO = 0.2
 
 
-def rounds(lab: Lab, sizes: Sizes, paths: Paths, *, arm: str, seed: int) -> dict[str, Any]:
-    """Rounds of a plain loop with one way of selecting; losses at every boundary."""
-    settings = {**ARM_DEFAULTS, **ARMS[arm]}
+def rounds(lab: Lab, sizes: Sizes, paths: Paths, *, arm: str, seed: int = 0) -> dict[str, Any]:
+    """Labels of the same candidates at every boundary of a few rounds, at live and at averaged weights."""
+    settings = ARMS[arm]
     point = warm_point(lab, sizes, paths, seed)
-    by_document = one_a_document(lab, point.rest)
-    fixed, by_document = np.split(by_document, [sizes.fixed])
-    held, by_document = np.split(by_document, [sizes.fixed])
-    probes = np.split(by_document[: sizes.rounds * sizes.round_probes], sizes.rounds)
-    open_rows = point.rest[~np.isin(point.rest, np.concatenate([fixed, held, *probes]))]
-    num_rounds = sizes.random_rounds if arm == "random" else sizes.rounds
-    steady = arm in STEADINESS_ARMS and seed == 0
-    result: dict[str, Any] = {"arm": arm, "seed": seed, "learning_rate": LR, **settings, "boundaries": [], "fixed": []}
+    fixed, *probes = np.split(
+        one_a_document(lab, point.rest)[: sizes.fixed + sizes.rounds * sizes.round_probes],
+        sizes.fixed + sizes.round_probes * np.arange(sizes.rounds),
+    )
+    open_rows = point.rest[~np.isin(point.rest, np.concatenate([fixed, *probes]))]
+    result: dict[str, Any] = {"arm": arm, "seed": seed, "learning_rate": LR, **settings, "fixed": []}
     previous = None
-    for number in range(num_rounds + 1):
-        step = sizes.warm + number * sizes.round_steps
-        boundary: dict[str, Any] = {"step": step}
-        selects = arm != "random" and number < num_rounds
+    k = sizes.round_steps * BATCH_ROWS
+    for number in range(sizes.rounds):
         labels, fixed_labels = None, {}
         for name, averaged in (("averaged", True), ("live", False)):
             with point.weights(averaged):
-                if averaged or number in (0, sizes.rounds):
-                    boundary[name] = point.development()
-                if number == sizes.rounds:
-                    pool_loss = mean_loss(point.model, lab.rows.take(held), tokens_per_batch=TOKENS_PER_BATCH)
-                    boundary[f"pool_{name}"] = pool_loss
-                if steady and number < sizes.rounds:
-                    fixed_labels[name] = point.measure(fixed).influence_per_token
-                if selects and averaged == settings["averaged"]:
-                    labels = point.measure(probes[number], settings["loss_on"], settings["parameters"])
-        if steady and number < sizes.rounds:
-            result["fixed"].append(fixed_labels)
-        result["boundaries"].append(boundary)
-        if number == num_rounds:
-            break
-        k = sizes.round_steps * BATCH_ROWS
-        if labels is None:
-            chosen, open_rows = np.split(open_rows, [k])
-        else:
-            model = NgramInfluenceModel(seed=seed, pool_decay=settings["pool_decay"]).fit(
-                lab.rows.take(probes[number]), labels, groups=lab.domain[probes[number]],
-                previous=previous if settings["pooled"] else None,
-            )  # fmt: skip
-            previous = model
-            boundary["held_out_spearman"] = model.report.spearman
-            candidates = open_rows if settings["scope"] == "pool" else open_rows[: round(k / RATIO)]
-            influence = model.predict(lab.rows.take(candidates)) / model.report.label_std
-            chosen = candidates[gumbel_top_k(influence, k, settings["temperature"], seed=(seed, number))]
-            # A slice is passed over as a whole; in scope `pool` only what was trained on is gone.
-            gone = chosen if settings["scope"] == "pool" else candidates
-            open_rows = open_rows[~np.isin(open_rows, gone)]
-            boundary["domains"] = np.bincount(lab.domain[chosen], minlength=len(lab.domain_names)) / k
-        chosen = np.random.default_rng([seed, 4, number]).permutation(chosen)
+                fixed_labels[name] = point.measure(fixed).influence_per_token
+                if averaged == settings.get("averaged"):
+                    labels = point.measure(probes[number])
+        result["fixed"].append(fixed_labels)
+        candidates = open_rows[: k if labels is None else round(k / RATIO)]
+        chosen = candidates
+        if labels is not None:
+            previous = NgramInfluenceModel(seed=seed).fit(
+                lab.rows.take(probes[number]), labels, previous=previous if settings["pooled"] else None
+            )
+            chosen = candidates[gumbel_top_k(previous.predict(lab.rows.take(candidates)), k, 0.0, seed=(seed, number))]
+        open_rows = open_rows[len(candidates) :]
         averager = Averager(point.model, sizes.round_steps, min(WINDOW, sizes.round_steps))
-        point.train(chosen, on_step=averager.update)
+        point.train(np.random.default_rng([seed, 4, number]).permutation(chosen), on_step=averager.update)
         point.average = averager.average
-    if steady:
-        result |= {"fixed_ids": fixed, "fixed_domain": lab.domain[fixed]}
-    return result
+    return {**result, "fixed_ids": fixed, "fixed_domain": lab.domain[fixed]}
 
 
 # --- fit: kinds and numbers of labels ---
@@ -183,11 +184,9 @@ def rounds(lab: Lab, sizes: Sizes, paths: Paths, *, arm: str, seed: int) -> dict
 def fit(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, seed: int = 0) -> dict[str, Any]:
     """Held-out agreement of the n-gram influence model, on candidates of other documents."""
     point = warm_point(lab, sizes, paths, seed)
-    settings = dict(LABEL_KINDS[kind])
     num = sizes.fit_sizes[-1]
     ids = one_a_document(lab, point.rest)[: num + sizes.fit_test]
-    with point.weights(settings.pop("averaged")):
-        labels = point.measure(ids, **settings)
+    labels, _ = measure(point, sizes, ids, **LABEL_KINDS[kind])
     rows, domain = lab.rows.take(ids), lab.domain[ids]
     test = np.arange(num, len(ids))
     truth = labels.influence[test].astype(np.float64)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mates_hf.data.corpus import find_overlap
 from mates_hf.data.reference import ReferenceTask
@@ -231,10 +231,13 @@ def _tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> PreTrainedT
 # --- model and training ---
 
 
-def build_model(vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0) -> GPTNeoXForCausalLM:
-    """A GPT-NeoX (Pythia's architecture) with fresh weights, embedding and head tied, without dropout."""
+def build_model(
+    vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0, family: str = "gpt_neox"
+) -> PreTrainedModel:
+    """A GPT-NeoX (Pythia's architecture), or a Llama, with fresh weights, embedding and head tied, without dropout."""
     torch.manual_seed(seed)
-    config = GPTNeoXConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -244,7 +247,7 @@ def build_model(vocab_size: int, *, width: int = 96, layers: int = 2, seed: int 
         tie_word_embeddings=True,
         use_cache=False,
     )
-    return GPTNeoXForCausalLM(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
 
 
 def build_optimizer(model: nn.Module, *, lr: float, beta2: float = 0.95) -> torch.optim.AdamW:
