@@ -4,7 +4,7 @@
 # ///
 """What an influence label agrees with: one real batch, and 10 to 1,000 steps on the rows it prefers.
 
-    python benchmarks/fidelity.py --data DATA_DIR             # about 40 minutes on two cores
+    python benchmarks/fidelity.py --data DATA_DIR             # about 20 minutes on two cores
     python benchmarks/fidelity.py --data DATA_DIR --quick     # two minutes
 
 Place in the flow: it freezes the definition of the label and the selection defaults on evidence. Four parts, in units
