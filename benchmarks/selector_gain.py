@@ -71,11 +71,10 @@ OWN_POOL = f"""--dataset json --text_column text --group_column kind --update_st
 FILTER = """
 import sys
 from datasets import load_from_disk
-from transformers import AutoTokenizer
 from mates_hf import MatesSelector
 
-selector_dir, tokenizer_dir, corpus_dir, kept_dir, ratio = sys.argv[1:]
-selector = MatesSelector.from_pretrained(selector_dir, tokenizer=AutoTokenizer.from_pretrained(tokenizer_dir))
+round_dir, corpus_dir, kept_dir, ratio = sys.argv[1:]
+selector = MatesSelector.from_pretrained(round_dir)
 selector.filter(load_from_disk(corpus_dir), ratio=float(ratio)).save_to_disk(kept_dir)
 """
 
@@ -153,11 +152,11 @@ def write_texts(work: Path, arguments: argparse.Namespace, sizes: Sizes) -> None
     (work / "texts.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def filter_corpus(work: Path, selector: Path, checkpoint: Path) -> Path:
-    """Filter in a process that knows the folders alone."""
+def filter_corpus(work: Path, selector: Path) -> Path:
+    """Filter in a process that knows the round's folder and the corpus alone."""
     kept = work / "kept"
     if not (kept / "state.json").exists():
-        command = [selector, checkpoint, work / "corpus", kept, RATIO]
+        command = [selector, work / "corpus", kept, RATIO]
         subprocess.run([sys.executable, "-c", FILTER, *map(str, command)], check=True)
     return kept
 
@@ -242,7 +241,7 @@ def main() -> None:
     demo = run_demo(work, sizes, own_pool=arguments.reference is not None)
     selector = last_selector(demo)
     checkpoint = demo / "mates-0" / f"checkpoint-{sizes.demo_steps}"
-    kept = filter_corpus(work, selector, checkpoint)
+    kept = filter_corpus(work, selector)
     tokens = read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
     counts = Counter(np.array(tokens.kinds)[tokens.kind[tokens.kept]].tolist())
     say = f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts})"

@@ -1,9 +1,9 @@
 """`mates-hf`: what a person asks from a shell.
 
 `mates-hf env` prints what a bug report needs, `mates-hf round PATH` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be. Place in the flow: right of everything, and the only module that prints.
-Trade-off: rounds are read from their directories alone, so it works on a machine without torch and shows nothing that
-a round did not record.
+whether a run's rounds are what they must be, `mates-hf cost RUN_DIR` what they took. Place in the flow: right of
+everything, and the only module that prints. Trade-off: rounds are read from their directories alone, so it works on a
+machine without torch and shows nothing that a round did not record.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mates_hf.records import FloatArray, MatesError
+from mates_hf.reporting.cost import run_cost
 from mates_hf.round_files import RoundRecord, load_round
 from mates_hf.training.verify import report_lines, verify_run
 
@@ -59,10 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_run = commands.add_parser("verify", help="recompute a run's selections and check everything its rounds left")
     of_run.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
     of_run.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    of_cost = commands.add_parser("cost", help="print seconds and FLOPs of a run's training, rounds and evaluations")
+    of_cost.add_argument("path", metavar="RUN_DIR", help="a run's output_dir")
+    of_cost.add_argument("--rounds-dir", help="where its rounds are, if not in RUN_DIR/_mates")
+    of_cost.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "verify":
             return _verify(arguments.path, as_json=arguments.json)
+        if arguments.command == "cost":
+            return _cost(arguments.path, arguments.rounds_dir, as_json=arguments.json)
         lines = describe_environment() if arguments.command == "env" else describe_round(load_round(arguments.path))
         for line in lines:
             print(line)
@@ -83,6 +90,14 @@ def _verify(path: str, *, as_json: bool) -> int:
         if result.problem is not None:
             print(f"mates-hf: {result.problem}", file=sys.stderr)
     return int(result.problem is not None)
+
+
+def _cost(path: str, rounds_dir: str | None, *, as_json: bool) -> int:
+    """Print a run's ledger."""
+    cost = run_cost(path, rounds_dir=rounds_dir)
+    for line in [json.dumps(cost.to_dict(), indent=2)] if as_json else cost.lines():
+        print(line)
+    return 0
 
 
 def describe_environment() -> Iterator[str]:

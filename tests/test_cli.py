@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 import mates_hf
 from mates_hf.cli import main
-from mates_hf.records import InfluenceLabels, write_array
+from mates_hf.records import InfluenceLabels, write_array, write_json
 from mates_hf.round_files import RoundWriter, write_labels
 
 KEY = {"config": {}, "pool": {}, "step": 8, "weights": "w"}
@@ -108,3 +109,18 @@ def test_a_damaged_round_is_one_line_on_stderr(tmp_path: Path, capsys: pytest.Ca
     assert output.out == ""
     assert output.err.startswith(f"mates-hf: `{path / 'scores.npy'}` must be a whole .npy file")
     assert output.err.count("\n") == 1
+
+
+def test_the_cost_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere" / "round-0001").mkdir(parents=True)
+    stages = {"probe": {"seconds": 2.0, "flops": 5e9}, "fit": {"seconds": 1.0}}
+    write_json(tmp_path / "elsewhere/round-0001/round.json", {"step": 8, "stages": stages})
+    write_json(tmp_path / "trainer_state.json", {"global_step": 16, "total_flos": 2e11, "log_history": []})
+    assert main(["cost", str(tmp_path)]) == 1
+    assert "must hold a finished round" in capsys.readouterr().err
+    assert main(["cost", str(tmp_path), "--rounds-dir", str(tmp_path / "elsewhere")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (probe,) = [line for line in lines if line.startswith("probe")]
+    assert probe.split() == ["probe", "2.00", "not", "recorded", "5.000e+09", "2.50%"]
+    assert main(["cost", str(tmp_path), "--json", "--rounds-dir", str(tmp_path / "elsewhere")]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"]["probe"]["share_of_training_flops"] == 0.025

@@ -23,12 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser, TrainingArguments
 
-from mates_hf import MatesCallback, MatesConfig, NgramInfluenceModel
+from mates_hf import MatesCallback, MatesConfig, MatesSelector, NgramInfluenceModel
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE
 from mates_hf.records import FitReport, MatesError, read_json, sha256_of, write_json
 from mates_hf.round_files import load_round, write_checksums
+from mates_hf.selection.saved import SELECTOR_FILE
 from mates_hf.training.run import load_order
 from mates_hf.training.verify import verify_run
 from tests.training.kit import make_arguments, make_reference, run, small_config
@@ -270,6 +271,7 @@ def load_and_use(path: Path) -> None:
     assert isinstance(model.report, FitReport)
     assert isinstance(model.report.passes(0.1), bool)
     model.explain(3)
+    assert np.array_equal(MatesSelector.from_pretrained(path).influence_model.predict(ROWS), predicted)
 
 
 @fixed(200)
@@ -283,7 +285,7 @@ def test_a_damaged_model_is_refused(saved, data, how):
         except (*STATE_ERRORS, FileNotFoundError):
             assert changed
         else:
-            assert not changed or path.name == CONFIG_FILE
+            assert not changed or path.name in (CONFIG_FILE, SELECTOR_FILE)
 
 
 @fixed(300)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.rows import TokenRows
+from mates_hf.influence.flops import NUM_EPSILON_CANDIDATES
 from mates_hf.model_traits import unwrap
 from mates_hf.preserve import preserved
 from mates_hf.processes import ALONE, Processes
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-NUM_EPSILON_CANDIDATES = 16
 _MIN_AGREEMENT = 0.99
 _LADDER = (1e-4, 1e-2)  # where a derivative is neither rounding noise nor curvature (in fp32; measured)
 

@@ -37,6 +37,7 @@ from mates_hf.influence.difference import (
     norm_of,
     row_means,
 )
+from mates_hf.influence.flops import NUM_SECOND_MOMENT_BATCHES, forward_flops, gradient_flops
 from mates_hf.influence.losses import (
     DEFAULT_TOKENS_PER_BATCH,
     LossFunction,
@@ -44,7 +45,7 @@ from mates_hf.influence.losses import (
     token_losses,
 )
 from mates_hf.influence.preconditioner import ParameterStep, group_learning_rates, parameter_steps, unwrap_optimizer
-from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.influence.probe import count_multiplied_parameters, read_measurable
 from mates_hf.model_traits import unwrap
 from mates_hf.preserve import local_shard, preserved
 from mates_hf.processes import ALONE, Processes
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARD_ROWS = 512  # candidates measured at a time; a killed probe loses no more than these
-_NUM_SECOND_MOMENT_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class DirectionalProbe:
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
             "seconds": time.perf_counter() - started,
-            "flops": direction.flops + 2.0 * count_parameters(unwrap(model)) * num_tokens,
+            "flops": direction.flops + forward_flops(count_multiplied_parameters(unwrap(model)), num_tokens),
         }
         logger.info(
             "probed %d candidates (%d without a trained token) in %.1f s, epsilon %.1e, agreement %s",
@@ -246,7 +246,7 @@ class DirectionalProbe:
             norm=norm,
             parameter_norm=norm_of(directions),
             reference_loss=reference_loss,
-            flops=flops + 6.0 * count_parameters(model) * len(reference.rows.values),
+            flops=flops + gradient_flops(count_multiplied_parameters(model), len(reference.rows.values)),
         )
 
     def directional_derivatives(
@@ -334,7 +334,7 @@ class DirectionalProbe:
             )
         generator = np.random.default_rng(self.seed or 0)
         num_tokens = 0
-        for _ in range(_NUM_SECOND_MOMENT_BATCHES):
+        for _ in range(NUM_SECOND_MOMENT_BATCHES):
             # With replacement, so that batches larger than the candidates at hand vary as much as they should.
             batch = candidates.take(generator.integers(len(candidates), size=self.batch_rows))
             num_tokens += len(batch.values)
@@ -352,9 +352,9 @@ class DirectionalProbe:
                     gradient = local_shard(step.parameter.grad)
                     if step.l2:
                         gradient.add_(local_shard(step.parameter), alpha=step.l2)
-                    gradient.square_().div_(_NUM_SECOND_MOMENT_BATCHES)
+                    gradient.square_().div_(NUM_SECOND_MOMENT_BATCHES)
                     if step.parameter in squares:
                         squares[step.parameter].add_(gradient)
                     else:
                         squares[step.parameter] = gradient
-        return squares, 6.0 * count_parameters(model) * num_tokens
+        return squares, gradient_flops(count_multiplied_parameters(model), num_tokens)

@@ -25,6 +25,7 @@ from mates_hf.evaluation.agreement import (
     check_pair,
     rank_correlation,
     slope_of,
+    top_precision,
     within_group,
 )
 from mates_hf.records import FitReport, InfluenceLabels
@@ -88,9 +89,6 @@ def fit_report(
     """
     predicted, actual = check_pair(predicted, actual)
     within = None if groups is None else within_group(predicted, actual, groups)
-    num_best = max(1, len(actual) // 5)
-    order = np.argsort(-predicted, kind="stable")
-    best = np.argsort(-actual, kind="stable")[:num_best]
     return FitReport(
         num_labels=num_labels,
         num_held_out=len(actual),
@@ -98,7 +96,7 @@ def fit_report(
         interval=bootstrap_interval(predicted, actual, seed),
         spearman_within_group=within,
         slope=slope_of(actual, predicted),
-        top_fifth_overlap=len(np.intersect1d(order[:num_best], best)) / num_best,
+        top_fifth_overlap=top_precision(predicted, actual),
         calibration=calibration_bins(predicted, actual),
         label_std=float(actual.std()) if label_std is None else float(label_std),
         seconds=seconds,

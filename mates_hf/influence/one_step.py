@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from mates_hf.influence.flops import one_step_flops
 from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
@@ -27,7 +28,7 @@ from mates_hf.influence.preconditioner import (
     require_steps,
     unwrap_optimizer,
 )
-from mates_hf.influence.probe import count_parameters, read_measurable
+from mates_hf.influence.probe import count_multiplied_parameters, read_measurable
 from mates_hf.model_traits import unwrap
 from mates_hf.preserve import optimizer_parts, preserved
 from mates_hf.processes import ALONE, Processes
@@ -140,7 +141,6 @@ class OneStepProbe:
                 _fill_gradients(moved)
                 _step(optimizer, rates)
                 influence[i] = null_loss - reference_loss()
-        num_reference_tokens = len(reference.rows.values) * (len(rows) + 1)
         info = {
             "reference_loss": null_loss,
             "learning_rates": rates,
@@ -148,7 +148,12 @@ class OneStepProbe:
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
             "seconds": time.perf_counter() - started,
-            "flops": count_parameters(model) * (6.0 * len(rows.values) + 2.0 * num_reference_tokens),
+            "flops": one_step_flops(
+                count_multiplied_parameters(model),
+                num_candidates=len(rows),
+                num_candidate_tokens=len(rows.values),
+                num_reference_tokens=len(reference.rows.values),
+            ),
         }
         logger.info("probed %d candidates by real steps in %.1f s", len(rows), info["seconds"])
         return InfluenceLabels(

@@ -2,7 +2,7 @@
 
 Place in the flow: under `folding` (texts through an encoder) and `hidden_states` (rows through the training model).
 Trade-off: rows of like length go together, so that little is padded; which rows share a pass depends on the whole
-call, so a prediction may differ in its last bits from one of the row alone: those of bf16 where `fitting_precision` is.
+call, so a prediction may differ in its last bits from one of the row alone (of bf16, where passes run in that).
 
 Shape suffixes: N rows, B rows of one pass, L tokens of the longest of them, D width of a state.
 """
@@ -114,8 +114,9 @@ def fitting_precision(device: torch.device) -> contextlib.AbstractContextManager
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 is faster than float32: a processor without instructions for it converts back and forth."""
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        find: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # older torch has none
+        capabilities = find()
+        return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 

@@ -68,5 +68,19 @@ def read_measurable(candidates: Any) -> tuple[IntArray, TokenRows, IntArray]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the model, tied ones once; 2 × this × tokens estimates the FLOPs of a forward pass."""
+    """Parameters of the model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_multiplied_parameters(model: nn.Module) -> int:
+    """Parameters that every token is multiplied with, tied ones once; `flops` counts by these.
+
+    All but tables that ids are looked up in; one that is the output head as well counts.
+    """
+    owned = [
+        parameter
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    ]
+    return sum(parameter.numel() for parameter in {id(parameter): parameter for parameter in owned}.values())

@@ -1,8 +1,8 @@
 """A selector on disk: an influence model's directory with the tokenizer of its tokens and where it comes from.
 
-Place in the flow: under `MatesSelector.save_pretrained` and `from_pretrained`; also opens the model of a finished
-round. Trade-off: the influence model's own files stay where they would be alone, so that its class reads them without
-us; the tokenizer lies in a folder beside them, with a checksum for each of its files.
+Place in the flow: under `MatesSelector.save_pretrained` and `from_pretrained`; a round keeps its influence model in
+the same form. Trade-off: the influence model's own files stay where they would be alone, so that its class reads them
+without us; the tokenizer lies in a folder beside them, with a checksum for each of its files.
 
 ```
 config.json  model.safetensors  fit.json   the influence model
@@ -13,6 +13,7 @@ selector.json                              checksums of the tokenizer, max_lengt
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ TOKENIZER_DIR = "tokenizer"
 CARD_FILE = "README.md"
 FORMAT_VERSION = 1
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, FIT_FILE, SELECTOR_FILE, CARD_FILE, f"{TOKENIZER_DIR}/*"]
+
+logger = logging.getLogger(__name__)
 
 _ROUND_MODEL_DIR = "influence_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -92,6 +95,37 @@ def write_selector(
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).unlink(missing_ok=True)
+    _write_about(directory, tokenizer, max_length, origin)
+    model.save_pretrained(directory)
+
+
+def write_round_model(directory: Path, model: Any, tokenizer: Any) -> None:
+    """Write the influence model of a round as a selector, so that the round filters texts without its run.
+
+    Args:
+        directory: not there yet; what is cut short is the caller's to set aside.
+        model: fitted.
+        tokenizer: the Trainer's `processing_class`, or None. One that is no tokenizer of text, lacks an id that the
+            model has seen, or cannot be saved is left out: a round must not fail for it.
+    """
+    model.save_pretrained(directory)
+    if not callable(getattr(tokenizer, "get_vocab", None)) or not callable(tokenizer):
+        tokenizer = None
+    elif getattr(model, "vocab_size", 0) > len(tokenizer):
+        logger.warning(
+            "The round is kept without the Trainer's `processing_class`: the pool has ids up to %d, and it has %d.",
+            model.vocab_size - 1, len(tokenizer),
+        )  # fmt: skip
+        tokenizer = None
+    try:
+        _write_about(directory, tokenizer, None, {})
+    except Exception as error:  # a tokenizer may fail in any way of its own
+        logger.warning("The round is kept without the Trainer's `processing_class`, which cannot be saved: %s", error)
+        _write_about(directory, None, None, {})
+
+
+def _write_about(directory: Path, tokenizer: Any, max_length: int | None, origin: Mapping[str, Any]) -> None:
+    """Write the tokenizer and `selector.json`."""
     folder = directory / TOKENIZER_DIR
     shutil.rmtree(folder, ignore_errors=True)
     recorded: dict[str, Any] | None = None
@@ -108,7 +142,6 @@ def write_selector(
             "origin": dict(origin),
         },
     )
-    model.save_pretrained(directory)
 
 
 def read_selector(path: Path) -> Saved:
@@ -118,7 +151,7 @@ def read_selector(path: Path) -> Saved:
         path: the directory.
 
     Returns:
-        What it holds. A round knows its training run's token ids, not the tokenizer that made them.
+        What it holds. A round knows the tokenizer of its training run if the Trainer had one as `processing_class`.
 
     Raises:
         FileNotFoundError: it is none of the three, or the round did not finish.
@@ -128,8 +161,7 @@ def read_selector(path: Path) -> Saved:
     if (path / _ROUND_MODEL_DIR).is_dir() and not (path / CONFIG_FILE).exists():
         if not (path / ROUND_FILE).exists():
             raise FileNotFoundError(f"`{path}` is not a finished round: it has no {ROUND_FILE}.")
-        found = round_origin(read_json(path / ROUND_FILE))
-        return Saved(load_influence_model(path / _ROUND_MODEL_DIR), None, None, found)
+        return read_selector(path / _ROUND_MODEL_DIR)._replace(origin=round_origin(read_json(path / ROUND_FILE)))
     if not (path / CONFIG_FILE).exists():
         rounds = sorted(one.name for one in path.glob("round-*") if (one / ROUND_FILE).exists())
         hint = f" It holds rounds: name one, `{path / rounds[-1]}`." if rounds else ""

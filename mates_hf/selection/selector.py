@@ -328,8 +328,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         Args:
             pretrained_model_name_or_path: a directory that `save_pretrained` wrote, a round directory such as
                 `runs/my-run/_mates/round-0003`, or a repository on the Hub.
-            tokenizer: of the tokens the model was fitted on. A round does not know it; where one is recorded, it must
-                be the same.
+            tokenizer: of the tokens the model was fitted on; where one is recorded, it must be the same. A round has
+                its Trainer's `processing_class`.
             max_length: tokens a text is cut to; None takes what was saved.
             force_download: download again what is in the Hub's cache.
             token: for private repositories.

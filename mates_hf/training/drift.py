@@ -28,7 +28,7 @@ NUM_SENTINELS = 128
 SENTINEL_FILE = "sentinel.json"
 
 
-def set_sentinel(run: Run, path: Path, labels: InfluenceLabels, number: int) -> float:
+def set_sentinel(run: Run, path: Path, labels: InfluenceLabels, number: int) -> float | None:
     """Measure the sentinel of a round and write it into the round's directory, unless it is there.
 
     Args:
@@ -38,10 +38,11 @@ def set_sentinel(run: Run, path: Path, labels: InfluenceLabels, number: int) -> 
         number: the round.
 
     Returns:
-        FLOPs it took.
+        FLOPs it took, whenever that was; None where they are not known.
     """
     if (path / SENTINEL_FILE).exists():
-        return 0.0
+        flops = read_json(path / SENTINEL_FILE).get("flops")
+        return None if flops is None else float(flops)
     seed = stage_seed(run.config.selection_seed, number, "sentinel")
     picked = np.sort(np.random.default_rng(seed).permutation(len(labels))[:NUM_SENTINELS])
     epsilon = labels.info.get("epsilon")
@@ -50,16 +51,17 @@ def set_sentinel(run: Run, path: Path, labels: InfluenceLabels, number: int) -> 
     except InfluenceError as error:
         logger.warning("Round %d gets no drift checks: its sentinel cannot be ranked (%s).", number, error)
         write_json(path / SENTINEL_FILE, {"candidate_id": []})
-        return 0.0
+        return None
     sentinel = {
         "candidate_id": found.candidate_id.tolist(),
         "influence_per_token": found.influence_per_token.tolist(),
         "epsilon": epsilon,
         "seed": seed,
+        "flops": found.info.get("flops"),
         "spearman_with_labels": _spearman(found.influence_per_token, labels.influence_per_token[picked]),
     }
     write_json(path / SENTINEL_FILE, sentinel)
-    return float(found.info.get("flops", 0.0))
+    return None if sentinel["flops"] is None else float(sentinel["flops"])
 
 
 def check_drift(run: Run, path: Path) -> float:

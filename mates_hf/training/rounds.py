@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.fit import labels_needed
+from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import (
     FloatArray,
     InfluenceLabels,
@@ -38,6 +39,7 @@ from mates_hf.records import (
 from mates_hf.round_files import SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
 from mates_hf.selection.choose import select_rows, stage_seed
 from mates_hf.selection.plan import PlannedRound
+from mates_hf.selection.saved import write_round_model
 from mates_hf.training.drift import set_sentinel
 from mates_hf.training.measure import NUM_AUDIT_PASSAGES, measure_audit, measure_labels
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order
@@ -94,13 +96,13 @@ def run_round(
 
     with stages.timed("probe") as cost:
         labels = _probe(run, writer.path, draw.probes)
-        cost["flops"] = labels.info.get("flops", 0.0)
+        _note_flops(cost, labels.info.get("flops"))
     with stages.timed("audit") as cost:
         fidelity = _audit(run, writer.path, labels, planned.number)
         cost["flops"] = fidelity.get("flops", 0.0)
     if run.config.drift_check_steps:
         with stages.timed("sentinel") as cost:
-            cost["flops"] = set_sentinel(run, writer.path, labels, planned.number)
+            _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
     with stages.timed("fit"):
         influence_model = _fit(run, writer.path, labels, planned.number)
     guard, chosen_model = _guard(run, influence_model, labels)
@@ -134,6 +136,7 @@ def run_round(
         "fidelity": fidelity,
         "guard": guard,
         "stages": stages.seconds_and_flops,
+        "flop_parameters": _flop_parameters(run.model),
         **run.describe(),
         "weights": writer.key["weights"],
     }
@@ -143,6 +146,21 @@ def run_round(
         planned.number, guard["decision"], len(rows), len(draw.candidates), guard["spearman"], *guard["interval"],
     )  # fmt: skip
     return _take_over(run, load_order(writer.finish(info)))
+
+
+def _note_flops(cost: dict[str, float], flops: float | None) -> None:
+    """Record a stage's FLOPs, or nothing where its probe does not say them."""
+    if flops is not None:
+        cost["flops"] = float(flops)
+
+
+def _flop_parameters(model: Any) -> dict[str, int | None]:
+    """The parameters by which our stages count FLOPs, and those by which the Trainer counts its `total_flos`."""
+    count = getattr(model, "num_parameters", None)
+    return {
+        "stages": count_multiplied_parameters(model),
+        "trainer": None if count is None else int(count(exclude_embeddings=True)),
+    }
 
 
 def _take_over(run: Run, order: Order) -> Order:
@@ -206,7 +224,7 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> Influenc
     # Renamed when all of it is there: which of a model's files comes last is the model's business.
     partial = path / "influence_model.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    fitted.save_pretrained(partial)
+    write_round_model(partial, fitted, run.tokenizer)
     partial.rename(final)
     return fitted
 

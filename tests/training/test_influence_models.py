@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, Trainer
 
-from mates_hf import MatesCallback, load_round
+from mates_hf import MatesCallback, MatesError, MatesSelector, load_round
 from mates_hf.influence.encoder import EncoderInfluenceModel
 from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
 from mates_hf.model_traits import hub_name
 from tests.training.kit import (
+    VOCAB,
     Stop,
     make_arguments,
     make_model,
@@ -92,6 +96,65 @@ def test_what_an_influence_model_lacks_is_told_before_the_first_step(tmp_path, t
         trainer.train()
     assert trainer.state.global_step == 0
     assert not (tmp_path / "_mates").exists()
+
+
+def tokenizer_of(num_ids: int) -> Any:
+    """A tokenizer of words `w0`, `w1`, ... with one id each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(num_ids)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
+
+
+def round_of_a_run(folder: Path, processing_class: Any) -> Path:
+    def give(trainer: Trainer) -> None:
+        trainer.processing_class = processing_class
+        trainer.callback_handler.processing_class = processing_class
+
+    run(make_arguments(folder), [MatesCallback(make_reference(), small_config())], prepare=give)
+    return folder / "_mates" / "round-0001"
+
+
+def test_a_round_filters_texts_without_its_run(tmp_path) -> None:
+    path = round_of_a_run(tmp_path / "run", tokenizer_of(VOCAB))
+    shutil.copytree(path, tmp_path / "alone")
+    shutil.rmtree(tmp_path / "run")
+    selector = MatesSelector.from_pretrained(tmp_path / "alone")
+    ids = [[3, 7, 9, 1], [5, 5, 2], [8, 1, 4]]
+    texts = Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in ids]})
+    found = selector.map(texts)["influence"]
+    assert found == selector.map(Dataset.from_dict({"input_ids": ids}))["influence"]
+    assert len(set(found)) == 3
+    file = tmp_path / "alone" / "influence_model" / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace("w9", "w_"))
+    with pytest.raises(MatesError, match="must hold the files whose SHA-256"):
+        MatesSelector.from_pretrained(tmp_path / "alone")
+
+
+class _Unsavable(PreTrainedTokenizerFast):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        raise OSError("a tokenizer of this machine alone")
+
+
+@pytest.mark.parametrize(
+    ("processing_class", "warning"),
+    [
+        (None, None),
+        (object(), None),
+        (tokenizer_of(8), "the pool has ids up to"),
+        (_Unsavable(tokenizer_object=tokenizer_of(64).backend_tokenizer, unk_token="w0"), "cannot be saved: a tok"),
+    ],
+)
+def test_a_round_does_not_fail_for_a_processing_class(tmp_path, caplog, processing_class, warning) -> None:
+    path = round_of_a_run(tmp_path, processing_class)
+    assert load_round(path).info["guard"]["decision"] == "select"
+    assert ("processing_class" in caplog.text) == (warning is not None)
+    assert (warning or "") in caplog.text
+    selector = MatesSelector.from_pretrained(path)
+    assert selector.tokenizer is None
+    assert len(selector.map(Dataset.from_dict({"input_ids": [[3, 7, 9]]}))) == 1
 
 
 def test_a_round_says_which_model_it_probed(tmp_path) -> None:

@@ -1,0 +1,73 @@
+"""What probes cost, in FLOPs: the rule that rounds record with and that `reporting` predicts with, without torch.
+
+Place in the flow: beside the probes, which say how many tokens they ran. The rule is that of the Trainer's
+`total_flos`: 2 FLOPs a parameter and token forward, 4 more backward, for every parameter that a token is multiplied
+with. That is all of them but the tables it is looked up in: the output head counts, the input embedding does not, and
+one matrix that is both counts once (`probe.count_multiplied_parameters`).
+
+Trade-off: the rule leaves out attention scores (4 x layers x width x length a token forward, twice that backward),
+what is done element by element (norms, activations, the softmax of the loss, the optimizer's step) and padding. Full
+fine-tuning is assumed, and of a mixture of experts all experts count, as in `total_flos`.
+"""
+
+from __future__ import annotations
+
+FORWARD = 2.0
+FORWARD_AND_BACKWARD = 6.0
+NUM_EPSILON_CANDIDATES = 16  # candidates that choose ε, on either side at ε and at 2ε for each step tried
+NUM_SECOND_MOMENT_BATCHES = 4  # batches of which E[g_B²] is the mean
+
+
+def forward_flops(num_parameters: int, num_tokens: float) -> float:
+    """FLOPs of a pass without gradient over so many tokens, by a model of so many multiplied parameters."""
+    return FORWARD * num_parameters * num_tokens
+
+
+def gradient_flops(num_parameters: int, num_tokens: float) -> float:
+    """FLOPs of a forward and backward pass over so many tokens: of a probe's gradient, and of training."""
+    return FORWARD_AND_BACKWARD * num_parameters * num_tokens
+
+
+def directional_flops(
+    num_parameters: int,
+    *,
+    num_candidate_tokens: float,
+    num_reference_tokens: float,
+    epsilon_steps: int = 0,
+    tokens_per_row: float = 0,
+    num_second_moment_tokens: float = 0,
+) -> float:
+    """FLOPs of one `DirectionalProbe.measure`: a gradient of the reference loss, two forward passes a candidate.
+
+    Args:
+        num_parameters: parameters a token is multiplied with.
+        num_candidate_tokens: tokens of all candidates.
+        num_reference_tokens: tokens of the reference task.
+        epsilon_steps: steps tried to choose ε; 0 where it is given.
+        tokens_per_row: tokens of each candidate that chooses ε.
+        num_second_moment_tokens: tokens of the batches of E[g_B²].
+
+    Returns:
+        FLOPs.
+    """
+    once = gradient_flops(num_parameters, num_reference_tokens + num_second_moment_tokens)
+    num_epsilon_tokens = 4 * epsilon_steps * NUM_EPSILON_CANDIDATES * tokens_per_row
+    return once + forward_flops(num_parameters, 2 * num_candidate_tokens + num_epsilon_tokens)
+
+
+def one_step_flops(
+    num_parameters: int, *, num_candidates: int, num_candidate_tokens: float, num_reference_tokens: float
+) -> float:
+    """FLOPs of one `OneStepProbe.measure`: a gradient and a pass over the reference task for each candidate.
+
+    Args:
+        num_parameters: parameters a token is multiplied with.
+        num_candidates: candidates.
+        num_candidate_tokens: tokens of all candidates.
+        num_reference_tokens: tokens of the reference task, read once more after the null step.
+
+    Returns:
+        FLOPs, without those of the optimizer's steps.
+    """
+    reading = forward_flops(num_parameters, num_reference_tokens) * (num_candidates + 1)
+    return gradient_flops(num_parameters, num_candidate_tokens) + reading

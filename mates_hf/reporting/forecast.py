@@ -1,0 +1,271 @@
+"""What selection would cost a run, predicted before it starts: FLOPs, and shares of its wall-clock.
+
+Place in the flow: before a run; it needs the run's size and its `MatesConfig`, neither torch nor data. The formulas
+are those that rounds record with (`mates_hf.influence.flops`); a test holds them against a run.
+
+Trade-off: one number a stage from the rule of 2 and 6 FLOPs a parameter and token, so attention scores are left out on
+both sides of every share. Wall-clock needs speeds, which are the caller's assumption. Rounds that a drift check starts
+early are not foreseen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Literal
+
+from mates_hf.config import MatesConfig
+from mates_hf.influence.flops import (
+    NUM_SECOND_MOMENT_BATCHES,
+    directional_flops,
+    forward_flops,
+    gradient_flops,
+    one_step_flops,
+)
+
+NGRAM_FLOPS = 30  # a token scored or fitted on, hashing included, on the CPU; generous
+# What a round runs (`training.rounds`, `measure`, `drift`); a test compares.
+AUDIT_CANDIDATES, AUDIT_PASSAGES = 16, 8
+SENTINEL_CANDIDATES, SENTINEL_SHARE = 128, 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSize:
+    """The run whose cost is asked for.
+
+    Attributes:
+        num_parameters: of the model, tied ones once.
+        num_looked_up: of these, parameters of tables that ids are looked up in: the input embedding, 0 where the
+            output head is tied to it, and learned positions.
+        tokens_per_row: tokens of a row of the pool.
+        batch_rows: rows in one optimizer step, over all devices and accumulation.
+        max_steps: optimizer steps.
+        num_passages: passages of the reference task.
+        tokens_per_passage: tokens of each, on average.
+        pool_rows: rows in the pool; needed for `candidate_scope="pool"`.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    num_parameters: int
+    num_looked_up: int
+    tokens_per_row: int
+    batch_rows: int
+    max_steps: int
+    num_passages: int
+    tokens_per_passage: float
+    pool_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_row", "batch_rows", "max_steps", "num_passages", "tokens_per_passage"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
+        if not 0 <= self.num_looked_up < self.num_parameters:
+            raise ValueError(
+                f"`num_looked_up` must be at least 0 and below `num_parameters` ({self.num_parameters}), got "
+                f"{self.num_looked_up!r}."
+            )
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that a token is multiplied with."""
+        return self.num_parameters - self.num_looked_up
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.max_steps * self.batch_rows * self.tokens_per_row
+
+    @property
+    def reference_tokens(self) -> float:
+        """Tokens of the reference task."""
+        return self.num_passages * self.tokens_per_passage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """An encoder as the influence model, fine-tuned on each round's labels; the defaults are the paper's bert-base.
+
+    Attributes:
+        multiplied: parameters that a token is multiplied with: 85.6 M of bert-base's 110 M.
+        num_epochs: passes over the labels, each with one over the held-out ones.
+    """
+
+    multiplied: int = 85_646_592
+    num_epochs: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictedCost:
+    """What a run would cost; FLOPs over the whole run.
+
+    Attributes:
+        num_rounds: rounds that select.
+        training_flops: of the optimizer steps.
+        stages: FLOPs by stage of the rounds.
+        trained_tokens: tokens trained on.
+        labelled_tokens: tokens of all probed candidates, which the influence model is fitted on.
+        scored_tokens: tokens of all scored candidates.
+        on_cpu: fit and score run on the CPU while devices wait.
+    """
+
+    num_rounds: int
+    training_flops: float
+    stages: Mapping[str, float]
+    trained_tokens: int
+    labelled_tokens: float
+    scored_tokens: float
+    on_cpu: bool
+
+    @property
+    def share_of_training(self) -> float:
+        """FLOPs of all rounds over those of training."""
+        return sum(self.stages.values()) / self.training_flops
+
+    @property
+    def share_of_all(self) -> float:
+        """FLOPs of all rounds over those of training and rounds together."""
+        return self.share_of_training / (1 + self.share_of_training)
+
+    def device_seconds_share(self, relative_utilisation: float) -> float:
+        """Seconds that devices spend on rounds, relative to the seconds of training.
+
+        Args:
+            relative_utilisation: FLOPs a second in rounds over FLOPs a second in training; an assumption.
+
+        Returns:
+            The share; what runs on the CPU is not in it.
+
+        Raises:
+            ValueError: the utilisation is not above 0.
+        """
+        if not relative_utilisation > 0:
+            raise ValueError(f"`relative_utilisation` must be above 0, got {relative_utilisation!r}.")
+        left_out = ("fit", "score") if self.on_cpu else ()
+        flops = sum(flops for name, flops in self.stages.items() if name not in left_out)
+        return flops / self.training_flops / relative_utilisation
+
+    def idle_seconds_share(
+        self, *, training_tokens_per_second: float, fit_tokens_per_second: float, score_tokens_per_second: float
+    ) -> float:
+        """Seconds that devices wait for fit and score on the CPU, relative to the seconds of training.
+
+        Args:
+            training_tokens_per_second: of the whole run, over all devices: the faster they are, the more waiting
+                costs.
+            fit_tokens_per_second: labelled tokens a second that the influence model is fitted on.
+            score_tokens_per_second: tokens a second that it scores.
+
+        Returns:
+            The share; 0 for an influence model that runs on the devices.
+        """
+        if not self.on_cpu:
+            return 0.0
+        waiting = self.labelled_tokens / fit_tokens_per_second + self.scored_tokens / score_tokens_per_second
+        return waiting * training_tokens_per_second / self.trained_tokens
+
+
+def predict_cost(
+    size: RunSize,
+    config: MatesConfig,
+    *,
+    probe: Literal["directional", "one_step"] = "directional",
+    second_moment: Literal["state", "batches"] = "state",
+    epsilon_steps: int = 1,
+    encoder: Encoder | None = None,
+) -> PredictedCost:
+    """FLOPs of training and of each stage of the rounds.
+
+    Args:
+        size: of the run.
+        config: of the rounds.
+        probe: `DirectionalProbe`, or `OneStepProbe`, the paper's, which reads the reference task for each candidate
+            and is not audited.
+        second_moment: of the directional probe.
+        epsilon_steps: steps the directional probe tries to find ε; 0 where it is given.
+        encoder: the influence model; None is the n-gram one, on the CPU.
+
+    Returns:
+        The cost; a run too short for a round has none.
+
+    Raises:
+        ValueError: `candidate_scope="pool"` without the pool's rows.
+    """
+    chosen = _selected_rows(size, config)
+    scored = sum(_scored_rows(size, config, number, rows) for number, rows in enumerate(chosen)) * size.tokens_per_row
+    moment = NUM_SECOND_MOMENT_BATCHES * size.batch_rows if second_moment == "batches" else 0
+
+    def directional(num_candidates: int, num_passages: int, steps: int = 0) -> float:
+        return directional_flops(
+            size.multiplied,
+            num_candidate_tokens=num_candidates * size.tokens_per_row,
+            num_reference_tokens=num_passages * size.tokens_per_passage,
+            epsilon_steps=steps,
+            tokens_per_row=size.tokens_per_row,
+            num_second_moment_tokens=moment * size.tokens_per_row,
+        )
+
+    def one_step(num_candidates: int, num_passages: int) -> float:
+        return one_step_flops(
+            size.multiplied,
+            num_candidates=num_candidates,
+            num_candidate_tokens=num_candidates * size.tokens_per_row,
+            num_reference_tokens=num_passages * size.tokens_per_passage,
+        )
+
+    every = config.drift_check_steps
+    per_round: dict[str, float] = {}
+    if probe == "directional":
+        per_round["probe"] = directional(config.num_probes, size.num_passages, epsilon_steps)
+        if config.num_probes >= AUDIT_CANDIDATES:
+            passages = min(AUDIT_PASSAGES, size.num_passages)
+            per_round["audit"] = directional(AUDIT_CANDIDATES, passages) + one_step(AUDIT_CANDIDATES, passages)
+    else:
+        per_round["probe"] = one_step(config.num_probes, size.num_passages)
+    if every:
+        few, passages = min(SENTINEL_CANDIDATES, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
+        once = directional(few, passages) if probe == "directional" else one_step(few, passages)
+        per_round["sentinel"] = once
+        per_round["drift checks"] = once * ((config.update_steps - 1) // every)
+    labelled = config.num_probes * size.tokens_per_row
+    stages = {name: len(chosen) * flops for name, flops in per_round.items()}
+    if encoder is None:
+        stages["fit"], stages["score"] = NGRAM_FLOPS * labelled * float(len(chosen)), NGRAM_FLOPS * float(scored)
+    else:
+        held_out = config.held_out_fraction * labelled
+        epoch = gradient_flops(encoder.multiplied, labelled - held_out) + forward_flops(encoder.multiplied, held_out)
+        stages["fit"] = len(chosen) * encoder.num_epochs * epoch
+        stages["score"] = forward_flops(encoder.multiplied, scored)
+    return PredictedCost(
+        num_rounds=len(chosen),
+        training_flops=gradient_flops(size.multiplied, size.trained_tokens),
+        stages=stages,
+        trained_tokens=size.trained_tokens,
+        labelled_tokens=float(labelled * len(chosen)),
+        scored_tokens=float(scored),
+        on_cpu=encoder is None,
+    )
+
+
+def _selected_rows(size: RunSize, config: MatesConfig) -> list[int]:
+    """Rows that each round selects: rounds start `update_steps` apart, the last takes what `max_steps` leaves."""
+    starts = range(_first_step(config), size.max_steps, config.update_steps)
+    return [(min(start + config.update_steps, size.max_steps) - start) * size.batch_rows for start in starts]
+
+
+def _first_step(config: MatesConfig) -> int:
+    """First optimizer step that trains on a selection."""
+    return config.random_rounds * config.update_steps + config.lead_steps
+
+
+def _scored_rows(size: RunSize, config: MatesConfig, number: int, selected: int) -> int:
+    """Candidates that a round scores."""
+    if config.candidate_scope == "slice":
+        return math.ceil(selected / Fraction(repr(float(config.selection_ratio))))
+    if size.pool_rows is None:
+        raise ValueError("`candidate_scope='pool'` must have `pool_rows`, the rows of the pool, got None.")
+    trained = (_first_step(config) + number * config.update_steps) * size.batch_rows
+    return max(selected, size.pool_rows - trained - config.num_probes)

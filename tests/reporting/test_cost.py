@@ -1,0 +1,509 @@
+"""The ledger against hand-made files and real runs; the FLOP rule and the forecast against torch's own counter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mates_hf.config import MatesConfig
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.rows import TokenRows
+from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.flops import gradient_flops, one_step_flops
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.probe import count_multiplied_parameters, count_parameters
+from mates_hf.records import MatesError, write_json
+from mates_hf.reporting import forecast
+from mates_hf.reporting.cost import RunCost, StageCost, run_cost
+from mates_hf.reporting.forecast import Encoder, RunSize, predict_cost
+from mates_hf.selection.plan import RunPlan, num_candidates
+from mates_hf.training import rounds
+from mates_hf.training.callback import MatesCallback
+from mates_hf.training.drift import NUM_SENTINELS
+from mates_hf.training.measure import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
+from tests.training.kit import LENGTH, Stop, make_arguments, make_model, make_pool, make_reference, run, small_config
+
+# --- the ledger, from files made by hand ---
+
+STAGES = {
+    "probe": {"seconds": 8.0, "flops": 3e12},
+    "audit": {"seconds": 2.0, "flops": 1e12},
+    "fit": {"seconds": 4.0},
+    "score": {"seconds": 1.0},
+    "select": {"seconds": 1.0},
+}
+
+
+def write_round(run_dir: Path, number: int, step: int, *, stages: Any = STAGES, name: str | None = None, **more: Any):
+    path = run_dir / "_mates" / (name or f"round-{number:04d}")
+    path.mkdir(parents=True)
+    info = {"number": number, "step": step, "stages": stages, "config": {"random_rounds": 1, "keep_rounds": None}}
+    write_json(path / "round.json", {**info, "flop_parameters": {"stages": 500, "trainer": 400}, **more})
+    return path
+
+
+def write_state(folder: Path, step: int, *, seconds: float | None = None, rate: float | None = None, **more: Any):
+    folder.mkdir(parents=True, exist_ok=True)
+    history = list(more.pop("history", []))
+    if seconds is not None:
+        history.append({"train_runtime": seconds, "train_steps_per_second": rate or step / seconds, "step": step})
+    state = {"global_step": step, "total_flos": 8e13, "log_history": history, **more}
+    write_json(folder / "trainer_state.json", state)
+
+
+def two_rounds(run_dir: Path) -> Path:
+    write_round(run_dir, 1, 100)
+    write_round(run_dir, 2, 200)
+    return run_dir
+
+
+def test_the_ledger_adds_up(tmp_path):
+    two_rounds(tmp_path)
+    evaluations = [{"lm_eval/seconds": 10.0, "step": 100}, {"lm_eval/seconds": 14.0, "eval_runtime": 4.0, "step": 200}]
+    write_state(tmp_path, 300, seconds=400.0, history=evaluations)
+    cost = run_cost(tmp_path)
+    assert (cost.steps, cost.rounds, cost.seconds, cost.notes) == (300, (1, 2), 400.0, ())
+    # total_flos is 6 x 400 a token, our rule 6 x 500: the Trainer leaves a tied head out.
+    assert cost.training == StageCost(seconds=340.0, flops=1e14, share_of_seconds=0.85, share_of_training_flops=1.0)
+    assert cost.stages["probe"] == StageCost(
+        seconds=16.0, flops=6e12, share_of_seconds=0.04, share_of_training_flops=0.06
+    )
+    assert cost.stages["fit"] == StageCost(seconds=8.0, flops=None, share_of_seconds=0.02)
+    assert cost.mates == StageCost(
+        seconds=32.0, flops=8e12, share_of_seconds=0.08, share_of_training_flops=0.08, complete=False
+    )
+    assert cost.evaluation == StageCost(seconds=28.0, flops=None, share_of_seconds=0.07)
+    # fit, score and select of two rounds, not probe nor audit
+    assert (cost.idle_seconds, cost.idle_share) == (12.0, 0.03)
+    assert list(cost.stages) == ["probe", "audit", "fit", "score", "select"]
+    json.dumps(cost.to_dict())
+
+
+def test_what_is_not_recorded_is_said_and_never_zero(tmp_path):
+    stages = {**STAGES, "probe": {"seconds": 8.0}}
+    write_round(tmp_path, 1, 100)
+    write_round(tmp_path, 2, 200, stages=stages)
+    write_state(tmp_path / "checkpoint-300", 300, total_flos=0)
+    cost = run_cost(tmp_path)
+    assert cost.stages["probe"].flops is None  # half of it is not the whole
+    assert (cost.seconds, cost.training.seconds, cost.training.flops, cost.evaluation.seconds) == (None,) * 4
+    assert (cost.mates.seconds, cost.mates.share_of_seconds, cost.mates.share_of_training_flops) == (32.0, None, None)
+    lines = list(cost.lines())
+    rows = {line[:14].strip(): line for line in lines}
+    assert rows["training"].split() == ["training", *["not", "recorded"] * 4]
+    assert rows["probe"].split() == ["probe", "16.00", *["not", "recorded"] * 3]
+    assert ">= 2.000e+12" in rows["MATES together"]
+    assert lines[-1] == "devices idle in rounds: at most 12.00 s, of the run: not recorded"
+
+
+def test_an_influence_model_on_the_device_does_not_idle_it(tmp_path):
+    for number, kind in ((1, "NgramInfluenceModel"), (2, "EncoderInfluenceModel"), (3, "SomebodysModel")):
+        path = write_round(tmp_path, number, 100 * number)
+        (path / "influence_model").mkdir()
+        write_json(path / "influence_model" / "config.json", {"kind": kind})
+    assert run_cost(tmp_path).idle_seconds == 6.0 + 1.0 + 6.0
+
+
+def test_stale_and_unfinished_rounds_are_named_and_not_counted(tmp_path):
+    two_rounds(tmp_path)
+    write_state(tmp_path, 300, seconds=400.0)
+    before = run_cost(tmp_path)
+    write_round(tmp_path, 2, 200, name="round-0002.stale")
+    write_round(tmp_path, 3, 300, name="round-0003.partial")
+    after = run_cost(tmp_path)
+    assert dataclasses.replace(after, notes=()) == before
+    assert after.notes == ("not counted, though they took time: round-0002.stale, round-0003.partial",)
+
+
+def test_rounds_later_than_the_training_known_of_are_left_out(tmp_path):
+    two_rounds(tmp_path)
+    write_state(tmp_path / "checkpoint-150", 150)
+    cost = run_cost(tmp_path)
+    assert (cost.rounds, cost.stages["probe"].flops) == ((1,), 3e12)
+    assert "rounds 2" in cost.notes[0]
+
+
+def test_the_newest_state_counts(tmp_path):
+    two_rounds(tmp_path)
+    write_state(tmp_path / "checkpoint-1000", 1000, total_flos=16e13)
+    write_state(tmp_path / "checkpoint-900", 900)
+    write_state(tmp_path, 300, seconds=50.0)
+    assert run_cost(tmp_path).steps == 1000
+    write_state(tmp_path, 1000, seconds=400.0, total_flos=16e13)
+    assert (run_cost(tmp_path).seconds, run_cost(tmp_path).training.flops) == (400.0, 2e14)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate"), [(40.0, 2.5), (20.0, 15.0)], ids=["few steps", "shorter than its rounds"]
+)
+def test_the_seconds_of_a_resumed_run_are_not_taken_for_all_of_it(tmp_path, seconds, rate):
+    two_rounds(tmp_path)
+    write_state(tmp_path, 300, seconds=seconds, rate=rate)
+    cost = run_cost(tmp_path)
+    assert (cost.seconds, cost.mates.share_of_seconds, cost.mates.seconds) == (None, None, 32.0)
+    assert "resumed" in cost.notes[0]
+
+
+def test_drift_checks_cost_what_their_rounds_sentinel_did(tmp_path):
+    write_round(tmp_path, 1, 100, stages={**STAGES, "sentinel": {"seconds": 1.0, "flops": 2e11}})
+    write_round(tmp_path, 2, 200, stages={**STAGES, "sentinel": {"seconds": 1.0, "flops": 5e11}})
+    checks = [{"mates/drift_spearman": 0.9, "step": step} for step in (150, 200, 250)]
+    write_state(tmp_path, 300, history=checks)
+    cost = run_cost(tmp_path)
+    assert cost.stages["drift checks"] == StageCost(seconds=None, flops=9e11, share_of_training_flops=0.009)
+    assert cost.mates.flops == pytest.approx(8e12 + 7e11 + 9e11)
+
+
+def test_no_run_a_missing_round_and_a_deleted_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must hold a finished round .* got none. Pass the run's `output_dir`"):
+        run_cost(tmp_path)
+    write_round(tmp_path, 1, 100, name="round-0001.partial")
+    with pytest.raises(FileNotFoundError, match=r"got round-0001\.partial"):
+        run_cost(tmp_path)
+    write_round(tmp_path, 3, 300)
+    with pytest.raises(MatesError, match="every round up to 3, got none for 1, 2, though `keep_rounds` is not set"):
+        run_cost(tmp_path)
+    shutil.rmtree(tmp_path / "_mates/round-0003")
+    write_round(tmp_path, 3, 300, config={"random_rounds": 1, "keep_rounds": 2})
+    cost = run_cost(tmp_path)
+    assert cost.rounds == (3,)
+    assert "`keep_rounds` deleted rounds 1, 2: figures of stages are lower bounds" in cost.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"step": 1, "sta', "must be a whole JSON object"),
+        ('{"step": 100}', "and `stages` with `seconds`"),
+        ('{"step": 100, "stages": {"probe": {"flops": 1.0}}}', "and `stages` with `seconds`"),
+        ('{"step": "x", "stages": {}}', "must have `step`, a whole number"),
+    ],
+)
+def test_a_damaged_round_is_refused_by_name(tmp_path, text, complaint):
+    path = two_rounds(tmp_path) / "_mates/round-0002/round.json"
+    path.write_text(text)
+    with pytest.raises(MatesError, match=complaint) as error:
+        run_cost(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_round_that_is_no_directory_of_one_is_refused_by_name(tmp_path):
+    (two_rounds(tmp_path) / "_mates/round-0002/round.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"round-0002/round\.json"):
+        run_cost(tmp_path)
+
+
+# --- the rule, against torch's counter ---
+
+VECTORS = 0.03  # norms' weights count as if multiplied, 2 FLOPs a token: up to so much at width 32
+ATTENTION = 0.25  # what 6N and 2N leave out at these lengths: scores over 16 tokens at width 32
+WIDTH, LAYERS, TOKENS = 32, 2, 16
+
+
+def llama(vocab: int = 512, *, tied: bool = False) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=tied, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def neox(vocab: int = 512) -> Any:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=vocab, hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=2,
+        max_position_embeddings=64, attn_implementation="eager",
+    )  # fmt: skip
+    return GPTNeoXForCausalLM(config)
+
+
+MODELS = {"llama": llama, "llama, tied": lambda: llama(tied=True), "gpt_neox": neox}
+each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def token_rows(count: int, seed: int) -> TokenRows:
+    return TokenRows.from_lists(np.random.default_rng(seed).integers(3, 500, (count, TOKENS)))
+
+
+def count(work: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def attention_forward(num_rows: int) -> int:
+    """Scores and their product with the values, over whole squares."""
+    return 4 * LAYERS * WIDTH * TOKENS**2 * num_rows
+
+
+def train_on(model: Any, rows: TokenRows) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.from_numpy(rows.values.astype(np.int64)).view(-1, TOKENS)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def assert_accounts_for(recorded: float, counted: int, attention: int) -> None:
+    """The rule is what is counted less attention scores, and they are all that it leaves out."""
+    assert recorded == pytest.approx(counted - attention, rel=VECTORS)
+    assert recorded == pytest.approx(counted, rel=ATTENTION)
+
+
+@each_model
+def test_training_is_six_flops_a_multiplied_parameter_and_token(make):
+    model, rows = make(), token_rows(4, 0)
+    counted = count(lambda: train_on(model, rows))
+    recorded = gradient_flops(count_multiplied_parameters(model), len(rows.values))
+    assert_accounts_for(recorded, counted, 3 * attention_forward(len(rows)))
+
+
+@each_model
+@pytest.mark.parametrize("second_moment", ["state", "batches"])
+def test_recorded_flops_of_the_directional_probe(make, second_moment):
+    model, rows, passages = make(), token_rows(6, 0), token_rows(3, 1)
+    optimizer = train_on(model, rows)
+    probe = DirectionalProbe(epsilon=1e-3, second_moment=second_moment, batch_rows=2)
+    found: list[Any] = []
+    reference = ReferenceTask(name="test", rows=passages)
+    counted = count(lambda: found.append(probe.measure(model, optimizer, reference, rows)))
+    moment = 4 * 2 if second_moment == "batches" else 0
+    attention = 2 * attention_forward(6) + 3 * attention_forward(3 + moment)
+    assert_accounts_for(found[0].info["flops"], counted, attention)
+
+
+def test_recorded_flops_of_the_directional_probe_count_the_search_for_epsilon():
+    model, rows, passages = llama(), token_rows(20, 0), token_rows(3, 1)
+    optimizer = train_on(model, rows)
+    found: list[Any] = []
+    reference = ReferenceTask(name="test", rows=passages)
+    counted = count(lambda: found.append(DirectionalProbe().measure(model, optimizer, reference, rows)))
+    flops, each = found[0].info["flops"], 2 * count_multiplied_parameters(model) * TOKENS
+    num_rows = round((flops - each * 3 * len(passages)) / each)
+    assert (num_rows - 2 * len(rows)) % (4 * 16) == 0
+    assert num_rows > 2 * len(rows)
+    assert_accounts_for(flops, counted, attention_forward(num_rows) + 3 * attention_forward(3))
+
+
+@each_model
+def test_recorded_flops_of_the_one_step_probe(make):
+    model, rows, passages = make(), token_rows(4, 0), token_rows(3, 1)
+    optimizer = train_on(model, rows)
+    found: list[Any] = []
+    reference = ReferenceTask(name="test", rows=passages)
+    counted = count(lambda: found.append(OneStepProbe().measure(model, optimizer, reference, rows)))
+    attention = 3 * attention_forward(4) + attention_forward(3 * 5)
+    assert_accounts_for(found[0].info["flops"], counted, attention)
+
+
+def test_an_embedding_that_dominates_is_counted_where_it_is_multiplied():
+    """All parameters are off by far where ids are looked up in most of them, the Trainer's where the head is tied."""
+    rows = token_rows(4, 0)
+
+    def off(model: Any, parameters: int) -> float:
+        return gradient_flops(parameters, len(rows.values)) / count(lambda: train_on(model, rows)) - 1
+
+    untied, tied = llama(4096), llama(4096, tied=True)
+    assert off(untied, count_parameters(untied)) > 0.7
+    assert off(tied, tied.num_parameters(exclude_embeddings=True)) < -0.7
+    for model in (untied, tied):
+        assert abs(off(model, count_multiplied_parameters(model))) < 0.05
+    assert count_multiplied_parameters(untied) == untied.num_parameters(exclude_embeddings=True)
+
+
+# --- real runs ---
+
+
+def save_state(trainer: Any) -> None:
+    trainer.state.save_to_json(str(Path(trainer.args.output_dir) / "trainer_state.json"))
+
+
+def test_the_ledger_of_a_run_is_what_torch_counts(tmp_path):
+    """Training and probing differ by more than three times here, so swapped they would be off by far."""
+    config = small_config(update_steps=20, num_probes=16, selection_ratio=1.0, average_steps=0)
+    callback = MatesCallback(make_reference(2), config)
+    inside: list[int] = []
+    original = callback.on_step_end
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        inside.append(count(lambda: original(*args, **kwargs)))
+
+    callback.on_step_end = counted
+    arguments = make_arguments(tmp_path, max_steps=42, per_device_train_batch_size=8)
+    whole = count(lambda: save_state(run(arguments, [callback], make_pool(600)).trainer))
+    cost = run_cost(tmp_path)
+    training, probing = whole - sum(inside), sum(inside)
+    assert cost.training.flops == pytest.approx(training, rel=ATTENTION)
+    assert cost.mates.flops == pytest.approx(probing, rel=ATTENTION)
+    assert training > 3 * probing
+    assert cost.mates.share_of_training_flops == pytest.approx(probing / training, rel=0.05)
+    assert cost.seconds == pytest.approx(
+        cost.training.seconds + sum(stage.seconds for stage in cost.stages.values()), rel=1e-9
+    )
+    assert 0 < cost.idle_share < 1
+
+
+def test_the_forecast_is_what_a_run_records(tmp_path):
+    config = small_config(
+        update_steps=20, num_probes=40, selection_ratio=0.5, average_steps=4, drift_check_steps=5, drift_spearman=-1
+    )
+    reference = make_reference()
+    callback = MatesCallback(reference, config, probe=DirectionalProbe(epsilon=1e-3))
+    save_state(run(make_arguments(tmp_path, max_steps=62), [callback], make_pool(600)).trainer)
+    cost, model = run_cost(tmp_path), make_model()
+    size = RunSize(
+        num_parameters=count_parameters(model),
+        num_looked_up=count_parameters(model) - count_multiplied_parameters(model),
+        tokens_per_row=LENGTH,
+        batch_rows=4,
+        max_steps=62,
+        num_passages=len(reference),
+        tokens_per_passage=LENGTH,
+    )
+    predicted = predict_cost(size, config, epsilon_steps=0)
+    assert predicted.num_rounds == len(cost.rounds) == 2
+    assert predicted.training_flops == cost.training.flops
+    for name in ("probe", "audit", "sentinel"):
+        assert predicted.stages[name] == pytest.approx(cost.stages[name].flops, rel=1e-12), name
+    # After the last round the checks go on only while a round could start from them.
+    assert 0 < cost.stages["drift checks"].flops <= predicted.stages["drift checks"]
+    infos = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("_mates/round-*/round.json"))]
+    assert predicted.scored_tokens == LENGTH * sum(info["num_candidates"] for info in infos)
+
+
+def test_a_resumed_run_counts_each_round_once(tmp_path):
+    arguments = {"max_steps": 20, "save_strategy": "steps", "save_steps": 8}
+    pool = make_pool()
+
+    def train(folder: Path, stop: int, resume: str | None = None) -> RunCost:
+        callbacks = [MatesCallback(make_reference(), small_config()), Stop(stop)]
+        save_state(run(make_arguments(folder, **arguments), callbacks, pool, resume=resume).trainer)
+        return run_cost(folder)
+
+    whole = train(tmp_path / "whole", 20)
+    train(tmp_path / "resumed", 14)  # past the round at step 12, which runs again from the checkpoint at step 8
+    resumed = train(tmp_path / "resumed", 20, str(tmp_path / "resumed" / "checkpoint-8"))
+    assert whole.rounds == resumed.rounds == (1, 2, 3)
+    assert {name: cost.flops for name, cost in resumed.stages.items()} == {
+        name: cost.flops for name, cost in whole.stages.items()
+    }
+    assert resumed.training.flops == whole.training.flops
+    assert whole.seconds is not None
+
+
+# --- the forecast, in closed form ---
+
+PYTHIA = RunSize(
+    num_parameters=405_334_016,
+    num_looked_up=50_304 * 1024,
+    tokens_per_row=1024,
+    batch_rows=512,
+    max_steps=50_000,
+    num_passages=1024,
+    tokens_per_passage=90,
+)
+EXACT = 1e-12
+
+
+def test_the_sizes_of_pythia():
+    with torch.device("meta"):
+        config = GPTNeoXConfig(
+            vocab_size=50_304, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+        )
+        model = GPTNeoXForCausalLM(config)
+    assert count_parameters(model) == PYTHIA.num_parameters
+    assert count_multiplied_parameters(model) == PYTHIA.multiplied
+
+
+def test_the_papers_schedule_in_closed_form():
+    config = MatesConfig.paper()
+    ours = predict_cost(PYTHIA, config)
+    training, candidates, reference = 50_000 * 512 * 1024, 80_000 * 1024, 1024 * 90
+    assert ours.num_rounds == 4
+    assert ours.training_flops == pytest.approx(6 * PYTHIA.multiplied * training, rel=EXACT)
+    share = 4 * (2 * (2 * candidates + 4 * 16 * 1024) + 6 * reference) / (6 * training)
+    assert ours.stages["probe"] / ours.training_flops == pytest.approx(share, rel=EXACT)
+    theirs = predict_cost(PYTHIA, config, probe="one_step", encoder=Encoder())
+    share = 4 * (6 * candidates + 2 * reference * 80_001) / (6 * training)
+    assert theirs.stages["probe"] / theirs.training_flops == pytest.approx(share, rel=EXACT)
+    assert set(theirs.stages) == {"probe", "fit", "score"}
+    # Five times the rows that are selected, which the last round has `lead_steps` fewer of.
+    scored = 5 * (40_000 - config.lead_steps) * 512 * 1024
+    assert ours.scored_tokens == theirs.scored_tokens == scored
+    assert theirs.stages["score"] == pytest.approx(2 * Encoder().multiplied * scored, rel=EXACT)
+    fit = 4 * 5 * Encoder().multiplied * candidates * (6 * 0.9 + 2 * 0.1)
+    assert theirs.stages["fit"] == pytest.approx(fit, rel=EXACT)
+
+
+def test_our_overhead_at_the_papers_schedule_is_within_one_and_three_percent():
+    ours = predict_cost(PYTHIA, MatesConfig.paper())
+    assert ours.share_of_training < 0.01
+    assert ours.device_seconds_share(0.82) < 0.03
+    assert ours.share_of_all < ours.share_of_training
+
+
+def test_shares_of_wall_clock():
+    ours = predict_cost(PYTHIA, MatesConfig.paper())
+    on_cpu = (ours.stages["fit"] + ours.stages["score"]) / ours.training_flops
+    assert ours.device_seconds_share(0.5) == pytest.approx(2 * (ours.share_of_training - on_cpu), rel=1e-9)
+    speeds = {"fit_tokens_per_second": 1e6, "score_tokens_per_second": 4e8}
+    idle = ours.idle_seconds_share(training_tokens_per_second=1e6, **speeds)
+    seconds = 4 * 80_000 * 1024 / 1e6 + ours.scored_tokens / 4e8
+    assert idle == pytest.approx(seconds / (ours.trained_tokens / 1e6), rel=1e-9)
+    encoder = predict_cost(PYTHIA, MatesConfig.paper(), encoder=Encoder())
+    assert encoder.idle_seconds_share(training_tokens_per_second=1e6, **speeds) == 0
+    assert encoder.device_seconds_share(1.0) == pytest.approx(encoder.share_of_training)
+
+
+@pytest.mark.parametrize("max_steps", [10, 26, 27, 61, 100])
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 1.0])
+def test_rounds_and_scored_rows_are_those_of_the_plan(max_steps, ratio):
+    config = MatesConfig(update_steps=20, num_probes=20, selection_ratio=ratio)
+    size = dataclasses.replace(PYTHIA, max_steps=max_steps, batch_rows=7)
+    predicted = predict_cost(size, config)
+    plan = RunPlan(num_rows=10**6, batch_rows=7, max_steps=max_steps, config=config)
+    assert predicted.num_rounds == len(plan.rounds)
+    rows = sum(num_candidates(planned.num_rows, ratio) for planned in plan.rounds)
+    assert predicted.scored_tokens == rows * 1024
+
+
+def test_a_pool_is_scored_whole_but_for_what_is_used():
+    config = MatesConfig(update_steps=20, num_probes=20, candidate_scope="pool")
+    size = dataclasses.replace(PYTHIA, max_steps=61, batch_rows=10)
+    with pytest.raises(ValueError, match="must have `pool_rows`"):
+        predict_cost(size, config)
+    predicted = predict_cost(dataclasses.replace(size, pool_rows=10_000), config)
+    # Lead 5: rounds at steps 20 and 40 take effect at 25 and 45.
+    assert predicted.scored_tokens == 1024 * ((10_000 - 250 - 20) + (10_000 - 450 - 20))
+
+
+def test_what_the_forecast_takes_for_an_audit_and_a_sentinel_is_what_a_round_runs():
+    assert (forecast.AUDIT_CANDIDATES, forecast.AUDIT_PASSAGES) == (rounds.NUM_AUDITED, NUM_AUDIT_PASSAGES)
+    assert (forecast.SENTINEL_CANDIDATES, forecast.SENTINEL_SHARE) == (NUM_SENTINELS, SENTINEL_SHARE)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"max_steps": 0}, "max_steps"), ({"num_looked_up": 405_334_016}, "num_looked_up"), ({"batch_rows": 0}, "batch")],
+)
+def test_impossible_sizes_are_refused(change, name):
+    with pytest.raises(ValueError, match=f"`{name}"):
+        dataclasses.replace(PYTHIA, **change)
+    with pytest.raises(ValueError, match="relative_utilisation"):
+        predict_cost(PYTHIA, MatesConfig.paper()).device_seconds_share(0.0)
+
+
+def test_one_step_reads_the_reference_once_more_than_there_are_candidates():
+    flops = one_step_flops(10, num_candidates=3, num_candidate_tokens=7, num_reference_tokens=11)
+    assert flops == 10 * (6 * 7 + 2 * 11 * 4)
