@@ -41,7 +41,7 @@ class Arm:
     probe: Literal["directional", "one-step"] = "directional"
     loss_on: Literal["all", "completion"] = "all"
     averaged: bool = True
-    labels: Literal["token", "document"] = "token"
+    labels: Literal["token", "document", "both"] = "token"
     pooled: bool = True
     once: bool = False
     probes: int | None = 500
@@ -100,6 +100,7 @@ ABLATIONS: dict[str, Arm] = {
     "live weights": Arm(averaged=False),
     "not pooled": Arm(pooled=False),
     "document labels": Arm(labels="document"),
+    "token and document labels": Arm(labels="both"),
 }
 
 # Reference task, and whether the pool is filtered: which arms, how many seeds.
