@@ -27,7 +27,7 @@ from tests.training.kit import (
 )
 
 
-def make_encoder(tokenizer: Any, **settings: Any) -> EncoderInfluenceModel:
+def make_encoder(encoder_tokenizer: Any, /, **settings: Any) -> EncoderInfluenceModel:
     from transformers import BertConfig, BertModel
 
     with torch.random.fork_rng():
@@ -41,7 +41,7 @@ def make_encoder(tokenizer: Any, **settings: Any) -> EncoderInfluenceModel:
             max_position_embeddings=64,
         )
         encoder = BertModel(config)
-    return EncoderInfluenceModel((encoder, tokenizer), **settings)
+    return EncoderInfluenceModel((encoder, encoder_tokenizer), **settings)
 
 
 @pytest.mark.parametrize("kind", ["hidden states", "encoder", "fine-tuned encoder"])
