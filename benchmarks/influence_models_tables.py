@@ -287,8 +287,7 @@ def default(document: Document) -> str:
         f"{CHEAP:g} FLOPs a token, (1) those whose realised gain is not shown to be below the best one's (the paired "
         f"difference in loss has an interval that includes 0), (2) of these, those whose Spearman is within {NEAR:g} "
         "of the highest, (3) of these, the one with the fewest FLOPs, then with the shortest fit. The interval is "
-        "over seeds at one checkpoint, with one slice, and not corrected for the number of comparisons. Rounds that "
-        "pool earlier labels are not in it (`fidelity.py`).\n\n"
+        "over seeds at one checkpoint, with one slice, and not corrected for the number of comparisons.\n\n"
     )
     entries = []
     for contender in installed(document):
@@ -313,7 +312,12 @@ def default(document: Document) -> str:
         rows.append([name, difference, "yes" if ties else "no", f"{value:.3f}", f"{seconds:.2g}"])
     text += table(["influence model", "loss minus that of the best", "level with it", "Spearman", "fit, s"], rows)
     highest = max(entry[3] for entry in level)
-    return text + f"\nBy the rule: **{min(entry for entry in level if entry[3] >= highest - NEAR)[2]}**.\n"
+    chosen = min(entry for entry in level if entry[3] >= highest - NEAR)[2]
+    return text + (
+        f"\nBy the rule, one ranking from one checkpoint: **{chosen}**. A run is rounds that pool the labels of "
+        "earlier ones, which no figure here shows; there `selection.py` trains with them (`ours` with token tables, "
+        "and the change `token and document labels`), and that decides the library's default.\n"
+    )
 
 
 # --- check ---
