@@ -28,9 +28,19 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from probe_speed import alternate, as_reference, figure, make_model, median_ratio, start, text_rows, write_results
+from probe_speed import (
+    alternate,
+    as_reference,
+    figure,
+    make_model,
+    median_ratio,
+    start,
+    text_rows,
+    trainer_arguments,
+    write_results,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
@@ -146,18 +156,7 @@ class Timed(TrainerCallback):
 
 def train(rows: Dataset, folder: str, steps: int, batch: int, callbacks: Sequence[TrainerCallback]) -> float:
     """Seconds of `trainer.train()`, same model and data order every time."""
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        logging_steps=10**6,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    arguments = trainer_arguments(folder, steps, batch)
     trainer = Trainer(
         model=make_model(),
         args=arguments,

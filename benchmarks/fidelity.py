@@ -25,12 +25,10 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,7 @@ from fidelity_one_step import in_batch
 from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
 from fidelity_tables import write_tables
 from fidelity_training import ARMS, SETS, fit, horizon, rounds
-from lab import MALLOC_SETTINGS, Lab, build_model, load_lab, rounded
+from lab import Lab, build_model, keep, load_lab, rounded, single_threads
 
 FUNCTIONS = {"in_batch": in_batch, "horizon": horizon, "rounds": rounds, "fit": fit}
 Unit = tuple[str, str, dict[str, Any], float]
@@ -92,25 +90,19 @@ def unit_path(paths: Paths, name: str) -> Path:
 def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[str, float]:
     """Run one unit and keep its result; name and seconds."""
     name, part, settings, _ = unit
-    # Two threads that wait for each other on a busy machine are ten times slower than one; units run side by side.
     torch.set_num_threads(1)
     logging.getLogger("mates_hf").setLevel(logging.ERROR)
     started = time.perf_counter()
     lab = open_lab(paths, sizes)
     result = FUNCTIONS[part](lab, sizes, paths, **settings)
     seconds = time.perf_counter() - started
-    path = unit_path(paths, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rounded({**result, "seconds": seconds})), encoding="utf-8")
-    temporary.replace(path)
+    keep(unit_path(paths, name), rounded({**result, "seconds": seconds}))
     return name, seconds
 
 
 def finished(units: list[Unit], paths: Paths, sizes: Sizes, workers: int) -> Iterator[tuple[str, float]]:
     """Run units in `workers` processes; yields each that is done."""
-    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with single_threads(workers) as pool:
         for future in as_completed([pool.submit(run_unit, paths, sizes, unit) for unit in units]):
             yield future.result()
 

@@ -29,11 +29,8 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,7 @@ from influence_models_contenders import contenders
 from influence_models_setup import QUICK, RATIO, Bench, Sizes, open_bench
 from influence_models_tables import differences, write_tables
 from influence_models_units import Unit, all_units, run_unit
-from lab import MALLOC_SETTINGS, rounded
+from lab import keep, rounded, single_threads
 
 PARTS = ("states", "same", "fit", "gain", "reference", "cost")
 RESULTS = Path(__file__).parent / "results"
@@ -74,11 +71,7 @@ def run(paths: Paths, sizes: Sizes, unit: Unit) -> float:
     started = time.perf_counter()
     result = run_unit(bench_of(paths, sizes), unit)
     seconds = time.perf_counter() - started
-    path = unit_path(paths, unit)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rounded({**result, "seconds": seconds}, 7)), encoding="utf-8")
-    temporary.replace(path)
+    keep(unit_path(paths, unit), rounded({**result, "seconds": seconds}, 7))
     return seconds
 
 
@@ -175,9 +168,8 @@ def main() -> None:
     work = arguments.work / ("quick" if arguments.quick else "full")
     paths = Paths(data=arguments.data.resolve(), work=work.resolve())
 
-    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     started, late = time.perf_counter(), 60 * arguments.minutes
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with single_threads(1) as pool:
         units = pool.submit(listed, paths, sizes, tuple(arguments.parts)).result()
         todo = [unit for unit in units if not unit_path(paths, unit).exists()]
         for number, unit in enumerate(todo, 1):

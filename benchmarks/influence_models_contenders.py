@@ -20,7 +20,7 @@ import numpy as np
 from influence_models_setup import Bench, Ids, Values
 from influence_models_trigrams import NgramRidge, TrigramTables
 from lab import TOKENS_PER_BATCH
-from static_rivals import FASTTEXT, cosines, dsir, fasttext, mean_direction
+from static_rivals import FASTTEXT, cosines, dsir, fasttext, mean_direction, pieces_of, states_of, texts_of
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
@@ -102,14 +102,11 @@ class Contender:
 
 
 def _texts(bench: Bench, rows: TokenRows) -> list[str]:
-    return [" ".join(text.split()) for text in decode_rows(rows, bench.lab.tokenizer)]
+    return texts_of(rows, bench.lab.tokenizer)
 
 
 def _pieces(bench: Bench) -> TokenRows:
-    """The reference passages, cut into pieces as long as a candidate."""
-    rows = bench.lab.reference["all"].rows
-    spans = [rows.values[a:b] for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
-    return TokenRows.from_lists([span[i : i + PIECE] for span in spans for i in range(0, len(span), PIECE)])
+    return pieces_of(bench.lab.reference["all"].rows, PIECE)
 
 
 def _domain_means(bench: Bench, num: int, draw: int) -> Values:
@@ -205,11 +202,7 @@ def folding_encoder() -> FoldingEncoder:
 
 def encoder_states(bench: Bench, encoder: FoldingEncoder, rows: TokenRows) -> np.ndarray:
     """(N, D) float32 pooled states of rows; nan where a row has no text."""
-    documents = encoder.read(decode_rows(rows, bench.lab.tokenizer))
-    found = np.array([len(ids) > 0 for ids in documents])
-    states = np.full((len(rows), encoder.width), np.nan, np.float32)
-    states[found] = encoder.states([documents[i] for i in np.flatnonzero(found)], 2048)
-    return states
+    return states_of(encoder, decode_rows(rows, bench.lab.tokenizer))
 
 
 def kept_states(bench: Bench) -> np.ndarray:

@@ -13,11 +13,14 @@ a validation file of multiple choice. `domain` is read for reports and by arms t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +314,25 @@ def task_losses(model: nn.Module, tasks: dict[str, ReferenceTask]) -> dict[str, 
     losses = token_losses(model, tasks["all"].rows, tokens_per_batch=TOKENS_PER_BATCH)
     last_word = tasks["completion"].rows.target_mask[tasks["all"].rows.target_mask]
     return {"all": float(losses.mean(dtype=np.float64)), "completion": float(losses[last_word].mean(dtype=np.float64))}
+
+
+# --- units of work ---
+
+
+@contextlib.contextmanager
+def single_threads(num: int) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes of one thread each: two that wait for each other on a busy machine are slower than one."""
+    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    with ProcessPoolExecutor(num, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Write the result of a unit, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    temporary.replace(path)
 
 
 # --- statistics ---

@@ -29,9 +29,19 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from probe_speed import LENGTH as CORPUS_LENGTH
-from probe_speed import RESULTS, VOCAB, as_reference, figure, make_model, start, text_rows, write_results
+from probe_speed import (
+    RESULTS,
+    VOCAB,
+    as_reference,
+    figure,
+    make_model,
+    start,
+    text_rows,
+    trainer_arguments,
+    write_results,
+)
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, default_data_collator
 
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
@@ -97,18 +107,7 @@ def train(
     model = make()
     model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            logging_steps=10**6,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-        )
+        arguments = trainer_arguments(folder, steps, batch=8)
         callbacks = [MatesCallback(reference, config)]
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=callbacks

@@ -174,6 +174,24 @@ def as_reference(rows: TokenRows, num: int = NUM_REFERENCE) -> ReferenceTask:
     return ReferenceTask.from_dataset(Dataset.from_dict({"input_ids": lists}), input_ids_column="input_ids")
 
 
+def trainer_arguments(folder: str, steps: int, batch: int) -> Any:
+    """`TrainingArguments` of a quiet run at a constant rate, without checkpoints, on the CPU."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=10**6,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+
+
 def make_model(*, width: int = 128, layers: int = 4, vocab: int = VOCAB) -> Any:
     """A Llama with tied embeddings: 1.3 M parameters as it stands."""
     from transformers import LlamaConfig, LlamaForCausalLM

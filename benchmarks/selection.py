@@ -31,17 +31,15 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from fidelity_setup import BATCH_ROWS, LR, WINDOW, Paths
-from lab import MALLOC_SETTINGS, rounded
+from lab import keep, rounded, single_threads
 from selection_arms import ABLATION_SEEDS, ABLATIONS, ARMS, OURS, RANDOM, SETTINGS, SLOW
 from selection_tables import plot, write_page
 from selection_training import QUICK, Sizes, Unit, open_lab, run_unit
@@ -89,8 +87,7 @@ def recover(paths: Paths, sizes: Sizes, page: Path, units: list[Unit]) -> int:
     for result in document["units"]:
         path = wanted.get(Unit(**{name: result[name] for name in ("task", "filtered", "arm", "seed")}).name)
         if path is not None and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result), encoding="utf-8")
+            keep(path, result)
             num += 1
     return num
 
@@ -99,16 +96,12 @@ def work(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[Unit, float]:
     """Run one unit and keep its result; the seconds it took."""
     import torch
 
-    # Two threads that wait for each other on a busy machine are ten times slower than one; units run side by side.
     torch.set_num_threads(1)
     logging.getLogger("mates_hf").setLevel(logging.ERROR)
     started = time.perf_counter()
     result = run_unit(paths, sizes, unit)
     seconds = time.perf_counter() - started
-    path = unit_path(paths, unit)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(rounded({**result, "seconds": seconds}, 7)), encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
+    keep(unit_path(paths, unit), rounded({**result, "seconds": seconds}, 7))
     return unit, seconds
 
 
@@ -116,9 +109,8 @@ def finished(
     paths: Paths, sizes: Sizes, units: list[Unit], workers: int, deadline: float
 ) -> Iterator[tuple[Unit, float]]:
     """Run units side by side, begin none after the deadline; yields each that is done."""
-    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     todo = iter(units)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with single_threads(workers) as pool:
         running = {pool.submit(work, paths, sizes, unit) for _, unit in zip(range(workers), todo, strict=False)}
         while running:
             done = next(as_completed(running))

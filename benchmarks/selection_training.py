@@ -20,14 +20,15 @@ from fidelity_setup import BATCH_ROWS, WINDOW, Ids, Paths, Point, one_a_document
 from fidelity_setup import Sizes as WarmSizes
 from lab import TOKENS_PER_BATCH, Averager, Lab, load_lab, task_losses
 from selection_arms import ABLATIONS, ARMS, RANDOM, Arm
-from static_rivals import cosines, dsir, fasttext, mean_direction
+from static_rivals import cosines, dsir, fasttext, mean_direction, pieces_of, states_of, texts_of
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.data.texts import decode_rows
 from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.flops import forward_flops, gradient_flops
 from mates_hf.influence.losses import mean_loss, token_losses
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k
 from mates_hf.training.averaging import WeightAverage
@@ -98,7 +99,7 @@ class Unit:
 
 @functools.lru_cache(maxsize=2)
 def open_lab(paths: Paths, sizes: Sizes, task: str, filtered: bool) -> Lab:
-    """The laboratory of a setting, one at a time in a process."""
+    """The laboratory of a setting; a process keeps two, a pool and what the filter leaves of it."""
     lab = load_lab(
         paths.data, paths.work / task, num_documents=sizes.documents, task=task, num_reference=sizes.passages,
         num_development=sizes.passages, num_test=sizes.test,
@@ -112,17 +113,12 @@ def filtered_lab(lab: Lab) -> Lab:
     sides = []
     for names in (EDITED, UNEDITED):
         rows = np.flatnonzero(np.isin(lab.domain, [lab.domain_names.index(name) for name in names]))
-        sides.append(texts_of(lab, lab.rows.take(rng.permutation(rows)[:3_000])))
+        sides.append(texts_of(lab.rows.take(rng.permutation(rows)[:3_000]), lab.tokenizer))
     score = fasttext(*sides, seed=0)
     blocks = np.array_split(np.arange(len(lab.rows)), max(1, len(lab.rows) // 5_000))
-    quality = np.concatenate([score(texts_of(lab, lab.rows.take(block))) for block in blocks])
+    quality = np.concatenate([score(texts_of(lab.rows.take(block), lab.tokenizer)) for block in blocks])
     kept = np.sort(np.argsort(-quality, kind="stable")[: len(lab.rows) // 2])
     return dataclasses.replace(lab, rows=lab.rows.take(kept), domain=lab.domain[kept], document=lab.document[kept])
-
-
-def texts_of(lab: Lab, rows: TokenRows) -> list[str]:
-    """Rows as texts of one line."""
-    return [" ".join(text.split()) for text in decode_rows(rows, lab.tokenizer)]
 
 
 class Run:
@@ -148,7 +144,7 @@ class Run:
         self.held, self.reserved, _ = np.split(by_document, [sizes.held, sizes.held + sizes.reserved])
         closed = np.concatenate([self.held, self.reserved])
         self.open_rows: Ids = self.point.rest[~np.isin(self.point.rest, closed)]
-        self.num_parameters = sum(p.numel() for p in self.point.model.parameters())
+        self.num_parameters = count_multiplied_parameters(self.point.model)
         self.costs: dict[str, dict[str, float]] = {}
         self.curve: list[dict[str, float]] = []
         self.final: dict[str, Any] = {}
@@ -156,9 +152,7 @@ class Run:
         self._fitted: NgramInfluenceModel | None = None
         self._domain_sums = np.zeros((2, len(lab.domain_names)))
         self._static: Callable[[TokenRows], Any] | None = None
-        self._average = WeightAverage(
-            self.point.model
-        )  # that evaluations look at: of the warm start, then of a window
+        self._average = WeightAverage(self.point.model)  # what evaluations look at: first that of the warm start
         self._average.load(work / f"warm-{unit.seed}-{sizes.warm}.safetensors")
         self._seconds_evaluating = 0.0
         self._step = 0
@@ -190,7 +184,8 @@ class Run:
             self.point.train(chosen, on_step=on_step)
             seconds = time.perf_counter() - started - (self._seconds_evaluating - before)
             if self._step <= self.sizes.steps:
-                self.cost("train", seconds, 6.0 * self.num_parameters * len(self.lab.rows.take(chosen).values))
+                num_tokens = int(self.lab.rows.lengths[chosen].sum())
+                self.cost("train", seconds, gradient_flops(self.num_parameters, num_tokens))
             self.point.average = averager.average
             number += 1
         return {
@@ -295,7 +290,7 @@ class Run:
             with self.point.weights(averaged=True):
                 losses = token_losses(self.point.model, rows, tokens_per_batch=TOKENS_PER_BATCH)
             values = -losses.reshape(len(rows), -1).mean(1, dtype=np.float64)
-            self.cost("score", time.perf_counter() - started, 2.0 * self.num_parameters * len(rows.values))
+            self.cost("score", time.perf_counter() - started, forward_flops(self.num_parameters, len(rows.values)))
             return values
         if self._static is None:
             self._static = static_scorer(lab, arm.rank, self.unit.seed)
@@ -337,30 +332,23 @@ class Run:
 
 def static_scorer(lab: Lab, rank: str, seed: int) -> Callable[[TokenRows], Any]:
     """A function from rows to how like the reference passages they are; the passages cut as long as a row."""
-    rows, length = lab.reference["all"].rows, int(lab.rows.lengths[0])
-    spans = [rows.values[a:b] for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
-    pieces = TokenRows.from_lists([span[i : i + length] for span in spans for i in range(0, len(span), length)])
-    target = texts_of(lab, pieces)
+
+    def texts(rows: TokenRows) -> list[str]:
+        return texts_of(rows, lab.tokenizer)
+
+    target = texts(pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0])))
     drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))
     if rank == "similarity":
         from influence_models_contenders import folding_encoder
 
         encoder = folding_encoder()
-
-        def states(texts: list[str]) -> Any:
-            documents = encoder.read(texts)
-            found = np.array([len(ids) > 0 for ids in documents])
-            kept = np.full((len(texts), encoder.width), np.nan, np.float32)
-            kept[found] = encoder.states([documents[i] for i in np.flatnonzero(found)], 2_048)
-            return kept
-
-        direction = mean_direction(states(target))
-        return lambda found: cosines(states(texts_of(lab, found)), direction)
+        direction = mean_direction(states_of(encoder, target))
+        return lambda rows: cosines(states_of(encoder, texts(rows)), direction)
     if rank == "DSIR":
-        score = dsir(texts_of(lab, lab.rows.take(drawn[:16_000])), target)
+        score = dsir(texts(lab.rows.take(drawn[:16_000])), target)
     else:
-        score = fasttext(target, texts_of(lab, lab.rows.take(drawn[: len(target)])), seed)
-    return lambda found: score(texts_of(lab, found))
+        score = fasttext(target, texts(lab.rows.take(drawn[: len(target)])), seed)
+    return lambda rows: score(texts(rows))
 
 
 @functools.lru_cache(maxsize=1)

@@ -28,19 +28,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lab import MALLOC_SETTINGS, rounded
+from lab import rounded, single_threads
 from selector_gain_corpus import builtin_texts, file_texts
 from selector_gain_tables import RANDOM, SAME_KINDS, SELECTED, write_page
 from selector_gain_training import (
@@ -166,8 +163,7 @@ def filter_corpus(work: Path, selector: Path) -> Path:
 
 def trained(work: Path, kept: Path, checkpoint: Path, units: list[Unit], workers: int) -> Iterator[str]:
     """Run units side by side; yields a line for each that is done."""
-    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with single_threads(workers) as pool:
         futures = {unit.file: pool.submit(train, work, kept, checkpoint, unit) for unit in units}
         for name, future in futures.items():
             yield f"{name}: {future.result():.0f} s"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lab import build_optimizer, train_steps
+from lab import build_optimizer, keep, train_steps
 from selector_gain_corpus import as_rows, pack
 from selector_gain_tables import SAME_KINDS, SELECTED
 
@@ -161,8 +161,5 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> float:
     )
     seconds = time.perf_counter() - begin
     result = {"arm": unit.arm, "seed": unit.seed, "num_steps": num_steps, "curve": curve, "seconds": seconds}
-    path = work / "units" / unit.file
-    path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result), encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
+    keep(work / "units" / unit.file, result)
     return seconds

@@ -17,10 +17,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.rows import TokenRows
+from mates_hf.data.texts import decode_rows
+from mates_hf.influence.folding import FoldingEncoder
+
 Values = npt.NDArray[np.float64]
 TextScorer = Callable[[Sequence[str]], Values]
 
 FASTTEXT = {"lr": 0.5, "epoch": 25, "dim": 100, "wordNgrams": 2, "minCount": 1, "bucket": 2**18, "thread": 1}
+
+
+def texts_of(rows: TokenRows, tokenizer: Any) -> list[str]:
+    """Rows as texts of one line."""
+    return [" ".join(text.split()) for text in decode_rows(rows, tokenizer)]
+
+
+def pieces_of(rows: TokenRows, length: int) -> TokenRows:
+    """Rows, such as reference passages, cut into pieces as long as a candidate."""
+    spans = [rows.values[a:b] for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
+    return TokenRows.from_lists([span[i : i + length] for span in spans for i in range(0, len(span), length)])
+
+
+def states_of(encoder: FoldingEncoder, texts: Sequence[str]) -> npt.NDArray[Any]:
+    """(N, D) float32 pooled states of texts; nan where there is nothing to read."""
+    documents = encoder.read(texts)
+    found = np.array([len(ids) > 0 for ids in documents])
+    states = np.full((len(texts), encoder.width), np.nan, np.float32)
+    states[found] = encoder.states([documents[i] for i in np.flatnonzero(found)], 2_048)
+    return states
 
 
 def dsir(raw: Sequence[str], target: Sequence[str]) -> TextScorer:
