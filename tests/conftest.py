@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -18,6 +18,16 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they bring, and sums keep one order
 
 TINY_VOCAB_SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def settings_of_accelerate_end_with_the_test() -> Iterator[None]:
+    """`TrainingArguments(bf16=True)` of transformers before 5 leaves a variable that the next arguments read."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
