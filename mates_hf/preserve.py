@@ -72,12 +72,18 @@ class Snapshot:
 
     def restore(self) -> None:
         """Copy parameters and optimizer state back and drop gradients; exact, any number of times."""
-        for parameter, saved in zip(self.parameters, self._saved, strict=True):
-            local_shard(parameter).copy_(saved)
+        self.rewind_parameters()
+        for parameter in self.parameters:
             parameter.grad = None
         if self._rewind_optimizer is not None:
             self._rewind_optimizer()
         self.written()
+
+    @torch.no_grad()
+    def rewind_parameters(self) -> None:
+        """Copy parameters back and nothing else; whoever moves them on calls `written`."""
+        for parameter, saved in zip(self.parameters, self._saved, strict=True):
+            local_shard(parameter).copy_(saved)
 
     @torch.no_grad()
     def shift(self, direction: Mapping[nn.Parameter, Tensor], scale: float) -> None:

@@ -44,8 +44,10 @@ class Direction:
         step_size: c, the largest linear coefficient of a parameter; the others' ratio to it is inside u.
         norm: ‖u‖.
         parameter_norm: ‖θ‖ over the parameters of u.
-        reference_loss: mean loss over the reference task's trained tokens at θ_null, nats/token.
+        reference_loss: mean loss over the reference task's trained tokens, nats/token, each read where its gradient
+            was taken: at θ_null, or along a path from there.
         flops: estimate of what finding it took.
+        path_losses: mean loss of what each point of the path read, in its order; noisy where that is few passages.
     """
 
     by_parameter: Mapping[nn.Parameter, Tensor]
@@ -54,6 +56,7 @@ class Direction:
     parameter_norm: float
     reference_loss: float
     flops: float
+    path_losses: tuple[float, ...] = ()
 
     def length(self, epsilon: float) -> float:
         """The factor of u whose step is `epsilon` times as long as ‖θ‖."""

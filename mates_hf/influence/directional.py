@@ -9,6 +9,12 @@ c · P the optimizer's linear response to one more gradient (`preconditioner`), 
 with u = Pᵀ ∇L_ref(θ_null). A candidate whose own loss rises where the reference loss rises has positive influence:
 training on it takes both down again. The derivative is (L(x; θ + ε u) − L(x; θ − ε u)) / 2ε, token by token.
 
+What lowers the reference loss in one step need not be what lowers it over a round. With `path_steps` > 1, u is the
+mean of Pᵀ ∇L_ref along the way that training on the reference itself would take (`reference_path`), at the cost of one
+reading of the reference all the same. Such labels tell less of a single step and pick better data for many: figures in
+`benchmarks/results/selection.md`; `MatesCallback` uses them. How a candidate's loss falls while a model trains on the
+reference is also what CoLoR-Filter (arXiv:2406.10670) ranks by, from two finished models.
+
 Trade-off: two plain forward passes a candidate and one backward pass over the reference task a round, for a value of
 first order. It leaves out what shortens a step on x *alone*: clipping, and Adam's (1−β2) g_x² in the second moment,
 far above that of a batch. Ranks hardly change, but `OneStepProbe` plotted over this one has a slope below 1; in a
@@ -46,6 +52,7 @@ from mates_hf.influence.losses import (
 )
 from mates_hf.influence.preconditioner import ParameterStep, group_learning_rates, parameter_steps, unwrap_optimizer
 from mates_hf.influence.probe import count_multiplied_parameters, read_measurable
+from mates_hf.influence.reference_path import descend, parts_of_path
 from mates_hf.model_traits import unwrap
 from mates_hf.preserve import local_shard, preserved
 from mates_hf.processes import ALONE, Processes
@@ -64,7 +71,8 @@ class DirectionalProbe:
     """Measure influence by two forward passes a candidate, along the preconditioned gradient of the reference loss.
 
     Extra memory: 2 × the trainable parameters' bytes (their copy, and u) and one micro-batch of the reference task
-    forward and backward. With `second_moment="batches"` 3 ×, since E[g_B²] is held as well.
+    forward and backward. With `path_steps` above 1, 3 × (u so far and the gradient of the next point), and with
+    `second_moment="batches"` once more, since E[g_B²] is held as well.
 
     Attributes:
         tokens_per_batch: padded tokens in one forward pass; None takes the run's, alone 8,192.
@@ -73,6 +81,10 @@ class DirectionalProbe:
             the derivatives at ε and 2ε on a few candidates.
         second_moment: where Adam's E[g_B²] comes from: `"state"`, the running average in the optimizer's state, free;
             `"batches"`, the gradients of 4 batches of `batch_rows` candidates at the present weights.
+        path_steps: points at which the reference gradient is taken, each on its share of the passages; 1 is θ_null
+            alone, the first-order value of one optimizer step. A share has four passages at least, else there are
+            fewer points.
+        path_rate: length of the strides from one to the next, in steps of the run at its learning rate.
         parameters: `"all"`, or `"blocks"`: u is 0 on input embeddings and output head.
         batch_rows: rows in one optimizer step; needed for `second_moment="batches"`; None takes the run's.
         loss: the run's own loss of a candidate, `loss(model, batch)`, a mean over the trained tokens of one row;
@@ -92,6 +104,8 @@ class DirectionalProbe:
     learning_rates: tuple[float, ...] | None = None
     epsilon: float | None = None
     second_moment: Literal["state", "batches"] = "state"
+    path_steps: int = 1
+    path_rate: float = 0.5
     parameters: Literal["all", "blocks"] = "all"
     batch_rows: int | None = None
     loss: LossFunction | None = None
@@ -108,7 +122,9 @@ class DirectionalProbe:
             raise ValueError(f"`second_moment` must be 'state' or 'batches', got {self.second_moment!r}.")
         if self.parameters not in ("all", "blocks"):
             raise ValueError(f"`parameters` must be 'all' or 'blocks', got {self.parameters!r}.")
-        for name in ("tokens_per_batch", "batch_rows"):
+        if not 0 < self.path_rate <= 10:
+            raise ValueError(f"`path_rate` must be in (0, 10], in steps of the run, got {self.path_rate!r}.")
+        for name in ("tokens_per_batch", "batch_rows", "path_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be None or at least 1, got {value!r}.")
@@ -165,6 +181,7 @@ class DirectionalProbe:
             "reference_loss": direction.reference_loss,
             "learning_rates": group_learning_rates(unwrap_optimizer(optimizer), self.learning_rates),
             "second_moment": self.second_moment,
+            "path_losses": list(direction.path_losses),
             "parameters": self.parameters,
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
@@ -190,7 +207,7 @@ class DirectionalProbe:
     def compute_direction(
         self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: TokenRows | None = None
     ) -> Direction:
-        """The first half of `measure`: u = (c_p / step_size) · P · ∇L_ref(θ_null), parameter by parameter.
+        """The first half of `measure`: u = (c_p / step_size) · P · ∇L_ref, parameter by parameter, mean over the path.
 
         Args:
             model: the live model.
@@ -206,46 +223,40 @@ class DirectionalProbe:
             ValueError: `second_moment="batches"` without `batch_rows` or candidates.
         """
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
-        directions: dict[nn.Parameter, Tensor] = {}
+        parts = parts_of_path(reference.rows, self.path_steps, self.seed or 0)
         with preserved(model) as snapshot:
             model.eval()
             steps = parameter_steps(optimizer, snapshot.parameters, self.learning_rates)
             squares, flops = self._mean_squares(model, steps, candidates)
-            with torch.no_grad():
-                for step in steps:
-                    step.write_null()
-            snapshot.written()
-            reference_loss = mean_loss_gradient(
-                model,
-                reference.rows,
-                tokens_per_batch=self._tokens_per_batch,
-                loss=self.reference_loss,
-                processes=self._processes,
+            found = descend(
+                snapshot,
+                steps,
+                parts,
+                lambda rows: mean_loss_gradient(
+                    model,
+                    rows,
+                    tokens_per_batch=self._tokens_per_batch,
+                    loss=self.reference_loss,
+                    processes=self._processes,
+                ),
+                path_rate=self.path_rate,
+                squares=squares,
+                left_out=self._left_out(model),
             )
-            # One scalar turns every derivative into an influence: the ratios between parameters go into u.
-            step_size = max(abs(step.coefficient) for step in steps)
-            left_out = self._left_out(model)
-            for step in steps:
-                gradient = step.parameter.grad
-                if gradient is None or id(step.parameter) in left_out:
-                    continue
-                scale = step.coefficient / step_size
-                with torch.no_grad():
-                    step.precondition(local_shard(gradient), scale, squares.pop(step.parameter, None))
-                directions[step.parameter] = gradient
-        norm = norm_of(directions.values())
+        norm = norm_of(found.by_parameter.values())
         if not np.isfinite(norm) or norm == 0:
             raise InfluenceError(
                 f"The preconditioned gradient of the reference loss must be finite and not zero, got norm {norm} at "
-                f"reference loss {reference_loss:.4g}. Look for NaN in the model or in the optimizer's state, and "
-                "check that the parameters the optimizer holds reach the loss."
+                f"reference loss {found.reference_loss:.4g}. Look for NaN in the model or in the optimizer's state, "
+                "and check that the parameters the optimizer holds reach the loss."
             )
         return Direction(
-            by_parameter=directions,
-            step_size=step_size,
+            by_parameter=found.by_parameter,
+            step_size=found.step_size,
             norm=norm,
-            parameter_norm=norm_of(directions),
-            reference_loss=reference_loss,
+            parameter_norm=norm_of(found.by_parameter),
+            reference_loss=found.reference_loss,
+            path_losses=found.losses,
             flops=flops + gradient_flops(count_multiplied_parameters(model), len(reference.rows.values)),
         )
 
@@ -285,7 +296,9 @@ class DirectionalProbe:
         parts = []
         for start in range(0, len(rows), SHARD_ROWS):
             shard = rows.take(np.arange(start, min(start + SHARD_ROWS, len(rows))))
-            path = self.shards_dir / f"{start}-{epsilon:.6e}.npy" if self.shards_dir and processes.is_main else None
+            # Its name tells the direction: labels along another one (another probe, say) are not mixed in.
+            name = f"{start}-{epsilon:.6e}-{direction.norm:.9e}.npy"
+            path = self.shards_dir / name if self.shards_dir and processes.is_main else None
             stored = read_array(path) if path is not None else None
             if processes.agree(float(stored is not None)):
                 both = np.zeros((2, int(shard.num_targets.sum())))

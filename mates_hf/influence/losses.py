@@ -233,7 +233,7 @@ def _run_batches(
         if len(batch) == 1:
             raise ProbeMemoryError(
                 f"One row of {length} tokens must fit into memory beside the model, but memory ran out. Shorten the "
-                "rows, or free memory: a probe needs about 2.2 times the trainable parameters' bytes on top of it."
+                "rows, or free memory: a probe needs 2 to 3 times the trainable parameters' bytes on top of it."
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

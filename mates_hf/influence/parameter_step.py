@@ -33,6 +33,7 @@ class ParameterStep(abc.ABC):
         group: the optimizer's parameter group.
 
     Attributes:
+        momentum: whether earlier gradients move the parameter on.
         moves: false where the optimizer has not taken a step with this parameter yet.
     """
 
@@ -42,6 +43,8 @@ class ParameterStep(abc.ABC):
         self.parameter = parameter
         self.coefficient = -coefficient if group.get("maximize", False) else coefficient
         self.l2 = l2
+        betas = group.get("betas") or (group.get("beta1"),)
+        self.momentum = bool(betas[0] or group.get("momentum"))
 
     @abc.abstractmethod
     def write_null(self) -> None:

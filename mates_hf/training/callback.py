@@ -45,6 +45,8 @@ from mates_hf.training.session import Session
 
 logger = logging.getLogger(__name__)
 
+PATH_STEPS = 32  # of the default probe
+
 
 class MatesCallback(TrainerCallback):
     """Finds, while the model trains, which data helps it most, and spends the compute there.
@@ -55,7 +57,7 @@ class MatesCallback(TrainerCallback):
     Args:
         reference: what the model should get better at.
         config: how data is chosen; None takes the defaults.
-        probe: measures influence; None is `DirectionalProbe()`.
+        probe: measures influence; None is `DirectionalProbe(path_steps=32)`, whose labels look further than a step.
         influence_model: predicts influence; None is `NgramInfluenceModel()`. An `EncoderInfluenceModel` takes the
             Trainer's `processing_class` as training tokenizer where it has none.
 
@@ -80,7 +82,7 @@ class MatesCallback(TrainerCallback):
             raise TypeError(f"`config` must be a MatesConfig or None, got {type(config).__name__}.")
         self.reference = reference
         self.config = config or MatesConfig()
-        self.probe = probe or DirectionalProbe()
+        self.probe = probe or DirectionalProbe(path_steps=PATH_STEPS)
         self.influence_model = influence_model or NgramInfluenceModel()
         self._trainer: Any = None
         self._session: Session | None = None

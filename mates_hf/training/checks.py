@@ -244,7 +244,7 @@ def own_memory(hook: Callable[..., None]) -> Callable[..., None]:
                 raise
             raise ProbeMemoryError(
                 "A round must find memory beside the run, but memory ran out. Lower `probe_tokens_per_batch` or "
-                "`average_steps`, or the batch size of the run: a probe needs about 2.2 times the trainable "
+                "`average_steps`, or the batch size of the run: a probe needs 2 to 3 times the trainable "
                 "parameters' bytes on top of it."
             ) from error
 

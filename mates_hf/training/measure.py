@@ -37,7 +37,7 @@ def measure_labels(run: Run, ids: IntArray, shards_dir: Path) -> InfluenceLabels
 
 
 def measure_audit(run: Run, ids: IntArray, *, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:
-    """The same candidates by the derivative and by real steps, both on the same few passages."""
+    """The same candidates by the derivative of a single step and by real steps, both on the same few passages."""
     _ask(run, "audit", ids, epsilon=epsilon, seed=seed)
     return _audit(run, ids, epsilon, seed)
 
@@ -113,7 +113,7 @@ def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[Influenc
     assert isinstance(run.probe, DirectionalProbe)
     candidates, passages = run.pool.select(ids), run.reference.subset(NUM_AUDIT_PASSAGES, seed)
     quiet = dataclasses.replace(run.settings, progress=False)
-    derivative = dataclasses.replace(run.probe.for_run(quiet), epsilon=epsilon)
+    derivative = dataclasses.replace(run.probe.for_run(quiet), epsilon=epsilon, path_steps=1)
     real_steps = OneStepProbe(loss=run.probe.loss, reference_loss=run.probe.reference_loss).for_run(quiet)
     return (
         derivative.measure(run.model, run.optimizer, passages, candidates),

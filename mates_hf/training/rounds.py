@@ -183,7 +183,11 @@ def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
 
 
 def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[str, Any]:
-    """A few candidates get both probes on a few passages: does the derivative agree with a real step."""
+    """A few candidates get both probes on a few passages: does the derivative agree with a real step.
+
+    It is the machinery that is audited. Labels along a path are not meant to agree with one step; how far they do is
+    recorded beside it, as `labels_spearman`.
+    """
     audit_path = path / "audit.json"
     if audit_path.exists():
         return read_json(audit_path)
@@ -201,6 +205,7 @@ def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[s
         "num_passages": min(NUM_AUDIT_PASSAGES, len(run.reference)),
         "spearman": float(spearmanr(fast.influence, oracle.influence).statistic),
         "interval": [float(bound) for bound in np.nanpercentile(spread, [2.5, 97.5])],
+        "labels_spearman": float(spearmanr(labels.influence[picked], oracle.influence).statistic),
         "slope": float(slope),
         "intercept": float(intercept),
         "flops": float(fast.info.get("flops", 0.0)) + float(oracle.info.get("flops", 0.0)),

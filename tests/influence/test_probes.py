@@ -23,6 +23,7 @@ from mates_hf.influence.preconditioner import (
     ZeroLearningRateError,
     parameter_steps,
 )
+from mates_hf.influence.reference_path import parts_of_path
 from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings
 from tests.influence.test_losses import gpt2
 from tests.test_preserve import assert_same, everything
@@ -376,7 +377,9 @@ def test_probes_agree_on_a_trained_model(trained: Live) -> None:
 
 
 @pytest.mark.parametrize(
-    "probe", [DirectionalProbe(), OneStepProbe(max_grad_norm=1.0)], ids=["directional", "one_step"]
+    "probe",
+    [DirectionalProbe(), DirectionalProbe(path_steps=2), OneStepProbe(max_grad_norm=1.0)],
+    ids=["directional", "path", "one_step"],
 )
 def test_planted_candidates_rank_first(trained: Live, probe: Any) -> None:
     """Passages of the reference task itself help more than random tokens; a flipped sign would turn this round."""
@@ -388,9 +391,11 @@ def test_planted_candidates_rank_first(trained: Live, probe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "probe", [DirectionalProbe(), OneStepProbe(max_grad_norm=1.0)], ids=["directional", "one_step"]
+    "probe",
+    [DirectionalProbe(), DirectionalProbe(path_steps=2), OneStepProbe(max_grad_norm=1.0)],
+    ids=["directional", "path", "one_step"],
 )
-@pytest.mark.parametrize("fails_at", [None, 1, 3, 6])
+@pytest.mark.parametrize("fails_at", [None, 1, 2, 3, 6])
 def test_probing_changes_no_bit(make_live: Callable[..., Live], probe: Any, fails_at: int | None) -> None:
     model, optimizer = make_live(adamw, attention_dropout=0.2)
     torch.optim.lr_scheduler.LinearLR(optimizer)
@@ -407,7 +412,7 @@ def test_probing_changes_no_bit(make_live: Callable[..., Live], probe: Any, fail
 
     model.register_forward_pre_hook(count)
     before = everything(model, optimizer)
-    reference, candidates = task(random_rows(4, 100)), random_rows(5, 200)
+    reference, candidates = task(random_rows(8, 100)), random_rows(5, 200)
     if fails_at is None:
         probe.measure(model, optimizer, reference, candidates)
     else:
@@ -425,19 +430,28 @@ def columns(labels: InfluenceLabels) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "probe",
-    [DirectionalProbe(), DirectionalProbe(second_moment="batches", batch_rows=4), OneStepProbe(max_grad_norm=1.0)],
-    ids=["directional", "batches", "one_step"],
+    [
+        DirectionalProbe(),
+        DirectionalProbe(second_moment="batches", batch_rows=4),
+        DirectionalProbe(path_steps=2),
+        OneStepProbe(max_grad_norm=1.0),
+    ],
+    ids=["directional", "batches", "path", "one_step"],
 )
 def test_probing_twice_gives_the_same_bits(trained: Live, probe: Any) -> None:
     model, optimizer = trained
-    reference, candidates = task(random_rows(4, 100)), random_rows(9, 200)
+    reference, candidates = task(random_rows(8, 100)), random_rows(9, 200)
     first = probe.measure(model, optimizer, reference, candidates)
     torch.manual_seed(123)
     assert_same(columns(first), columns(probe.measure(model, optimizer, reference, candidates)))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()], ids=["directional", "one_step"])
+@pytest.mark.parametrize(
+    "probe",
+    [DirectionalProbe(), DirectionalProbe(path_steps=2), OneStepProbe()],
+    ids=["directional", "path", "one_step"],
+)
 def test_gradient_checkpointing_gives_the_same_bits(trained: Live, probe: Any, reentrant: bool) -> None:
     model, optimizer = copy.deepcopy(trained)
     reference, candidates = task(random_rows(4, 100)), random_rows(5, 200)
@@ -616,18 +630,23 @@ def test_dataset_candidates(make_live: Callable[..., Live]) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"epsilon": 0.0}, {"second_moment": "none"}, {"parameters": "head"}, {"tokens_per_batch": 0}, {"batch_rows": 0}],
+    [{"epsilon": 0.0}, {"second_moment": "none"}, {"parameters": "head"}, {"tokens_per_batch": 0}, {"batch_rows": 0}]
+    + [{"path_steps": 0}, {"path_rate": 0.0}, {"path_rate": 11.0}],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         DirectionalProbe(**settings)
 
 
-def test_memory_stays_within_its_bound(make_tiny_model: Callable[..., Any]) -> None:
-    """Tensors alive beside model and optimizer while candidates run: the copy of the parameters, and u."""
+@pytest.mark.parametrize(("path_steps", "bound"), [(1, 2.2), (4, 3.2)])
+def test_memory_stays_within_its_bound(make_tiny_model: Callable[..., Any], path_steps: int, bound: float) -> None:
+    """Tensors alive beside model and optimizer while rows run: the copy of the parameters, and u.
+
+    While a path is walked the gradient of its last point is there as well, until the next backward pass ends.
+    """
     import gc
 
-    model = make_tiny_model(hidden_size=64, intermediate_size=128)
+    model = make_tiny_model(hidden_size=128, intermediate_size=256)
     optimizer = adamw(model)
     model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
     optimizer.step()
@@ -643,5 +662,63 @@ def test_memory_stays_within_its_bound(make_tiny_model: Callable[..., Any]) -> N
     peaks: list[int] = []
     before = alive()
     model.register_forward_hook(lambda *args: peaks.append(alive() - before))
-    DirectionalProbe(epsilon=1e-3).measure(model, optimizer, task(random_rows(2, 1)), random_rows(4, 2))
-    assert size < max(peaks) < 2.2 * size
+    probe = DirectionalProbe(epsilon=1e-3, path_steps=path_steps, tokens_per_batch=6)
+    probe.measure(model, optimizer, task(random_rows(16, 1, 4, 7)), random_rows(4, 2))
+    assert size < max(peaks) < bound * size
+
+
+# --- a path instead of a point ---
+
+
+def test_a_path_reads_where_its_own_steps_lead(make_live: Callable[..., Live]) -> None:
+    """Written out: the gradient of the second share is taken where the first one's step leads, and u is their mean."""
+    for make_optimizer in (lambda model: adamw(model, weight_decay=0.0), lambda model: sgd(model, momentum=0.5), sgd):
+        model, optimizer = make_live(make_optimizer)
+        reference = task(random_rows(8, 7))
+        parts = parts_of_path(reference.rows, 2, seed=3)
+        assert [len(part) for part in parts] == [4, 4]
+        probe = DirectionalProbe(path_steps=2, path_rate=0.5, seed=3)
+        found = probe.compute_direction(model, optimizer, reference)
+
+        one = DirectionalProbe()
+        first = one.compute_direction(model, optimizer, task(parts[0]))
+        moved, stepper = copy.deepcopy((model, optimizer))
+        names = dict(model.named_parameters())
+        stride = first.step_size * first.norm  # SGD without momentum: a step on the share
+        if make_optimizer is not sgd:
+            null = step_copy(model, optimizer, zeros(model))
+            differences = [p - q for p, q in zip(null.parameters(), model.parameters(), strict=True)]
+            stride = math.sqrt(sum(float(d.detach().square().sum()) for d in differences))
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                parameter.sub_(first.by_parameter[names[name]], alpha=0.5 * stride / first.norm)
+        second = one.compute_direction(moved, stepper, task(parts[1]))
+        for name, parameter in moved.named_parameters():
+            expected = (first.by_parameter[names[name]] + second.by_parameter[parameter]) / 2
+            assert torch.allclose(found.by_parameter[names[name]], expected, rtol=1e-5, atol=1e-9), name
+        assert found.path_losses == pytest.approx((first.reference_loss, second.reference_loss))
+        assert found.step_size == first.step_size
+        assert found.flops == first.flops + second.flops
+
+
+def test_a_path_goes_down(trained: Live) -> None:
+    model, optimizer = trained
+    reference = task(chain_rows(64, 90, stride=1))
+    found = DirectionalProbe(path_steps=16, path_rate=1.0).compute_direction(model, optimizer, reference)
+    losses = np.array(found.path_losses)
+    assert len(losses) == 16
+    assert losses[-4:].mean() < losses[:4].mean()
+
+
+def test_a_path_has_as_many_points_as_passages_allow(make_live: Callable[..., Live]) -> None:
+    rows = random_rows(13, 5)
+    assert len(parts_of_path(rows, 1, 0)) == 1
+    assert len(parts_of_path(rows.take(np.arange(7)), 32, 0)) == 1
+    parts = parts_of_path(rows, 32, 0)
+    assert sorted(len(part) for part in parts) == [4, 4, 5]
+    read = sorted(tuple(part.row(i)[0]) for part in parts for i in range(len(part)))
+    assert read == sorted(tuple(rows.row(i)[0]) for i in range(len(rows)))
+    model, optimizer = make_live(adamw)
+    few = DirectionalProbe(path_steps=32).measure(model, optimizer, task(random_rows(5, 6)), random_rows(6, 8))
+    plain = DirectionalProbe().measure(model, optimizer, task(random_rows(5, 6)), random_rows(6, 8))
+    assert np.array_equal(few.influence, plain.influence)

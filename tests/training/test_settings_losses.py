@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from mates_hf import DirectionalProbe, OneStepProbe
 from mates_hf.records import MatesError
+from mates_hf.training.callback import PATH_STEPS
 from tests.training.kit import OLD_TRAINER, make_model, make_pool, make_reference
 from tests.training.settings import (
     NO_FILE,
@@ -281,7 +282,7 @@ def test_an_own_loss_is_probed_through_attach_and_named_without(tmp_path, settin
     assert "`callback.attach(trainer)`" in messages[0]
     assert ("without `labels`" in messages[0]) is (formula is weighted and setup.trainer_class is not OwnTrainer)
     caplog.clear()
-    spy = Spy()
+    spy = Spy(path_steps=PATH_STEPS)
     own = dataclasses.replace(setup, attach=True).run(tmp_path / "own", [mates(probe=spy)])
     assert warnings_in(caplog) == []
     labels = assert_selected(own, tmp_path / "own").labels
@@ -375,7 +376,7 @@ def test_a_model_without_logits_is_probed_by_losses_of_its_own(tmp_path):
         return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
 
     setup = Setup(model=lambda: fuse_head(make_model(), always=True))
-    result = setup.run(tmp_path, [mates(probe=DirectionalProbe(loss=own, reference_loss=own))])
+    result = setup.run(tmp_path, [mates(probe=DirectionalProbe(path_steps=PATH_STEPS, loss=own, reference_loss=own))])
     record = assert_selected(result, tmp_path)
     plain = first_labels(Setup(), tmp_path / "plain")
     assert spearman(plain.influence, record.labels.influence) > SAME_RANKS

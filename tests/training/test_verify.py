@@ -329,8 +329,10 @@ def repeat_a_row(values: np.ndarray) -> None:
     values[4] = values[9]
 
 
-def raise_the_last(values: np.ndarray) -> None:
-    values[np.argmin(values)] = values.max() + 100
+def raise_a_passed_over_score(rounds_dir: Path) -> None:
+    path = rounds_dir / "round-0002"
+    passed_over = ~np.isin(np.load(path / "candidates.npy"), np.load(path / "selection.npy"))
+    edit("scores.npy", lambda scores: np.where(passed_over, scores.max() + 100, scores))(rounds_dir)
 
 
 TAMPERED = {
@@ -340,7 +342,7 @@ TAMPERED = {
     "a probe is trained on": (train_on_a_probe, "selection.npy", "no probed row"),
     "a row twice": (edit("selection.npy", repeat_a_row), "selection.npy", "each row once"),
     "a row too few": (edit("selection.npy", lambda rows: rows[:-1]), "selection.npy", "24 entries"),
-    "scores": (edit("scores.npy", raise_the_last), "selection.npy", "what scores, labels and seed give"),
+    "scores": (raise_a_passed_over_score, "selection.npy", "what scores, labels and seed give"),
     "scores not finite": (edit("scores.npy", lambda x: x * np.float32(np.inf)), "scores.npy", "can be selected on"),
     "scores as float64": (edit("scores.npy", lambda x: x.astype(np.float64)), "scores.npy", "float32"),
     "targets": (
