@@ -56,8 +56,12 @@ def measure(model, processes=None):
         optimizer.step()
         optimizer.zero_grad()
     before = [local(p) for p in model.parameters()]
-    reference = ReferenceTask(name="test", rows=rows(6, 10))
-    probes = (DirectionalProbe(processes=processes), OneStepProbe(max_grad_norm=1.0, processes=processes))
+    reference = ReferenceTask(name="test", rows=rows(8, 10))
+    probes = (
+        DirectionalProbe(processes=processes),
+        DirectionalProbe(path_steps=2, processes=processes),
+        OneStepProbe(max_grad_norm=1.0, processes=processes),
+    )
     state = [{name: local(value) for name, value in entry.items()} for entry in optimizer.state.values()]
     labels = [probe.measure(model, optimizer, reference, rows(5, 11)) for probe in probes]
     for old, parameter in zip(before, model.parameters(), strict=True):
