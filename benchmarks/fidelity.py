@@ -5,7 +5,8 @@
 """What an influence label agrees with: one real batch, and 10 to 1,000 steps on the rows it prefers.
 
     python benchmarks/fidelity.py --data DATA_DIR             # about 20 minutes on two cores
-    python benchmarks/fidelity.py --data DATA_DIR --quick     # two minutes
+    python benchmarks/fidelity.py --quick                     # two minutes, on text of the Python installation
+    python benchmarks/fidelity.py --check                     # recompute the page from the JSON
 
 Place in the flow: it freezes the definition of the label and the selection defaults on evidence. Four parts, in units
 that run in processes of their own and are kept one by one, so that a killed run goes on where it stopped:
@@ -37,7 +38,7 @@ from fidelity_one_step import in_batch
 from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
 from fidelity_tables import write_tables
 from fidelity_training import ARMS, SETS, fit, horizon, rounds
-from lab import Lab, build_model, keep, load_lab, rounded, single_threads
+from lab import Lab, build_model, keep, load_lab, rounded, single_threads, write_built_in
 
 FUNCTIONS = {"in_batch": in_batch, "horizon": horizon, "rounds": rounds, "fit": fit}
 Unit = tuple[str, str, dict[str, Any], float]
@@ -100,11 +101,19 @@ def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[str, float]:
     return name, seconds
 
 
-def finished(units: list[Unit], paths: Paths, sizes: Sizes, workers: int) -> Iterator[tuple[str, float]]:
-    """Run units in `workers` processes; yields each that is done."""
+def finished(
+    units: list[Unit], paths: Paths, sizes: Sizes, workers: int, deadline: float
+) -> Iterator[tuple[str, float]]:
+    """Run units in `workers` processes, begin none after the deadline; yields each that is done."""
+    todo = iter(units)
     with single_threads(workers) as pool:
-        for future in as_completed([pool.submit(run_unit, paths, sizes, unit) for unit in units]):
-            yield future.result()
+        running = {pool.submit(run_unit, paths, sizes, unit) for _, unit in zip(range(workers), todo, strict=False)}
+        while running:
+            done = next(as_completed(running))
+            running.remove(done)
+            if time.perf_counter() < deadline:
+                running |= {pool.submit(run_unit, paths, sizes, unit) for _, unit in zip(range(1), todo, strict=False)}
+            yield done.result()
 
 
 def say(text: str) -> None:
@@ -116,29 +125,43 @@ def say(text: str) -> None:
 def main() -> None:
     """Run what is missing, then write the JSON and the tables."""
     parser = argparse.ArgumentParser(description="Measure what influence labels agree with.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with corpus.jsonl.gz and eval/")
+    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl.gz and eval/; --quick needs none")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="for the JSON and tables")
     parser.add_argument("--work", type=Path, default=Path("runs/fidelity"), help="for units already done")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--only", nargs="+", default=[""], help="units whose names begin with one of these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no unit after this many")
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
+    parser.add_argument("--check", action="store_true", help="recompute the page from the JSON, and compare")
     arguments = parser.parse_args()
+    page = arguments.out / ("fidelity-quick.md" if arguments.quick else "fidelity.md")
+    if arguments.check:
+        document = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+        raise SystemExit(0 if write_tables(document) == page.read_text(encoding="utf-8") else "The page differs.")
+    if arguments.data is None and not arguments.quick:
+        parser.error("--data must name the folder of the data")
     logging.basicConfig(level=logging.ERROR)
     sizes = QUICK if arguments.quick else Sizes()
     work = arguments.work / ("quick" if arguments.quick else "full")
-    paths = Paths(data=arguments.data.resolve(), work=work.resolve())
+    data = arguments.data or write_built_in(work / "built-in")
+    paths = Paths(data=data.resolve(), work=work.resolve())
     lab = open_lab(paths, sizes)
     say(f"{len(lab.rows)} rows in {len(lab.domain_names)} domains; {lab.overlap}")
 
     units = all_units(sizes)
-    todo = [unit for unit in units if not unit_path(paths, unit[0]).exists()]
+    asked = [unit for unit in units if unit[0].startswith(tuple(arguments.only))]
+    todo = [unit for unit in asked if not unit_path(paths, unit[0]).exists()]
     cost = {name: seconds for name, _, _, seconds in todo}
-    started, done = time.perf_counter(), 0.0
-    for number, (name, seconds) in enumerate(finished(todo, paths, sizes, arguments.workers), 1):
+    started, done, number = time.perf_counter(), 0.0, 0
+    for number, (name, seconds) in enumerate(
+        finished(todo, paths, sizes, arguments.workers, started + 60 * arguments.minutes), 1
+    ):
         done += cost.pop(name)
         left = (time.perf_counter() - started) * sum(cost.values()) / done
         say(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s, about {left / 60:.0f} min left")
 
-    results = {name: json.loads(unit_path(paths, name).read_text(encoding="utf-8")) for name, *_ in units}
+    found = {name: unit_path(paths, name) for name, *_ in units}
+    results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
     model = build_model(lab.vocab_size)
     document = {
         "settings": {
@@ -146,17 +169,19 @@ def main() -> None:
             "parameters": sum(p.numel() for p in model.parameters()), "vocab_size": lab.vocab_size,
             "row_tokens": int(lab.rows.lengths[0]), "pool_rows": len(lab.rows), "domains": lab.domain_names,
             "reference_passages": len(lab.reference["all"]), "development_passages": len(lab.development["all"]),
-            "torch": torch.__version__, **lab.overlap,
+            "torch": torch.__version__, "missing": len(units) - len(results), **lab.overlap,
         },
         "units": results,
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = "fidelity-quick" if arguments.quick else "fidelity"
-    path = arguments.out / f"{stem}.json"
-    path.write_text(json.dumps(rounded(document), ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
-    tables = write_tables(json.loads(path.read_text(encoding="utf-8")))
-    (arguments.out / f"{stem}.md").write_text(tables, encoding="utf-8")
+    text = json.dumps(rounded(document), ensure_ascii=False, separators=(",", ":")) + "\n"
+    page.with_suffix(".json").write_text(text, encoding="utf-8")
+    tables = write_tables(json.loads(text))
+    page.write_text(tables, encoding="utf-8")
     say(tables)
+    if number < len(todo):
+        say(f"{len(todo) - number} units are left; the same command goes on")
+        sys.exit(3)
 
 
 if __name__ == "__main__":

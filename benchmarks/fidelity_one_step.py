@@ -35,6 +35,7 @@ from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.influence.preconditioner import parameter_steps
 from mates_hf.preserve import preserved
 from mates_hf.selection.choose import row_worth
+from mates_hf.training.callback import PATH_STEPS
 
 TUNED_STEPS = 10  # of the perplexity difference
 EPSILON = 1e-3  # where a direction is not measured by `DirectionalProbe.measure`, which chooses its own
@@ -126,6 +127,7 @@ def all_labels(
         "directional": probe,
         "directional, E[g_B²] from batches": dataclasses.replace(probe, second_moment="batches"),
         "directional, blocks": dataclasses.replace(probe, parameters="blocks"),
+        "directional, path": dataclasses.replace(probe, path_steps=PATH_STEPS),
     }
     measured = {name: variant.measure(model, optimizer, reference, candidates) for name, variant in variants.items()}
     one_step = OneStepProbe(max_grad_norm=clip, tokens_per_batch=TOKENS_PER_BATCH)

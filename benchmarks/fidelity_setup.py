@@ -104,9 +104,9 @@ class Point:
         """The averaged weights (they are used up by it) or the live ones."""
         return self.average.swapped_in() if averaged else contextlib.nullcontext()
 
-    def measure(self, ids: Ids, loss_on: str = "all", parameters: Any = "all") -> InfluenceLabels:
+    def measure(self, ids: Ids, loss_on: str = "all", parameters: Any = "all", path_steps: int = 1) -> InfluenceLabels:
         """Labels of pool rows at the present weights."""
-        probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, parameters=parameters)
+        probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, parameters=parameters, path_steps=path_steps)
         return probe.measure(self.model, self.optimizer, self.lab.reference[loss_on], self.lab.rows.take(ids))
 
     def development(self) -> dict[str, float]:

@@ -33,13 +33,12 @@ def write_tables(document: dict[str, Any]) -> str:
         f"{settings['development_passages_dropped']} development passages. Brackets are 95 % bootstrap intervals over "
         "candidates. Influence > 0 helps.\n"
     )
-    sections = [
-        in_batch_section(parts["in_batch"], settings),
-        horizon_section(parts["horizon"], settings),
-        steadiness_section(parts["rounds"], settings),
-        fit_section(parts["fit"]),
-    ]
-    return "\n".join([head, *sections])
+    if settings["missing"]:
+        head += f"\n**Not finished: {settings['missing']} units are left.**\n"
+    sections = {
+        "in_batch": in_batch_section, "horizon": horizon_section, "rounds": steadiness_section, "fit": fit_section,
+    }  # fmt: skip
+    return "\n".join([head, *(write(parts[name], settings) for name, write in sections.items() if name in parts)])
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -92,6 +91,8 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
             rows.append([label, *cells])
         text += f"\n### Reference loss: {title}\n\n"
         text += table(["label", *(name.split("/")[1] for name in names)], rows)
+    if "in_batch/late" not in units:
+        return text
     main = units["in_batch/late"]["agreement"]
     text += "\nIntervals at the configuration `late`:\n\n"
     text += table(
@@ -191,7 +192,7 @@ def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
 # --- fit ---
 
 
-def fit_section(units: Units) -> str:
+def fit_section(units: Units, settings: dict[str, Any]) -> str:
     """Held-out rank correlation by kind and number of labels."""
     text = ""
     for unit in units.values():

@@ -11,7 +11,17 @@ from typing import Any
 
 import numpy as np
 from fidelity_one_step import EPSILON, plain_direction
-from fidelity_setup import BATCH_ROWS, LR, WINDOW, Ids, Paths, Point, Sizes, one_a_document, warm_point
+from fidelity_setup import (
+    BATCH_ROWS,
+    LR,
+    WINDOW,
+    Ids,
+    Paths,
+    Point,
+    Sizes,
+    one_a_document,
+    warm_point,
+)
 from lab import TOKENS_PER_BATCH, Averager, Lab, spearman, without_group_means
 
 from mates_hf.influence.difference import row_means
@@ -20,12 +30,14 @@ from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k, uniform
+from mates_hf.training.callback import PATH_STEPS
 
 # --- horizon: sets of rows, 10 to 1,000 steps ---
 
 LABEL_KINDS: dict[str, dict[str, Any]] = {
     "all tokens, live": {"averaged": False},
     "all tokens, averaged": {},
+    "all tokens, averaged, path": {"path_steps": PATH_STEPS},
     "last word, averaged": {"loss_on": "completion"},
     "all tokens, averaged, blocks": {"parameters": "blocks"},
     "one-step oracle, all tokens, averaged": {"probe": "one-step"},
@@ -35,6 +47,7 @@ LABEL_KINDS: dict[str, dict[str, Any]] = {
 SETS = {
     "random": ("random",),
     "all tokens, averaged": ("deciles", "top", "middle", "bottom"),
+    "all tokens, averaged, path": ("deciles", "top", "middle", "bottom"),
     "last word, averaged": ("deciles", "top", "bottom"),
     "all tokens, live": ("deciles", "top"),
     "all tokens, averaged, blocks": ("deciles",),
@@ -51,6 +64,7 @@ def measure(
     averaged: bool = True,
     loss_on: str = "all",
     parameters: str = "all",
+    path_steps: int = 1,
     probe: str = "directional",
 ) -> tuple[InfluenceLabels, Ids]:
     """Labels of one kind, and the candidates that have them: the oracle measures fewer, on fewer passages."""
@@ -62,7 +76,7 @@ def measure(
             few = reference.subset(sizes.oracle_passages)
             return oracle.measure(point.model, point.optimizer, few, rows.take(ids)), ids
     with point.weights(averaged):
-        labels = point.measure(ids, loss_on, parameters)
+        labels = point.measure(ids, loss_on, parameters, path_steps)
         if probe == "directional":
             return labels, ids
         direction = plain_direction(point.model, point.optimizer, reference, precondition=False)

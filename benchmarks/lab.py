@@ -31,7 +31,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from mates_hf.data.corpus import find_overlap
+from mates_hf.data.corpus import builtin_corpus
+from mates_hf.data.overlap import find_overlap
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.fit import fit_report
@@ -166,6 +167,28 @@ def load_lab(
 
 
 Passage = dict[str, str]
+
+
+def write_built_in(folder: Path) -> Path:
+    """A data folder made of text that every Python installation carries: to see that a benchmark runs, not to report.
+
+    Args:
+        folder: to write to; what is there is kept.
+
+    Returns:
+        The folder, with a corpus and passages of the language manual in the place of LAMBADA's.
+    """
+    corpus_path, passages_path = folder / "corpus.jsonl.gz", folder / "eval" / "lambada" / "test_a.jsonl"
+    if not passages_path.exists():
+        corpus = builtin_corpus()
+        passages_path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(corpus_path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": row["text"], "domain": row["kind"]}) + "\n" for row in corpus.pool)
+        num = min(len(corpus.reference), len(corpus.development))
+        cut = [text.rsplit(" ", 1) for text in (*corpus.reference[:num], *corpus.development[:num])]
+        rows = [{"context": begin, "target": end, "text": f"{begin} {end}"} for begin, end in cut]
+        passages_path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
 
 
 def _lambada(folder: Path) -> tuple[list[Passage], list[Passage]]:

@@ -5,7 +5,7 @@
 """Does selecting pay? From one warm start, every way of choosing rows that a user might take instead.
 
     python benchmarks/selection.py --data DATA_DIR             # about four hours on two cores
-    python benchmarks/selection.py --data DATA_DIR --quick     # five minutes
+    python benchmarks/selection.py --quick                     # two minutes, on text of the Python installation
     python benchmarks/selection.py --check                     # recompute the page from the JSON
 
 Place in the flow: the evidence for the method. A model of a million parameters takes 300 random steps; from there
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from fidelity_setup import BATCH_ROWS, LR, WINDOW, Paths
-from lab import keep, rounded, single_threads
+from lab import keep, rounded, single_threads, write_built_in
 from selection_arms import ABLATION_SEEDS, ABLATIONS, ARMS, OURS, RANDOM, SETTINGS, SLOW
 from selection_tables import plot, write_page
 from selection_training import QUICK, Sizes, Unit, open_lab, run_unit
@@ -77,7 +77,7 @@ def unit_path(paths: Paths, unit: Unit) -> Path:
 
 
 def recover(paths: Paths, sizes: Sizes, page: Path, units: list[Unit]) -> int:
-    """Take over units of an earlier JSON, if it was made at these sizes; their number."""
+    """Take over units of an earlier JSON, if it was made at these sizes and by arms as they are now; their number."""
     if not page.exists():
         return 0
     document = json.loads(page.read_text(encoding="utf-8"))
@@ -86,7 +86,13 @@ def recover(paths: Paths, sizes: Sizes, page: Path, units: list[Unit]) -> int:
     wanted, num = {unit.name: unit_path(paths, unit) for unit in units}, 0
     for result in document["units"]:
         path = wanted.get(Unit(**{name: result[name] for name in ("task", "filtered", "arm", "seed")}).name)
-        if path is not None and not path.exists():
+        arm = {**ARMS, **ABLATIONS}.get(result["arm"])
+        if (
+            path is not None
+            and not path.exists()
+            and arm is not None
+            and dataclasses.asdict(arm) == result["settings"]
+        ):
             keep(path, result)
             num += 1
     return num
@@ -156,7 +162,7 @@ def say(text: str) -> None:
 def main() -> None:
     """Run what is missing, then write JSON, page and plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl.gz and eval/")
+    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl.gz and eval/; --quick needs none")
     parser.add_argument("--out", type=Path, default=RESULTS, help="for the JSON, the page and the plot")
     parser.add_argument("--work", type=Path, default=Path("runs/selection"), help="for warm starts and units")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
@@ -171,12 +177,13 @@ def main() -> None:
     if arguments.check:
         document = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
         raise SystemExit(0 if write_page(document) == page.read_text(encoding="utf-8") else "The page differs.")
-    if arguments.data is None:
+    if arguments.data is None and not arguments.quick:
         parser.error("--data must name the folder of the data")
     logging.basicConfig(level=logging.ERROR)
     sizes = QUICK if arguments.quick else Sizes()
     folder = arguments.work / ("quick" if arguments.quick else "full")
-    paths = Paths(data=arguments.data.resolve(), work=folder.resolve())
+    data = arguments.data or write_built_in(folder / "built-in")
+    paths = Paths(data=data.resolve(), work=folder.resolve())
     units = all_units(arguments.quick)
     recovered = recover(paths, sizes, page.with_suffix(".json"), units)
     todo = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -139,7 +138,6 @@ class Run:
         self.point: Point = warm_point(
             lab, WarmSizes(warm=sizes.warm), dataclasses.replace(paths, work=work), unit.seed, **SHAPE
         )
-        self.digest = _digest(self.point)
         by_document = one_a_document(lab, self.point.rest)
         self.held, self.reserved, _ = np.split(by_document, [sizes.held, sizes.held + sizes.reserved])
         closed = np.concatenate([self.held, self.reserved])
@@ -189,8 +187,9 @@ class Run:
             self.point.average = averager.average
             number += 1
         return {
-            **dataclasses.asdict(self.unit), "digest": self.digest, "parameters": self.num_parameters,
-            "curve": self.curve, "final": self.final, "rounds": self.rounds, "costs": self.costs,
+            **dataclasses.asdict(self.unit), "settings": dataclasses.asdict(self.arm),
+            "parameters": self.num_parameters, "curve": self.curve, "final": self.final, "rounds": self.rounds,
+            "costs": self.costs,
         }  # fmt: skip
 
     # --- evaluation, the same for every arm and not among its costs ---
@@ -239,6 +238,9 @@ class Run:
         record: dict[str, Any] = {"step": self._step}
         labels = self._probe(number, candidates, record) if arm.probed and not (arm.once and number) else None
         values = self._values(candidates, labels, number, record)
+        if arm.beside:
+            like = self._like_reference(arm.beside, self.lab.rows.take(candidates))
+            values = values / values.std() + like / like.std()
         started = time.perf_counter()
         chosen = candidates[gumbel_top_k(values, k, arm.temperature, seed=seed)]
         self.cost("select", time.perf_counter() - started, 0.0)
@@ -259,8 +261,11 @@ class Run:
         record["probes"] = len(ids)
         self._probed = ids
         reference = self.lab.reference[arm.loss_on].subset(arm.passages, seed=number)
-        one_step = OneStepProbe(max_grad_norm=1.0, tokens_per_batch=TOKENS_PER_BATCH)
-        probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH) if arm.probe == "directional" else one_step
+        probe: DirectionalProbe | OneStepProbe = OneStepProbe(max_grad_norm=1.0, tokens_per_batch=TOKENS_PER_BATCH)
+        if arm.probe == "directional":
+            probe = DirectionalProbe(
+                tokens_per_batch=TOKENS_PER_BATCH, path_steps=arm.path_steps, path_rate=arm.path_rate
+            )
         with self.point.weights(arm.averaged):
             labels = probe.measure(self.point.model, self.point.optimizer, reference, self.lab.rows.take(ids))
         self.cost("probe", time.perf_counter() - started, labels.info["flops"])
@@ -292,8 +297,13 @@ class Run:
             values = -losses.reshape(len(rows), -1).mean(1, dtype=np.float64)
             self.cost("score", time.perf_counter() - started, forward_flops(self.num_parameters, len(rows.values)))
             return values
+        return self._like_reference(arm.rank, rows)
+
+    def _like_reference(self, rank: str, rows: TokenRows) -> Any:
+        """(N,) what a static filter, fitted once, ranks rows by."""
+        started = time.perf_counter()
         if self._static is None:
-            self._static = static_scorer(lab, arm.rank, self.unit.seed)
+            self._static = static_scorer(self.lab, rank, self.unit.seed)
             self.cost("fit", time.perf_counter() - started, 0.0)
             started = time.perf_counter()
         values = self._static(rows)
@@ -359,14 +369,6 @@ def open_evaluator(paths: Paths, sizes: Sizes, task: str) -> Any:
     tokenizer = open_lab(paths, sizes, task, False).tokenizer
     metadata = {"data_dir": str(paths.data / "eval")}
     return Evaluator("mates_zero_shot_local", tokenizer, limit=sizes.items, metadata=metadata, truncate=True)
-
-
-def _digest(point: Point) -> str:
-    """Of the warm weights: a unit of another warm start is not of the same pair."""
-    digest = hashlib.sha256()
-    for parameter in point.model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
