@@ -28,8 +28,6 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ from fidelity_one_step import in_batch
 from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
 from fidelity_tables import write_tables
 from fidelity_training import ARMS, SETS, fit, horizon, rounds
-from lab import Lab, build_model, keep, load_lab, rounded, single_threads, write_built_in
+from lab import Lab, build_model, keep, load_lab, rounded, side_by_side, write_built_in
 
 FUNCTIONS = {"in_batch": in_batch, "horizon": horizon, "rounds": rounds, "fit": fit}
 Unit = tuple[str, str, dict[str, Any], float]
@@ -101,21 +99,6 @@ def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[str, float]:
     return name, seconds
 
 
-def finished(
-    units: list[Unit], paths: Paths, sizes: Sizes, workers: int, deadline: float
-) -> Iterator[tuple[str, float]]:
-    """Run units in `workers` processes, begin none after the deadline; yields each that is done."""
-    todo = iter(units)
-    with single_threads(workers) as pool:
-        running = {pool.submit(run_unit, paths, sizes, unit) for _, unit in zip(range(workers), todo, strict=False)}
-        while running:
-            done = next(as_completed(running))
-            running.remove(done)
-            if time.perf_counter() < deadline:
-                running |= {pool.submit(run_unit, paths, sizes, unit) for _, unit in zip(range(1), todo, strict=False)}
-            yield done.result()
-
-
 def say(text: str) -> None:
     """One line to standard output."""
     sys.stdout.write(text + "\n")
@@ -154,7 +137,10 @@ def main() -> None:
     cost = {name: seconds for name, _, _, seconds in todo}
     started, done, number = time.perf_counter(), 0.0, 0
     for number, (name, seconds) in enumerate(
-        finished(todo, paths, sizes, arguments.workers, started + 60 * arguments.minutes), 1
+        side_by_side(
+            run_unit, ((paths, sizes, unit) for unit in todo), arguments.workers, started + 60 * arguments.minutes
+        ),
+        1,
     ):
         done += cost.pop(name)
         left = (time.perf_counter() - started) * sum(cost.values()) / done

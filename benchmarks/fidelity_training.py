@@ -11,17 +11,7 @@ from typing import Any
 
 import numpy as np
 from fidelity_one_step import EPSILON, plain_direction
-from fidelity_setup import (
-    BATCH_ROWS,
-    LR,
-    WINDOW,
-    Ids,
-    Paths,
-    Point,
-    Sizes,
-    one_a_document,
-    warm_point,
-)
+from fidelity_setup import BATCH_ROWS, LR, WINDOW, Ids, Paths, Point, Sizes, one_a_document, warm_point
 from lab import TOKENS_PER_BATCH, Averager, Lab, spearman, without_group_means
 
 from mates_hf.influence.difference import row_means

@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -348,6 +350,21 @@ def single_threads(num: int) -> Iterator[ProcessPoolExecutor]:
     os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     with ProcessPoolExecutor(num, mp_context=get_context("spawn")) as pool:
         yield pool
+
+
+def side_by_side(
+    work: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int, deadline: float
+) -> Iterator[Any]:
+    """Run `work(*call)` for each call in `workers` processes, begin none after the deadline; yields what is done."""
+    todo = iter(calls)
+    with single_threads(workers) as pool:
+        running = {pool.submit(work, *call) for call in itertools.islice(todo, workers)}
+        while running:
+            done = next(as_completed(running))
+            running.remove(done)
+            if time.perf_counter() < deadline:
+                running |= {pool.submit(work, *call) for call in itertools.islice(todo, 1)}
+            yield done.result()
 
 
 def keep(path: Path, result: dict[str, Any]) -> None:

@@ -33,13 +33,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from fidelity_setup import BATCH_ROWS, LR, WINDOW, Paths
-from lab import keep, rounded, single_threads, write_built_in
+from lab import keep, rounded, side_by_side, write_built_in
 from selection_arms import ABLATION_SEEDS, ABLATIONS, ARMS, OURS, RANDOM, SETTINGS, SLOW
 from selection_tables import plot, write_page
 from selection_training import QUICK, Sizes, Unit, open_lab, run_unit
@@ -109,21 +107,6 @@ def work(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[Unit, float]:
     seconds = time.perf_counter() - started
     keep(unit_path(paths, unit), rounded({**result, "seconds": seconds}, 7))
     return unit, seconds
-
-
-def finished(
-    paths: Paths, sizes: Sizes, units: list[Unit], workers: int, deadline: float
-) -> Iterator[tuple[Unit, float]]:
-    """Run units side by side, begin none after the deadline; yields each that is done."""
-    todo = iter(units)
-    with single_threads(workers) as pool:
-        running = {pool.submit(work, paths, sizes, unit) for _, unit in zip(range(workers), todo, strict=False)}
-        while running:
-            done = next(as_completed(running))
-            running.remove(done)
-            if time.perf_counter() < deadline:
-                running |= {pool.submit(work, paths, sizes, unit) for _, unit in zip(range(1), todo, strict=False)}
-            yield done.result()
 
 
 def collected(paths: Paths, sizes: Sizes, units: list[Unit], quick: bool) -> dict[str, Any]:
@@ -198,7 +181,10 @@ def main() -> None:
     started = time.perf_counter()
     number = 0
     for number, (unit, seconds) in enumerate(
-        finished(paths, sizes, todo, arguments.workers, started + 60 * arguments.minutes), 1
+        side_by_side(
+            work, ((paths, sizes, unit) for unit in todo), arguments.workers, started + 60 * arguments.minutes
+        ),
+        1,
     ):
         left = (time.perf_counter() - started) / number * (len(todo) - number)
         say(f"[{number}/{len(todo)}] {unit.name}: {seconds:.0f} s, about {left / 60:.0f} min left")
