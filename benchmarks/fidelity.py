@@ -21,12 +21,9 @@ Trade-off: one small model on one corpus; every figure has its learning rate, se
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,9 +32,24 @@ import torch
 from fidelity_one_step import in_batch
 from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
 from fidelity_tables import write_tables
-from fidelity_training import ARMS, SETS, fit, horizon, rounds
-from lab import Lab, build_model, keep, load_lab, rounded, side_by_side, write_built_in
+from fidelity_training import ARMS, LABEL_KINDS, SETS, fit, horizon, rounds
+from lab import Lab, build_model, load_lab, rounded, write_built_in
+from units import (
+    check_page,
+    end,
+    keep,
+    parser_of,
+    plain,
+    read_results,
+    read_units,
+    run_units,
+    say,
+    take_over,
+    unit_path,
+    write_results,
+)
 
+DIGITS = 5
 FUNCTIONS = {"in_batch": in_batch, "horizon": horizon, "rounds": rounds, "fit": fit}
 Unit = tuple[str, str, dict[str, Any], float]
 QUICK_UNITS = (
@@ -81,73 +93,63 @@ def all_units(sizes: Sizes) -> list[Unit]:
     return units if sizes.everything else [unit for unit in units if unit[0] in QUICK_UNITS]
 
 
-def unit_path(paths: Paths, name: str) -> Path:
-    """Where the result of a unit is kept."""
-    return paths.work / "units" / (name.replace("/", "--").replace(" ", "_") + ".json")
+def settings_of(unit: Unit) -> dict[str, Any]:
+    """What a unit was made with, so far as the sizes do not say it."""
+    _, part, arguments, _ = unit
+    return {"part": part, **arguments, "label": LABEL_KINDS.get(arguments.get("kind", ""), {})}
+
+
+def recover(paths: Paths, sizes: Sizes, page: Path, units: list[Unit]) -> int:
+    """Take over units of an earlier JSON, if it was made at these sizes and with settings as they are now."""
+    document, now = read_results(page), plain(dataclasses.asdict(sizes))
+    if document is None or any(document["settings"].get(name) != value for name, value in now.items()):
+        return 0
+    return take_over(paths.work, document["units"], {unit[0]: settings_of(unit) for unit in units})
 
 
 def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[str, float]:
     """Run one unit and keep its result; name and seconds."""
-    name, part, settings, _ = unit
+    name, part, arguments, _ = unit
     torch.set_num_threads(1)
     logging.getLogger("mates_hf").setLevel(logging.ERROR)
     started = time.perf_counter()
     lab = open_lab(paths, sizes)
-    result = FUNCTIONS[part](lab, sizes, paths, **settings)
+    result = FUNCTIONS[part](lab, sizes, paths, **arguments)
     seconds = time.perf_counter() - started
-    keep(unit_path(paths, name), rounded({**result, "seconds": seconds}))
+    keep(unit_path(paths.work, name), rounded({**result, "settings": settings_of(unit), "seconds": seconds}, DIGITS))
     return name, seconds
-
-
-def say(text: str) -> None:
-    """One line to standard output."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def main() -> None:
     """Run what is missing, then write the JSON and the tables."""
-    parser = argparse.ArgumentParser(description="Measure what influence labels agree with.")
-    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl.gz and eval/; --quick needs none")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="for the JSON and tables")
-    parser.add_argument("--work", type=Path, default=Path("runs/fidelity"), help="for units already done")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="units whose names begin with one of these")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no unit after this many")
-    parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
-    parser.add_argument("--check", action="store_true", help="recompute the page from the JSON, and compare")
     arguments = parser.parse_args()
     page = arguments.out / ("fidelity-quick.md" if arguments.quick else "fidelity.md")
     if arguments.check:
-        document = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-        raise SystemExit(0 if write_tables(document) == page.read_text(encoding="utf-8") else "The page differs.")
+        check_page(page, write_tables)
     if arguments.data is None and not arguments.quick:
         parser.error("--data must name the folder of the data")
     logging.basicConfig(level=logging.ERROR)
     sizes = QUICK if arguments.quick else Sizes()
-    work = arguments.work / ("quick" if arguments.quick else "full")
+    work = arguments.work / "fidelity" / ("quick" if arguments.quick else "full")
     data = arguments.data or write_built_in(work / "built-in")
     paths = Paths(data=data.resolve(), work=work.resolve())
     lab = open_lab(paths, sizes)
     say(f"{len(lab.rows)} rows in {len(lab.domain_names)} domains; {lab.overlap}")
 
     units = all_units(sizes)
-    asked = [unit for unit in units if unit[0].startswith(tuple(arguments.only))]
-    todo = [unit for unit in asked if not unit_path(paths, unit[0]).exists()]
-    cost = {name: seconds for name, _, _, seconds in todo}
-    started, done, number = time.perf_counter(), 0.0, 0
-    for number, (name, seconds) in enumerate(
-        side_by_side(
-            run_unit, ((paths, sizes, unit) for unit in todo), arguments.workers, started + 60 * arguments.minutes
-        ),
-        1,
-    ):
-        done += cost.pop(name)
-        left = (time.perf_counter() - started) * sum(cost.values()) / done
-        say(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s, about {left / 60:.0f} min left")
+    recovered = recover(paths, sizes, page, units)
+    calls = {
+        unit[0]: (paths, sizes, unit)
+        for unit in units
+        if unit[0].startswith(tuple(arguments.only)) and not unit_path(paths.work, unit[0]).exists()
+    }
+    say(f"{len(calls)} of {len(units)} units to do, {recovered} taken over from {page.with_suffix('.json').name}")
+    cost = {unit[0]: unit[3] for unit in units}
+    left = run_units(run_unit, calls, workers=arguments.workers, minutes=arguments.minutes, cost=cost)
 
-    found = {name: unit_path(paths, name) for name, *_ in units}
-    results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
+    results = read_units(paths.work, (unit[0] for unit in units))
     model = build_model(lab.vocab_size)
     document = {
         "settings": {
@@ -159,15 +161,8 @@ def main() -> None:
         },
         "units": results,
     }  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rounded(document), ensure_ascii=False, separators=(",", ":")) + "\n"
-    page.with_suffix(".json").write_text(text, encoding="utf-8")
-    tables = write_tables(json.loads(text))
-    page.write_text(tables, encoding="utf-8")
-    say(tables)
-    if number < len(todo):
-        say(f"{len(todo) - number} units are left; the same command goes on")
-        sys.exit(3)
+    write_results(page, document, write_tables, DIGITS)
+    end(left)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ from influence_models_contenders import contenders
 from influence_models_setup import QUICK, RATIO, Bench, Sizes, open_bench
 from influence_models_tables import differences, write_tables
 from influence_models_units import Unit, all_units, run_unit
-from lab import keep, rounded, single_threads
+from lab import rounded
+from units import keep, single_threads
 
 PARTS = ("states", "same", "fit", "gain", "reference", "cost")
 RESULTS = Path(__file__).parent / "results"

@@ -13,16 +13,11 @@ a validation file of multiple choice. `domain` is read for reports and by arms t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gzip
-import itertools
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +42,6 @@ CHARACTERS_PER_TOKEN = 5  # read of a document, to be sure of its tokens
 TOKENIZER_DOCUMENTS = 4_000
 PASSAGE_TOKENS = 128
 TOKENS_PER_BATCH = 512  # 8 rows of 64: larger batches fall out of the cache of a processor
-
-MALLOC_SETTINGS = {
-    # glibc otherwise gives each logits tensor back to the kernel and page-faults it in anew. Read at process start.
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "2147483648",
-    "MALLOC_TOP_PAD_": "67108864",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,40 +327,6 @@ def task_losses(model: nn.Module, tasks: dict[str, ReferenceTask]) -> dict[str, 
     losses = token_losses(model, tasks["all"].rows, tokens_per_batch=TOKENS_PER_BATCH)
     last_word = tasks["completion"].rows.target_mask[tasks["all"].rows.target_mask]
     return {"all": float(losses.mean(dtype=np.float64)), "completion": float(losses[last_word].mean(dtype=np.float64))}
-
-
-# --- units of work ---
-
-
-@contextlib.contextmanager
-def single_threads(num: int) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes of one thread each: two that wait for each other on a busy machine are slower than one."""
-    os.environ.update(MALLOC_SETTINGS, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    with ProcessPoolExecutor(num, mp_context=get_context("spawn")) as pool:
-        yield pool
-
-
-def side_by_side(
-    work: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int, deadline: float
-) -> Iterator[Any]:
-    """Run `work(*call)` for each call in `workers` processes, begin none after the deadline; yields what is done."""
-    todo = iter(calls)
-    with single_threads(workers) as pool:
-        running = {pool.submit(work, *call) for call in itertools.islice(todo, workers)}
-        while running:
-            done = next(as_completed(running))
-            running.remove(done)
-            if time.perf_counter() < deadline:
-                running |= {pool.submit(work, *call) for call in itertools.islice(todo, 1)}
-            yield done.result()
-
-
-def keep(path: Path, result: dict[str, Any]) -> None:
-    """Write the result of a unit, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result), encoding="utf-8")
-    temporary.replace(path)
 
 
 # --- statistics ---

@@ -26,10 +26,8 @@ plus what probes say of themselves; fitting tables and static filters runs on a 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
 import sys
 import time
@@ -37,12 +35,26 @@ from pathlib import Path
 from typing import Any
 
 from fidelity_setup import BATCH_ROWS, LR, WINDOW, Paths
-from lab import keep, rounded, side_by_side, write_built_in
+from lab import rounded, write_built_in
 from selection_arms import ABLATION_SEEDS, ABLATIONS, ARMS, OURS, RANDOM, SETTINGS, SLOW
 from selection_tables import plot, write_page
 from selection_training import QUICK, Sizes, Unit, open_lab, run_unit
+from units import (
+    check_page,
+    end,
+    keep,
+    parser_of,
+    plain,
+    read_results,
+    read_units,
+    run_units,
+    say,
+    take_over,
+    unit_path,
+    write_results,
+)
 
-RESULTS = Path(__file__).parent / "results"
+DIGITS = 7
 QUICK_ARMS = (RANDOM, OURS, "stratified by domain", "fastText")
 
 
@@ -69,35 +81,19 @@ def installed(arm: str) -> bool:
     return package is None or importlib.util.find_spec(package) is not None
 
 
-def unit_path(paths: Paths, unit: Unit) -> Path:
-    """Where the result of a unit is kept."""
-    return paths.work / "units" / (unit.name.replace("/", "--").replace(" ", "_").replace(",", "") + ".json")
-
-
 def recover(paths: Paths, sizes: Sizes, page: Path, units: list[Unit]) -> int:
     """Take over units of an earlier JSON, if it was made at these sizes and by arms as they are now; their number."""
-    if not page.exists():
+    document = read_results(page)
+    if document is None or document["settings"]["sizes"] != plain(dataclasses.asdict(sizes)):
         return 0
-    document = json.loads(page.read_text(encoding="utf-8"))
-    if document["settings"]["sizes"] != json.loads(json.dumps(dataclasses.asdict(sizes))):
-        return 0
-    wanted, num = {unit.name: unit_path(paths, unit) for unit in units}, 0
-    for result in document["units"]:
-        path = wanted.get(Unit(**{name: result[name] for name in ("task", "filtered", "arm", "seed")}).name)
-        arm = {**ARMS, **ABLATIONS}.get(result["arm"])
-        if (
-            path is not None
-            and not path.exists()
-            and arm is not None
-            and dataclasses.asdict(arm) == result["settings"]
-        ):
-            keep(path, result)
-            num += 1
-    return num
+    keys = [field.name for field in dataclasses.fields(Unit)]
+    results = {Unit(**{key: result[key] for key in keys}).name: result for result in document["units"]}
+    arms = {**ARMS, **ABLATIONS}
+    return take_over(paths.work, results, {unit.name: dataclasses.asdict(arms[unit.arm]) for unit in units})
 
 
-def work(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[Unit, float]:
-    """Run one unit and keep its result; the seconds it took."""
+def work(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[str, float]:
+    """Run one unit and keep its result; name and seconds."""
     import torch
 
     torch.set_num_threads(1)
@@ -105,8 +101,8 @@ def work(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[Unit, float]:
     started = time.perf_counter()
     result = run_unit(paths, sizes, unit)
     seconds = time.perf_counter() - started
-    keep(unit_path(paths, unit), rounded({**result, "seconds": seconds}, 7))
-    return unit, seconds
+    keep(unit_path(paths.work, unit.name), rounded({**result, "seconds": seconds}, DIGITS))
+    return unit.name, seconds
 
 
 def collected(paths: Paths, sizes: Sizes, units: list[Unit], quick: bool) -> dict[str, Any]:
@@ -114,11 +110,7 @@ def collected(paths: Paths, sizes: Sizes, units: list[Unit], quick: bool) -> dic
     import torch
     import transformers
 
-    found = [
-        json.loads(unit_path(paths, unit).read_text(encoding="utf-8"))
-        for unit in units
-        if unit_path(paths, unit).exists()
-    ]
+    found = list(read_units(paths.work, (unit.name for unit in units)).values())
     labs = {}
     for task, filtered in dict.fromkeys((result["task"], result["filtered"]) for result in found):
         lab = open_lab(paths, sizes, task, filtered)
@@ -137,67 +129,36 @@ def collected(paths: Paths, sizes: Sizes, units: list[Unit], quick: bool) -> dic
     }  # fmt: skip
 
 
-def say(text: str) -> None:
-    """One line to standard output, at once."""
-    print(text, flush=True)
-
-
 def main() -> None:
     """Run what is missing, then write JSON, page and plot."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl.gz and eval/; --quick needs none")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="for the JSON, the page and the plot")
-    parser.add_argument("--work", type=Path, default=Path("runs/selection"), help="for warm starts and units")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no unit after this many")
+    parser = parser_of(__doc__)
     parser.add_argument("--arms", nargs="+", help="these arms only")
     parser.add_argument("--tasks", nargs="+", help="these reference tasks only")
-    parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
-    parser.add_argument("--check", action="store_true", help="recompute the page from the JSON, and compare")
     arguments = parser.parse_args()
-    stem = "selection-quick" if arguments.quick else "selection"
-    page = arguments.out / f"{stem}.md"
+    page = arguments.out / ("selection-quick.md" if arguments.quick else "selection.md")
     if arguments.check:
-        document = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-        raise SystemExit(0 if write_page(document) == page.read_text(encoding="utf-8") else "The page differs.")
+        check_page(page, write_page)
     if arguments.data is None and not arguments.quick:
         parser.error("--data must name the folder of the data")
     logging.basicConfig(level=logging.ERROR)
     sizes = QUICK if arguments.quick else Sizes()
-    folder = arguments.work / ("quick" if arguments.quick else "full")
+    folder = arguments.work / "selection" / ("quick" if arguments.quick else "full")
     data = arguments.data or write_built_in(folder / "built-in")
     paths = Paths(data=data.resolve(), work=folder.resolve())
     units = all_units(arguments.quick)
-    recovered = recover(paths, sizes, page.with_suffix(".json"), units)
-    todo = [
-        unit
+    recovered = recover(paths, sizes, page, units)
+    calls = {
+        unit.name: (paths, sizes, unit)
         for unit in units
-        if not unit_path(paths, unit).exists()
+        if not unit_path(paths.work, unit.name).exists()
         and unit.arm in (arguments.arms or [unit.arm])
         and unit.task in (arguments.tasks or [unit.task])
-    ]
-    say(f"{len(todo)} of {len(units)} units to do, {recovered} taken over from {page.with_suffix('.json').name}")
-
-    started = time.perf_counter()
-    number = 0
-    for number, (unit, seconds) in enumerate(
-        side_by_side(
-            work, ((paths, sizes, unit) for unit in todo), arguments.workers, started + 60 * arguments.minutes
-        ),
-        1,
-    ):
-        left = (time.perf_counter() - started) / number * (len(todo) - number)
-        say(f"[{number}/{len(todo)}] {unit.name}: {seconds:.0f} s, about {left / 60:.0f} min left")
-    document = rounded(collected(paths, sizes, units, arguments.quick), 7)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
-    page.with_suffix(".json").write_text(text, encoding="utf-8")
-    page.write_text(write_page(json.loads(text)), encoding="utf-8")
+    }
+    say(f"{len(calls)} of {len(units)} units to do, {recovered} taken over from {page.with_suffix('.json').name}")
+    left = run_units(work, calls, workers=arguments.workers, minutes=arguments.minutes)
+    document = write_results(page, collected(paths, sizes, units, arguments.quick), write_page, DIGITS)
     plot(document, page.with_suffix(".png"))
-    say(page.read_text(encoding="utf-8"))
-    if number < len(todo):
-        say(f"{len(todo) - number} units are left; the same command goes on")
-        sys.exit(3)
+    end(left)
 
 
 if __name__ == "__main__":

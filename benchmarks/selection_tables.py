@@ -242,8 +242,9 @@ def group_mean(setting: Setting, arm: str, seed: int, metric: str) -> float:
 
 
 def _costs(setting: Setting, arms: Sequence[str]) -> list[str]:
-    """Seconds and FLOPs of each stage, as shares of training."""
+    """Seconds and FLOPs of each stage, as shares of training, and how long devices would wait for the CPU."""
     stages = ("probe", "fit", "score", "select")
+    waiting = stages[1:]  # of an arm that probes; static filters are done before, and low loss runs on the device
     rows = []
     for arm in arms:
         costs = [setting.results[arm, seed]["costs"] for seed in setting.seeds(arm)]
@@ -254,9 +255,16 @@ def _costs(setting: Setting, arms: Sequence[str]) -> list[str]:
             seconds, flops = (float(np.mean([entry[key] for entry in found])) for key in ("seconds", "flops"))
             share = f" ({flops / train['flops']:.1%})" if flops else ""
             cells.append(f"{seconds:.1f}{share}" if seconds else "")
-        rows.append([arm, *cells])
-    heads = ["arm", "train, s", "train, FLOPs", *(f"{stage}, s (FLOPs of training)" for stage in stages)]
-    return ["", "### What it cost", "", "Means over seeds, from the warm start on.", "", *_table(heads, rows)]
+        idle = [sum(cost.get(stage, {"seconds": 0.0})["seconds"] for stage in waiting) for cost in costs]
+        whole = [sum(entry["seconds"] for entry in cost.values()) for cost in costs]
+        probed = {**ARMS, **ABLATIONS}[arm].probed
+        rows.append([arm, *cells, f"{np.mean(idle) / np.mean(whole):.1%}" if probed else ""])
+    heads = [
+        "arm", "train, s", "train, FLOPs", *(f"{stage}, s (FLOPs of training)" for stage in stages),
+        "devices idle, of all seconds",
+    ]  # fmt: skip
+    about = "Means over seeds, from the warm start on. Idle: fit, score and select, which run on the CPU."
+    return ["", "### What it cost", "", about, "", *_table(heads, rows)]
 
 
 def _rounds(setting: Setting, document: Document) -> list[str]:

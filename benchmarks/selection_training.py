@@ -53,7 +53,7 @@ class Sizes:
         test: test passages at most.
         reserved: rows, one a document, that probes are drawn from and no arm trains on.
         held: rows of the pool that no arm trains on, to see what choosing unlearns.
-        items: of each zero-shot task; 0 leaves them out.
+        items: of each zero-shot task; 0 leaves them out, and ablations do without.
     """
 
     documents: int | None = None
@@ -216,7 +216,7 @@ class Run:
         model = self.point.model
         final: dict[str, Any] = {"test": task_losses(model, self.lab.test)} if self.lab.test else {}
         final["pool"] = mean_loss(model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
-        if self.sizes.items:
+        if self.sizes.items and self.unit.arm in ARMS:  # an ablation's are not looked at
             found = open_evaluator(self.paths, self.sizes, self.unit.task).run(model)
             keys = ("choice_prob", "nll_per_byte", "accuracy")
             final["zero_shot"] = {name: value for name, value in found.items() if name.endswith(keys)}

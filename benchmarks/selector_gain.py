@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lab import rounded, single_threads
+from lab import rounded
 from selector_gain_corpus import builtin_texts, file_texts
 from selector_gain_tables import RANDOM, SAME_KINDS, SELECTED, write_page
 from selector_gain_training import (
@@ -53,6 +53,7 @@ from selector_gain_training import (
     steps_of,
     train,
 )
+from units import single_threads
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"

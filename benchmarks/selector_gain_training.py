@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lab import build_optimizer, keep, train_steps
+from lab import build_optimizer, train_steps
 from selector_gain_corpus import as_rows, pack
 from selector_gain_tables import SAME_KINDS, SELECTED
+from units import keep
 
 LR, BATCH_ROWS, WARM_UP, BLOCK = 2e-3, 16, 20, 128
 EVERY, WINDOW = 30, 10  # steps between two evaluations, and of weights that one averages

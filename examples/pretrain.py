@@ -53,6 +53,7 @@ from mates_hf import MatesCallback, MatesConfig, ReferenceTask, load_round
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.evaluation import LmEvalCallback, check_contamination
 from mates_hf.influence.losses import mean_loss
+from mates_hf.reporting.cost import run_cost
 
 logger = logging.getLogger("pretrain")
 
@@ -300,7 +301,7 @@ def train_arm(
     tokenizer: Any,
     zero_shot: LmEvalCallback | None,
 ) -> dict[str, Any]:
-    """Train one arm from the seed's weights; its learning curve, seconds, FLOPs and evaluations."""
+    """Train one arm from the seed's weights; its learning curve, seconds and evaluations."""
     args = copy.copy(training)
     args.output_dir = str(Path(training.output_dir) / f"{arm}-{seed}")
     args.seed = args.data_seed = seed
@@ -327,9 +328,9 @@ def train_arm(
         zero_shot.attach(trainer)  # its metrics reach the reporters
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    flops = trainer.state.total_flos * training.max_steps / args.max_steps
+    trainer.save_state()  # with the run's seconds, for `mates-hf cost`
     zero_shot_curve = [entry for entry in trainer.state.log_history if "lm_eval/seconds" in entry]
-    return {"arm": arm, "seed": seed, "output_dir": args.output_dir, "curve": evaluation.curve, "flops": flops,
+    return {"arm": arm, "seed": seed, "output_dir": args.output_dir, "curve": evaluation.curve,
             "seconds": time.perf_counter() - begin, "evaluations": zero_shot_curve}  # fmt: skip
 
 
@@ -442,19 +443,9 @@ def report_rounds(result: dict[str, Any], rows: Dataset) -> list[dict[str, Any]]
         show(f"{name[:17]:18s}{np.mean(groups == name):8.1%}" + "".join(f"{shares[name]:10.1%}" for shares in table))
     show(f"{'held-out Spearman':26s}" + "".join(f"{r.info['guard']['spearman']:10.3f}" for r in records))
     show(f"{'fidelity':26s}" + "".join(f"{r.info['fidelity'].get('spearman', float('nan')):10.3f}" for r in records))
-    stages: dict[str, list[float]] = {}
-    for record in records:
-        for name, stage in record.info["stages"].items():
-            total = stages.setdefault(name, [0.0, 0.0])
-            total[0] += stage["seconds"]
-            total[1] += stage.get("flops", 0.0)  # fitting and scoring tables run on the CPU and record none
-    show(f"\n{'stage':12s}{'seconds':>9s}{'share of run':>14s}{'FLOPs':>12s}{'of training':>13s}")
-    together = [sum(total[i] for total in stages.values()) for i in (0, 1)]
-    # The Trainer leaves a tied output head out of its count, the rounds do not.
-    counted = records[0].info["flop_parameters"] if records else {"stages": 1, "trainer": 1}
-    of_training = result["flops"] * counted["stages"] / counted["trainer"]
-    for name, (seconds, flops) in [*stages.items(), ("together", together)]:
-        show(f"{name:12s}{seconds:9.2f}{seconds / result['seconds']:14.1%}{flops:12.2e}{flops / of_training:13.1%}")
+    show("")
+    for line in run_cost(result["output_dir"]).lines():
+        show(line)
     return [
         {"shares": shares, "spearman": r.info["guard"]["spearman"]} for shares, r in zip(table, records, strict=True)
     ]

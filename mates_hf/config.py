@@ -11,6 +11,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# What every round measures beside its probe; not for users to set.
+NUM_AUDITED = 16  # candidates that get both probes each round
+NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
+NUM_SENTINELS = 128  # candidates of a drift check
+SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatesConfig:

@@ -161,6 +161,8 @@ class FitReport:
         calibration: (mean predicted, mean label) for each tenth of the predictions, in the labels' unit.
         label_std: standard deviation of the labels, in the labels' unit.
         seconds: wall-clock of the fit.
+        flops: of the fit, by the rule of `mates_hf.influence.flops`; None where the influence model does not say.
+        flops_per_token: of a prediction, for each trained token of a candidate, likewise.
     """
 
     num_labels: int
@@ -173,6 +175,8 @@ class FitReport:
     calibration: tuple[tuple[float, float], ...] = ()
     label_std: float = float("nan")
     seconds: float = 0.0
+    flops: float | None = None
+    flops_per_token: float | None = None
 
     def passes(self, min_spearman: float) -> bool:
         """True where the guard lets a round select: rank correlation large enough and its interval above 0."""

@@ -32,8 +32,9 @@ PREFIX = "lm_eval"
 class LmEvalCallback(TrainerCallback):
     """Evaluates the model with lm-eval tasks while it trains, without changing a bit of its training.
 
-    Metrics (`lm_eval/<task>/<metric>`) go to `state.log_history`, and to every reporter after `attach`. Tasks are
-    built once, before the first step, where all that can be known then is checked.
+    Metrics (`lm_eval/<task>/<metric>`) go to `state.log_history`, and to every reporter after `attach`, with what they
+    took: `lm_eval/seconds`, and `lm_eval/tokens` that went through the model. Tasks are built once, before the first
+    step, where all that can be known then is checked.
 
     Args:
         tasks: lm-eval tasks and groups: names (`mates_zero_shot`, or any that lm-eval has), paths of YAML files,
@@ -131,6 +132,7 @@ class LmEvalCallback(TrainerCallback):
         logger.info("step %d: %d metrics in %.1f s", state.global_step, len(found), seconds)
         metrics = {f"{PREFIX}/{name}": value for name, value in found.items()}
         metrics[f"{PREFIX}/seconds"] = self._processes.agree(seconds)
+        metrics[f"{PREFIX}/tokens"] = self._processes.agree(self.evaluator.num_tokens)
         if self._trainer is not None:
             self._trainer.log(metrics)
         else:

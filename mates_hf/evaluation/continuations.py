@@ -174,6 +174,11 @@ def assist(model: nn.Module, processes: Processes) -> dict[str, float]:
         log_likelihoods(model, requests, batch_rows=message["batch_rows"], processes=processes)
 
 
+def num_input_tokens(requests: Continuations) -> int:
+    """Tokens that the model reads to answer these requests, those that requests share once; without padding."""
+    return sum(len(row) for row in _distinct_inputs(requests)[0])
+
+
 def longest(requests: Continuations, num: int) -> Continuations:
     """The `num` longest requests."""
     lengths = np.diff(requests.offsets)

@@ -45,6 +45,9 @@ class Evaluator:
         truncate: cut contexts that are longer than the model's from the left, with one warning, as lm-eval does;
             without it they are an error.
 
+    Attributes:
+        num_tokens: that the last `run` passed through the model, over all processes; known in the main one.
+
     Raises:
         ImportError: lm-eval is not installed.
         ValueError: an argument is out of range, or the tokenizer has no end token.
@@ -81,6 +84,7 @@ class Evaluator:
         self.batch_size = batch_size
         self.metadata = dict(metadata or {})
         self.truncate = truncate
+        self.num_tokens = 0
         self._loaded: dict[str, Any] | None = None
         self._live: Any = None
 
@@ -156,10 +160,12 @@ class Evaluator:
         def body() -> dict[str, float]:
             import lm_eval
 
-            self._live_model(model, processes, progress)
+            live = self._live_model(model, processes, progress)
+            live.num_tokens = 0
             found = lm_eval.evaluate(
-                lm=self._live, task_dict=self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
+                lm=live, task_dict=self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
             )
+            self.num_tokens = live.num_tokens
             return flat_metrics(found["results"])
 
         return self._together(model, processes, body)

@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
-from mates_hf.evaluation.continuations import Continuations, answer
+from mates_hf.evaluation.continuations import Continuations, answer, num_input_tokens
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import EvaluationError
 
@@ -52,6 +52,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.progress = progress
         self.processes = processes
         self.model: nn.Module | None = None  # set for the time of an evaluation
+        self.num_tokens = 0  # run through the model so far
         self._pairs: dict[tuple[str, ...], list[Pair]] = {}
         self._encoded = functools.lru_cache(maxsize=64)(self._encode)  # the choices of an item share its context
         self._prefix_text = tokenizer.decode([self.prefix_token_id])
@@ -144,6 +145,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _answer(self, pairs: Sequence[Pair]) -> tuple[Any, Any]:
         assert self.model is not None
         requests = Continuations.from_pairs(pairs, self.max_tokens)
+        self.num_tokens += num_input_tokens(requests)
         return answer(
             self.model, requests, batch_rows=self.batch_rows, progress=self.progress, processes=self.processes
         )

@@ -31,8 +31,10 @@ from mates_hf.data.texts import decode_rows, has_column, read_texts
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fine_tune import FineTuning
 from mates_hf.influence.fit import fresh_report, measured_rows
+from mates_hf.influence.flops import forward_flops
 from mates_hf.influence.folding import FoldingEncoder, load_encoder, pack_tokenizer, rebuild, unpack_tokenizer
 from mates_hf.influence.pooling import own_streams
+from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.ridge import (
     SETTINGS,
     FitTarget,
@@ -211,6 +213,8 @@ class EncoderInfluenceModel:
         documents, found = self._read(candidates, labels)
         target = FitTarget.of(labels, found, groups=groups, held_out_fraction=held_out_fraction, seed=seed)
         held_out = target.held_out
+        num_parameters = count_multiplied_parameters(self._source.module)
+        reading = forward_flops(num_parameters, self._source.num_tokens(documents))
         if self.head_only:
             encoder = self._source
             with self._running(encoder, seed):
@@ -218,16 +222,23 @@ class EncoderInfluenceModel:
             line = fit_ridge(states[~held_out], target.values[~held_out], before and before[1])
             predicted = line.z_scores(states[held_out])
             line = fit_ridge(states, target.values, before and before[1])
+            flops = reading
         else:
             encoder = self._source.trainable(before and before[0])
             with self._running(encoder, seed):
-                line = self._tuning(seed).run(encoder, before and before[1], documents, target)
-                predicted = encoder.states(
-                    [documents[i] for i in np.flatnonzero(held_out)], self.tokens_per_batch, line.z_scores
-                )
+                tuning, unseen = self._tuning(seed), [documents[i] for i in np.flatnonzero(held_out)]
+                line = tuning.run(encoder, before and before[1], documents, target)
+                predicted = encoder.states(unseen, self.tokens_per_batch, line.z_scores)
+            flops = tuning.flops(encoder, documents, target)
+            flops += forward_flops(num_parameters, encoder.num_tokens(unseen))
         report = target.report(predicted, num_labels=int((~held_out).sum()), seed=seed)
         self._encoder, self._line = encoder, line.in_units_of(target)
-        self._report = dataclasses.replace(report, seconds=time.perf_counter() - started)
+        self._report = dataclasses.replace(
+            report,
+            seconds=time.perf_counter() - started,
+            flops=flops,
+            flops_per_token=reading / float(target.labels.num_tokens.sum()),
+        )
         logger.info(
             "Fitted an encoder influence model on %d candidates (%d held out, %s) in %.1f s: Spearman %.3f.",
             len(target.labels), report.num_held_out, "head only" if self.head_only else "fine-tuned",

@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 
 from mates_hf.evaluation.agreement import rank_correlation, slope_of
 from mates_hf.influence.fit import SLOPE_RANGE, split_held_out
+from mates_hf.influence.flops import forward_flops, gradient_flops
 from mates_hf.influence.folding import FoldingEncoder
+from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.ridge import FitTarget, FloatVector, StateLine
 from mates_hf.records import IntArray, MatesError
 
@@ -89,6 +91,17 @@ class FineTuning:
         labels = target.values[rows]
         slope = calibration_slope(labels[validation], predicted[validation])
         return StateLine(slope * line.coefficient, float(labels.mean() + slope * (line.intercept - predicted.mean())))
+
+    def flops(self, encoder: FoldingEncoder, documents: Sequence[IntArray], target: FitTarget) -> float:
+        """FLOPs of `run`: training, choosing the epoch, and calibration."""
+        rows = np.flatnonzero(~target.held_out)
+        validation = split_held_out(len(rows), self.validation_fraction, self.seed + 1)
+        fitted, chosen = (
+            encoder.num_tokens([documents[i] for i in part]) for part in (rows[~validation], rows[validation])
+        )
+        num_parameters = count_multiplied_parameters(encoder.module)
+        epoch = gradient_flops(num_parameters, fitted) + forward_flops(num_parameters, chosen)
+        return self.num_epochs * epoch + forward_flops(num_parameters, fitted + chosen)
 
     def _epochs(
         self,

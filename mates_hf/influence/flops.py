@@ -1,9 +1,9 @@
-"""What probes cost, in FLOPs: the rule that rounds record with and that `reporting` predicts with, without torch.
+"""What stages cost, in FLOPs: the rule that rounds record with and that `reporting` predicts with, without torch.
 
-Place in the flow: beside the probes, which say how many tokens they ran. The rule is that of the Trainer's
-`total_flos`: 2 FLOPs a parameter and token forward, 4 more backward, for every parameter that a token is multiplied
-with. That is all of them but the tables it is looked up in: the output head counts, the input embedding does not, and
-one matrix that is both counts once (`probe.count_multiplied_parameters`).
+Place in the flow: beside the probes and influence models, which say how many tokens they ran. The rule is that of
+the Trainer's `total_flos`: 2 FLOPs a parameter and token forward, 4 more backward, for every parameter that a token is
+multiplied with. That is all of them but the tables it is looked up in: the output head counts, the input embedding
+does not, and one matrix that is both counts once (`probe.count_multiplied_parameters`).
 
 Trade-off: the rule leaves out attention scores (4 x layers x width x length a token forward, twice that backward),
 what is done element by element (norms, activations, the softmax of the loss, the optimizer's step) and padding. Full
@@ -16,6 +16,10 @@ FORWARD = 2.0
 FORWARD_AND_BACKWARD = 6.0
 NUM_EPSILON_CANDIDATES = 16  # candidates that choose ε, on either side at ε and at 2ε for each step tried
 NUM_SECOND_MOMENT_BATCHES = 4  # batches of which E[g_B²] is the mean
+# Of the n-gram influence model, on the CPU. A labelled token: about 200 sweeps over the cells of three tables, most of
+# them to choose penalties by folds, at a dozen FLOPs each. A scored token: three look-ups and a hash; generous.
+NGRAM_FIT_FLOPS = 3_000.0
+NGRAM_SCORE_FLOPS = 30.0
 
 
 def forward_flops(num_parameters: int, num_tokens: float) -> float:

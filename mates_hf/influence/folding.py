@@ -111,6 +111,12 @@ class FoldingEncoder:
             found += [np.asarray(ids, np.int64) for ids in encoded["input_ids"]]
         return found
 
+    def num_tokens(self, documents: Sequence[IntArray]) -> int:
+        """Tokens that go through the encoder for these documents, special ones included, padding not."""
+        lengths = np.array([len(ids) for ids in documents], np.int64)
+        chunks = -(-lengths // self._chunk_content)
+        return int(lengths.sum() + chunks.sum() * (len(self.before) + len(self.after)))
+
     def batches(self, documents: Sequence[IntArray], tokens_per_batch: int) -> list[IntArray]:
         """Which documents, all with tokens, go through the encoder together: (B,) numbers for each pass."""
         num_tokens = np.array([len(ids) for ids in documents], np.int64)

@@ -29,7 +29,9 @@ from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fit import fresh_report, measured_rows
+from mates_hf.influence.flops import forward_flops
 from mates_hf.influence.pooling import collect, fitting_precision, length_buckets, mean_states, own_streams
+from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.ridge import (
     SETTINGS,
     FitTarget,
@@ -183,7 +185,15 @@ class HiddenStateInfluenceModel:
         line = fit_ridge(states[fitted], target.values[fitted], earlier)
         report = target.report(line.z_scores(states[target.held_out]), num_labels=int(fitted.sum()), seed=seed)
         self._line = fit_ridge(states, target.values, earlier).in_units_of(target)
-        self._report = dataclasses.replace(report, seconds=time.perf_counter() - started)
+        read = rows.take(usable)
+        module = _states_module(self.model if model is None else model)[0]
+        flops = forward_flops(count_multiplied_parameters(module), float(read.lengths.sum()))
+        self._report = dataclasses.replace(
+            report,
+            seconds=time.perf_counter() - started,
+            flops=flops,
+            flops_per_token=flops / float(read.num_targets.sum()),
+        )
         logger.info(
             "Fitted a hidden-state influence model on %d candidates (%d held out) in %.1f s: Spearman %.3f.",
             len(target.labels), report.num_held_out, self._report.seconds, report.spearman,

@@ -27,6 +27,7 @@ from mates_hf.evaluation.agreement import slope_of
 from mates_hf.influence.additive import MIN_BIGRAM_COUNT, Penalties, TokenDesign, centre_by
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fit import SLOPE_RANGE, fit_report, fresh_report, measured_rows, split_held_out, usable_labels
+from mates_hf.influence.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
 from mates_hf.influence.kernels import hash_bigrams
 from mates_hf.influence.tables import Statistics, Tables
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels, MatesError
@@ -193,7 +194,12 @@ class NgramInfluenceModel:
         self._statistics = design.statistics()
         self._step_size = float(labels.step_size)
         self._penalties = choice.penalties
-        self._report = dataclasses.replace(report, seconds=time.perf_counter() - started)
+        self._report = dataclasses.replace(
+            report,
+            seconds=time.perf_counter() - started,
+            flops=NGRAM_FIT_FLOPS * float(labels.num_tokens.sum()),
+            flops_per_token=NGRAM_SCORE_FLOPS,
+        )
         logger.info(
             "Fitted an n-gram influence model on %d candidates (%d held out, %s labels) in %.1f s: Spearman %.3f.",
             len(labels), report.num_held_out, kind, self._report.seconds, report.spearman,

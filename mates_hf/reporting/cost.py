@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mates_hf.influence.flops import forward_flops
 from mates_hf.records import COPY_AGAIN, MatesError, read_json
 from mates_hf.round_files import ROUND_FILE
 
@@ -60,7 +61,7 @@ class RunCost:
         training: the optimizer steps; seconds are what is left of the run without rounds and evaluations.
         stages: each stage of the rounds, by name.
         mates: all of them together.
-        evaluation: `LmEvalCallback` and the Trainer's own.
+        evaluation: `LmEvalCallback` and the Trainer's own, which does not say its FLOPs.
         idle_seconds: at most so many seconds did devices wait for the CPU in rounds: fit and score of an influence
             model that runs there, and select, in full. Several devices each wait that long.
         idle_share: of the run's wall-clock.
@@ -144,9 +145,7 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
         flops=_sum(cost.flops for cost in stages.values()),
         complete=all(cost.flops is not None for cost in stages.values()),
     )
-    evaluation = StageCost(
-        seconds=_sum(entry.get(key) for entry in history for key in ("lm_eval/seconds", "eval_runtime")), flops=None
-    )
+    evaluation = _evaluation(history, list(infos.values()))
     beside = (mates.seconds or 0.0) + (evaluation.seconds or 0.0)
     seconds = _run_seconds(history, steps, beside, notes)
     training = StageCost(seconds=None if seconds is None else seconds - beside, flops=training_flops)
@@ -257,6 +256,18 @@ def _training_flops(
         notes.append("rounds do not say which parameters they count: a tied output head is left out of training FLOPs")
         return float(total)
     return float(total) * float(counted["stages"]) / float(counted["trainer"])
+
+
+def _evaluation(history: Sequence[Mapping[str, Any]], infos: Sequence[Mapping[str, Any]]) -> StageCost:
+    """Of `LmEvalCallback`, which says how many tokens it ran, and of the Trainer, which does not."""
+    seconds = _sum(entry.get(key) for entry in history for key in ("lm_eval/seconds", "eval_runtime"))
+    parameters = (infos[-1].get("flop_parameters") or {}).get("stages") if infos else None
+    tokens = _sum(entry.get("lm_eval/tokens") for entry in history)
+    return StageCost(
+        seconds=seconds,
+        flops=None if tokens is None or not parameters else forward_flops(parameters, tokens),
+        complete=all("eval_runtime" not in e and ("lm_eval/seconds" in e) == ("lm_eval/tokens" in e) for e in history),
+    )
 
 
 def _run_seconds(

@@ -16,19 +16,16 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
 
-from mates_hf.config import MatesConfig
+from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, SENTINEL_SHARE, MatesConfig
 from mates_hf.influence.flops import (
+    NGRAM_FIT_FLOPS,
+    NGRAM_SCORE_FLOPS,
     NUM_SECOND_MOMENT_BATCHES,
     directional_flops,
     forward_flops,
     gradient_flops,
     one_step_flops,
 )
-
-NGRAM_FLOPS = 30  # a token scored or fitted on, hashing included, on the CPU; generous
-# What a round runs (`training.rounds`, `measure`, `drift`); a test compares.
-AUDIT_CANDIDATES, AUDIT_PASSAGES = 16, 8
-SENTINEL_CANDIDATES, SENTINEL_SHARE = 128, 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,20 +217,21 @@ def predict_cost(
     per_round: dict[str, float] = {}
     if probe == "directional":
         per_round["probe"] = directional(config.num_probes, size.num_passages, epsilon_steps)
-        if config.num_probes >= AUDIT_CANDIDATES:
-            passages = min(AUDIT_PASSAGES, size.num_passages)
-            per_round["audit"] = directional(AUDIT_CANDIDATES, passages) + one_step(AUDIT_CANDIDATES, passages)
+        if config.num_probes >= NUM_AUDITED:
+            passages = min(NUM_AUDIT_PASSAGES, size.num_passages)
+            per_round["audit"] = directional(NUM_AUDITED, passages) + one_step(NUM_AUDITED, passages)
     else:
         per_round["probe"] = one_step(config.num_probes, size.num_passages)
     if every:
-        few, passages = min(SENTINEL_CANDIDATES, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
+        few, passages = min(NUM_SENTINELS, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
         once = directional(few, passages) if probe == "directional" else one_step(few, passages)
         per_round["sentinel"] = once
         per_round["drift checks"] = once * ((config.update_steps - 1) // every)
     labelled = config.num_probes * size.tokens_per_row
     stages = {name: len(chosen) * flops for name, flops in per_round.items()}
     if encoder is None:
-        stages["fit"], stages["score"] = NGRAM_FLOPS * labelled * float(len(chosen)), NGRAM_FLOPS * float(scored)
+        stages["fit"] = NGRAM_FIT_FLOPS * labelled * float(len(chosen))
+        stages["score"] = NGRAM_SCORE_FLOPS * float(scored)
     else:
         held_out = config.held_out_fraction * labelled
         epoch = gradient_flops(encoder.multiplied, labelled - held_out) + forward_flops(encoder.multiplied, held_out)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
+from mates_hf.config import NUM_SENTINELS
 from mates_hf.records import FloatArray, InfluenceError, InfluenceLabels, read_json, write_json
 from mates_hf.selection.choose import stage_seed
 from mates_hf.training.measure import measure_sentinel
@@ -24,7 +25,6 @@ from mates_hf.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-NUM_SENTINELS = 128
 SENTINEL_FILE = "sentinel.json"
 
 

@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.config import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.processes import ProcessError
 from mates_hf.records import InfluenceError, InfluenceLabels, IntArray
 from mates_hf.training.run import Order, Run
-
-NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
-SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 
 
 def measure_labels(run: Run, ids: IntArray, shards_dir: Path) -> InfluenceLabels:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import spearmanr
 
+from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.fit import labels_needed
 from mates_hf.influence.probe import count_multiplied_parameters
@@ -41,12 +42,11 @@ from mates_hf.selection.choose import select_rows, stage_seed
 from mates_hf.selection.plan import PlannedRound
 from mates_hf.selection.saved import write_round_model
 from mates_hf.training.drift import set_sentinel
-from mates_hf.training.measure import NUM_AUDIT_PASSAGES, measure_audit, measure_labels
+from mates_hf.training.measure import measure_audit, measure_labels
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order
 
 logger = logging.getLogger(__name__)
 
-NUM_AUDITED = 16  # candidates that get both probes each round
 SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
 
 
@@ -103,18 +103,22 @@ def run_round(
     if run.config.drift_check_steps:
         with stages.timed("sentinel") as cost:
             _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
-    with stages.timed("fit"):
+    with stages.timed("fit") as cost:
         influence_model = _fit(run, writer.path, labels, planned.number)
+        _note_flops(cost, influence_model.report.flops)
     guard, chosen_model = _guard(run, influence_model, labels)
     if chosen_model is None:
         rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
         write_array(writer.path / "own_order.npy", rows)
     else:
-        with stages.timed("score"):
+        with stages.timed("score") as cost:
             # The previous model predicts in the unit of its own labels, whose step size was another.
             unit = labels.step_size / run.trusted_step_size if guard["decision"] == "keep_previous" else 1.0
             scored = _score(run, writer.path, chosen_model, draw.candidates, unit)
-        with stages.timed("select"):
+            each = chosen_model.report.flops_per_token
+            _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
+        with stages.timed("select") as cost:
+            cost["flops"] = 0.0  # it sorts
             rows, cursor = _select(run, labels, scored, num_rows, planned.number), draw.cursor_after
             write_array(writer.path / "selection.npy", rows)
 
@@ -149,7 +153,7 @@ def run_round(
 
 
 def _note_flops(cost: dict[str, float], flops: float | None) -> None:
-    """Record a stage's FLOPs, or nothing where its probe does not say them."""
+    """Record a stage's FLOPs, or nothing where what ran does not say them."""
     if flops is not None:
         cost["flops"] = float(flops)
 

@@ -11,25 +11,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.evaluation.evaluator import Evaluator
 from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.flops import gradient_flops, one_step_flops
+from mates_hf.influence.encoder import EncoderInfluenceModel
+from mates_hf.influence.flops import NGRAM_FIT_FLOPS, forward_flops, gradient_flops, one_step_flops
+from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
+from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.influence.probe import count_multiplied_parameters, count_parameters
-from mates_hf.records import MatesError, write_json
-from mates_hf.reporting import forecast
+from mates_hf.records import FitReport, InfluenceLabels, MatesError, write_json
 from mates_hf.reporting.cost import RunCost, StageCost, run_cost
 from mates_hf.reporting.forecast import Encoder, RunSize, predict_cost
 from mates_hf.selection.plan import RunPlan, num_candidates
-from mates_hf.training import rounds
 from mates_hf.training.callback import MatesCallback
-from mates_hf.training.drift import NUM_SENTINELS
-from mates_hf.training.measure import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
+from tests.evaluation.kit import make_model as evaluated_model
+from tests.evaluation.kit import make_tokenizer as byte_tokenizer
+from tests.evaluation.kit import write_local
 from tests.training.kit import LENGTH, Stop, make_arguments, make_model, make_pool, make_reference, run, small_config
 
 # --- the ledger, from files made by hand ---
@@ -81,11 +93,23 @@ def test_the_ledger_adds_up(tmp_path):
     assert cost.mates == StageCost(
         seconds=32.0, flops=8e12, share_of_seconds=0.08, share_of_training_flops=0.08, complete=False
     )
-    assert cost.evaluation == StageCost(seconds=28.0, flops=None, share_of_seconds=0.07)
+    assert cost.evaluation == StageCost(seconds=28.0, flops=None, share_of_seconds=0.07, complete=False)
     # fit, score and select of two rounds, not probe nor audit
     assert (cost.idle_seconds, cost.idle_share) == (12.0, 0.03)
     assert list(cost.stages) == ["probe", "audit", "fit", "score", "select"]
     json.dumps(cost.to_dict())
+
+
+def test_flops_of_evaluations_follow_from_their_tokens_and_are_a_lower_bound_where_one_does_not_say(tmp_path):
+    two_rounds(tmp_path)
+    ours = [{"lm_eval/seconds": 10.0, "lm_eval/tokens": 3e8, "step": step} for step in (100, 200)]
+    write_state(tmp_path, 300, history=ours)
+    assert run_cost(tmp_path).evaluation == StageCost(seconds=20.0, flops=6e11, share_of_training_flops=0.006)
+    for other in ({"eval_runtime": 4.0, "step": 200}, {"lm_eval/seconds": 4.0, "step": 300}):
+        write_state(tmp_path, 300, history=[*ours, other])
+        found = run_cost(tmp_path)
+        assert (found.evaluation.seconds, found.evaluation.flops, found.evaluation.complete) == (24.0, 6e11, False)
+        assert any(line.startswith("evaluation") and ">= 6.000e+11" in line for line in found.lines())
 
 
 def test_what_is_not_recorded_is_said_and_never_zero(tmp_path):
@@ -246,6 +270,26 @@ def attention_forward(num_rows: int) -> int:
     return 4 * LAYERS * WIDTH * TOKENS**2 * num_rows
 
 
+def made_labels(rows: TokenRows) -> InfluenceLabels:
+    per_token = np.array([row.mean() for row in rows.values.reshape(-1, TOKENS)], np.float32)
+    return InfluenceLabels(
+        candidate_id=np.arange(len(rows)), influence=per_token / 100, influence_per_token=per_token,
+        loss=np.ones(len(rows), np.float32), num_tokens=rows.num_targets, probe=np.full(len(rows), "made"),
+        step_size=0.01,
+    )  # fmt: skip
+
+
+def word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
 def train_on(model: Any, rows: TokenRows) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.from_numpy(rows.values.astype(np.int64)).view(-1, TOKENS)
@@ -322,6 +366,63 @@ def test_an_embedding_that_dominates_is_counted_where_it_is_multiplied():
     assert count_multiplied_parameters(untied) == untied.num_parameters(exclude_embeddings=True)
 
 
+@pytest.mark.parametrize("head_only", [True, False])
+def test_recorded_flops_of_the_encoder(head_only):
+    """All documents are of one chunk, so that nothing is padded; attention is quadratic in 18 tokens of width 32."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=600, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=64, attn_implementation="eager",
+    )  # fmt: skip
+    vocabulary = {f"w{i}": i for i in range(500)} | {"[UNK]": 500, "[PAD]": 501, "[CLS]": 502, "[SEP]": 503}
+    tokenizer = word_tokenizer(vocabulary)
+    model = EncoderInfluenceModel(
+        (BertModel(config, add_pooling_layer=False), tokenizer), tokenizer=tokenizer, head_only=head_only,
+        max_tokens=32, chunk_tokens=32, num_epochs=2, batch_rows=8, device="cpu",
+    )  # fmt: skip
+    rows = token_rows(60, 0)
+    fit = count(lambda: model.fit(rows, made_labels(rows)))
+    assert model.report.flops == pytest.approx(fit, rel=ATTENTION)
+    score = count(lambda: model.predict(rows))
+    assert model.report.flops_per_token * rows.num_targets.sum() == pytest.approx(score, rel=ATTENTION)
+    # Two epochs of 4 to 5 times a pass, and three more passes over parts: far from a pass.
+    assert (model.report.flops > 5 * score) == (not head_only)
+
+
+def test_recorded_flops_of_hidden_states():
+    model, rows = llama(), token_rows(60, 0)
+    influence_model = HiddenStateInfluenceModel(model)
+    fit = count(lambda: influence_model.fit(rows, made_labels(rows)))
+    score = count(lambda: influence_model.predict(rows))
+    assert influence_model.report.flops == pytest.approx(fit, rel=ATTENTION)
+    assert influence_model.report.flops_per_token * rows.num_targets.sum() == pytest.approx(score, rel=ATTENTION)
+
+
+def test_flops_survive_saving_and_are_unknown_in_an_older_file(tmp_path):
+    rows = token_rows(60, 0)
+    model = NgramInfluenceModel().fit(rows, made_labels(rows))
+    model.save_pretrained(tmp_path)
+    assert NgramInfluenceModel.from_pretrained(tmp_path).report == model.report
+    assert model.report.flops == NGRAM_FIT_FLOPS * rows.num_targets.sum()
+    older = {k: v for k, v in model.report.to_dict().items() if not k.startswith("flops")}
+    assert (FitReport.from_dict(older).flops, FitReport.from_dict(older).flops_per_token) == (None, None)
+
+
+def test_recorded_flops_of_an_evaluation(tmp_path):
+    """Logits are made of few positions, and the head is a third of this model: the rule says more than is counted."""
+    write_local(tmp_path / "data")
+    model, tokenizer = evaluated_model(double=False, attn_implementation="eager"), byte_tokenizer()
+    evaluator = Evaluator("mates_sciq_local", tokenizer, limit=4, metadata={"data_dir": str(tmp_path / "data")})
+    evaluator.prepare(model)
+    counted = count(lambda: evaluator.run(model))
+    num_tokens = evaluator.num_tokens
+    body = count_multiplied_parameters(model.model)
+    assert forward_flops(body, num_tokens) < counted
+    assert counted == pytest.approx(forward_flops(count_multiplied_parameters(model), num_tokens), rel=0.5)
+    evaluator.run(model)
+    assert evaluator.num_tokens == num_tokens
+
+
 # --- real runs ---
 
 
@@ -380,6 +481,12 @@ def test_the_forecast_is_what_a_run_records(tmp_path):
     assert 0 < cost.stages["drift checks"].flops <= predicted.stages["drift checks"]
     infos = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("_mates/round-*/round.json"))]
     assert predicted.scored_tokens == LENGTH * sum(info["num_candidates"] for info in infos)
+    # A row has a target less than it has tokens.
+    for name in ("fit", "score"):
+        targets = predicted.stages[name] * (LENGTH - 1) / LENGTH
+        assert cost.stages[name].flops == pytest.approx(targets, rel=1e-12), name
+    assert cost.stages["select"].flops == 0
+    assert cost.mates.complete
 
 
 def test_a_resumed_run_counts_each_round_once(tmp_path):
@@ -416,14 +523,25 @@ PYTHIA = RunSize(
 EXACT = 1e-12
 
 
-def test_the_sizes_of_pythia():
+@pytest.mark.parametrize(
+    ("num_parameters", "vocab", "width", "layers", "heads"),
+    [
+        (PYTHIA.num_parameters, 50_304, 1024, 24, 16),
+        (1_011_781_632, 50_304, 2048, 16, 8),
+        (6_857_302_016, 50_432, 4096, 32, 32),
+    ],
+    ids=["410M", "1B", "6.9B"],
+)
+def test_the_sizes_of_pythia(num_parameters, vocab, width, layers, heads):
+    """Those of the published configs; the benchmark of the overhead predicts with the same."""
     with torch.device("meta"):
         config = GPTNeoXConfig(
-            vocab_size=50_304, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
-        )
+            vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=heads,
+        )  # fmt: skip
         model = GPTNeoXForCausalLM(config)
-    assert count_parameters(model) == PYTHIA.num_parameters
-    assert count_multiplied_parameters(model) == PYTHIA.multiplied
+    assert count_parameters(model) == num_parameters
+    assert count_multiplied_parameters(model) == num_parameters - vocab * width
 
 
 def test_the_papers_schedule_in_closed_form():
@@ -486,11 +604,6 @@ def test_a_pool_is_scored_whole_but_for_what_is_used():
     predicted = predict_cost(dataclasses.replace(size, pool_rows=10_000), config)
     # Lead 5: rounds at steps 20 and 40 take effect at 25 and 45.
     assert predicted.scored_tokens == 1024 * ((10_000 - 250 - 20) + (10_000 - 450 - 20))
-
-
-def test_what_the_forecast_takes_for_an_audit_and_a_sentinel_is_what_a_round_runs():
-    assert (forecast.AUDIT_CANDIDATES, forecast.AUDIT_PASSAGES) == (rounds.NUM_AUDITED, NUM_AUDIT_PASSAGES)
-    assert (forecast.SENTINEL_CANDIDATES, forecast.SENTINEL_SHARE) == (NUM_SENTINELS, SENTINEL_SHARE)
 
 
 @pytest.mark.parametrize(
