@@ -40,7 +40,6 @@ from mates_hf.influence.difference import (
     FloatArray,
     choose_epsilon,
     losses_on_either_side,
-    norm_of,
     row_means,
 )
 from mates_hf.influence.flops import NUM_SECOND_MOMENT_BATCHES, forward_flops, gradient_flops
@@ -228,7 +227,7 @@ class DirectionalProbe:
             model.eval()
             steps = parameter_steps(optimizer, snapshot.parameters, self.learning_rates)
             squares, flops = self._mean_squares(model, steps, candidates)
-            found = descend(
+            direction = descend(
                 snapshot,
                 steps,
                 parts,
@@ -242,23 +241,15 @@ class DirectionalProbe:
                 path_rate=self.path_rate,
                 squares=squares,
                 left_out=self._left_out(model),
+                flops=flops + gradient_flops(count_multiplied_parameters(model), len(reference.rows.values)),
             )
-        norm = norm_of(found.by_parameter.values())
-        if not np.isfinite(norm) or norm == 0:
+        if not np.isfinite(direction.norm) or direction.norm == 0:
             raise InfluenceError(
-                f"The preconditioned gradient of the reference loss must be finite and not zero, got norm {norm} at "
-                f"reference loss {found.reference_loss:.4g}. Look for NaN in the model or in the optimizer's state, "
-                "and check that the parameters the optimizer holds reach the loss."
+                "The preconditioned gradient of the reference loss must be finite and not zero, got norm "
+                f"{direction.norm} at reference loss {direction.reference_loss:.4g}. Look for NaN in the model or in "
+                "the optimizer's state, and check that the parameters the optimizer holds reach the loss."
             )
-        return Direction(
-            by_parameter=found.by_parameter,
-            step_size=found.step_size,
-            norm=norm,
-            parameter_norm=norm_of(found.by_parameter),
-            reference_loss=found.reference_loss,
-            path_losses=found.losses,
-            flops=flops + gradient_flops(count_multiplied_parameters(model), len(reference.rows.values)),
-        )
+        return direction
 
     def directional_derivatives(
         self, model: nn.Module, direction: Direction, rows: TokenRows, epsilon: float

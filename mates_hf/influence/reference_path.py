@@ -15,7 +15,6 @@ Trade-off: P is the live one at every point, and momentum is left out: a path ne
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -23,28 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.difference import norm_of
+from mates_hf.influence.difference import Direction, norm_of
 from mates_hf.influence.parameter_step import ParameterStep
 from mates_hf.preserve import Snapshot, local_shard
 
 MIN_PASSAGES = 4  # that a point of a path reads: fewer are mostly noise
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Descent:
-    """Where the reference loss falls.
-
-    Attributes:
-        by_parameter: mean over the path of (c_p / step_size) Pᵀ ∇L_ref, of each parameter that moves.
-        step_size: c, the largest linear coefficient of a parameter.
-        losses: mean reference loss of what each point read, nats/token.
-        reference_loss: their mean, weighted by trained tokens.
-    """
-
-    by_parameter: Mapping[nn.Parameter, Tensor]
-    step_size: float
-    losses: tuple[float, ...]
-    reference_loss: float
 
 
 def parts_of_path(rows: TokenRows, path_steps: int, seed: int) -> list[TokenRows]:
@@ -75,8 +57,9 @@ def descend(
     path_rate: float,
     squares: Mapping[nn.Parameter, Tensor],
     left_out: Collection[int],
-) -> Descent:
-    """Walk the path and take the mean of the preconditioned gradients; parameters are left where it ends.
+    flops: float,
+) -> Direction:
+    """Walk the path and take the mean of the preconditioned gradients; parameters are left as found.
 
     Args:
         snapshot: of the model, to go back to.
@@ -86,9 +69,11 @@ def descend(
         path_rate: length of a stride in the run's own steps.
         squares: E[g_B²] where the optimizer's state does not tell it.
         left_out: ids of parameters that do not move.
+        flops: what all of it takes, to be noted.
 
     Returns:
-        The mean; its norm is not finite where a gradient is not.
+        The mean over the path of (c_p / step_size) Pᵀ ∇L_ref, of each parameter that moves. Its norm is not finite
+        where a gradient is not.
     """
     step_size = max(abs(step.coefficient) for step in steps)  # one scalar for all; the ratios go into u
     total: dict[nn.Parameter, Tensor] = {}
@@ -124,12 +109,17 @@ def descend(
             stride = null_step if any(step.momentum for step in steps) else step_size * norm * len(parts)
         if not np.isfinite(norm) or norm == 0:
             break
+    with torch.no_grad():
+        snapshot.rewind_parameters()  # ‖θ‖ is of where the run is
     weights = [int(part.num_targets.sum()) for part in parts[: len(losses)]]
-    return Descent(
+    return Direction(
         by_parameter=total,
         step_size=step_size,
-        losses=tuple(losses),
+        norm=norm,
+        parameter_norm=norm_of(total),
         reference_loss=float(np.average(losses, weights=weights)),
+        flops=flops,
+        path_losses=tuple(losses),
     )
 
 
