@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
 
 NUM_FOLDS = 4
+SEARCH_CANDIDATES = 4_000  # that penalties are searched on: they are weights in tokens, whatever the number of labels
 MIN_BIGRAM_COUNT = 1.5  # a bigram seen once says almost nothing, and filling its bucket disturbs unseen bigrams
 MIN_KEPT_COUNT = 0.01  # weight below which a cell of earlier rounds is dropped
 _FINAL_SWEEPS = 12
@@ -160,10 +162,14 @@ class TokenDesign:
         buckets = kernels.hash_bigrams(self.previous, self.token, self.num_buckets)
         return np.asarray(tables.token[self.token] + tables.previous[self.previous] + tables.bigram[buckets])
 
-    def _mean(self, cell_values: FloatVector) -> FloatVector:
-        """(N,) mean of the cells' values over each candidate's targets."""
-        sums = np.bincount(self.owner, weights=cell_values[self.cell], minlength=len(self.num_targets))
-        return np.asarray(sums / self.num_targets)
+    def _mean(self, cell_values: FloatVector, members: npt.NDArray[np.bool_] | None = None) -> FloatVector:
+        """(N,) mean of the cells' values over each candidate's targets; given (N,) bool `members`, (M,) of those."""
+        if members is None:
+            sums = np.bincount(self.owner, weights=cell_values[self.cell], minlength=len(self.num_targets))
+            return np.asarray(sums / self.num_targets)
+        chosen = members[self.owner]
+        sums = np.bincount(self.owner[chosen], weights=cell_values[self.cell[chosen]], minlength=len(self.num_targets))
+        return np.asarray(sums[members] / self.num_targets[members])
 
     def score(self, tables: Tables) -> FloatVector:
         """(N,) float64 prediction of the candidates."""
@@ -194,12 +200,13 @@ class TokenDesign:
         bigram[self.buckets] = slots[1:]
         return Tables(token, previous, bigram)
 
-    def choose(self, members: npt.NDArray[np.bool_], seed: int) -> Choice:
+    def choose(self, members: npt.NDArray[np.bool_], seed: int, penalties: Penalties | None = None) -> Choice:
         """Choose penalties by the out-of-fold rank correlation among some candidates.
 
         Args:
             members: (N,) bool, the candidates that may be looked at.
             seed: of the folds.
+            penalties: of the token tables, where they are chosen already.
 
         Returns:
             The penalties, and what fits without them predict for the members.
@@ -207,9 +214,10 @@ class TokenDesign:
         rows = np.flatnonzero(members)
         fold = np.full(len(members), -1)
         fold[np.random.default_rng(seed).permutation(rows)] = np.arange(len(rows)) % min(NUM_FOLDS, len(rows))
-        penalties, token_part = Penalties(), np.zeros(len(members))
+        token_part = np.zeros(len(members))
         if self.derivatives is not None:
-            penalties, token_part = self._choose_token(fold)
+            penalties, token_part = self._choose_token(fold, penalties)
+        penalties = penalties or Penalties()
         left_over = self.labels - token_part
         weight = self._prior_weight(members, left_over)
         predicted = token_part + weight * self.prior_score
@@ -227,29 +235,40 @@ class TokenDesign:
         values = (centre_by(values[members], fold[members]) for values in (predicted, self.labels))
         return rank_correlation(*values)
 
-    def _choose_token(self, fold: npt.NDArray[np.int64]) -> tuple[Penalties, FloatVector]:
-        """Penalties of the token tables by one pass of coordinate search, and the predictions out of fold."""
+    def _choose_token(self, fold: npt.NDArray[np.int64], penalties: Penalties | None) -> tuple[Penalties, FloatVector]:
+        """Penalties of the token tables, by one pass of coordinate search if none are given, and what they predict.
+
+        The predictions are out of fold; folds run side by side.
+        """
         folds = range(int(fold.max()) + 1)
         counted = [self._counted((fold >= 0) & (fold != k)) for k in folds]
         states = [self._slots() for _ in folds]
 
-        def predict(penalties: Penalties, num_sweeps: int) -> FloatVector:
-            predicted = np.zeros(len(fold))
-            for k, (counts, sums), state in zip(folds, counted, states, strict=True):
-                kernels.backfit(counts, sums, self.token, self.previous, self.slot, penalties.array, state, num_sweeps)
-                values = state[0][self.token] + state[1][self.previous] + state[2][self.slot]
-                predicted[fold == k] = self._mean(values)[fold == k]
-            return predicted
+        with ThreadPoolExecutor(min(len(folds), kernels.num_threads())) as pool:
 
-        best = Penalties()
-        best_value = self._agreement(predict(best, _SEARCH_SWEEPS), fold)
-        for name, grid in _GRID:
-            for penalty in grid[1:]:
-                tried = dataclasses.replace(best, **{name: penalty})
-                value = self._agreement(predict(tried, _SEARCH_SWEEPS), fold)
-                if value > best_value:
-                    best, best_value = tried, value
-        return best, predict(best, _FINAL_SWEEPS)
+            def predict(penalties: Penalties, num_sweeps: int) -> FloatVector:
+                def of_fold(k: int) -> FloatVector:
+                    counts, sums = counted[k]
+                    state, sizes = states[k], penalties.array
+                    kernels.backfit(counts, sums, self.token, self.previous, self.slot, sizes, state, num_sweeps)
+                    values = state[0][self.token] + state[1][self.previous] + state[2][self.slot]
+                    return self._mean(values, fold == k)
+
+                predicted = np.zeros(len(fold))
+                for k, found in zip(folds, pool.map(of_fold, folds), strict=True):
+                    predicted[fold == k] = found
+                return predicted
+
+            best = penalties or Penalties()
+            if penalties is None:
+                best_value = self._agreement(predict(best, _SEARCH_SWEEPS), fold)
+                for name, grid in _GRID:
+                    for penalty in grid[1:]:
+                        tried = dataclasses.replace(best, **{name: penalty})
+                        value = self._agreement(predict(tried, _SEARCH_SWEEPS), fold)
+                        if value > best_value:
+                            best, best_value = tried, value
+            return best, predict(best, _FINAL_SWEEPS)
 
     def _choose_document(
         self, fold: npt.NDArray[np.int64], target: FloatVector, predicted: FloatVector

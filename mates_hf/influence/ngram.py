@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.pool import rows_to_predict
-from mates_hf.data.rows import TokenSpans
+from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.evaluation.agreement import slope_of
-from mates_hf.influence.additive import MIN_BIGRAM_COUNT, Penalties, TokenDesign, centre_by
+from mates_hf.influence.additive import MIN_BIGRAM_COUNT, SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fit import SLOPE_RANGE, fit_report, fresh_report, measured_rows, split_held_out, usable_labels
 from mates_hf.influence.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
@@ -167,7 +167,10 @@ class NgramInfluenceModel:
             prior=prior,
             document=kind != "token",
         )
-        choice = design.choose(~held_out, seed)
+        penalties = None
+        if derivatives is not None and len(labels) > SEARCH_CANDIDATES:
+            penalties = self._search(rows, (per_token - centre) / scale, derivatives, earlier, ~held_out, seed)
+        choice = design.choose(~held_out, seed, penalties)
         token, document = design.solve(~held_out, choice)
         score = design.score(token if document is None else token.plus(document))
         fitted = ~held_out
@@ -205,6 +208,31 @@ class NgramInfluenceModel:
             len(labels), report.num_held_out, kind, self._report.seconds, report.spearman,
         )  # fmt: skip
         return self
+
+    def _search(
+        self,
+        rows: TokenRows,
+        values: npt.NDArray[np.float64],
+        derivatives: npt.NDArray[np.float64],
+        earlier: Statistics,
+        members: npt.NDArray[np.bool_],
+        seed: int,
+    ) -> Penalties:
+        """Penalties of the token tables, from as many of the candidates as tell them; earlier rounds weigh as much."""
+        drawn = np.random.default_rng(seed).permutation(np.flatnonzero(members))[:SEARCH_CANDIDATES]
+        few = np.zeros(len(members), bool)
+        few[drawn] = True
+        share = np.float32(len(drawn) / len(members))
+        design = TokenDesign(
+            rows.take(few),
+            self.num_buckets,
+            values[few],
+            derivatives[np.repeat(few, rows.num_targets)],
+            earlier=Statistics(earlier.keys, earlier.counts * share, earlier.sums * share),
+            prior=None,
+            document=False,
+        )
+        return design.choose(np.ones(len(drawn), bool), seed).penalties
 
     def _kind_for(self, labels: InfluenceLabels) -> LabelKind:
         """What to fit on these labels."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mates_hf.data.rows import IGNORED, TokenRows
-from mates_hf.influence import kernels
+from mates_hf.influence import kernels, ngram
 from mates_hf.influence.additive import Choice, Penalties, TokenDesign
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.tables import Statistics
@@ -117,6 +117,36 @@ def test_token_labels_beat_document_labels_when_few() -> None:
     truth = make_labels(unseen, token_effects, noise=0.0)
     token, document = (model(labels=kind).fit(few, measured).evaluate(unseen, truth) for kind in ("token", "document"))
     assert token.spearman > document.spearman + 0.05
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_penalties_of_some_candidates_serve_all(pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With noise so strong that the weakest shrinkage costs much."""
+    rows, unseen = make_rows(600, seed=3), make_rows(300, seed=4)
+    labels = make_labels(rows, token_effects, noise=8.0)
+    truth = make_labels(unseen, token_effects, noise=0.0)
+    earlier = model().fit(make_rows(300, seed=7), make_labels(make_rows(300, seed=7), token_effects, noise=8.0))
+    previous = earlier if pooled else None
+    whole = model().fit(rows, labels, previous=previous)
+    monkeypatch.setattr(ngram, "SEARCH_CANDIDATES", 600)
+    assert (model().fit(rows, labels, previous=previous).predict(unseen) == whole.predict(unseen)).all()
+    monkeypatch.setattr(ngram, "SEARCH_CANDIDATES", 200)
+    some = model().fit(rows, labels, previous=previous)
+    assert not (some.predict(unseen) == whole.predict(unseen)).all()
+    monkeypatch.setattr(NgramInfluenceModel, "_search", lambda *_: Penalties(30.0, 10.0, 3.0))
+    least = model().fit(rows, labels, previous=previous)
+    agreement = [found.evaluate(unseen, truth).spearman for found in (whole, some, least)]
+    assert agreement[1] > agreement[0] - 0.1
+    assert agreement[1] > agreement[2] + 0.1
+
+
+def test_folds_side_by_side_give_the_same_bits(
+    rows: TokenRows, labels: InfluenceLabels, fitted: NgramInfluenceModel
+) -> None:
+    with kernels.at_most_threads(1):
+        alone = model().fit(rows, labels)
+    assert (alone.predict(rows) == fitted.predict(rows)).all()
+    assert alone.report.spearman == fitted.report.spearman
 
 
 def test_planted_bigram_ranks_first() -> None:
