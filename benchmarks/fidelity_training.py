@@ -10,10 +10,12 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from fidelity_one_step import EPSILON, plain_direction
+from fidelity_one_step import EPSILON, adam_cosine, plain_direction, tuned_difference
 from fidelity_setup import BATCH_ROWS, LR, WINDOW, Ids, Paths, Point, Sizes, one_a_document, warm_point
 from lab import TOKENS_PER_BATCH, Averager, Lab, spearman, without_group_means
 
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.rows import TokenRows
 from mates_hf.influence.difference import row_means
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.ngram import NgramInfluenceModel
@@ -32,6 +34,9 @@ LABEL_KINDS: dict[str, dict[str, Any]] = {
     "all tokens, averaged, blocks": {"parameters": "blocks"},
     "one-step oracle, all tokens, averaged": {"probe": "one-step"},
     "gradient product, all tokens, averaged": {"probe": "gradient product"},
+    "LESS, all tokens, averaged": {"probe": "LESS"},
+    "perplexity difference, all tokens, averaged": {"probe": "perplexity difference"},
+    "low loss, averaged": {"probe": "low loss"},
 }
 
 SETS = {
@@ -43,6 +48,9 @@ SETS = {
     "all tokens, averaged, blocks": ("deciles",),
     "one-step oracle, all tokens, averaged": ("deciles", "top"),
     "gradient product, all tokens, averaged": ("deciles",),
+    "LESS, all tokens, averaged": ("deciles",),
+    "perplexity difference, all tokens, averaged": ("deciles",),
+    "low loss, averaged": ("deciles",),
 }
 
 
@@ -69,6 +77,8 @@ def measure(
         labels = point.measure(ids, loss_on, parameters, path_steps)
         if probe == "directional":
             return labels, ids
+        if probe != "gradient product":
+            return document_labels(point, labels, probe, reference, rows.take(ids)), ids
         direction = plain_direction(point.model, point.optimizer, reference, precondition=False)
         candidates = rows.take(ids)
         either_side = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH).directional_derivatives(
@@ -78,6 +88,20 @@ def measure(
     means = row_means(candidates, derivatives).astype(np.float32)
     changed = {"influence": means * labels.step_size, "influence_per_token": means, "token_derivatives": derivatives}
     return dataclasses.replace(labels, **changed), ids
+
+
+def document_labels(
+    point: Point, labels: InfluenceLabels, probe: str, reference: ReferenceTask, candidates: TokenRows
+) -> InfluenceLabels:
+    """Labels of another kind, one number a candidate; > 0 is what that kind would train on."""
+    if probe == "low loss":
+        values = -labels.loss
+    else:
+        measured = {"LESS": adam_cosine, "perplexity difference": tuned_difference}[probe]
+        values = measured(point.model, point.optimizer, reference, candidates).astype(np.float32)
+    return dataclasses.replace(
+        labels, influence=values * labels.step_size, influence_per_token=values, token_derivatives=None
+    )
 
 
 def horizon(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, which: str, seed: int = 0) -> dict[str, Any]:
