@@ -20,8 +20,9 @@ Every arm and seed is a unit that is kept on its own under `--work`: a killed ru
 one that finds finished units in the JSON under `--out`, made at the same sizes. `--minutes` begins no unit after that
 many, with exit code 3.
 
-Trade-off: one small model and one small corpus. FLOPs are 6 (training) and 2 (reading) for each parameter and token,
-plus what probes say of themselves; fitting tables and static filters runs on a CPU and counts in seconds only.
+Trade-off: one small model and one small corpus. FLOPs are 6 (training) and 2 (reading, an encoder too) for each
+parameter and token, plus what probes say of themselves; fitting tables, and filters that look words up, run on a CPU
+and count in seconds only.
 """
 
 from __future__ import annotations

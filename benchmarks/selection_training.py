@@ -149,7 +149,7 @@ class Run:
         self.rounds: list[dict[str, Any]] = []
         self._fitted: NgramInfluenceModel | None = None
         self._domain_sums = np.zeros((2, len(lab.domain_names)))
-        self._static: Callable[[TokenRows], Any] | None = None
+        self._static: StaticFilter | None = None
         self._average = WeightAverage(self.point.model)  # what evaluations look at: first that of the warm start
         self._average.load(work / f"warm-{unit.seed}-{sizes.warm}.safetensors")
         self._seconds_evaluating = 0.0
@@ -303,11 +303,11 @@ class Run:
         """(N,) what a static filter, fitted once, ranks rows by."""
         started = time.perf_counter()
         if self._static is None:
-            self._static = static_scorer(self.lab, rank, self.unit.seed)
+            self._static = static_filter(self.lab, rank, self.unit.seed)
             self.cost("fit", time.perf_counter() - started, 0.0)
             started = time.perf_counter()
-        values = self._static(rows)
-        self.cost("score", time.perf_counter() - started, 0.0)
+        values = self._static.rank(rows)
+        self.cost("score", time.perf_counter() - started, self._static.flops(rows))
         return values
 
     def _predicted(self, rows: TokenRows, labels: InfluenceLabels | None, number: int, record: dict[str, Any]) -> Any:
@@ -340,8 +340,21 @@ class Run:
         return values if self.arm.rank == "domain means" else (values == values.max()).astype(float)
 
 
-def static_scorer(lab: Lab, rank: str, seed: int) -> Callable[[TokenRows], Any]:
-    """A function from rows to how like the reference passages they are; the passages cut as long as a row."""
+@dataclasses.dataclass(frozen=True)
+class StaticFilter:
+    """A ranking that no model in training has a part in.
+
+    Attributes:
+        rank: (N,) how like the reference passages rows are.
+        flops: what ranking rows takes; 0 for those that look words up.
+    """
+
+    rank: Callable[[TokenRows], Any]
+    flops: Callable[[TokenRows], float] = lambda rows: 0.0
+
+
+def static_filter(lab: Lab, rank: str, seed: int) -> StaticFilter:
+    """The filter of a name, fitted on the reference passages, which are cut as long as a row."""
 
     def texts(rows: TokenRows) -> list[str]:
         return texts_of(rows, lab.tokenizer)
@@ -353,12 +366,16 @@ def static_scorer(lab: Lab, rank: str, seed: int) -> Callable[[TokenRows], Any]:
 
         encoder = folding_encoder()
         direction = mean_direction(states_of(encoder, target))
-        return lambda rows: cosines(states_of(encoder, texts(rows)), direction)
+        num_parameters = count_multiplied_parameters(encoder.module)
+        return StaticFilter(
+            lambda rows: cosines(states_of(encoder, texts(rows)), direction),
+            lambda rows: forward_flops(num_parameters, encoder.num_tokens(encoder.read(texts(rows)))),
+        )
     if rank == "DSIR":
         score = dsir(texts(lab.rows.take(drawn[:16_000])), target)
     else:
         score = fasttext(target, texts(lab.rows.take(drawn[: len(target)])), seed)
-    return lambda rows: score(texts(rows))
+    return StaticFilter(lambda rows: score(texts(rows)))
 
 
 @functools.lru_cache(maxsize=1)
