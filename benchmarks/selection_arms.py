@@ -38,7 +38,8 @@ class Arm:
         scope: `slice`, or `pool`: all rows not trained on yet.
         again: whether rows come back: every round draws its slice from all rows.
         round_steps: optimizer steps of a round.
-        beside: a static ranking that is added to this one, both in their standard deviations.
+        beside: what is added to this ranking, both in their standard deviations: a static one, or that by labels of
+            the passages' last words, which cost a probe more.
         package: what must be installed.
     """
 
@@ -58,7 +59,7 @@ class Arm:
     scope: Literal["slice", "pool"] = "slice"
     again: bool = False
     round_steps: int = 100
-    beside: Literal["fastText"] | None = None
+    beside: Literal["fastText", "last word"] | None = None
     package: str | None = None
 
     @property
@@ -115,6 +116,7 @@ ABLATIONS: dict[str, Arm] = {
     "1,000 probes": Arm(probes=1_000),
     "64 passages": Arm(passages=64),
     "last word": Arm(loss_on="completion"),
+    "last word beside all tokens": Arm(beside="last word"),
     "live weights": Arm(averaged=False),
     "not pooled": Arm(pooled=False),
     "document labels": Arm(labels="document"),

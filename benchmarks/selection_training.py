@@ -147,7 +147,7 @@ class Run:
         self.curve: list[dict[str, float]] = []
         self.final: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
-        self._fitted: NgramInfluenceModel | None = None
+        self._fitted: dict[str, NgramInfluenceModel] = {}  # by reference loss
         self._domain_sums = np.zeros((2, len(lab.domain_names)))
         self._static: StaticFilter | None = None
         self._average = WeightAverage(self.point.model)  # what evaluations look at: first that of the warm start
@@ -236,11 +236,17 @@ class Run:
         if arm.scope == "slice":
             candidates = candidates[: round(k / arm.ratio)]
         record: dict[str, Any] = {"step": self._step}
-        labels = self._probe(number, candidates, record) if arm.probed and not (arm.once and number) else None
+        probes = arm.probed and not (arm.once and number)
+        labels = self._probe(number, candidates, record, arm.loss_on) if probes else None
         values = self._values(candidates, labels, number, record)
         if arm.beside:
-            like = self._like_reference(arm.beside, self.lab.rows.take(candidates))
-            values = values / values.std() + like / like.std()
+            rows = self.lab.rows.take(candidates)
+            if arm.beside == "last word":
+                labels = self._probe(number, candidates, record, "completion") if probes else None
+                beside = self._predicted(rows, labels, {}, "completion")
+            else:
+                beside = self._like_reference(arm.beside, rows)
+            values = values / values.std() + beside / beside.std()
         started = time.perf_counter()
         chosen = candidates[gumbel_top_k(values, k, arm.temperature, seed=seed)]
         self.cost("select", time.perf_counter() - started, 0.0)
@@ -252,7 +258,7 @@ class Run:
             self.rounds.append(record)
         return chosen
 
-    def _probe(self, number: int, candidates: Ids, record: dict[str, Any]) -> InfluenceLabels:
+    def _probe(self, number: int, candidates: Ids, record: dict[str, Any], loss_on: str) -> InfluenceLabels:
         """Labels of a round's probes, which no arm trains on, or of the candidates themselves."""
         arm, started = self.arm, time.perf_counter()
         ids = candidates
@@ -260,7 +266,7 @@ class Run:
             ids = self.reserved[number * arm.probes : (number + 1) * arm.probes]
         record["probes"] = len(ids)
         self._probed = ids
-        reference = self.lab.reference[arm.loss_on].subset(arm.passages, seed=number)
+        reference = self.lab.reference[loss_on].subset(arm.passages, seed=number)
         probe: DirectionalProbe | OneStepProbe = OneStepProbe(max_grad_norm=1.0, tokens_per_batch=TOKENS_PER_BATCH)
         if arm.probe == "directional":
             probe = DirectionalProbe(
@@ -280,7 +286,7 @@ class Run:
             values[labels.candidate_id] = labels.influence
             return values / labels.influence.std()
         if arm.rank == "influence":
-            return self._predicted(rows, labels, number, record)
+            return self._predicted(rows, labels, record, arm.loss_on)
         if arm.rank in ("domain means", "best domain"):
             return self._by_domain(candidates, labels)
         started = time.perf_counter()
@@ -310,21 +316,21 @@ class Run:
         self.cost("score", time.perf_counter() - started, self._static.flops(rows))
         return values
 
-    def _predicted(self, rows: TokenRows, labels: InfluenceLabels | None, number: int, record: dict[str, Any]) -> Any:
+    def _predicted(self, rows: TokenRows, labels: InfluenceLabels | None, record: dict[str, Any], key: str) -> Any:
+        """(N,) predictions by the influence model of a reference loss, fitted on these labels where there are any."""
         arm = self.arm
         if labels is not None:
             started = time.perf_counter()
-            self._fitted = NgramInfluenceModel(seed=self.unit.seed, labels=arm.labels, pool_decay=POOL_DECAY).fit(
+            self._fitted[key] = NgramInfluenceModel(seed=self.unit.seed, labels=arm.labels, pool_decay=POOL_DECAY).fit(
                 self.lab.rows.take(self._probed),
                 labels,
                 groups=self.lab.domain[self._probed],
-                previous=self._fitted if arm.pooled else None,
+                previous=self._fitted.get(key) if arm.pooled else None,
             )
             self.cost("fit", time.perf_counter() - started, 0.0)
-            record["held_out_spearman"] = self._fitted.report.spearman
-        assert self._fitted is not None
+            record["held_out_spearman"] = self._fitted[key].report.spearman
         started = time.perf_counter()
-        values = self._fitted.predict(rows) / self._fitted.report.label_std
+        values = self._fitted[key].predict(rows) / self._fitted[key].report.label_std
         self.cost("score", time.perf_counter() - started, NGRAM_FLOPS * len(rows.values))
         return values
 
