@@ -143,6 +143,7 @@ def measured_figures(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     figures = [
         figure(f"{name}: FLOPs of {stage}, ledger / counted", flops / counted[stage], "x", least=0.8)
         for stage, flops in recorded.items()
+        if counted.get(stage)  # tables are fitted and looked up without torch
     ]
     probing = sum(flops for stage, flops in counted.items() if stage != "training")
     share = probing / counted["training"]
