@@ -178,12 +178,17 @@ def _setting_lines(setting: Setting, document: Document) -> list[str]:
     if ablations:
         lines += ["", "### One thing changed", "", "Difference to `ours`; above 0 the change is worse.", ""]
         lines += _table(
-            ["change", "seeds", "all tokens", "last word", "pool", "FLOPs of the arm"],
+            [
+                "change", "seeds", "all tokens", "last word", "pool", "FLOPs of the arm", "random needs: tokens",
+                "random needs: tokens, last word",
+            ],
             [
                 [arm, str(len(setting.seeds(arm, OURS))), *(
                     interval(setting.paired(arm, OURS, value))
                     for value in (setting.development("all"), setting.development("completion"), setting.final("pool"))
-                ), f"{_share(setting, arm):.2f} x"]
+                ), f"{_share(setting, arm):.2f} x", *(
+                    multiple(*setting.multiples(arm, key, of_flops=False)) for key in LOSSES
+                )]
                 for arm in ablations
             ],
         )  # fmt: skip
@@ -295,6 +300,8 @@ def multiple(values: Sequence[float], reached: bool) -> str:
     """Geometric mean of multiples and its interval; a lower bound where a seed did not get there."""
     if not values:
         return ""
+    if min(values) == 0:  # an arm that ends no better than it began
+        return "0 x"
     mean, half = mean_interval(np.log(values).tolist())
     bounds = "" if math.isnan(half) else f" [{math.exp(mean - half):.2f}, {math.exp(mean + half):.2f}]"
     return f"{'' if reached else '> '}{math.exp(mean):.2f} x{bounds}"
