@@ -36,7 +36,8 @@ class MatesConfig:
         default="slice",
         metadata={
             "help": "Where a round chooses from: `slice`, the next k / selection_ratio unused rows of the shuffled "
-            "pool (the paper's way), or `pool`, all unused rows."
+            "pool (the paper's way), or `pool`, all unused rows: few of very many are extremes, and were worse than "
+            "random data (docs/results.md)."
         },
     )
     temperature: float = field(
