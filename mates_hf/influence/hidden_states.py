@@ -179,20 +179,20 @@ class HiddenStateInfluenceModel:
         rows = measured_rows(candidates, labels)
         usable = labels.num_tokens > 0
         target = FitTarget.of(labels, usable, groups=groups, held_out_fraction=held_out_fraction, seed=seed)
-        states = self._states(rows.take(usable), model)
+        rows = rows.take(usable)
+        states = self._states(rows, model)
         earlier = None if previous is None else require_same_width(previous._fitted(), states.shape[1])
         fitted = ~target.held_out
         line = fit_ridge(states[fitted], target.values[fitted], earlier)
         report = target.report(line.z_scores(states[target.held_out]), num_labels=int(fitted.sum()), seed=seed)
         self._line = fit_ridge(states, target.values, earlier).in_units_of(target)
-        read = rows.take(usable)
         module = _states_module(self.model if model is None else model)[0]
-        flops = forward_flops(count_multiplied_parameters(module), float(read.lengths.sum()))
+        flops = forward_flops(count_multiplied_parameters(module), float(rows.lengths.sum()))
         self._report = dataclasses.replace(
             report,
             seconds=time.perf_counter() - started,
             flops=flops,
-            flops_per_token=flops / float(read.num_targets.sum()),
+            flops_per_token=flops / float(rows.num_targets.sum()),
         )
         logger.info(
             "Fitted a hidden-state influence model on %d candidates (%d held out) in %.1f s: Spearman %.3f.",
