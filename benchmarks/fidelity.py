@@ -33,11 +33,11 @@ from fidelity_one_step import in_batch
 from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
 from fidelity_tables import write_tables
 from fidelity_training import ARMS, LABEL_KINDS, SETS, fit, horizon, rounds
-from lab import Lab, build_model, load_lab, rounded, write_built_in
+from lab import Lab, build_model, load_lab, rounded
 from units import (
-    check_page,
     end,
     keep,
+    opened,
     parser_of,
     plain,
     read_results,
@@ -124,30 +124,16 @@ def main() -> None:
     """Run what is missing, then write the JSON and the tables."""
     parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="units whose names begin with one of these")
-    arguments = parser.parse_args()
-    page = arguments.out / ("fidelity-quick.md" if arguments.quick else "fidelity.md")
-    if arguments.check:
-        check_page(page, write_tables)
-    if arguments.data is None and not arguments.quick:
-        parser.error("--data must name the folder of the data")
-    logging.basicConfig(level=logging.ERROR)
-    sizes = QUICK if arguments.quick else Sizes()
-    work = arguments.work / "fidelity" / ("quick" if arguments.quick else "full")
-    data = arguments.data or write_built_in(work / "built-in")
-    paths = Paths(data=data.resolve(), work=work.resolve())
+    bench = opened(parser, "fidelity", write_tables)
+    sizes = QUICK if bench.options.quick else Sizes()
+    paths = Paths(data=bench.data, work=bench.work)
     lab = open_lab(paths, sizes)
     say(f"{len(lab.rows)} rows in {len(lab.domain_names)} domains; {lab.overlap}")
 
     units = all_units(sizes)
-    recovered = recover(paths, sizes, page, units)
-    calls = {
-        unit[0]: (paths, sizes, unit)
-        for unit in units
-        if unit[0].startswith(tuple(arguments.only)) and not unit_path(paths.work, unit[0]).exists()
-    }
-    say(f"{len(calls)} of {len(units)} units to do, {recovered} taken over from {page.with_suffix('.json').name}")
-    cost = {unit[0]: unit[3] for unit in units}
-    left = run_units(run_unit, calls, workers=arguments.workers, minutes=arguments.minutes, cost=cost)
+    say(f"{recover(paths, sizes, bench.page, units)} of {len(units)} units taken over from the JSON")
+    calls = {unit[0]: (paths, sizes, unit) for unit in units if unit[0].startswith(tuple(bench.options.only))}
+    left = run_units(bench, run_unit, calls, {unit[0]: unit[3] for unit in units})
 
     results = read_units(paths.work, (unit[0] for unit in units))
     model = build_model(lab.vocab_size)
@@ -161,7 +147,7 @@ def main() -> None:
         },
         "units": results,
     }  # fmt: skip
-    write_results(page, document, write_tables, DIGITS)
+    write_results(bench.page, document, write_tables, DIGITS)
     end(left)
 
 

@@ -40,10 +40,9 @@ from influence_models_setup import QUICK, RATIO, Bench, Sizes, open_bench
 from influence_models_tables import differences, write_tables
 from influence_models_units import Unit, all_units, run_unit
 from lab import rounded
-from units import keep, single_threads
+from units import RESULTS, keep, say, single_threads
 
 PARTS = ("states", "same", "fit", "gain", "reference", "cost")
-RESULTS = Path(__file__).parent / "results"
 STEM = "influence_models"
 
 
@@ -141,11 +140,6 @@ def check(out: Path, stem: str) -> int:
         print(line)
     print(f"{len(document['fit'])} fits, {len(document['gain'])} trainings: {len(found)} differences")
     return len(found)
-
-
-def say(text: str) -> None:
-    """One line to standard output, at once."""
-    print(text, flush=True)
 
 
 def main() -> None:

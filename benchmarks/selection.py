@@ -36,14 +36,14 @@ from pathlib import Path
 from typing import Any
 
 from fidelity_setup import BATCH_ROWS, LR, WINDOW, Paths
-from lab import rounded, write_built_in
+from lab import rounded
 from selection_arms import ABLATION_SEEDS, ABLATIONS, ARMS, OURS, RANDOM, SETTINGS, SLOW
 from selection_tables import plot, write_page
 from selection_training import QUICK, Sizes, Unit, open_lab, run_unit
 from units import (
-    check_page,
     end,
     keep,
+    opened,
     parser_of,
     plain,
     read_results,
@@ -135,30 +135,19 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--arms", nargs="+", help="these arms only")
     parser.add_argument("--tasks", nargs="+", help="these reference tasks only")
-    arguments = parser.parse_args()
-    page = arguments.out / ("selection-quick.md" if arguments.quick else "selection.md")
-    if arguments.check:
-        check_page(page, write_page)
-    if arguments.data is None and not arguments.quick:
-        parser.error("--data must name the folder of the data")
-    logging.basicConfig(level=logging.ERROR)
-    sizes = QUICK if arguments.quick else Sizes()
-    folder = arguments.work / "selection" / ("quick" if arguments.quick else "full")
-    data = arguments.data or write_built_in(folder / "built-in")
-    paths = Paths(data=data.resolve(), work=folder.resolve())
-    units = all_units(arguments.quick)
-    recovered = recover(paths, sizes, page, units)
+    bench = opened(parser, "selection", write_page)
+    options, sizes = bench.options, QUICK if bench.options.quick else Sizes()
+    paths = Paths(data=bench.data, work=bench.work)
+    units = all_units(options.quick)
+    say(f"{recover(paths, sizes, bench.page, units)} of {len(units)} units taken over from the JSON")
     calls = {
         unit.name: (paths, sizes, unit)
         for unit in units
-        if not unit_path(paths.work, unit.name).exists()
-        and unit.arm in (arguments.arms or [unit.arm])
-        and unit.task in (arguments.tasks or [unit.task])
+        if unit.arm in (options.arms or [unit.arm]) and unit.task in (options.tasks or [unit.task])
     }
-    say(f"{len(calls)} of {len(units)} units to do, {recovered} taken over from {page.with_suffix('.json').name}")
-    left = run_units(work, calls, workers=arguments.workers, minutes=arguments.minutes)
-    document = write_results(page, collected(paths, sizes, units, arguments.quick), write_page, DIGITS)
-    plot(document, page.with_suffix(".png"))
+    left = run_units(bench, work, calls)
+    document = write_results(bench.page, collected(paths, sizes, units, options.quick), write_page, DIGITS)
+    plot(document, bench.page.with_suffix(".png"))
     end(left)
 
 

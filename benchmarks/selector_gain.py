@@ -53,9 +53,8 @@ from selector_gain_training import (
     steps_of,
     train,
 )
-from units import single_threads
+from units import RESULTS, single_threads
 
-RESULTS = Path(__file__).parent / "results"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
 RATIO = 0.2
 

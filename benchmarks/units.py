@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -21,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from lab import rounded
+from lab import rounded, write_built_in
 
 Result = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -31,6 +33,23 @@ MALLOC_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": "2147483648",
     "MALLOC_TOP_PAD_": "67108864",
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A benchmark that has begun.
+
+    Attributes:
+        options: of the command line.
+        page: Markdown file; its JSON is beside it.
+        data: folder of the data, or of text of the Python installation in its place.
+        work: folder of this run's units.
+    """
+
+    options: argparse.Namespace
+    page: Path
+    data: Path
+    work: Path
 
 
 def say(text: str) -> None:
@@ -112,25 +131,25 @@ def side_by_side(
 
 
 def run_units(
+    bench: Opened,
     work: Callable[..., tuple[str, float]],
     calls: Mapping[str, tuple[Any, ...]],
-    *,
-    workers: int,
-    minutes: float,
     cost: Mapping[str, float] | None = None,
 ) -> int:
-    """Run units and say how far it is.
+    """Run the units that are not kept yet, and say how far it is.
 
     Args:
+        bench: says where they are kept, in how many processes they run, and until when one may begin.
         work: runs a unit and keeps its result; name and seconds.
         calls: its arguments, by name, in the order of worth.
-        workers: processes, of one thread each.
-        minutes: after which none is begun.
         cost: what each takes relative to the others; None takes all for the same.
 
     Returns:
         How many are left.
     """
+    calls = {name: call for name, call in calls.items() if not unit_path(bench.work, name).exists()}
+    say(f"{len(calls)} units to do")
+    workers, minutes = bench.options.workers, bench.options.minutes
     weight = {name: 1.0 if cost is None else cost[name] for name in calls}
     started, done, number = time.perf_counter(), 0.0, 0
     for number, (name, seconds) in enumerate(side_by_side(work, calls.values(), workers, started + 60 * minutes), 1):
@@ -154,6 +173,29 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
     parser.add_argument("--check", action="store_true", help="recompute the page from the JSON, and compare")
     return parser
+
+
+def opened(parser: argparse.ArgumentParser, name: str, write: Callable[[Result], str]) -> Opened:
+    """Parse the options; where `--check` asks for it, compare the page with its JSON and end the program.
+
+    Args:
+        parser: `parser_of`, with what the benchmark adds.
+        name: of the benchmark.
+        write: the page of a document.
+
+    Returns:
+        The options and places.
+    """
+    options = parser.parse_args()
+    page = options.out / f"{name}{'-quick' if options.quick else ''}.md"
+    if options.check:
+        check_page(page, write)
+    if options.data is None and not options.quick:
+        parser.error("--data must name the folder of the data")
+    logging.basicConfig(level=logging.ERROR)
+    work = options.work / name / ("quick" if options.quick else "full")
+    data = options.data or write_built_in(work / "built-in")
+    return Opened(options=options, page=page, data=data.resolve(), work=work.resolve())
 
 
 def write_results(page: Path, document: Result, write: Callable[[Result], str], digits: int) -> Result:

@@ -15,6 +15,7 @@ have logits, V logits a token.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,25 @@ class Continuations:
 
     def __len__(self) -> int:
         return len(self.num_targets)
+
+    @functools.cached_property
+    def distinct_inputs(self) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
+        """Inputs (all tokens but the last) that differ, and the position of each request's among them."""
+        known: dict[bytes, int] = {}
+        rows: list[npt.NDArray[np.int64]] = []
+        row_of_N = []
+        for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            row = self.values[start : end - 1]
+            position = known.setdefault(row.tobytes(), len(rows))
+            if position == len(rows):
+                rows.append(row)
+            row_of_N.append(position)
+        return rows, row_of_N
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Tokens that the model reads to answer, those that requests share once; without padding."""
+        return sum(map(len, self.distinct_inputs[0]))
 
     @classmethod
     def from_pairs(
@@ -99,7 +119,7 @@ def log_likelihoods(
     """
     module = unwrap(model)
     require_known_tokens(module, requests.values)
-    rows, row_of_N = _distinct_inputs(requests)
+    rows, row_of_N = requests.distinct_inputs
     lengths = np.array([len(row) for row in rows], np.int64)
     order = np.lexsort((np.arange(len(rows)), -lengths))  # longest first: memory runs out early, or not
     batches = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
@@ -174,11 +194,6 @@ def assist(model: nn.Module, processes: Processes) -> dict[str, float]:
         log_likelihoods(model, requests, batch_rows=message["batch_rows"], processes=processes)
 
 
-def num_input_tokens(requests: Continuations) -> int:
-    """Tokens that the model reads to answer these requests, those that requests share once; without padding."""
-    return sum(len(row) for row in _distinct_inputs(requests)[0])
-
-
 def longest(requests: Continuations, num: int) -> Continuations:
     """The `num` longest requests."""
     lengths = np.diff(requests.offsets)
@@ -189,20 +204,6 @@ def longest(requests: Continuations, num: int) -> Continuations:
         offsets=np.cumsum([0, *map(len, parts)], dtype=np.int64),
         num_targets=requests.num_targets[chosen],
     )
-
-
-def _distinct_inputs(requests: Continuations) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
-    """Inputs (all tokens but the last) that differ, and the position of each request's among them."""
-    known: dict[bytes, int] = {}
-    rows: list[npt.NDArray[np.int64]] = []
-    row_of_N = []
-    for start, end in zip(requests.offsets[:-1], requests.offsets[1:], strict=True):
-        row = requests.values[start : end - 1]
-        position = known.setdefault(row.tobytes(), len(rows))
-        if position == len(rows):
-            rows.append(row)
-        row_of_N.append(position)
-    return rows, row_of_N
 
 
 def _run(

@@ -45,9 +45,6 @@ class Evaluator:
         truncate: cut contexts that are longer than the model's from the left, with one warning, as lm-eval does;
             without it they are an error.
 
-    Attributes:
-        num_tokens: that the last `run` passed through the model, over all processes; known in the main one.
-
     Raises:
         ImportError: lm-eval is not installed.
         ValueError: an argument is out of range, or the tokenizer has no end token.
@@ -84,7 +81,6 @@ class Evaluator:
         self.batch_size = batch_size
         self.metadata = dict(metadata or {})
         self.truncate = truncate
-        self.num_tokens = 0
         self._loaded: dict[str, Any] | None = None
         self._live: Any = None
 
@@ -111,6 +107,11 @@ class Evaluator:
             self._loaded = loaded
             logger.info("%d tasks built in %.1f s", len(loaded["tasks"]), time.perf_counter() - started)
         return self._loaded
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the last `run` passed through the model, over all processes; known in the main one."""
+        return 0 if self._live is None else int(self._live.num_tokens)
 
     def prepare(self, model: nn.Module, processes: Processes = ALONE, *, progress: bool = False) -> None:
         """Build the tasks, tokenise their requests, and prove on the longest of them that the model can answer.
@@ -165,7 +166,6 @@ class Evaluator:
             found = lm_eval.evaluate(
                 lm=live, task_dict=self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
             )
-            self.num_tokens = live.num_tokens
             return flat_metrics(found["results"])
 
         return self._together(model, processes, body)

@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
-from mates_hf.evaluation.continuations import Continuations, answer, num_input_tokens
+from mates_hf.evaluation.continuations import Continuations, answer
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import EvaluationError
 
@@ -145,7 +145,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _answer(self, pairs: Sequence[Pair]) -> tuple[Any, Any]:
         assert self.model is not None
         requests = Continuations.from_pairs(pairs, self.max_tokens)
-        self.num_tokens += num_input_tokens(requests)
+        self.num_tokens += requests.num_input_tokens
         return answer(
             self.model, requests, batch_rows=self.batch_rows, progress=self.progress, processes=self.processes
         )

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -74,8 +75,7 @@ class FineTuning:
             MatesError: a prediction is not finite.
             ValueError: too few candidates to keep some for validation.
         """
-        rows = np.flatnonzero(~target.held_out)
-        validation = split_held_out(len(rows), self.validation_fraction, self.seed + 1)
+        rows, validation = self._split(target)
         head = _new_head(encoder.width, start).to(encoder.module.device)
         best_value, weights, line = -math.inf, {}, _line_of(head)
         for epoch in self._epochs(encoder, head, documents, target.values, rows[~validation]):
@@ -94,14 +94,18 @@ class FineTuning:
 
     def flops(self, encoder: FoldingEncoder, documents: Sequence[IntArray], target: FitTarget) -> float:
         """FLOPs of `run`: training, choosing the epoch, and calibration."""
-        rows = np.flatnonzero(~target.held_out)
-        validation = split_held_out(len(rows), self.validation_fraction, self.seed + 1)
+        rows, validation = self._split(target)
         fitted, chosen = (
             encoder.num_tokens([documents[i] for i in part]) for part in (rows[~validation], rows[validation])
         )
         num_parameters = count_multiplied_parameters(encoder.module)
         epoch = gradient_flops(num_parameters, fitted) + forward_flops(num_parameters, chosen)
         return self.num_epochs * epoch + forward_flops(num_parameters, fitted + chosen)
+
+    def _split(self, target: FitTarget) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        """(R,) candidates that may be looked at, and (R,) bool, those of them that choose the epoch."""
+        rows = np.flatnonzero(~target.held_out)
+        return rows, split_held_out(len(rows), self.validation_fraction, self.seed + 1)
 
     def _epochs(
         self,
