@@ -72,9 +72,13 @@ def find_fault(path: Path, step: int) -> str | None:
         return f"{', '.join(damaged)} cut short"
     names = {file.name for file in files}
     for index in names.intersection(_INDEXES):
-        shards = set(json.loads((path / index).read_bytes())["weight_map"].values())
-        if shards - names:
-            return f"{', '.join(sorted(shards - names))} missing"
+        content = json.loads((path / index).read_bytes())
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict):
+            return f"{index} names no files"
+        missing = set(weight_map.values()) - names
+        if missing:
+            return f"{', '.join(sorted(missing))} missing"
     sharded = any(
         entry.is_dir() for entry in path.iterdir()
     )  # FSDP, DeepSpeed and further adapters: their own folders

@@ -67,6 +67,13 @@ def test_a_shard_that_is_missing(output_dir):
     assert last_complete_checkpoint(output_dir) == str(folder)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": null}'])
+def test_an_index_that_names_no_files(output_dir, text, caplog):
+    (output_dir / "checkpoint-10" / "model.safetensors.index.json").write_text(text)
+    assert last_complete_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert "model.safetensors.index.json names no files" in caplog.text
+
+
 def test_a_folder_just_made_and_other_names(output_dir):
     (output_dir / "checkpoint-12").mkdir()
     (output_dir / "checkpoint-best").mkdir()
