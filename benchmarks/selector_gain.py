@@ -30,14 +30,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lab import rounded
 from selector_gain_corpus import builtin_texts, file_texts
 from selector_gain_tables import RANDOM, SAME_KINDS, SELECTED, write_page
 from selector_gain_training import (
@@ -53,10 +50,11 @@ from selector_gain_training import (
     steps_of,
     train,
 )
-from units import RESULTS, single_threads
+from units import Opened, end, opened, parser_of, read_units, run_units, say, write_results
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
 RATIO = 0.2
+DIGITS = 7
 
 # What the demo would set by itself, for a pool that it is given.
 OWN_POOL = f"""--dataset json --text_column text --group_column kind --update_steps 40 --random_rounds 4
@@ -158,28 +156,23 @@ def filter_corpus(work: Path, selector: Path) -> Path:
     return kept
 
 
-# --- stage 3 ---
-
-
-def trained(work: Path, kept: Path, checkpoint: Path, units: list[Unit], workers: int) -> Iterator[str]:
-    """Run units side by side; yields a line for each that is done."""
-    with single_threads(workers) as pool:
-        futures = {unit.file: pool.submit(train, work, kept, checkpoint, unit) for unit in units}
-        for name, future in futures.items():
-            yield f"{name}: {future.result():.0f} s"
-
-
 # --- results ---
 
 
-def collect(work: Path, arguments: argparse.Namespace, sizes: Sizes, selector: Path, tokens: Tokens) -> dict[str, Any]:
-    """All that the page is made from."""
+def name_of(options: argparse.Namespace) -> str:
+    """The benchmark's name: pages of different corpora are beside each other."""
+    return "selector_gain" + ("_reference" if options.reference else "_file" if options.corpus else "")
+
+
+def collected(
+    bench: Opened, sizes: Sizes, selector: Path, tokens: Tokens, units: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The JSON document of what is done so far."""
     import torch
     import transformers
 
     from mates_hf import load_round
 
-    units = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "units").glob("*.json"))]
     lengths = tokens.lengths
     info = load_round(selector).info
     kinds = {
@@ -187,7 +180,8 @@ def collect(work: Path, arguments: argparse.Namespace, sizes: Sizes, selector: P
                "kept": float(lengths[(tokens.kind == k) & tokens.kept].sum() / lengths[tokens.kept].sum())}
         for k, name in enumerate(tokens.kinds)
     }  # fmt: skip
-    about = json.loads((work / "texts.json").read_text(encoding="utf-8"))
+    arguments = bench.options
+    about = json.loads((bench.work / "texts.json").read_text(encoding="utf-8"))
     return {
         "settings": {
             "quick": arguments.quick,
@@ -209,55 +203,36 @@ def collect(work: Path, arguments: argparse.Namespace, sizes: Sizes, selector: P
 
 def main() -> None:
     """Run what is missing, then write the JSON and the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, data=False)
     parser.add_argument("--corpus", type=Path, help="JSON lines of `text` (and `domain`) to filter")
     parser.add_argument("--reference", type=Path, help="JSON lines; the demo then trains on one half of --corpus")
-    parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
     parser.add_argument("--seeds", type=int, help="fresh models of each arm (5; quick: 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="for the JSON and the page")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/selector_gain"), help="for the runs and finished parts"
-    )
-    parser.add_argument("--workers", type=int, default=2, help="trainings side by side, of one thread each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after this many")
-    arguments = parser.parse_args()
-    if arguments.reference and not arguments.corpus:
+    bench = opened(parser, name_of, write_page)
+    given = bench.options
+    if given.reference and not given.corpus:
         parser.error("--reference must come with the --corpus that has text for it")
-    sizes = QUICK if arguments.quick else Sizes()
-    sizes = dataclasses.replace(sizes, seeds=arguments.seeds or sizes.seeds)
-    name = "selector_gain" + ("_reference" if arguments.reference else "_file" if arguments.corpus else "")
-    name += "_quick" if arguments.quick else ""
-    work = (arguments.work / name).resolve()
+    sizes = QUICK if given.quick else Sizes()
+    sizes = dataclasses.replace(sizes, seeds=given.seeds or sizes.seeds)
+    work = bench.work
     work.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
 
     from transformers import AutoTokenizer
 
-    write_texts(work, arguments, sizes)
-    demo = run_demo(work, sizes, own_pool=arguments.reference is not None)
+    write_texts(work, given, sizes)
+    demo = run_demo(work, sizes, own_pool=given.reference is not None)
     selector = last_selector(demo)
     checkpoint = demo / "mates-0" / f"checkpoint-{sizes.demo_steps}"
     kept = filter_corpus(work, selector)
     tokens = read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
     counts = Counter(np.array(tokens.kinds)[tokens.kind[tokens.kept]].tolist())
-    say = f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts})"
-    print(f"{say}; {EPOCHS} x {steps_of(tokens)} steps", flush=True)
+    say(f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts}); {EPOCHS} x {steps_of(tokens)} steps")
     arms = [(arm, seed) for seed in range(sizes.seeds) for arm in (SELECTED, RANDOM)]
     arms += [(SAME_KINDS, seed) for seed in range(sizes.seeds)]
     units = [Unit(arm=arm, seed=seed) for arm, seed in arms]
-    todo = [unit for unit in units if not (work / "units" / unit.file).exists()]
-    while todo:
-        if time.perf_counter() - started > 60 * arguments.minutes:
-            print(f"{len(todo)} of {len(units)} trainings are left; the same command goes on")
-            sys.exit(3)
-        for line in trained(work, kept, checkpoint, todo[: arguments.workers], arguments.workers):
-            print(line, flush=True)
-        todo = todo[arguments.workers :]
-    document = rounded(collect(work, arguments, sizes, selector, tokens), 7)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
-    (arguments.out / f"{name}.md").write_text(write_page(document), encoding="utf-8")
-    print(write_page(document))
+    left = run_units(bench, train, {unit.file: (work, kept, checkpoint, unit) for unit in units})
+    found = list(read_units(work, sorted(unit.file for unit in units)).values())
+    write_results(bench.page, collected(bench, sizes, selector, tokens, found), write_page, DIGITS)
+    end(left)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lab import build_optimizer, train_steps
 from selector_gain_corpus import as_rows, pack
 from selector_gain_tables import SAME_KINDS, SELECTED
-from units import keep
+from units import keep, unit_path
 
 LR, BATCH_ROWS, WARM_UP, BLOCK = 2e-3, 16, 20, 128
 EVERY, WINDOW = 30, 10  # steps between two evaluations, and of weights that one averages
@@ -39,8 +39,8 @@ class Unit:
 
     @property
     def file(self) -> str:
-        """Name of its result."""
-        return f"{self.arm.replace(', ', '-').replace(' ', '-')}-{self.seed}.json"
+        """Name of its result, without suffix."""
+        return f"{self.arm.replace(', ', '-').replace(' ', '-')}-{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,8 @@ def own_rows(work: Path, tokenizer: Any) -> Any:
     return as_rows(blocks[np.random.default_rng(0).permutation(len(blocks))[:MOST_OWN_ROWS]])
 
 
-def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> float:
-    """Train one fresh model and keep its curve; the seconds it took."""
+def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> tuple[str, float]:
+    """Train one fresh model and keep its curve; name and seconds."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -162,5 +162,5 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> float:
     )
     seconds = time.perf_counter() - begin
     result = {"arm": unit.arm, "seed": unit.seed, "num_steps": num_steps, "curve": curve, "seconds": seconds}
-    keep(work / "units" / unit.file, result)
-    return seconds
+    keep(unit_path(work, unit.file), result)
+    return unit.file, seconds

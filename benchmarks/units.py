@@ -42,7 +42,7 @@ class Opened:
     Attributes:
         options: of the command line.
         page: Markdown file; its JSON is beside it.
-        data: folder of the data, or of text of the Python installation in its place.
+        data: folder of the data, or of text of the Python installation in its place; `work` where it reads neither.
         work: folder of this run's units.
     """
 
@@ -162,39 +162,58 @@ def run_units(
 # --- the command line and the page ---
 
 
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """The options that a benchmark of units has."""
+def parser_of(doc: str | None, *, workers: int | None = 2, data: bool = True) -> argparse.ArgumentParser:
+    """The options that a benchmark of units has.
+
+    Args:
+        doc: of the script; its first line is the description.
+        workers: how many by default; None where units use what earlier ones left, so that they run one by one.
+        data: whether it reads the folder of the data.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with corpus.jsonl.gz and eval/; --quick needs none")
+    if data:
+        parser.add_argument("--data", type=Path, help="folder with corpus.jsonl.gz and eval/; --quick needs none")
     parser.add_argument("--out", type=Path, default=RESULTS, help="for the JSON and the page")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="for units already done")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    if workers is None:
+        parser.set_defaults(workers=1)
+    else:
+        parser.add_argument("--workers", type=int, default=workers, help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no unit after this many")
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that everything runs")
     parser.add_argument("--check", action="store_true", help="recompute the page from the JSON, and compare")
     return parser
 
 
-def opened(parser: argparse.ArgumentParser, name: str, write: Callable[[Result], str]) -> Opened:
+def opened(
+    parser: argparse.ArgumentParser,
+    name: str | Callable[[argparse.Namespace], str],
+    write: Callable[[Result], str],
+    differences: Callable[[Result], list[str]] | None = None,
+) -> Opened:
     """Parse the options; where `--check` asks for it, compare the page with its JSON and end the program.
 
     Args:
         parser: `parser_of`, with what the benchmark adds.
-        name: of the benchmark.
+        name: of the benchmark, or what makes it from the options.
         write: the page of a document.
+        differences: statistics of the JSON that its own arrays do not give; None where the page has all of them.
 
     Returns:
         The options and places.
     """
     options = parser.parse_args()
+    name = name if isinstance(name, str) else name(options)
     page = options.out / f"{name}{'-quick' if options.quick else ''}.md"
     if options.check:
-        check_page(page, write)
-    if options.data is None and not options.quick:
-        parser.error("--data must name the folder of the data")
+        check_page(page, write, differences)
     logging.basicConfig(level=logging.ERROR)
     work = options.work / name / ("quick" if options.quick else "full")
-    data = options.data or write_built_in(work / "built-in")
+    data = work
+    if "data" in options:
+        if options.data is None and not options.quick:
+            parser.error("--data must name the folder of the data")
+        data = options.data or write_built_in(work / "built-in")
     return Opened(options=options, page=page, data=data.resolve(), work=work.resolve())
 
 
@@ -215,11 +234,16 @@ def read_results(page: Path) -> Result | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def check_page(page: Path, write: Callable[[Result], str]) -> None:
-    """End the program: well if the committed page is what its JSON gives."""
+def check_page(
+    page: Path, write: Callable[[Result], str], differences: Callable[[Result], list[str]] | None = None
+) -> None:
+    """End the program: well if the committed page is what its JSON gives, and the JSON's statistics its arrays."""
     document = read_results(page)
     assert document is not None, f"no JSON beside {page}"
-    sys.exit(None if write(document) == page.read_text(encoding="utf-8") else "The page differs.")
+    found = [] if differences is None else differences(document)
+    if write(document) != page.read_text(encoding="utf-8"):
+        found.append("The page differs.")
+    sys.exit("\n".join(found) or None)
 
 
 def end(num_left: int) -> None:

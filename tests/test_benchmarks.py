@@ -24,7 +24,9 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["selection", "fidelity"])
+@pytest.mark.parametrize(
+    "name", ["selection", "fidelity", "selector_gain", pytest.param("influence_models", marks=pytest.mark.slow)]
+)
 def test_the_page_follows_from_the_committed_json(name: str) -> None:
     run(f"{name}.py", "--check")
 
