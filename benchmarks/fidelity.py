@@ -4,14 +4,15 @@
 # ///
 """What an influence label agrees with: one real batch, and 10 to 1,000 steps on the rows it prefers.
 
-    python benchmarks/fidelity.py --data DATA_DIR             # about 20 minutes on two cores
+    python benchmarks/fidelity.py --data DATA_DIR             # about an hour on two cores
     python benchmarks/fidelity.py --quick                     # two minutes, on text of the Python installation
     python benchmarks/fidelity.py --check                     # recompute the page from the JSON
 
-Place in the flow: it freezes the definition of the label and the selection defaults on evidence. Four parts, in units
+Place in the flow: it freezes the definition of the label and the selection defaults on evidence. Five parts, in units
 that run in processes of their own and are kept one by one, so that a killed run goes on where it stopped:
 
 - `in_batch`: labels against the change of the reference loss when a candidate replaces one row of a real batch.
+- `cost`: seconds that each kind of label takes for 1,000 candidates.
 - `horizon`: development loss after training on sets of rows chosen by predicted influence.
 - `rounds`: labels of the same candidates from round to round (what selecting by them gains is in `selection.py`).
 - `fit`: held-out rank correlation of the n-gram influence model by kind and number of labels.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity_one_step import in_batch
+from fidelity_one_step import cost, in_batch
 from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
 from fidelity_tables import write_tables
 from fidelity_training import ARMS, LABEL_KINDS, SETS, fit, horizon, rounds
@@ -50,10 +51,10 @@ from units import (
 )
 
 DIGITS = 5
-FUNCTIONS = {"in_batch": in_batch, "horizon": horizon, "rounds": rounds, "fit": fit}
+FUNCTIONS = {"in_batch": in_batch, "cost": cost, "horizon": horizon, "rounds": rounds, "fit": fit}
 Unit = tuple[str, str, dict[str, Any], float]
 QUICK_UNITS = (
-    "in_batch/late", "in_batch/many lengths", "fit/all tokens, averaged", "horizon/random/random",
+    "in_batch/late", "in_batch/many lengths", "cost/late", "fit/all tokens, averaged", "horizon/random/random",
     "horizon/all tokens, averaged/deciles", "horizon/all tokens, averaged/top", "rounds/random",
     "rounds/averaged, pooled",
 )  # fmt: skip
@@ -83,6 +84,7 @@ def all_units(sizes: Sizes) -> list[Unit]:
         "seed 1": {"steps": late, "seed": 1},
     }
     units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings, 60) for name, settings in configurations.items()]
+    units += [("cost/late", "cost", {}, 400)]
     units += [("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"}, 30)]
     units += [(f"rounds/{arm}", "rounds", {"arm": arm}, 25) for arm in ARMS]
     units += [
@@ -100,9 +102,12 @@ def settings_of(unit: Unit) -> dict[str, Any]:
 
 
 def recover(paths: Paths, sizes: Sizes, page: Path, units: list[Unit]) -> int:
-    """Take over units of an earlier JSON, if it was made at these sizes and with settings as they are now."""
+    """Take over units of an earlier JSON, if it was made at these sizes and with settings as they are now.
+
+    A size that the JSON does not know is of a part that it does not have.
+    """
     document, now = read_results(page), plain(dataclasses.asdict(sizes))
-    if document is None or any(document["settings"].get(name) != value for name, value in now.items()):
+    if document is None or any(document["settings"].get(name, value) != value for name, value in now.items()):
         return 0
     return take_over(paths.work, document["units"], {unit[0]: settings_of(unit) for unit in units})
 

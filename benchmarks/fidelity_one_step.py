@@ -1,18 +1,20 @@
 """Labels against one real step: what a candidate is worth in the place of one row of a real batch.
 
-Place in the flow: the part `in_batch` of `fidelity.py`. Trade-off: brute force, an optimizer step and a pass over the
-reference passages for each candidate and batch, so there are a hundred candidates and not thousands.
+Place in the flow: the parts `in_batch` and `cost` of `fidelity.py`. Trade-off: brute force, an optimizer step and a
+pass over the reference passages for each candidate and batch, so there are a hundred candidates and not thousands.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from fidelity_setup import BATCH_ROWS, LOSSES, LR, Ids, Paths, Sizes, one_a_document
+from fidelity_setup import BATCH_ROWS, LOSSES, LR, Ids, Paths, Sizes, one_a_document, warm_point
 from lab import (
     TOKENS_PER_BATCH,
     FloatArray,
@@ -38,6 +40,8 @@ from mates_hf.selection.choose import row_worth
 from mates_hf.training.callback import PATH_STEPS
 
 TUNED_STEPS = 10  # of the perplexity difference
+ORACLE = "one_step"
+COST_TURNS = 3
 EPSILON = 1e-3  # where a direction is not measured by `DirectionalProbe.measure`, which chooses its own
 
 
@@ -95,7 +99,8 @@ def in_batch(
     }  # fmt: skip
     for loss_on in LOSSES:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            labels = all_labels(probe, model, optimizer, references[loss_on], candidates, recent[loss_on], clip)
+            kinds = label_kinds(probe, model, optimizer, references[loss_on], clip, recent[loss_on])
+            labels = {name: label(candidates) for name, label in kinds.items()}
         if many_lengths:
             for name in ("one_step", "directional"):
                 per_token = labels.pop(name)
@@ -113,38 +118,76 @@ def in_batch(
     return result
 
 
-def all_labels(
+def label_kinds(
     probe: DirectionalProbe,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     reference: ReferenceTask,
-    candidates: TokenRows,
-    recent: list[Direction],
     clip: float | None,
-) -> dict[str, FloatArray]:
-    """Every kind of label that is compared, (N,) each, > 0 helps (the candidate's own loss aside)."""
-    variants = {
-        "directional": probe,
-        "directional, E[g_B²] from batches": dataclasses.replace(probe, second_moment="batches"),
-        "directional, blocks": dataclasses.replace(probe, parameters="blocks"),
-        "directional, path": dataclasses.replace(probe, path_steps=PATH_STEPS),
+    recent: list[Direction],
+) -> dict[str, Callable[[TokenRows], FloatArray]]:
+    """Every kind of label that is compared: (N,) of N candidates, > 0 helps (the candidate's own loss aside).
+
+    Without directions of `recent` steps the kind that takes their mean is left out.
+    """
+    oracle = OneStepProbe(max_grad_norm=clip, tokens_per_batch=TOKENS_PER_BATCH)
+
+    def measured(**changes: Any) -> Callable[[TokenRows], FloatArray]:
+        variant = dataclasses.replace(probe, **changes)
+        return lambda candidates: variant.measure(model, optimizer, reference, candidates).influence_per_token.astype(
+            np.float64
+        )
+
+    def along(direction: Callable[[], Direction]) -> Callable[[TokenRows], FloatArray]:
+        def label(candidates: TokenRows) -> FloatArray:
+            found = direction()
+            either_side = probe.directional_derivatives(model, found, candidates, EPSILON)
+            return row_means(candidates, found.derivatives(*either_side, EPSILON))
+
+        return label
+
+    kinds: dict[str, Callable[[TokenRows], FloatArray]] = {
+        ORACLE: lambda rows: oracle.measure(model, optimizer, reference, rows).influence.astype(np.float64),
+        "directional": measured(),
+        "directional, E[g_B²] from batches": measured(second_moment="batches"),
+        "directional, blocks": measured(parameters="blocks"),
+        "directional, path": measured(path_steps=PATH_STEPS),
+        "directional, u over 10 steps": along(lambda: mean_direction(recent)),
+        "directional, gradient before the null step": along(
+            lambda: plain_direction(model, optimizer, reference, null_step=False)
+        ),
+        "gradient product (P = 1)": along(lambda: plain_direction(model, optimizer, reference, precondition=False)),
+        "LESS: cosine with Adam's step": lambda rows: adam_cosine(model, optimizer, reference, rows),
+        "perplexity difference": lambda rows: tuned_difference(model, optimizer, reference, rows),
+        "the candidate's own loss": lambda rows: own_losses(model, rows),
     }
-    measured = {name: variant.measure(model, optimizer, reference, candidates) for name, variant in variants.items()}
-    one_step = OneStepProbe(max_grad_norm=clip, tokens_per_batch=TOKENS_PER_BATCH)
-    directions = {
-        "directional, u over 10 steps": mean_direction(recent),
-        "directional, gradient before the null step": plain_direction(model, optimizer, reference, null_step=False),
-        "gradient product (P = 1)": plain_direction(model, optimizer, reference, precondition=False),
-    }
-    labels = {"one_step": one_step.measure(model, optimizer, reference, candidates).influence.astype(np.float64)}
-    labels |= {name: value.influence_per_token.astype(np.float64) for name, value in measured.items()}
-    for name, direction in directions.items():
-        either_side = probe.directional_derivatives(model, direction, candidates, EPSILON)
-        labels[name] = row_means(candidates, direction.derivatives(*either_side, EPSILON))
-    labels["LESS: cosine with Adam's step"] = adam_cosine(model, optimizer, reference, candidates)
-    labels["perplexity difference"] = tuned_difference(model, optimizer, reference, candidates)
-    labels["the candidate's own loss"] = measured["directional"].loss.astype(np.float64)
-    return labels
+    if not recent:
+        del kinds["directional, u over 10 steps"]
+    return kinds
+
+
+def cost(lab: Lab, sizes: Sizes, paths: Paths, *, seed: int = 0) -> dict[str, Any]:
+    """Seconds that each kind of label takes for the same candidates, in turns: one thread, all reference passages.
+
+    The oracle, which reads the passages again for each candidate, gets few; all others begin by reading them once.
+    """
+    point = warm_point(lab, sizes, paths, seed)
+    probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, batch_rows=BATCH_ROWS)
+    kinds = label_kinds(probe, point.model, point.optimizer, lab.reference["all"], 1.0, [])
+    nums = {name: sizes.cost_oracle if name == ORACLE else sizes.cost_candidates for name in kinds}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(1 + COST_TURNS):
+        for name, label in kinds.items():
+            # The first turn, of a few candidates, warms up.
+            rows = lab.rows.take(point.rest[: nums[name] if turn else 4])
+            started = time.perf_counter()
+            label(rows)
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {
+        "seed": seed, "passages": len(lab.reference["all"]), "row_tokens": int(lab.rows.lengths[0]),
+        "num_candidates": nums, "turns": seconds,
+    }  # fmt: skip
 
 
 def adam_cosine(
@@ -173,17 +216,18 @@ def tuned_difference(
     model: nn.Module, optimizer: torch.optim.Optimizer, reference: ReferenceTask, candidates: TokenRows
 ) -> FloatArray:
     """(N,) loss of each candidate minus its loss after `TUNED_STEPS` optimizer steps on the reference passages."""
-
-    def losses() -> FloatArray:
-        found = token_losses(model, candidates, tokens_per_batch=TOKENS_PER_BATCH)
-        return row_means(candidates, found.astype(np.float64))
-
     with preserved(model, optimizer):
-        before = losses()
+        before = own_losses(model, candidates)
         for _ in range(TUNED_STEPS):
             mean_loss_gradient(model, reference.rows, tokens_per_batch=TOKENS_PER_BATCH)
             optimizer.step()
-        return before - losses()
+        return before - own_losses(model, candidates)
+
+
+def own_losses(model: nn.Module, candidates: TokenRows) -> FloatArray:
+    """(N,) mean loss of each candidate, nats/token."""
+    found = token_losses(model, candidates, tokens_per_batch=TOKENS_PER_BATCH)
+    return row_means(candidates, found.astype(np.float64))
 
 
 def plain_direction(

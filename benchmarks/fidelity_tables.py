@@ -36,7 +36,8 @@ def write_tables(document: dict[str, Any]) -> str:
     if settings["missing"]:
         head += f"\n**Not finished: {settings['missing']} units are left.**\n"
     sections = {
-        "in_batch": in_batch_section, "horizon": horizon_section, "rounds": steadiness_section, "fit": fit_section,
+        "in_batch": in_batch_section, "cost": cost_section, "horizon": horizon_section, "rounds": steadiness_section,
+        "fit": fit_section,
     }  # fmt: skip
     return "\n".join([head, *(write(parts[name], settings) for name, write in sections.items() if name in parts)])
 
@@ -103,6 +104,31 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
             for label in main["all"]
         ],
     )  # fmt: skip
+    return text
+
+
+# --- cost ---
+
+
+def cost_section(units: Units, settings: dict[str, Any]) -> str:
+    """Seconds of each kind of label, and how often as fast as the oracle it is."""
+    text = ""
+    for unit in units.values():
+        nums, turns = unit["num_candidates"], unit["turns"]
+        each = {name: np.array(seconds) / nums[name] for name, seconds in turns.items()}
+        few = nums["one_step"]
+        text += (
+            "## Seconds for 1,000 candidates\n\n"
+            f"One thread, {settings['warm']} steps in, candidates of {unit['row_tokens']} tokens, all "
+            f"{unit['passages']} reference passages; reading those is included. Medians of "
+            f"{len(next(iter(turns.values())))} turns, ratios within a turn. The oracle reads the passages again for "
+            f"each candidate: it was given {few}, the others {max(nums.values()):,}.\n\n"
+        )
+        rows = [
+            [name, f"{1_000 * np.median(seconds):.1f}", f"{np.median(each['one_step'] / seconds):.0f} ×"]
+            for name, seconds in each.items()
+        ]
+        text += table(["label", "seconds", "as fast as the oracle"], rows)
     return text
 
 

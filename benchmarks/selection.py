@@ -4,7 +4,7 @@
 # ///
 """Does selecting pay? From one warm start, every way of choosing rows that a user might take instead.
 
-    python benchmarks/selection.py --data DATA_DIR             # about four hours on two cores
+    python benchmarks/selection.py --data DATA_DIR             # about five hours on two cores
     python benchmarks/selection.py --quick                     # two minutes, on text of the Python installation
     python benchmarks/selection.py --check                     # recompute the page from the JSON
 
