@@ -102,7 +102,7 @@ def in_batch(
             kinds = label_kinds(probe, model, optimizer, references[loss_on], clip, recent[loss_on])
             labels = {name: label(candidates) for name, label in kinds.items()}
         if many_lengths:
-            for name in ("one_step", "directional"):
+            for name in (ORACLE, "directional"):
                 per_token = labels.pop(name)
                 labels[f"{name}, mean"] = per_token
                 labels[f"{name}, sum"] = per_token * candidates.num_targets

