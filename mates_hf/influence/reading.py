@@ -1,0 +1,374 @@
+"""How the run's loss follows from a batch: what a probe would read is compared with what the run computes.
+
+Place in the flow: `MatesCallback` asks once, before the first step; the stages alone ask in each `measure`. A few rows
+of the pool are collated, one by one and together. Of the readings that a probe can measure (`Reading`) the one is
+taken that equals the run's own loss on them. Where none does, the own loss is measured row by row; where the rows'
+own losses do not make up the batch's, the run is refused with both numbers.
+
+Trade-off: a dozen forward passes of a few rows at the start of a run, so that a label of another loss than the one
+that is trained has nowhere to come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mates_hf.data.batches import IGNORED, Feed, Likelihood, Reading
+from mates_hf.data.collated import collate, drew_random, name_of
+from mates_hf.data.columns import fixed_positions
+from mates_hf.data.feeds import model_batch
+from mates_hf.data.pool import CandidatePool
+from mates_hf.influence.losses import likelihood, needs_labels
+from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
+from mates_hf.model_traits import accepts, input_device, is_low_precision
+from mates_hf.preserve import local_shard, preserved, undisturbed
+from mates_hf.records import InfluenceError, UnsupportedSettingError
+
+logger = logging.getLogger(__name__)
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+NUM_LOOKED_AT = 64  # rows collated to see which inputs there are
+NUM_TOGETHER = 3  # rows compared in one batch
+_TEXT_KEYS = ("input_ids", "labels", "attention_mask")
+_APART = 0.05  # nats: readings that part by less are compared at other weights, too
+WAY_OUT = (
+    "Pass the loss that the run trains with to the probe, as `MatesCallback(..., probe=DirectionalProbe(loss=...))`."
+)
+# What a model raises that cannot run a batch; out-of-memory is a RuntimeError, too, and passed on.
+CANNOT_RUN = (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+
+
+def find_reading(
+    model: nn.Module, pool: CandidatePool, run_loss: RunLoss = MODEL_LOSS, *, is_given: bool = False
+) -> Reading:
+    """Compare the run's loss on a few collated rows with what a probe would read of them.
+
+    Args:
+        model: the live model, unwrapped; it stays as it is.
+        pool: rows and their collator.
+        run_loss: what the run trains with.
+        is_given: the loss was given to the probe, which measures it whatever it is; what is found is how rows are fed,
+            and the likelihood that the reference task is measured by.
+
+    Returns:
+        The reading that equals it, else that loss row by row. Without any loss to compare with (a plain module that
+        returns logits) the shifted likelihood, marked as not compared.
+
+    Raises:
+        UnsupportedSettingError: the loss of a batch is no mean over its rows, or nothing can be measured.
+        InfluenceError: the run's loss is not finite.
+    """
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        comparison = _Comparison(model, pool, run_loss)
+        return comparison.given() if is_given else comparison.find()
+
+
+class _Comparison:
+    """The rows looked at, and the run's loss of them."""
+
+    def __init__(self, model: nn.Module, pool: CandidatePool, run_loss: RunLoss) -> None:
+        self.model, self.pool, self.run_loss = model, pool, run_loss
+        self.device = input_device(model)
+        self.base = Reading(encoder_decoder=needs_labels(model))
+        self.collated = pool.collated(np.zeros(0, np.int64), self.base)
+        self.looked_at = self._look()
+        self.rows = self._choose()
+
+    def find(self) -> Reading:
+        """The reading, and how rows are to be fed."""
+        own = self._losses(self.run_loss)
+        if own is None:
+            return self._uncompared()
+        if not np.isfinite(own).all():
+            raise InfluenceError(
+                f"The run's loss must be finite, got {own.tolist()} of pool rows {self.rows} before the first step. "
+                "Look for NaN in the model."
+            )
+        compared: dict[str, Any] = {"loss": self.run_loss.name, "own_loss": float(own.mean()), "num_rows": len(own)}
+        kind, error, read = self._nearest(self.run_loss, own)
+        reading = dataclasses.replace(self.base, likelihood=kind)
+        if error <= self._tolerance(own):
+            compared["read_loss"] = float(read.mean())
+        else:
+            models = None if self.run_loss is MODEL_LOSS else self._losses(MODEL_LOSS)
+            if models is not None and np.isfinite(models).all():
+                kind = self._nearest(MODEL_LOSS, models)[0]
+            reading = dataclasses.replace(
+                reading, likelihood=kind, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name
+            )
+        if reading.likelihood == "unshifted" and not reading.encoder_decoder:
+            reading = dataclasses.replace(reading, looks_ahead=self._looks_ahead())
+        feed, constants = self._feed(reading, own)
+        reading = dataclasses.replace(reading, feed=feed, constants=constants)
+        if not self._is_random():
+            alike, found = self._check_batch(reading, own)
+            compared.update(found)
+            if feed == "collated" and (not alike or reading.loss is not None):
+                reading = dataclasses.replace(reading, feed="row")
+        elif feed == "collated":
+            reading = dataclasses.replace(reading, feed="row")
+        return dataclasses.replace(reading, compared=compared)
+
+    def given(self) -> Reading:
+        """How to feed rows to a loss that is not compared."""
+        reading = dataclasses.replace(self.base, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name)
+        models = self._losses(MODEL_LOSS)
+        if models is not None and np.isfinite(models).all():
+            reading = dataclasses.replace(reading, likelihood=self._nearest(MODEL_LOSS, models)[0])
+        if reading.likelihood == "unshifted" and not reading.encoder_decoder:
+            reading = dataclasses.replace(reading, looks_ahead=self._looks_ahead())
+        extras, constants = self._extras(reading)
+        plain = not extras and reading.likelihood == "shifted" and not self._is_random()
+        return dataclasses.replace(reading, feed="plain" if plain else "row", constants=constants)
+
+    def _look(self) -> dict[int, Mapping[str, Any]]:
+        """Batches of one row each, of the rows looked at that train something."""
+        ids = self.pool.candidate_ids[fixed_positions(len(self.pool), NUM_LOOKED_AT)]
+        batches = {i: collate(self.collated.dataset, self.collated.collate_fn, [i]) for i in ids.tolist()}
+        trained = {i: batch for i, batch in batches.items() if self._trains(batch)}
+        if not trained:
+            raise InfluenceError(
+                f"Pool rows must have trained tokens, got none in {len(ids)} rows looked at: a row needs two tokens, "
+                "and a label other than -100 after its first."
+            )
+        return trained
+
+    def _trains(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a row has a label that any reading counts."""
+        labels = self.base.labels_of(batch)
+        if labels is None:
+            return True
+        labels = torch.as_tensor(labels)
+        causal = labels.dim() > 1 and not self.base.encoder_decoder and "shift_labels" not in batch
+        return bool(((labels[:, 1:] if causal else labels) != IGNORED).any())
+
+    def _choose(self) -> list[int]:
+        """Rows to compare: short ones to run together, and one of the middle."""
+        by_length = sorted(self.looked_at, key=lambda i: (_size(self.looked_at[i]), i))
+        places = sorted({0, len(by_length) // 8, len(by_length) // 4, len(by_length) // 2})
+        return [by_length[place] for place in places]
+
+    def _losses(self, run_loss: RunLoss) -> FloatArray | None:
+        """A loss of each chosen row alone, or None where there is none."""
+        values = [self._loss(run_loss, self.looked_at[i]) for i in self.rows]
+        return None if any(value is None for value in values) else np.array(values, np.float64)
+
+    def _loss(self, run_loss: RunLoss, batch: Mapping[str, Any]) -> float | None:
+        try:
+            value = run_loss.compute(self.model, model_batch(batch, self.base, self.device).with_labels())
+        except torch.OutOfMemoryError:
+            raise
+        except CANNOT_RUN as error:
+            if run_loss is not self.run_loss:
+                return None
+            raise UnsupportedSettingError(
+                f"A collated row must have a loss in eval mode; {self.run_loss.name} of {type(self.model).__name__} "
+                f"ended in {type(error).__name__}: {error}. {WAY_OUT}"
+            ) from error
+        return None if value is None else float(value)
+
+    def _read(self, batch: Mapping[str, Any], kind: Likelihood) -> FloatArray | None:
+        """(T,) losses of a batch's trained tokens by a reading, or None where the model does not give them."""
+        reading = dataclasses.replace(self.base, likelihood=kind)
+        try:
+            values = likelihood(self.model, model_batch(batch, reading, self.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (*CANNOT_RUN, UnsupportedSettingError):
+            return None
+        return values.double().cpu().numpy() if len(values) else None
+
+    def _kinds(self) -> tuple[Likelihood, ...]:
+        """The readings to try, by the shape of the labels."""
+        labels = self.base.labels_of(self.looked_at[self.rows[0]])
+        if labels is None:
+            return ()
+        if torch.as_tensor(labels).dim() == 1:
+            return ("classes",)
+        return ("unshifted",) if self.base.encoder_decoder else ("shifted", "unshifted")
+
+    def _nearest(self, run_loss: RunLoss, own: FloatArray) -> tuple[Likelihood, float, FloatArray]:
+        """The likelihood nearest to a loss, by how much it is off at most, and its value of each row."""
+        read = self._means()
+        if not read:
+            return "shifted", np.inf, own
+        kinds = sorted(read, key=lambda kind: _gap(read[kind], own))
+        if len(kinds) > 1 and _gap(read[kinds[1]], own) < _APART:
+            # A model that has learnt little says much the same of every token; at other weights the readings part.
+            with preserved(self.model) as snapshot:
+                self.model.eval()
+                _disturb(snapshot.parameters)
+                snapshot.written()
+                there, apart = self._losses(run_loss), self._means()
+            assert there is not None
+            gaps = {kind: _gap(apart[kind], there) if kind in apart else np.inf for kind in kinds}
+            kinds.sort(key=lambda kind: gaps[kind])
+            if not gaps[kinds[0]] <= self._tolerance(there):
+                return kinds[0], np.inf, read[kinds[0]]
+        return kinds[0], _gap(read[kinds[0]], own), read[kinds[0]]
+
+    def _means(self) -> dict[Likelihood, FloatArray]:
+        """Mean loss of each chosen row by each reading that the model gives."""
+        found: dict[Likelihood, FloatArray] = {}
+        for kind in self._kinds():
+            values = [self._read(self.looked_at[i], kind) for i in self.rows]
+            if all(value is not None for value in values):
+                found[kind] = np.array([value.mean() for value in values if value is not None])
+        return found
+
+    def _tolerance(self, own: FloatArray) -> float:
+        """Rounding of a mean loss."""
+        return (5e-3 if is_low_precision(self.model) else 1e-5) * max(1.0, float(np.abs(own).max()))
+
+    def _looks_ahead(self) -> bool:
+        """True where another last token changes what the model says at the first position."""
+        batch = self.looked_at[max(self.rows, key=lambda i: _size(self.looked_at[i]))]
+        ids = torch.as_tensor(batch["input_ids"])
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, 0] = ids[:, 0]
+        values = []
+        for last in ids[0, :3]:
+            changed = ids.clone()
+            changed[:, -1] = last
+            read = self._read({**batch, "input_ids": changed, "labels": labels}, "unshifted")
+            values.append(0.0 if read is None else float(read.sum()))
+        return max(values) - min(values) > self._tolerance(np.array(values))
+
+    def _feed(self, reading: Reading, own: FloatArray) -> tuple[Feed, dict[str, int]]:
+        """How rows reach the model as the collator makes them, the fastest way first; and inputs that are constant."""
+        extras, constants = self._extras(reading)
+        if reading.likelihood != "shifted" or not extras <= constants.keys():
+            return "collated", constants
+        plain = dataclasses.replace(reading, constants=constants)
+        return ("plain" if self._feeds_the_same(plain, own) else "collated"), constants
+
+    def _extras(self, reading: Reading) -> tuple[set[str], dict[str, int]]:
+        """Inputs beside ids, labels and mask that reach the model, or an own loss; and those that are constant."""
+        keys = {str(key) for batch in self.looked_at.values() for key, value in batch.items() if value is not None}
+        reads_all = reading.loss is not None and self.run_loss.reads_all
+        extras = {key for key in keys - set(_TEXT_KEYS) if reads_all or accepts(self.model, key)}
+        return extras, {key: value for key in sorted(extras) if (value := self._constant(key)) is not None}
+
+    def _is_random(self) -> bool:
+        return any(drew_random(self.collated.dataset, self.collated.collate_fn, i) for i in self.rows)
+
+    def _constant(self, key: str) -> int | None:
+        """The one whole number that an input has at every token of every row looked at; None where there is none."""
+        pairs = [(batch.get(key), batch.get("input_ids")) for batch in self.looked_at.values()]
+        if not all(isinstance(v, Tensor) and isinstance(ids, Tensor) and v.shape == ids.shape for v, ids in pairs):
+            return None
+        distinct = torch.cat([value.reshape(-1) for value, _ in pairs if value is not None]).unique()
+        return int(distinct) if len(distinct) == 1 and not distinct.dtype.is_floating_point else None
+
+    def _feeds_the_same(self, reading: Reading, own: FloatArray) -> bool:
+        """True where rows that this library pads have the run's loss, alone and beside longer ones."""
+        pool = self.pool.select(self.rows)
+        pool.reading = reading
+        rows = pool.candidates()
+        if (rows.num_targets == 0).any():
+            return False
+        batches = [np.array([i]) for i in range(len(rows))]
+        if reading.loss is not None:
+            found = [float(reading.loss(self.model, rows.batch(i, self.device).with_labels())) for i in batches]
+            return _gap(np.array(found), own) <= self._tolerance(own)
+        for index in (*batches, np.arange(len(rows))):
+            tokens = likelihood(self.model, rows.batch(index, self.device)).double().cpu().numpy()
+            parts = np.split(tokens, np.cumsum(rows.num_targets[index])[:-1])
+            if _gap(np.array([part.mean() for part in parts]), own[index]) > 2 * self._tolerance(own):
+                return False
+        return True
+
+    def _check_batch(self, reading: Reading, own: FloatArray) -> tuple[bool, dict[str, Any]]:
+        """Whether rows in one batch have the losses that they have alone, and what was found.
+
+        Raises:
+            UnsupportedSettingError: the run's loss of a batch does not follow from its rows.
+        """
+        rows = self.rows[:NUM_TOGETHER]
+        try:
+            batch = collate(self.collated.dataset, self.collated.collate_fn, rows)
+        except Exception as error:  # a collator of single rows, or of rows of one length
+            logger.debug("`%s` makes no batch of pool rows %s: %s", name_of(self.collated.collate_fn), rows, error)
+            return False, {}
+        if len(batch.get("input_ids", rows)) != len(rows):
+            return False, {}
+        together = self._loss(self.run_loss, batch)
+        counts = self.pool.collated(np.array(rows), reading).num_targets
+        if together is None or not counts.sum():
+            return False, {}
+        means = {"tokens": float(np.average(own[: len(rows)], weights=counts)), "rows": float(own[: len(rows)].mean())}
+        weighs = min(means, key=lambda name: abs(means[name] - together))
+        found = {"batch_loss": together, "weighs": weighs}
+        tolerance = 2 * self._tolerance(own)
+        if abs(means[weighs] - together) <= tolerance:
+            return True, found
+        if self._padding_moves(batch, reading, counts, together if reading.loss is None else None):
+            return False, {**found, "weighs": "tokens"}
+        with without_router_loss(self.model) as has_router_loss:  # which is a batch's, and part of an own loss
+            if has_router_loss:
+                return False, {**found, "weighs": "tokens"}
+        raise UnsupportedSettingError(
+            "The loss of a batch must be a mean over its rows, so that a row has a loss of its own; "
+            f"{self.run_loss.name} of pool rows {rows} together is {together:.6f}, and of the same rows one by one "
+            f"{means['tokens']:.6f} (weighed by tokens) or {means['rows']:.6f} (by rows). {WAY_OUT}"
+        )
+
+    def _padding_moves(
+        self, batch: Mapping[str, Any], reading: Reading, counts: npt.NDArray[Any], together: float | None
+    ) -> bool:
+        """True where a row's likelihood is another one beside longer rows (padding on the left moves positions, say).
+
+        That is the collator's doing, and no part of the loss: such a row is measured alone.
+        """
+        read, alone = self._read(batch, reading.likelihood), self._means().get(reading.likelihood)
+        if read is None or alone is None:
+            return False
+        tolerance = 2 * self._tolerance(alone)
+        if together is not None and abs(float(read.mean()) - together) > tolerance:
+            return False
+        return abs(float(read.mean()) - float(np.average(alone[: len(counts)], weights=counts))) > tolerance
+
+    def _uncompared(self) -> Reading:
+        """No loss to compare with: the likelihood of the next token, if the model gives logits for it."""
+        batch = model_batch(self.looked_at[self.rows[0]], self.base, self.device)
+        if not batch.labels.numel():
+            batch = batch._replace(labels=batch.inputs["input_ids"])
+        values = likelihood(self.model, batch)
+        feed, constants = self._feed(self.base, self._means().get("shifted", np.zeros(len(self.rows))))
+        return dataclasses.replace(
+            self.base,
+            feed="row" if feed == "collated" else feed,
+            constants=constants,
+            compared={"loss": None, "read_loss": float(values.double().mean())},
+        )
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    ids = batch.get("input_ids")
+    return int(ids.shape[-1]) if isinstance(ids, Tensor) else 1
+
+
+def _gap(a: FloatArray, b: FloatArray) -> float:
+    """The largest difference; infinite where one is not finite."""
+    gap = float(np.abs(a - b).max())
+    return gap if np.isfinite(gap) else np.inf
+
+
+def _disturb(parameters: list[nn.Parameter]) -> None:
+    """Add a little noise to parameters, the same in every process."""
+    for number, parameter in enumerate(parameters):
+        local = local_shard(parameter)
+        if local.dtype.is_floating_point:
+            generator = torch.Generator(device="cpu").manual_seed(number)
+            noise = torch.randn(local.shape, generator=generator, dtype=torch.float32)
+            local.add_(noise.to(local.device, local.dtype), alpha=0.05)
