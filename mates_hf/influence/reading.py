@@ -43,6 +43,7 @@ _APART = 0.05  # nats: readings that part by less are compared at other weights,
 WAY_OUT = (
     "Pass the loss that the run trains with to the probe, as `MatesCallback(..., probe=DirectionalProbe(loss=...))`."
 )
+_NO_LOGITS = (AttributeError, IndexError, KeyError, TypeError, UnsupportedSettingError)
 # What a model raises that cannot run a batch; out-of-memory is a RuntimeError, too, and passed on.
 CANNOT_RUN = (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
@@ -182,9 +183,7 @@ class _Comparison:
         reading = dataclasses.replace(self.base, likelihood=kind)
         try:
             values = likelihood(self.model, model_batch(batch, reading, self.device))
-        except torch.OutOfMemoryError:
-            raise
-        except (*CANNOT_RUN, UnsupportedSettingError):
+        except _NO_LOGITS:
             return None
         return values.double().cpu().numpy() if len(values) else None
 

@@ -262,7 +262,7 @@ class MatesCallback(TrainerCallback):
         pool.reading = read_given(module, pool, self.probe.loss, self.probe.reference_loss, run_loss_of(trainer))
         logger.info("Loss: %s", pool.reading.to_dict())
         if pool.reading.loss is not None and self.probe.loss is None:
-            logger.warning(
+            logger.info(
                 "Candidates are measured by %s, which no likelihood of their tokens equals: a row at a time, which is "
                 "slower, and without token detail.", pool.reading.loss_name,
             )  # fmt: skip

@@ -163,8 +163,12 @@ class LossWatch:
 
 @contextlib.contextmanager
 def _kept_attributes(trainer: Any) -> Iterator[None]:
-    """Numbers, lists and dicts among a Trainer's attributes are put back: subclasses sum up what they will log."""
+    """Put numbers, lists and dicts among a Trainer's attributes back: subclasses sum up what they will log.
+
+    What they make at their first call goes, so that the first of the run makes it anew.
+    """
     given = _constructor_arguments()
+    there = set(vars(trainer))
     put_back = [
         (name, remember(value, look_inside=False))
         for name, value in vars(trainer).items()
@@ -175,6 +179,8 @@ def _kept_attributes(trainer: Any) -> Iterator[None]:
     finally:
         for name, back in put_back:
             setattr(trainer, name, back())
+        for name in set(vars(trainer)) - there:
+            delattr(trainer, name)
 
 
 @functools.cache
