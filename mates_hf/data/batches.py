@@ -76,6 +76,11 @@ class Candidates(Protocol):
         """(N,) int32 trained tokens of each row."""
         ...
 
+    @property
+    def one_by_one(self) -> bool:
+        """True where a batch must have one row."""
+        ...
+
     def __len__(self) -> int:
         """N."""
         ...
@@ -97,17 +102,20 @@ class Reading:
         likelihood: which logits predict a label: `"shifted"` those one position before it, `"unshifted"` those at its
             own position, `"classes"` one label a row. Where the loss is the run's own, the likelihood that comes
             nearest to it, which the reference task is measured by.
+        mask_key: an input that is 0 where a label is not trained, besides -100; None where there is none.
         loss: the run's own loss row by row, where no likelihood equals it; None elsewhere.
         loss_name: what to call that loss in messages and records.
         feed: `"plain"` rows are padded by this library, `"collated"` they are put through the run's collator several
             at a time, `"row"` one at a time.
         looks_ahead: True where a position's logits depend on later tokens (a masked language model).
         encoder_decoder: True where labels are a second sequence.
-        constants: inputs that have one value at every token of every row looked at, such as token types of 0.
+        constants: inputs that had one value at every token of every row looked at, such as token types of 0; passages
+            of the reference task get them, rows of the pool what their collator gives.
         compared: what was compared, for the record: the run's loss, the loss as read, the number of rows.
     """
 
     likelihood: Likelihood = "shifted"
+    mask_key: str | None = None
     loss: LossFunction | None = None
     loss_name: str = "the model's own loss"
     feed: Feed = "plain"
@@ -121,14 +129,19 @@ class Reading:
         return {
             "candidates": self.likelihood if self.loss is None else f"row by row: {self.loss_name}",
             "reference": self.likelihood,
+            **({"mask": self.mask_key} if self.mask_key else {}),
             "fed": {"plain": "padded", "collated": "collated", "row": "collated, a row at a time"}[self.feed],
             **({"constant_inputs": dict(self.constants)} if self.constants else {}),
             **self.compared,
         }
 
     def labels_of(self, batch: Mapping[str, Any]) -> Any:
-        """The labels of a collated batch: `shift_labels` where there are any, else `labels`; None without."""
-        return batch.get("shift_labels") if batch.get("shift_labels") is not None else batch.get("labels")
+        """The labels of a collated batch: `shift_labels` where there are any, else `labels`, masked; None without."""
+        shifted = batch.get("shift_labels")
+        labels = batch.get("labels") if shifted is None else shifted
+        if labels is None or self.mask_key is None or batch.get(self.mask_key) is None:
+            return labels
+        return labels.masked_fill(batch[self.mask_key] == 0, IGNORED)
 
 
 PLAIN = Reading()

@@ -56,7 +56,14 @@ def drew_random(dataset: Any, collate_fn: Collator, row: int) -> bool:
         return rng_state() != before
 
 
-def read_row(row: Any, collate_fn: Collator | None, where: str, *, same_length: bool = True) -> CollatedRow:
+def read_row(
+    row: Any,
+    collate_fn: Collator | None,
+    where: str,
+    *,
+    same_length: bool = True,
+    labels_of: Callable[[Mapping[str, Any]], Any] = lambda batch: batch.get("labels"),
+) -> CollatedRow:
     """What the Trainer would train on for one dataset row.
 
     Args:
@@ -64,6 +71,7 @@ def read_row(row: Any, collate_fn: Collator | None, where: str, *, same_length: 
         collate_fn: called on the row alone; None where rows have token ids themselves.
         where: which row it is, for errors.
         same_length: whether labels must be as many as ids; not so for a second sequence or a class.
+        labels_of: what of the batch is the labels.
 
     Returns:
         The row's tokens, padding included.
@@ -86,9 +94,10 @@ def read_row(row: Any, collate_fn: Collator | None, where: str, *, same_length: 
             raise ValueError(f"{message} Tokenise the dataset, or pass the `collate_fn` that does.")
         raise UnsupportedSettingError(f"{message} Influence models read token ids: use a collator that gives those.")
     collated, source = collate_fn is not None, f"{maker}, {where}"
+    values = {key: labels_of(batch) if key == "labels" else batch.get(key) for key in CollatedRow._fields}
     found = {
-        key: None if _is_left_out(batch.get(key), key, collated) else _flat(batch[key], key, collated, source)
-        for key in CollatedRow._fields
+        key: None if _is_left_out(value, key, collated) else _flat(value, key, collated, source)
+        for key, value in values.items()
     }
     ids = np.zeros(0, np.int64) if found["input_ids"] is None else found["input_ids"]
     for key, value in found.items():

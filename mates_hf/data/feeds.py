@@ -49,6 +49,11 @@ class CollatedRows:
     lengths: IntArray
     num_targets: npt.NDArray[np.int32]
 
+    @property
+    def one_by_one(self) -> bool:
+        """True where the run's loss of a row depends on the rows beside it, or where the collator draws."""
+        return self.reading.feed == "row"
+
     @classmethod
     def of(cls, dataset: Any, collate_fn: Collator, reading: Reading, ids: IntArray) -> CollatedRows:
         """Collate each row alone, once, to learn its length and its trained tokens."""
@@ -110,6 +115,11 @@ class TextRows:
         """(N,) int32 trained tokens of each passage."""
         return self.rows.num_targets
 
+    @property
+    def one_by_one(self) -> bool:
+        """False: passages go into one batch."""
+        return False
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -149,9 +159,8 @@ def model_batch(batch: Mapping[str, Any], reading: Reading, device: torch.device
     labels = reading.labels_of(moved)
     if labels is None:
         labels = torch.zeros((1, 0), dtype=torch.int64, device=device)
-    shifted = reading.likelihood == "shifted" and moved.get("shift_labels") is None
     inputs = {key: value for key, value in moved.items() if key != "labels"}
-    return ModelBatch(inputs, torch.as_tensor(labels), shifted)
+    return ModelBatch(inputs, torch.as_tensor(labels), reading.likelihood == "shifted")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import PLAIN, Candidates, Reading
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_packing, stack_rows
 from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
-from mates_hf.data.feeds import CollatedRows, StackedColumns, TextRows, as_text
+from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows
 from mates_hf.records import IntArray, UnsupportedSettingError
 
@@ -106,7 +106,8 @@ class CandidatePool:
             UnsupportedSettingError: the collator packs several texts into a row, or makes no `input_ids`.
         """
         rows = self.candidate_ids if ids is None else self._checked(ids)
-        rule = self._label_rule() if (self.reading or PLAIN).likelihood == "shifted" else None
+        reading = self.reading or PLAIN
+        rule = self._label_rule() if reading.likelihood == "shifted" and not reading.mask_key else None
         return stack_rows(self._read_rows(rows)) if rule is None else self._columns.read(rows, rule)
 
     def candidates(self, ids: Sequence[int] | IntArray | None = None) -> Candidates:
@@ -120,8 +121,7 @@ class CandidatePool:
         """
         reading = self.reading or PLAIN
         if reading.feed == "plain":
-            rows = self.token_rows(ids)
-            return TextRows(rows, reading) if reading.constants else rows
+            return self.token_rows(ids)
         return self.collated(self.candidate_ids if ids is None else self._checked(ids), reading)
 
     def collated(self, ids: IntArray, reading: Reading) -> CollatedRows:
@@ -179,7 +179,13 @@ class CandidatePool:
         same_length = reading.likelihood != "classes" and not reading.encoder_decoder
         for i in ids.tolist():
             with forked_rng(i):
-                row = read_row(self.dataset[i], self.collate_fn, f"pool row {i}", same_length=same_length)
+                row = read_row(
+                    self.dataset[i],
+                    self.collate_fn,
+                    f"pool row {i}",
+                    same_length=same_length,
+                    labels_of=reading.labels_of,
+                )
             if reading.likelihood != "shifted":
                 there = slice(None) if row.attention_mask is None else row.attention_mask != 0
                 labels = row.labels if row.labels is None or not same_length else row.labels[there]

@@ -49,6 +49,11 @@ class TokenRows:
         return np.diff(self.offsets)
 
     @property
+    def one_by_one(self) -> bool:
+        """False: rows go into one batch."""
+        return False
+
+    @property
     def target_mask(self) -> npt.NDArray[np.bool_]:
         """(T,) bool, True where the token is predicted and trained."""
         mask = np.ones(len(self.values), bool) if self.labels is None else self.labels != IGNORED

@@ -101,7 +101,7 @@ def token_losses(
             rows,
             measure,
             tokens_per_batch=tokens_per_batch,
-            one_row=loss is not None,
+            one_row=loss is not None or rows.one_by_one,
             bar=bar,
             processes=processes,
         )
@@ -175,7 +175,7 @@ def mean_loss_gradient(
             rows,
             accumulate,
             tokens_per_batch=tokens_per_batch,
-            one_row=loss is not None,
+            one_row=loss is not None or rows.one_by_one,
             restart=forget,
             processes=processes,
         )

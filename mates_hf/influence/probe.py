@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import nn
 
 from mates_hf.data.batches import Candidates, LossFunction, Reading
-from mates_hf.data.feeds import TextRows
 from mates_hf.data.pool import CandidatePool, open_candidates
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.influence.reading import find_reading
@@ -97,10 +96,7 @@ def read_measurable(
     if reference_loss is None and reference.fed is None and not (compared and is_plain):
         reference = fed_reference(model, reference, reading, pool if rows is None else None)
     ids = pool.candidate_ids
-    if rows is None or reading.feed != "plain":
-        fed = pool.candidates()
-    else:
-        fed = TextRows(rows, reading) if reading.constants else rows
+    fed = pool.candidates() if rows is None or reading.feed != "plain" else rows
     trained = fed.num_targets > 0
     if not trained.any():
         raise InfluenceError(

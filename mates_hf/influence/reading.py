@@ -84,6 +84,7 @@ class _Comparison:
         self.collated = pool.collated(np.zeros(0, np.int64), self.base)
         self.looked_at = self._look()
         self.rows = self._choose()
+        self.batches = [self.looked_at[i] for i in self.rows] + self._variants()
 
     def find(self) -> Reading:
         """The reading, and how rows are to be fed."""
@@ -96,20 +97,19 @@ class _Comparison:
                 "Look for NaN in the model."
             )
         compared: dict[str, Any] = {"loss": self.run_loss.name, "own_loss": float(own.mean()), "num_rows": len(own)}
-        kind, error, read = self._nearest(self.run_loss, own)
-        reading = dataclasses.replace(self.base, likelihood=kind)
+        reading, error, read = self._nearest(self.run_loss, own)
         if error <= self._tolerance(own):
             compared["read_loss"] = float(read.mean())
         else:
-            models = None if self.run_loss is MODEL_LOSS else self._losses(MODEL_LOSS)
-            if models is not None and np.isfinite(models).all():
-                kind = self._nearest(MODEL_LOSS, models)[0]
+            near = self._of_model() if self.run_loss is not MODEL_LOSS else None
             reading = dataclasses.replace(
-                reading, likelihood=kind, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name
+                near or reading, mask_key=None, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name
             )
         if reading.likelihood == "unshifted" and not reading.encoder_decoder:
             reading = dataclasses.replace(reading, looks_ahead=self._looks_ahead())
         feed, constants = self._feed(reading, own)
+        if reading.mask_key:
+            constants[reading.mask_key] = 1  # every target of a passage counts
         reading = dataclasses.replace(reading, feed=feed, constants=constants)
         if not self._is_random():
             alike, found = self._check_batch(reading, own)
@@ -122,15 +122,18 @@ class _Comparison:
 
     def given(self) -> Reading:
         """How to feed rows to a loss that is not compared."""
-        reading = dataclasses.replace(self.base, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name)
-        models = self._losses(MODEL_LOSS)
-        if models is not None and np.isfinite(models).all():
-            reading = dataclasses.replace(reading, likelihood=self._nearest(MODEL_LOSS, models)[0])
+        near = self._of_model() or self.base
+        reading = dataclasses.replace(near, mask_key=None, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name)
         if reading.likelihood == "unshifted" and not reading.encoder_decoder:
             reading = dataclasses.replace(reading, looks_ahead=self._looks_ahead())
         extras, constants = self._extras(reading)
         plain = not extras and reading.likelihood == "shifted" and not self._is_random()
         return dataclasses.replace(reading, feed="plain" if plain else "row", constants=constants)
+
+    def _of_model(self) -> Reading | None:
+        """The likelihood nearest to the model's own loss; None where it has none."""
+        models = self._losses(MODEL_LOSS)
+        return self._nearest(MODEL_LOSS, models)[0] if models is not None and np.isfinite(models).all() else None
 
     def _look(self) -> dict[int, Mapping[str, Any]]:
         """Batches of one row each, of the rows looked at that train something."""
@@ -154,14 +157,37 @@ class _Comparison:
         return bool(((labels[:, 1:] if causal else labels) != IGNORED).any())
 
     def _choose(self) -> list[int]:
-        """Rows to compare: short ones to run together, and one of the middle."""
+        """Rows to compare: short ones to run together, and one of the middle; all where there are further inputs."""
         by_length = sorted(self.looked_at, key=lambda i: (_size(self.looked_at[i]), i))
+        if self._extras(self.base)[0]:
+            return by_length
         places = sorted({0, len(by_length) // 8, len(by_length) // 4, len(by_length) // 2})
         return [by_length[place] for place in places]
 
+    def _variants(self) -> list[Mapping[str, Any]]:
+        """A row with a further input changed, for each that looks like a mask: no row looked at need show its effect.
+
+        A mask of the loss changes the run's loss and no likelihood; one of the attention changes both.
+        """
+        variants: list[Mapping[str, Any]] = []
+        batch = self.looked_at[max(self.rows, key=lambda i: _size(self.looked_at[i]))]
+        for key in sorted(self._extras(self.base)[0]):
+            value, ids = batch.get(key), batch.get("input_ids")
+            if not (isinstance(value, Tensor) and isinstance(ids, Tensor) and value.shape == ids.shape):
+                continue
+            if bool(((value == 0) | (value == 1)).all()):
+                changed = value.clone()
+                half = changed[:, value.shape[1] // 2 :]  # a view
+                if "mask" in key or "weight" in key:
+                    half.copy_((1 - half.to(torch.int64)).to(half.dtype))
+                else:
+                    half.zero_()  # 1 might be no index of a table
+                variants.append({**batch, key: changed})
+        return variants
+
     def _losses(self, run_loss: RunLoss) -> FloatArray | None:
         """A loss of each chosen row alone, or None where there is none."""
-        values = [self._loss(run_loss, self.looked_at[i]) for i in self.rows]
+        values = [self._loss(run_loss, batch) for batch in self.batches]
         return None if any(value is None for value in values) else np.array(values, np.float64)
 
     def _loss(self, run_loss: RunLoss, batch: Mapping[str, Any]) -> float | None:
@@ -178,31 +204,46 @@ class _Comparison:
             ) from error
         return None if value is None else float(value)
 
-    def _read(self, batch: Mapping[str, Any], kind: Likelihood) -> FloatArray | None:
+    def _read(self, batch: Mapping[str, Any], reading: Reading) -> FloatArray | None:
         """(T,) losses of a batch's trained tokens by a reading, or None where the model does not give them."""
-        reading = dataclasses.replace(self.base, likelihood=kind)
         try:
-            values = likelihood(self.model, model_batch(batch, reading, self.device))
+            return likelihood(self.model, model_batch(batch, reading, self.device)).double().cpu().numpy()
         except _NO_LOGITS:
             return None
-        return values.double().cpu().numpy() if len(values) else None
 
-    def _kinds(self) -> tuple[Likelihood, ...]:
-        """The readings to try, by the shape of the labels."""
-        labels = self.base.labels_of(self.looked_at[self.rows[0]])
+    def _readings(self) -> list[Reading]:
+        """The likelihoods to try, by the shape of the labels; each also with the labels masked by a further input."""
+        batch = self.batches[0]
+        labels = self.base.labels_of(batch)
         if labels is None:
-            return ()
+            return []
+        kinds: tuple[Likelihood, ...] = ("shifted", "unshifted")
         if torch.as_tensor(labels).dim() == 1:
-            return ("classes",)
-        return ("unshifted",) if self.base.encoder_decoder else ("shifted", "unshifted")
+            kinds = ("classes",)
+        elif self.base.encoder_decoder or batch.get("shift_labels") is not None:
+            kinds = ("unshifted",)
+        masks = [None, *(key for key in sorted(self._extras(self.base)[0]) if self._is_mask(key))]
+        return [dataclasses.replace(self.base, likelihood=kind, mask_key=mask) for mask in masks for kind in kinds]
 
-    def _nearest(self, run_loss: RunLoss, own: FloatArray) -> tuple[Likelihood, float, FloatArray]:
+    def _is_mask(self, key: str) -> bool:
+        """True for an input of 0 and 1 at every label."""
+        pairs = [(batch.get(key), self.base.labels_of(batch)) for batch in self.batches]
+        return all(
+            isinstance(value, Tensor)
+            and isinstance(labels, Tensor)
+            and value.shape == labels.shape
+            and bool(((value == 0) | (value == 1)).all())
+            for value, labels in pairs
+        )
+
+    def _nearest(self, run_loss: RunLoss, own: FloatArray) -> tuple[Reading, float, FloatArray]:
         """The likelihood nearest to a loss, by how much it is off at most, and its value of each row."""
         read = self._means()
         if not read:
-            return "shifted", np.inf, own
-        kinds = sorted(read, key=lambda kind: _gap(read[kind], own))
-        if len(kinds) > 1 and _gap(read[kinds[1]], own) < _APART:
+            return self.base, np.inf, own
+        read.sort(key=lambda pair: _gap(pair[1], own))
+        best, values = read[0]
+        if len(read) > 1 and _gap(read[1][1], own) < _APART:
             # A model that has learnt little says much the same of every token; at other weights the readings part.
             with preserved(self.model) as snapshot:
                 self.model.eval()
@@ -210,19 +251,22 @@ class _Comparison:
                 snapshot.written()
                 there, apart = self._losses(run_loss), self._means()
             assert there is not None
-            gaps = {kind: _gap(apart[kind], there) if kind in apart else np.inf for kind in kinds}
-            kinds.sort(key=lambda kind: gaps[kind])
-            if not gaps[kinds[0]] <= self._tolerance(there):
-                return kinds[0], np.inf, read[kinds[0]]
-        return kinds[0], _gap(read[kinds[0]], own), read[kinds[0]]
+            if not apart:
+                return best, np.inf, values
+            best, found = min(apart, key=lambda pair: _gap(pair[1], there))
+            values = next(values for reading, values in read if reading == best)
+            if not _gap(found, there) <= self._tolerance(there):
+                return best, np.inf, values
+        return best, _gap(values, own), values
 
-    def _means(self) -> dict[Likelihood, FloatArray]:
-        """Mean loss of each chosen row by each reading that the model gives."""
-        found: dict[Likelihood, FloatArray] = {}
-        for kind in self._kinds():
-            values = [self._read(self.looked_at[i], kind) for i in self.rows]
-            if all(value is not None for value in values):
-                found[kind] = np.array([value.mean() for value in values if value is not None])
+    def _means(self) -> list[tuple[Reading, FloatArray]]:
+        """Mean loss of each compared row by each reading that the model gives."""
+        found = []
+        for reading in self._readings():
+            values = [self._read(batch, reading) for batch in self.batches]
+            if all(value is not None and (len(value) or reading.mask_key) for value in values):
+                means = [value.mean() if len(value) else 0.0 for value in values if value is not None]
+                found.append((reading, np.array(means, np.float64)))
         return found
 
     def _tolerance(self, own: FloatArray) -> float:
@@ -239,17 +283,17 @@ class _Comparison:
         for last in ids[0, :3]:
             changed = ids.clone()
             changed[:, -1] = last
-            read = self._read({**batch, "input_ids": changed, "labels": labels}, "unshifted")
+            given = {**batch, "input_ids": changed, "labels": labels, "shift_labels": None}
+            read = self._read(given, dataclasses.replace(self.base, likelihood="unshifted"))
             values.append(0.0 if read is None else float(read.sum()))
         return max(values) - min(values) > self._tolerance(np.array(values))
 
     def _feed(self, reading: Reading, own: FloatArray) -> tuple[Feed, dict[str, int]]:
         """How rows reach the model as the collator makes them, the fastest way first; and inputs that are constant."""
         extras, constants = self._extras(reading)
-        if reading.likelihood != "shifted" or not extras <= constants.keys():
+        if reading.likelihood != "shifted" or reading.mask_key or extras:
             return "collated", constants
-        plain = dataclasses.replace(reading, constants=constants)
-        return ("plain" if self._feeds_the_same(plain, own) else "collated"), constants
+        return ("plain" if self._feeds_the_same(reading, own) else "collated"), constants
 
     def _extras(self, reading: Reading) -> tuple[set[str], dict[str, int]]:
         """Inputs beside ids, labels and mask that reach the model, or an own loss; and those that are constant."""
@@ -274,7 +318,7 @@ class _Comparison:
         pool = self.pool.select(self.rows)
         pool.reading = reading
         rows = pool.candidates()
-        if (rows.num_targets == 0).any():
+        if (rows.num_targets == 0).any() or len(self.batches) > len(rows):
             return False
         batches = [np.array([i]) for i in range(len(rows))]
         if reading.loss is not None:
@@ -329,13 +373,18 @@ class _Comparison:
 
         That is the collator's doing, and no part of the loss: such a row is measured alone.
         """
-        read, alone = self._read(batch, reading.likelihood), self._means().get(reading.likelihood)
-        if read is None or alone is None:
+        plain = dataclasses.replace(reading, loss=None)
+        read, singles = (
+            self._read(batch, plain),
+            [self._read(self.looked_at[i], plain) for i in self.rows[: len(counts)]],
+        )
+        if read is None or any(single is None for single in singles):
             return False
+        alone = np.array([single.mean() for single in singles if single is not None])
         tolerance = 2 * self._tolerance(alone)
         if together is not None and abs(float(read.mean()) - together) > tolerance:
             return False
-        return abs(float(read.mean()) - float(np.average(alone[: len(counts)], weights=counts))) > tolerance
+        return abs(float(read.mean()) - float(np.average(alone, weights=counts))) > tolerance
 
     def _uncompared(self) -> Reading:
         """No loss to compare with: the likelihood of the next token, if the model gives logits for it."""
@@ -343,7 +392,8 @@ class _Comparison:
         if not batch.labels.numel():
             batch = batch._replace(labels=batch.inputs["input_ids"])
         values = likelihood(self.model, batch)
-        feed, constants = self._feed(self.base, self._means().get("shifted", np.zeros(len(self.rows))))
+        read = [means for reading, means in self._means() if reading.likelihood == "shifted"]
+        feed, constants = self._feed(self.base, read[0] if read else np.zeros(len(self.rows)))
         return dataclasses.replace(
             self.base,
             feed="row" if feed == "collated" else feed,

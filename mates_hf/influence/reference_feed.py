@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mates_hf.data.batches import IGNORED, Candidates, Reading
+from mates_hf.data.batches import IGNORED, Candidates, ModelBatch, Reading
 from mates_hf.data.collated import CollatedRow
 from mates_hf.data.feeds import CollatedRows, StackedColumns, TextRows
 from mates_hf.data.pool import CandidatePool
@@ -140,7 +140,7 @@ def _compare(model: nn.Module, reference: ReferenceTask, reading: Reading) -> No
         batch = rows.batch(index, device)
         try:
             read = float(likelihood(model, batch).double().mean())
-            own = None if reading.loss is not None else model_loss(model, batch.with_labels())
+            own = None if reading.loss is not None else _own_loss(model, batch)
         except torch.OutOfMemoryError:
             raise
         except CANNOT_RUN as error:
@@ -159,3 +159,11 @@ def _compare(model: nn.Module, reference: ReferenceTask, reading: Reading) -> No
                 f"{float(own):.6f}, and the {reading.likelihood} likelihood of their tokens is {read:.6f}. {WAY_OUT} "
                 "The reference task has `reference_loss=`."
             )
+
+
+def _own_loss(model: nn.Module, batch: ModelBatch) -> Tensor | None:
+    """The model's own loss of a passage; None where it has none, or needs inputs that a passage does not have."""
+    try:
+        return model_loss(model, batch.with_labels())
+    except (AttributeError, KeyError, TypeError):
+        return None
