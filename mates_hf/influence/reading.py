@@ -19,16 +19,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mates_hf.data.batches import IGNORED, Feed, Likelihood, Reading
-from mates_hf.data.collated import collate, drew_random, name_of
-from mates_hf.data.columns import fixed_positions
 from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
-from mates_hf.influence.losses import likelihood, needs_labels
+from mates_hf.influence.compared_rows import ComparedRows
+from mates_hf.influence.losses import likelihood, needs_labels, token_losses
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
-from mates_hf.model_traits import accepts, input_device, is_low_precision
+from mates_hf.model_traits import input_device, is_low_precision
 from mates_hf.preserve import local_shard, preserved, undisturbed
 from mates_hf.records import InfluenceError, UnsupportedSettingError
 
@@ -36,9 +35,7 @@ logger = logging.getLogger(__name__)
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
-NUM_LOOKED_AT = 64  # rows collated to see which inputs there are
 NUM_TOGETHER = 3  # rows compared in one batch
-_TEXT_KEYS = ("input_ids", "labels", "attention_mask")
 _APART = 0.05  # nats: readings that part by less are compared at other weights, too
 WAY_OUT = (
     "Pass the loss that the run trains with to the probe, as `MatesCallback(..., probe=DirectionalProbe(loss=...))`."
@@ -81,10 +78,7 @@ class _Comparison:
         self.model, self.pool, self.run_loss = model, pool, run_loss
         self.device = input_device(model)
         self.base = Reading(encoder_decoder=needs_labels(model))
-        self.collated = pool.collated(np.zeros(0, np.int64), self.base)
-        self.looked_at = self._look()
-        self.rows = self._choose()
-        self.batches = [self.looked_at[i] for i in self.rows] + self._variants()
+        self.rows = ComparedRows(model, pool, self.base)
 
     def find(self) -> Reading:
         """The reading, and how rows are to be fed."""
@@ -93,8 +87,8 @@ class _Comparison:
             return self._uncompared()
         if not np.isfinite(own).all():
             raise InfluenceError(
-                f"The run's loss must be finite, got {own.tolist()} of pool rows {self.rows} before the first step. "
-                "Look for NaN in the model."
+                f"The run's loss must be finite, got {own.tolist()} of pool rows {self.rows.rows} before the first "
+                "step. Look for NaN in the model."
             )
         compared: dict[str, Any] = {"loss": self.run_loss.name, "own_loss": float(own.mean()), "num_rows": len(own)}
         reading, error, read = self._nearest(self.run_loss, own)
@@ -111,7 +105,7 @@ class _Comparison:
         if reading.mask_key:
             constants[reading.mask_key] = 1  # every target of a passage counts
         reading = dataclasses.replace(reading, feed=feed, constants=constants)
-        if not self._is_random():
+        if not self.rows.is_random():
             alike, found = self._check_batch(reading, own)
             compared.update(found)
             if feed == "collated" and (not alike or reading.loss is not None):
@@ -126,8 +120,12 @@ class _Comparison:
         reading = dataclasses.replace(near, mask_key=None, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name)
         if reading.likelihood == "unshifted" and not reading.encoder_decoder:
             reading = dataclasses.replace(reading, looks_ahead=self._looks_ahead())
-        extras, constants = self._extras(reading)
-        plain = not extras and reading.likelihood == "shifted" and not self._is_random()
+        constants = self.rows.constants()
+        plain = (
+            not self.rows.further_inputs(reads_all=True)
+            and reading.likelihood == "shifted"
+            and not self.rows.is_random()
+        )
         return dataclasses.replace(reading, feed="plain" if plain else "row", constants=constants)
 
     def _of_model(self) -> Reading | None:
@@ -135,59 +133,9 @@ class _Comparison:
         models = self._losses(MODEL_LOSS)
         return self._nearest(MODEL_LOSS, models)[0] if models is not None and np.isfinite(models).all() else None
 
-    def _look(self) -> dict[int, Mapping[str, Any]]:
-        """Batches of one row each, of the rows looked at that train something."""
-        ids = self.pool.candidate_ids[fixed_positions(len(self.pool), NUM_LOOKED_AT)]
-        batches = {i: collate(self.collated.dataset, self.collated.collate_fn, [i]) for i in ids.tolist()}
-        trained = {i: batch for i, batch in batches.items() if self._trains(batch)}
-        if not trained:
-            raise InfluenceError(
-                f"Pool rows must have trained tokens, got none in {len(ids)} rows looked at: a row needs two tokens, "
-                "and a label other than -100 after its first."
-            )
-        return trained
-
-    def _trains(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a row has a label that any reading counts."""
-        labels = self.base.labels_of(batch)
-        if labels is None:
-            return True
-        labels = torch.as_tensor(labels)
-        causal = labels.dim() > 1 and not self.base.encoder_decoder and "shift_labels" not in batch
-        return bool(((labels[:, 1:] if causal else labels) != IGNORED).any())
-
-    def _choose(self) -> list[int]:
-        """Rows to compare: short ones to run together, and one of the middle; all where there are further inputs."""
-        by_length = sorted(self.looked_at, key=lambda i: (_size(self.looked_at[i]), i))
-        if self._extras(self.base)[0]:
-            return by_length
-        places = sorted({0, len(by_length) // 8, len(by_length) // 4, len(by_length) // 2})
-        return [by_length[place] for place in places]
-
-    def _variants(self) -> list[Mapping[str, Any]]:
-        """A row with a further input changed, for each that looks like a mask: no row looked at need show its effect.
-
-        A mask of the loss changes the run's loss and no likelihood; one of the attention changes both.
-        """
-        variants: list[Mapping[str, Any]] = []
-        batch = self.looked_at[max(self.rows, key=lambda i: _size(self.looked_at[i]))]
-        for key in sorted(self._extras(self.base)[0]):
-            value, ids = batch.get(key), batch.get("input_ids")
-            if not (isinstance(value, Tensor) and isinstance(ids, Tensor) and value.shape == ids.shape):
-                continue
-            if bool(((value == 0) | (value == 1)).all()):
-                changed = value.clone()
-                half = changed[:, value.shape[1] // 2 :]  # a view
-                if "mask" in key or "weight" in key:
-                    half.copy_((1 - half.to(torch.int64)).to(half.dtype))
-                else:
-                    half.zero_()  # 1 might be no index of a table
-                variants.append({**batch, key: changed})
-        return variants
-
     def _losses(self, run_loss: RunLoss) -> FloatArray | None:
         """A loss of each chosen row alone, or None where there is none."""
-        values = [self._loss(run_loss, batch) for batch in self.batches]
+        values = [self._loss(run_loss, batch) for batch in self.rows.batches]
         return None if any(value is None for value in values) else np.array(values, np.float64)
 
     def _loss(self, run_loss: RunLoss, batch: Mapping[str, Any]) -> float | None:
@@ -213,7 +161,7 @@ class _Comparison:
 
     def _readings(self) -> list[Reading]:
         """The likelihoods to try, by the shape of the labels; each also with the labels masked by a further input."""
-        batch = self.batches[0]
+        batch = self.rows.batches[0]
         labels = self.base.labels_of(batch)
         if labels is None:
             return []
@@ -222,19 +170,8 @@ class _Comparison:
             kinds = ("classes",)
         elif self.base.encoder_decoder or batch.get("shift_labels") is not None:
             kinds = ("unshifted",)
-        masks = [None, *(key for key in sorted(self._extras(self.base)[0]) if self._is_mask(key))]
+        masks = [None, *(key for key in sorted(self.rows.extras) if self.rows.is_mask(key))]
         return [dataclasses.replace(self.base, likelihood=kind, mask_key=mask) for mask in masks for kind in kinds]
-
-    def _is_mask(self, key: str) -> bool:
-        """True for an input of 0 and 1 at every label."""
-        pairs = [(batch.get(key), self.base.labels_of(batch)) for batch in self.batches]
-        return all(
-            isinstance(value, Tensor)
-            and isinstance(labels, Tensor)
-            and value.shape == labels.shape
-            and bool(((value == 0) | (value == 1)).all())
-            for value, labels in pairs
-        )
 
     def _nearest(self, run_loss: RunLoss, own: FloatArray) -> tuple[Reading, float, FloatArray]:
         """The likelihood nearest to a loss, by how much it is off at most, and its value of each row."""
@@ -263,7 +200,7 @@ class _Comparison:
         """Mean loss of each compared row by each reading that the model gives."""
         found = []
         for reading in self._readings():
-            values = [self._read(batch, reading) for batch in self.batches]
+            values = [self._read(batch, reading) for batch in self.rows.batches]
             if all(value is not None and (len(value) or reading.mask_key) for value in values):
                 means = [value.mean() if len(value) else 0.0 for value in values if value is not None]
                 found.append((reading, np.array(means, np.float64)))
@@ -275,7 +212,7 @@ class _Comparison:
 
     def _looks_ahead(self) -> bool:
         """True where another last token changes what the model says at the first position."""
-        batch = self.looked_at[max(self.rows, key=lambda i: _size(self.looked_at[i]))]
+        batch = self.rows.longest
         ids = torch.as_tensor(batch["input_ids"])
         labels = torch.full_like(ids, IGNORED)
         labels[:, 0] = ids[:, 0]
@@ -290,46 +227,26 @@ class _Comparison:
 
     def _feed(self, reading: Reading, own: FloatArray) -> tuple[Feed, dict[str, int]]:
         """How rows reach the model as the collator makes them, the fastest way first; and inputs that are constant."""
-        extras, constants = self._extras(reading)
+        extras = self.rows.further_inputs(reads_all=reading.loss is not None and self.run_loss.reads_all)
+        constants = self.rows.constants()
         if reading.likelihood != "shifted" or reading.mask_key or extras:
             return "collated", constants
         return ("plain" if self._feeds_the_same(reading, own) else "collated"), constants
 
-    def _extras(self, reading: Reading) -> tuple[set[str], dict[str, int]]:
-        """Inputs beside ids, labels and mask that reach the model, or an own loss; and those that are constant."""
-        keys = {str(key) for batch in self.looked_at.values() for key, value in batch.items() if value is not None}
-        reads_all = reading.loss is not None and self.run_loss.reads_all
-        extras = {key for key in keys - set(_TEXT_KEYS) if reads_all or accepts(self.model, key)}
-        return extras, {key: value for key in sorted(extras) if (value := self._constant(key)) is not None}
-
-    def _is_random(self) -> bool:
-        return any(drew_random(self.collated.dataset, self.collated.collate_fn, i) for i in self.rows)
-
-    def _constant(self, key: str) -> int | None:
-        """The one whole number that an input has at every token of every row looked at; None where there is none."""
-        pairs = [(batch.get(key), batch.get("input_ids")) for batch in self.looked_at.values()]
-        if not all(isinstance(v, Tensor) and isinstance(ids, Tensor) and v.shape == ids.shape for v, ids in pairs):
-            return None
-        distinct = torch.cat([value.reshape(-1) for value, _ in pairs if value is not None]).unique()
-        return int(distinct) if len(distinct) == 1 and not distinct.dtype.is_floating_point else None
-
     def _feeds_the_same(self, reading: Reading, own: FloatArray) -> bool:
         """True where rows that this library pads have the run's loss, alone and beside longer ones."""
-        pool = self.pool.select(self.rows)
+        pool = self.pool.select(self.rows.rows)
         pool.reading = reading
         rows = pool.candidates()
-        if (rows.num_targets == 0).any() or len(self.batches) > len(rows):
+        if (rows.num_targets == 0).any() or len(self.rows.batches) > len(rows):
             return False
-        batches = [np.array([i]) for i in range(len(rows))]
-        if reading.loss is not None:
-            found = [float(reading.loss(self.model, rows.batch(i, self.device).with_labels())) for i in batches]
-            return _gap(np.array(found), own) <= self._tolerance(own)
-        for index in (*batches, np.arange(len(rows))):
-            tokens = likelihood(self.model, rows.batch(index, self.device)).double().cpu().numpy()
-            parts = np.split(tokens, np.cumsum(rows.num_targets[index])[:-1])
-            if _gap(np.array([part.mean() for part in parts]), own[index]) > 2 * self._tolerance(own):
-                return False
-        return True
+        ends = np.cumsum(rows.num_targets)[:-1]
+        alone = [token_losses(self.model, rows.take(np.array([i])), loss=reading.loss) for i in range(len(rows))]
+        together = np.split(token_losses(self.model, rows, loss=reading.loss), ends)
+        return all(
+            _gap(np.array([part.mean() for part in parts]), own) <= 2 * self._tolerance(own)
+            for parts in (alone, together)
+        )
 
     def _check_batch(self, reading: Reading, own: FloatArray) -> tuple[bool, dict[str, Any]]:
         """Whether rows in one batch have the losses that they have alone, and what was found.
@@ -337,11 +254,11 @@ class _Comparison:
         Raises:
             UnsupportedSettingError: the run's loss of a batch does not follow from its rows.
         """
-        rows = self.rows[:NUM_TOGETHER]
+        rows = self.rows.rows[:NUM_TOGETHER]
         try:
-            batch = collate(self.collated.dataset, self.collated.collate_fn, rows)
+            batch = self.rows.together(NUM_TOGETHER)
         except Exception as error:  # a collator of single rows, or of rows of one length
-            logger.debug("`%s` makes no batch of pool rows %s: %s", name_of(self.collated.collate_fn), rows, error)
+            logger.debug("The collator makes no batch of pool rows %s: %s", rows, error)
             return False, {}
         if len(batch.get("input_ids", rows)) != len(rows):
             return False, {}
@@ -388,23 +305,18 @@ class _Comparison:
 
     def _uncompared(self) -> Reading:
         """No loss to compare with: the likelihood of the next token, if the model gives logits for it."""
-        batch = model_batch(self.looked_at[self.rows[0]], self.base, self.device)
+        batch = model_batch(self.rows.batches[0], self.base, self.device)
         if not batch.labels.numel():
             batch = batch._replace(labels=batch.inputs["input_ids"])
         values = likelihood(self.model, batch)
         read = [means for reading, means in self._means() if reading.likelihood == "shifted"]
-        feed, constants = self._feed(self.base, read[0] if read else np.zeros(len(self.rows)))
+        feed, constants = self._feed(self.base, read[0] if read else np.zeros(len(self.rows.rows)))
         return dataclasses.replace(
             self.base,
             feed="row" if feed == "collated" else feed,
             constants=constants,
             compared={"loss": None, "read_loss": float(values.double().mean())},
         )
-
-
-def _size(batch: Mapping[str, Any]) -> int:
-    ids = batch.get("input_ids")
-    return int(ids.shape[-1]) if isinstance(ids, Tensor) else 1
 
 
 def _gap(a: FloatArray, b: FloatArray) -> float:
