@@ -291,10 +291,8 @@ class _Comparison:
         That is the collator's doing, and no part of the loss: such a row is measured alone.
         """
         plain = dataclasses.replace(reading, loss=None)
-        read, singles = (
-            self._read(batch, plain),
-            [self._read(self.looked_at[i], plain) for i in self.rows[: len(counts)]],
-        )
+        read = self._read(batch, plain)
+        singles = [self._read(single, plain) for single in self.rows.batches[: len(counts)]]
         if read is None or any(single is None for single in singles):
             return False
         alone = np.array([single.mean() for single in singles if single is not None])
