@@ -42,15 +42,25 @@ class ModelBatch(NamedTuple):
         inputs: arguments of the forward pass, labels left out.
         labels: (B, L) int64, -100 where not trained; (B,) for a class a row; no element where a batch has no labels.
         shifted: True where the logits at position t - 1 predict label t, False where those at t do.
+        num_virtual: positions that the model puts before each row.
     """
 
     inputs: dict[str, Any]
     labels: Tensor
     shifted: bool = True
+    num_virtual: int = 0
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """Positions (T,) in the flattened (B, L) logits that predict a trained label, and those labels (T,)."""
+        """Positions (T,) in the flattened logits that predict a trained label, and those labels (T,).
+
+        Logits have `num_virtual` positions before those of a row.
+        """
         labels = self.labels
+        if self.num_virtual:
+            import torch
+
+            before = labels.new_full((len(labels), self.num_virtual), IGNORED)
+            return self._replace(labels=torch.cat([before, labels], 1), num_virtual=0).targets()
         if self.shifted and labels.dim() > 1:
             labels = labels.new_full(labels.shape, IGNORED)
             labels[:, :-1] = self.labels[:, 1:]
@@ -107,6 +117,9 @@ class Reading:
         loss_name: what to call that loss in messages and records.
         feed: `"plain"` rows are padded by this library, `"collated"` they are put through the run's collator several
             at a time, `"row"` one at a time.
+        num_virtual: virtual tokens that the model puts before a row (prompt tuning); the last of them predicts the
+            row's first token.
+        has_shift_labels: True where the collator gives labels that are shifted already, as `shift_labels`.
         looks_ahead: True where a position's logits depend on later tokens (a masked language model).
         encoder_decoder: True where labels are a second sequence.
         constants: inputs that had one value at every token of every row looked at, such as token types of 0; passages
@@ -119,10 +132,17 @@ class Reading:
     loss: LossFunction | None = None
     loss_name: str = "the model's own loss"
     feed: Feed = "plain"
+    num_virtual: int = 0
+    has_shift_labels: bool = False
     looks_ahead: bool = False
     encoder_decoder: bool = False
     constants: Mapping[str, int] = dataclasses.field(default_factory=dict)
     compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """True where a row's labels are those of its tokens from the second on, as `TokenRows` has them."""
+        return self.likelihood == "shifted" and not self.mask_key and not self.num_virtual
 
     def to_dict(self) -> dict[str, Any]:
         """What `round.json` says of it, as plain JSON values."""

@@ -137,9 +137,9 @@ class TextRows:
         inputs = {"input_ids": torch.from_numpy(np.ascontiguousarray(ids_BL)).to(device)}
         inputs["attention_mask"] = torch.from_numpy(here_BL.astype(np.int64)).to(device)
         for name, value in self.reading.constants.items():
-            inputs[name] = torch.full_like(inputs["input_ids"], value)
+            inputs[name] = value * inputs["attention_mask"]
         labels = torch.from_numpy(np.ascontiguousarray(labels_BL)).to(device)
-        return ModelBatch(inputs, labels, shifted=self.reading.likelihood == "shifted")
+        return ModelBatch(inputs, labels, self.reading.likelihood == "shifted", self.reading.num_virtual)
 
 
 def model_batch(batch: Mapping[str, Any], reading: Reading, device: torch.device | str = "cpu") -> ModelBatch:
@@ -160,7 +160,7 @@ def model_batch(batch: Mapping[str, Any], reading: Reading, device: torch.device
     if labels is None:
         labels = torch.zeros((1, 0), dtype=torch.int64, device=device)
     inputs = {key: value for key, value in moved.items() if key != "labels"}
-    return ModelBatch(inputs, torch.as_tensor(labels), reading.likelihood == "shifted")
+    return ModelBatch(inputs, torch.as_tensor(labels), reading.likelihood == "shifted", reading.num_virtual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +197,10 @@ def as_text(
         Ids and labels of one length in the layout of `TokenRows`, which never trains a row's first token. As many
         tokens are trained, in the same order.
     """
-    if labels is None or reading.likelihood == "shifted":
+    if labels is None or (reading.likelihood == "shifted" and not reading.num_virtual):
         return ids, labels
+    if reading.likelihood == "shifted":
+        return np.concatenate([ids[:1], ids]), np.concatenate([np.full(min(1, len(ids)), IGNORED), labels])
     if reading.likelihood == "classes":
         marked = np.full(len(ids), IGNORED, np.int64)
         marked[-1:] = ids[-1:]

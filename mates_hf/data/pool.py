@@ -107,7 +107,7 @@ class CandidatePool:
         """
         rows = self.candidate_ids if ids is None else self._checked(ids)
         reading = self.reading or PLAIN
-        rule = self._label_rule() if reading.likelihood == "shifted" and not reading.mask_key else None
+        rule = self._label_rule() if reading.is_plain_text else None
         return stack_rows(self._read_rows(rows)) if rule is None else self._columns.read(rows, rule)
 
     def candidates(self, ids: Sequence[int] | IntArray | None = None) -> Candidates:
@@ -186,7 +186,7 @@ class CandidatePool:
                     same_length=same_length,
                     labels_of=reading.labels_of,
                 )
-            if reading.likelihood != "shifted":
+            if not reading.is_plain_text:
                 there = slice(None) if row.attention_mask is None else row.attention_mask != 0
                 labels = row.labels if row.labels is None or not same_length else row.labels[there]
                 row = CollatedRow(*as_text(row.input_ids[there], labels, reading), None)

@@ -22,7 +22,7 @@ from mates_hf.model_traits import accepts
 from mates_hf.records import InfluenceError
 
 NUM_LOOKED_AT = 64
-_TEXT_KEYS = ("input_ids", "labels", "attention_mask")
+_TEXT_KEYS = ("input_ids", "labels", "attention_mask", "shift_labels")
 
 
 class ComparedRows:
@@ -34,7 +34,7 @@ class ComparedRows:
         base: says where labels are.
 
     Attributes:
-        rows: pool rows, the shortest first.
+        rows: pool rows; the first ones, of several lengths, from the shortest on.
         batches: a batch of each of those rows alone, then variants of one of them with a further input changed.
         collated: the pool's dataset and collator.
 
@@ -53,7 +53,7 @@ class ComparedRows:
     @property
     def longest(self) -> Mapping[str, Any]:
         """The batch of the longest chosen row."""
-        return self._looked_at[self.rows[-1]]
+        return max((self._looked_at[i] for i in self.rows), key=_size)
 
     def together(self, num: int) -> Mapping[str, Any]:
         """The first `num` rows in one batch; raises what the collator raises."""
@@ -106,12 +106,11 @@ class ComparedRows:
         return bool(((labels[:, 1:] if causal else labels) != IGNORED).any())
 
     def _choose(self) -> list[int]:
-        """Rows to compare: short ones to run together, and one of the middle; all where there are further inputs."""
+        """Rows to compare, of several lengths; all where there are further inputs."""
         by_length = sorted(self._looked_at, key=lambda i: (_size(self._looked_at[i]), i))
-        if self.extras:
-            return by_length
-        places = sorted({0, len(by_length) // 8, len(by_length) // 4, len(by_length) // 2})
-        return [by_length[place] for place in places]
+        places = sorted({0, len(by_length) // 4, len(by_length) // 2, (3 * len(by_length)) // 4})
+        chosen = [by_length[place] for place in places]
+        return chosen + [i for i in by_length if i not in chosen] if self.extras else chosen
 
     def _variants(self) -> list[Mapping[str, Any]]:
         """A row with a further input changed, for each that looks like a mask: no row looked at need show its effect.

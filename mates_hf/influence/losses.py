@@ -305,15 +305,14 @@ def likelihood(model: nn.Module, batch: ModelBatch) -> Tensor:
         UnsupportedSettingError: the logits do not have the shape that the labels call for.
     """
     logits = run_inputs(model, batch.inputs if not needs_labels(model) else batch.with_labels())
-    labels = batch.labels
-    if logits is not None and logits.dim() == labels.dim() + 1 and labels.dim() > 1:
-        # Virtual tokens before a row (prompt tuning) have logits, and no labels.
-        logits = logits[:, max(0, logits.shape[1] - labels.shape[1]) :]
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
-        shape = None if logits is None else tuple(logits.shape)
+    shape = batch.labels.shape
+    if len(shape) > 1:
+        shape = torch.Size((shape[0], shape[1] + batch.num_virtual))
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != shape:
+        found = None if logits is None else tuple(logits.shape)
         raise UnsupportedSettingError(
-            f"The model must give logits of the shape of its labels {tuple(labels.shape)} and one more dimension, got "
-            f"{shape} from {type(model).__name__}. Pass the run's own loss as `DirectionalProbe(loss=...)` and what "
+            f"The model must give logits of the shape of its labels {tuple(shape)} and one more dimension, got "
+            f"{found} from {type(model).__name__}. Pass the run's own loss as `DirectionalProbe(loss=...)` and what "
             "the reference task is measured by as `reference_loss=`."
         )
     index, wanted = batch.targets()

@@ -92,7 +92,7 @@ def read_measurable(
     pool, rows = open_candidates(candidates)
     compared = pool.reading
     reading = pool.reading = compared or read_given(model, pool, loss, reference_loss)
-    is_plain = reading.likelihood == "shifted" and not reading.constants
+    is_plain = reading.is_plain_text and not reading.constants
     if reference_loss is None and reference.fed is None and not (compared and is_plain):
         reference = fed_reference(model, reference, reading, pool if rows is None else None)
     ids = pool.candidate_ids

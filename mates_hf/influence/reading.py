@@ -27,7 +27,7 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.compared_rows import ComparedRows
 from mates_hf.influence.losses import likelihood, needs_labels, token_losses
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
-from mates_hf.model_traits import input_device, is_low_precision
+from mates_hf.model_traits import input_device, is_low_precision, run_inputs
 from mates_hf.preserve import local_shard, preserved, undisturbed
 from mates_hf.records import InfluenceError, UnsupportedSettingError
 
@@ -79,6 +79,10 @@ class _Comparison:
         self.device = input_device(model)
         self.base = Reading(encoder_decoder=needs_labels(model))
         self.rows = ComparedRows(model, pool, self.base)
+        has_shift_labels = self.rows.longest.get("shift_labels") is not None
+        self.base = dataclasses.replace(
+            self.base, num_virtual=self._count_virtual(), has_shift_labels=has_shift_labels
+        )
 
     def find(self) -> Reading:
         """The reading, and how rows are to be fed."""
@@ -113,6 +117,18 @@ class _Comparison:
         elif feed == "collated":
             reading = dataclasses.replace(reading, feed="row")
         return dataclasses.replace(reading, compared=compared)
+
+    def _count_virtual(self) -> int:
+        """Positions that the model puts before each row's; 0 where its logits have another shape for other reasons."""
+        counts = set()
+        for batch in self.rows.batches[:2]:
+            given = model_batch(batch, self.base, self.device)
+            try:
+                logits = run_inputs(self.model, given.with_labels() if self.base.encoder_decoder else given.inputs)
+                counts.add(logits.shape[1] - given.labels.shape[1] if given.labels.dim() > 1 else 0)
+            except _NO_LOGITS:
+                return 0
+        return max(0, counts.pop()) if len(counts) == 1 else 0
 
     def given(self) -> Reading:
         """How to feed rows to a loss that is not compared."""
@@ -168,7 +184,7 @@ class _Comparison:
         kinds: tuple[Likelihood, ...] = ("shifted", "unshifted")
         if torch.as_tensor(labels).dim() == 1:
             kinds = ("classes",)
-        elif self.base.encoder_decoder or batch.get("shift_labels") is not None:
+        elif self.base.encoder_decoder or self.base.has_shift_labels:
             kinds = ("unshifted",)
         masks = [None, *(key for key in sorted(self.rows.extras) if self.rows.is_mask(key))]
         return [dataclasses.replace(self.base, likelihood=kind, mask_key=mask) for mask in masks for kind in kinds]
@@ -229,7 +245,7 @@ class _Comparison:
         """How rows reach the model as the collator makes them, the fastest way first; and inputs that are constant."""
         extras = self.rows.further_inputs(reads_all=reading.loss is not None and self.run_loss.reads_all)
         constants = self.rows.constants()
-        if reading.likelihood != "shifted" or reading.mask_key or extras:
+        if not reading.is_plain_text or extras:
             return "collated", constants
         return ("plain" if self._feeds_the_same(reading, own) else "collated"), constants
 
@@ -266,6 +282,8 @@ class _Comparison:
         counts = self.pool.collated(np.array(rows), reading).num_targets
         if together is None or not counts.sum():
             return False, {}
+        if reading.loss is None and len(model_batch(batch, reading).targets()[0]) != counts.sum():
+            return False, {}  # padding on the left: a row's first token is trained behind it
         means = {"tokens": float(np.average(own[: len(rows)], weights=counts)), "rows": float(own[: len(rows)].mean())}
         weighs = min(means, key=lambda name: abs(means[name] - together))
         found = {"batch_loss": together, "weighs": weighs}

@@ -50,6 +50,8 @@ def fed_reference(
         UnsupportedSettingError: the model cannot be fed a passage, or its own loss of one is not what would be read;
             names both numbers.
     """
+    if reading.has_shift_labels:  # which passages have not
+        reading = dataclasses.replace(reading, likelihood="shifted")
     fed = dataclasses.replace(reference, fed=_rows(reference, reading, None if pool is None else pool.collate_fn))
     with undisturbed(model), torch.no_grad():
         model.eval()
@@ -60,7 +62,7 @@ def fed_reference(
 def _rows(reference: ReferenceTask, reading: Reading, collate_fn: Any) -> Candidates | None:
     """What the model is fed instead of the plain rows; None where those are right."""
     if reading.likelihood == "shifted":
-        return TextRows(reference.rows, reading) if reading.constants else None
+        return TextRows(reference.rows, reading) if reading.constants or reading.num_virtual else None
     if reading.likelihood == "classes":
         raise UnsupportedSettingError(
             f"The reference task `{reference.name}` must have what the model is trained to say, got passages of text "
