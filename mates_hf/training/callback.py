@@ -38,7 +38,7 @@ from mates_hf.training.checks import (
     own_memory,
     resume_caveats,
 )
-from mates_hf.training.own_loss import LossWatch, calling_trainer, refuse_unknown_loss, run_loss_of
+from mates_hf.training.own_loss import calling_trainer, run_loss_of
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 from mates_hf.training.session import Session
@@ -87,8 +87,6 @@ class MatesCallback(TrainerCallback):
         self._trainer: Any = None
         self._session: Session | None = None
         self._proven = True
-        self._loss_watch: LossWatch | None = None
-        self._loss_is_known = False
         self._replaced: tuple[Any, Any] | None = None  # a dataloader and the sampler it had
 
     def attach(self, trainer: Any) -> MatesCallback:
@@ -179,7 +177,7 @@ class MatesCallback(TrainerCallback):
         )  # fmt: skip
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prove, once, that the first batch came from the schedule; watch which loss the first step trains with."""
+        """Prove, once, that the first batch came from the schedule."""
         if self._proven or self._session is None:
             return
         self._proven = True
@@ -191,18 +189,12 @@ class MatesCallback(TrainerCallback):
                 "that `Trainer.get_train_dataloader` makes."
             )
         check_rows_once(self._session.sampler.own_rows)
-        known = self._loss_is_known or not isinstance(self.probe, (DirectionalProbe, OneStepProbe))
-        if not known and self.probe.loss is None and not args.torch_compile:  # type: ignore[attr-defined]
-            self._loss_watch = LossWatch(kwargs["model"])
 
     @own_memory
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count rows; average weights inside the window; at a boundary, run a round and report it."""
         if self._session is None:
             return
-        if self._loss_watch is not None:
-            self._loss_watch.finish()
-            self._loss_watch = None
         metrics = self._session.after_step(state.global_step, control.should_save)
         if metrics:
             self._report(state, metrics)
@@ -220,9 +212,6 @@ class MatesCallback(TrainerCallback):
     def _let_go(self) -> None:
         """As before `on_train_begin`; also what is left where training broke off, to be tried with a smaller batch."""
         self._session = None
-        if self._loss_watch is not None:
-            self._loss_watch.close()
-            self._loss_watch = None
         if self._replaced is not None:
             dataloader, sampler = self._replaced
             dataloader.set_sampler(sampler)
@@ -254,14 +243,12 @@ class MatesCallback(TrainerCallback):
         """
         if not isinstance(self.probe, (DirectionalProbe, OneStepProbe)):
             return reference
-        trainer = self._trainer or calling_trainer(self)
-        self._loss_is_known = trainer is not None
-        if trainer is None and args.label_smoothing_factor and self.probe.loss is None:
-            refuse_unknown_loss(f"it trains with `label_smoothing_factor={args.label_smoothing_factor}`")
+        is_given = self.probe.loss is not None
+        trainer = self._trainer or (None if is_given else calling_trainer(self))
         module = unwrap(model)
         pool.reading = read_given(module, pool, self.probe.loss, self.probe.reference_loss, run_loss_of(trainer))
         logger.info("Loss: %s", pool.reading.to_dict())
-        if pool.reading.loss is not None and self.probe.loss is None:
+        if pool.reading.loss is not None and not is_given:
             logger.info(
                 "Candidates are measured by %s, which no likelihood of their tokens equals: a row at a time, which is "
                 "slower, and without token detail.", pool.reading.loss_name,

@@ -1,8 +1,7 @@
 """The loss that a Trainer makes: what a run trains with, for `influence/reading` to compare.
 
 Place in the flow: `MatesCallback` asks for it when training begins. The Trainer is the attached one, or the one whose
-loop calls the hook (`calling_trainer`). Where there is none, a `LossWatch` looks at the first training step: a loss
-made elsewhere sends no gradient through the one that the model returned, and the run is refused.
+loop calls the hook (`calling_trainer`); without one, nobody could say what the run trains with, and it is refused.
 
 Trade-off: influence is what training on a candidate does, so the *candidate's* loss is the run's own. What the run
 should get better at stays the likelihood of the reference task, whatever it trains with; for that the model must give
@@ -16,10 +15,10 @@ import contextlib
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
@@ -64,7 +63,7 @@ def run_loss_of(trainer: Any) -> RunLoss:
     """What a run trains with: the loss that its model returns, or the one that its Trainer makes.
 
     Args:
-        trainer: the Trainer that trains, or None where it is not known.
+        trainer: the Trainer that trains; None where a loss of its own does not matter.
 
     Returns:
         The loss and its name.
@@ -84,7 +83,7 @@ def run_loss_of(trainer: Any) -> RunLoss:
 
 
 def calling_trainer(callback: Any) -> Any:
-    """The Trainer whose loop calls the hook that is running, or None where none does.
+    """The Trainer whose loop calls the hook that is running.
 
     Hooks are not given the Trainer. It is looked up in the frames that call them, and only read.
 
@@ -93,72 +92,23 @@ def calling_trainer(callback: Any) -> Any:
 
     Returns:
         The Trainer.
+
+    Raises:
+        UnsupportedSettingError: another loop calls it, whose loss cannot be known.
     """
     from transformers import Trainer
 
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
         if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
             return found
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def refuse_unknown_loss(reason: str) -> None:
-    """Refuse a run whose loss is made by a Trainer that is not known.
-
-    Args:
-        reason: what tells that it is.
-
-    Raises:
-        UnsupportedSettingError: names the way out.
-    """
+        frame = frame.f_back
     raise UnsupportedSettingError(
-        f"The loss that the run trains with must be known to be measured, but {reason}. Call "
-        "`callback.attach(trainer)`, or pass that loss as `MatesCallback(..., probe=DirectionalProbe(loss=...))`."
+        "The loss that the run trains with must be known to be measured, but no `transformers.Trainer` with this "
+        "callback calls its hooks. Call `callback.attach(trainer)`, or pass the loss as "
+        "`MatesCallback(..., probe=DirectionalProbe(loss=...))`."
     )
-
-
-class LossWatch:
-    """Looks at the first forward and backward pass of training: is the loss trained with the one the model returns?
-
-    A hook on the model sees its output, a hook on the loss in it sees whether a gradient arrives; both change nothing
-    and are gone after one step. Not used under `torch.compile`, where hooks would become a part of the graph.
-
-    Args:
-        model: the model that trains, as hooks are given it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._returned = self._reached = False
-        self._handles: list[Any] = [model.register_forward_hook(self._see_output)]
-
-    def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training or not torch.is_grad_enabled():
-            return  # an evaluation before the first step
-        self._handles.pop(0).remove()
-        loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
-        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
-            self._returned = True
-            self._handles.append(loss.register_hook(self._see_gradient))
-
-    def _see_gradient(self, gradient: Tensor) -> None:
-        self._reached = True
-
-    def close(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def finish(self) -> None:
-        """Take the hooks away, and refuse a run that trains with another loss."""
-        self.close()
-        if not self._returned:
-            refuse_unknown_loss("the run computes its loss outside of the model, which is called without `labels`")
-        elif not self._reached:
-            refuse_unknown_loss("the run computes its loss outside of the model, whose own takes no part in the step")
 
 
 @contextlib.contextmanager
