@@ -30,7 +30,7 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.records import UnsupportedSettingError
 from mates_hf.training.own_loss import calling_trainer
 from tests.training.kit import LENGTH, VOCAB, make_arguments, make_model, make_pool, make_reference
-from tests.training.settings import Setup, assert_refused, mates
+from tests.training.settings import NO_FILE, Setup, assert_refused, mates, proves
 
 TINY = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 32}  # fmt: skip
@@ -46,6 +46,11 @@ def trained(tmp_path: Path, model: Any, pool: Any, collator: Any = default_data_
     return load_round(tmp_path / "_mates" / "round-0001"), keys
 
 
+@proves(
+    "masked language models (`DataCollatorForLanguageModeling(mlm=True)`)",
+    "what is probed is what is trained",
+    note="a row is masked as its number says, the same in every pass; measured a row at a time",
+)
 def test_a_masked_language_model(tmp_path: Path, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.mask_token = tiny_tokenizer.mask_token or tiny_tokenizer.eos_token
     collator = DataCollatorForLanguageModeling(tiny_tokenizer, mlm=True, mlm_probability=0.3)
@@ -56,6 +61,7 @@ def test_a_masked_language_model(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert record.labels.num_tokens.max() <= LENGTH
 
 
+@proves("decoders whose loss does not shift (the Bart family)", "what is probed is what is trained")
 def test_a_decoder_whose_loss_does_not_shift(tmp_path: Path) -> None:
     rows = make_pool(200)["input_ids"]
     pool = Dataset.from_dict({"input_ids": [row[:-1] for row in rows], "labels": [row[1:] for row in rows]})
@@ -66,6 +72,10 @@ def test_a_decoder_whose_loss_does_not_shift(tmp_path: Path) -> None:
     assert record.info["loss"]["candidates"] == "unshifted"
 
 
+@proves(
+    "further model inputs (`token_type_ids`, `position_ids`, `pixel_values`, ...)",
+    "every input that training gets reaches the probe",
+)
 def test_token_types(tmp_path: Path) -> None:
     pool = make_pool(200).add_column("token_type_ids", [[0] * LENGTH] * 200)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=64,
@@ -88,6 +98,7 @@ class Masked(LlamaForCausalLM):
         return output
 
 
+@proves("a mask of the loss that the model's forward takes", "what is probed is what is trained")
 def test_rows_whose_loss_is_masked_are_not_preferred(tmp_path: Path) -> None:
     pool = make_pool(400).add_column("loss_mask", [[int(i % 3 != 0)] * LENGTH for i in range(400)])
     model = make_model()
@@ -108,6 +119,8 @@ class Contrastive(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@proves("a loss of a batch that is no mean over its rows (contrastive ones)", NO_FILE, outcome="refused",
+        note="both numbers are in the message; pass `DirectionalProbe(loss=...)`")  # fmt: skip
 def test_a_loss_that_rows_do_not_make_up(tmp_path: Path) -> None:
     assert_refused(
         tmp_path, Setup(trainer_class=Contrastive), r"together is \d.*one by one \d.*DirectionalProbe\(loss"
@@ -130,6 +143,8 @@ def doubled() -> Any:
     return model
 
 
+@proves("a model whose own loss of the reference task is no likelihood of its tokens", NO_FILE, outcome="refused",
+        note="both numbers are in the message; pass `DirectionalProbe(reference_loss=...)`")  # fmt: skip
 def test_a_reference_whose_loss_is_another_one(tmp_path: Path) -> None:
     assert_refused(tmp_path, Setup(model=doubled), r"reference task must be the model's own.*\d\.\d+.*\d\.\d+")
 
