@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -84,19 +85,53 @@ def logits_of(
     Returns:
         (B, L, V), or (B, last, V), as the model gives them.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids_BL).to(device)}
-    if accepts(model, "use_cache"):
-        inputs["use_cache"] = False
-    if not here_BL.all() and not is_causal(model) and accepts(model, "attention_mask"):
+    if not here_BL.all():
         inputs["attention_mask"] = torch.from_numpy(here_BL.astype(np.int64)).to(device)
     if last is not None and accepts(model, "logits_to_keep"):
         inputs["logits_to_keep"] = last
-    output = model(**inputs)
+    logits = run_inputs(model, without_needless_mask(model, inputs))
+    return logits if last is None else logits[:, -last:]
+
+
+def without_needless_mask(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs padded on the right, without their mask where the model has no use for it: attention takes its fast path.
+
+    Args:
+        model: one that is causal in every attention module, or that takes no mask, has none.
+        inputs: `input_ids` and perhaps `attention_mask`, and nothing that was not padded here.
+
+    Returns:
+        The same, or without the mask.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is not None and (is_causal(model) or not accepts(model, "attention_mask") or bool(mask.all())):
+        return {name: value for name, value in inputs.items() if name != "attention_mask"}
+    return inputs
+
+
+def run_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits of a plain forward pass, without a cache; inputs that the model does not take are left out."""
+    given = {name: value for name, value in inputs.items() if accepts(model, name)}
+    if accepts(model, "use_cache"):
+        given["use_cache"] = False
+    output = model(**given)
     logits: Tensor = (
         output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
     )
-    return logits if last is None else logits[:, -last:]
+    return logits
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the input embedding; an accelerator where sharded weights rest on a host."""
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    first = next(iter(embedding.parameters()), None) if isinstance(embedding, nn.Module) else None
+    parameter = next(model.parameters()) if first is None or first.device.type == "meta" else first
+    if parameter.device.type == "cpu" and hasattr(parameter, "to_local") and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
 
 
 def hub_name(model: Any) -> str:
@@ -118,6 +153,13 @@ def accepts(model: nn.Module, name: str) -> bool:
     # The class's forward: accelerate hides the signature of the instance's own.
     parameters = inspect.signature(type(model).forward).parameters.values()
     return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def is_low_precision(model: nn.Module) -> bool:
+    """True where a forward pass rounds to 16 bits: its parameters, an autocast around us or inside `forward`."""
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        return True
+    return torch.is_autocast_enabled(next(model.parameters()).device.type) or hasattr(model, "_original_forward")
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -1,15 +1,16 @@
-"""One dataset row at a time, put through the collator alone: the exact reading, for every dataset and collator.
+"""Dataset rows put through the collator: the exact reading, for every dataset and collator.
 
-Place in the flow: `pool` reads this way wherever the Arrow columns do not say the same, and `columns` compares against
-it. Trade-off: one Python call a row and more, in exchange for no assumption about what user code does. That code runs
-on seeded random streams which are put back afterwards: reading changes nothing and gives the same twice.
+Place in the flow: `pool` reads row by row this way wherever the Arrow columns do not say the same, `columns` compares
+against it, and `feeds` makes a model's batches with it. Trade-off: one Python call a row and more, in exchange for no
+assumption about what user code does. That code runs on seeded random streams which are put back afterwards: reading
+changes nothing and gives the same twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,25 +22,56 @@ from mates_hf.records import UnsupportedSettingError
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
-# Inputs by which several texts share a row, or that replace token ids: a `TokenRows` cannot hold them.
-REFUSED_KEYS = ("position_ids", "cu_seq_lens", "cu_seqlens", "seq_idx", "inputs_embeds")
+# Inputs by which several texts may share a row.
+PACKING_KEYS = ("position_ids", "cu_seq_lens", "cu_seqlens", "seq_idx")
 
 
 class CollatedRow(NamedTuple):
-    """What a row trains on, each array (length,) int64, padding included; None where it was not given."""
+    """What a row trains on, each array (length,) int64, padding included; None where it was not given.
+
+    Labels have the length of the ids, but for a model with two sequences or a class a row.
+    """
 
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64] | None
     attention_mask: npt.NDArray[np.int64] | None
 
 
-def read_row(row: Any, collate_fn: Collator | None, where: str) -> CollatedRow:
+def collate(dataset: Any, collate_fn: Collator, ids: Sequence[int]) -> Mapping[str, Any]:
+    """The batch that the collator makes of some rows, on random streams seeded by the first one's number."""
+    with forked_rng(ids[0]):
+        batch = collate_fn([dataset[i] for i in ids])
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"A collator must make a dict, got {type(batch).__name__} from `{name_of(collate_fn)}`, pool row {ids[0]}."
+        )
+    return batch
+
+
+def drew_random(dataset: Any, collate_fn: Collator, row: int) -> bool:
+    """True where reading and collating a row draws from the random streams."""
+    with forked_rng(row):
+        before = rng_state()
+        collate_fn([dataset[row]])
+        return rng_state() != before
+
+
+def read_row(
+    row: Any,
+    collate_fn: Collator | None,
+    where: str,
+    *,
+    same_length: bool = True,
+    labels_of: Callable[[Mapping[str, Any]], Any] = lambda batch: batch.get("labels"),
+) -> CollatedRow:
     """What the Trainer would train on for one dataset row.
 
     Args:
         row: `dataset[i]`.
         collate_fn: called on the row alone; None where rows have token ids themselves.
         where: which row it is, for errors.
+        same_length: whether labels must be as many as ids; not so for a second sequence or a class.
+        labels_of: what of the batch is the labels.
 
     Returns:
         The row's tokens, padding included.
@@ -47,7 +79,7 @@ def read_row(row: Any, collate_fn: Collator | None, where: str) -> CollatedRow:
     Raises:
         ValueError: ids, labels or mask are no whole numbers, or not of one length; or a dataset has no `input_ids`.
         TypeError: the row or batch is no dict.
-        UnsupportedSettingError: the collator packs or embeds, or makes no `input_ids`.
+        UnsupportedSettingError: the collator packs, or makes no `input_ids`.
     """
     batch = row if collate_fn is None else collate_fn([row])
     maker = "the dataset" if collate_fn is None else f"the collator `{name_of(collate_fn)}`"
@@ -55,26 +87,28 @@ def read_row(row: Any, collate_fn: Collator | None, where: str) -> CollatedRow:
         raise TypeError(
             f"A pool row must be a dict with `input_ids`, got {type(batch).__name__} from {maker}, {where}."
         )
-    refuse_keys(batch, maker)
+    refuse_packing(batch, maker, None if collate_fn is None else lambda: collate_fn([row, row]))
     if "input_ids" not in batch:
         message = f"A pool row must have `input_ids`, got the columns {sorted(map(str, batch))} from {maker}, {where}."
         if collate_fn is None:
             raise ValueError(f"{message} Tokenise the dataset, or pass the `collate_fn` that does.")
-        raise UnsupportedSettingError(
-            f"{message} Influence is measured on token ids: use a collator that gives those."
-        )
-    collated = collate_fn is not None
+        raise UnsupportedSettingError(f"{message} Influence models read token ids: use a collator that gives those.")
+    collated, source = collate_fn is not None, f"{maker}, {where}"
+    values = {key: labels_of(batch) if key == "labels" else batch.get(key) for key in CollatedRow._fields}
     found = {
-        key: None if batch.get(key) is None else _flat(batch[key], key, collated, f"{maker}, {where}")
-        for key in CollatedRow._fields
+        key: None if _is_left_out(value, key, collated) else _flat(value, key, collated, source)
+        for key, value in values.items()
     }
     ids = np.zeros(0, np.int64) if found["input_ids"] is None else found["input_ids"]
     for key, value in found.items():
-        if value is not None and len(value) != len(ids):
-            raise ValueError(
-                f"`{key}` must be as long as `input_ids` ({len(ids)}), got {len(value)} from {maker}, {where}."
-            )
+        if value is not None and len(value) != len(ids) and (same_length or key != "labels"):
+            raise ValueError(f"`{key}` must be as long as `input_ids` ({len(ids)}), got {len(value)} from {source}.")
     return CollatedRow(ids, found["labels"], found["attention_mask"])
+
+
+def _is_left_out(value: Any, key: str, collated: bool) -> bool:
+    """True for what is not there, and for a mask of pairs of positions, which is no padding."""
+    return value is None or (collated and key == "attention_mask" and getattr(value, "ndim", 2) > 2)
 
 
 def _flat(value: Any, key: str, collated: bool, source: str) -> npt.NDArray[np.int64]:
@@ -84,15 +118,18 @@ def _flat(value: Any, key: str, collated: bool, source: str) -> npt.NDArray[np.i
     except ValueError as error:
         raise ValueError(f"`{key}` must be one whole number a token, got a ragged list from {source}.") from error
     if collated:
-        if array.ndim != 2 or array.shape[0] != 1:
+        if array.shape != (1,) and (array.ndim != 2 or array.shape[0] != 1):
             raise UnsupportedSettingError(
                 f"`{key}` of one collated row must have the shape (1, length), got {array.shape} from {source}. Use a "
                 "collator that keeps one row of the dataset in one row of the batch."
             )
-        array = array[0]
+        array = array.reshape(-1)
     if array.shape == (0,):  # an empty list has no integer type
         return np.zeros(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in ("iub" if key == "attention_mask" else "iu"):
+    whole = array.dtype.kind in "iu"
+    if key == "attention_mask" and not whole:
+        whole = array.dtype.kind == "b" or (array.dtype.kind == "f" and bool(np.isin(array, (0, 1)).all()))
+    if array.ndim != 1 or not whole:
         raise ValueError(
             f"`{key}` must be one whole number a token, got {array.dtype} of shape {array.shape} from {source}."
         )
@@ -115,15 +152,44 @@ def stack_rows(rows: Iterable[CollatedRow]) -> TokenRows:
     return assemble(np.concatenate([row.input_ids for row in rows]), offsets, labels, mask)
 
 
-def refuse_keys(keys: Iterable[Any], maker: str) -> None:
-    """Raise `UnsupportedSettingError` for columns or inputs that a `TokenRows` cannot hold."""
-    bad = [str(key) for key in keys if str(key).startswith(REFUSED_KEYS)]
-    if bad:
+def refuse_packing(batch: Mapping[str, Any], maker: str, pair: Callable[[], Mapping[str, Any]] | None = None) -> None:
+    """Refuse a row that several texts share, and a collator that makes one row of several.
+
+    Args:
+        batch: one row, collated or as the dataset has it.
+        maker: what made it, for the error.
+        pair: makes a batch of the row and itself; asked where the batch has keys that packed rows need.
+
+    Raises:
+        UnsupportedSettingError: positions begin anew inside the row, or two rows become another number of rows.
+    """
+    keys = [key for key in batch if str(key).startswith(PACKING_KEYS) and batch[key] is not None]
+    shared = [key for key in keys if _has_several_texts(str(key), batch[key], batch.get("attention_mask"))]
+    num = 2 if pair is None or not keys or shared else len(pair().get("input_ids", ()))
+    if shared or num != 2:
+        found = f"of 2 rows {maker} makes {num}" if num != 2 else "several texts share a row"
         raise UnsupportedSettingError(
-            f"A candidate must be one text a row; {maker} gives `{'`, `'.join(bad)}`, which packed or embedded rows "
-            "need. Use a collator that pads instead (`DataCollatorForLanguageModeling`, or `padding_free=False`), and "
-            "leave such columns out of the dataset."
+            f"A candidate must be one text a row; {maker} gives `{'`, `'.join(map(str, shared or keys))}`: {found}. "
+            "Use a collator that pads instead of packing (transformers' `DataCollatorForLanguageModeling` or "
+            "`default_data_collator`; TRL: `padding_free=False` without `packing`, or `packing=True` with "
+            '`packing_strategy="wrapped"`), and leave such columns out of the dataset.'
         )
+
+
+def _has_several_texts(key: str, value: Any, mask: Any) -> bool:
+    """True where a packing key of one row says that positions begin anew inside it."""
+    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if array.dtype.kind not in "iu" or array.ndim > 2 or not array.size:
+        return False  # positions of several axes, as vision models have them
+    array = array.reshape(-1)
+    if key.startswith("cu_seq"):
+        return array.size > 2
+    if key.startswith("seq_idx"):
+        return bool((array != array[0]).any())
+    if mask is not None:
+        kept = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
+        array = array[kept.reshape(-1) != 0] if kept.size == array.size else array
+    return bool((np.diff(array) != 1).any())
 
 
 def name_of(collate_fn: Any) -> str:

@@ -1,8 +1,8 @@
 """The candidate pool: every row that may be trained on, read as the Trainer would train on it.
 
-Place in the flow: `training/` makes a `CandidatePool` of the Trainer's dataset and collator; probes and influence
-models read it as `TokenRows`. A pool row is `dataset[i]` put through the collator alone, so shuffled, sliced,
-concatenated, transformed datasets and plain torch datasets all count.
+Place in the flow: `training/` makes a `CandidatePool` of the Trainer's dataset and collator. Influence models read it
+as `TokenRows` (`token_rows`), probes are fed `Candidates` (`candidates`). A pool row is `dataset[i]` put through the
+collator alone, so shuffled, sliced, concatenated, transformed datasets and plain torch datasets all count.
 
 Trade-off: reading row by row (`collated`) is exact and slow; a `datasets.Dataset` of token ids whose collator was seen
 to give exactly its columns is read from Arrow instead (`columns`).
@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.arrow import effective_labels
-from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_keys, stack_rows
+from mates_hf.data.batches import PLAIN, Candidates, Reading
+from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_packing, stack_rows
 from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
+from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows
 from mates_hf.records import IntArray, UnsupportedSettingError
 
@@ -37,6 +39,9 @@ class CandidatePool:
         collate_fn: the dataloader's collator; None where rows have `input_ids` and, where not every token is trained,
             `labels`.
         ids: (N,) pool rows of the view, in order; None for all rows.
+
+    Attributes:
+        reading: how the run's loss follows from a collated row; None until it was compared (`influence/reading`).
 
     Raises:
         ValueError: the dataset is empty, or has neither `input_ids` nor a collator to make them.
@@ -55,12 +60,13 @@ class CandidatePool:
             raise ValueError("The candidate pool must have rows, got an empty dataset. Check its split and filters.")
         names = visible_columns(dataset)
         if collate_fn is None and names is not None:
-            refuse_keys(names, "the dataset")
             if "input_ids" not in names:
                 raise ValueError(
                     f"The candidate pool must have a column `input_ids`, got the columns {names}. Tokenise it "
                     "(`dataset.map(lambda row: tokenizer(row['text']))`), or pass the `collate_fn` that does."
                 )
+            refuse_packing(dataset[0], "the dataset")
+        self.reading: Reading | None = None
         # None: all rows, which a large pool's memory need not hold.
         self._ids: IntArray | None = None if ids is None else self._checked(ids).copy()
         # Shared by all views: the open columns, and the label rule of the collator once it was looked for.
@@ -100,8 +106,27 @@ class CandidatePool:
             UnsupportedSettingError: the collator packs several texts into a row, or makes no `input_ids`.
         """
         rows = self.candidate_ids if ids is None else self._checked(ids)
-        rule = self._label_rule()
+        reading = self.reading or PLAIN
+        rule = self._label_rule() if reading.is_plain_text else None
         return stack_rows(self._read_rows(rows)) if rule is None else self._columns.read(rows, rule)
+
+    def candidates(self, ids: Sequence[int] | IntArray | None = None) -> Candidates:
+        """The pool rows `ids` (None: the view's) as a model is fed them, in that order.
+
+        Args:
+            ids: (N,) pool rows; repeats are allowed.
+
+        Returns:
+            N rows: without padding where token ids, labels and mask are all there is, else as the collator makes them.
+        """
+        reading = self.reading or PLAIN
+        if reading.feed == "plain":
+            return self.token_rows(ids)
+        return self.collated(self.candidate_ids if ids is None else self._checked(ids), reading)
+
+    def collated(self, ids: IntArray, reading: Reading) -> CollatedRows:
+        """The pool rows `ids` as their collator makes them, whatever the pool's own reading says."""
+        return CollatedRows.of(self.dataset, self.collate_fn or StackedColumns(CollatedRow._fields), reading, ids)
 
     def chunks(self, ids: Sequence[int] | IntArray | None, size: int) -> Iterator[TokenRows]:
         """`token_rows(ids)` in pieces of `size` rows, one in memory at a time; sorted ids are read fastest."""
@@ -149,10 +174,22 @@ class CandidatePool:
         return array
 
     def _read_rows(self, ids: IntArray) -> Iterator[CollatedRow]:
-        """One row at a time, each on random streams seeded by its id."""
+        """One row at a time, each on random streams seeded by its id, in the layout that influence models read."""
+        reading = self.reading or PLAIN
+        same_length = reading.likelihood != "classes" and not reading.encoder_decoder
         for i in ids.tolist():
             with forked_rng(i):
-                row = read_row(self.dataset[i], self.collate_fn, f"pool row {i}")
+                row = read_row(
+                    self.dataset[i],
+                    self.collate_fn,
+                    f"pool row {i}",
+                    same_length=same_length,
+                    labels_of=reading.labels_of,
+                )
+            if not reading.is_plain_text:
+                there = slice(None) if row.attention_mask is None else row.attention_mask != 0
+                labels = row.labels if row.labels is None or not same_length else row.labels[there]
+                row = CollatedRow(*as_text(row.input_ids[there], labels, reading), None)
             yield row
 
     def _label_rule(self) -> LabelRule | None:
@@ -192,6 +229,39 @@ def read_candidates(candidates: Any) -> tuple[IntArray, TokenRows]:
     if not len(pool):
         raise ValueError("`candidates` must have rows, got an empty view of a pool.")
     return pool.candidate_ids, pool.token_rows()
+
+
+def open_candidates(candidates: Any) -> tuple[CandidatePool, TokenRows | None]:
+    """Candidates of any accepted kind as a pool, and as token rows where that is what was given.
+
+    Args:
+        candidates: as in `read_candidates`.
+
+    Returns:
+        A pool whose ids are the candidates' ids, and the rows or None.
+    """
+    if isinstance(candidates, TokenRows):
+        if not len(candidates):
+            raise ValueError("`candidates` must have rows, got none.")
+        return CandidatePool(_RowDicts(candidates)), candidates
+    pool = candidates if isinstance(candidates, CandidatePool) else CandidatePool(candidates)
+    if not len(pool):
+        raise ValueError("`candidates` must have rows, got an empty view of a pool.")
+    return pool, None
+
+
+class _RowDicts:
+    """Token rows as a map-style dataset of dicts."""
+
+    def __init__(self, rows: TokenRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        ids, labels = self.rows.row(i)
+        return {"input_ids": ids, "labels": labels if self.rows.labels is not None else ids}
 
 
 def rows_to_predict(dataset: Any) -> TokenRows:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.arrow import effective_labels
+from mates_hf.data.batches import Candidates
 from mates_hf.data.passages import (
     LossOn,
     Passage,
@@ -45,6 +46,8 @@ class ReferenceTask:
         loss_on: `"all"` where every token of a passage but the first is a target (or every labelled one, where labels
             were given), `"completion"` where only the completion's are.
         description: plain JSON values: source, columns, sizes, and how many passages were cut or dropped.
+        fed: the passages as the run's model is fed them, where that is not as plain rows; `MatesCallback` and probes
+            fill it in.
 
     Raises:
         ValueError: no passage has a target token.
@@ -54,6 +57,7 @@ class ReferenceTask:
     rows: TokenRows
     loss_on: LossOn = "all"
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fed: Candidates | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_loss_on(self.loss_on)
@@ -72,6 +76,11 @@ class ReferenceTask:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def measured(self) -> Candidates:
+        """What a probe reads: the passages as the model is fed them."""
+        return self.rows if self.fed is None else self.fed
 
     @property
     def num_targets(self) -> int:
@@ -138,7 +147,8 @@ class ReferenceTask:
         return self._take(np.sort(np.random.default_rng(seed).permutation(len(self))[:num]))
 
     def _take(self, passages: npt.NDArray[Any]) -> ReferenceTask:
-        return dataclasses.replace(self, rows=self.rows.take(passages))
+        fed = None if self.fed is None else self.fed.take(passages)
+        return dataclasses.replace(self, rows=self.rows.take(passages), fed=fed)
 
     @classmethod
     def from_dataset(

@@ -1,8 +1,8 @@
-"""Token rows: the one form in which candidates and reference passages reach probes and influence models.
+"""Token rows: what influence models read, and the fast way to feed a model.
 
 Place in the flow: everything that may be trained on or cared about becomes a `TokenRows`; nothing to the right of
-`data/` looks at a dataset's columns. Trade-off: inputs other than token ids and labels (custom masks, packed position
-ids) do not fit in, so a pool that needs them is refused where it is read.
+`data/` looks at a dataset's columns. Trade-off: inputs other than token ids and labels do not fit in; where a model
+takes some, a probe is fed rows of the run's collator instead (`feeds`).
 
 `TokenSpans` is the same for corpora that should stay where they are: rows as stretches of buffers that others own.
 
@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-IGNORED = -100  # label of a token that is not trained, as everywhere in transformers
+from mates_hf.data.batches import IGNORED as IGNORED
+from mates_hf.data.batches import ModelBatch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,11 @@ class TokenRows:
     def lengths(self) -> npt.NDArray[np.int64]:
         """(N,) int64 tokens in each row."""
         return np.diff(self.offsets)
+
+    @property
+    def one_by_one(self) -> bool:
+        """False: rows go into one batch."""
+        return False
 
     @property
     def target_mask(self) -> npt.NDArray[np.bool_]:
@@ -78,6 +87,26 @@ class TokenRows:
             offsets=offsets,
             labels=None if self.labels is None else self.labels[where],
         )
+
+    def padded(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """All rows padded on the right with token 0: ids, where there is a token, and labels, each (N, L)."""
+        here = np.arange(self.lengths.max(initial=0)) < self.lengths[:, None]
+        ids, labels = np.zeros(here.shape, np.int64), np.full(here.shape, IGNORED, np.int64)
+        ids[here] = self.values
+        labels[here] = np.where(self.target_mask, self.values if self.labels is None else self.labels, IGNORED)
+        return ids, here, labels
+
+    def batch(self, index: npt.NDArray[Any], device: torch.device | str) -> ModelBatch:
+        """The rows `index` in one batch, padded on the right and masked, on a device.
+
+        Padding is token 0: any id does, nothing that counts looks at it.
+        """
+        import torch
+
+        ids_BL, here_BL, labels_BL = self.take(index).padded()
+        mask = torch.from_numpy(here_BL.astype(np.int64)).to(device)
+        inputs = {"input_ids": torch.from_numpy(ids_BL).to(device), "attention_mask": mask}
+        return ModelBatch(inputs, torch.from_numpy(labels_BL).to(device))
 
     @classmethod
     def from_lists(

@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.batches import Candidates
 from mates_hf.influence.flops import NUM_EPSILON_CANDIDATES
-from mates_hf.model_traits import unwrap
+from mates_hf.model_traits import is_low_precision, unwrap
 from mates_hf.preserve import preserved
 from mates_hf.processes import ALONE, Processes
 
@@ -109,8 +109,8 @@ def losses_on_either_side(
 def choose_epsilon(
     model: nn.Module,
     direction: Direction,
-    rows: TokenRows,
-    either_side: Callable[[TokenRows, float], tuple[FloatArray, FloatArray]],
+    rows: Candidates,
+    either_side: Callable[[Candidates, float], tuple[FloatArray, FloatArray]],
     *,
     seed: int,
     processes: Processes = ALONE,
@@ -128,7 +128,7 @@ def choose_epsilon(
     Returns:
         The choice, with the agreement to record.
     """
-    start = 3e-3 if _is_low_precision(unwrap(model)) else 1e-3
+    start = 3e-3 if is_low_precision(unwrap(model)) else 1e-3
     if len(rows) < 3:
         return EpsilonChoice(epsilon=start)
     drawn = np.random.default_rng(seed).permutation(len(rows))[:NUM_EPSILON_CANDIDATES]
@@ -155,11 +155,11 @@ def choose_epsilon(
         epsilon=epsilon,
         agreement=agreement if np.isfinite(agreement) else None,
         num_rows=4 * len(tries) * len(few),
-        num_tokens=4 * len(tries) * len(few.values),
+        num_tokens=4 * len(tries) * int(few.lengths.sum()),
     )
 
 
-def row_means(rows: TokenRows, values: FloatArray) -> FloatArray:
+def row_means(rows: Candidates, values: FloatArray) -> FloatArray:
     """(N,) float64 means of (T,) values over the trained tokens of each row, of which every row has one."""
     starts = np.cumsum(rows.num_targets, dtype=np.int64) - rows.num_targets
     means: FloatArray = np.add.reduceat(values.astype(np.float64), starts) / rows.num_targets
@@ -180,10 +180,3 @@ def _pearson(a: FloatArray, b: FloatArray) -> float:
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / scale if scale > 0 and np.isfinite(scale) else -np.inf
-
-
-def _is_low_precision(model: nn.Module) -> bool:
-    """True where a forward pass rounds to 16 bits: its parameters, an autocast around us or inside `forward`."""
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        return True
-    return torch.is_autocast_enabled(next(model.parameters()).device.type) or hasattr(model, "_original_forward")

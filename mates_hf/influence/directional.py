@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.batches import Candidates
 from mates_hf.influence.difference import (
     Direction,
     EpsilonChoice,
@@ -157,11 +157,14 @@ class DirectionalProbe:
             ProbeMemoryError: one row alone does not fit into memory.
         """
         started = time.perf_counter()
-        ids, rows, skipped = read_measurable(candidates)
-        direction = self.compute_direction(model, optimizer, reference, rows)
+        ids, rows, skipped, reference, loss, reading = read_measurable(
+            unwrap(model), reference, candidates, loss=self.loss, reference_loss=self.reference_loss
+        )
+        probe = dataclasses.replace(self, loss=loss)
+        direction = probe.compute_direction(model, optimizer, reference, rows)
         choice = EpsilonChoice(epsilon=self.epsilon) if self.epsilon is not None else None
         if choice is None:
-            few = dataclasses.replace(self, progress=False).directional_derivatives
+            few = dataclasses.replace(probe, progress=False).directional_derivatives
             choice = choose_epsilon(
                 model,
                 direction,
@@ -170,10 +173,10 @@ class DirectionalProbe:
                 seed=self.seed or 0,
                 processes=self._processes,
             )
-        plus, minus = self._in_shards(model, direction, rows, choice.epsilon)
+        plus, minus = probe._in_shards(model, direction, rows, choice.epsilon)
         derivatives = direction.derivatives(plus, minus, choice.epsilon)
         per_candidate = row_means(rows, derivatives)
-        num_tokens = 2 * len(rows.values) + choice.num_tokens
+        num_tokens = 2 * int(rows.lengths.sum()) + choice.num_tokens
         info = {
             "epsilon": choice.epsilon,
             "epsilon_agreement": choice.agreement,
@@ -182,6 +185,7 @@ class DirectionalProbe:
             "second_moment": self.second_moment,
             "path_losses": list(direction.path_losses),
             "parameters": self.parameters,
+            "reading": reading.to_dict(),
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
             "seconds": time.perf_counter() - started,
@@ -204,7 +208,7 @@ class DirectionalProbe:
         ).check()
 
     def compute_direction(
-        self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: TokenRows | None = None
+        self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: Candidates | None = None
     ) -> Direction:
         """The first half of `measure`: u = (c_p / step_size) · P · ∇L_ref, parameter by parameter, mean over the path.
 
@@ -222,7 +226,7 @@ class DirectionalProbe:
             ValueError: `second_moment="batches"` without `batch_rows` or candidates.
         """
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
-        parts = parts_of_path(reference.rows, self.path_steps, self.seed or 0)
+        parts = parts_of_path(reference.measured, self.path_steps, self.seed or 0)
         with preserved(model) as snapshot:
             model.eval()
             steps = parameter_steps(optimizer, snapshot.parameters, self.learning_rates)
@@ -241,7 +245,8 @@ class DirectionalProbe:
                 path_rate=self.path_rate,
                 squares=squares,
                 left_out=self._left_out(model),
-                flops=flops + gradient_flops(count_multiplied_parameters(model), len(reference.rows.values)),
+                flops=flops
+                + gradient_flops(count_multiplied_parameters(model), int(reference.measured.lengths.sum())),
             )
         if not np.isfinite(direction.norm) or direction.norm == 0:
             raise InfluenceError(
@@ -252,7 +257,7 @@ class DirectionalProbe:
         return direction
 
     def directional_derivatives(
-        self, model: nn.Module, direction: Direction, rows: TokenRows, epsilon: float
+        self, model: nn.Module, direction: Direction, rows: Candidates, epsilon: float
     ) -> tuple[FloatArray, FloatArray]:
         """The second half of `measure`: losses of all trained tokens at θ + ε u, then at θ − ε u.
 
@@ -280,7 +285,7 @@ class DirectionalProbe:
         return losses_on_either_side(model, direction, epsilon, losses)
 
     def _in_shards(
-        self, model: nn.Module, direction: Direction, rows: TokenRows, epsilon: float
+        self, model: nn.Module, direction: Direction, rows: Candidates, epsilon: float
     ) -> tuple[FloatArray, FloatArray]:
         """`directional_derivatives`, some candidates at a time, those that an interrupted probe left read back."""
         processes = self._processes
@@ -325,7 +330,7 @@ class DirectionalProbe:
         return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
 
     def _mean_squares(
-        self, model: nn.Module, steps: list[ParameterStep], candidates: TokenRows | None
+        self, model: nn.Module, steps: list[ParameterStep], candidates: Candidates | None
     ) -> tuple[dict[nn.Parameter, Tensor], float]:
         """E[g_B²] at the present weights, from batches of candidates; empty where the optimizer's state tells it."""
         squares: dict[nn.Parameter, Tensor] = {}
@@ -341,7 +346,7 @@ class DirectionalProbe:
         for _ in range(NUM_SECOND_MOMENT_BATCHES):
             # With replacement, so that batches larger than the candidates at hand vary as much as they should.
             batch = candidates.take(generator.integers(len(candidates), size=self.batch_rows))
-            num_tokens += len(batch.values)
+            num_tokens += int(batch.lengths.sum())
             mean_loss_gradient(
                 model,
                 batch,

@@ -25,15 +25,22 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.data.batches import Candidates, ModelBatch
+from mates_hf.data.batches import LossFunction as LossFunction
+from mates_hf.data.rows import TokenRows
 from mates_hf.influence.cross_entropy import cross_entropy_at
-from mates_hf.model_traits import is_out_of_memory, is_sharded, logits_of, require_known_tokens, vocabulary_size
+from mates_hf.model_traits import (
+    accepts,
+    input_device,
+    is_out_of_memory,
+    is_sharded,
+    require_known_tokens,
+    run_inputs,
+    vocabulary_size,
+    without_needless_mask,
+)
 from mates_hf.processes import ALONE, Processes
-from mates_hf.records import MatesError
-
-LossFunction = Callable[[nn.Module, "dict[str, Tensor]"], Tensor]
-"""`loss(model, batch)`: mean loss, nats/token, of one row; `batch` has `input_ids`, `attention_mask` and `labels`, all
-(1, L) int64 on the model's device, labels unshifted with -100 where not trained."""
+from mates_hf.records import MatesError, UnsupportedSettingError
 
 DEFAULT_TOKENS_PER_BATCH = 8_192
 # glibc hands every block above 32 MiB back to the kernel when it is freed, so each larger logits tensor would be
@@ -48,7 +55,7 @@ class ProbeMemoryError(MatesError):
 
 def token_losses(
     model: nn.Module,
-    rows: TokenRows,
+    rows: Candidates,
     *,
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     loss: LossFunction | None = None,
@@ -58,8 +65,8 @@ def token_losses(
     """Negative log-likelihood of every trained token, without gradient and in the mode the model is in.
 
     Args:
-        model: a causal language model: ids (B, L) in, logits (B, L, V) out.
-        rows: N rows with T trained tokens, the same in every process.
+        model: a language model: a batch in, logits (B, L, V) out.
+        rows: what it is fed: N rows with T trained tokens, the same in every process.
         tokens_per_batch: padded tokens in one forward pass of a process at most; halved when memory runs out.
         loss: the run's own loss in place of the likelihood; each trained token then gets the mean of its row.
         progress: show a progress bar.
@@ -94,7 +101,7 @@ def token_losses(
             rows,
             measure,
             tokens_per_batch=tokens_per_batch,
-            one_row=loss is not None,
+            one_row=loss is not None or rows.one_by_one,
             bar=bar,
             processes=processes,
         )
@@ -103,7 +110,7 @@ def token_losses(
 
 def mean_loss(
     model: nn.Module,
-    rows: TokenRows,
+    rows: Candidates,
     *,
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     loss: LossFunction | None = None,
@@ -117,7 +124,7 @@ def mean_loss(
 
 def mean_loss_gradient(
     model: nn.Module,
-    rows: TokenRows,
+    rows: Candidates,
     *,
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     loss: LossFunction | None = None,
@@ -126,7 +133,9 @@ def mean_loss_gradient(
     """Leave the gradient of the mean loss over all trained tokens in `.grad`, and return that loss.
 
     Whatever was in `.grad` is dropped first; keep it with `preserved`. Micro-batches run backward one after the other,
-    so the cost in memory is one gradient and one micro-batch. If memory runs out, all of it starts again with smaller
+    so the cost in memory is one gradient and one micro-batch. What runs backward is the *sum* of the losses, but for a
+    factor of 1 to 2, and the gradient is divided afterwards: logits' gradients of a mean over many targets underflow
+    in float16. If memory runs out, all of it starts again with smaller
     micro-batches, since a backward pass that broke off has already written a part of its gradient.
 
     Args:
@@ -145,6 +154,7 @@ def mean_loss_gradient(
         ProcessError: another process failed.
     """
     num_targets = _require_targets(rows)
+    power = 2.0 ** (num_targets - 1).bit_length()  # dividing by it is exact, so float32 gradients are the mean's
     parts: list[float] = []
 
     def forget() -> None:
@@ -154,7 +164,7 @@ def mean_loss_gradient(
 
     def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
         values = _batch_losses(model, rows, batch, loss)
-        values.backward(torch.full_like(values, 1.0 / num_targets if counts else 0.0))
+        values.backward(torch.full_like(values, power / num_targets if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
 
@@ -165,15 +175,18 @@ def mean_loss_gradient(
             rows,
             accumulate,
             tokens_per_batch=tokens_per_batch,
-            one_row=loss is not None,
+            one_row=loss is not None or rows.one_by_one,
             restart=forget,
             processes=processes,
         )
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(power)
     processes.sum_gradients(model.parameters())
     return float(processes.sum(np.array([sum(parts)]))[0]) / num_targets
 
 
-def _require_targets(rows: TokenRows) -> int:
+def _require_targets(rows: Candidates) -> int:
     num_targets = int(rows.num_targets.sum())
     if num_targets == 0:
         raise ValueError(
@@ -185,7 +198,7 @@ def _require_targets(rows: TokenRows) -> int:
 
 def _run_batches(
     model: nn.Module,
-    rows: TokenRows,
+    rows: Candidates,
     work: Callable[[npt.NDArray[np.int64], bool], None],
     *,
     tokens_per_batch: int,
@@ -200,7 +213,8 @@ def _run_batches(
     every process runs every micro-batch: one without a row of its own runs the first row of all, and is told (False)
     that it does not count.
     """
-    require_known_tokens(model, rows.values)
+    if isinstance(rows, TokenRows):
+        require_known_tokens(model, rows.values)
     limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
     # A run's own loss may wait for the other processes as well (to add up its metrics, say).
     together = processes.size > 1 and (one_row or is_sharded(model))
@@ -263,34 +277,51 @@ def _plan(
 
 
 def _batch_losses(
-    model: nn.Module, rows: TokenRows, batch: npt.NDArray[np.int64], loss: LossFunction | None
+    model: nn.Module, rows: Candidates, index: npt.NDArray[np.int64], loss: LossFunction | None
 ) -> Tensor:
     """Losses of the trained tokens of a micro-batch, row after row; float32, or float64 for float64 logits."""
-    device = next(model.parameters()).device
+    batch = rows.batch(index, input_device(model))
     if loss is not None:
-        ids, labels = (torch.from_numpy(part.astype(np.int64))[None].to(device) for part in rows.row(int(batch[0])))
-        value = loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+        value = loss(model, batch.with_labels())
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"`loss` must return a scalar tensor, got {value!r}.")
         value = value.to(torch.promote_types(value.dtype, torch.float32)).reshape(1)
-        return value.expand(int(rows.num_targets[batch[0]]))
-    part = rows.take(batch)
-    here = np.arange(part.lengths.max()) < part.lengths[:, None]
-    ids_BL = np.zeros(here.shape, np.int64)  # padding is token 0: any id does, nothing that counts looks at it
-    ids_BL[here] = part.values
-    labels_BL = np.full(here.shape, IGNORED, np.int64)
-    labels_BL[here] = np.where(part.target_mask, part.values if part.labels is None else part.labels, IGNORED)
-    next_BL = np.full(here.shape, IGNORED, np.int64)
-    next_BL[:, :-1] = labels_BL[:, 1:]
-    index = np.flatnonzero(next_BL != IGNORED)
+        return value.expand(int(rows.num_targets[index[0]]))
+    plain = isinstance(rows, TokenRows)  # padded by us, on the right
+    return likelihood(model, batch._replace(inputs=without_needless_mask(model, batch.inputs)) if plain else batch)
 
-    logits = logits_of(model, ids_BL, here)
-    labels_T = next_BL.reshape(-1)[index]
-    return cross_entropy_at(
-        logits.reshape(-1, logits.shape[-1]),
-        torch.from_numpy(index).to(device),
-        torch.from_numpy(labels_T).to(device),
-    )
+
+def likelihood(model: nn.Module, batch: ModelBatch) -> Tensor:
+    """Negative log-likelihood of a batch's trained labels, (T,) nats, by a plain forward pass.
+
+    Args:
+        model: in any mode.
+        batch: on the model's device.
+
+    Returns:
+        Row after row; float32, or float64 for float64 logits; differentiable.
+
+    Raises:
+        UnsupportedSettingError: the logits do not have the shape that the labels call for.
+    """
+    logits = run_inputs(model, batch.inputs if not needs_labels(model) else batch.with_labels())
+    shape = batch.labels.shape
+    if len(shape) > 1:
+        shape = torch.Size((shape[0], shape[1] + batch.num_virtual))
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != shape:
+        found = None if logits is None else tuple(logits.shape)
+        raise UnsupportedSettingError(
+            f"The model must give logits of the shape of its labels {tuple(shape)} and one more dimension, got "
+            f"{found} from {type(model).__name__}. Pass the run's own loss as `DirectionalProbe(loss=...)` and what "
+            "the reference task is measured by as `reference_loss=`."
+        )
+    index, wanted = batch.targets()
+    return cross_entropy_at(logits.reshape(-1, logits.shape[-1]), index.to(logits.device), wanted.to(logits.device))
+
+
+def needs_labels(model: nn.Module) -> bool:
+    """True for an encoder-decoder, which makes its decoder's inputs of the labels."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and accepts(model, "labels")
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -103,10 +103,12 @@ class OneStepProbe:
             ProbeMemoryError: one row alone does not fit into memory.
         """
         started = time.perf_counter()
-        ids, rows, skipped = read_measurable(candidates)
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
         require_steps(optimizer)
         rates = group_learning_rates(optimizer, self.learning_rates)
+        ids, rows, skipped, reference, loss, reading = read_measurable(
+            model, reference, candidates, loss=self.loss, reference_loss=self.reference_loss
+        )
         tokens_per_batch = DEFAULT_TOKENS_PER_BATCH if self.tokens_per_batch is None else self.tokens_per_batch
         processes = self.processes or ALONE
         influence = np.zeros(len(rows), np.float64)
@@ -115,7 +117,7 @@ class OneStepProbe:
         def reference_loss() -> float:
             return mean_loss(
                 model,
-                reference.rows,
+                reference.measured,
                 tokens_per_batch=tokens_per_batch,
                 loss=self.reference_loss,
                 processes=processes,
@@ -134,7 +136,7 @@ class OneStepProbe:
                 snapshot.restore()
                 row = rows.take(np.array([i]))
                 losses[i] = mean_loss_gradient(
-                    model, row, tokens_per_batch=tokens_per_batch, loss=self.loss, processes=processes
+                    model, row, tokens_per_batch=tokens_per_batch, loss=loss, processes=processes
                 )
                 if self.max_grad_norm:
                     nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
@@ -145,14 +147,15 @@ class OneStepProbe:
             "reference_loss": null_loss,
             "learning_rates": rates,
             "max_grad_norm": self.max_grad_norm,
+            "reading": reading.to_dict(),
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
             "seconds": time.perf_counter() - started,
             "flops": one_step_flops(
                 count_multiplied_parameters(model),
                 num_candidates=len(rows),
-                num_candidate_tokens=len(rows.values),
-                num_reference_tokens=len(reference.rows.values),
+                num_candidate_tokens=int(rows.lengths.sum()),
+                num_reference_tokens=int(reference.measured.lengths.sum()),
             ),
         }
         logger.info("probed %d candidates by real steps in %.1f s", len(rows), info["seconds"])

@@ -6,17 +6,17 @@ passed to `MatesCallback(probe=...)`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 from torch import nn
 
-from mates_hf.data.pool import read_candidates
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.batches import Candidates, LossFunction, Reading
+from mates_hf.data.pool import CandidatePool, open_candidates
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.influence.reading import find_reading
+from mates_hf.influence.reference_feed import fed_reference
+from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
 from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, RunSettings
-
-if TYPE_CHECKING:
-    from mates_hf.data.reference import ReferenceTask
 
 Self = TypeVar("Self", bound="Probe")
 
@@ -43,28 +43,98 @@ class Probe(Protocol):
         ...
 
 
-def read_measurable(candidates: Any) -> tuple[IntArray, TokenRows, IntArray]:
-    """Ids and rows of the candidates that have a trained token, and the ids of those that have none.
+class Measurable(NamedTuple):
+    """What a probe runs.
+
+    Attributes:
+        ids: (N,) int64 candidate ids of those that have a trained token.
+        rows: those N candidates, as the model is fed them.
+        skipped: (M,) int64 ids of the candidates without one.
+        reference: the task, as the model is fed it.
+        loss: the loss of a candidate's row, where it is no likelihood; None where it is.
+        reading: how the run's loss follows from a batch.
+    """
+
+    ids: IntArray
+    rows: Candidates
+    skipped: IntArray
+    reference: ReferenceTask
+    loss: LossFunction | None
+    reading: Reading
+
+
+def read_measurable(
+    model: nn.Module,
+    reference: ReferenceTask,
+    candidates: Any,
+    *,
+    loss: LossFunction | None = None,
+    reference_loss: LossFunction | None = None,
+) -> Measurable:
+    """What to run of candidates and reference task, after the run's loss was compared with what would be read.
+
+    In a run `MatesCallback` has compared before the first step. Alone, the model's own loss is compared here.
 
     Args:
+        model: the live model, unwrapped; it stays as it is.
+        reference: what the model should get better at.
         candidates: whatever `read_candidates` accepts.
+        loss: the loss of a candidate that the probe was given; compared with nothing.
+        reference_loss: the same for the reference task.
 
     Returns:
-        (N,) int64 ids, their N rows, and (M,) int64 ids of the candidates left out.
+        Ids, rows and losses.
 
     Raises:
-        InfluenceError: no candidate has one.
+        InfluenceError: no candidate has a trained token.
+        UnsupportedSettingError: the model's own loss is none that can be measured.
     """
-    ids, rows = read_candidates(candidates)
-    trained = rows.num_targets > 0
+    pool, rows = open_candidates(candidates)
+    compared = pool.reading
+    reading = pool.reading = compared or read_given(model, pool, loss, reference_loss)
+    is_plain = reading.is_plain_text and not reading.constants
+    if reference_loss is None and reference.fed is None and not (compared and is_plain):
+        reference = fed_reference(model, reference, reading, pool if rows is None else None)
+    ids = pool.candidate_ids
+    fed = pool.candidates() if rows is None or reading.feed != "plain" else rows
+    trained = fed.num_targets > 0
     if not trained.any():
         raise InfluenceError(
-            f"`candidates` must have trained tokens, got {len(rows)} rows with none: a row needs two tokens, and a "
+            f"`candidates` must have trained tokens, got {len(fed)} rows with none: a row needs two tokens, and a "
             "label other than -100 after its first."
         )
-    if not trained.all():
-        return ids[trained], rows.take(trained), ids[~trained]
-    return ids, rows, np.zeros(0, np.int64)
+    skipped = ids[~trained]
+    if len(skipped):
+        ids, fed = ids[trained], fed.take(trained)
+    return Measurable(ids, fed, skipped, reference, reading.loss if loss is None else loss, reading)
+
+
+def read_given(
+    model: nn.Module,
+    pool: CandidatePool,
+    loss: LossFunction | None,
+    reference_loss: LossFunction | None,
+    run_loss: RunLoss = MODEL_LOSS,
+) -> Reading:
+    """How the run's loss follows from the pool's rows; a loss that the probe was given is taken as it is.
+
+    Args:
+        model: the live model, unwrapped; it stays as it is.
+        pool: rows and their collator.
+        loss: the loss of a candidate that the probe was given.
+        reference_loss: the same for the reference task.
+        run_loss: what the run trains with.
+
+    Returns:
+        The reading. Where the probe was given both losses, nothing is compared.
+    """
+    if loss is None:
+        return find_reading(model, pool, run_loss)
+    given = RunLoss(loss, "the loss that the probe was given", reads_all=True)
+    if reference_loss is not None:  # the model need not even give logits
+        plain = pool.collate_fn is None
+        return Reading(loss=loss, loss_name=given.name, feed="plain" if plain else "row")
+    return find_reading(model, pool, given, is_given=True)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.batches import Candidates
 from mates_hf.influence.difference import Direction, norm_of
 from mates_hf.influence.parameter_step import ParameterStep
 from mates_hf.preserve import Snapshot, local_shard
@@ -29,7 +29,7 @@ from mates_hf.preserve import Snapshot, local_shard
 MIN_PASSAGES = 4  # that a point of a path reads: fewer are mostly noise
 
 
-def parts_of_path(rows: TokenRows, path_steps: int, seed: int) -> list[TokenRows]:
+def parts_of_path(rows: Candidates, path_steps: int, seed: int) -> list[Candidates]:
     """What each point of a path reads: all rows at a single one, else shares of about as many rows, drawn with `seed`.
 
     Args:
@@ -51,8 +51,8 @@ def parts_of_path(rows: TokenRows, path_steps: int, seed: int) -> list[TokenRows
 def descend(
     snapshot: Snapshot,
     steps: Sequence[ParameterStep],
-    parts: Sequence[TokenRows],
-    gradient: Callable[[TokenRows], float],
+    parts: Sequence[Candidates],
+    gradient: Callable[[Candidates], float],
     *,
     path_rate: float,
     squares: Mapping[nn.Parameter, Tensor],

@@ -23,22 +23,22 @@ from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
-from mates_hf.influence.probe import Probe
-from mates_hf.model_traits import context_length, vocabulary_size
+from mates_hf.influence.probe import Probe, read_given
+from mates_hf.influence.reference_feed import fed_reference
+from mates_hf.model_traits import context_length, unwrap, vocabulary_size
 from mates_hf.processes import Processes
 from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
 from mates_hf.training.checks import (
-    check_logits,
     check_pool,
     check_rows_once,
     check_run,
     own_memory,
     resume_caveats,
 )
-from mates_hf.training.own_loss import LossWatch, takes_loss, with_own_loss
+from mates_hf.training.own_loss import calling_trainer, run_loss_of
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 from mates_hf.training.session import Session
@@ -87,7 +87,6 @@ class MatesCallback(TrainerCallback):
         self._trainer: Any = None
         self._session: Session | None = None
         self._proven = True
-        self._loss_watch: LossWatch | None = None
         self._replaced: tuple[Any, Any] | None = None  # a dataloader and the sampler it had
 
     def attach(self, trainer: Any) -> MatesCallback:
@@ -133,8 +132,7 @@ class MatesCallback(TrainerCallback):
             require_steps(optimizer)
         check_pool(pool, model)
         reference = self.reference.fit_to_model(vocabulary_size(model), context_length(model))
-        if isinstance(self.probe, (DirectionalProbe, OneStepProbe)) and self.probe.reference_loss is None:
-            check_logits(model, reference)
+        reference = self._compare(args, model, pool, reference)
         processes = Processes.of_run()
         tokenizer = kwargs.get("processing_class")
         run = Run(
@@ -143,13 +141,13 @@ class MatesCallback(TrainerCallback):
             reference=reference,
             pool=pool,
             pool_identity=pool.identity(),
-            probe=with_own_loss(self.probe, self._trainer, args),
+            probe=self.probe,
             influence_model=bound_to_run(self.influence_model, model, tokenizer),
             tokenizer=tokenizer,
             config=self.config,
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
-            rounds_dir=Path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
+            rounds_dir=Path(self.config.rounds_dir or Path(args.output_dir) / "_mates").expanduser(),
             processes=processes,
         )
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
@@ -179,7 +177,7 @@ class MatesCallback(TrainerCallback):
         )  # fmt: skip
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prove, once, that the first batch came from the schedule; watch which loss the first step trains with."""
+        """Prove, once, that the first batch came from the schedule."""
         if self._proven or self._session is None:
             return
         self._proven = True
@@ -191,18 +189,12 @@ class MatesCallback(TrainerCallback):
                 "that `Trainer.get_train_dataloader` makes."
             )
         check_rows_once(self._session.sampler.own_rows)
-        told = self._trainer is not None or args.label_smoothing_factor
-        if not told and takes_loss(self._session.run.probe) and args.process_index == 0 and not args.torch_compile:
-            self._loss_watch = LossWatch(kwargs["model"])
 
     @own_memory
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count rows; average weights inside the window; at a boundary, run a round and report it."""
         if self._session is None:
             return
-        if self._loss_watch is not None:
-            self._loss_watch.finish()
-            self._loss_watch = None
         metrics = self._session.after_step(state.global_step, control.should_save)
         if metrics:
             self._report(state, metrics)
@@ -220,9 +212,6 @@ class MatesCallback(TrainerCallback):
     def _let_go(self) -> None:
         """As before `on_train_begin`; also what is left where training broke off, to be tried with a smaller batch."""
         self._session = None
-        if self._loss_watch is not None:
-            self._loss_watch.close()
-            self._loss_watch = None
         if self._replaced is not None:
             dataloader, sampler = self._replaced
             dataloader.set_sampler(sampler)
@@ -246,6 +235,25 @@ class MatesCallback(TrainerCallback):
                     "`callback.attach(trainer)` must be given the Trainer that trains, got another one. Attach the "
                     "callback to this Trainer, or make a new callback for it."
                 )
+
+    def _compare(self, args: Any, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
+        """Hold what the probe would read of pool and reference against the run's own loss of it.
+
+        A probe of the user's own reads token rows as they are.
+        """
+        if not isinstance(self.probe, (DirectionalProbe, OneStepProbe)):
+            return reference
+        is_given = self.probe.loss is not None
+        trainer = self._trainer or (None if is_given else calling_trainer(self))
+        module = unwrap(model)
+        pool.reading = read_given(module, pool, self.probe.loss, self.probe.reference_loss, run_loss_of(trainer))
+        logger.info("Loss: %s", pool.reading.to_dict())
+        if pool.reading.loss is not None and not is_given:
+            logger.info(
+                "Candidates are measured by %s, which no likelihood of their tokens equals: a row at a time, which is "
+                "slower, and without token detail.", pool.reading.loss_name,
+            )  # fmt: skip
+        return reference if self.probe.reference_loss else fed_reference(module, reference, pool.reading, pool)
 
     def _settings(self, args: Any, clock: RowClock, processes: Processes) -> RunSettings:
         return RunSettings(

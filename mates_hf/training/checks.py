@@ -18,12 +18,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import IterableDataset
 
 from mates_hf.config import MatesConfig
-from mates_hf.data.collated import forked_rng, name_of
+from mates_hf.data.collated import forked_rng, name_of, read_row
 from mates_hf.data.pool import CandidatePool
-from mates_hf.data.reference import ReferenceTask
-from mates_hf.influence.losses import ProbeMemoryError, token_losses
-from mates_hf.model_traits import unwrap, vocabulary_size
-from mates_hf.preserve import preserved
+from mates_hf.influence.losses import ProbeMemoryError
+from mates_hf.model_traits import vocabulary_size
 from mates_hf.records import IntArray, UnsupportedSettingError
 from mates_hf.training.parallel import parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
@@ -141,50 +139,25 @@ def check_pool(pool: CandidatePool, model: Any) -> None:
         UnsupportedSettingError: the collator packs rows into one.
         ValueError: a token id of a few fixed rows is not in the model's vocabulary; names the row and the id.
     """
-    ids = np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64))
-    rows = pool.token_rows(ids)
     if pool.collate_fn is not None:
         with forked_rng(0):
-            num = len(pool.collate_fn([pool.dataset[0]] * 2)["input_ids"])
+            num = len(pool.collate_fn([pool.dataset[0]] * 2).get("input_ids", "ab"))
         if num != 2:
             raise UnsupportedSettingError(
                 "A collator must make one row of the batch from one row of the dataset, got "
                 f"{num} from 2 by `{name_of(pool.collate_fn)}`. Use one that pads instead of packing "
-                "(`DataCollatorForLanguageModeling`), or pack the dataset before training."
+                "(`DataCollatorForLanguageModeling`; TRL: `padding_free=False`), or pack the dataset before training."
             )
     size = vocabulary_size(model)
-    if size is None:
-        return
-    for number, i in zip(ids, range(len(rows)), strict=True):
-        values = rows.row(i)[0]
-        if len(values) and (values.max() >= size or values.min() < 0):
+    for i in np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64)).tolist():
+        with forked_rng(i):
+            row = read_row(pool.dataset[i], pool.collate_fn, f"pool row {i}", same_length=False)
+        values = row.input_ids
+        if size is not None and len(values) and (values.max() >= size or values.min() < 0):
             raise ValueError(
                 f"Token ids must be in the model's vocabulary of {size}, got {int(values.max())} in pool row "
-                f"{number}. The pool was tokenised with another tokenizer, or the embedding was not resized."
+                f"{i}. The pool was tokenised with another tokenizer, or the embedding was not resized."
             )
-
-
-def check_logits(model: Any, reference: ReferenceTask) -> None:
-    """Refuse a model that does not tell the likelihood of a reference passage, by running it on one.
-
-    Args:
-        model: the model that trains; it stays as it is.
-        reference: what it should get better at, cut to its context.
-
-    Raises:
-        UnsupportedSettingError: the model does not give logits for `input_ids` alone in eval mode.
-    """
-    module = unwrap(model)
-    with preserved(module):
-        module.eval()
-        try:
-            token_losses(module, reference.rows.take(np.array([0])))
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise UnsupportedSettingError(
-                "The model must give logits (B, L, V) for `input_ids` alone in eval mode, because the loss of the "
-                f"reference task is the likelihood; {type(module).__name__} did not ({type(error).__name__}: {error})."
-                " Turn off what leaves the logits out (`use_liger_kernel`, a fused loss), or pass a probe of your own."
-            ) from error
 
 
 def check_rows_once(own_rows: IntArray) -> None:

@@ -1,34 +1,29 @@
-"""The loss a run trains with, where that is not the model's own: measured by the probes, or named in one warning.
+"""The loss that a Trainer makes: what a run trains with, for `influence/reading` to compare.
 
-Place in the flow: `MatesCallback` asks `with_own_loss` for its probe when training begins. An attached Trainer tells
-its loss; without one, hooks see neither the Trainer nor its `compute_loss`, so a `LossWatch` looks at the first
-training step: a loss made elsewhere sends no gradient through the one that the model returned.
+Place in the flow: `MatesCallback` asks for it when training begins. The Trainer is the attached one, or the one whose
+loop calls the hook (`calling_trainer`); without one, nobody could say what the run trains with, and it is refused.
 
 Trade-off: influence is what training on a candidate does, so the *candidate's* loss is the run's own. What the run
 should get better at stays the likelihood of the reference task, whatever it trains with; for that the model must give
-logits. An own loss is a number a row, not a token: candidates then run one by one, and the influence model learns from
-rows alone.
+logits. A loss that equals no likelihood is a number a row, not a token: candidates then run one by one, and the
+influence model learns from rows alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
-import logging
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.probe import Probe
+from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
 from mates_hf.preserve import remember
-
-logger = logging.getLogger(__name__)
-
-_ATTACH = "`callback.attach(trainer)` has the Trainer's own loss probed"
+from mates_hf.records import UnsupportedSettingError
 
 
 class OwnLoss:
@@ -41,20 +36,8 @@ class OwnLoss:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    @classmethod
-    def of(cls, trainer: Any) -> OwnLoss | None:
-        """The loss of a Trainer, or None where it trains with what the model returns."""
-        from transformers import Trainer
-
-        own = (
-            type(trainer).compute_loss is not Trainer.compute_loss
-            or trainer.compute_loss_func is not None
-            or trainer.label_smoother is not None
-        )
-        return cls(trainer) if own else None
-
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean loss of one row, nats/token; what the Trainer keeps of its calls (sums for its log) stays as it was."""
+        """Mean loss of a batch, nats/token; what the Trainer keeps of its calls (sums for its log) stays as it was."""
         trainer = self.trainer
         with _kept_attributes(trainer), trainer.compute_loss_context_manager():
             loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=self._num_items(batch))
@@ -65,87 +48,77 @@ class OwnLoss:
         trainer = self.trainer
         if not (getattr(trainer, "model_accepts_loss_kwargs", False) or trainer.compute_loss_func is not None):
             return None
-        count = (batch["labels"][..., 1:] != -100).sum()
+        labels = batch.get("shift_labels")
+        if labels is None and "labels" not in batch:
+            return None
+        if labels is None:
+            labels = batch["labels"][..., 1:] if getattr(trainer, "_loss_shifts_labels", True) else batch["labels"]
+        count = (labels != -100).sum()
         # The Trainer counts over all processes, and scales the loss by as many.
         averaged = getattr(trainer.args, "average_tokens_across_devices", False)
         return count * trainer.args.world_size if averaged else count
 
 
-def with_own_loss(probe: Probe, trainer: Any, args: Any) -> Probe:
-    """The probe, with the attached Trainer's own loss of a candidate where it has one.
+def run_loss_of(trainer: Any) -> RunLoss:
+    """What a run trains with: the loss that its model returns, or the one that its Trainer makes.
 
     Args:
-        probe: as the user gave it; a loss set there is kept.
-        trainer: the attached Trainer, or None.
-        args: the run's `TrainingArguments`.
+        trainer: the Trainer that trains; None where a loss of its own does not matter.
 
     Returns:
-        The same probe or a copy. Warns where `args` alone tell that the run's loss is another one.
+        The loss and its name.
     """
-    if not takes_loss(probe):
-        return probe
-    if trainer is not None:
-        loss = OwnLoss.of(trainer)
-        return probe if loss is None else dataclasses.replace(probe, loss=loss)  # type: ignore[type-var]
-    if args.label_smoothing_factor:
-        _warn(f"the run trains with `label_smoothing_factor={args.label_smoothing_factor}`")
-    return probe
+    from transformers import Trainer
+
+    own = trainer is not None and (
+        type(trainer).compute_loss is not Trainer.compute_loss
+        or trainer.compute_loss_func is not None
+        or trainer.label_smoother is not None
+    )
+    if not own:
+        return MODEL_LOSS
+    kind = type(trainer).__name__
+    name = f"`{kind}.compute_loss`" if type(trainer).compute_loss is not Trainer.compute_loss else "the Trainer's loss"
+    return RunLoss(OwnLoss(trainer), name, reads_all=True)
 
 
-def takes_loss(probe: Probe) -> bool:
-    """True for a probe that measures the likelihood and could measure another loss."""
-    return dataclasses.is_dataclass(probe) and getattr(probe, "loss", ...) is None
+def calling_trainer(callback: Any) -> Any:
+    """The Trainer whose loop calls the hook that is running.
 
-
-def _warn(reason: str) -> None:
-    logger.warning("The probes measure the plain negative log-likelihood, but %s. %s.", reason, _ATTACH)
-
-
-class LossWatch:
-    """Looks at the first forward and backward pass of training: is the loss trained with the one the model returns?
-
-    A hook on the model sees its output, a hook on the loss in it sees whether a gradient arrives; both change nothing
-    and are gone after one step. Not used under `torch.compile`, where hooks would become a part of the graph.
+    Hooks are not given the Trainer. It is looked up in the frames that call them, and only read.
 
     Args:
-        model: the model that trains, as hooks are given it.
+        callback: must be among its callbacks.
+
+    Returns:
+        The Trainer.
+
+    Raises:
+        UnsupportedSettingError: another loop calls it, whose loss cannot be known.
     """
+    from transformers import Trainer
 
-    def __init__(self, model: nn.Module) -> None:
-        self._returned = self._reached = False
-        self._handles: list[Any] = [model.register_forward_hook(self._see_output)]
-
-    def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training or not torch.is_grad_enabled():
-            return  # an evaluation before the first step
-        self._handles.pop(0).remove()
-        loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
-        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
-            self._returned = True
-            self._handles.append(loss.register_hook(self._see_gradient))
-
-    def _see_gradient(self, gradient: Tensor) -> None:
-        self._reached = True
-
-    def close(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def finish(self) -> None:
-        """Take the hooks away, and warn if the run trains with another loss."""
-        self.close()
-        if not self._returned:
-            _warn("the run computes its loss outside of the model, which is called without `labels`")
-        elif not self._reached:
-            _warn("the run computes its loss outside of the model, whose own loss takes no part in the first step")
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
+            return found
+        frame = frame.f_back
+    raise UnsupportedSettingError(
+        "The loss that the run trains with must be known to be measured, but no `transformers.Trainer` with this "
+        "callback calls its hooks. Call `callback.attach(trainer)`, or pass the loss as "
+        "`MatesCallback(..., probe=DirectionalProbe(loss=...))`."
+    )
 
 
 @contextlib.contextmanager
 def _kept_attributes(trainer: Any) -> Iterator[None]:
-    """Numbers, lists and dicts among a Trainer's attributes are put back: subclasses sum up what they will log."""
+    """Put numbers, lists and dicts among a Trainer's attributes back: subclasses sum up what they will log.
+
+    What they make at their first call goes, so that the first of the run makes it anew.
+    """
     given = _constructor_arguments()
+    there = set(vars(trainer))
     put_back = [
         (name, remember(value, look_inside=False))
         for name, value in vars(trainer).items()
@@ -156,6 +129,8 @@ def _kept_attributes(trainer: Any) -> Iterator[None]:
     finally:
         for name, back in put_back:
             setattr(trainer, name, back())
+        for name in set(vars(trainer)) - there:
+            delattr(trainer, name)
 
 
 @functools.cache

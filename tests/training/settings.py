@@ -46,6 +46,7 @@ MODULES = (
     "test_settings.py",
     "test_settings_runs.py",
     "test_settings_losses.py",
+    "test_readings.py",
     "test_settings_refused.py",
     "test_models.py",
     "test_parallel.py",

@@ -268,36 +268,35 @@ OWN_LOSSES = [
 for name, _, _ in OWN_LOSSES:
     for what in (
         NO_TRACE,
-        "through `attach` the loss of each candidate is the run's own by its formula, the reference loss stays plain",
-        "without `attach` one warning says which loss is probed",
+        "the loss of each candidate is the run's own by its formula, the reference loss stays plain",
     ):
         declare(name, "supported", what, note="own losses are probed a row at a time; labels have no token detail")
 
 
+@pytest.mark.parametrize("attach", [False, True])
 @pytest.mark.parametrize(("setting", "formula", "setup"), OWN_LOSSES)
-def test_an_own_loss_is_probed_through_attach_and_named_without(tmp_path, setting, formula, setup, caplog):
-    check(tmp_path, setup)
-    messages = warnings_in(caplog)
-    assert len(messages) == 1, messages
-    assert "`callback.attach(trainer)`" in messages[0]
-    assert ("without `labels`" in messages[0]) is (formula is weighted and setup.trainer_class is not OwnTrainer)
-    caplog.clear()
+def test_an_own_loss_is_probed(tmp_path, setting, formula, setup, attach, caplog):
     spy = Spy(path_steps=PATH_STEPS)
-    own = dataclasses.replace(setup, attach=True).run(tmp_path / "own", [mates(probe=spy)])
+    own = dataclasses.replace(setup, attach=attach).run(tmp_path / "own", [mates(probe=spy)])
     assert warnings_in(caplog) == []
-    labels = assert_selected(own, tmp_path / "own").labels
-    plain = rounds_of(tmp_path / "ours")[0].labels
-    # Weights, candidates and reference are the same: what differs is the candidates' loss alone.
+    record = assert_selected(own, tmp_path / "own")
+    labels, plain = record.labels, first_labels(Setup(), tmp_path / "plain")
     assert np.array_equal(plain.candidate_id, labels.candidate_id)
-    assert plain.info["reference_loss"] == labels.info["reference_loss"]
     assert 0.5 < spearman(plain.influence, labels.influence)
     assert not np.allclose(plain.influence, labels.influence)
-    expected = spy.expected(labels, formula)
-    assert np.allclose(labels.loss, expected, **SAME_LOSS)
-    assert not np.allclose(plain.loss, expected, **SAME_LOSS)
+    assert np.allclose(labels.loss, spy.expected(labels, formula), **SAME_LOSS)
+    assert not np.allclose(labels.loss, spy.expected(labels, likelihood), **SAME_LOSS)
+    assert labels.token_derivatives is not None
+    assert record.info["loss"]["candidates"].startswith("row by row: ")
+    assert record.info["loss"]["reference"] == "shifted"
     if type(own.trainer).__mro__[1] is OwnTrainer:  # nothing of the probes in what it will log
         assert own.trainer.calls == STEPS
         assert own.trainer._metrics == {"train": {"rows": [4] * STEPS}}
+
+
+@pytest.mark.parametrize(("setting", "formula", "setup"), OWN_LOSSES)
+def test_an_own_loss_leaves_no_trace(tmp_path, setting, formula, setup):
+    check(tmp_path, setup)
 
 
 def test_a_loss_given_to_the_probe_is_kept(tmp_path):
@@ -383,7 +382,7 @@ def test_a_model_without_logits_is_probed_by_losses_of_its_own(tmp_path):
 
 
 @proves("TRL's `SFTTrainer`", NO_TRACE, note="`packing` and `padding_free` are refused, as by the collator below")
-@proves("TRL's `SFTTrainer`", "through `attach`, its losses are the model's likelihood; its metrics keep no trace")
+@proves("TRL's `SFTTrainer`", "its losses are the model's likelihood; its metrics keep no trace")
 def test_sft_trainer(tmp_path, tiny_tokenizer, caplog):
     trl = pytest.importorskip("trl")
     pool = make_pool(200)
@@ -403,8 +402,8 @@ def test_sft_trainer(tmp_path, tiny_tokenizer, caplog):
             return trainer
 
     ours, record = check(tmp_path, Sft())
-    # TRL 1 computes its loss outside of the model; earlier ones train with what the model returns.
-    assert len(warnings_in(caplog)) == int(not trl.__version__.startswith("0."))
+    assert warnings_in(caplog) == []
+    assert record.info["loss"]["candidates"] == "shifted"  # TRL 1 computes its loss outside of the model: the same one
     own = Sft(attach=True).run(tmp_path / "own", [mates()])
     labels = assert_selected(own, tmp_path / "own").labels
     assert np.allclose(labels.loss, record.labels.loss, **SAME_LOSS)

@@ -1,0 +1,167 @@
+"""What the live model is fed, and how the run's loss follows from it: the contract of everything that measures.
+
+Place in the flow: left of all in `data/`. `influence/losses` runs nothing but a `ModelBatch`, and gets it from
+`Candidates`: token rows that pad themselves (`rows`), or rows that the run's own collator makes (`feeds`). A `Reading`
+says how the run's loss follows from a batch; `influence/reading` finds it by comparing with that loss.
+
+Trade-off: three kinds of rows behind one Protocol, so that the fast one need not know of the others.
+
+Shapes: N rows, T trained tokens over all of them, B rows of a batch padded to L positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.records import IntArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+IGNORED = -100  # label of a token that is not trained, as everywhere in transformers
+
+LossFunction = Callable[[Any, "dict[str, Any]"], "Tensor"]
+"""`loss(model, batch)`: mean loss, nats/token, of one row. `batch` has whatever the run's collator makes of the row,
+on the model's device; where no collator says otherwise `input_ids`, `attention_mask` and `labels`, all (1, L) int64,
+labels unshifted with -100 where not trained."""
+
+Likelihood = Literal["shifted", "unshifted", "classes"]
+Feed = Literal["plain", "collated", "row"]
+
+
+class ModelBatch(NamedTuple):
+    """One batch as the model's forward gets it.
+
+    Attributes:
+        inputs: arguments of the forward pass, labels left out.
+        labels: (B, L) int64, -100 where not trained; (B,) for a class a row; no element where a batch has no labels.
+        shifted: True where the logits at position t - 1 predict label t, False where those at t do.
+        num_virtual: positions that the model puts before each row.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    shifted: bool = True
+    num_virtual: int = 0
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Positions (T,) in the flattened logits that predict a trained label, and those labels (T,).
+
+        Logits have `num_virtual` positions before those of a row.
+        """
+        labels = self.labels
+        if self.num_virtual:
+            import torch
+
+            before = labels.new_full((len(labels), self.num_virtual), IGNORED)
+            return self._replace(labels=torch.cat([before, labels], 1), num_virtual=0).targets()
+        if self.shifted and labels.dim() > 1:
+            labels = labels.new_full(labels.shape, IGNORED)
+            labels[:, :-1] = self.labels[:, 1:]
+        flat = labels.reshape(-1)
+        index = (flat != IGNORED).nonzero()[:, 0]
+        return index, flat[index]
+
+    def with_labels(self) -> dict[str, Any]:
+        """The batch as training gets it: the inputs, and the labels where there are any."""
+        return {**self.inputs, "labels": self.labels} if self.labels.numel() else dict(self.inputs)
+
+
+class Candidates(Protocol):
+    """Rows that a probe can run: `TokenRows`, `CollatedRows` and `TextRows` have it."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """(N,) int64 positions of each row alone."""
+        ...
+
+    @property
+    def num_targets(self) -> npt.NDArray[np.int32]:
+        """(N,) int32 trained tokens of each row."""
+        ...
+
+    @property
+    def one_by_one(self) -> bool:
+        """True where a batch must have one row."""
+        ...
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def take(self, index: npt.NDArray[Any]) -> Candidates:
+        """Some rows: `index` is (M,) int row numbers or an (N,) bool mask; order and repeats are kept."""
+        ...
+
+    def batch(self, index: IntArray, device: torch.device | str) -> ModelBatch:
+        """The rows `index` in one batch on a device; their trained tokens come row after row."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the run's loss follows from a batch, as it was found by comparing the two.
+
+    Attributes:
+        likelihood: which logits predict a label: `"shifted"` those one position before it, `"unshifted"` those at its
+            own position, `"classes"` one label a row. Where the loss is the run's own, the likelihood that comes
+            nearest to it, which the reference task is measured by.
+        mask_key: an input that is 0 where a label is not trained, besides -100; None where there is none.
+        loss: the run's own loss row by row, where no likelihood equals it; None elsewhere.
+        loss_name: what to call that loss in messages and records.
+        feed: `"plain"` rows are padded by this library, `"collated"` they are put through the run's collator several
+            at a time, `"row"` one at a time.
+        num_virtual: virtual tokens that the model puts before a row (prompt tuning); the last of them predicts the
+            row's first token.
+        has_shift_labels: True where the collator gives labels that are shifted already, as `shift_labels`.
+        looks_ahead: True where a position's logits depend on later tokens (a masked language model).
+        encoder_decoder: True where labels are a second sequence.
+        constants: inputs that had one value at every token of every row looked at, such as token types of 0; passages
+            of the reference task get them, rows of the pool what their collator gives.
+        compared: what was compared, for the record: the run's loss, the loss as read, the number of rows.
+    """
+
+    likelihood: Likelihood = "shifted"
+    mask_key: str | None = None
+    loss: LossFunction | None = None
+    loss_name: str = "the model's own loss"
+    feed: Feed = "plain"
+    num_virtual: int = 0
+    has_shift_labels: bool = False
+    looks_ahead: bool = False
+    encoder_decoder: bool = False
+    constants: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """True where a row's labels are those of its tokens from the second on, as `TokenRows` has them."""
+        return self.likelihood == "shifted" and not self.mask_key and not self.num_virtual
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `round.json` says of it, as plain JSON values."""
+        return {
+            "candidates": self.likelihood if self.loss is None else f"row by row: {self.loss_name}",
+            "reference": self.likelihood,
+            **({"mask": self.mask_key} if self.mask_key else {}),
+            "fed": {"plain": "padded", "collated": "collated", "row": "collated, a row at a time"}[self.feed],
+            **({"constant_inputs": dict(self.constants)} if self.constants else {}),
+            **self.compared,
+        }
+
+    def labels_of(self, batch: Mapping[str, Any]) -> Any:
+        """The labels of a collated batch: `shift_labels` where there are any, else `labels`, masked; None without."""
+        shifted = batch.get("shift_labels")
+        labels = batch.get("labels") if shifted is None else shifted
+        if labels is None or self.mask_key is None or batch.get(self.mask_key) is None:
+            return labels
+        return labels.masked_fill(batch[self.mask_key] == 0, IGNORED)
+
+
+PLAIN = Reading()

@@ -1,0 +1,223 @@
+"""Rows as a model is fed them: through the run's own collator, or passages in the layout that a model wants.
+
+Place in the flow: `pool` makes `CollatedRows` where token ids, labels and mask are not all there is, so that every
+input that training gets reaches the probe as well: token types, loss masks, pixels. The reference task becomes
+`TextRows`, or rows of the same collator. `as_text` is the way back, to what influence models read.
+
+Trade-off: a collator costs one Python call a batch and one more a candidate, to learn how many tokens it trains.
+Without it a probe would assume what a batch holds.
+
+Shapes: N rows, B rows of a batch padded to L positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.batches import IGNORED, ModelBatch, Reading
+from mates_hf.data.collated import Collator, collate, name_of
+from mates_hf.data.rows import TokenRows
+from mates_hf.records import IntArray, MatesError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class CollatedRows:
+    """Rows of a dataset, fed as the run's collator makes them.
+
+    Attributes:
+        dataset: map-style, or a list of rows.
+        collate_fn: the run's collator.
+        reading: how its loss follows.
+        ids: (N,) rows of the dataset.
+        lengths: (N,) int64 positions of each row alone.
+        num_targets: (N,) int32 trained tokens of each row.
+    """
+
+    dataset: Any
+    collate_fn: Collator
+    reading: Reading
+    ids: IntArray
+    lengths: IntArray
+    num_targets: npt.NDArray[np.int32]
+
+    @property
+    def one_by_one(self) -> bool:
+        """True where the run's loss of a row depends on the rows beside it, or where the collator draws."""
+        return self.reading.feed == "row"
+
+    @classmethod
+    def of(cls, dataset: Any, collate_fn: Collator, reading: Reading, ids: IntArray) -> CollatedRows:
+        """Collate each row alone, once, to learn its length and its trained tokens."""
+        lengths, counts = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int32)
+        for number, i in enumerate(ids.tolist()):
+            batch = model_batch(collate(dataset, collate_fn, [i]), reading)
+            lengths[number] = _num_positions(batch)
+            counts[number] = len(batch.targets()[0])
+        return cls(dataset, collate_fn, reading, ids, lengths, counts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, index: npt.NDArray[Any]) -> CollatedRows:
+        """Some rows: `index` is (M,) int row numbers or an (N,) bool mask; order and repeats are kept."""
+        return dataclasses.replace(
+            self, ids=self.ids[index], lengths=self.lengths[index], num_targets=self.num_targets[index]
+        )
+
+    def batch(self, index: IntArray, device: torch.device | str) -> ModelBatch:
+        """The rows `index` as the run's collator makes them, on a device.
+
+        Raises:
+            MatesError: the collator trains another number of tokens than it did of the rows alone.
+        """
+        batch = model_batch(
+            collate(self.dataset, self.collate_fn, self.ids[np.asarray(index)].tolist()), self.reading, device
+        )
+        found, wanted = len(batch.targets()[0]), int(self.num_targets[index].sum())
+        if self.reading.loss is None and found != wanted:
+            raise MatesError(
+                f"A batch must train the tokens that its rows train alone, {wanted} for {len(index)} rows, got "
+                f"{found} from the collator `{name_of(self.collate_fn)}`, first pool row {int(self.ids[index][0])}. "
+                "Use a collator that makes of a row the same whatever rows are beside it."
+            )
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRows:
+    """Passages of tokens in the layout that a model wants which `TokenRows` alone does not give.
+
+    Attributes:
+        rows: the passages; label t is predicted from the tokens before it.
+        reading: of the model. A causal one whose loss does not shift gets tokens 0 to L - 2 with the labels of tokens
+            1 to L - 1; one that looks ahead gets tokens and labels as they are. Constant inputs are added.
+    """
+
+    rows: TokenRows
+    reading: Reading
+
+    @property
+    def lengths(self) -> IntArray:
+        """(N,) int64 tokens of each passage."""
+        return self.rows.lengths
+
+    @property
+    def num_targets(self) -> npt.NDArray[np.int32]:
+        """(N,) int32 trained tokens of each passage."""
+        return self.rows.num_targets
+
+    @property
+    def one_by_one(self) -> bool:
+        """False: passages go into one batch."""
+        return False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: npt.NDArray[Any]) -> TextRows:
+        """Some passages: `index` is (M,) int numbers or an (N,) bool mask; order and repeats are kept."""
+        return TextRows(self.rows.take(index), self.reading)
+
+    def batch(self, index: IntArray, device: torch.device | str) -> ModelBatch:
+        """The passages `index`, padded on the right, on a device."""
+        import torch
+
+        ids_BL, here_BL, labels_BL = self.rows.take(index).padded()
+        if self.reading.likelihood == "unshifted" and not self.reading.looks_ahead and ids_BL.shape[1] > 1:
+            ids_BL, here_BL, labels_BL = ids_BL[:, :-1], here_BL[:, 1:], labels_BL[:, 1:]
+        inputs = {"input_ids": torch.from_numpy(np.ascontiguousarray(ids_BL)).to(device)}
+        inputs["attention_mask"] = torch.from_numpy(here_BL.astype(np.int64)).to(device)
+        for name, value in self.reading.constants.items():
+            inputs[name] = value * inputs["attention_mask"]
+        labels = torch.from_numpy(np.ascontiguousarray(labels_BL)).to(device)
+        return ModelBatch(inputs, labels, self.reading.likelihood == "shifted", self.reading.num_virtual)
+
+
+def model_batch(batch: Mapping[str, Any], reading: Reading, device: torch.device | str = "cpu") -> ModelBatch:
+    """A collated batch as the model's forward gets it.
+
+    Args:
+        batch: what the collator made.
+        reading: which labels count, and whether they are shifted.
+        device: tensors go there; other values stay as they are.
+
+    Returns:
+        Every key but `labels`.
+    """
+    import torch
+
+    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    labels = reading.labels_of(moved)
+    if labels is None:
+        labels = torch.zeros((1, 0), dtype=torch.int64, device=device)
+    inputs = {key: value for key, value in moved.items() if key != "labels"}
+    return ModelBatch(inputs, torch.as_tensor(labels), reading.likelihood == "shifted", reading.num_virtual)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedColumns:
+    """A collator for rows of which no collator is known: their columns as they are, stacked.
+
+    Attributes:
+        names: the columns; where there is no `labels`, every token is its own.
+    """
+
+    names: tuple[str, ...]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A batch of rows of one length; `ValueError` where their lengths differ."""
+        import torch
+
+        present = [name for name in self.names if all(row.get(name) is not None for row in rows)]
+        batch = {name: torch.as_tensor(np.stack([np.asarray(row[name]) for row in rows])) for name in present}
+        return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
+
+
+def as_text(
+    ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None, reading: Reading
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """What influence models read of a row: its text, with each trained token behind the one before it.
+
+    Args:
+        ids: (L,) the row's token ids, without padding.
+        labels: its labels: (L,) at the positions that predict them, another length for an encoder-decoder, (1,) or ()
+            for a class; None where every token is its own.
+        reading: of the model.
+
+    Returns:
+        Ids and labels of one length in the layout of `TokenRows`, which never trains a row's first token. As many
+        tokens are trained, in the same order.
+    """
+    if labels is None or (reading.likelihood == "shifted" and not reading.num_virtual):
+        return ids, labels
+    if reading.likelihood == "shifted":
+        return np.concatenate([ids[:1], ids]), np.concatenate([np.full(min(1, len(ids)), IGNORED), labels])
+    if reading.likelihood == "classes":
+        marked = np.full(len(ids), IGNORED, np.int64)
+        marked[-1:] = ids[-1:]
+        return ids, marked
+    if reading.encoder_decoder:
+        kept = labels[labels != IGNORED]
+        first = ids if len(ids) else np.zeros(1, np.int64)
+        return np.concatenate([first, kept]), np.concatenate([np.full(len(first), IGNORED), kept])
+    untrained = ids if reading.looks_ahead else np.concatenate([ids[1:], ids[-1:]])
+    return (
+        np.concatenate([ids[:1], np.where(labels == IGNORED, untrained, labels)]),
+        np.concatenate([np.full(min(1, len(ids)), IGNORED), labels]),
+    )
+
+
+def _num_positions(batch: ModelBatch) -> int:
+    """Positions of a batch of one row: the longest of its token inputs and labels."""
+    ids = batch.inputs.get("input_ids")
+    sizes = [part.shape[1] for part in (ids, batch.labels) if part is not None and part.dim() > 1]
+    return max(sizes, default=1)

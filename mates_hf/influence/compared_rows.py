@@ -1,0 +1,147 @@
+"""The pool rows whose loss is compared, each collated alone, and what their batches hold beside token ids.
+
+Place in the flow: `reading` compares the run's loss of these with what a probe would read. Trade-off: 64 rows are
+looked at, so what only rare rows show is not seen. Further inputs are therefore tried, too: a row is compared with one
+of them changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mates_hf.data.batches import IGNORED, Reading
+from mates_hf.data.collated import collate, drew_random
+from mates_hf.data.columns import fixed_positions
+from mates_hf.data.pool import CandidatePool
+from mates_hf.model_traits import accepts
+from mates_hf.records import InfluenceError
+
+NUM_LOOKED_AT = 64
+_TEXT_KEYS = ("input_ids", "labels", "attention_mask", "shift_labels")
+
+
+class ComparedRows:
+    """Rows of a pool, collated to be compared.
+
+    Args:
+        model: whose forward takes what is collated.
+        pool: rows and their collator.
+        base: says where labels are.
+
+    Attributes:
+        rows: pool rows; the first ones, of several lengths, from the shortest on.
+        batches: a batch of each of those rows alone, then variants of one of them with a further input changed.
+        collated: the pool's dataset and collator.
+
+    Raises:
+        InfluenceError: no row looked at has a trained token.
+    """
+
+    def __init__(self, model: nn.Module, pool: CandidatePool, base: Reading) -> None:
+        self.model, self.base = model, base
+        self.collated = pool.collated(np.zeros(0, np.int64), base)
+        self._looked_at = self._look(pool)
+        self.extras = self.further_inputs(reads_all=False)
+        self.rows = self._choose()
+        self.batches = [self._looked_at[i] for i in self.rows] + self._variants()
+
+    @property
+    def longest(self) -> Mapping[str, Any]:
+        """The batch of the longest chosen row."""
+        return max((self._looked_at[i] for i in self.rows), key=_size)
+
+    def together(self, num: int) -> Mapping[str, Any]:
+        """The first `num` rows in one batch; raises what the collator raises."""
+        return collate(self.collated.dataset, self.collated.collate_fn, self.rows[:num])
+
+    def further_inputs(self, *, reads_all: bool) -> set[str]:
+        """Inputs beside ids, labels and mask that reach the model; every key where the run's loss `reads_all`."""
+        batches = self._looked_at.values()
+        keys = {str(key) for batch in batches for key, value in batch.items() if value is not None}
+        return {key for key in keys - set(_TEXT_KEYS) if reads_all or accepts(self.model, key)}
+
+    def constants(self) -> dict[str, int]:
+        """Further inputs that have one whole number at every token of every row looked at."""
+        return {key: value for key in sorted(self.extras) if (value := self._constant(key)) is not None}
+
+    def is_random(self) -> bool:
+        """True where the collator, or the dataset, draws from the random streams."""
+        return any(drew_random(self.collated.dataset, self.collated.collate_fn, i) for i in self.rows[:4])
+
+    def is_mask(self, key: str) -> bool:
+        """True for an input of 0 and 1 at every label."""
+        pairs = [(batch.get(key), self.base.labels_of(batch)) for batch in self.batches]
+        return all(
+            isinstance(value, Tensor)
+            and isinstance(labels, Tensor)
+            and value.shape == labels.shape
+            and bool(((value == 0) | (value == 1)).all())
+            for value, labels in pairs
+        )
+
+    def _look(self, pool: CandidatePool) -> dict[int, Mapping[str, Any]]:
+        """Batches of one row each, of the rows looked at that train something."""
+        ids = pool.candidate_ids[fixed_positions(len(pool), NUM_LOOKED_AT)]
+        batches = {i: collate(self.collated.dataset, self.collated.collate_fn, [i]) for i in ids.tolist()}
+        trained = {i: batch for i, batch in batches.items() if self._trains(batch)}
+        if not trained:
+            raise InfluenceError(
+                f"Pool rows must have trained tokens, got none in {len(ids)} rows looked at: a row needs two tokens, "
+                "and a label other than -100 after its first."
+            )
+        return trained
+
+    def _trains(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a row has a label that any reading counts."""
+        labels = self.base.labels_of(batch)
+        if labels is None:
+            return True
+        labels = torch.as_tensor(labels)
+        causal = labels.dim() > 1 and not self.base.encoder_decoder and "shift_labels" not in batch
+        return bool(((labels[:, 1:] if causal else labels) != IGNORED).any())
+
+    def _choose(self) -> list[int]:
+        """Rows to compare, of several lengths; all where there are further inputs."""
+        by_length = sorted(self._looked_at, key=lambda i: (_size(self._looked_at[i]), i))
+        places = sorted({0, len(by_length) // 4, len(by_length) // 2, (3 * len(by_length)) // 4})
+        chosen = [by_length[place] for place in places]
+        return chosen + [i for i in by_length if i not in chosen] if self.extras else chosen
+
+    def _variants(self) -> list[Mapping[str, Any]]:
+        """A row with a further input changed, for each that looks like a mask: no row looked at need show its effect.
+
+        A mask of the loss changes the run's loss and no likelihood; one of the attention changes both.
+        """
+        variants: list[Mapping[str, Any]] = []
+        batch = self.longest
+        for key in sorted(self.extras):
+            value, ids = batch.get(key), batch.get("input_ids")
+            if not (isinstance(value, Tensor) and isinstance(ids, Tensor) and value.shape == ids.shape):
+                continue
+            if bool(((value == 0) | (value == 1)).all()):
+                changed = value.clone()
+                half = changed[:, value.shape[1] // 2 :]  # a view
+                if "mask" in key or "weight" in key:
+                    half.copy_((1 - half.to(torch.int64)).to(half.dtype))
+                else:
+                    half.zero_()  # 1 might be no index of a table
+                variants.append({**batch, key: changed})
+        return variants
+
+    def _constant(self, key: str) -> int | None:
+        """The one whole number that an input has at every token of every row looked at; None where there is none."""
+        pairs = [(batch.get(key), batch.get("input_ids")) for batch in self._looked_at.values()]
+        if not all(isinstance(v, Tensor) and isinstance(ids, Tensor) and v.shape == ids.shape for v, ids in pairs):
+            return None
+        distinct = torch.cat([value.reshape(-1) for value, _ in pairs if value is not None]).unique()
+        return int(distinct) if len(distinct) == 1 and not distinct.dtype.is_floating_point else None
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    ids = batch.get("input_ids")
+    return int(ids.shape[-1]) if isinstance(ids, Tensor) else 1

@@ -1,0 +1,88 @@
+"""The loss a run trains with: the model's own, or one that a Trainer makes.
+
+Place in the flow: `reading` compares it with what a probe would measure; where no likelihood equals it, probes measure
+it row by row. Trade-off: a router's balancing loss is turned off in the model's own loss. It is a property of a batch
+and not of a row, so a row alone would be charged for what its neighbours balance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mates_hf.data.batches import LossFunction
+from mates_hf.model_traits import accepts
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLoss:
+    """The loss a run trains with.
+
+    Attributes:
+        compute: mean loss of a collated batch, or None where the model gives none.
+        name: what to call it.
+        reads_all: true where it may read inputs that the model does not take.
+    """
+
+    compute: Callable[[nn.Module, dict[str, Any]], Tensor | None]
+    name: str = "the model's own loss"
+    reads_all: bool = False
+
+    def row_loss(self) -> LossFunction:
+        """The loss as a probe measures it, row by row."""
+
+        def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+            value = self.compute(model, batch)
+            if value is None:
+                raise TypeError(f"A row must have a loss, got none from {self.name} of {type(model).__name__}.")
+            return value
+
+        return loss
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """The loss that the model returns for a batch, router losses left out; None where it returns none.
+
+    Args:
+        model: in any mode.
+        batch: inputs and labels, on its device.
+
+    Returns:
+        A scalar tensor.
+    """
+    if not accepts(model, "labels"):
+        return None
+    given = {name: value for name, value in batch.items() if accepts(model, name)}
+    with without_router_loss(model):
+        output = model(**given)
+    loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+MODEL_LOSS = RunLoss(model_loss)
+
+
+@contextlib.contextmanager
+def without_router_loss(model: nn.Module) -> Iterator[bool]:
+    """Turn the router losses of a mixture of experts off: they balance a batch and are no part of a row's loss.
+
+    Args:
+        model: its config is put back.
+
+    Yields:
+        True where there was one to turn off.
+    """
+    config = getattr(model, "config", None)
+    parts = [part for part in (config, getattr(config, "text_config", None)) if part is not None]
+    on = [part for part in parts if getattr(part, "output_router_logits", False)]
+    for part in on:
+        part.output_router_logits = False
+    try:
+        yield bool(on)
+    finally:
+        for part in on:
+            part.output_router_logits = True
