@@ -76,6 +76,11 @@ class CandidatePool:
     def __len__(self) -> int:
         return self._num_rows if self._ids is None else len(self._ids)
 
+    def __repr__(self) -> str:
+        collator = "none" if self.collate_fn is None else name_of(self.collate_fn)
+        facts = {"rows": f"{len(self):,} of {self._num_rows:,}", "dataset": type(self.dataset).__name__}
+        return card("CandidatePool", {**facts, "collator": collator})
+
     @property
     def candidate_ids(self) -> IntArray:
         """(N,) int64 pool rows of the view."""
