@@ -121,7 +121,7 @@ class InfluenceLabels:
             ImportError: pandas is not installed.
         """
         try:
-            import pandas
+            import pandas  # type: ignore[import-untyped,unused-ignore]
         except ImportError as error:
             raise ImportError(
                 "`InfluenceLabels.to_pandas` must have pandas, which is not installed: `pip install pandas`."

@@ -24,6 +24,7 @@ from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, r
 from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows
+from mates_hf.display import card
 from mates_hf.records import IntArray, UnsupportedSettingError
 
 logger = logging.getLogger(__name__)

@@ -74,7 +74,7 @@ def round_json(record: RoundRecord) -> dict[str, Any]:
         Plain JSON values; numbers that JSON does not have are None.
     """
     labels = record.labels
-    return finite(
+    told: dict[str, Any] = finite(
         {
             "path": str(record.path),
             "decision": (record.info.get("guard") or {}).get("decision"),
@@ -92,6 +92,7 @@ def round_json(record: RoundRecord) -> dict[str, Any]:
             "info": record.info,
         }
     )
+    return told
 
 
 def finite(value: Any) -> Any:

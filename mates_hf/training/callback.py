@@ -97,9 +97,7 @@ class MatesCallback(TrainerCallback):
     def __repr__(self) -> str:
         parts = {"config": self.config, "probe": self.probe, "influence_model": self.influence_model}
         shown = {name: " ".join(repr(part).split()) for name, part in parts.items()}
-        return card(
-            "MatesCallback", {"reference": f"{self.reference.name}, {len(self.reference):,} passages", **shown}
-        )
+        return card("MatesCallback", {"reference": f"{self.reference.name}, {len(self.reference):,} passages"} | shown)
 
     def attach(self, trainer: Any) -> MatesCallback:
         """Optional: let metrics reach every reporter and have the Trainer's own `compute_loss` probed.

@@ -58,8 +58,8 @@ def preference_refusal(trainer: Any | None, collate_fn: Any) -> str | None:
     name, why = found
     return (
         f"`{name}` {why}, and influence is measured on the likelihood of one text, so there is no way to select its "
-        "data in the run: train it without MatesCallback. Select for the pretraining or SFT stage before it, or filter "
-        "its prompts with `MatesSelector.filter` before training"
+        "data in the run: train it without MatesCallback. Select for the pretraining or SFT stage before it, or "
+        "filter its prompts with `MatesSelector.filter` before training"
     )
 
 
