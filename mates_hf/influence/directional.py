@@ -162,7 +162,7 @@ class DirectionalProbe:
         """
         started = time.perf_counter()
         check_measure(model, optimizer, reference, candidates)
-        ids, rows, skipped, reference, loss, reading = read_measurable(
+        ids, rows, skipped, reference, loss, reading, num_compared = read_measurable(
             unwrap(model), reference, candidates, loss=self.loss, reference_loss=self.reference_loss
         )
         probe = dataclasses.replace(self, loss=loss)
@@ -181,7 +181,7 @@ class DirectionalProbe:
         plus, minus = probe._in_shards(model, direction, rows, choice.epsilon)
         derivatives = direction.derivatives(plus, minus, choice.epsilon)
         per_candidate = row_means(rows, derivatives)
-        num_tokens = 2 * int(rows.lengths.sum()) + choice.num_tokens
+        num_tokens = 2 * int(rows.lengths.sum()) + choice.num_tokens + num_compared
         info = {
             "epsilon": choice.epsilon,
             "epsilon_agreement": choice.agreement,
@@ -191,6 +191,7 @@ class DirectionalProbe:
             "path_losses": list(direction.path_losses),
             "parameters": self.parameters,
             "reading": reading.to_dict(),
+            "num_compared_tokens": num_compared,
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
             "seconds": time.perf_counter() - started,

@@ -40,7 +40,8 @@ from mates_hf.training.checks import (
     own_memory,
     resume_caveats,
 )
-from mates_hf.training.own_loss import calling_trainer, run_loss_of
+from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
+from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 from mates_hf.training.session import Session
@@ -142,7 +143,7 @@ class MatesCallback(TrainerCallback):
             require_steps(optimizer)
         check_pool(pool, model)
         reference = self.reference.fit_to_model(vocabulary_size(model), context_length(model))
-        reference = self._compare(args, model, pool, reference)
+        reference = self._compare(model, pool, reference)
         processes = Processes.of_run()
         tokenizer = kwargs.get("processing_class")
         run = Run(
@@ -235,6 +236,9 @@ class MatesCallback(TrainerCallback):
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
 
     def _refuse_unsupported(self, args: Any, dataloader: Any, model: Any) -> None:
+        refusal = preference_refusal(self._trainer or find_trainer(self), getattr(dataloader, "collate_fn", None))
+        if refusal is not None:
+            raise UnsupportedSettingError(f"MatesCallback cannot select data in this run: {refusal}.")
         check_run(args, dataloader, model, self.config)
         if self._trainer is not None:
             others = [c for c in self._trainer.callback_handler.callbacks if isinstance(c, MatesCallback)]
@@ -246,7 +250,7 @@ class MatesCallback(TrainerCallback):
                     "callback to this Trainer, or make a new callback for it."
                 )
 
-    def _compare(self, args: Any, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
+    def _compare(self, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
         """Hold what the probe would read of pool and reference against the run's own loss of it.
 
         A probe of the user's own reads token rows as they are.
@@ -254,7 +258,9 @@ class MatesCallback(TrainerCallback):
         if not isinstance(self.probe, (DirectionalProbe, OneStepProbe)):
             return reference
         is_given = self.probe.loss is not None
-        trainer = self._trainer or (None if is_given else calling_trainer(self))
+        trainer = self._trainer or find_trainer(self)
+        if trainer is None and not is_given:
+            refuse_unknown_loss()
         module = unwrap(model)
         pool.reading = read_given(module, pool, self.probe.loss, self.probe.reference_loss, run_loss_of(trainer))
         logger.info("Loss: %s", pool.reading.to_dict())

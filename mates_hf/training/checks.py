@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import IterableDataset
 
 from mates_hf.config import MatesConfig
-from mates_hf.data.collated import forked_rng, name_of, read_row
+from mates_hf.data.collated import TRL_WITHOUT_PACKING, forked_rng, name_of, read_row
 from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.losses import ProbeMemoryError
 from mates_hf.model_traits import vocabulary_size
@@ -146,7 +146,7 @@ def check_pool(pool: CandidatePool, model: Any) -> None:
             raise UnsupportedSettingError(
                 "A collator must make one row of the batch from one row of the dataset, got "
                 f"{num} from 2 by `{name_of(pool.collate_fn)}`. Use one that pads instead of packing "
-                "(`DataCollatorForLanguageModeling`; TRL: `padding_free=False`), or pack the dataset before training."
+                f"(`DataCollatorForLanguageModeling`), or pack the dataset before training. {TRL_WITHOUT_PACKING}"
             )
     size = vocabulary_size(model)
     for i in np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64)).tolist():
