@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mates_hf.data import overlap
-from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, find_overlap, find_overlaps, hash_ngrams, words_of
+from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, find_overlap, find_overlaps, hash_ngrams
+from mates_hf.data.words import words_of
 
 TEXTS = st.lists(st.text("ab c.\n", max_size=25), max_size=8)
 
