@@ -229,6 +229,27 @@ class RunSettings:
     shards_dir: Path | None = None
 
 
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """A path that the user gave, with `~` and `~name` as the folders they stand for.
+
+    Args:
+        path: any path.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"A path that begins with `~` must name a home folder that there is, got {os.fspath(path)!r}. Write the "
+            "folder out, or begin with `./~` where a folder has that name."
+        ) from error
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write `path` through: under a temporary name, flushed to disk, renamed; readers see all or none.

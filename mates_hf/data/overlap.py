@@ -34,20 +34,26 @@ class Overlap:
         positions: (M,) int64, looked-up texts that share an n-gram with an indexed one, ascending.
         indexed_positions: (K,) int64, indexed texts that share an n-gram with a looked-up one, ascending.
         num_texts: texts looked up.
-        num_short: those of them with fewer words than an n-gram, which can share none.
+        short_positions: (S,) int64, those of them with fewer words than an n-gram, which can share none, ascending.
     """
 
     positions: npt.NDArray[np.int64]
     indexed_positions: npt.NDArray[np.int64]
     num_texts: int
-    num_short: int
+    short_positions: npt.NDArray[np.int64]
+
+    @property
+    def num_short(self) -> int:
+        """Texts looked up that have fewer words than an n-gram."""
+        return len(self.short_positions)
 
 
 class NgramIndex:
     """The word n-grams of some texts, to look other texts up in.
 
-    Words are lower-cased runs of letters, digits and underscores, so punctuation and white space make no difference.
-    A text of fewer than `n` words has no n-gram and shares none.
+    Words are those of `words.words_of`: case, punctuation, white space and the form a text is stored in make no
+    difference, and letters of scripts without spaces are parts of a word. A text of fewer than `n` words has no n-gram
+    and shares none.
 
     Args:
         texts: the texts to index, read once; 16 bytes an n-gram stay in memory.
@@ -56,7 +62,7 @@ class NgramIndex:
     Attributes:
         n: words in an n-gram.
         num_texts: texts indexed.
-        num_short: those of them with fewer than `n` words.
+        short_positions: (S,) int64, those of them with fewer than `n` words, ascending.
 
     Raises:
         ValueError: `n` is below 1.
@@ -65,13 +71,14 @@ class NgramIndex:
     def __init__(self, texts: Iterable[str], n: int = NGRAM_WORDS) -> None:
         self.n = n
         self.num_texts = 0
-        self.num_short = 0
+        short = [np.zeros(0, np.int64)]
         found: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = [hash_ngrams([], n)]
         for batch in _batches(texts):
             hashes, owners = hash_ngrams(batch, n)
-            self.num_short += len(batch) - len(np.unique(owners))
+            short.append(_without(owners, len(batch)) + self.num_texts)
             found.append((hashes, owners + self.num_texts))
             self.num_texts += len(batch)
+        self.short_positions = np.concatenate(short)
         hashes, owners = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(hashes, kind="stable")
         self._owners = owners[order]
@@ -83,6 +90,11 @@ class NgramIndex:
         self._shift = np.uint64(_HASH_BITS - bits)
         self._filter = np.zeros(1 << bits, bool)
         self._filter[self._hashes >> self._shift] = True
+
+    @property
+    def num_short(self) -> int:
+        """Texts indexed that have fewer than `n` words."""
+        return len(self.short_positions)
 
     def shared(self, texts: Iterable[str]) -> npt.NDArray[np.int64]:
         """(M,) int64 positions in `texts`, ascending, of those that share an n-gram with an indexed text."""
@@ -127,7 +139,8 @@ def find_overlaps(texts: Iterable[str], indexes: Sequence[NgramIndex]) -> list[O
     lengths = sorted({index.n for index in indexes})
     if len(lengths) != 1:
         raise ValueError(f"`indexes` must be one at least, all with n-grams of one length, got the lengths {lengths}.")
-    num_texts = num_short = 0
+    num_texts = 0
+    short = [np.zeros(0, np.int64)]
     positions: list[list[npt.NDArray[np.int64]]] = [[np.zeros(0, np.int64)] for _ in indexes]
     ngrams = [np.zeros(0, np.int64) for _ in indexes]
     for batch in _batches(texts):
@@ -136,14 +149,14 @@ def find_overlaps(texts: Iterable[str], indexes: Sequence[NgramIndex]) -> list[O
             where, which = index.find(hashes)
             positions[i].append(np.unique(owners[where]) + num_texts)
             ngrams[i] = np.union1d(ngrams[i], which)
-        num_short += len(batch) - len(np.unique(owners))
+        short.append(_without(owners, len(batch)) + num_texts)
         num_texts += len(batch)
     return [
         Overlap(
             positions=np.concatenate(positions[i]),
             indexed_positions=index.owners_of(ngrams[i]),
             num_texts=num_texts,
-            num_short=num_short,
+            short_positions=np.concatenate(short),
         )
         for i, index in enumerate(indexes)
     ]
@@ -237,6 +250,13 @@ def _mixed(
         mixed = (hashes[longer] ^ digests_T[starts[longer] + j]) * _MIX
         hashes[longer] = mixed ^ (mixed >> _HALF)
     return hashes
+
+
+def _without(owners: npt.NDArray[np.int64], num: int) -> npt.NDArray[np.int64]:
+    """Positions below `num` that own no n-gram, ascending."""
+    is_short = np.ones(num, bool)
+    is_short[owners] = False
+    return np.flatnonzero(is_short)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import numbers
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mates_hf.data.harness import task_manager
+from mates_hf.data.harness import OTHER_SEED, as_lm_eval_seeds, random_streams, spec_of, task_manager
+from mates_hf.evaluation.checks import (
+    check_requests,
+    check_task,
+    check_ties,
+    check_tokenizer,
+    own_copy,
+    warn_of_redraws,
+)
 from mates_hf.evaluation.continuations import Continuations, answer, assist, longest
 from mates_hf.model_traits import context_length, unwrap
 from mates_hf.preserve import undisturbed
@@ -29,7 +38,6 @@ from mates_hf.records import EvaluationError
 
 logger = logging.getLogger(__name__)
 
-_FEWSHOT_SEED = 1234  # lm-eval's own default
 _NO_LIMIT = 10**9  # tokenizers without a longest input say so by a much larger number
 
 
@@ -70,11 +78,10 @@ class Evaluator:
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         # A task object of the caller's is copied, because how it builds its requests is replaced.
         self.tasks = [
-            str(name) if isinstance(name, Path) else name if isinstance(name, (str, dict)) else copy.copy(name)
-            for name in names
+            spec_of(name) if isinstance(name, (str, Path)) else own_copy(name) for name in names
         ]
         self.tokenizer = copy.deepcopy(tokenizer)
         self.limit = limit
@@ -82,6 +89,7 @@ class Evaluator:
         self.metadata = dict(metadata or {})
         self.truncate = truncate
         self._loaded: dict[str, Any] | None = None
+        self._streams: Any = None  # where building left the random streams
         self._live: Any = None
 
     @property
@@ -89,24 +97,31 @@ class Evaluator:
         """lm-eval's `tasks` and `groups` by name, with their requests; built at first use."""
         if self._loaded is None:
             started = time.perf_counter()
-            names = [task for task in self.tasks if isinstance(task, (str, dict))]
-            with _without_advice():
-                loaded = dict(task_manager(names, self.metadata).load(list(self.tasks)))
-            for task in loaded["tasks"].values():
-                if task.get_config("num_fewshot") is None:
-                    task.set_config(key="num_fewshot", value=0)
-                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-                if task.OUTPUT_TYPE == "generate_until":
-                    raise EvaluationError(
-                        f"Tasks must be scored by likelihood, but the answers of `{task.task_name}` are generated. "
-                        "Evaluate it on a checkpoint with the command `lm_eval`."
-                    )
-                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
-                # What `lm_eval.evaluate` builds at each evaluation is what was built here.
-                task.build_all_requests = functools.partial(_ask_again, task)
+            with as_lm_eval_seeds():
+                loaded = self._load()
+                self._streams = random_streams()
+                for task in loaded["tasks"].values():
+                    warn_of_redraws(task, self.limit)
             self._loaded = loaded
             logger.info("%d tasks built in %.1f s", len(loaded["tasks"]), time.perf_counter() - started)
         return self._loaded
+
+    def _load(self) -> dict[str, Any]:
+        """Load all tasks, then build all requests, in the order in which lm-eval does both."""
+        names = [task for task in self.tasks if isinstance(task, (str, dict))]
+        with _without_advice():
+            loaded = dict(task_manager(names, self.metadata).load(list(self.tasks)))
+        for task in loaded["tasks"].values():
+            check_task(task)
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=OTHER_SEED)
+        for task in loaded["tasks"].values():
+            task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+            check_requests(task)
+            # What `lm_eval.evaluate` builds at each evaluation is what was built here.
+            task.build_all_requests = functools.partial(_ask_again, task)
+        return loaded
 
     @property
     def num_tokens(self) -> int:
@@ -133,8 +148,10 @@ class Evaluator:
             live = self._live_model(model, processes, progress)
             pairs = []
             for name, task in self.loaded["tasks"].items():
-                asked = [pair for request in task.instances for pair in live.pairs_of(request)]
+                by_request = [live.pairs_of(request) for request in task.instances]
+                asked = [pair for found in by_request for pair in found]
                 self._check_lengths(name, asked, live.max_tokens)
+                check_ties(task, [live.as_read(found) for found in by_request])
                 pairs += asked
             hardest = longest(Continuations.from_pairs(pairs, live.max_tokens), self.batch_size)
             answer(unwrap(model), hardest, batch_rows=self.batch_size, progress=False, processes=processes)
@@ -163,9 +180,11 @@ class Evaluator:
 
             live = self._live_model(model, processes, progress)
             live.num_tokens = 0
-            found = lm_eval.evaluate(
-                lm=live, task_dict=self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
-            )
+            loaded = self.loaded
+            with as_lm_eval_seeds(self._streams):
+                found = lm_eval.evaluate(
+                    lm=live, task_dict=loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
+                )
             return flat_metrics(found["results"])
 
         return self._together(model, processes, body)
@@ -262,16 +281,6 @@ def flat_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, comma, filtered = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            if comma and not metric.endswith("_stderr") and isinstance(value, (numbers.Real, np.number)):
                 found[f"{task}/{metric if filtered == 'none' else key}"] = float(value)
     return found
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if not callable(tokenizer) or not hasattr(tokenizer, "encode"):
-        raise ValueError(f"`tokenizer` must be the model's tokenizer, got {type(tokenizer).__name__}.")
-    if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ValueError(
-            "`tokenizer` must have an end token, because lm-eval puts it where an item has no context, got one "
-            "without (`eos_token` is None). Set `tokenizer.eos_token`."
-        )

@@ -95,6 +95,12 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             self._pairs[key] = [self._pair(*key)] if len(key) == 2 else self._windows(key[0])
         return self._pairs[key]
 
+    def as_read(self, pairs: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
+        """What the model reads of a request, and what it is asked for: tokens after the cut to `max_tokens`."""
+        requests = Continuations.from_pairs(pairs, self.max_tokens)
+        ends = requests.offsets
+        return tuple(tuple(requests.values[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True))
+
     def _pair(self, context: str, continuation: str) -> Pair:
         if context:
             ids, targets = self._encode_pair(context, continuation)
