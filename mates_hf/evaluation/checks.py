@@ -53,18 +53,19 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def _trailing_specials(tokenizer: Any, text: str) -> list[int]:
     """Tokens that a tokenizer puts behind a text by itself."""
-    ids = list(tokenizer.encode(text))
-    bare = list(tokenizer.encode(text, add_special_tokens=False))
-    if bare:
-        for start in range(len(ids) - len(bare) + 1):
-            if ids[start : start + len(bare)] == bare:
-                ids = ids[start + len(bare) :] or bare[-1:]
-                break
-    # Behind the text there may be any token, at its very end an end token that is always added; "a" may be unknown.
-    if len(ids) == 1 and ids == bare[-1:]:
-        specials = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)}
-        return ids if ids[0] in specials - {getattr(tokenizer, "unk_token_id", None)} else []
-    return ids if bare else [token for token in ids[-1:] if token == tokenizer.eos_token_id != tokenizer.bos_token_id]
+    try:
+        ids = list(tokenizer.encode(text))
+        bare = list(tokenizer.encode(text, add_special_tokens=False))
+    except Exception:  # a vocabulary without this text; what the tasks hold is encoded, and may fail, soon enough
+        return []
+    ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)}
+    ends.discard(getattr(tokenizer, "unk_token_id", None))  # which the text itself may be
+    for start in range(len(ids) - len(bare) + 1) if bare else ():
+        if ids[start : start + len(bare)] == bare:
+            # Behind the text there may be any token, and at the text's own end one that is added whatever is asked.
+            return ids[start + len(bare) :] or [token for token in bare[-1:] if token in ends]
+    ends.discard(getattr(tokenizer, "bos_token_id", None))
+    return [token for token in ids[-1:] if token in ends]
 
 
 def own_copy(task: Any) -> Any:
