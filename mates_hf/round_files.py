@@ -29,6 +29,7 @@ from mates_hf.records import (
     IntArray,
     MatesError,
     RoundMismatchError,
+    expand_path,
     json_bytes,
     read_array,
     read_json,
@@ -142,7 +143,7 @@ def load_round(path: str | os.PathLike[str]) -> RoundRecord:
     """Read a finished round directory with numpy and pyarrow alone.
 
     Args:
-        path: a round directory, `<output_dir>/_mates/round-0003`.
+        path: a round directory, `<output_dir>/_mates/round-0003`; `~` is the home folder.
 
     Returns:
         The record; arrays are memory-mapped.
@@ -151,7 +152,7 @@ def load_round(path: str | os.PathLike[str]) -> RoundRecord:
         FileNotFoundError: the directory or its `round.json` is missing, so the round never finished.
         MatesError: a file is damaged, or is not of the type or length it must have.
     """
-    path = Path(path)
+    path = expand_path(path)
     if not (path / ROUND_FILE).exists():
         raise FileNotFoundError(f"`{path}` is not a finished round: it has no {ROUND_FILE}.")
     candidates = read_array(path / "candidates.npy", np.int64)

@@ -1,5 +1,4 @@
-"""What is refused before the first step: tasks and tokenizers for which lm-eval gives no number, or one that means
-nothing.
+"""What is refused before the first step: tasks and tokenizers for which lm-eval's number says nothing of the model.
 
 Place in the flow: `evaluator` asks here when it is made, when tasks are loaded, and when their requests are tokenised.
 

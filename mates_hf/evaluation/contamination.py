@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 POOL = "pool"
 REFERENCE = "reference"
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedText:
     """What two sides share: `left` and `right` are `"pool"`, `"reference"` or the name of an evaluated task.
@@ -90,9 +91,7 @@ class ContaminationReport:
         13 words of another text, so pool rows count only where all of them are short, and nothing was compared.
         """
         return {
-            side: num
-            for side, num in self.num_short.items()
-            if num and (side != POOL or num == self.num_texts[side])
+            side: num for side, num in self.num_short.items() if num and (side != POOL or num == self.num_texts[side])
         }
 
     @property
@@ -201,7 +200,9 @@ def check_contamination(
     """Look for what pool, reference task and evaluated tasks share: a run of 13 words, whatever the form of the text.
 
     Case, punctuation, spaces and the way the letters are stored make no difference; `data/words` says more, and how
-    long a run is in Chinese, Japanese, Korean, Thai and other scripts without spaces between words. Texts may be given as strings, or as rows (dicts) that have `text_column`, or else `input_ids`, which are decoded
+    long a run is in Chinese, Japanese, Korean, Thai and other scripts without spaces between words.
+
+    Texts may be given as strings, or as rows (dicts) that have `text_column`, or else `input_ids`, which are decoded
     without special tokens; a `datasets.Dataset`, a list or a stream of either. Cost: every side is read once, the pool
     as a stream (about 10 MB of text a second on one core); reference and evaluated texts take 16 bytes a word of
     memory.

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import numbers
 import logging
+import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,14 +31,12 @@ from mates_hf.evaluation.checks import (
     warn_of_redraws,
 )
 from mates_hf.evaluation.continuations import Continuations, answer, assist, longest
-from mates_hf.model_traits import context_length, unwrap
+from mates_hf.model_traits import unwrap
 from mates_hf.preserve import undisturbed
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import EvaluationError
 
 logger = logging.getLogger(__name__)
-
-_NO_LIMIT = 10**9  # tokenizers without a longest input say so by a much larger number
 
 
 class Evaluator:
@@ -80,9 +78,7 @@ class Evaluator:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         check_tokenizer(tokenizer)
         # A task object of the caller's is copied, because how it builds its requests is replaced.
-        self.tasks = [
-            spec_of(name) if isinstance(name, (str, Path)) else own_copy(name) for name in names
-        ]
+        self.tasks = [spec_of(name) if isinstance(name, (str, Path)) else own_copy(name) for name in names]
         self.tokenizer = copy.deepcopy(tokenizer)
         self.limit = limit
         self.batch_size = batch_size
@@ -209,22 +205,16 @@ class Evaluator:
 
     def _live_model(self, model: nn.Module, processes: Processes, progress: bool) -> Any:
         """What lm-eval asks; keeps the tokenised requests from one evaluation to the next."""
-        from mates_hf.evaluation.live import LiveModel
+        from mates_hf.evaluation.live import LiveModel, longest_input
 
-        limits = [context_length(unwrap(model)), getattr(self.tokenizer, "model_max_length", None)]
-        known = [size for size in limits if size is not None and size < _NO_LIMIT]
-        max_tokens = min(known) if known else None
+        max_tokens = longest_input(unwrap(model), self.tokenizer)
         if self._live is None or self._live.max_tokens != max_tokens:
             self._live = LiveModel(self.tokenizer, batch_rows=self.batch_size, max_tokens=max_tokens)
         self._live.model, self._live.processes, self._live.progress = unwrap(model), processes, progress
         return self._live
 
-    def _check_lengths(
-        self, name: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None
-    ) -> None:
+    def _check_lengths(self, name: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int) -> None:
         """Contexts that do not fit are an error, or one warning where they may be cut."""
-        if limit is None:
-            return
         lengths = np.array([len(context) + len(targets) - 1 for context, targets in pairs])
         num_long = int((lengths > limit).sum())
         longest_targets = max(len(targets) for _, targets in pairs)

@@ -19,10 +19,37 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
 from mates_hf.evaluation.continuations import Continuations, answer
+from mates_hf.model_traits import context_length
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import EvaluationError
 
+_CONFIGURED = ("n_positions", "max_position_embeddings", "n_ctx")  # where lm-eval looks, in its order
+_UNSET = int(1e30)  # a tokenizer's longest input where it knows none
+_WHERE_NONE_IS_KNOWN = 2048  # lm-eval's longest input of a model that says nothing
+
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
+
+
+def longest_input(model: nn.Module, tokenizer: Any) -> int:
+    """Tokens that lm-eval gives a model at most: contexts are cut to it, and long texts fall into windows of it.
+
+    Args:
+        model: the live model, unwrapped.
+        tokenizer: asked where the model's config says nothing.
+
+    Returns:
+        The config's number, else the tokenizer's, else 2,048; never more than the model is known to take.
+    """
+    config = getattr(model, "config", None)
+    part = getattr(config, "text_config", None) or config
+    for name in _CONFIGURED:
+        value = getattr(part, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    told = getattr(tokenizer, "model_max_length", None)
+    known = int(told) if told is not None and told != _UNSET else _WHERE_NONE_IS_KNOWN
+    limit = context_length(model)  # under a name that lm-eval does not know
+    return known if limit is None else min(known, limit)
 
 
 class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
