@@ -121,6 +121,12 @@ def load_task(task: Any, metadata: Mapping[str, Any] | None) -> Any:
     return next(iter(found.values()))
 
 
+def name_of(task: Any) -> str:
+    """An lm-eval task's name, without a draw: its own `task_name` draws a random one whenever it is asked."""
+    named = getattr(getattr(task, "config", None), "task", None)
+    return str(named or getattr(task, "task_name", None) or type(task).__name__)
+
+
 def spec_of(task: Any) -> Any:
     """What lm-eval is asked for: a YAML file's path as text, without `~`; anything else as it is."""
     is_file = isinstance(task, Path) or (isinstance(task, str) and task.endswith((".yaml", ".yml")))
@@ -189,7 +195,7 @@ def documents(task: Any, split: str | None) -> tuple[str, str, Any]:
         "test": task.has_test_docs(),
     }
     available = [name for name in SPLITS if there[name] and _has_data(task, name)]
-    name = str(getattr(task, "task_name", None) or type(task).__name__)
+    name = name_of(task)
     if not available or (split is not None and split not in available):
         raise ValueError(f"`split` must be a split of the task `{name}` ({available}), got {split!r}.")
     used = split or available[0]
@@ -234,7 +240,7 @@ def prompt_and_target(task: Any, doc: Any) -> tuple[str, str]:
             target = f"{delimiter}{target}"
     if not isinstance(prompt, str) or not isinstance(target, str):
         raise ValueError(
-            f"Context and gold target of the lm-eval task `{getattr(task, 'task_name', task)}` must be texts, got "
+            f"Context and gold target of the lm-eval task `{name_of(task)}` must be texts, got "
             f"{type(prompt).__name__} and {type(target).__name__}. Take another task, or `from_dataset`."
         )
     return prompt, target
@@ -251,7 +257,7 @@ def _choose(task: Any, doc: Any, gold: Any) -> str:
     choices = task.doc_to_choice(doc)
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise ValueError(
-            f"The gold target of the lm-eval task `{task.task_name}` must be one of its {len(choices)} choices, got "
+            f"The gold target of the lm-eval task `{name_of(task)}` must be one of its {len(choices)} choices, got "
             f"{gold!r}. A split without labels cannot be a reference: pass another `split`."
         )
     return str(choices[gold])

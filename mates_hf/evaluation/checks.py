@@ -14,6 +14,7 @@ import logging
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from mates_hf.data.harness import name_of
 from mates_hf.records import EvaluationError
 
 logger = logging.getLogger(__name__)
@@ -97,13 +98,13 @@ def check_task(task: Any) -> None:
     """
     if task.OUTPUT_TYPE == "generate_until":
         raise EvaluationError(
-            f"Tasks must be scored by likelihood, but the answers of `{task.task_name}` are generated. "
+            f"Tasks must be scored by likelihood, but the answers of `{name_of(task)}` are generated. "
             "Evaluate it on a checkpoint with the command `lm_eval`."
         )
     for attribute, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "has more than text")):
         if getattr(task, attribute, False):
             raise EvaluationError(
-                f"Tasks must be texts to be scored by likelihood, but `{task.task_name}` {what}. Evaluate it on a "
+                f"Tasks must be texts to be scored by likelihood, but `{name_of(task)}` {what}. Evaluate it on a "
                 "checkpoint with the command `lm_eval`."
             )
 
@@ -117,7 +118,7 @@ def check_requests(task: Any) -> None:
     for request in task.instances:
         if request.request_type not in ("loglikelihood", "loglikelihood_rolling"):
             raise EvaluationError(
-                f"Tasks must be scored by likelihood, but `{task.task_name}` asks for `{request.request_type}`. "
+                f"Tasks must be scored by likelihood, but `{name_of(task)}` asks for `{request.request_type}`. "
                 "Evaluate it on a checkpoint with the command `lm_eval`."
             )
 
@@ -140,7 +141,7 @@ def warn_of_redraws(task: Any, limit: int | None) -> None:
             "lm-eval asks about one reading and judges by the labels of the next, and so does this evaluation: the "
             "number means little. Let `datasets` cache the processed split, or draw from a generator that is seeded "
             "by the document.",
-            task.task_name,
+            name_of(task),
             changed,
             len(asked),
         )
@@ -175,7 +176,7 @@ def check_ties(task: Any, tokens: Sequence[Hashable]) -> None:
         return
     example = sorted({request.args[1] for request in task.instances if request.doc_id == tied[0]})
     told = (
-        f"{len(tied)} of {len(items)} items of `{task.task_name}` have choices of different texts that are the same "
+        f"{len(tied)} of {len(items)} items of `{name_of(task)}` have choices of different texts that are the same "
         f"tokens to the model (item {tied[0]}: {example[:4]})"
     )
     if len(tied) > _LARGEST_SHARE_OF_TIES * len(items):

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
+from mates_hf.data.harness import name_of
 from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, Overlap, find_overlaps
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.text_stream import is_lm_eval_task, texts_of
@@ -319,7 +320,7 @@ def _also_evaluated(reference: Any, evaluation: Mapping[str, Any]) -> dict[str, 
         return {}
     found: dict[str, bool | None] = {}
     for name, side in evaluation.items():
-        if reference.name not in (name, getattr(side, "task_name", name)):
+        if reference.name not in (name, name_of(side) if is_lm_eval_task(side) else name):
             continue
         made_of = reference.description.get("split")
         if made_of is None or not is_lm_eval_task(side):

@@ -1,4 +1,4 @@
-"""Words are equal for all forms in which people store a text, and a run of them is as long as 13 words in any script."""
+"""Words are equal for all forms in which people store a text, and a run of them is as long in any script."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_every_form_of_a_text_has_the_same_words(name) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("か", "が"), ("की", "का"), ("क", "कि"), ("กา", "กี"), ("ก่า", "ก้า"), ("ស", "សា"), ("各", "格"), ("한", "하"), ("tea", "team")],
-)  # fmt: skip
+    [("か", "が"), ("की", "का"), ("क", "कि"), ("กา", "กี"), ("ก่า", "ก้า"), ("ស", "សា"), ("各", "格"), ("한", "하")],
+)
 def test_what_is_another_word_stays_another_word(first, second) -> None:
     assert words_of(first) != words_of(second)
 
