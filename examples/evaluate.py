@@ -14,8 +14,9 @@ A path is a checkpoint, a model's folder, a Hub id, or a whole run (an `output_d
     accelerate launch examples/evaluate.py runs/my-run --batch_size 32
 
 Processes share the requests, and only the main one reads and writes results. They go into the folder `evaluation` of
-the first run given, unless `--output_dir` names another. What `evaluation.json` there already has, of the same weights,
-tasks, limit and versions, is not evaluated again. Checkpoints that were not written to their end are skipped by name.
+the first run given, unless `--output_dir` names another. What `evaluation.json` there already has, of the same
+weights, tasks, limit and versions, is not evaluated again. Checkpoints that were not written to their end are skipped
+by name.
 
 The plot is drawn over the run's own token count where it was asked to keep one (`include_num_input_tokens_seen`), else
 over what the Trainer's FLOP count comes to (padding included; not under FSDP 1, where it counts a share), else over

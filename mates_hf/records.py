@@ -241,13 +241,16 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: there is no such home folder.
     """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
+    given = os.fspath(path)
+    expanded = os.path.expanduser(given)
+    if given.startswith("~") and expanded == given:
         raise ValueError(
-            f"A path that begins with `~` must name a home folder that there is, got {os.fspath(path)!r}. Write the "
-            "folder out, or begin with `./~` where a folder has that name."
-        ) from error
+            f"A path that begins with `~` must name a home folder that there is, got {given!r}. Write the folder out, "
+            "or begin with `./~` where a folder has that name."
+        )
+    found = Path(expanded)
+    # A path drops its `./`, and would be taken for one of the home folder when it is given again.
+    return found.absolute() if str(found).startswith("~") else found
 
 
 @contextlib.contextmanager

@@ -93,11 +93,11 @@ def write_labels(path: Path, labels: InfluenceLabels) -> None:
         pq.write_table(table, file)
 
 
-def read_labels(path: Path) -> InfluenceLabels:
+def read_labels(path: str | os.PathLike[str]) -> InfluenceLabels:
     """Read what `write_labels` wrote.
 
     Args:
-        path: the `probes.parquet` of a round.
+        path: the `probes.parquet` of a round; `~` is the home folder.
 
     Returns:
         The labels; derivatives are memory-mapped.
@@ -108,6 +108,7 @@ def read_labels(path: Path) -> InfluenceLabels:
     """
     import pyarrow.parquet as pq
 
+    path = expand_path(path)
     require_file(path)
     try:
         with open(path, "rb") as file:  # a file, not a path: folder names such as `lr=1` would become columns

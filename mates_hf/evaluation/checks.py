@@ -40,7 +40,7 @@ def check_tokenizer(tokenizer: Any) -> None:
         trailing = _trailing_specials(tokenizer, text)
         if trailing:
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-            told = ", ".join(repr(tokenizer.decode([token])) for token in trailing)
+            told = ", ".join(repr(tokenizer.decode([token]) or f"token {token}") for token in trailing)
             raise ValueError(
                 f"`tokenizer` must add no special token behind a text, but `{name}` encodes {text!r} with {told} at "
                 "the end. lm-eval scores what stands behind the context, so these tokens would be scored in place of "
