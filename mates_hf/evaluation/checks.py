@@ -20,7 +20,7 @@ from mates_hf.records import EvaluationError
 logger = logging.getLogger(__name__)
 
 _PROBES = ("a", "the 1", "A.")
-_LARGEST_SHARE_OF_TIES = 0.5  # of a task's items; above it, accuracy is mostly the order in which choices are listed
+_LARGEST_SHARE = 0.5  # of a task's items that say nothing; above it, its accuracy is mostly theirs
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -154,6 +154,46 @@ def _differ(doc: Any, other: Any) -> bool:
         return False
 
 
+def check_labels(task: Any) -> None:
+    """Raise, or warn, where the label of items is none of their choices, as in test splits whose labels are secret.
+
+    lm-eval counts each of them as wrong. Tasks that judge by a function of their own are not looked at.
+
+    Args:
+        task: an lm-eval task whose requests are built.
+
+    Raises:
+        EvaluationError: it is so in more than half of the items.
+    """
+    config = getattr(task, "config", None)
+    if task.OUTPUT_TYPE != "multiple_choice" or getattr(config, "doc_to_choice", None) is None:
+        return
+    if getattr(config, "process_results", None) is not None:
+        return
+    label_of = task.doc_to_text if getattr(task, "multiple_input", 0) else task.doc_to_target
+    docs = {request.doc_id: request.doc for request in task.instances}
+    labels = {doc_id: label_of(doc) for doc_id, doc in docs.items()}
+    wrong = [doc_id for doc_id, doc in docs.items() if not _is_choice(labels[doc_id], task.doc_to_choice(doc))]
+    if not wrong:
+        return
+    told = f"{len(wrong)} of {len(docs)} items of `{name_of(task)}` have a label that is none of their choices"
+    told = f"{told} (item {wrong[0]}: {labels[wrong[0]]!r})"
+    if len(wrong) > _LARGEST_SHARE * len(docs):
+        raise EvaluationError(
+            f"Labels must be choices, but {told}. lm-eval counts these as wrong whatever the model says. Evaluate a "
+            "split that has labels, or leave the task out."
+        )
+    logger.warning("%s, and count as wrong, as lm-eval counts them.", told)
+
+
+def _is_choice(label: Any, choices: Sequence[str]) -> bool:
+    if isinstance(label, list):
+        return any(_is_choice(one, choices) for one in label)
+    if isinstance(label, str):
+        return label in choices
+    return isinstance(label, int) and 0 <= label < len(choices)
+
+
 def check_ties(task: Any, tokens: Sequence[Hashable]) -> None:
     """Raise, or warn, where choices of different texts are the same tokens, so that no model can tell them apart.
 
@@ -179,7 +219,7 @@ def check_ties(task: Any, tokens: Sequence[Hashable]) -> None:
         f"{len(tied)} of {len(items)} items of `{name_of(task)}` have choices of different texts that are the same "
         f"tokens to the model (item {tied[0]}: {example[:4]})"
     )
-    if len(tied) > _LARGEST_SHARE_OF_TIES * len(items):
+    if len(tied) > _LARGEST_SHARE * len(items):
         raise EvaluationError(
             f"Choices must differ in tokens, but {told}. They hold unknown words, or they were cut away with the "
             "context, and accuracy says nothing. Use another tokenizer or a longer context, or leave the task out."

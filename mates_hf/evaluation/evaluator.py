@@ -23,6 +23,7 @@ from torch import nn
 
 from mates_hf.data.harness import OTHER_SEED, as_lm_eval_seeds, random_streams, spec_of, task_manager
 from mates_hf.evaluation.checks import (
+    check_labels,
     check_requests,
     check_task,
     check_ties,
@@ -98,6 +99,7 @@ class Evaluator:
                 self._streams = random_streams()
                 for task in loaded["tasks"].values():
                     warn_of_redraws(task, self.limit)
+                    check_labels(task)
             self._loaded = loaded
             logger.info("%d tasks built in %.1f s", len(loaded["tasks"]), time.perf_counter() - started)
         return self._loaded
@@ -151,6 +153,7 @@ class Evaluator:
                 pairs += asked
             hardest = longest(Continuations.from_pairs(pairs, live.max_tokens), self.batch_size)
             answer(unwrap(model), hardest, batch_rows=self.batch_size, progress=False, processes=processes)
+            self._judge_made_up_answers(live)
             return {}
 
         self._together(model, processes, body)
@@ -172,18 +175,34 @@ class Evaluator:
         """
 
         def body() -> dict[str, float]:
-            import lm_eval
-
             live = self._live_model(model, processes, progress)
             live.num_tokens = 0
-            loaded = self.loaded
-            with as_lm_eval_seeds(self._streams):
-                found = lm_eval.evaluate(
-                    lm=live, task_dict=loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
-                )
-            return flat_metrics(found["results"])
+            return self._evaluated(live)
 
         return self._together(model, processes, body)
+
+    def _evaluated(self, live: Any) -> dict[str, float]:
+        """What lm-eval makes of the answers."""
+        import lm_eval
+
+        loaded = self.loaded
+        with as_lm_eval_seeds(self._streams):
+            found = lm_eval.evaluate(lm=live, task_dict=loaded, limit=self.limit, bootstrap_iters=0, log_samples=False)
+        return flat_metrics(found["results"])
+
+    def _judge_made_up_answers(self, live: Any) -> None:
+        """Prove that answers can be judged, so that a metric that cannot be computed does not end a run later."""
+        live.made_up = True
+        try:
+            self._evaluated(live)
+        except Exception as error:
+            raise EvaluationError(
+                f"lm-eval must be able to judge the answers to the tasks {sorted(self.loaded['tasks'])}, but on made-up "
+                f"answers it ends in {type(error).__name__}: {error}. Try the tasks one by one, and leave out the one "
+                "whose metrics or `process_results` fail, or mend it."
+            ) from error
+        finally:
+            live.made_up = False
 
     def _together(
         self, model: nn.Module, processes: Processes, body: Callable[[], dict[str, float]]

@@ -80,6 +80,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.processes = processes
         self.model: nn.Module | None = None  # set for the time of an evaluation
         self.num_tokens = 0  # run through the model so far
+        self.made_up = False  # answers are drawn, to try what lm-eval makes of them
         self._pairs: dict[tuple[str, ...], list[Pair]] = {}
         self._encoded = functools.lru_cache(maxsize=64)(self._encode)  # the choices of an item share its context
         self._prefix_text = tokenizer.decode([self.prefix_token_id])
@@ -176,6 +177,9 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         raise NotImplementedError  # of TemplateLM; `loglikelihood` is answered without it
 
     def _answer(self, pairs: Sequence[Pair]) -> tuple[Any, Any]:
+        if self.made_up:
+            rng = np.random.default_rng(0)
+            return -rng.gamma(2.0, 10.0, len(pairs)), rng.random(len(pairs)) < 0.5
         assert self.model is not None
         requests = Continuations.from_pairs(pairs, self.max_tokens)
         self.num_tokens += requests.num_input_tokens
