@@ -197,7 +197,7 @@ class Evaluator:
             self._evaluated(live)
         except Exception as error:
             raise EvaluationError(
-                f"lm-eval must be able to judge the answers to the tasks {sorted(self.loaded['tasks'])}, but on made-up "
+                f"lm-eval must be able to judge answers to the tasks {sorted(self.loaded['tasks'])}, but on made-up "
                 f"answers it ends in {type(error).__name__}: {error}. Try the tasks one by one, and leave out the one "
                 "whose metrics or `process_results` fail, or mend it."
             ) from error
