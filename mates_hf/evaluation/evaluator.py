@@ -54,7 +54,8 @@ class Evaluator:
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: an argument is out of range, or the tokenizer has no end token.
+        ValueError: an argument is out of range, or the tokenizer has no end token, or puts special tokens behind a
+            text.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Evaluator:
         return 0 if self._live is None else int(self._live.num_tokens)
 
     def prepare(self, model: nn.Module, processes: Processes = ALONE, *, progress: bool = False) -> None:
-        """Build the tasks, tokenise their requests, and prove on the longest of them that the model can answer.
+        """Build the tasks, tokenise their requests, and prove that the model can answer and lm-eval can judge.
 
         All processes call it together; only the main one reads tasks and data.
 
@@ -138,7 +139,8 @@ class Evaluator:
 
         Raises:
             ValueError: a task, split, file or column is not there, or the tokenizer is not the model's.
-            EvaluationError: contexts are longer than the model's, memory runs out, or the model gives NaN.
+            EvaluationError: contexts are longer than the model's, choices or labels are such that accuracy says
+                nothing of the model, lm-eval cannot judge the answers, memory runs out, or the model gives NaN.
             ProcessError: another process failed.
         """
 
