@@ -353,6 +353,10 @@ def test_contamination_reads_a_task_that_draws_as_it_is_evaluated(drawn_folder) 
     assert list(texts_of(task, "evaluation")) == first
     report = check_contamination(pool=first, evaluation={"text_drawn": task})
     assert report.counts == {"pool/text_drawn": len(first)}
+    reference = ReferenceTask.from_lm_eval(task, make_tokenizer(), split="test")
+    report = check_contamination(reference=reference, evaluation={"mine": task}, tokenizer=make_tokenizer())
+    assert report.also_evaluated == {"mine": True}
+    assert report.counts == {"reference/mine": len(first)}
 
 
 def test_a_task_whose_documents_change_is_named(drawn_folder, caplog) -> None:
