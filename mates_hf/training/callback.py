@@ -29,7 +29,7 @@ from mates_hf.influence.probe import Probe, read_given
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.model_traits import context_length, unwrap, vocabulary_size
 from mates_hf.processes import Processes
-from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
+from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError, expand_path
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
@@ -158,7 +158,7 @@ class MatesCallback(TrainerCallback):
             config=self.config,
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
-            rounds_dir=Path(self.config.rounds_dir or Path(args.output_dir) / "_mates").expanduser(),
+            rounds_dir=expand_path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
             processes=processes,
         )
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])

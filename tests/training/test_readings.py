@@ -28,7 +28,6 @@ from transformers import (
 from mates_hf import MatesCallback, load_round
 from mates_hf.data.batches import Reading
 from mates_hf.data.pool import CandidatePool
-from mates_hf.records import UnsupportedSettingError
 from mates_hf.training.own_loss import find_trainer
 from tests.training.kit import LENGTH, VOCAB, make_arguments, make_model, make_pool, make_reference
 from tests.training.settings import NO_FILE, Setup, assert_refused, mates, proves
@@ -161,15 +160,14 @@ def test_the_trainer_that_calls_is_found_and_another_loop_is_refused(tmp_path: P
     trainer.train()
     assert found == [trainer]
     assert find_trainer(MatesCallback(make_reference())) is None
-    calls: dict[str, Any] = {}
 
-    class Takes(TrainerCallback):
+    class Loop(TrainerCallback):
+        """Calls the hooks of a callback that its Trainer does not have."""
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            calls.update(args=args, state=state, control=control, **kwargs)
+            mates().on_train_begin(args, state, control, **kwargs)
 
-    Setup().build(tmp_path, [Takes()]).train()
-    with pytest.raises(UnsupportedSettingError, match=r"no `transformers.Trainer`.*attach"):
-        mates().on_train_begin(calls.pop("args"), calls.pop("state"), calls.pop("control"), **calls)
+    assert_refused(tmp_path / "loop", Setup(), r"no `transformers.Trainer`.*attach", callbacks=lambda: [Loop()])
 
 
 @pytest.mark.parametrize("attach", [False, True])
@@ -177,7 +175,11 @@ def test_preference_training_is_refused_by_its_name(tmp_path: Path, attach: bool
     class DPOTrainer(Trainer):
         """As TRL's is called."""
 
-    assert_refused(tmp_path, Setup(trainer_class=DPOTrainer, attach=attach), "DPOTrainer` is over chosen and rejected")
+    assert_refused(
+        tmp_path,
+        Setup(trainer_class=DPOTrainer, attach=attach),
+        r"\(a `DPOTrainer`\) has a loss that is over chosen and rejected",
+    )
 
 
 def test_the_record_says_what_was_compared(tmp_path: Path) -> None:
