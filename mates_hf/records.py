@@ -45,7 +45,13 @@ class InfluenceError(MatesError):
 
 
 class UnrankableError(InfluenceError):
-    """Finite influence that ranks nothing: all zero, all equal, or of a single document."""
+    """Finite influence that ranks nothing: all zero, all equal, or of a single document.
+
+    Attributes:
+        labels: those measured, where labels are what ranks nothing; else None.
+    """
+
+    labels: InfluenceLabels | None = None
 
 
 class EvaluationError(MatesError):
@@ -142,11 +148,13 @@ class InfluenceLabels:
             )
         if np.all(self.influence == 0) or (len(self) > 1 and np.all(self.influence == self.influence[0])):
             what = "zero" if self.influence[0] == 0 else f"equal ({self.influence[0]:.3g})"
-            raise UnrankableError(
+            error = UnrankableError(
                 f"The influence of all {len(self)} candidates (candidate_id {self.candidate_id[:8].tolist()} ...) is "
                 f"{what}, so it cannot rank anything. Check that parameters are trainable, that the learning rate is "
                 "not 0, and that the candidates differ."
             )
+            error.labels = self
+            raise error
         return self
 
 

@@ -215,13 +215,8 @@ class EncoderInfluenceModel:
         before = self._previous(previous)
         texts, found = self._read(candidates, labels)
         documents = text_codes(texts, found) if documents is None else documents
-        split: dict[str, Any] = {
-            "groups": groups,
-            "documents": documents,
-            "held_out_fraction": held_out_fraction,
-            "seed": seed,
-        }
-        target = FitTarget.of(labels, found, **split)
+        drawn: dict[str, Any] = {"held_out_fraction": held_out_fraction, "seed": seed}
+        target = FitTarget.of(labels, found, groups=groups, documents=documents, **drawn)
         held_out = target.held_out
         num_parameters = count_multiplied_parameters(self._source.module)
         reading = forward_flops(num_parameters, self._source.num_tokens(texts))
