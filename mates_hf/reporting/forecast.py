@@ -106,7 +106,7 @@ class PredictedCost:
         trained_tokens: tokens trained on.
         labelled_tokens: tokens of all probed candidates, which the influence model is fitted on.
         scored_tokens: tokens of all scored candidates.
-        on_cpu: fit and score run on the CPU while devices wait.
+        on_cpu: fit, guard and score run on the CPU while devices wait.
     """
 
     num_rounds: int
@@ -141,7 +141,7 @@ class PredictedCost:
         """
         if not relative_utilisation > 0:
             raise ValueError(f"`relative_utilisation` must be above 0, got {relative_utilisation!r}.")
-        left_out = ("fit", "score") if self.on_cpu else ()
+        left_out = ("fit", "guard", "score") if self.on_cpu else ()
         flops = sum(flops for name, flops in self.stages.items() if name not in left_out)
         return flops / self.training_flops / relative_utilisation
 
@@ -229,13 +229,16 @@ def predict_cost(
         per_round["drift checks"] = once * ((config.update_steps - 1) // every)
     labelled = config.num_probes * size.tokens_per_row
     stages = {name: len(chosen) * flops for name, flops in per_round.items()}
+    judged = float(labelled * max(len(chosen) - 1, 0))  # by the influence model of the round before
     if encoder is None:
         stages["fit"] = NGRAM_FIT_FLOPS * labelled * float(len(chosen))
+        stages["guard"] = NGRAM_SCORE_FLOPS * judged
         stages["score"] = NGRAM_SCORE_FLOPS * float(scored)
     else:
         held_out = config.held_out_fraction * labelled
         epoch = gradient_flops(encoder.multiplied, labelled - held_out) + forward_flops(encoder.multiplied, held_out)
         stages["fit"] = len(chosen) * encoder.num_epochs * epoch
+        stages["guard"] = forward_flops(encoder.multiplied, judged)
         stages["score"] = forward_flops(encoder.multiplied, scored)
     return PredictedCost(
         num_rounds=len(chosen),

@@ -21,7 +21,8 @@ from mates_hf.config import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.processes import ProcessError
-from mates_hf.records import InfluenceError, InfluenceLabels, IntArray
+from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, UnrankableError
+from mates_hf.training.digest import weights_digest
 from mates_hf.training.run import Order, Run
 
 
@@ -44,6 +45,12 @@ def measure_sentinel(run: Run, ids: IntArray, *, epsilon: float | None, seed: in
     """Labels of a few candidates on a share of the reference task; the same share for the same seed."""
     _ask(run, "sentinel", ids, epsilon=epsilon, seed=seed)
     return _sentinel(run, ids, epsilon, seed)
+
+
+def measure_digest(run: Run) -> str:
+    """Digest of the weights as they are, which all processes add up."""
+    _ask(run, "digest", np.zeros(0, np.int64))
+    return weights_digest(run.model, run.processes)
 
 
 def release(run: Run, order: Order | None) -> None:
@@ -83,6 +90,8 @@ def assist(run: Run) -> Order | None:
         what = message.get("measure")
         if what == "labels":
             _labels(run, arrays["ids"], None)
+        elif what == "digest":
+            weights_digest(run.model, run.processes)
         elif what == "audit":
             _audit(run, arrays["ids"], message["epsilon"], message["seed"])
         elif what == "sentinel":
@@ -104,7 +113,12 @@ def _ask(run: Run, what: str, ids: IntArray, **details: Any) -> None:
 
 def _labels(run: Run, ids: IntArray, shards_dir: Path | None) -> InfluenceLabels:
     probe = run.probe.for_run(dataclasses.replace(run.settings, shards_dir=shards_dir))
-    return probe.measure(run.model, run.optimizer, run.reference, run.pool.select(ids)).check()
+    try:
+        return probe.measure(run.model, run.optimizer, run.reference, run.pool.select(ids)).check()
+    except UnrankableError as error:
+        if error.labels is None:
+            raise
+        return error.labels  # the round sees that they rank nothing, and stays in the own order
 
 
 def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:
@@ -120,7 +134,8 @@ def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[Influenc
 
 
 def _sentinel(run: Run, ids: IntArray, epsilon: float | None, seed: int) -> InfluenceLabels:
-    probe = run.probe.for_run(dataclasses.replace(run.settings, progress=False))
+    # The sentinel's own seed: a drift check must read what the round did, whatever the seed of the round to come.
+    probe = run.probe.for_run(dataclasses.replace(run.settings, progress=False, seed=seed))
     if isinstance(probe, DirectionalProbe):
         probe = dataclasses.replace(probe, epsilon=epsilon)
     passages = run.reference.subset(-(-len(run.reference) // SENTINEL_SHARE), seed)

@@ -563,7 +563,9 @@ def test_the_papers_schedule_in_closed_form():
     theirs = predict_cost(PYTHIA, config, probe="one_step", encoder=Encoder())
     share = 4 * (6 * candidates + 2 * reference * 80_001) / (6 * training)
     assert theirs.stages["probe"] / theirs.training_flops == pytest.approx(share, rel=EXACT)
-    assert set(theirs.stages) == {"probe", "fit", "score"}
+    assert set(theirs.stages) == {"probe", "fit", "guard", "score"}
+    judged = 3 * candidates  # by the influence model of the round before, which the first has not
+    assert theirs.stages["guard"] == pytest.approx(2 * Encoder().multiplied * judged, rel=EXACT)
     # Five times the rows that are selected, which the last round has `lead_steps` fewer of.
     scored = 5 * (40_000 - config.lead_steps) * 512 * 1024
     assert ours.scored_tokens == theirs.scored_tokens == scored
@@ -581,7 +583,7 @@ def test_our_overhead_at_the_papers_schedule_is_within_one_and_three_percent():
 
 def test_shares_of_wall_clock():
     ours = predict_cost(PYTHIA, MatesConfig.paper())
-    on_cpu = (ours.stages["fit"] + ours.stages["score"]) / ours.training_flops
+    on_cpu = sum(ours.stages[name] for name in ("fit", "guard", "score")) / ours.training_flops
     assert ours.device_seconds_share(0.5) == pytest.approx(2 * (ours.share_of_training - on_cpu), rel=1e-9)
     speeds = {"fit_tokens_per_second": 1e6, "score_tokens_per_second": 4e8}
     idle = ours.idle_seconds_share(training_tokens_per_second=1e6, **speeds)
