@@ -195,7 +195,7 @@ def predict_cost(
     scored = sum(_scored_rows(size, config, number, rows) for number, rows in enumerate(chosen)) * size.tokens_per_row
     moment = NUM_SECOND_MOMENT_BATCHES * size.batch_rows if second_moment == "batches" else 0
 
-    def directional(num_candidates: int, num_passages: int, steps: int = 0) -> float:
+    def directional(num_candidates: int, num_passages: int, steps: int = 0, path: bool = True) -> float:
         return directional_flops(
             size.multiplied,
             num_candidate_tokens=num_candidates * size.tokens_per_row,
@@ -203,6 +203,7 @@ def predict_cost(
             epsilon_steps=steps,
             tokens_per_row=size.tokens_per_row,
             num_second_moment_tokens=moment * size.tokens_per_row,
+            path=path,
         )
 
     def one_step(num_candidates: int, num_passages: int) -> float:
@@ -219,7 +220,7 @@ def predict_cost(
         per_round["probe"] = directional(config.num_probes, size.num_passages, epsilon_steps)
         if config.num_probes >= NUM_AUDITED:
             passages = min(NUM_AUDIT_PASSAGES, size.num_passages)
-            per_round["audit"] = directional(NUM_AUDITED, passages) + one_step(NUM_AUDITED, passages)
+            per_round["audit"] = directional(NUM_AUDITED, passages, path=False) + one_step(NUM_AUDITED, passages)
     else:
         per_round["probe"] = one_step(config.num_probes, size.num_passages)
     if every:
