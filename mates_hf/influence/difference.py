@@ -52,7 +52,8 @@ class Direction:
         path_losses: mean loss of what each point of the path read, in its order, at that point.
         path_start_losses: mean loss of the same passages at θ_null, so that the two can be compared point by point;
             empty without a path.
-        path_stopped: true where a longer path was given up because the loss rose along it.
+        path_stopped: true where a longer path was given up because the loss rose along it: this one goes as far as the
+            loss fell.
         path_stride: steps of the run from one point to the next.
         path_check: mean loss of the last quarter of the passages at θ_null, and one stride from there down u; None
             without a path.

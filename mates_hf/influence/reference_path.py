@@ -14,7 +14,7 @@ of one batch. So a point that reads few passages cannot throw the path off, howe
 
 All passages are also read at θ_null without a gradient. What a point reads is compared with the same passages there,
 so that passages which are hard do not look like a loss that rises. Where it does rise, the path is walked again
-only as far as it fell, with the passages shared among fewer points.
+only as far as it fell, in shorter strides.
 
 Trade-off: P is the live one at every point, and momentum is left out: a path needs no copy of the optimizer's state,
 and no memory that a single point would not need. It costs a third of a reading more than a single point does.
@@ -32,15 +32,15 @@ from torch import Tensor, nn
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.difference import Direction, FloatArray, joint_norm, norm_of, row_means
-from mates_hf.influence.flops import CHECKED_SHARE
+from mates_hf.influence.flops import checked_passages, num_path_points
 from mates_hf.influence.parameter_step import ParameterStep, sum_of_squares
 from mates_hf.preserve import Snapshot, local_shard
 from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
 
-MIN_PASSAGES = 4  # that a point of a path reads: fewer are mostly noise
 MAX_RISE = 0.1  # nats/token above θ_null at which a path is given up
+MAX_STOPS = 3  # after so many there is a single point, θ_null
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ def shares_of_path(rows: TokenRows, path_steps: int, seed: int) -> list[IntArray
         Numbers that have all trained rows once.
     """
     trained = np.flatnonzero(rows.num_targets)
-    num_points = min(path_steps, len(trained) // MIN_PASSAGES)
-    if num_points <= 1:
+    num_points = num_path_points(path_steps, len(trained))
+    if num_points == 1:
         return [np.arange(len(rows))]
     order = np.random.default_rng(seed).permutation(trained)
     return [np.sort(part) for part in np.array_split(order, num_points)]
@@ -144,27 +144,31 @@ class ReferencePath:
         self._go_to(0, 0.0)
         at_null = self._row_losses(np.arange(len(self._rows)))
         stride = self._own_step()
-        stopped = False
+        shares = shares_of_path(self._rows, num_points, seed)
+        num_stops = 0
         while True:
-            shares = shares_of_path(self._rows, num_points, seed)
             starts = [self._mean(at_null, share) for share in shares]
             losses = self._visit(shares, starts, rate, stride)
             if losses is None:
                 continue  # in smaller micro-batches
-            if len(losses) == len(shares) or not np.isfinite(losses[0]):
+            if len(losses) == len(shares) or not np.isfinite(losses[-1]):
                 break
-            # Each time fewer points, and half as many at most from the second time on.
-            num_points = min(len(losses), len(shares) // 2) if stopped else len(losses)
-            stopped = True
+            num_stops += 1
+            if num_stops == MAX_STOPS:
+                shares = shares_of_path(self._rows, 1, seed)
+            else:  # to the last point that was not above the start, or half-way to the first
+                rate *= max(len(losses) - 1, 0.5) / (len(shares) - 1)
         tokens = [int(self._rows.num_targets[share].sum()) for share in shares[: len(losses)]]
         found = self._direction(1.0 / sum(tokens), float(np.average(losses, weights=tokens)))
-        if stopped:
-            logger.info("the reference loss rose along the path: it has %d points now", len(losses))
+        if num_stops:
+            logger.info(
+                "the reference loss rose along the path: it has %d points now, %.3g steps apart", len(losses), rate
+            )
         return dataclasses.replace(
             found,
             path_losses=tuple(losses),
             path_start_losses=tuple(starts[: len(losses)]),
-            path_stopped=stopped,
+            path_stopped=num_stops > 0,
             path_stride=rate,
             path_check=self._check(found, at_null, shares, rate, stride),
         )
@@ -277,7 +281,7 @@ class ReferencePath:
             return None
         order = np.concatenate(shares)
         order = order[self._rows.num_targets[order] > 0]
-        last = np.sort(order[-max(1, round(len(order) * CHECKED_SHARE)) :])
+        last = np.sort(order[-checked_passages(len(order)) :])
         length = max(rate * (stride or 0.0), self._reading.smallest_step * found.parameter_norm)
         with torch.no_grad():
             for step in self._steps:

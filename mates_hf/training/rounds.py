@@ -189,8 +189,8 @@ def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
 def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[str, Any]:
     """A few candidates get both probes on a few passages: does the derivative agree with a real step.
 
-    It is never fatal: where it fails, `not_audited` says why. It is the machinery that is audited. Labels along a path are not meant to agree with one step; how far they do is
-    recorded beside it, as `labels_spearman`.
+    It is never fatal: where it fails, `not_audited` says why. It is the machinery that is audited. Path labels are not
+    meant to agree with one step; `labels_spearman` records how far they do.
     """
     audit_path = path / "audit.json"
     if audit_path.exists():
