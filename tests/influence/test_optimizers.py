@@ -392,9 +392,12 @@ def test_a_step_in_pieces_is_the_real_one_bit_for_bit(
     monkeypatch.setattr("mates_hf.influence.real_step._MIN_PIECE", 4)
     parameters = make_parameters(name)
     optimizer = CLASSES[name].variants[variant](parameters)
-    late = nn.Parameter(torch.ones(6, 3, dtype=torch.float64))
-    optimizer.add_param_group({"params": [late], "lr": optimizer.param_groups[0]["lr"]})
     train(parameters, optimizer, 3)
+    late = nn.Parameter(torch.ones(6, 3, dtype=torch.float64))
+    if name == "torch.optim.Adagrad":  # makes its state at once, of all that it was given
+        late.requires_grad_(False)
+    else:
+        optimizer.param_groups[0]["params"].append(late)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # wraps `step`
     everyone = [*parameters, late]
     generator = torch.Generator().manual_seed(2)
@@ -407,15 +410,14 @@ def test_a_step_in_pieces_is_the_real_one_bit_for_bit(
         for parameter, own, gradient in zip(everyone, copied, gradients, strict=True):
             given = any(parameter is p for p in present)
             parameter.grad = gradient.clone() if given else None
-            own.grad = gradient.clone() if given else torch.zeros_like(own) if stepper.state.get(own) else None
-            if own.grad is None and not stepper.state and name == "torch.optim.SGD":
-                own.grad = torch.zeros_like(own)
+            by_momentum = stepper.state.get(own) or not stepper.state
+            own.grad = gradient.clone() if given else torch.zeros_like(own) if by_momentum else None
         for group in stepper.param_groups:
             group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
         type(stepper).step(stepper)
         before = copy.deepcopy((optimizer.state_dict(), vars(optimizer).get("_step_count")))
         with preserved(nn.ParameterList(everyone), optimizer, copy_state=False) as snapshot:
-            step = RealStep(optimizer, [rate, rate])
+            step = RealStep(optimizer, [rate])
             assert not step.needs_copy
             for parameter, gradient in zip(everyone, gradients, strict=True):
                 parameter.grad = gradient.clone() if any(parameter is p for p in present) else None

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -238,7 +239,7 @@ def test_accelerates_scheduler_steps_once_for_each_process(monkeypatch: pytest.M
     plain = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     wrapped = Accelerator(cpu=True).prepare(plain)
     assert rate_steps(wrapped, 3, [0.1]) == pytest.approx(1.75)
-    monkeypatch.setitem(AcceleratorState._shared_state, "num_processes", 2)
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: SimpleNamespace(num_processes=2))
     assert rate_steps(wrapped, 3, [0.1]) == pytest.approx(1 + 0.25 + 0.0625)
 
 
