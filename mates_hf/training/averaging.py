@@ -70,6 +70,7 @@ class WeightAverage:
             for group in _groups(self._mean):
                 same = [tensor.to(mean.dtype) for tensor, mean in zip(live[group], self._mean[group], strict=True)]
                 torch._foreach_lerp_(self._mean[group], same, 1.0 / (self.num_steps + 1))
+                del same  # before the next group's
         self.num_steps += 1
 
     @contextlib.contextmanager
