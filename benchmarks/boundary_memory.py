@@ -75,7 +75,8 @@ def make_model(width: int, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=6,
-            num_attention_heads=4, max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+            num_attention_heads=4, max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=None,
+            eos_token_id=None,
         )
     ).to(dtype)  # fmt: skip
 
@@ -118,8 +119,8 @@ def measure(width: int, dtype: torch.dtype = torch.float32, optim: str = "adamw_
     base = levels[np.searchsorted(times, min(ranges["average"])[0]) - 1]
 
     def peak(name: str) -> float:
-        inside = [levels[(times >= begin) & (times <= end)] for begin, end in ranges[name]]
-        return float((max(part.max() for part in inside if len(part)) - base) / size)
+        spans = [np.searchsorted(times, span) for span in ranges[name]]
+        return float((max(levels[max(0, begin - 1) : end + 1].max() for begin, end in spans) - base) / size)
 
     found = {name: peak(name) for name in STAGES.values()}
     # One micro-batch as a training step accumulates it: the gradients it is added to are there already.

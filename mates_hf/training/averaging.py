@@ -6,7 +6,7 @@ and the next labels undo it, at either weights: against that, earlier rounds' la
 (`benchmarks/results/fidelity.md`). The mean exists only inside its window.
 
 Trade-off: one more copy of the trainable parameters inside the window (in float32 for half-precision weights), against
-keeping it all the time. What it takes on top is a piece at a time: 64 MiB, or the largest tensor. Of sharded
+keeping it all the time. What it takes on top is a piece at a time: 64 MiB at most, or the largest tensor. Of sharded
 parameters (FSDP2) each process averages its own part.
 """
 
@@ -175,11 +175,12 @@ class WeightAverage:
 
 
 def _groups(tensors: list[Tensor]) -> Iterator[slice]:
-    """Runs of tensors of at most 64 MiB together, or of one larger one."""
+    """Runs of tensors of at most 64 MiB together and a 16th of all, or of one larger one."""
+    limit = min(_MAX_GROUP, sum(tensor.numel() * tensor.element_size() for tensor in tensors) // 16)
     start, size = 0, 0
     for number, tensor in enumerate(tensors):
         here = tensor.numel() * tensor.element_size()
-        if number > start and size + here > _MAX_GROUP:
+        if number > start and size + here > limit:
             yield slice(start, number)
             start, size = number, 0
         size += here
