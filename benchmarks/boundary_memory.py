@@ -67,14 +67,14 @@ def _named(work: Callable[..., Any], name: str) -> Callable[..., Any]:
     return run
 
 
-def make_model(width: int, dtype: torch.dtype) -> Any:
+def make_model(width: int, dtype: torch.dtype, layers: int) -> Any:
     """A Llama whose parameters outweigh what a micro-batch takes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=6,
+            vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
             num_attention_heads=4, max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=None,
             eos_token_id=None,
         )
@@ -87,11 +87,13 @@ def rows(count: int, seed: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def measure(width: int, dtype: torch.dtype = torch.float32, optim: str = "adamw_torch") -> dict[str, float]:
+def measure(
+    width: int, dtype: torch.dtype = torch.float32, optim: str = "adamw_torch", layers: int = 6
+) -> dict[str, float]:
     """Peak bytes of each stage of a round, in units of the trainable parameters' bytes, and what `limit` is."""
     from transformers import Trainer, TrainingArguments
 
-    model = make_model(width, dtype)
+    model = make_model(width, dtype, layers)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     config = MatesConfig(
         update_steps=3, num_probes=32, selection_ratio=0.5, average_steps=2, on_weak_signal="select",
@@ -109,12 +111,16 @@ def measure(width: int, dtype: torch.dtype = torch.float32, optim: str = "adamw_
             trainer.train()
         if not list(Path(folder).glob("_mates/round-*/round.json")):
             raise RuntimeError("no round was run")
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes: list[tuple[int, int]] = []
+    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in STAGES.values()}
+    for event in profiler.profiler.kineto_results.events():
+        name = event.name()
+        if name == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))
+        elif name.startswith("stage:"):
+            ranges[name.removeprefix("stage:")].append((event.start_ns(), event.end_ns()))
+    changes.sort()
     times, levels = np.array([time for time, _ in changes]), np.cumsum([change for _, change in changes])
-    ranges = {
-        name: [(e.start_ns(), e.end_ns()) for e in events if e.name() == f"stage:{name}"] for name in STAGES.values()
-    }
     # Before the window opens: parameters are older than the profiler, the optimizer's state is in the level.
     base = levels[np.searchsorted(times, min(ranges["average"])[0]) - 1]
 
