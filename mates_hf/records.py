@@ -263,6 +263,8 @@ class RunSettings:
         learning_rates: one a parameter group, of the step to come; None reads the optimizer's own.
         max_grad_norm: clipping threshold of the run; None or 0 is off.
         batch_rows: rows in one optimizer step, over all devices and accumulation.
+        rate_steps: the optimizer steps of the coming round, counted in steps at `learning_rates`: the sum of the
+            learning rates scheduled for them over the present ones; None where no round is known.
         tokens_per_batch: padded tokens in one forward pass of a probe.
         seed: for whatever a probe draws.
         progress: show a progress bar.
@@ -273,6 +275,7 @@ class RunSettings:
     learning_rates: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
     batch_rows: int = 1
+    rate_steps: float | None = None
     tokens_per_batch: int = 8192
     seed: int = 0
     progress: bool = False

@@ -199,8 +199,8 @@ def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
 def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[str, Any]:
     """A few candidates get both probes on a few passages: does the derivative agree with a real step.
 
-    It is the machinery that is audited. Labels along a path are not meant to agree with one step; how far they do is
-    recorded beside it, as `labels_spearman`.
+    It is never fatal: where it fails, `not_audited` says why. It is the machinery that is audited. Path labels are not
+    meant to agree with one step; `labels_spearman` records how far they do.
     """
     audit_path = path / "audit.json"
     if audit_path.exists():
@@ -209,23 +209,36 @@ def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[s
         return {}
     seed = stage_seed(run.config.selection_seed, number, "audit")
     picked = np.sort(np.random.default_rng(seed).choice(len(labels), NUM_AUDITED, replace=False))
-    fast, oracle = measure_audit(run, labels.candidate_id[picked], epsilon=labels.info["epsilon"], seed=seed)
-    slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
+    found = measure_audit(run, labels.candidate_id[picked], epsilon=labels.info["epsilon"], seed=seed)
+    if isinstance(found, str):
+        # What it takes is less than the probe took. Where it fails all the same, the labels are as good as before.
+        logger.warning("Round %d is not audited: %s", number, found)
+        audit: dict[str, Any] = {"not_audited": found}
+    else:
+        audit = _agreement(*found, labels.influence[picked], seed)
+        audit["num_passages"] = min(NUM_AUDIT_PASSAGES, len(run.reference))
+    write_json(audit_path, audit)
+    return audit
+
+
+def _agreement(fast: InfluenceLabels, oracle: InfluenceLabels, influence: FloatArray, seed: int) -> dict[str, Any]:
+    """How far derivatives agree with real steps, and how far the round's labels of the same candidates do."""
+    try:
+        slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
+    except (np.linalg.LinAlgError, ValueError) as error:
+        return {"not_audited": f"{type(error).__name__}: {error}"}
     resampled = np.random.default_rng(seed).integers(0, len(fast), (200, len(fast)))
     spread = [spearmanr(fast.influence[row], oracle.influence[row]).statistic for row in resampled]
-    audit = {
+    return {
         "truth": "one optimizer step on the candidate alone, clipped as the run clips",
         "num_candidates": len(fast),
-        "num_passages": min(NUM_AUDIT_PASSAGES, len(run.reference)),
         "spearman": float(spearmanr(fast.influence, oracle.influence).statistic),
         "interval": [float(bound) for bound in np.nanpercentile(spread, [2.5, 97.5])],
-        "labels_spearman": float(spearmanr(labels.influence[picked], oracle.influence).statistic),
+        "labels_spearman": float(spearmanr(influence, oracle.influence).statistic),
         "slope": float(slope),
         "intercept": float(intercept),
         "flops": float(fast.info.get("flops", 0.0)) + float(oracle.info.get("flops", 0.0)),
     }
-    write_json(audit_path, audit)
-    return audit
 
 
 def _why_unrankable(labels: InfluenceLabels) -> str:

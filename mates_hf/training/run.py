@@ -156,7 +156,6 @@ class Run:
             "reference": {**self.reference.description, "digest": self.reference.digest()},
             "pool": dict(self.pool_identity),
             "model": {"name": hub_name(self.model), "num_parameters": count_parameters(self.model)},
-            "loss": {} if self.pool.reading is None else self.pool.reading.to_dict(),
             "versions": library_versions(),
             "measured_with": self.measured_with(),
             "loss": dict(self.loss_reading),
