@@ -18,11 +18,11 @@ from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.difference import row_means
 from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.flops import PATH_STEPS
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k, uniform
-from mates_hf.training.callback import PATH_STEPS
 
 # --- horizon: sets of rows, 10 to 1,000 steps ---
 

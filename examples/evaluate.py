@@ -41,8 +41,9 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mates_hf.evaluation import Evaluator
+from mates_hf.paths import expand_path
 from mates_hf.processes import Processes
-from mates_hf.records import EvaluationError, expand_path
+from mates_hf.records import EvaluationError
 from mates_hf.training.checkpoints import find_fault
 
 RESULTS, PLOT = "evaluation.json", "evaluation.png"

@@ -283,30 +283,6 @@ class RunSettings:
     shards_dir: Path | None = None
 
 
-def expand_path(path: str | os.PathLike[str]) -> Path:
-    """A path that the user gave, with `~` and `~name` as the folders they stand for.
-
-    Args:
-        path: any path.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: there is no such home folder.
-    """
-    given = os.fspath(path)
-    expanded = os.path.expanduser(given)
-    if given.startswith("~") and expanded == given:
-        raise ValueError(
-            f"A path that begins with `~` must name a home folder that there is, got {given!r}. Write the folder out, "
-            "or begin with `./~` where a folder has that name."
-        )
-    found = Path(expanded)
-    # A path drops its `./`, and would be taken for one of the home folder when it is given again.
-    return found.absolute() if str(found).startswith("~") else found
-
-
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write `path` through: under a temporary name, flushed to disk, renamed; readers see all or none.

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from mates_hf.display import card, html_card
+from mates_hf.paths import expand_path
 from mates_hf.records import (
     COPY_AGAIN,
     FloatArray,
@@ -30,7 +31,6 @@ from mates_hf.records import (
     IntArray,
     MatesError,
     RoundMismatchError,
-    expand_path,
     json_bytes,
     read_array,
     read_json,

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mates_hf.records import InfluenceLabels, expand_path
+from mates_hf.paths import expand_path
+from mates_hf.records import InfluenceLabels
 from mates_hf.round_files import RoundWriter, load_round, read_labels, write_labels
 
 

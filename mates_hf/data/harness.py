@@ -22,7 +22,7 @@ import numpy as np
 
 from mates_hf.data.collated import forked_rng
 from mates_hf.data.passages import first_rows
-from mates_hf.records import expand_path
+from mates_hf.paths import expand_path
 
 logger = logging.getLogger(__name__)
 

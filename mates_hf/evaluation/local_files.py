@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mates_hf.evaluation.benchmarks import BENCHMARKS, Splits, document, required_columns
-from mates_hf.records import expand_path
+from mates_hf.paths import expand_path
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 _EVALUATED = ("test", "validation", "val", "dev")  # in the order of preference

@@ -74,6 +74,17 @@ class Direction:
         """The factor of u whose step is `epsilon` times as long as ‖θ‖."""
         return epsilon * self.parameter_norm / self.norm
 
+    def path_info(self) -> dict[str, Any]:
+        """What labels record of the path, as plain JSON values."""
+        return {
+            "path_losses": list(self.path_losses),
+            "path_start_losses": list(self.path_start_losses),
+            "path_points": max(1, len(self.path_losses)),
+            "path_stopped": self.path_stopped,
+            "path_stride": self.path_stride,
+            "path_check": None if self.path_check is None else list(self.path_check),
+        }
+
     def derivatives(self, plus: FloatArray, minus: FloatArray, epsilon: float) -> FloatArray:
         """(T,) float64 derivatives along u from losses at either side; > 0 helps."""
         return (plus.astype(np.float64) - minus) / (2 * self.length(epsilon))

@@ -8,7 +8,7 @@ fits a ridge on its pooled states: a forward pass a label and seconds, where a f
 A candidate here is token ids of the *training* tokenizer, so it is decoded and read anew with the encoder's own.
 
 Paper: MATES (arXiv:2406.06046) fine-tunes bert-base-uncased with the defaults below. Its best epoch is chosen on
-candidates that are neither fitted nor reported on, because a best of five on the same ones flatters itself.
+candidates that are neither fitted nor reported on.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS = 64.0  # own steps of a path at the run's peak rate, however long its rounds are
+MAX_STEPS = 32.0  # own steps of a path at the run's peak rate, however long its rounds are: the longest ablated
 DEFAULT_STRIDE = 0.5  # own steps, where nothing is known of the run
 
 

@@ -22,14 +22,16 @@ from mates_hf.data.reference import ReferenceTask
 from mates_hf.display import card
 from mates_hf.influence.arguments import check_influence_model, check_probe
 from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.flops import PATH_STEPS
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
 from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
 from mates_hf.influence.probe import Probe, read_given
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.model_traits import context_length, unwrap, vocabulary_size
+from mates_hf.paths import expand_path
 from mates_hf.processes import Processes
-from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError, expand_path
+from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
@@ -47,8 +49,6 @@ from mates_hf.training.sampler import RowClock, ScheduledSampler
 from mates_hf.training.session import Session
 
 logger = logging.getLogger(__name__)
-
-PATH_STEPS = 32  # of the default probe
 
 
 class MatesCallback(TrainerCallback):
@@ -153,6 +153,7 @@ class MatesCallback(TrainerCallback):
             pool=pool,
             pool_identity=pool.identity(),
             probe=self.probe,
+            lr_scheduler=kwargs.get("lr_scheduler"),
             loss_reading={} if pool.reading is None else pool.reading.to_dict(),
             influence_model=bound_to_run(self.influence_model, model, tokenizer),
             tokenizer=tokenizer,

@@ -22,7 +22,8 @@ from mates_hf.data.collated import TRL_WITHOUT_PACKING, forked_rng, name_of, rea
 from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.losses import ProbeMemoryError
 from mates_hf.model_traits import vocabulary_size
-from mates_hf.records import IntArray, UnsupportedSettingError, expand_path
+from mates_hf.paths import expand_path
+from mates_hf.records import IntArray, UnsupportedSettingError
 from mates_hf.training.parallel import parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
 

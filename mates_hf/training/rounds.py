@@ -140,6 +140,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         "num_probed_before": int(np.count_nonzero(run.ledger.probed[draw.probes])),
         "num_skipped": len(labels.info.get("skipped", ())),
         "probe_seed": run.settings.seed,
+        "rate_steps": run.settings.rate_steps,
         "step_size": labels.step_size,
         "probe": dict(labels.info),
         "fit": None if judged.fitted is None else judged.fitted.report.to_dict(),

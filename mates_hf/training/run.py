@@ -118,6 +118,7 @@ class Run:
         trusted_step_size: of the labels it was fitted on.
         last_decision: of the guard in the last round; None before the first.
         last_reversed: whether the last round found its labels reversed.
+        lr_scheduler: the run's, to see how far the rates of a round go; None is a constant rate.
         loss_reading: which reading of the run's loss the probes take, for the record.
 
     Raises:
@@ -142,6 +143,7 @@ class Run:
     trusted_step_size: float = 1.0
     last_decision: str | None = None
     last_reversed: bool = False
+    lr_scheduler: Any = None
     loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -213,6 +215,7 @@ class Run:
         return {
             **self.identity(),
             "learning_rates": None if rates is None else list(rates),
+            "rate_steps": self.settings.rate_steps,
             "step": step,
             "weights": weights,
         }

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.influence.path_length import rate_steps
 from mates_hf.records import MatesError, read_array
 from mates_hf.round_files import PROBES_FILE, read_labels, round_path
 from mates_hf.selection.choose import stage_seed
@@ -132,6 +133,7 @@ class Session:
             run.settings,
             learning_rates=self._learning_rates,
             seed=stage_seed(run.config.selection_seed, number, "probe"),
+            rate_steps=self._rate_steps(step),
         )
         if self.order is None and self._next_round is not None:
             self._mark_own_order(self.clock.position(self._next_round.from_step))
@@ -157,6 +159,16 @@ class Session:
             return planned.number
         assert self.order is not None
         return self.order.number + 1
+
+    def _rate_steps(self, step: int) -> float | None:
+        """The coming round in steps at the present rates; at a drift check, that of the round that is checked."""
+        planned, run = self._next_round, self.run
+        if planned is None or step < planned.boundary_step:
+            assert self.order is not None
+            found: float | None = self.order.info.get("rate_steps")
+            return found
+        rates = self._learning_rates or tuple(float(group["lr"]) for group in run.optimizer.param_groups)
+        return rate_steps(run.lr_scheduler, min(run.config.update_steps, self.plan.max_steps - step), rates)
 
     def _decide(self, step: int, metrics: dict[str, float]) -> Order | None:
         """In the main process: the order of a new round, or None where a drift check finds none is due."""
