@@ -77,6 +77,13 @@ class CollatedRows:
     def batch(self, index: IntArray, device: torch.device | str) -> ModelBatch:
         """The rows `index` as the run's collator makes them, on a device.
 
+        Args:
+            index: (B,) row numbers.
+            device: where tensors go.
+
+        Returns:
+            One batch.
+
         Raises:
             MatesError: the collator trains another number of tokens than it did of the rows alone.
         """

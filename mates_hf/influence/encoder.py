@@ -6,7 +6,6 @@ downloaded, wants a GPU, and spends a forward pass on every candidate. `head_onl
 fits a ridge on its pooled states: a forward pass a label and seconds, where a fine-tuning run takes minutes.
 
 A candidate here is token ids of the *training* tokenizer, so it is decoded and read anew with the encoder's own.
-
 Paper: MATES (arXiv:2406.06046) fine-tunes bert-base-uncased with the defaults below. Its best epoch is chosen on
 candidates that are neither fitted nor reported on.
 """
