@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import default_data_collator
 
 from mates_hf.data.arrow import _NUM_CONVERTED, ListColumn
+from mates_hf.data.collated import read_row
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.data.token_columns import TokenColumns, counts, holds_texts, holds_tokens, read_batch
@@ -378,3 +379,19 @@ def test_large_whole_numbers_and_empty_batches() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"`input_ids` must be one whole number.*int objects \(row 1 of a batch\)"):
         read_batch({"input_ids": [[1], [2**70]]}, "input_ids")
+
+
+def test_what_a_collator_makes_is_read_by_the_same_rules() -> None:
+    import torch
+
+    row = {"input_ids": [3, 4, 5], "labels": 2}
+    found = read_row(row, default_data_collator, "pool row 4", same_length=False)
+    assert found.labels is not None
+    assert found.labels.tolist() == [2]  # a class a row, for a model of those
+    for labels, word in ((2, "integers"), (0.5, "floats")):
+        with pytest.raises(ValueError, match=rf"`labels` must .* one value a row \({word}\) \(.*pool row 4\)"):
+            read_row({**row, "labels": labels}, default_data_collator, "pool row 4", same_length=word == "integers")
+    half = torch.tensor([[0, 1, 1]], dtype=torch.bfloat16)
+    found = read_row(row, lambda rows: {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": half}, "pool row 0")
+    assert found.attention_mask is not None
+    assert found.attention_mask.tolist() == [0, 1, 1]
