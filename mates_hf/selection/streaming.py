@@ -54,7 +54,19 @@ def stream_schema(stream: Any) -> Any:
 
     if stream.features is not None:
         return stream.features.arrow_schema
-    return pa.Table.from_pylist(list(unformatted(stream)[0].take(NUM_PEEKED))).schema
+    rows = list(unformatted(stream)[0].take(NUM_PEEKED))
+    names = dict.fromkeys(name for row in rows for name in row)  # a later row may have more than the first
+    return pa.schema([(name, _type_of([row.get(name) for row in rows])) for name in names])
+
+
+def _type_of(values: list[Any]) -> Any:
+    """Arrow type of one column's rows; null where Arrow cannot say, so that reading the rows has to tell."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, TypeError, ValueError):
+        return pa.null()
 
 
 def unformatted(stream: Any) -> tuple[Any, str | None]:
@@ -121,7 +133,7 @@ def _gumbel(content: list[Any], seed: int) -> npt.NDArray[np.float64]:
     key = int(seed).to_bytes(8, "little", signed=True)
     drawn = np.empty(len(content), np.float64)
     for i, row in enumerate(content):
-        data = row.encode() if isinstance(row, str) else np.asarray(row or [], np.int64).tobytes()
+        data = row.encode() if isinstance(row, str) else np.asarray([] if row is None else row, np.int64).tobytes()
         word = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
         drawn[i] = -math.log(-math.log((word + 0.5) / 2.0**64))
     return drawn
