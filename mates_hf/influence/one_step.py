@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from mates_hf.display import changed_fields
+from mates_hf.influence.arguments import check_measure
 from mates_hf.influence.flops import one_step_flops
 from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient
 from mates_hf.influence.preconditioner import (
@@ -74,6 +76,8 @@ class OneStepProbe:
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError(f"`tokens_per_batch` must be None or at least 1, got {self.tokens_per_batch!r}.")
 
+    __repr__ = changed_fields
+
     def for_run(self, settings: RunSettings) -> OneStepProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
         names = ("max_grad_norm", "tokens_per_batch", "learning_rates", "progress", "processes")
@@ -103,6 +107,7 @@ class OneStepProbe:
             ProbeMemoryError: one row alone does not fit into memory.
         """
         started = time.perf_counter()
+        check_measure(model, optimizer, reference, candidates)
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
         require_steps(optimizer)
         rates = group_learning_rates(optimizer, self.learning_rates)

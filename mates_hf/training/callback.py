@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 from mates_hf.config import MatesConfig
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.display import card
+from mates_hf.influence.arguments import check_influence_model, check_probe
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
@@ -62,7 +64,8 @@ class MatesCallback(TrainerCallback):
             Trainer's `processing_class` as training tokenizer where it has none.
 
     Raises:
-        TypeError: `reference` is no `ReferenceTask` or `config` no `MatesConfig`.
+        TypeError: `reference` is no `ReferenceTask` or `config` no `MatesConfig`, or a class or a name is given for a
+            probe or an influence model.
     """
 
     def __init__(
@@ -84,10 +87,17 @@ class MatesCallback(TrainerCallback):
         self.config = config or MatesConfig()
         self.probe = probe or DirectionalProbe(path_steps=PATH_STEPS)
         self.influence_model = influence_model or NgramInfluenceModel()
+        check_probe(self.probe)
+        check_influence_model(self.influence_model, "fit", "predict", "save_pretrained")
         self._trainer: Any = None
         self._session: Session | None = None
         self._proven = True
         self._replaced: tuple[Any, Any] | None = None  # a dataloader and the sampler it had
+
+    def __repr__(self) -> str:
+        parts = {"config": self.config, "probe": self.probe, "influence_model": self.influence_model}
+        shown = {name: " ".join(repr(part).split()) for name, part in parts.items()}
+        return card("MatesCallback", {"reference": f"{self.reference.name}, {len(self.reference):,} passages"} | shown)
 
     def attach(self, trainer: Any) -> MatesCallback:
         """Optional: let metrics reach every reporter and have the Trainer's own `compute_loss` probed.
