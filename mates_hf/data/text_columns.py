@@ -1,0 +1,133 @@
+"""Columns that a tokenizer turns into tokens: texts and conversations, at the top of a row or inside of a struct.
+
+Place in the flow: what scoring asks about a column before it reads it. Trade-off: a conversation becomes the text that
+the tokenizer's own chat template makes of it, every token of which counts, as TRL trains it by default; which turns
+are the assistant's is not asked, because most templates do not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_ROLE, _CONTENT = "role", "content"
+
+
+def field_path(schema: Any, column: str) -> tuple[str, ...] | None:
+    """Names from the row down to a column.
+
+    Args:
+        schema: `pyarrow.Schema`.
+        column: a column's name, or names of nested fields with dots between them, such as `meta.text`.
+
+    Returns:
+        The names, the first of them a column; None where there is no such column.
+    """
+    import pyarrow as pa
+
+    if column in schema.names:  # also one with dots in its name, as `Dataset.flatten` makes
+        return (column,)
+    for end in (i for i, char in enumerate(column) if char == "."):
+        root, rest = column[:end], column[end + 1 :]
+        if root in schema.names and pa.types.is_struct(schema.field(root).type):
+            below = field_path(pa.schema(list(schema.field(root).type)), rest)
+            if below is not None:
+                return (root, *below)
+    return None
+
+
+def type_at(schema: Any, path: Sequence[str]) -> Any:
+    """`pyarrow.DataType` of the column at a path."""
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        kind = kind.field(name).type
+    return kind
+
+
+def column_at(table: Any, path: Sequence[str]) -> Any:
+    """`pyarrow.ChunkedArray` of the column at a path; null where a struct above it is."""
+    import pyarrow.compute as pc
+
+    found = table.column(path[0])
+    for name in path[1:]:
+        found = pc.struct_field(found, name)
+    return found
+
+
+def values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
+    """The column at a path of a batch of plain Python values."""
+    found = list(batch[path[0]])
+    for name in path[1:]:
+        found = [None if value is None else value.get(name) for value in found]
+    return found
+
+
+def is_conversation(kind: Any) -> bool:
+    """True where an Arrow column holds lists of messages with a role and a content, in either form of `datasets`."""
+    import pyarrow as pa
+
+    def is_list(kind: Any) -> bool:
+        return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+    def has_both(kind: Any) -> bool:
+        return bool(pa.types.is_struct(kind)) and {_ROLE, _CONTENT} <= {field.name for field in kind}
+
+    if is_list(kind):
+        return has_both(kind.value_type)
+    return has_both(kind) and all(is_list(field.type) for field in kind)
+
+
+def check_chat_template(tokenizer: Any, column: str) -> None:
+    """Raise a `ValueError` unless the tokenizer has a template that makes a text of a conversation."""
+    if not getattr(tokenizer, "chat_template", None) or not callable(getattr(tokenizer, "apply_chat_template", None)):
+        raise ValueError(
+            f"Column `{column}` holds conversations, and the tokenizer must have a chat template, which "
+            f"{type(tokenizer).__name__} has not. Set the one of the training run, `tokenizer.chat_template = ...`, "
+            "or make texts of the conversations and pass their column as `column=`."
+        )
+
+
+def render_conversations(
+    conversations: Sequence[Any], tokenizer: Any, column: str, first_row: int = 0
+) -> list[str | None]:
+    """Texts of conversations by the tokenizer's chat template, special tokens written out.
+
+    Args:
+        conversations: N lists of messages; None, or a list without any, has no text.
+        tokenizer: with a chat template.
+        column: what the errors call it.
+        first_row: what the errors call the first row.
+
+    Returns:
+        N texts, None where there are no messages.
+
+    Raises:
+        ValueError: the template does not take a conversation; names the row.
+    """
+    texts: list[str | None] = []
+    for i, value in enumerate(conversations):
+        messages = _messages(value)
+        if not messages:
+            texts.append(None)
+            continue
+        try:
+            texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+        except Exception as error:  # a template raises whatever its author or Jinja likes
+            raise ValueError(
+                f"Column `{column}` must hold conversations that the tokenizer's chat template takes; row "
+                f"{first_row + i} is not one ({type(error).__name__}: {error})."
+            ) from error
+    return texts
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation, without the fields that Arrow fills up with nulls."""
+    if isinstance(value, Mapping):  # a dict of lists, which `datasets` makes of a sequence of dicts
+        columns = {name: found or [] for name, found in value.items()}
+        num = max(map(len, columns.values()), default=0)
+        value = [{name: found[i] for name, found in columns.items() if i < len(found)} for i in range(num)]
+    return [
+        {name: found for name, found in message.items() if found is not None or name in (_ROLE, _CONTENT)}
+        for message in value or []
+        if message is not None
+    ]
