@@ -55,12 +55,8 @@ def selector_facts(selector: Any) -> dict[str, str]:
     Returns:
         One short text for each; what is not known is left out or said not to be.
     """
-    model, report, tokenizer = (
-        selector.influence_model,
-        getattr(selector.influence_model, "report", None),
-        selector.tokenizer,
-    )
-    origin = selector.origin
+    model, tokenizer, origin = selector.influence_model, selector.tokenizer, selector.origin
+    report = getattr(model, "report", None)
     facts = {"influence model": type(model).__name__}
     if isinstance(report, FitReport):
         facts["held-out Spearman"] = (

@@ -154,6 +154,16 @@ def check_sizes(batch_size: Any, num_proc: Any = None, *, shard_rows: Any = 1, c
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.{hint}")
 
 
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Raise a `ValueError` where an influence model has seen ids that the tokenizer does not have."""
+    seen = getattr(model, "vocab_size", 0)
+    if isinstance(seen, int) and seen > len(tokenizer):
+        raise ValueError(
+            f"`tokenizer` must be the one the influence model was fitted with: the model has seen the id {seen - 1}, "
+            f"and the tokenizer has ids below {len(tokenizer)}."
+        )
+
+
 def one_column(column: str | None, text_column: str | None) -> str | None:
     """The column by either of its names; a `ValueError` where both are given, a `TypeError` where it is no text."""
     if column is not None and text_column is not None:

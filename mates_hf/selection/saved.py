@@ -83,6 +83,37 @@ def download(name: str, **options: Any) -> Path:
         ) from error
 
 
+def open_selector(name: str | Path, tokenizer: Any, **options: Any) -> Saved:
+    """Read what `MatesSelector.from_pretrained` is given.
+
+    Args:
+        name: a directory, `~` included, or a repository on the Hub.
+        tokenizer: of the model's tokens, or None for the saved one.
+        **options: of the download.
+
+    Returns:
+        What it holds, with the tokenizer to use.
+
+    Raises:
+        FileNotFoundError: there is no such directory or repository, or it holds no influence model.
+        ValueError: it was written in a newer format, or with another tokenizer than the one given.
+        MatesError: a file is damaged or was changed after it was written.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if not is_hub_id(str(name)):
+            raise FileNotFoundError(f"`{name}` must be a directory or the name of a repository on the Hub.")
+        path = download(str(name), **options)
+    saved = read_selector(path)
+    known = saved.tokenizer if saved.tokenizer is not None else getattr(saved.model, "tokenizer", None)
+    if tokenizer is not None and known is not None and tokenizer_digest(tokenizer) != tokenizer_digest(known):
+        raise ValueError(
+            f"`tokenizer` must be the one that `{name}` was fitted with, and makes other tokens. Leave it out: the "
+            "right one is saved with the model."
+        )
+    return saved._replace(tokenizer=known if tokenizer is None else tokenizer)
+
+
 def write_selector(
     directory: Path, model: Any, tokenizer: Any, max_length: int | None, origin: Mapping[str, Any]
 ) -> None:
@@ -190,7 +221,7 @@ def read_selector(path: Path) -> Saved:
 
 
 def _holds_model(path: Path) -> bool:
-    """True where a directory's config is an influence model's, also where it is damaged; `save_model` writes others."""
+    """True where a directory's config is an influence model's, damaged or not; `Trainer.save_model` writes others."""
     if not (path / CONFIG_FILE).exists():
         return False
     try:

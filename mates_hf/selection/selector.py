@@ -19,11 +19,12 @@ from huggingface_hub import ModelCard, ModelHubMixin
 
 from mates_hf.display import card, html_card
 from mates_hf.influence.arguments import check_influence_model
-from mates_hf.influence.scoring import Predictions, Scorer, tokenizer_digest
+from mates_hf.influence.scoring import Predictions, Scorer
 from mates_hf.records import FitReport
 from mates_hf.selection.card import TAGS, selector_facts, write_card
 from mates_hf.selection.inputs import (
     check_sizes,
+    check_tokenizer,
     files_of_splits,
     is_splits,
     is_stream,
@@ -35,7 +36,7 @@ from mates_hf.selection.inputs import (
 from mates_hf.selection.mapped import SHARD_ROWS, log_intercepts, map_rows, score_rows
 from mates_hf.selection.result import Budget, Selection
 from mates_hf.selection.reuse import Scored, digest_of, is_own, read_own, record
-from mates_hf.selection.saved import download, is_hub_id, read_selector, write_selector
+from mates_hf.selection.saved import open_selector, write_selector
 from mates_hf.selection.streaming import INFLUENCE_COLUMN, StreamSelection, map_stream, select_stream
 
 if TYPE_CHECKING:
@@ -85,12 +86,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         if self.tokenizer is not None:
             if max_length is None and self.tokenizer.model_max_length < _NO_LENGTH:
                 max_length = int(self.tokenizer.model_max_length)
-            seen = getattr(influence_model, "vocab_size", 0)
-            if isinstance(seen, int) and seen > len(self.tokenizer):
-                raise ValueError(
-                    f"`tokenizer` must be the one the influence model was fitted with: the model has seen the id "
-                    f"{seen - 1}, and the tokenizer has ids below {len(self.tokenizer)}."
-                )
+            check_tokenizer(self.tokenizer, influence_model)
         self.max_length = max_length
         self._scored = Scored()
 
@@ -117,11 +113,13 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         """The dataset with a float32 `influence` column: nats/token of reference loss, > 0 helps, higher is better.
 
         Rows keep their order, columns and format; a column of that name is replaced, with a warning where it is not
-        this selector's. A row without a target gets the model's intercept; these are counted in the log. The cache of `datasets` is keyed by the dataset and all
-        that a prediction depends on, so that a second process finds it and a changed weight does not.
+        this selector's. A row without a target gets the model's intercept; these are counted in the log. The cache of
+        `datasets` is keyed by the dataset and all that a prediction depends on, so that a second process finds it and
+        a changed weight does not.
 
         The new column is written alone (with the number of targets, for a later `filter`: 8 bytes a row) and set
-        beside the others, which stay where they are: keep their files, or `save_to_disk` the result. Rows that were shuffled or picked are written in their order first.
+        beside the others, which stay where they are: keep their files, or `save_to_disk` the result. Rows that were
+        shuffled or picked are written in their order first.
 
         Args:
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; streams are scored as read.
@@ -148,14 +146,9 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         options: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
         if is_splits(dataset):
             files = files_of_splits(dataset, shards_dir, kwargs)
-            mapped = {
-                name: self.map(split, column=column, **files[name], **options, **kwargs)
-                for name, split in dataset.items()
-            }
-            return type(dataset)(mapped)
-        refuse_arguments(
-            "it names files of splits, and this is one dataset", cache_file_names=kwargs.pop("cache_file_names", None)
-        )
+            kwargs = {"column": column, **options, **kwargs}
+            return type(dataset)({name: self.map(dataset[name], **files[name], **kwargs) for name in dataset})
+        refuse_arguments("this is no dict of splits", cache_file_names=kwargs.pop("cache_file_names", None))
         schema = schema_of(dataset)
         if is_stream(dataset):
             remove_columns = kwargs.pop("remove_columns", None)
@@ -209,7 +202,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             raise TypeError(f"`score` takes one `Dataset`, got {type(dataset).__name__}. Pass a split, or use `map`.")
         scorer = self._scorer(schema_of(dataset), column, num_proc)
         folder = None if shards_dir is None else Path(shards_dir)
-        sizes = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
+        sizes: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
         found = score_rows(dataset, scorer, shards_dir=folder, **sizes)
         self._scored.keep(dataset, scorer, digest_of(scorer), found)
         return found
@@ -308,10 +301,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         if not is_splits(dataset):
             return self._select(dataset, budget, shards_dir=shards_dir, calibration_rows=calibration_rows, **options)
         files = files_of_splits(dataset, shards_dir, {})
-        return {
-            name: self._select(split, budget, calibration_rows=calibration_rows, **files[name], **options)
-            for name, split in dataset.items()
-        }
+        options["calibration_rows"] = calibration_rows
+        return {name: self._select(dataset[name], budget, **files[name], **options) for name in dataset}
 
     def _select(
         self, dataset: Any, budget: Budget, *, batch_size: int, calibration_rows: int, **options: Any
@@ -383,28 +374,12 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             ValueError: it was written in a newer format, or with another tokenizer than the one given.
             MatesError: a file is damaged or was changed after it was written.
         """
-        path = Path(pretrained_model_name_or_path).expanduser()
-        if not path.is_dir():
-            name = str(pretrained_model_name_or_path)
-            if not is_hub_id(name):
-                raise FileNotFoundError(f"`{name}` must be a directory or the name of a repository on the Hub.")
-            path = download(
-                name, revision=revision, token=token, cache_dir=cache_dir,
-                force_download=force_download, local_files_only=local_files_only,
-            )  # fmt: skip
-        saved = read_selector(path)
-        known = saved.tokenizer if saved.tokenizer is not None else getattr(saved.model, "tokenizer", None)
-        if tokenizer is not None and known is not None and tokenizer_digest(tokenizer) != tokenizer_digest(known):
-            raise ValueError(
-                f"`tokenizer` must be the one that `{pretrained_model_name_or_path}` was fitted with, and makes other "
-                "tokens. Leave it out: the right one is saved with the model."
-            )
-        return cls(
-            saved.model,
-            known if tokenizer is None else tokenizer,
-            max_length=saved.max_length if max_length is None else max_length,
-            origin=saved.origin,
-        )
+        saved = open_selector(
+            pretrained_model_name_or_path, tokenizer, revision=revision, token=token, cache_dir=cache_dir,
+            force_download=force_download, local_files_only=local_files_only,
+        )  # fmt: skip
+        max_length = saved.max_length if max_length is None else max_length
+        return cls(saved.model, saved.tokenizer, max_length=max_length, origin=saved.origin)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the model, its tokenizer and its origin; `save_pretrained` and `push_to_hub` call this."""
