@@ -1,8 +1,9 @@
 """List columns of an Arrow table as flat numpy arrays, and the last step that makes them `TokenRows`.
 
-Place in the flow: `columns` reads a `datasets.Dataset` through this instead of row by row. Trade-off: pyarrow's own
-`take` on list columns copies or overflows (ARROW-9773) and the row API of `datasets` builds Python objects, so rows
-are located here by chunk with numpy. Work is per touched chunk, never per row: the more rows a call reads, the better.
+Place in the flow: `token_columns`, which says what columns count, reads tables through this instead of row by row.
+Trade-off: pyarrow's own `take` on list columns copies or overflows (ARROW-9773) and the row API of `datasets` builds
+Python objects, so rows are located here by chunk with numpy. Work is per touched chunk, never per row: the more rows a
+call reads, the better.
 
 Shape suffixes: N rows, T tokens over all rows.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,26 +25,50 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A chunk's flat values, the border of each row within them (None: fixed-size rows), and which rows are not null (None:
-# all). All are views of Arrow memory, so that a memory-mapped corpus stays on disk.
-Chunk = tuple[npt.NDArray[Any], npt.NDArray[Any] | None, npt.NDArray[np.bool_] | None]
+# Chunks whose values are converted (booleans, fractions, nulls filled in) and not views of Arrow memory: only so many
+# are kept open, so that reading a large corpus in its order does not gather it in memory.
+_NUM_CONVERTED = 8
 
 
-def is_integer_list(column_type: pa.DataType) -> bool:
-    """True for list, large_list and fixed_size_list columns of integers: the types `ListColumn` reads."""
-    import pyarrow as pa
+class Ragged(NamedTuple):
+    """One column's rows.
 
-    is_list = pa.types.is_list(column_type) or pa.types.is_large_list(column_type)
-    is_list = is_list or pa.types.is_fixed_size_list(column_type)
-    return bool(is_list and pa.types.is_integer(column_type.value_type))
+    Attributes:
+        values: (T,) whole numbers, row after row.
+        offsets: (N + 1,) int64 row borders.
+        valid: (N,) bool, False where the column says nothing of a row; None where every row is there.
+    """
+
+    values: npt.NDArray[Any]
+    offsets: IntArray
+    valid: npt.NDArray[np.bool_] | None = None
+
+
+class _Chunk(NamedTuple):
+    """A chunk's flat values and where its rows lie in them; views of Arrow memory where nothing is converted.
+
+    Attributes:
+        values: (B,) whole numbers.
+        begins: (R,) first position of each row; None for rows of a fixed size.
+        ends: (R,) position after each row's last, or None.
+        valid: (R,) bool, False at null rows; None where there are none.
+        num_unfit: (B + 1,) how many values before each position are null or no mask; None where none is.
+    """
+
+    values: npt.NDArray[Any]
+    begins: npt.NDArray[Any] | None
+    ends: npt.NDArray[Any] | None
+    valid: npt.NDArray[np.bool_] | None
+    num_unfit: IntArray | None
 
 
 class ListColumn:
-    """Rows of one list column of integers, by row number. A null row reads as an empty row.
+    """Rows of one list column, by row number. A null row reads as an empty row.
 
     Args:
-        column: the column, of a type that `is_integer_list` accepts, in any number of chunks.
-        name: the column's name, for errors.
+        column: the column in any number of chunks: lists of whole numbers, of booleans or, for a mask, of fractions;
+            or nulls alone.
+        name: the column's name, for those who hold several.
         indices: (R,) int64 physical row of each visible row (what `shuffle` and `select` leave), or None where they
             are the same.
     """
@@ -53,33 +78,38 @@ class ListColumn:
         self._chunks = [chunk for chunk in column.chunks if len(chunk)]
         self._first_rows = np.cumsum([0, *map(len, self._chunks)], dtype=np.int64)
         self._indices = indices
-        self._opened: dict[int, Chunk] = {}
+        self._opened: dict[int, _Chunk] = {}
+        self._converted: dict[int, _Chunk] = {}
+        self.may_be_unfit = False  # whether a chunk that was opened holds what `first_unfit` looks for
 
     def lengths(self, ids: IntArray) -> IntArray:
         """(N,) int64 tokens of the rows `ids`."""
         lengths = np.zeros(len(ids), np.int64)
-        for chunk, where, local in self._by_chunk(ids):
-            lengths[where] = self._spans(chunk, local)[1]
+        for number, where, local in self._by_chunk(ids):
+            lengths[where] = self._spans(self._open(number), number, local)[1]
         return lengths
 
-    def read(self, ids: IntArray) -> tuple[npt.NDArray[Any], IntArray]:
-        """Values (T,) int32 or int64 and offsets (N + 1,) int64 of the rows `ids`, in that order."""
-        groups = list(self._by_chunk(ids))
+    def read(self, ids: IntArray) -> Ragged:
+        """The rows `ids`, in that order, copied as int32 or int64; values that `first_unfit` finds read as 0."""
+        groups = [(self._open(number), number, where, local) for number, where, local in self._by_chunk(ids)]
         starts, lengths = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
-        for chunk, where, local in groups:
-            starts[where], lengths[where] = self._spans(chunk, local)
+        valid = np.ones(len(ids), bool) if any(chunk.valid is not None for chunk, *_ in groups) else None
+        for chunk, number, where, local in groups:
+            starts[where], lengths[where] = self._spans(chunk, number, local)
+            if valid is not None and chunk.valid is not None:
+                valid[where] = chunk.valid[local]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        out = np.zeros(offsets[-1], np.int32 if all(self._is_small(chunk) for chunk, _, _ in groups) else np.int64)
-        for chunk, where, _ in groups:
-            values = self._open(chunk)[0]
+        small = all(np.can_cast(chunk.values.dtype, np.int32) for chunk, *_ in groups)
+        out = np.zeros(offsets[-1], np.int32 if small else np.int64)
+        for chunk, _, where, _ in groups:
             begin, sizes, targets = starts[where], lengths[where], offsets[where]
             in_order = np.array_equal(targets[1:], targets[:-1] + sizes[:-1])
             to = slice(int(targets[0]), int(targets[-1] + sizes[-1])) if in_order else _flat_index(targets, sizes)
             if np.array_equal(begin[1:], begin[:-1] + sizes[:-1]):
-                out[to] = values[begin[0] : begin[-1] + sizes[-1]]
+                out[to] = chunk.values[begin[0] : begin[-1] + sizes[-1]]
             else:
-                out[to] = values[_flat_index(begin, sizes)]
-        return out, offsets
+                out[to] = chunk.values[_flat_index(begin, sizes)]
+        return Ragged(out, offsets, valid)
 
     def spans(self, ids: IntArray) -> TokenSpans:
         """The rows `ids`, in that order, where they lie: no token is copied or looked at.
@@ -90,8 +120,34 @@ class ListColumn:
         Returns:
             N rows, views of Arrow memory.
         """
-        pieces = (Piece(self._open(n)[0], *self._spans(n, local), where) for n, where, local in self._by_chunk(ids))
+        pieces = []
+        for number, where, local in self._by_chunk(ids):
+            chunk = self._open(number)
+            pieces.append(Piece(chunk.values, *self._spans(chunk, number, local), where))
         return TokenSpans(pieces=tuple(pieces), num_rows=len(ids))
+
+    def first_unfit(self, ids: IntArray) -> tuple[int, float | None] | None:
+        """The first of the rows `ids` that holds a null, or a fraction other than 0 and 1.
+
+        Args:
+            ids: (N,) int64 row numbers.
+
+        Returns:
+            Its position in `ids` and the fraction, None for a null; None where there is no such row.
+        """
+        found: tuple[int, float | None] | None = None
+        for number, where, local in self._by_chunk(ids):
+            chunk = self._open(number)
+            if chunk.num_unfit is None:
+                continue
+            starts, lengths = self._spans(chunk, number, local)
+            bad = np.flatnonzero(chunk.num_unfit[starts + lengths] > chunk.num_unfit[starts])
+            if len(bad) and (found is None or where[bad[0]] < found[0]):
+                at = int(starts[bad[0]])
+                at = int(np.searchsorted(chunk.num_unfit, chunk.num_unfit[at], side="right")) - 1
+                value = self._chunks[number].values[at].as_py()
+                found = int(where[bad[0]]), None if value is None else float(value)
+        return found
 
     def _by_chunk(self, ids: IntArray) -> Iterator[tuple[int, IntArray, IntArray]]:
         """For each touched chunk: its number, the positions in `ids` that fall into it, and their rows inside it."""
@@ -105,51 +161,71 @@ class ListColumn:
             chunk = int(chunk_of[where[0]])
             yield chunk, where, physical[where] - self._first_rows[chunk]
 
-    def _is_small(self, chunk: int) -> bool:
-        """True where the chunk's integers fit an int32."""
-        return bool(np.can_cast(self._open(chunk)[0].dtype, np.int32))
-
-    def _spans(self, number: int, local: IntArray) -> tuple[IntArray, IntArray]:
+    def _spans(self, chunk: _Chunk, number: int, local: IntArray) -> tuple[IntArray, IntArray]:
         """Start (M,) and length (M,), both int64, of a chunk's rows `local` within its values."""
-        _, edges, valid = self._open(number)
-        if edges is None:
+        if chunk.begins is None or chunk.ends is None:
             size = self._chunks[number].type.list_size
             starts, lengths = (local + self._chunks[number].offset) * size, np.full(len(local), size, np.int64)
         else:
-            starts = edges[local].astype(np.int64)
-            lengths = edges[local + 1].astype(np.int64) - starts
-        return starts, lengths if valid is None else np.where(valid[local], lengths, 0)
+            starts = chunk.begins[local].astype(np.int64)
+            lengths = chunk.ends[local].astype(np.int64) - starts
+        return starts, lengths if chunk.valid is None else np.where(chunk.valid[local], lengths, 0)
 
-    def _open(self, number: int) -> Chunk:
-        """A chunk's views, made on first use and kept."""
-        found = self._opened.get(number)  # several threads may read one column
+    def _open(self, number: int) -> _Chunk:
+        """A chunk's arrays, made on first use and kept."""
+        found = self._opened.get(number) or self._converted.get(number)  # several threads may read one column
         if found is not None:
             return found
-        import pyarrow as pa
-
-        chunk = self._chunks[number]
-        values = chunk.values
-        edges = None if pa.types.is_fixed_size_list(chunk.type) else chunk.offsets.to_numpy()
-        valid = chunk.is_valid().to_numpy(zero_copy_only=False) if chunk.null_count else None
-        missing = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
-        if missing is not None:
-            values = values.fill_null(0)
-        found = self._opened[number] = (values.to_numpy(), edges, valid)
-        if missing is not None:
-            self._refuse_null_tokens(number, missing)
+        found, is_view = _open_chunk(self._chunks[number])
+        self.may_be_unfit |= found.num_unfit is not None
+        if is_view:
+            self._opened[number] = found
+            return found
+        for old in list(self._converted)[: max(0, len(self._converted) - _NUM_CONVERTED + 1)]:
+            self._converted.pop(old, None)
+        self._converted[number] = found
         return found
 
-    def _refuse_null_tokens(self, number: int, missing: npt.NDArray[np.bool_]) -> None:
-        """Raise where a row that is there holds a null; the slots of a null row may."""
-        starts, lengths = self._spans(number, np.arange(len(self._chunks[number])))
-        total = np.concatenate([[0], np.cumsum(missing)])
-        bad = np.flatnonzero(total[starts + lengths] > total[starts])
-        if len(bad):
-            self._opened.pop(number, None)
-            raise ValueError(
-                f"The tokens in column `{self.name}` must not be null; {len(bad)} rows hold nulls, the first is row "
-                f"{int(self._first_rows[number] + bad[0])} of the table. Remove those rows or tokens."
-            )
+
+def _open_chunk(chunk: Any) -> tuple[_Chunk, bool]:
+    """A chunk's arrays, and whether they are views of its memory."""
+    import pyarrow as pa
+
+    if pa.types.is_null(chunk.type):
+        none = np.zeros(len(chunk), np.int64)
+        return _Chunk(none[:0], none, none, np.zeros(len(chunk), bool), None), False
+    begins = ends = None
+    if is_list_view(chunk.type):
+        begins = chunk.offsets.to_numpy()
+        ends = begins.astype(np.int64) + chunk.sizes.to_numpy()
+    elif not pa.types.is_fixed_size_list(chunk.type):
+        edges = chunk.offsets.to_numpy()
+        begins, ends = edges[:-1], edges[1:]
+    valid = chunk.is_valid().to_numpy(zero_copy_only=False) if chunk.null_count else None
+    flat = chunk.values
+    if pa.types.is_integer(flat.type) and not flat.null_count:
+        return _Chunk(flat.to_numpy(), begins, ends, valid, None), True
+    unfit = flat.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_null(flat.type):
+        values = np.zeros(len(flat), np.int64)
+    else:
+        if not pa.types.is_floating(flat.type):
+            flat = flat.fill_null(False if pa.types.is_boolean(flat.type) else 0)
+        values = flat.to_numpy(zero_copy_only=False)
+    if values.dtype.kind == "f":
+        unfit = unfit | ((values != 0) & (values != 1))
+        values = values == 1
+    values = values.astype(np.int8) if values.dtype.kind == "b" else values
+    num_unfit = np.concatenate([[0], np.cumsum(unfit, dtype=np.int64)]) if unfit.any() else None
+    return _Chunk(values, begins, ends, valid, num_unfit), False
+
+
+def is_list_view(column_type: Any) -> bool:
+    """True for the two list types whose rows lie anywhere in their values; older pyarrow has none."""
+    import pyarrow as pa
+
+    known = [getattr(pa.types, name, None) for name in ("is_list_view", "is_large_list_view")]
+    return any(is_kind is not None and is_kind(column_type) for is_kind in known)
 
 
 def _flat_index(starts: IntArray, lengths: IntArray) -> IntArray:

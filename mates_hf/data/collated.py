@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from mates_hf.data.arrow import assemble
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.token_columns import as_array, length_refusal, one_value_refusal, whole_numbers
 from mates_hf.records import UnsupportedSettingError
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -96,13 +97,13 @@ def read_row(
     collated, source = collate_fn is not None, f"{maker}, {where}"
     values = {key: labels_of(batch) if key == "labels" else batch.get(key) for key in CollatedRow._fields}
     found = {
-        key: None if _is_left_out(value, key, collated) else _flat(value, key, collated, source)
+        key: None if _is_left_out(value, key, collated) else _flat(value, key, collated, source, same_length)
         for key, value in values.items()
     }
     ids = np.zeros(0, np.int64) if found["input_ids"] is None else found["input_ids"]
     for key, value in found.items():
         if value is not None and len(value) != len(ids) and (same_length or key != "labels"):
-            raise ValueError(f"`{key}` must be as long as `input_ids` ({len(ids)}), got {len(value)} from {source}.")
+            raise length_refusal(key, len(value), len(ids), where)
     return CollatedRow(ids, found["labels"], found["attention_mask"])
 
 
@@ -111,29 +112,19 @@ def _is_left_out(value: Any, key: str, collated: bool) -> bool:
     return value is None or (collated and key == "attention_mask" and getattr(value, "ndim", 2) > 2)
 
 
-def _flat(value: Any, key: str, collated: bool, source: str) -> npt.NDArray[np.int64]:
+def _flat(value: Any, key: str, collated: bool, source: str, same_length: bool = True) -> npt.NDArray[np.int64]:
     """The (length,) whole numbers of a list, array or tensor; a collated one has a first dimension of 1."""
-    try:
-        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-    except ValueError as error:
-        raise ValueError(f"`{key}` must be one whole number a token, got a ragged list from {source}.") from error
     if collated:
-        if array.shape != (1,) and (array.ndim != 2 or array.shape[0] != 1):
+        value = as_array(value, key, source)
+        if value.shape == (1,) and (same_length or key != "labels"):
+            raise one_value_refusal(key, value, source)
+        if value.shape != (1,) and (value.ndim != 2 or value.shape[0] != 1):
             raise UnsupportedSettingError(
-                f"`{key}` of one collated row must have the shape (1, length), got {array.shape} from {source}. Use a "
+                f"`{key}` of one collated row must have the shape (1, length), got {value.shape} from {source}. Use a "
                 "collator that keeps one row of the dataset in one row of the batch."
             )
-        array = array.reshape(-1)
-    if array.shape == (0,):  # an empty list has no integer type
-        return np.zeros(0, np.int64)
-    whole = array.dtype.kind in "iu"
-    if key == "attention_mask" and not whole:
-        whole = array.dtype.kind == "b" or (array.dtype.kind == "f" and bool(np.isin(array, (0, 1)).all()))
-    if array.ndim != 1 or not whole:
-        raise ValueError(
-            f"`{key}` must be one whole number a token, got {array.dtype} of shape {array.shape} from {source}."
-        )
-    return array.astype(np.int64)
+        value = value.reshape(-1)
+    return whole_numbers(value, key, source)
 
 
 def stack_rows(rows: Iterable[CollatedRow]) -> TokenRows:

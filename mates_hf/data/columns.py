@@ -16,9 +16,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.arrow import ListColumn, assemble, effective_labels, is_integer_list
+from mates_hf.data.arrow import ListColumn, Ragged, assemble, effective_labels
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, read_row, rng_state, stack_rows
 from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.data.token_columns import LABELS, MASK, TOKENS, aligned, check_types, counts, read_column
 from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
@@ -74,24 +75,27 @@ class DatasetColumns:
 
     def read(self, ids: IntArray, rule: LabelRule) -> TokenRows:
         """The rows `ids` with labels by `rule`, without padding; a null row is an empty row."""
-        values, offsets = self._column("input_ids").read(ids)
+        tokens = self._read(TOKENS, ids)
         labels = mask = None
         if rule == "column":
-            labels = self._aligned("labels", ids, offsets)
+            labels = self._aligned(LABELS, ids, tokens)
         elif rule != "all":
-            labels = np.where(values == rule, IGNORED, values)
-        if "attention_mask" in self.token_columns:
-            mask = self._aligned("attention_mask", ids, offsets)
-        return assemble(values, offsets, labels, mask)
+            labels = np.where(tokens.values == rule, IGNORED, tokens.values)
+        if MASK in self.token_columns:
+            mask = self._aligned(MASK, ids, tokens)
+        return assemble(tokens.values, tokens.offsets, labels, mask)
 
     def find_rule(self, collate_fn: Collator | None) -> LabelRule | None:
         """The rule by which the columns give exactly the collator's rows; None where rows must be read one by one."""
         names = self.token_columns
         schema = self.dataset.data.schema
-        if "input_ids" not in names or not all(is_integer_list(schema.field(name).type) for name in names):
+        if TOKENS not in names:
             return None
         if collate_fn is None:
-            return "column" if "labels" in names else "all"
+            check_types(schema, names)
+            return "column" if LABELS in names else "all"
+        if not all(counts(name, schema.field(name).type) for name in names):
+            return None  # the collator may make of it what counts
         key = f"{visible_columns(self.dataset)} {self.dataset.format['type']}"
         if key not in self._rules:
             try:
@@ -166,15 +170,11 @@ class DatasetColumns:
         unique: IntArray = rows[np.sort(first)]
         return unique
 
-    def _aligned(self, name: str, ids: IntArray, offsets: IntArray) -> npt.NDArray[Any]:
-        values, found = self._column(name).read(ids)
-        if not np.array_equal(found, offsets):
-            bad = int(np.flatnonzero(np.diff(found) != np.diff(offsets))[0])
-            raise ValueError(
-                f"`{name}` must be as long as `input_ids` in every row; pool row {int(ids[bad])} has "
-                f"{int(np.diff(found)[bad])} and {int(np.diff(offsets)[bad])}."
-            )
-        return values
+    def _aligned(self, name: str, ids: IntArray, tokens: Ragged) -> npt.NDArray[Any]:
+        return aligned(name, tokens, self._read(name, ids), lambda i: f"pool row {int(ids[i])}")
+
+    def _read(self, name: str, ids: IntArray) -> Ragged:
+        return read_column(self._column(name), ids, lambda i: f"pool row {int(ids[i])}")
 
     def _column(self, name: str) -> ListColumn:
         if name not in self._opened:

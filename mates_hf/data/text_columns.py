@@ -62,8 +62,16 @@ def values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
     return found
 
 
-def is_conversation(kind: Any) -> bool:
-    """True where an Arrow column holds lists of messages with a role and a content, in either form of `datasets`."""
+def is_conversation(kind: Any, name: str) -> bool:
+    """True where an Arrow column holds lists of messages with a role and a content, in either form of `datasets`.
+
+    Args:
+        kind: type of the column.
+        name: of the column, which decides where every value is null.
+
+    Returns:
+        True or False.
+    """
     import pyarrow as pa
 
     def is_list(kind: Any) -> bool:
@@ -72,6 +80,8 @@ def is_conversation(kind: Any) -> bool:
     def has_both(kind: Any) -> bool:
         return bool(pa.types.is_struct(kind)) and {_ROLE, _CONTENT} <= {field.name for field in kind}
 
+    if pa.types.is_null(kind):
+        return name == "messages"
     if is_list(kind):
         return has_both(kind.value_type)
     return has_both(kind) and all(is_list(field.type) for field in kind)

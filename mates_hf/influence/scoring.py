@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.arrow import ListColumn, assemble, is_integer_list
 from mates_hf.data.columns import physical_rows
 from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.data.text_columns import (
@@ -32,13 +31,22 @@ from mates_hf.data.text_columns import (
     type_at,
     values_at,
 )
+from mates_hf.data.token_columns import (
+    TOKENS,
+    TokenColumns,
+    check_types,
+    holds_texts,
+    holds_tokens,
+    names_beside,
+    read_batch,
+    read_lists,
+)
 from mates_hf.influence.artifacts import model_digest
 from mates_hf.influence.kernels import at_most_threads
 from mates_hf.records import FloatArray, InfluenceError, IntArray
 
 _VERSION = 1  # of what a score is; raised when the same model gives other numbers, so that no cache is stale
 _LOOKED_FOR = ("input_ids", "text", "messages")  # columns that are scored without being named, the first there is
-_BESIDE = ("labels", "attention_mask")  # columns that say more about `input_ids`
 
 
 class Predictions(NamedTuple):
@@ -78,7 +86,8 @@ def find_column(schema: Any, column: str | None) -> tuple[str, bool]:
         The name, and True where it holds texts or conversations.
 
     Raises:
-        ValueError: there is no such column; names those there are.
+        ValueError: there is no such column; names those there are. Or `labels` or `attention_mask` beside `input_ids`
+            cannot count as what they are called.
         TypeError: the column holds neither texts, nor conversations, nor integer tokens.
     """
     import pyarrow as pa
@@ -93,54 +102,16 @@ def find_column(schema: Any, column: str | None) -> tuple[str, bool]:
             "tokens, the text or the conversation as `column=`; inside of a struct, `meta.text`."
         )
     kind = type_at(schema, path)
-    if is_conversation(kind):
+    is_null = pa.types.is_null(kind)  # every row that was looked at is: only the name says what it holds
+    if holds_texts(kind) or is_conversation(kind, name) or (is_null and name == "text"):
         return name, True
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return name, True
-    if not is_integer_list(kind):
+    if not holds_tokens(kind) and not (is_null and name == TOKENS):
         raise TypeError(
             f"Column `{name}` must hold texts (string) or token ids (a list of integers), or conversations (lists of "
             f"`role` and `content`), got {kind}. Pass the one that does as `column=`; the columns are {names}."
         )
+    check_types(schema, names_beside(names, name))
     return name, False
-
-
-class TokenColumns:
-    """A column of token ids with what stands beside it in a table, opened once.
-
-    Args:
-        table: `pyarrow.Table` or that of a `datasets.Dataset`.
-        column: of token ids; beside `input_ids`, list columns `labels` and `attention_mask` count as in training.
-        indices: (R,) physical row of each visible row, or None where they are the same.
-    """
-
-    def __init__(self, table: Any, column: str, indices: IntArray | None = None) -> None:
-        def is_token_column(name: str) -> bool:
-            return name in table.column_names and is_integer_list(table.schema.field(name).type)
-
-        self._tokens = ListColumn(table.column(column), column, indices)
-        names = [name for name in _BESIDE if column == "input_ids" and is_token_column(name)]
-        self._beside = {name: ListColumn(table.column(name), name, indices) for name in names}
-
-    def spans(self, ids: IntArray) -> TokenSpans | None:
-        """The rows where they lie; None where labels or padding beside them say that not every token counts."""
-        if "labels" in self._beside:
-            return None
-        if "attention_mask" in self._beside:
-            mask, offsets = self._beside["attention_mask"].read(ids)
-            if not (mask.all() and np.array_equal(np.diff(offsets), self._tokens.lengths(ids))):
-                return None
-        return self._tokens.spans(ids)
-
-    def rows(self, ids: IntArray, first_row: int = 0) -> TokenRows:
-        """The rows copied, without padding and with their labels; errors call the first one `first_row`."""
-        found = {name: column.read(ids) for name, column in self._beside.items()}
-        return _with_labels(*self._tokens.read(ids), found, first_row)
-
-    def content(self, ids: IntArray) -> bytes:
-        """What the rows hold."""
-        parts = [array for column in (self._tokens, *self._beside.values()) for array in column.read(ids)]
-        return b"".join(array.astype("<i8").tobytes() for array in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +232,7 @@ class Scorer:
 
     def columns_of(self, names: Sequence[str]) -> list[str]:
         """Those of a dataset's columns that a prediction may read."""
-        beside = _BESIDE if self.column == "input_ids" else ()
+        beside = names_beside(names, self.column)
         return [name for name in names if name == self.names[0] or name in beside]
 
     def content(self, dataset: Any, ids: IntArray) -> bytes:
@@ -291,7 +262,7 @@ class Scorer:
 
     def _predict_ids(self, tokens: TokenColumns, ids: IntArray, first_row: int) -> Predictions:
         """Predict rows of a token column, in place where the model can and nothing beside it says otherwise."""
-        spans = tokens.spans(ids) if getattr(self.model, "reads_spans", False) else None
+        spans = tokens.spans(ids, first_row) if getattr(self.model, "reads_spans", False) else None
         if spans is None:
             return self.predict(tokens.rows(ids, first_row), first_row)
         vocab_size = None if self.tokenizer is None else len(self.tokenizer)
@@ -306,13 +277,7 @@ class Scorer:
         column = self.values_of(batch)
         if self.is_text:
             return self.predict_texts(column)
-        rows = rows_of_lists(column)
-        found = {}
-        for name in _BESIDE if self.column == "input_ids" else ():
-            if name in batch and all(row is None or isinstance(row, (list, np.ndarray)) for row in batch[name]):
-                other = rows_of_lists(batch[name])
-                found[name] = (other.values, other.offsets)
-        return self.predict(_with_labels(rows.values, rows.offsets, found, 0))
+        return self.predict(read_batch({**batch, self.column: column}, self.column))
 
     def values_of(self, batch: Mapping[str, Any]) -> list[Any]:
         """The scored column of a batch of plain Python values."""
@@ -358,30 +323,7 @@ def rows_of_lists(lists: Iterable[Any]) -> TokenRows:
         The rows.
 
     Raises:
-        TypeError: a row is no list of integers.
+        ValueError: a row is no list of integers.
     """
-    rows = [np.asarray([] if row is None else row) for row in lists]
-    for i, row in enumerate(rows):
-        if row.ndim != 1 or (len(row) and row.dtype.kind not in "iu"):
-            raise TypeError(
-                f"Token rows must be lists of integers, got {row.dtype} of shape {row.shape} in row {i} of a batch. "
-                "Tokenise the texts, or pass the column that holds them as `column=`."
-            )
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    values = np.concatenate([row.astype(np.int64) for row in rows]) if rows else np.zeros(0, np.int64)
+    values, offsets, _ = read_lists(lists, TOKENS, lambda i: f"row {i} of a batch")
     return TokenRows(values=values, offsets=offsets)
-
-
-def _with_labels(
-    values: npt.NDArray[Any], offsets: IntArray, beside: Mapping[str, tuple[Any, IntArray]], first_row: int
-) -> TokenRows:
-    """Rows of tokens without padding, with what the columns beside them say."""
-    for name, (_, found) in beside.items():
-        if not np.array_equal(found, offsets):
-            bad = int(np.flatnonzero(np.diff(found) != np.diff(offsets))[0])
-            raise ValueError(
-                f"`{name}` must be as long as `input_ids` in every row; row {bad + first_row} has "
-                f"{int(np.diff(found)[bad])} and {int(np.diff(offsets)[bad])}."
-            )
-    labels, mask = (beside[name][0] if name in beside else None for name in _BESIDE)
-    return assemble(values, offsets, labels, mask)

@@ -57,7 +57,19 @@ def stream_schema(stream: Any) -> Any:
 
     if stream.features is not None:
         return stream.features.arrow_schema
-    return pa.Table.from_pylist(list(unformatted(stream)[0].take(NUM_PEEKED))).schema
+    rows = list(unformatted(stream)[0].take(NUM_PEEKED))
+    names = dict.fromkeys(name for row in rows for name in row)  # a later row may have more than the first
+    return pa.schema([(name, _type_of([row.get(name) for row in rows])) for name in names])
+
+
+def _type_of(values: list[Any]) -> Any:
+    """Arrow type of one column's rows; null where Arrow cannot say, so that reading the rows has to tell."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, TypeError, ValueError):
+        return pa.null()
 
 
 def unformatted(stream: Any) -> tuple[Any, str | None]:
@@ -112,7 +124,7 @@ def make_scorer(
     """
     name, is_text = find_column(schema, column)
     path = field_path(schema, name) or (name,)
-    is_chat = is_conversation(type_at(schema, path))
+    is_chat = is_conversation(type_at(schema, path), name)
     if is_text and tokenizer is None:
         raise ValueError(
             f"Column `{name}` holds {'conversations' if is_chat else 'texts'}, and no tokenizer is recorded with this "

@@ -336,7 +336,7 @@ def test_packed_and_odd_collators_are_refused(lists):
         CandidatePool(dataset, lambda rows: {"input_ids": torch.zeros(2, 2, dtype=torch.long)}).token_rows()
     with pytest.raises(UnsupportedSettingError, match=r"must have `input_ids`, got the columns \['x'\].*lambda"):
         CandidatePool(dataset, lambda rows: {"x": torch.zeros(1, 2)}).token_rows()
-    with pytest.raises(ValueError, match="whole number.*float32"):
+    with pytest.raises(ValueError, match="`input_ids` must be one whole number.*floats.*pool row 0"):
         CandidatePool(dataset, lambda rows: {"input_ids": torch.zeros(1, 2)}).token_rows()
     with pytest.raises(ValueError, match="`labels` must be as long"):
         CandidatePool(dataset, lambda rows: tensors([1, 2], labels=[1])).token_rows()

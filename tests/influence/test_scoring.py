@@ -18,8 +18,10 @@ from mates_hf.influence.artifacts import load_influence_model, model_digest
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.scoring import Scorer, find_column, rows_of_lists, tokenizer_digest
 from mates_hf.records import InfluenceError, MatesError
+from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import MeanId, fit_model, make_lists
 
+NO_STRING_VIEWS = pytest.mark.skipif(not hasattr(pa, "string_view"), reason="this pyarrow has no string views")
 TABLES = tuple(np.random.default_rng(0).normal(size=size).astype(np.float32) for size in (50, 50, 2**8))
 
 
@@ -174,8 +176,16 @@ def test_what_is_not_finite_is_no_prediction() -> None:
         ({"text": ["a"], "input_ids": [[1]]}, None, ("input_ids", False)),
         ({"text": ["a"]}, None, ("text", True)),
         ({"body": pa.array(["a"], pa.large_string())}, "body", ("body", True)),
+        ({"body": pa.array(["a"]).dictionary_encode()}, "body", ("body", True)),
         ({"ids": pa.array([[1, 2]], pa.list_(pa.uint16(), 2))}, "ids", ("ids", False)),
-        ({"body": ["a"]}, None, (ValueError, r"`input_ids` or `text`.*got the columns \['body'\]")),
+        ({"input_ids": [[], None]}, None, ("input_ids", False)),
+        ({"input_ids": [None], "text": ["a"]}, None, ("input_ids", False)),
+        ({"text": [None]}, None, ("text", True)),
+        ({"body": [None]}, "body", (TypeError, "or token ids .*got null")),
+        ({"ids": [[1]], "labels": [0.5]}, "ids", ("ids", False)),
+        ({"input_ids": [[1]], "labels": [[0.5]]}, None, (ValueError, "`labels` must be one whole.*lists of floats")),
+        ({"input_ids": [[1]], "attention_mask": ["a"]}, None, (ValueError, "`attention_mask` must be 0 or 1 a token")),
+        ({"body": ["a"]}, None, (ValueError, r"`input_ids`, `text` or `messages`.*got the columns \['body'\]")),
         ({"text": ["a"]}, "body", (ValueError, r"column `body` to score, got the columns \['text'\]")),
         ({"input_ids": [[0.5]]}, None, (TypeError, "a list of integers.*got list<.*double")),
         ({"n": [1]}, "n", (TypeError, r"got int64.*the columns are \['n'\]")),
@@ -188,6 +198,47 @@ def test_which_column_is_scored(columns: dict[str, Any], column: str | None, exp
     else:
         with pytest.raises(expected[0], match=expected[1]):
             find_column(schema, column)
+
+
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", pytest.param("string_view", marks=NO_STRING_VIEWS), "dictionary"]
+)
+def test_every_type_of_texts_is_scored(kind: str, tiny_tokenizer: Any) -> None:
+    """As a table, by rows of a dataset in any order, inside `map`, by `filter`, and on a stream."""
+    texts = ["w3 w7 w9", None, "", "w4 w4", "w60"]
+    plain = pa.array(texts)
+    array = plain.dictionary_encode() if kind == "dictionary" else plain.cast(getattr(pa, kind)())
+    table = pa.table({"text": array})
+    assert find_column(table.schema, None) == ("text", True)
+    expected = [19 / 3, 0.0, 0.0, 4.0, 60.0]
+    assert Scorer(MeanId(), "text", True, tiny_tokenizer).predict_table(table).influence == pytest.approx(expected)
+    if kind == "dictionary":
+        return  # `datasets` has no such column
+    dataset = datasets.Dataset(table)
+    assert dataset.data.schema.field("text").type == array.type
+    selector = MatesSelector(MeanId(), tiny_tokenizer)  # type: ignore[arg-type]
+    assert selector.score(dataset).influence == pytest.approx(expected)
+    moved = dataset.select([4, 0, 3])
+    assert selector.score(moved).influence == pytest.approx([60.0, 19 / 3, 4.0])
+    assert selector.map(moved)["influence"][:] == pytest.approx([60.0, 19 / 3, 4.0])
+    assert selector.filter(dataset, threshold=5.0)["text"][:] == ["w3 w7 w9", "w60"]
+    assert [row["influence"] for row in selector.map(dataset.to_iterable_dataset())] == pytest.approx(expected)
+
+
+def test_padding_is_not_scored_whatever_a_mask_is_made_of() -> None:
+    """A mask of booleans or floats was left out without a word, and the padding scored."""
+    ids = [[5, 7, 9, 0, 0, 0], [8, 8, 8, 8, 0, 0]]
+    selector = MatesSelector(MeanId())  # type: ignore[arg-type]
+    for kind in (int, bool, float):
+        mask = [[kind(i > 0) for i in row] for row in ids]
+        dataset = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": mask})
+        found = selector.score(dataset)
+        assert (found.influence.tolist(), found.num_targets.tolist()) == ([7.0, 8.0], [2, 3])
+        assert [row["influence"] for row in selector.map(dataset.to_iterable_dataset())] == [7.0, 8.0]
+        assert len(selector.select(dataset, num_tokens=3)) == 1
+        fitted = MatesSelector(fit_model())  # which reads rows where they lie
+        stripped = fitted.influence_model.predict(TokenRows.from_lists([[5, 7, 9], [8, 8, 8, 8]]))
+        assert np.array_equal(fitted.score(dataset).influence, stripped)
 
 
 # --- digests ---
