@@ -7,6 +7,7 @@ are the assistant's is not asked, because most templates do not say.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,42 @@ def column_at(table: Any, path: Sequence[str]) -> Any:
     return found
 
 
+def python_values(column: Any) -> list[Any]:
+    """The values of an Arrow column, with what `datasets` keeps as JSON (values of several types) read back."""
+    values: list[Any] = column.to_pylist()
+    return [_read_json(value, column.type) for value in values] if _has_json(column.type) else values
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_json(kind: Any) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _has_json(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if _is_list(kind):
+        return _has_json(kind.value_type)
+    return _is_json(kind) or (pa.types.is_struct(kind) and any(_has_json(field.type) for field in kind))
+
+
+def _read_json(value: Any, kind: Any) -> Any:
+    if value is None:
+        return None
+    if _is_json(kind):
+        return json.loads(value) if isinstance(value, (str, bytes)) else value
+    if _is_list(kind):
+        return [_read_json(one, kind.value_type) for one in value]
+    if isinstance(value, Mapping):
+        return {field.name: _read_json(value[field.name], field.type) for field in kind}
+    return value
+
+
 def values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
     """The column at a path of a batch of plain Python values."""
     found = list(batch[path[0]])
@@ -74,17 +111,14 @@ def is_conversation(kind: Any, name: str) -> bool:
     """
     import pyarrow as pa
 
-    def is_list(kind: Any) -> bool:
-        return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
     def has_both(kind: Any) -> bool:
         return bool(pa.types.is_struct(kind)) and {_ROLE, _CONTENT} <= {field.name for field in kind}
 
     if pa.types.is_null(kind):
         return name == "messages"
-    if is_list(kind):
-        return has_both(kind.value_type)
-    return has_both(kind) and all(is_list(field.type) for field in kind)
+    if _is_list(kind):
+        return has_both(kind.value_type) or _is_json(kind.value_type)
+    return _is_json(kind) or (has_both(kind) and all(_is_list(field.type) for field in kind))
 
 
 def check_chat_template(tokenizer: Any, column: str) -> None:
@@ -116,12 +150,9 @@ def render_conversations(
     """
     texts: list[str | None] = []
     for i, value in enumerate(conversations):
-        messages = _messages(value)
-        if not messages:
-            texts.append(None)
-            continue
         try:
-            texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+            messages = _messages(value)
+            texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else None)
         except Exception as error:  # a template raises whatever its author or Jinja likes
             raise ValueError(
                 f"Column `{column}` must hold conversations that the tokenizer's chat template takes; row "
@@ -137,7 +168,14 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         num = max(map(len, columns.values()), default=0)
         value = [{name: found[i] for name, found in columns.items() if i < len(found)} for i in range(num)]
     return [
-        {name: found for name, found in message.items() if found is not None or name in (_ROLE, _CONTENT)}
+        {name: _filled(found) for name, found in message.items() if found is not None or name in (_ROLE, _CONTENT)}
         for message in value or []
         if message is not None
     ]
+
+
+def _filled(value: Any) -> Any:
+    """A value of a message without the nulls that Arrow gives to a struct for the fields of other rows' structs."""
+    if isinstance(value, Mapping):
+        return {name: _filled(found) for name, found in value.items() if found is not None}
+    return [_filled(found) for found in value] if isinstance(value, list) else value

@@ -27,6 +27,7 @@ from mates_hf.data.text_columns import (
     column_at,
     field_path,
     is_conversation,
+    python_values,
     render_conversations,
     type_at,
     values_at,
@@ -202,7 +203,7 @@ class Scorer:
             ValueError: a token is null, negative or outside the vocabulary.
         """
         if self.is_text:
-            return self.predict_texts(column_at(table, self.names).to_pylist(), first_row)
+            return self.predict_texts(python_values(column_at(table, self.names)), first_row)
         return self._predict_ids(self._token_columns(table), np.arange(table.num_rows), first_row)
 
     def open(self, dataset: Any, batch_size: int = 1000) -> Callable[[int, int], Predictions]:
@@ -250,7 +251,7 @@ class Scorer:
     def _texts(self, dataset: Any, ids: IntArray) -> list[Any]:
         """Texts or conversations of the rows `ids`."""
         table = dataset.with_format("arrow", columns=[self.names[0]])[ids.tolist()]
-        return list(column_at(table, self.names).to_pylist())
+        return python_values(column_at(table, self.names))
 
     def _token_columns(self, table: Any, indices: IntArray | None = None) -> TokenColumns:
         """The token column, opened; a nested one is set free of the structs around it."""

@@ -107,8 +107,9 @@ def map_rows(
     *,
     batch_size: int,
     num_proc: int | None,
-    shards_dir: Path | None,
+    shards_dir: str | Path | None,
     shard_rows: int,
+    digest: str,
     info: Any,
     remove_columns: str | list[str] | None = None,
     **kwargs: Any,
@@ -122,6 +123,7 @@ def map_rows(
         num_proc: worker processes, or None.
         shards_dir: folder of finished parts, or None.
         shard_rows: rows of a part.
+        digest: of the scorer.
         info: `DatasetInfo` of the result.
         remove_columns: one name or several.
         **kwargs: others of `Dataset.map`.
@@ -152,7 +154,7 @@ def map_rows(
         empty = datasets.Dataset.from_dict(nothing, features=features, split=dataset.split)
         return _with_format_of(dataset, empty), empty
     options = {"batch_size": batch_size, "num_proc": num_proc, "features": _features(), **kwargs}
-    key = scores_key(dataset, scorer, scorer.digest())
+    key = scores_key(dataset, scorer, digest)
 
     def score(part: Any, key: str, **more: Any) -> Any:
         if num_proc or scorer.is_text or not getattr(scorer.model, "reads_spans", False):
@@ -163,7 +165,7 @@ def map_rows(
     if shards_dir is None:
         scored = score(dataset, key)
     else:
-        folder = shards_dir / key
+        folder = Path(shards_dir) / key
         parts = []
         for begin in range(0, len(dataset), shard_rows):
             end = min(begin + shard_rows, len(dataset))
@@ -190,13 +192,13 @@ def score_rows(
     *,
     batch_size: int,
     num_proc: int | None,
-    shards_dir: Path | None,
-    shard_rows: int,
+    shards_dir: str | Path | None,
+    shard_rows: int = SHARD_ROWS,
 ) -> Predictions:
     """`MatesSelector.score`: predictions of all rows, part by part."""
     from tqdm import tqdm
 
-    folder = None if shards_dir is None else shards_dir / _key(dataset, scorer, scorer.digest())
+    folder = None if shards_dir is None else Path(shards_dir) / _key(dataset, scorer, scorer.digest())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     influence, num_targets = np.empty(len(dataset), np.float32), np.empty(len(dataset), np.int32)
@@ -272,7 +274,7 @@ def _with_format_of(dataset: Any, mapped: Any) -> Any:
 def _scores_by_map(dataset: Any, scorer: Scorer, begin: int, end: int, batch_size: int, num_proc: int) -> Predictions:
     """Predictions of some rows by worker processes, which hand them over in memory: no file is left behind."""
     part = dataset.select(range(begin, end)).with_format(None)
-    key = f"{scores_key(part, scorer, scorer.digest())}-{begin:x}-{end:x}"
+    key = f"{_key(part, scorer, 'scores')}-{begin:x}-{end:x}"  # of what is in memory alone: no cache finds it
     options = {"features": _features(), "batch_size": batch_size, "num_proc": num_proc, "keep_in_memory": True}
     found = _map(part, OnlyScores(scorer), key, scorer, load_from_cache_file=False, **options)
     return Predictions(*(found.data.column(name).to_numpy() for name in Predictions._fields))

@@ -158,8 +158,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         digest = scorer.digest()
         if INFLUENCE_COLUMN in dataset.column_names and not is_own(dataset, digest):
             logger.warning("The column `%s`, not known to be this selector's, is replaced.", INFLUENCE_COLUMN)
-        folder, info = None if shards_dir is None else Path(shards_dir), record(dataset.info, digest)
-        whole, scored = map_rows(dataset, scorer, shards_dir=folder, info=info, **options, **kwargs)
+        kwargs = {"digest": digest, "info": record(dataset.info, digest), **options, **kwargs}
+        whole, scored = map_rows(dataset, scorer, shards_dir=shards_dir, **kwargs)
         log_intercepts(scored)
         self._scored.keep(dataset, scorer, digest, scored)
         if set(scorer.columns_of(dataset.column_names)) <= set(whole.column_names):
@@ -201,9 +201,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         if is_splits(dataset) or is_stream(dataset):
             raise TypeError(f"`score` takes one `Dataset`, got {type(dataset).__name__}. Pass a split, or use `map`.")
         scorer = self._scorer(schema_of(dataset), column, num_proc)
-        folder = None if shards_dir is None else Path(shards_dir)
         sizes: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
-        found = score_rows(dataset, scorer, shards_dir=folder, **sizes)
+        found = score_rows(dataset, scorer, shards_dir=shards_dir, **sizes)
         self._scored.keep(dataset, scorer, digest_of(scorer), found)
         return found
 
@@ -309,7 +308,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
     ) -> Selection | StreamSelection:
         """One split."""
         label_std = float("nan") if self._report is None else self._report.label_std
-        schema, column = schema_of(dataset), options["column"]
+        schema, column = schema_of(dataset), options.pop("column")
         if is_stream(dataset):
             refuse_arguments(_STREAMED, num_proc=options["num_proc"], shards_dir=options["shards_dir"])
             if INFLUENCE_COLUMN in schema.names:
@@ -324,9 +323,9 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         scored = self._scored.find(dataset, scorer, digest)
         if scored is None:
             scored = read_own(dataset, scorer, digest, batch_size)
-        if scored is None:
-            scored = self.score(dataset, batch_size=batch_size, **options)
-        else:
+            if scored is None:
+                worker = self._scorer(schema, column, options["num_proc"])
+                scored = score_rows(dataset, worker, batch_size=batch_size, **options)
             self._scored.keep(dataset, scorer, digest, scored)
         selection = Selection.make(dataset, scored, budget, scorer, label_std)
         logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)

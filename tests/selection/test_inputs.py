@@ -235,6 +235,27 @@ def test_conversations_are_scored_as_their_template_writes_them(chat_tokenizer: 
     assert spans[0]["text"].startswith("w3 w")
 
 
+def test_messages_of_several_types_and_what_arrow_fills_up(chat_tokenizer: Any) -> None:
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for part in "
+        "m['content'] %}{{ part['text'] }} {% endfor %}{% endif %}{% for call in m['tool_calls'] or [] %}{% for name in "
+        "call['arguments'] %}{{ name }} {% endfor %}{% endfor %}{% endfor %}"
+    )
+    selector = MatesSelector(fit_model(), chat_tokenizer)
+    calls = [{"role": "a", "content": "w7", "tool_calls": [{"arguments": {name: 1}}]} for name in ("w8", "w9")]
+    plain = Dataset.from_dict({"messages": [[call] for call in calls]})  # each has a null for the other's argument
+    assert selector.score(plain).num_targets.tolist() == [1, 1]
+    mixed = [[{"role": "a", "content": "w5 w7"}, {"role": "b", "content": [{"text": "w9"}]}]]
+    try:
+        given = Dataset.from_dict({"messages": mixed}, on_mixed_types="use_json")
+    except TypeError:
+        pytest.skip("this version of datasets has no JSON columns")
+    expected = selector.score(Dataset.from_dict({"text": ["w5 w7 w9"]})).influence
+    assert np.array_equal(selector.score(given).influence, expected)
+    assert [row["influence"] for row in selector.map(given.to_iterable_dataset())] == expected.tolist()
+    assert selector.map(given)["influence"][:] == expected.tolist()
+
+
 def test_special_tokens_of_a_template_are_not_doubled(tiny_tokenizer: Any) -> None:
     asked: list[dict[str, Any]] = []
 
