@@ -238,8 +238,8 @@ def test_conversations_are_scored_as_their_template_writes_them(chat_tokenizer: 
 def test_messages_of_several_types_and_what_arrow_fills_up(chat_tokenizer: Any) -> None:
     chat_tokenizer.chat_template = (
         "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for part in "
-        "m['content'] %}{{ part['text'] }} {% endfor %}{% endif %}{% for call in m['tool_calls'] or [] %}{% for name in "
-        "call['arguments'] %}{{ name }} {% endfor %}{% endfor %}{% endfor %}"
+        "m['content'] %}{{ part['text'] }} {% endfor %}{% endif %}{% for call in m['tool_calls'] or [] %}"
+        "{% for name in call['arguments'] %}{{ name }} {% endfor %}{% endfor %}{% endfor %}"
     )
     selector = MatesSelector(fit_model(), chat_tokenizer)
     calls = [{"role": "a", "content": "w7", "tool_calls": [{"arguments": {name: 1}}]} for name in ("w8", "w9")]
