@@ -30,6 +30,7 @@ from mates_hf.records import (
     IntArray,
     MatesError,
     RoundMismatchError,
+    expand_path,
     json_bytes,
     read_array,
     read_json,
@@ -100,11 +101,11 @@ def write_labels(path: Path, labels: InfluenceLabels) -> None:
         pq.write_table(table, file)
 
 
-def read_labels(path: Path) -> InfluenceLabels:
+def read_labels(path: str | os.PathLike[str]) -> InfluenceLabels:
     """Read what `write_labels` wrote.
 
     Args:
-        path: the `probes.parquet` of a round.
+        path: the `probes.parquet` of a round; `~` is the home folder.
 
     Returns:
         The labels; derivatives are memory-mapped.
@@ -115,6 +116,7 @@ def read_labels(path: Path) -> InfluenceLabels:
     """
     import pyarrow.parquet as pq
 
+    path = expand_path(path)
     require_file(path)
     try:
         with open(path, "rb") as file:  # a file, not a path: folder names such as `lr=1` would become columns
@@ -150,7 +152,7 @@ def load_round(path: str | os.PathLike[str]) -> RoundRecord:
     """Read a finished round directory with numpy and pyarrow alone.
 
     Args:
-        path: a round directory, `<output_dir>/_mates/round-0003`.
+        path: a round directory, `<output_dir>/_mates/round-0003`; `~` is the home folder.
 
     Returns:
         The record; arrays are memory-mapped.
@@ -160,7 +162,7 @@ def load_round(path: str | os.PathLike[str]) -> RoundRecord:
             finished rounds that are there.
         MatesError: a file is damaged, or is not of the type or length it must have.
     """
-    path = Path(path).expanduser()
+    path = expand_path(path)
     if not (path / ROUND_FILE).exists():
         raise FileNotFoundError(_no_round(path))
     candidates = read_array(path / "candidates.npy", np.int64)
@@ -209,7 +211,7 @@ def newest_round(path: str | os.PathLike[str], number: int | None = None) -> Pat
     Raises:
         FileNotFoundError: there is no such round; names those that are there.
     """
-    path = Path(path).expanduser()
+    path = expand_path(path)
     if (path / ROUND_FILE).exists():
         if number is None:
             return path

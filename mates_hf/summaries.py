@@ -127,6 +127,8 @@ def decision_text(info: Mapping[str, Any]) -> str:
 def _passes(info: Mapping[str, Any]) -> bool:
     """True where the guard's condition holds, or was not recorded."""
     guard, least = _part(info, "guard"), _part(info, "config").get("min_spearman")
+    if guard.get("decision") in ("own_order", "keep_previous"):
+        return False
     bounds, spearman = guard.get("interval"), guard.get("spearman")
     if not isinstance(bounds, (list, tuple)) or not isinstance(spearman, (int, float)):
         return True

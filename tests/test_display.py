@@ -22,7 +22,8 @@ EVIL = "<script>alert(1)</script>\n\x1b[31m" + "x" * 5_000
 
 
 def labels(num: int, value: float = 1.0, probe: str = "directional") -> InfluenceLabels:
-    values = np.full(num, value, np.float32) * np.arange(num, dtype=np.float32)
+    values = np.arange(num, dtype=np.float32)
+    values[1:] *= np.float32(value)
     return InfluenceLabels(
         candidate_id=np.arange(num),
         influence=values,
@@ -45,17 +46,9 @@ def record(folder: Path, info: dict[str, Any], num: int = 300) -> Any:
 
 
 def report(**changes: Any) -> FitReport:
-    calibration = tuple((float(i), float(i)) for i in range(1_000))
-    return FitReport(
-        **{
-            "num_labels": 10,
-            "num_held_out": 4,
-            "spearman": 0.5,
-            "interval": (0.1, 0.9),
-            "calibration": calibration,
-            **changes,
-        }
-    )
+    pairs = tuple((float(i), float(i)) for i in range(1_000))
+    given = {"num_labels": 10, "num_held_out": 4, "spearman": 0.5, "interval": (0.1, 0.9), "calibration": pairs}
+    return FitReport(**{**given, **changes})
 
 
 def objects(folder: Path) -> list[Any]:
@@ -70,8 +63,9 @@ def objects(folder: Path) -> list[Any]:
         rows, task, task.rows.take(np.arange(0)), CandidatePool(dataset), CandidatePool(dataset).select([1]), config,
         mates_hf.MatesConfig(), mates_hf.MatesConfig.paper(), *probes, mates_hf.DirectionalProbe(),
         mates_hf.MatesCallback(task, config, probe=probes[0]), mates_hf.NgramInfluenceModel(pool_decay=0.5),
-        labels(0), labels(1), labels(300), labels(9, float("nan")), labels(9, float("inf")), labels(9, probe=EVIL[:900]),
-        report(), report(spearman=float("nan"), interval=(float("nan"),) * 2, calibration=(), spearman_within_group=0.1),
+        labels(0), labels(1), labels(300), labels(9, float("nan")), labels(9, float("inf")),
+        labels(9, probe=EVIL[:900]), report(), report(spearman_within_group=0.1),
+        report(spearman=float("nan"), interval=(float("nan"),) * 2, calibration=()),
         record(folder / "a", {}), record(folder / "b", strange), record(folder / "c", {"number": 3, "guard": None}),
         mates_hf.MatesError("what is wrong"),
     ]  # fmt: skip

@@ -260,12 +260,10 @@ class ReferenceTask:
             ImportError: lm-eval is not installed.
             ValueError: no such task or split, a group instead of a task, or no target token.
         """
-        from mates_hf.data.harness import documents, load_task, prompt_and_target
+        from mates_hf.data.harness import read_passages
 
         _check_loss_on(loss_on)
-        built = load_task(task, metadata)
-        name, used, docs = documents(built, split)
-        pairs = (prompt_and_target(built, doc) for doc in first_rows(docs, limit))
+        name, used, pairs = read_passages(task, metadata, split, limit)
         tokens = tokenise([Passage(*pair) for pair in pairs], check_tokenizer(tokenizer), loss_on)
         description = {"source": "from_lm_eval", "split": used, "limit": limit, "max_length": max_length}
         return _build(name, tokens, loss_on, description, max_length, "`max_length`")

@@ -29,7 +29,7 @@ from mates_hf.influence.probe import Probe, read_given
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.model_traits import context_length, unwrap, vocabulary_size
 from mates_hf.processes import Processes
-from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
+from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError, expand_path
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
@@ -40,7 +40,8 @@ from mates_hf.training.checks import (
     own_memory,
     resume_caveats,
 )
-from mates_hf.training.own_loss import calling_trainer, run_loss_of
+from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
+from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 from mates_hf.training.session import Session
@@ -142,7 +143,7 @@ class MatesCallback(TrainerCallback):
             require_steps(optimizer)
         check_pool(pool, model)
         reference = self.reference.fit_to_model(vocabulary_size(model), context_length(model))
-        reference = self._compare(args, model, pool, reference)
+        reference = self._compare(model, pool, reference)
         processes = Processes.of_run()
         tokenizer = kwargs.get("processing_class")
         run = Run(
@@ -152,12 +153,13 @@ class MatesCallback(TrainerCallback):
             pool=pool,
             pool_identity=pool.identity(),
             probe=self.probe,
+            loss_reading={} if pool.reading is None else pool.reading.to_dict(),
             influence_model=bound_to_run(self.influence_model, model, tokenizer),
             tokenizer=tokenizer,
             config=self.config,
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
-            rounds_dir=Path(self.config.rounds_dir or Path(args.output_dir) / "_mates").expanduser(),
+            rounds_dir=expand_path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
             processes=processes,
         )
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
@@ -235,6 +237,9 @@ class MatesCallback(TrainerCallback):
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
 
     def _refuse_unsupported(self, args: Any, dataloader: Any, model: Any) -> None:
+        refusal = preference_refusal(self._trainer or find_trainer(self), getattr(dataloader, "collate_fn", None))
+        if refusal is not None:
+            raise UnsupportedSettingError(f"MatesCallback cannot select data in this run: {refusal}.")
         check_run(args, dataloader, model, self.config)
         if self._trainer is not None:
             others = [c for c in self._trainer.callback_handler.callbacks if isinstance(c, MatesCallback)]
@@ -246,7 +251,7 @@ class MatesCallback(TrainerCallback):
                     "callback to this Trainer, or make a new callback for it."
                 )
 
-    def _compare(self, args: Any, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
+    def _compare(self, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
         """Hold what the probe would read of pool and reference against the run's own loss of it.
 
         A probe of the user's own reads token rows as they are.
@@ -254,7 +259,9 @@ class MatesCallback(TrainerCallback):
         if not isinstance(self.probe, (DirectionalProbe, OneStepProbe)):
             return reference
         is_given = self.probe.loss is not None
-        trainer = self._trainer or (None if is_given else calling_trainer(self))
+        trainer = self._trainer or find_trainer(self)
+        if trainer is None and not is_given:
+            refuse_unknown_loss()
         module = unwrap(model)
         pool.reading = read_given(module, pool, self.probe.loss, self.probe.reference_loss, run_loss_of(trainer))
         logger.info("Loss: %s", pool.reading.to_dict())

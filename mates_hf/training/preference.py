@@ -57,7 +57,7 @@ def preference_refusal(trainer: Any | None, collate_fn: Any) -> str | None:
         return None
     name, why = found
     return (
-        f"`{name}` {why}, and influence is measured on the likelihood of one text, so there is no way to select its "
+        f"{name} {why}, and influence is measured on the likelihood of one text, so there is no way to select its "
         "data in the run: train it without MatesCallback. Select for the pretraining or SFT stage before it, or "
         "filter its prompts with `MatesSelector.filter` before training"
     )
@@ -72,7 +72,8 @@ def _trainer_kind(kind: type) -> tuple[str, str] | None:
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
         if name in _TRAINERS:
-            return kind.__name__, _loss(_TRAINERS[name])
+            derived = "" if base is kind else f" (a `{base.__name__}`)"
+            return f"`{kind.__name__}`{derived}", _loss(_TRAINERS[name])
     return None
 
 
@@ -81,7 +82,7 @@ def _collator_kind(collate_fn: Any) -> tuple[str, str] | None:
     inner = getattr(collate_fn, "data_collator", None) or getattr(collate_fn, "__self__", None) or collate_fn
     for base in type(inner).__mro__:
         if base.__name__ in _COLLATORS:
-            return type(inner).__name__, _of_collator(_COLLATORS[base.__name__])
+            return f"`{type(inner).__name__}`", _of_collator(_COLLATORS[base.__name__])
     return None
 
 
