@@ -53,6 +53,8 @@ class _Chunk(NamedTuple):
         ends: (R,) position after each row's last, or None.
         valid: (R,) bool, False at null rows; None where there are none.
         num_unfit: (B + 1,) how many values before each position are null or no mask; None where none is.
+        base: position of `values[0]` in the chunk's own values, in which `begins` and `ends` are counted; None where
+            `values` are those.
     """
 
     values: npt.NDArray[Any]
@@ -60,6 +62,7 @@ class _Chunk(NamedTuple):
     ends: npt.NDArray[Any] | None
     valid: npt.NDArray[np.bool_] | None
     num_unfit: IntArray | None
+    base: int | None = None
 
 
 class ListColumn:
@@ -145,7 +148,7 @@ class ListColumn:
             if len(bad) and (found is None or where[bad[0]] < found[0]):
                 at = int(starts[bad[0]])
                 at = int(np.searchsorted(chunk.num_unfit, chunk.num_unfit[at], side="right")) - 1
-                value = self._chunks[number].values[at].as_py()
+                value = self._chunks[number].values[at + (chunk.base or 0)].as_py()
                 found = int(where[bad[0]]), None if value is None else float(value)
         return found
 
@@ -169,6 +172,8 @@ class ListColumn:
         else:
             starts = chunk.begins[local].astype(np.int64)
             lengths = chunk.ends[local].astype(np.int64) - starts
+        if chunk.base is not None:  # rows of no length may begin anywhere
+            starts = np.clip(starts - chunk.base, 0, len(chunk.values))
         return starts, lengths if chunk.valid is None else np.where(chunk.valid[local], lengths, 0)
 
     def _open(self, number: int) -> _Chunk:
@@ -205,6 +210,8 @@ def _open_chunk(chunk: Any) -> tuple[_Chunk, bool]:
     flat = chunk.values
     if pa.types.is_integer(flat.type) and not flat.null_count:
         return _Chunk(flat.to_numpy(), begins, ends, valid, None), True
+    base, stop = _stretch(chunk, begins, ends, valid)
+    flat = flat.slice(base, stop - base)  # a slice of a table shares the values of all of it
     unfit = flat.is_null().to_numpy(zero_copy_only=False)
     if pa.types.is_null(flat.type):
         values = np.zeros(len(flat), np.int64)
@@ -217,7 +224,21 @@ def _open_chunk(chunk: Any) -> tuple[_Chunk, bool]:
         values = values == 1
     values = values.astype(np.int8) if values.dtype.kind == "b" else values
     num_unfit = np.concatenate([[0], np.cumsum(unfit, dtype=np.int64)]) if unfit.any() else None
-    return _Chunk(values, begins, ends, valid, num_unfit), False
+    return _Chunk(values, begins, ends, valid, num_unfit, base), False
+
+
+def _stretch(
+    chunk: Any,
+    begins: npt.NDArray[Any] | None,
+    ends: npt.NDArray[Any] | None,
+    valid: npt.NDArray[np.bool_] | None,
+) -> tuple[int, int]:
+    """The first position of a chunk's values that a row of it has, and the one after the last."""
+    if begins is None or ends is None:
+        size = chunk.type.list_size
+        return chunk.offset * size, (chunk.offset + len(chunk)) * size
+    there = (ends > begins) if valid is None else (ends > begins) & valid
+    return (int(begins[there].min()), int(ends[there].max())) if there.any() else (0, 0)
 
 
 def is_list_view(column_type: Any) -> bool:

@@ -121,7 +121,8 @@ def _flat(value: Any, key: str, collated: bool, source: str, same_length: bool =
     """The (length,) whole numbers of a list, array or tensor; a collated one has a first dimension of 1."""
     if collated:
         value = as_array(value, key, source)
-        if value.shape == (1,) and (same_length or key != "labels"):
+        may_be_class = key == "labels" and not same_length and value.dtype.kind in "iu"
+        if value.shape == (1,) and not may_be_class:
             raise one_value_refusal(key, value, source)
         if value.shape != (1,) and (value.ndim != 2 or value.shape[0] != 1):
             raise UnsupportedSettingError(

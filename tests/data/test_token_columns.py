@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import default_data_collator
 
 from mates_hf.data.arrow import _NUM_CONVERTED, ListColumn
+from mates_hf.data.collated import read_row
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.data.token_columns import TokenColumns, counts, holds_texts, holds_tokens, read_batch
@@ -351,6 +352,25 @@ def test_the_first_value_that_is_no_mask_is_named_whatever_the_order() -> None:
     assert str(column.first_unfit(np.array([3, 1])[::-1])) == "(0, nan)"
 
 
+@pytest.mark.parametrize("kind", [pa.int32(), pa.bool_(), pa.float32()])
+def test_what_lies_under_null_rows_and_outside_a_slice_is_not_looked_at(kind: pa.DataType) -> None:
+    """A slice of a table shares all of its values, and a null row may have some; both may be anything."""
+    values = pa.array([None, None, True, False, True, None, None]).cast(kind)
+    edges, missing = pa.array([0, 2, 2, 4, 5, 6, 6, 7], pa.int32()), [True, False, False, False, True, False, True]
+    array = pa.ListArray.from_arrays(edges, values, mask=pa.array(missing))
+    for begin in (0, 1, 2):
+        column = ListColumn(pa.chunked_array([array.slice(begin)]), "attention_mask")
+        ids = np.arange(len(array) - begin)
+        assert column.first_unfit(ids) is None
+        assert column.read(ids).values.tolist() == [1, 0, 1]
+        assert column.read(ids[::-1]).values.tolist() == [1, 1, 0]
+        assert column.read(ids).offsets.tolist() == [0, 0, 0, 2, 3, 3, 3, 3][begin:]
+        assert all((piece.starts + piece.lengths <= len(piece.values)).all() for piece in column.spans(ids).pieces)
+    alone = ListColumn(pa.chunked_array([array.slice(3, 1)]), "attention_mask")
+    alone.read(np.array([0]))
+    assert kind == pa.int32() or [len(chunk.values) for chunk in alone._converted.values()] == [1]
+
+
 def test_converted_chunks_do_not_pile_up() -> None:
     """Booleans must be copied out of their bits; a corpus of them is not held in memory once it was read."""
     chunks = [pa.array([[True, i % 2 == 0]]) for i in range(3 * _NUM_CONVERTED)]
@@ -378,3 +398,19 @@ def test_large_whole_numbers_and_empty_batches() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"`input_ids` must be one whole number.*int objects \(row 1 of a batch\)"):
         read_batch({"input_ids": [[1], [2**70]]}, "input_ids")
+
+
+def test_what_a_collator_makes_is_read_by_the_same_rules() -> None:
+    import torch
+
+    row = {"input_ids": [3, 4, 5], "labels": 2}
+    found = read_row(row, default_data_collator, "pool row 4", same_length=False)
+    assert found.labels is not None
+    assert found.labels.tolist() == [2]  # a class a row, for a model of those
+    for labels, word in ((2, "integers"), (0.5, "floats")):
+        with pytest.raises(ValueError, match=rf"`labels` must .* one value a row \({word}\) \(.*pool row 4\)"):
+            read_row({**row, "labels": labels}, default_data_collator, "pool row 4", same_length=word == "integers")
+    half = torch.tensor([[0, 1, 1]], dtype=torch.bfloat16)
+    found = read_row(row, lambda rows: {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": half}, "pool row 0")
+    assert found.attention_mask is not None
+    assert found.attention_mask.tolist() == [0, 1, 1]
