@@ -23,6 +23,15 @@ import numpy.typing as npt
 
 from mates_hf.data.columns import physical_rows
 from mates_hf.data.rows import TokenRows, TokenSpans
+from mates_hf.data.text_columns import (
+    column_at,
+    field_path,
+    is_conversation,
+    python_values,
+    render_conversations,
+    type_at,
+    values_at,
+)
 from mates_hf.data.token_columns import (
     TOKENS,
     TokenColumns,
@@ -38,6 +47,7 @@ from mates_hf.influence.kernels import at_most_threads
 from mates_hf.records import FloatArray, InfluenceError, IntArray
 
 _VERSION = 1  # of what a score is; raised when the same model gives other numbers, so that no cache is stale
+_LOOKED_FOR = ("input_ids", "text", "messages")  # columns that are scored without being named, the first there is
 
 
 class Predictions(NamedTuple):
@@ -70,34 +80,36 @@ def find_column(schema: Any, column: str | None) -> tuple[str, bool]:
 
     Args:
         schema: `pyarrow.Schema` of the dataset.
-        column: its name; None takes `input_ids`, else `text`.
+        column: its name, that of a nested one with dots (`meta.text`); None takes `input_ids`, else `text`, else
+            `messages`.
 
     Returns:
-        The name, and True where it holds texts.
+        The name, and True where it holds texts or conversations.
 
     Raises:
         ValueError: there is no such column; names those there are. Or `labels` or `attention_mask` beside `input_ids`
             cannot count as what they are called.
-        TypeError: the column holds neither texts nor integer tokens.
+        TypeError: the column holds neither texts, nor conversations, nor integer tokens.
     """
     import pyarrow as pa
 
     names = list(schema.names)
-    name = column if column is not None else next((found for found in ("input_ids", "text") if found in names), None)
-    if name is None or name not in names:
-        meant = "`input_ids` or `text`" if column is None else f"`{column}`"
+    name = column if column is not None else next((found for found in _LOOKED_FOR if found in names), None)
+    path = None if name is None else field_path(schema, name)
+    if name is None or path is None:
+        meant = "`input_ids`, `text` or `messages`" if column is None else f"`{column}`"
         raise ValueError(
             f"The dataset must have a column {meant} to score, got the columns {names}. Pass the one that holds the "
-            "tokens or the text as `column=`."
+            "tokens, the text or the conversation as `column=`; inside of a struct, `meta.text`."
         )
-    kind = schema.field(name).type
+    kind = type_at(schema, path)
     is_null = pa.types.is_null(kind)  # every row that was looked at is: only the name says what it holds
-    if holds_texts(kind) or (is_null and name == "text"):
+    if holds_texts(kind) or is_conversation(kind, name) or (is_null and name == "text"):
         return name, True
     if not holds_tokens(kind) and not (is_null and name == TOKENS):
         raise TypeError(
-            f"Column `{name}` must hold texts (string) or token ids (a list of integers), got {kind}. Pass the one "
-            f"that does as `column=`; the columns are {names}."
+            f"Column `{name}` must hold texts (string) or token ids (a list of integers), or conversations (lists of "
+            f"`role` and `content`), got {kind}. Pass the one that does as `column=`; the columns are {names}."
         )
     check_types(schema, names_beside(names, name))
     return name, False
@@ -109,11 +121,13 @@ class Scorer:
 
     Attributes:
         model: fitted; anything with `predict(TokenRows)`. One whose class says `reads_spans = True` gets `TokenSpans`.
-        column: name of the column.
-        is_text: True where the column holds texts.
+        column: name of the column, with dots where it is nested.
+        is_text: True where the column holds texts or conversations.
         tokenizer: of the tokens the model was fitted on; None where it is not known.
         max_length: tokens a text is cut to; None leaves it whole.
         num_threads: at most; None is one a core.
+        is_chat: True where the column holds conversations.
+        path: names from the row down to the column; empty where it is not nested.
     """
 
     model: Any
@@ -122,6 +136,13 @@ class Scorer:
     tokenizer: Any = None
     max_length: int | None = None
     num_threads: int | None = None
+    is_chat: bool = False
+    path: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names from the row down to the column."""
+        return self.path or (self.column,)
 
     def digest(self) -> str:
         """SHA-256 of everything but the rows that a prediction depends on."""
@@ -129,6 +150,8 @@ class Scorer:
         if self.tokenizer is not None:  # of a token column it only bounds the ids, and a large one takes 0.3 s to read
             tokens = tokenizer_digest(self.tokenizer) if self.is_text else len(self.tokenizer)
         parts = [_VERSION, model_digest(self.model), self.column, self.is_text, tokens, self.max_length]
+        if self.is_chat:
+            parts.append(json.dumps(self.tokenizer.chat_template))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def predict(self, rows: TokenRows | TokenSpans, first_row: int = 0) -> Predictions:
@@ -180,8 +203,8 @@ class Scorer:
             ValueError: a token is null, negative or outside the vocabulary.
         """
         if self.is_text:
-            return self.predict_texts(table.column(self.column).to_pylist(), first_row)
-        return self._predict_ids(TokenColumns(table, self.column), np.arange(table.num_rows), first_row)
+            return self.predict_texts(python_values(column_at(table, self.names)), first_row)
+        return self._predict_ids(self._token_columns(table), np.arange(table.num_rows), first_row)
 
     def open(self, dataset: Any, batch_size: int = 1000) -> Callable[[int, int], Predictions]:
         """A function that predicts the rows from one number to before another of a `datasets.Dataset`.
@@ -197,9 +220,9 @@ class Scorer:
             The function; it raises as `predict_table` does.
         """
         if not self.is_text:
-            tokens = TokenColumns(dataset.data, self.column, physical_rows(dataset))
+            tokens = self._token_columns(dataset.data, physical_rows(dataset))
             return lambda begin, end: self._predict_ids(tokens, np.arange(begin, end), begin)
-        view = dataset.with_format("arrow", columns=[self.column])
+        view = dataset.with_format("arrow", columns=[self.names[0]])
 
         def predict(begin: int, end: int) -> Predictions:
             starts = range(begin, end, batch_size)
@@ -211,21 +234,32 @@ class Scorer:
     def columns_of(self, names: Sequence[str]) -> list[str]:
         """Those of a dataset's columns that a prediction may read."""
         beside = names_beside(names, self.column)
-        return [name for name in names if name == self.column or name in beside]
+        return [name for name in names if name == self.names[0] or name in beside]
 
     def content(self, dataset: Any, ids: IntArray) -> bytes:
         """What the rows `ids` of a `datasets.Dataset` hold in the columns that a prediction reads."""
         if not self.is_text:
-            return TokenColumns(dataset.data, self.column, physical_rows(dataset)).content(ids)
-        texts = dataset.with_format("arrow", columns=[self.column])[ids.tolist()].column(self.column)
-        return json.dumps(texts.to_pylist()).encode()
+            return self._token_columns(dataset.data, physical_rows(dataset)).content(ids)
+        return json.dumps(self._texts(dataset, ids), default=str).encode()
 
     def rows_of(self, dataset: Any, ids: IntArray) -> TokenRows:
         """The rows `ids` of a `datasets.Dataset` as they are predicted, copied."""
         if not self.is_text:
-            return TokenColumns(dataset.data, self.column, physical_rows(dataset)).rows(ids)
-        texts = dataset.with_format("arrow", columns=[self.column])[ids.tolist()].column(self.column)
-        return rows_of_lists(self.tokenize(texts.to_pylist()))
+            return self._token_columns(dataset.data, physical_rows(dataset)).rows(ids)
+        return rows_of_lists(self.tokenize(self._texts(dataset, ids)))
+
+    def _texts(self, dataset: Any, ids: IntArray) -> list[Any]:
+        """Texts or conversations of the rows `ids`."""
+        table = dataset.with_format("arrow", columns=[self.names[0]])[ids.tolist()]
+        return python_values(column_at(table, self.names))
+
+    def _token_columns(self, table: Any, indices: IntArray | None = None) -> TokenColumns:
+        """The token column, opened; a nested one is set free of the structs around it."""
+        if len(self.names) > 1:
+            import pyarrow as pa
+
+            table = pa.table({self.column: column_at(table, self.names)})
+        return TokenColumns(table, self.column, indices)
 
     def _predict_ids(self, tokens: TokenColumns, ids: IntArray, first_row: int) -> Predictions:
         """Predict rows of a token column, in place where the model can and nothing beside it says otherwise."""
@@ -235,20 +269,31 @@ class Scorer:
         vocab_size = None if self.tokenizer is None else len(self.tokenizer)
         return self.predict(dataclasses.replace(spans, first_row=first_row, vocab_size=vocab_size), first_row)
 
-    def predict_texts(self, texts: Sequence[str | None], first_row: int = 0) -> Predictions:
-        """Predict texts: each exactly `tokenizer(text)`, truncated; None is an empty one."""
-        return self.predict(rows_of_lists(self.tokenize(texts)), first_row)
+    def predict_texts(self, texts: Sequence[Any], first_row: int = 0) -> Predictions:
+        """Predict texts: each exactly `tokenizer(text)`, truncated; conversations likewise; None is an empty one."""
+        return self.predict(rows_of_lists(self.tokenize(texts, first_row)), first_row)
 
     def predict_batch(self, batch: Mapping[str, Any]) -> Predictions:
         """Predict rows as `datasets` hands them out of a stream: lists by column."""
+        column = self.values_of(batch)
         if self.is_text:
-            return self.predict_texts(batch[self.column])
-        return self.predict(read_batch(batch, self.column))
+            return self.predict_texts(column)
+        return self.predict(read_batch({**batch, self.column: column}, self.column))
 
-    def tokenize(self, texts: Sequence[str | None]) -> list[list[int]]:
-        """Token ids of each text."""
+    def values_of(self, batch: Mapping[str, Any]) -> list[Any]:
+        """The scored column of a batch of plain Python values."""
+        return values_at(batch, self.names)
+
+    def tokenize(self, texts: Sequence[Any], first_row: int = 0) -> list[list[int]]:
+        """Token ids of each text, or of each conversation as the tokenizer's chat template writes it."""
+        if self.is_chat:
+            texts = render_conversations(texts, self.tokenizer, self.column, first_row)
         where = [i for i, text in enumerate(texts) if text is not None]
-        cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
+        cut: dict[str, Any] = {}
+        if self.max_length is not None:
+            cut = {"truncation": True, "max_length": self.max_length}
+        if self.is_chat:  # the template has written them
+            cut["add_special_tokens"] = False
         found: list[list[int]] = [[] for _ in texts]
         if where:
             encoded = self.tokenizer([texts[i] for i in where], return_attention_mask=False, **cut)["input_ids"]

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mates_hf.display import interval, number
 from mates_hf.records import FitReport
 
 TAGS = ["data-selection", "mates", "pretraining"]
@@ -43,6 +44,38 @@ def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], t
     lines += ["# Data influence model", "", _INTRODUCTION, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts]
     return "\n".join([*lines, "", _USE])
+
+
+def selector_facts(selector: Any) -> dict[str, str]:
+    """What is printed of a `MatesSelector`, by name.
+
+    Args:
+        selector: the selector.
+
+    Returns:
+        One short text for each; what is not known is left out or said not to be.
+    """
+    model, tokenizer, origin = selector.influence_model, selector.tokenizer, selector.origin
+    report = getattr(model, "report", None)
+    facts = {"influence model": type(model).__name__}
+    if isinstance(report, FitReport):
+        facts["held-out Spearman"] = (
+            f"{report.spearman:.2f} {interval(report.interval)}, {report.num_labels} labels fitted, "
+            f"{report.num_held_out} held out"
+        )
+    if tokenizer is None:
+        facts["tokenizer"] = "none: token columns only"
+    else:
+        chat = "with" if getattr(tokenizer, "chat_template", None) else "without"
+        facts["tokenizer"] = f"{type(tokenizer).__name__}, {len(tokenizer):,} ids, {chat} chat template"
+    facts["max_length"] = "texts are whole" if selector.max_length is None else f"{selector.max_length:,} tokens"
+    made = [f"{name} {number(origin[name])}" for name in ("round", "step", "num_probed") if name in origin]
+    if made:
+        facts["fitted at"] = ", ".join(made)
+    if origin.get("reference"):
+        facts["reference"] = _reference(origin["reference"]).replace("`", "")
+    facts["influence"] = "nats/token of reference loss that a step on the row takes off; > 0 helps"
+    return facts
 
 
 def _fit(report: FitReport | None) -> list[tuple[str, str]]:

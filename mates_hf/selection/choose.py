@@ -63,6 +63,37 @@ def gumbel_top_k(influence: npt.ArrayLike, k: int, temperature: float = 0.0, see
     values_N = _checked(influence, k)
     if temperature == 0 or k in (0, len(values_N)):
         return _largest(values_N, k, seed)
+    return _largest(_noisy(values_N, temperature, seed), k, seed)
+
+
+def ranked(influence: npt.ArrayLike, temperature: float = 0.0, seed: Seed = 0) -> IntArray:
+    """All candidates, best first: its first k are the choice of `gumbel_top_k`, but among equals.
+
+    Args:
+        influence: (N,) finite numbers, > 0 helps, higher is better.
+        temperature: as in `gumbel_top_k`.
+        seed: of the noise, and of the one random order in which equals stand.
+
+    Returns:
+        (N,) int64 positions.
+
+    Raises:
+        TypeError: `influence` holds no real numbers.
+        ValueError: `influence` is not one-dimensional.
+        InfluenceError: influence is not finite; names the first positions.
+    """
+    values_N = _checked(influence, 0)
+    if not len(values_N):
+        return np.zeros(0, np.int64)
+    if temperature:
+        values_N = _noisy(values_N, temperature, seed)
+    shuffled = _generator(seed, TIES).permutation(len(values_N))
+    order = shuffled[np.argsort(values_N[shuffled], kind="stable")[::-1]]
+    return order.astype(np.int64, copy=False)
+
+
+def _noisy(values_N: npt.NDArray[Any], temperature: float, seed: Seed) -> npt.NDArray[Any]:
+    """Values that rank like `values / temperature + Gumbel(0, 1)`; at least one."""
     # Adding temperature * noise ranks like dividing by temperature; divided by the larger of 1 and temperature,
     # neither overflows. Counted from the maximum, float32 is finest where the choice is made.
     scale = max(1.0, float(temperature))
@@ -72,7 +103,7 @@ def gumbel_top_k(influence: npt.ArrayLike, k: int, temperature: float = 0.0, see
         for block, span in _blocks(len(values_N)):
             noise = -np.log(_generator(seed, NOISE, block).standard_exponential(span.stop - span.start))
             noisy_N[span] = (values_N[span].astype(np.float64) - top) / scale + noise * (temperature / scale)
-    return _largest(noisy_N, k, seed)
+    return noisy_N
 
 
 def top_k(influence: npt.ArrayLike, k: int, seed: Seed = 0) -> IntArray:
@@ -337,8 +368,8 @@ def _largest(values_N: npt.NDArray[Any], k: int, seed: Seed) -> IntArray:
     above = np.flatnonzero(values_N > threshold)
     ties = np.flatnonzero(values_N == threshold)
     missing = k - len(above)
-    if missing < len(ties):
-        ties = _generator(seed, TIES).choice(ties, missing, replace=False, shuffle=False)
+    if missing < len(ties):  # the first of one random order, so that a choice of k is part of that of k + 1
+        ties = _generator(seed, TIES).permutation(ties)[:missing]
     return np.sort(np.concatenate([above, ties])).astype(np.int64, copy=False)
 
 

@@ -1,11 +1,11 @@
 """Scoring a `datasets.Dataset`: through `Dataset.map` with its cache and processes, or in place; in parts that stay.
 
 Place in the flow: what `MatesSelector.map`, `score` and `select` do with a map-style dataset. Trade-offs: `map` writes
-the new column alone and sets it beside the others, as `concatenate_datasets(axis=1)` does, so a corpus is not copied,
-and the result needs the files that the dataset had (`save_to_disk` writes one that does not). The cache key is made
-here instead of by `datasets`, which would hash the live model by pickling it and find another hash after each call of
-a tokenizer. It holds the dataset's fingerprint and the content of 1,024 rows, so that a dataset that was changed under
-its old fingerprint is scored anew.
+the predictions alone (influence, and the number of targets that a later `filter` needs) and sets the first beside the
+other columns, as `concatenate_datasets(axis=1)` does, so a corpus is not copied, and the result needs the files that
+the dataset had (`save_to_disk` writes one that does not). The cache key is made here instead of by `datasets`, which
+would hash the live model by pickling it and find another hash after each call of a tokenizer. It holds the dataset's
+fingerprint and the content of 1,024 rows, so that a dataset that was changed under its old fingerprint is scored anew.
 
 Shape suffix: N rows.
 """
@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.columns import fixed_positions, physical_rows
-from mates_hf.data.rows import TokenRows
 from mates_hf.influence.kernels import num_threads
 from mates_hf.influence.scoring import Predictions, Scorer
-from mates_hf.records import FloatArray, MatesError, read_array, write_array
+from mates_hf.records import MatesError, read_array, write_array
+from mates_hf.selection.inputs import names_of, refuse_unknown
 from mates_hf.selection.streaming import INFLUENCE_COLUMN
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ class Ahead:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def influence(self, begin: int, end: int) -> FloatArray:
-        """(end - begin,) float32 influence of these rows; asked for from the first to the last."""
+    def predictions(self, begin: int, end: int) -> Predictions:
+        """Predictions of these rows; asked for from the first to the last."""
         first, last = begin // AHEAD_ROWS, (end - 1) // AHEAD_ROWS
         for block in range(first, last + 1 + 2 * self._num_threads):
             start = block * AHEAD_ROWS
@@ -73,13 +73,14 @@ class Ahead:
                 self._blocks[block] = self._pool.submit(self._predict, start, stop)
         for block in [block for block in self._blocks if block < first]:
             del self._blocks[block]
-        found = np.concatenate([self._blocks[block].result().influence for block in range(first, last + 1)])
-        return found[begin - first * AHEAD_ROWS : end - first * AHEAD_ROWS]
+        found = [self._blocks[block].result() for block in range(first, last + 1)]
+        part = slice(begin - first * AHEAD_ROWS, end - first * AHEAD_ROWS)
+        return Predictions(*(np.concatenate(arrays)[part] for arrays in zip(*found, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlyInfluence:
-    """What `Dataset.map` runs on a batch: the new column.
+class OnlyScores:
+    """What `Dataset.map` runs on a batch: the predictions alone.
 
     Attributes:
         scorer: what predicts.
@@ -90,27 +91,13 @@ class OnlyInfluence:
     ahead: Ahead | None = None
 
     def __call__(self, table: Any, indices: list[int]) -> Any:
-        """The influence of a batch."""
-        import pyarrow as pa
-
-        if self.ahead is None:
-            found = self.scorer.predict_table(table, indices[0]).influence
-        else:
-            found = self.ahead.influence(indices[0], indices[-1] + 1)
-        return pa.table({INFLUENCE_COLUMN: pa.array(found)})
-
-
-@dataclasses.dataclass(frozen=True)
-class OnlyScores:
-    """What `Dataset.map` runs on a batch where the predictions alone are wanted."""
-
-    scorer: Scorer
-
-    def __call__(self, table: Any, indices: list[int]) -> Any:
         """The predictions of a batch."""
         import pyarrow as pa
 
-        scored = self.scorer.predict_table(table, indices[0])
+        if self.ahead is None:
+            scored = self.scorer.predict_table(table, indices[0])
+        else:
+            scored = self.ahead.predictions(indices[0], indices[-1] + 1)
         return pa.table({name: pa.array(values) for name, values in scored._asdict().items()})
 
 
@@ -120,45 +107,65 @@ def map_rows(
     *,
     batch_size: int,
     num_proc: int | None,
-    shards_dir: Path | None,
+    shards_dir: str | Path | None,
     shard_rows: int,
+    digest: str,
+    info: Any,
     remove_columns: str | list[str] | None = None,
     **kwargs: Any,
-) -> Any:
-    """`MatesSelector.map` of a `Dataset`."""
+) -> tuple[Any, Any]:
+    """`MatesSelector.map` of a `Dataset`.
+
+    Args:
+        dataset: with the column.
+        scorer: what predicts.
+        batch_size: rows scored at once.
+        num_proc: worker processes, or None.
+        shards_dir: folder of finished parts, or None.
+        shard_rows: rows of a part.
+        digest: of the scorer.
+        info: `DatasetInfo` of the result.
+        remove_columns: one name or several.
+        **kwargs: others of `Dataset.map`.
+
+    Returns:
+        The dataset with its new column, and a dataset of the predictions alone.
+
+    Raises:
+        TypeError: an argument would change what is computed.
+        ValueError: a column to remove is not there, or a file is named beside `shards_dir`.
+    """
     import datasets
 
     wrong = sorted(set(_OURS) & set(kwargs))
     if wrong:
         raise TypeError(f"`{'`, `'.join(wrong)}` cannot be given: the selector sets how rows are scored.")
-    removed = (remove_columns,) if isinstance(remove_columns, str) else tuple(remove_columns or ())
-    missing = [name for name in removed if name not in dataset.column_names]
-    if missing:
-        raise ValueError(f"`remove_columns` must be columns of the dataset, {dataset.column_names}, got {missing}.")
-    if INFLUENCE_COLUMN in dataset.column_names:
-        logger.info("The column `%s` is replaced.", INFLUENCE_COLUMN)
-    if shards_dir is not None:
-        _check_parts(kwargs, shard_rows)
+    refuse_unknown(kwargs)
+    removed = names_of(remove_columns, dataset.column_names)
+    if shards_dir is not None and ("cache_file_name" in kwargs or kwargs.get("keep_in_memory")):
+        raise ValueError(
+            "`cache_file_name` and `keep_in_memory` must not be given with `shards_dir`, which is on disk."
+        )
     left_out = {INFLUENCE_COLUMN, *removed}
     kept = dataset.with_format(None).select_columns([name for name in dataset.column_names if name not in left_out])
-    new = datasets.Features({INFLUENCE_COLUMN: datasets.Value("float32")})
-    features = datasets.Features({**kept.features, **new})
+    features = datasets.Features({**kept.features, INFLUENCE_COLUMN: datasets.Value("float32")})
     if not len(dataset):  # which `Dataset.map` and `concatenate_datasets` leave as it is
         nothing: dict[str, list[Any]] = {name: [] for name in features}
-        return _with_format_of(dataset, datasets.Dataset.from_dict(nothing, features=features, split=dataset.split))
-    options = {"batch_size": batch_size, "num_proc": num_proc, "features": new, **kwargs}
-    key = _key(dataset, scorer, scorer.digest(), INFLUENCE_COLUMN)
+        empty = datasets.Dataset.from_dict(nothing, features=features, split=dataset.split)
+        return _with_format_of(dataset, empty), empty
+    options = {"batch_size": batch_size, "num_proc": num_proc, "features": _features(), **kwargs}
+    key = scores_key(dataset, scorer, digest)
 
     def score(part: Any, key: str, **more: Any) -> Any:
         if num_proc or scorer.is_text or not getattr(scorer.model, "reads_spans", False):
-            return _map(part, OnlyInfluence(scorer), key, scorer, **options, **more)
+            return _map(part, OnlyScores(scorer), key, scorer, **options, **more)
         with Ahead(part, scorer) as ahead:
-            return _map(part, OnlyInfluence(scorer, ahead), key, scorer, **options, **more)
+            return _map(part, OnlyScores(scorer, ahead), key, scorer, **options, **more)
 
     if shards_dir is None:
         scored = score(dataset, key)
     else:
-        folder = shards_dir / key
+        folder = Path(shards_dir) / key
         parts = []
         for begin in range(0, len(dataset), shard_rows):
             end = min(begin + shard_rows, len(dataset))
@@ -166,16 +173,17 @@ def map_rows(
             part = dataset.select(range(begin, end))
             parts.append(score(part, f"{key}-{begin:x}-{end:x}", cache_file_name=str(name)))
         scored = datasets.concatenate_datasets(parts)
+    column = scored.select_columns([INFLUENCE_COLUMN])
     if not kept.column_names:
-        return _with_format_of(dataset, scored)
+        return _with_format_of(dataset, column), scored
     if physical_rows(kept) is not None:  # a column beside a table needs its order: the rows are written in theirs
         in_memory = bool(kwargs.get("keep_in_memory"))
         rows_key = _key(dataset, scorer, "rows", *kept.column_names)
         kept = kept.flatten_indices(keep_in_memory=in_memory, num_proc=num_proc, new_fingerprint=rows_key)
-    info = dataset.info.copy()
+    info = info.copy()
     info.features = features
-    whole = datasets.concatenate_datasets([kept, scored], info=info, split=dataset.split, axis=1)
-    return _with_format_of(dataset, whole)
+    whole = datasets.concatenate_datasets([kept, column], info=info, split=dataset.split, axis=1)
+    return _with_format_of(dataset, whole), scored
 
 
 def score_rows(
@@ -184,14 +192,13 @@ def score_rows(
     *,
     batch_size: int,
     num_proc: int | None,
-    shards_dir: Path | None,
-    shard_rows: int,
+    shards_dir: str | Path | None,
+    shard_rows: int = SHARD_ROWS,
 ) -> Predictions:
     """`MatesSelector.score`: predictions of all rows, part by part."""
     from tqdm import tqdm
 
-    _check_parts({}, shard_rows)
-    folder = None if shards_dir is None else shards_dir / _key(dataset, scorer, scorer.digest())
+    folder = None if shards_dir is None else Path(shards_dir) / _key(dataset, scorer, scorer.digest())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     influence, num_targets = np.empty(len(dataset), np.float32), np.empty(len(dataset), np.int32)
@@ -209,19 +216,30 @@ def score_rows(
     return Predictions(influence, num_targets)
 
 
-def log_intercepts(mapped: Any, scorer: Scorer) -> None:
-    """Count the rows that say nothing: empty documents, and those of tokens that the model never saw."""
-    if not len(mapped):
+def log_intercepts(scored: Any) -> None:
+    """Count the rows that say nothing, from a dataset of predictions; the model is not asked about an empty row."""
+    if not len(scored):
         return
-    empty = TokenRows(values=np.zeros(0, np.int64), offsets=np.zeros(2, np.int64))
-    intercept = scorer.predict(empty).influence[0]
-    influence = mapped.data.column(INFLUENCE_COLUMN).to_numpy()
-    num = int(np.count_nonzero(influence == intercept))
+    empty = scored.data.column("num_targets").to_numpy() == 0
+    num = int(np.count_nonzero(empty))
     if num:
+        intercept = scored.data.column(INFLUENCE_COLUMN)[int(np.argmax(empty))].as_py()
         logger.info(
-            "%d of %d rows have no trained token that the influence model knows (empty documents among them); their "
-            "influence is its intercept, %.3g.", num, len(influence), intercept,
+            "%d of %d rows have no trained token (empty documents among them); their influence is the model's "
+            "intercept, %.3g.", num, len(empty), intercept,
         )  # fmt: skip
+
+
+def scores_key(dataset: Any, scorer: Scorer, digest: str) -> str:
+    """Fingerprint of a dataset's predictions by a scorer of this digest."""
+    return _key(dataset, scorer, digest, "scores")
+
+
+def _features() -> Any:
+    """`datasets.Features` of predictions."""
+    import datasets
+
+    return datasets.Features({INFLUENCE_COLUMN: datasets.Value("float32"), "num_targets": datasets.Value("int32")})
 
 
 def _key(dataset: Any, scorer: Scorer, *more: str) -> str:
@@ -254,15 +272,12 @@ def _with_format_of(dataset: Any, mapped: Any) -> Any:
 
 
 def _scores_by_map(dataset: Any, scorer: Scorer, begin: int, end: int, batch_size: int, num_proc: int) -> Predictions:
-    """Predictions of some rows by worker processes."""
-    import datasets
-
-    features = datasets.Features({"influence": datasets.Value("float32"), "num_targets": datasets.Value("int32")})
+    """Predictions of some rows by worker processes, which hand them over in memory: no file is left behind."""
     part = dataset.select(range(begin, end)).with_format(None)
-    key = _key(part, scorer, scorer.digest(), "scores")
-    options = {"features": features, "batch_size": batch_size, "num_proc": num_proc}
-    found = _map(part, OnlyScores(scorer), key, scorer, **options)
-    return Predictions(*(found.data.column(name).to_numpy() for name in features))
+    key = f"{_key(part, scorer, 'scores')}-{begin:x}-{end:x}"  # of what is in memory alone: no cache finds it
+    options = {"features": _features(), "batch_size": batch_size, "num_proc": num_proc, "keep_in_memory": True}
+    found = _map(part, OnlyScores(scorer), key, scorer, load_from_cache_file=False, **options)
+    return Predictions(*(found.data.column(name).to_numpy() for name in Predictions._fields))
 
 
 def _kept(path: Path, num: int, compute: Callable[[], Predictions]) -> Predictions:
@@ -279,12 +294,3 @@ def _kept(path: Path, num: int, compute: Callable[[], Predictions]) -> Predictio
     for name, array in zip(names, scored, strict=True):
         write_array(name, array)
     return scored
-
-
-def _check_parts(kwargs: dict[str, Any], shard_rows: int) -> None:
-    if "cache_file_name" in kwargs or kwargs.get("keep_in_memory"):
-        raise ValueError(
-            "`cache_file_name` and `keep_in_memory` must not be given with `shards_dir`, which is on disk."
-        )
-    if shard_rows < 1:
-        raise ValueError(f"`shard_rows` must be at least 1, got {shard_rows}.")

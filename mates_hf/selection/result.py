@@ -10,6 +10,7 @@ Sign: > 0 helps, higher is better. Shape suffix: N rows.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any, Literal
 
@@ -17,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows
+from mates_hf.display import card, html_card, number
 from mates_hf.influence.scoring import Predictions, Scorer
 from mates_hf.records import IntArray
-from mates_hf.selection.choose import gumbel_top_k, nth_true, row_worth
+from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked, row_worth
+
+logger = logging.getLogger(__name__)
 
 SPAN_TARGETS = 32  # of a row are explained together
+_WELL_USED = 0.9  # of a token budget; below it, a warning
 
 Ranking = Literal["influence", "row_worth"]
 
@@ -34,9 +39,10 @@ class Budget:
         ratio: share of the rows, in (0, 1]; rounded to whole rows, at least one.
         k: number of rows.
         threshold: keep rows whose `influence` is at least this.
-        num_tokens: keep the rows of highest influence that together have at most this many trained tokens.
+        num_tokens: keep rows, from the highest influence down, that together have at most this many trained tokens; a
+            row that does not fit into what is left is skipped.
         temperature: of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
-        seed: of the noise and of the order among ties.
+        seed: of the noise and of the order among ties, from 0 to below 2**64.
 
     Raises:
         ValueError: none or several are given, or one is out of range.
@@ -63,6 +69,7 @@ class Budget:
             "threshold": (self.threshold is None or not math.isnan(self.threshold), "a number"),
             "num_tokens": (_is_count(self.num_tokens), "a whole number of at least 0"),
             "temperature": (0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            "seed": (self.seed is not None and _is_count(self.seed) and self.seed < 2**64, _SEEDS),
         }
         for name, (ok, rule) in rules.items():
             if not ok:
@@ -79,8 +86,18 @@ class Budget:
         return "row_worth" if self.threshold is None and self.num_tokens is None else "influence"
 
 
+_SEEDS = "a whole number from 0 to below 2**64"
+
+
 def _is_count(value: Any) -> bool:
     return value is None or (isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 0)
+
+
+def asked_for(budget: Budget) -> str:
+    """A budget as it was written, defaults left out."""
+    said = [f"{name}={getattr(budget, name)}" for name in ("ratio", "k", "threshold", "num_tokens")]
+    said = [word for word in said if not word.endswith("=None")]
+    return ", ".join([*said, *([f"temperature={budget.temperature}, seed={budget.seed}"] * (budget.temperature > 0))])
 
 
 def rank_values(scored: Predictions, ranking: Ranking) -> npt.NDArray[np.float32]:
@@ -126,7 +143,7 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
     Args:
         scored: predictions of N rows.
         budget: what to keep. Rows without a trained token come last in a row budget and never in a token budget;
-            with `threshold` their influence, the intercept, decides.
+            with `threshold` their influence, the intercept, decides. Rows that rank alike stand in one random order.
         label_std: standard deviation of the labels' `influence`, for a temperature.
 
     Returns:
@@ -145,24 +162,38 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
     if budget.temperature and len(values):
         values = values / np.float32(temperature_unit(scored.num_targets, budget.ranking, label_std))
     where = np.flatnonzero(trained)
-
-    def best(k: int) -> IntArray:
-        return where[gumbel_top_k(values, k, temperature=budget.temperature, seed=budget.seed)]
-
     if budget.num_tokens is not None:
-        # A choice of k is part of that of k + 1 (but among ties), so the largest k that fits is found by halving.
-        low, high = 0, len(values)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = int(scored.num_targets[best(middle)].sum(dtype=np.int64)) <= budget.num_tokens
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return best(low)
+        order = where[ranked(values, budget.temperature, budget.seed)]
+        return np.sort(_fill(order, scored.num_targets, int(budget.num_tokens)))
     k = budget.k if budget.k is not None else share_of(num, budget.ratio)
-    chosen = best(min(k, len(values)))
+    chosen = where[gumbel_top_k(values, min(k, len(values)), temperature=budget.temperature, seed=budget.seed)]
     if k > len(values):
         others = nth_true(~trained, np.arange(k - len(values)))
         chosen = np.sort(np.concatenate([chosen, others]))
     return chosen.astype(np.int64)
+
+
+def _fill(order: IntArray, num_targets: npt.NDArray[np.int32], num_tokens: int) -> IntArray:
+    """The rows of an order that fit into a number of tokens, each tried in its turn."""
+    left, skipped, parts = num_tokens, None, [order[:0]]
+    while len(order):
+        ends = np.cumsum(num_targets[order], dtype=np.int64)
+        num = int(np.searchsorted(ends, left, side="right"))
+        parts.append(order[:num])
+        left -= int(ends[num - 1]) if num else 0
+        if num < len(order) and skipped is None:
+            skipped = int(order[num])
+        rest = order[num + 1 :]
+        order = rest[num_targets[rest] <= left]
+    used = num_tokens - left
+    if skipped is not None and used < _WELL_USED * num_tokens:
+        logger.warning(
+            "`num_tokens=%d` keeps %d tokens in %d rows, %.0f %% of the budget: rows are taken whole, and those left "
+            "are longer than what is left of it. The first that does not fit is row %d, with %d trained tokens. Raise "
+            "`num_tokens`, or cut the rows.",
+            num_tokens, used, sum(map(len, parts)), 100 * used / num_tokens, skipped, int(num_targets[skipped]),
+        )  # fmt: skip
+    return np.concatenate(parts)
 
 
 def share_of(num: int, ratio: float | None) -> int:
@@ -170,7 +201,7 @@ def share_of(num: int, ratio: float | None) -> int:
     return min(num, max(1, round(num * (ratio or 0.0))))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Selection:
     """A scored dataset and what a budget keeps of it.
 
@@ -209,6 +240,26 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        return card(*self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_card(*self._facts())
+
+    def _facts(self) -> tuple[str, dict[str, str]]:
+        """Title and lines of what is printed."""
+        kept, rest = self.influence[self.rows], self.influence[~self._kept()]
+        tokens = self.num_targets[self.rows].sum(dtype=np.int64), self.num_targets.sum(dtype=np.int64)
+        facts = {
+            "trained tokens": f"{tokens[0]:,} of {tokens[1]:,} ({tokens[0] / max(1, tokens[1]):.1%})",
+            "asked for": asked_for(self.budget),
+            "ranked by": f"{self.ranked_by}, threshold {number(self.threshold)}",
+            "mean influence": f"kept {_mean(kept)}, others {_mean(rest)} nats/token (> 0 helps)",
+            "columns": ", ".join(self.dataset.column_names),
+            "see": ".selected, .rejected, .explain(row), .rethreshold(ratio=...)",
+        }
+        return f"Selection: {len(self.rows):,} of {len(self.influence):,} rows ({self.ratio:.1%})", facts
 
     @property
     def selected(self) -> Any:
@@ -312,3 +363,7 @@ class Selection:
         kept = np.zeros(len(self.influence), bool)
         kept[self.rows] = True
         return kept
+
+
+def _mean(influence: npt.NDArray[np.float32]) -> str:
+    return number(float(influence.mean(dtype=np.float64))) if len(influence) else "-"

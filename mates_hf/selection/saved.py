@@ -13,6 +13,7 @@ selector.json                              checksums of the tokenizer, max_lengt
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 from mates_hf.influence.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE, library_version, load_influence_model
 from mates_hf.influence.scoring import tokenizer_digest
 from mates_hf.records import COPY_AGAIN, MatesError, read_json, sha256_of, write_json
-from mates_hf.round_files import ROUND_FILE
+from mates_hf.round_files import ROUND_FILE, find_rounds
 
 SELECTOR_FILE = "selector.json"
 TOKENIZER_DIR = "tokenizer"
@@ -33,6 +34,7 @@ HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, FIT_FILE, SELECTOR_FILE, CARD_FILE, f"{T
 
 logger = logging.getLogger(__name__)
 
+_NUM_LISTED = 8  # names in an error
 _ROUND_MODEL_DIR = "influence_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -79,6 +81,37 @@ def download(name: str, **options: Any) -> Path:
         raise FileNotFoundError(
             f"`{name}` must be a directory or a repository on the Hub that can be read, and is not ({error})."
         ) from error
+
+
+def open_selector(name: str | Path, tokenizer: Any, **options: Any) -> Saved:
+    """Read what `MatesSelector.from_pretrained` is given.
+
+    Args:
+        name: a directory, `~` included, or a repository on the Hub.
+        tokenizer: of the model's tokens, or None for the saved one.
+        **options: of the download.
+
+    Returns:
+        What it holds, with the tokenizer to use.
+
+    Raises:
+        FileNotFoundError: there is no such directory or repository, or it holds no influence model.
+        ValueError: it was written in a newer format, or with another tokenizer than the one given.
+        MatesError: a file is damaged or was changed after it was written.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if not is_hub_id(str(name)):
+            raise FileNotFoundError(f"`{name}` must be a directory or the name of a repository on the Hub.")
+        path = download(str(name), **options)
+    saved = read_selector(path)
+    known = saved.tokenizer if saved.tokenizer is not None else getattr(saved.model, "tokenizer", None)
+    if tokenizer is not None and known is not None and tokenizer_digest(tokenizer) != tokenizer_digest(known):
+        raise ValueError(
+            f"`tokenizer` must be the one that `{name}` was fitted with, and makes other tokens. Leave it out: the "
+            "right one is saved with the model."
+        )
+    return saved._replace(tokenizer=known if tokenizer is None else tokenizer)
 
 
 def write_selector(
@@ -148,13 +181,13 @@ def read_selector(path: Path) -> Saved:
     """Read a saved selector, a saved influence model, or the influence model of a finished round.
 
     Args:
-        path: the directory.
+        path: the directory, or that of a run or of its rounds, whose newest finished round is then read.
 
     Returns:
         What it holds. A round knows the tokenizer of its training run if the Trainer had one as `processing_class`.
 
     Raises:
-        FileNotFoundError: it is none of the three, or the round did not finish.
+        FileNotFoundError: it is none of these, or no round finished; says what is there.
         ValueError: a file was written in a newer format.
         MatesError: a file is damaged or was changed after it was written.
     """
@@ -162,13 +195,8 @@ def read_selector(path: Path) -> Saved:
         if not (path / ROUND_FILE).exists():
             raise FileNotFoundError(f"`{path}` is not a finished round: it has no {ROUND_FILE}.")
         return read_selector(path / _ROUND_MODEL_DIR)._replace(origin=round_origin(read_json(path / ROUND_FILE)))
-    if not (path / CONFIG_FILE).exists():
-        rounds = sorted(one.name for one in path.glob("round-*") if (one / ROUND_FILE).exists())
-        hint = f" It holds rounds: name one, `{path / rounds[-1]}`." if rounds else ""
-        raise FileNotFoundError(
-            f"`{path}` must be a saved selector, a saved influence model or a finished round, and has no "
-            f"{CONFIG_FILE}.{hint}"
-        )
+    if not _holds_model(path):
+        return read_selector(_newest_model(path))
     if not (path / SELECTOR_FILE).exists():
         return Saved(load_influence_model(path), None, None, {})
     about = read_json(path / SELECTOR_FILE)
@@ -190,6 +218,60 @@ def read_selector(path: Path) -> Saved:
         )
     tokenizer = _read_tokenizer(path / TOKENIZER_DIR, about["tokenizer"])
     return Saved(load_influence_model(path), tokenizer, max_length, origin)
+
+
+def _holds_model(path: Path) -> bool:
+    """True where a directory's config is an influence model's, damaged or not; `Trainer.save_model` writes others."""
+    if not (path / CONFIG_FILE).exists():
+        return False
+    try:
+        found = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+    return not isinstance(found, dict) or "kind" in found or not ({"model_type", "architectures"} & set(found))
+
+
+def _newest_model(path: Path) -> Path:
+    """The newest finished round of a run that kept its influence model.
+
+    Args:
+        path: of the run, or of its rounds.
+
+    Returns:
+        The round's directory.
+
+    Raises:
+        FileNotFoundError: there is none; says what is there.
+    """
+    _, finished = find_rounds(path)
+    with_model = [number for number, one in finished.items() if (one / _ROUND_MODEL_DIR).is_dir()]
+    if with_model:
+        newest = finished[max(with_model)]
+        logger.info("The influence model of the newest of %d finished rounds is read: `%s`.", len(finished), newest)
+        return newest
+    if (path / ROUND_FILE).exists():
+        why = f"It is a finished round that kept no influence model. Its run is `{path.parent}`."
+    elif finished:
+        why = f"The finished rounds there, {', '.join(map(str, finished))}, kept no influence model."
+    elif (path / CONFIG_FILE).exists():
+        why = "It holds a model of transformers. Influence models are in the run's rounds, `<output_dir>/_mates`."
+        _, beside = find_rounds(path.parent)
+        if beside:
+            why += f" Pass the run, `{path.parent}`."
+    else:
+        names = sorted(f"{one.name}/" if one.is_dir() else one.name for one in path.iterdir())
+        listed = ", ".join([*names[:_NUM_LISTED], *(["..."] if len(names) > _NUM_LISTED else [])])
+        why = f"It has no {CONFIG_FILE} and no finished round, but {listed or 'nothing at all'}."
+        begun = [name for name in (*names, *_names(path / "_mates")) if name.startswith("round-")]
+        if begun:
+            why += f" No round is finished: {', '.join(begun[:_NUM_LISTED])}."
+    raise FileNotFoundError(
+        f"`{path}` must be a saved selector, a saved influence model, a finished round, or a run that has one. {why}"
+    )
+
+
+def _names(path: Path) -> list[str]:
+    return sorted(f"{one.name}/" for one in path.iterdir()) if path.is_dir() else []
 
 
 def round_origin(info: Mapping[str, Any]) -> dict[str, Any]:

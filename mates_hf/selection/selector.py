@@ -2,7 +2,8 @@
 
 Place in the flow: right of every influence model, for people who choose data before a run or outside of a Trainer; a
 round inside the Trainer selects by `choose.select_rows` instead. Trade-off: `map` goes through `datasets`, its cache
-and its processes, and writes a column; `filter` and `select` score in place and write nothing.
+and its processes, and writes a column; `filter` and `select` score in place and write nothing, and score nothing that
+this selector has scored before (see `reuse`).
 
 Sign: influence > 0 helps, higher is better. Shape suffix: N rows.
 """
@@ -16,21 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelHubMixin
 
+from mates_hf.display import card, html_card
 from mates_hf.influence.arguments import check_influence_model
-from mates_hf.influence.scoring import Predictions, Scorer, find_column, tokenizer_digest
-from mates_hf.records import FitReport, UnsupportedSettingError
-from mates_hf.selection.card import TAGS, write_card
+from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.records import FitReport
+from mates_hf.selection.card import TAGS, selector_facts, write_card
+from mates_hf.selection.inputs import (
+    check_sizes,
+    check_tokenizer,
+    files_of_splits,
+    is_splits,
+    is_stream,
+    make_scorer,
+    one_column,
+    refuse_arguments,
+    schema_of,
+)
 from mates_hf.selection.mapped import SHARD_ROWS, log_intercepts, map_rows, score_rows
 from mates_hf.selection.result import Budget, Selection
-from mates_hf.selection.saved import download, is_hub_id, read_selector, write_selector
-from mates_hf.selection.streaming import (
-    StreamSelection,
-    is_stream,
-    map_stream,
-    refuse_arguments,
-    select_stream,
-    stream_schema,
-)
+from mates_hf.selection.reuse import Scored, digest_of, is_own, read_own, record
+from mates_hf.selection.saved import open_selector, write_selector
+from mates_hf.selection.streaming import INFLUENCE_COLUMN, StreamSelection, map_stream, select_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,8 +51,9 @@ _NO_LENGTH = 10**9  # a tokenizer without a maximum says 10**30
 class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
     """Predict the influence of any dataset's rows, and keep those that help.
 
-    A text becomes exactly `tokenizer(text)`, truncated, never packed; every token but the first is a target. Token
-    columns are used as they are (beside `input_ids`, columns `labels` and `attention_mask` count as in training).
+    A text becomes exactly `tokenizer(text)`, truncated, never packed; every token but the first is a target. A
+    conversation (`messages`) becomes the text that the tokenizer's chat template makes of it, likewise. Token columns
+    are used as they are (beside `input_ids`, columns `labels` and `attention_mask` count as in training).
 
     Args:
         influence_model: fitted; anything with `predict`, `report` and `save_pretrained` (see "Adding an influence
@@ -78,13 +86,15 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         if self.tokenizer is not None:
             if max_length is None and self.tokenizer.model_max_length < _NO_LENGTH:
                 max_length = int(self.tokenizer.model_max_length)
-            seen = getattr(influence_model, "vocab_size", 0)
-            if isinstance(seen, int) and seen > len(self.tokenizer):
-                raise ValueError(
-                    f"`tokenizer` must be the one the influence model was fitted with: the model has seen the id "
-                    f"{seen - 1}, and the tokenizer has ids below {len(self.tokenizer)}."
-                )
+            check_tokenizer(self.tokenizer, influence_model)
         self.max_length = max_length
+        self._scored = Scored()
+
+    def __repr__(self) -> str:
+        return card("MatesSelector", selector_facts(self))
+
+    def _repr_html_(self) -> str:
+        return html_card("MatesSelector", selector_facts(self))
 
     # --- scoring ---
 
@@ -93,6 +103,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         dataset: Any,
         *,
         column: str | None = None,
+        text_column: str | None = None,
         batch_size: int = 1000,
         num_proc: int | None = None,
         shards_dir: str | Path | None = None,
@@ -101,21 +112,26 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
     ) -> Any:
         """The dataset with a float32 `influence` column: nats/token of reference loss, > 0 helps, higher is better.
 
-        Rows keep their order, columns and format; a column of that name is replaced. A row without a target gets the
-        model's intercept, and these are counted in the log. The cache of `datasets` is keyed by the dataset and all
-        that a prediction depends on, so that a second process finds it and a changed weight does not.
+        Rows keep their order, columns and format; a column of that name is replaced, with a warning where it is not
+        this selector's. A row without a target gets the model's intercept; these are counted in the log. The cache of
+        `datasets` is keyed by the dataset and all that a prediction depends on, so that a second process finds it and
+        a changed weight does not.
 
-        The new column is written alone, 4 bytes a row, and set beside the others, which stay where they are: keep
-        their files, or `save_to_disk` the result. Rows that were shuffled or picked are written in their order first.
+        The new column is written alone (with the number of targets, for a later `filter`: 8 bytes a row) and set
+        beside the others, which stay where they are: keep their files, or `save_to_disk` the result. Rows that were
+        shuffled or picked are written in their order first.
 
         Args:
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; streams are scored as read.
-            column: of texts or of token ids; None takes `input_ids`, else `text`.
+            column: of texts, of token ids or of conversations (lists of `role` and `content`); `meta.text` names one
+                inside of a struct. None takes `input_ids`, else `text`, else `messages`.
+            text_column: another name for `column`.
             batch_size: rows scored at once.
             num_proc: worker processes, of one thread each; None scores in this process on all cores.
             shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run goes on where it stopped.
             shard_rows: see `shards_dir`.
-            **kwargs: for `datasets.Dataset.map` of the new column, but what would change what is computed.
+            **kwargs: for `datasets.Dataset.map` of the new column, but what would change what is computed; with
+                splits also `cache_file_names`.
 
         Returns:
             A dataset of the same kind.
@@ -125,32 +141,37 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             TypeError: the column holds neither texts nor tokens, or this is no dataset.
             UnsupportedSettingError: a transform hides the dataset's columns.
         """
-        if isinstance(dataset, dict):
-            refuse_arguments("one file cannot hold several splits", cache_file_name=kwargs.get("cache_file_name"))
-            parts = {name: None if shards_dir is None else Path(shards_dir) / str(name) for name in dataset}
-            options: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
-            mapped = {
-                name: self.map(split, column=column, shards_dir=parts[name], **options, **kwargs)
-                for name, split in dataset.items()
-            }
-            return type(dataset)(mapped)
+        column = one_column(column, text_column)
+        check_sizes(batch_size, num_proc, shard_rows=shard_rows)
+        options: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
+        if is_splits(dataset):
+            files = files_of_splits(dataset, shards_dir, kwargs)
+            kwargs = {"column": column, **options, **kwargs}
+            return type(dataset)({name: self.map(dataset[name], **files[name], **kwargs) for name in dataset})
+        refuse_arguments("this is no dict of splits", cache_file_names=kwargs.pop("cache_file_names", None))
+        schema = schema_of(dataset)
         if is_stream(dataset):
             remove_columns = kwargs.pop("remove_columns", None)
             refuse_arguments(_STREAMED, num_proc=num_proc, shards_dir=shards_dir, **kwargs)
-            return map_stream(dataset, self._scorer(dataset, column), batch_size, remove_columns)
-        scorer = self._scorer(dataset, column, num_proc)
-        options = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
-        mapped = map_rows(
-            dataset, scorer, shards_dir=None if shards_dir is None else Path(shards_dir), **options, **kwargs
-        )
-        log_intercepts(mapped, scorer)
-        return mapped
+            return map_stream(dataset, self._scorer(schema, column), batch_size, remove_columns, list(schema.names))
+        scorer = self._scorer(schema, column, num_proc)
+        digest = scorer.digest()
+        if INFLUENCE_COLUMN in dataset.column_names and not is_own(dataset, digest):
+            logger.warning("The column `%s`, not known to be this selector's, is replaced.", INFLUENCE_COLUMN)
+        kwargs = {"digest": digest, "info": record(dataset.info, digest), **options, **kwargs}
+        whole, scored = map_rows(dataset, scorer, shards_dir=shards_dir, **kwargs)
+        log_intercepts(scored)
+        self._scored.keep(dataset, scorer, digest, scored)
+        if set(scorer.columns_of(dataset.column_names)) <= set(whole.column_names):
+            self._scored.keep(whole, scorer, digest, scored)
+        return whole
 
     def score(
         self,
         dataset: Any,
         *,
         column: str | None = None,
+        text_column: str | None = None,
         batch_size: int = 1000,
         num_proc: int | None = None,
         shards_dir: str | Path | None = None,
@@ -161,6 +182,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         Args:
             dataset: a `Dataset`.
             column: as in `map`.
+            text_column: another name for `column`.
             batch_size: texts tokenised at once.
             num_proc: worker processes; None scores in this process on all cores, which token columns want.
             shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run goes on where it stopped.
@@ -174,17 +196,15 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             TypeError: the column holds neither texts nor tokens, or this is no `Dataset`.
             UnsupportedSettingError: a transform hides the dataset's columns.
         """
-        if isinstance(dataset, dict) or is_stream(dataset):
+        column = one_column(column, text_column)
+        check_sizes(batch_size, num_proc, shard_rows=shard_rows)
+        if is_splits(dataset) or is_stream(dataset):
             raise TypeError(f"`score` takes one `Dataset`, got {type(dataset).__name__}. Pass a split, or use `map`.")
-        scorer = self._scorer(dataset, column, num_proc)
-        return score_rows(
-            dataset,
-            scorer,
-            batch_size=batch_size,
-            num_proc=num_proc,
-            shards_dir=None if shards_dir is None else Path(shards_dir),
-            shard_rows=shard_rows,
-        )
+        scorer = self._scorer(schema_of(dataset), column, num_proc)
+        sizes: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
+        found = score_rows(dataset, scorer, shards_dir=shards_dir, **sizes)
+        self._scored.keep(dataset, scorer, digest_of(scorer), found)
+        return found
 
     # --- selection ---
 
@@ -232,6 +252,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         temperature: float = 0.0,
         seed: int = 0,
         column: str | None = None,
+        text_column: str | None = None,
         batch_size: int = 1000,
         num_proc: int | None = None,
         shards_dir: str | Path | None = None,
@@ -240,17 +261,23 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         """Score a dataset and keep what a budget allows; exactly one of `ratio`, `k`, `threshold`, `num_tokens`.
 
         Row budgets rank by what a row adds to a batch, n * (influence - token-weighted mean); a token budget and a
-        threshold by `influence`.
+        threshold by `influence`. Equals stand in one random order, so that a choice of k is part of that of k + 1.
+
+        What `map`, `score` or `select` of this selector found for this dataset is used again, and so is an
+        `influence` column that this selector wrote, in whatever process. A column of that name from elsewhere is not,
+        with a warning.
 
         Args:
             dataset: as in `filter`.
             ratio: share of the rows (of each split), in (0, 1].
             k: number of rows (of each split).
             threshold: lowest `influence` to keep.
-            num_tokens: trained tokens to keep (of each split), at most.
+            num_tokens: trained tokens to keep (of each split), at most; a row that does not fit into what is left is
+                skipped, and a warning says so where less than 90 % of the budget is used.
             temperature: of Gumbel noise in standard deviations of the labels; 0 takes the highest.
-            seed: of the noise.
+            seed: of the noise and of the order among equals, from 0 to below 2**64.
             column: as in `map`.
+            text_column: another name for `column`.
             batch_size: rows scored at once.
             num_proc: as in `score`.
             shards_dir: as in `score`.
@@ -267,48 +294,47 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         budget = Budget(
             ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
         )
+        column = one_column(column, text_column)
+        check_sizes(batch_size, num_proc, calibration_rows=calibration_rows)
         options: dict[str, Any] = {"column": column, "batch_size": batch_size, "num_proc": num_proc}
-        if not isinstance(dataset, dict):
+        if not is_splits(dataset):
             return self._select(dataset, budget, shards_dir=shards_dir, calibration_rows=calibration_rows, **options)
-        parts = {name: None if shards_dir is None else Path(shards_dir) / str(name) for name in dataset}
-        return {
-            name: self._select(split, budget, shards_dir=parts[name], calibration_rows=calibration_rows, **options)
-            for name, split in dataset.items()
-        }
+        files = files_of_splits(dataset, shards_dir, {})
+        options["calibration_rows"] = calibration_rows
+        return {name: self._select(dataset[name], budget, **files[name], **options) for name in dataset}
 
     def _select(
         self, dataset: Any, budget: Budget, *, batch_size: int, calibration_rows: int, **options: Any
     ) -> Selection | StreamSelection:
         """One split."""
         label_std = float("nan") if self._report is None else self._report.label_std
-        column = options["column"]
+        schema, column = schema_of(dataset), options.pop("column")
         if is_stream(dataset):
             refuse_arguments(_STREAMED, num_proc=options["num_proc"], shards_dir=options["shards_dir"])
-            scorer = self._scorer(dataset, column)
+            if INFLUENCE_COLUMN in schema.names:
+                logger.warning(
+                    "The stream's column `%s` is not used: its rows are scored as they are read.", INFLUENCE_COLUMN
+                )
+            scorer = self._scorer(schema, column)
             sizes = {"batch_size": batch_size, "calibration_rows": calibration_rows}
             return select_stream(dataset, scorer, budget, label_std, **sizes)
-        scored = self.score(dataset, batch_size=batch_size, **options)
-        selection = Selection.make(dataset, scored, budget, self._scorer(dataset, column), label_std)
+        scorer = self._scorer(schema, column)
+        digest = digest_of(scorer)
+        scored = self._scored.find(dataset, scorer, digest)
+        if scored is None:
+            scored = read_own(dataset, scorer, digest, batch_size)
+            if scored is None:
+                worker = self._scorer(schema, column, options["num_proc"])
+                scored = score_rows(dataset, worker, batch_size=batch_size, **options)
+            self._scored.keep(dataset, scorer, digest, scored)
+        selection = Selection.make(dataset, scored, budget, scorer, label_std)
         logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)
         return selection
 
-    def _scorer(self, dataset: Any, column: str | None, num_proc: int | None = None) -> Scorer:
-        """What scores this dataset, or an error."""
-        stream = is_stream(dataset)
-        if not stream and dataset.format["type"] == "custom":
-            raise UnsupportedSettingError(
-                "A dataset with a transform (`set_transform`) has other rows than columns, and columns are scored. "
-                "Write what the transform makes into columns with `dataset.map`, or take it off with "
-                "`dataset.with_format(None)`."
-            )
-        name, is_text = find_column(stream_schema(dataset) if stream else dataset.data.schema, column)
-        if is_text and self.tokenizer is None:
-            raise ValueError(
-                f"Column `{name}` holds texts, and no tokenizer is recorded with this influence model. Pass the "
-                "training tokenizer: `MatesSelector.from_pretrained(path, tokenizer=tokenizer)`."
-            )
+    def _scorer(self, schema: Any, column: str | None, num_proc: int | None = None) -> Scorer:
+        """What scores a dataset of this schema, or an error."""
         threads = 1 if num_proc else None
-        return Scorer(self.influence_model, name, is_text, self.tokenizer, self.max_length, threads)
+        return make_scorer(schema, column, self.influence_model, self.tokenizer, self.max_length, threads)
 
     # --- on disk and on the Hub ---
 
@@ -328,8 +354,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         """Read a selector, an influence model or the model of a finished round. Nothing is unpickled.
 
         Args:
-            pretrained_model_name_or_path: a directory that `save_pretrained` wrote, a round directory such as
-                `runs/my-run/_mates/round-0003`, or a repository on the Hub.
+            pretrained_model_name_or_path: a directory that `save_pretrained` wrote, a run's `output_dir` or `_mates`,
+                whose newest finished round is read, a round's directory, or a repository on the Hub.
             tokenizer: of the tokens the model was fitted on; where one is recorded, it must be the same. A round has
                 its Trainer's `processing_class`.
             max_length: tokens a text is cut to; None takes what was saved.
@@ -347,28 +373,12 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             ValueError: it was written in a newer format, or with another tokenizer than the one given.
             MatesError: a file is damaged or was changed after it was written.
         """
-        path = Path(pretrained_model_name_or_path)
-        if not path.is_dir():
-            name = str(pretrained_model_name_or_path)
-            if not is_hub_id(name):
-                raise FileNotFoundError(f"`{name}` must be a directory or the name of a repository on the Hub.")
-            path = download(
-                name, revision=revision, token=token, cache_dir=cache_dir,
-                force_download=force_download, local_files_only=local_files_only,
-            )  # fmt: skip
-        saved = read_selector(path)
-        known = saved.tokenizer if saved.tokenizer is not None else getattr(saved.model, "tokenizer", None)
-        if tokenizer is not None and known is not None and tokenizer_digest(tokenizer) != tokenizer_digest(known):
-            raise ValueError(
-                f"`tokenizer` must be the one that `{pretrained_model_name_or_path}` was fitted with, and makes other "
-                "tokens. Leave it out: the right one is saved with the model."
-            )
-        return cls(
-            saved.model,
-            known if tokenizer is None else tokenizer,
-            max_length=saved.max_length if max_length is None else max_length,
-            origin=saved.origin,
-        )
+        saved = open_selector(
+            pretrained_model_name_or_path, tokenizer, revision=revision, token=token, cache_dir=cache_dir,
+            force_download=force_download, local_files_only=local_files_only,
+        )  # fmt: skip
+        max_length = saved.max_length if max_length is None else max_length
+        return cls(saved.model, saved.tokenizer, max_length=max_length, origin=saved.origin)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the model, its tokenizer and its origin; `save_pretrained` and `push_to_hub` call this."""

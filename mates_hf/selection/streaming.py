@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -20,59 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.display import card, html_card, number
 from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.selection.inputs import names_of, unformatted
 from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
 
 logger = logging.getLogger(__name__)
 
 INFLUENCE_COLUMN = "influence"
-NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
-
-
-def is_stream(dataset: Any) -> bool:
-    """True for a stream, False for a `Dataset`; a `TypeError` for anything else."""
-    import datasets
-
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        raise TypeError(
-            "`dataset` must be a `datasets.Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`, got "
-            f"{type(dataset).__name__}. Make one with `datasets.Dataset.from_dict` or `datasets.load_dataset`."
-        )
-    return isinstance(dataset, datasets.IterableDataset)
-
-
-def refuse_arguments(why: str, **given: Any) -> None:
-    """Raise a `TypeError` that names the arguments which are not None, and says why they cannot be given."""
-    wrong = sorted(name for name, value in given.items() if value is not None)
-    if wrong:
-        raise TypeError(f"`{'`, `'.join(wrong)}` cannot be given: {why}.")
-
-
-def stream_schema(stream: Any) -> Any:
-    """`pyarrow.Schema` of a stream: its features, or what its first rows look like."""
-    import pyarrow as pa
-
-    if stream.features is not None:
-        return stream.features.arrow_schema
-    rows = list(unformatted(stream)[0].take(NUM_PEEKED))
-    names = dict.fromkeys(name for row in rows for name in row)  # a later row may have more than the first
-    return pa.schema([(name, _type_of([row.get(name) for row in rows])) for name in names])
-
-
-def _type_of(values: list[Any]) -> Any:
-    """Arrow type of one column's rows; null where Arrow cannot say, so that reading the rows has to tell."""
-    import pyarrow as pa
-
-    try:
-        return pa.array(values).type
-    except (pa.ArrowException, TypeError, ValueError):
-        return pa.null()
-
-
-def unformatted(stream: Any) -> tuple[Any, str | None]:
-    """The stream handing out plain Python values, and the format it had."""
-    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
-    return (stream if had is None else stream.with_format(None)), had
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +42,37 @@ class AddInfluence:
         return {INFLUENCE_COLUMN: self.scorer.predict_batch(batch).influence}
 
 
-def map_stream(stream: Any, scorer: Scorer, batch_size: int, remove_columns: list[str] | None) -> Any:
-    """The stream with a float32 `influence` column; rows keep their order and are scored when they are read."""
+def map_stream(
+    stream: Any, scorer: Scorer, batch_size: int, remove_columns: str | list[str] | None, columns: list[str]
+) -> Any:
+    """The stream with a float32 `influence` column; rows keep their order and are scored when they are read.
+
+    Args:
+        stream: a `datasets.IterableDataset`.
+        scorer: what predicts.
+        batch_size: rows scored at once.
+        remove_columns: one name or several.
+        columns: that the stream has, or its first rows where it does not say.
+
+    Returns:
+        The stream.
+
+    Raises:
+        ValueError: a column to remove is not there, where the stream says which it has.
+    """
     import datasets
 
     plain, had = unformatted(stream)
     features = None
+    removed = names_of(remove_columns, None if stream.features is None else list(stream.features))
+    if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in removed:
+        logger.warning("The stream's column `%s` is replaced by this selector's predictions.", INFLUENCE_COLUMN)
+    removed = [name for name in removed if name != INFLUENCE_COLUMN]  # which is written either way
     if stream.features is not None:
-        kept = {name: kind for name, kind in stream.features.items() if name not in (remove_columns or ())}
+        kept = {name: kind for name, kind in stream.features.items() if name not in removed}
         features = datasets.Features({**kept, INFLUENCE_COLUMN: datasets.Value("float32")})
     mapped = plain.map(
-        AddInfluence(scorer), batched=True, batch_size=batch_size, features=features, remove_columns=remove_columns
+        AddInfluence(scorer), batched=True, batch_size=batch_size, features=features, remove_columns=removed or None
     )
     return mapped if had is None else mapped.with_format(had)
 
@@ -130,13 +106,22 @@ class Rule:
 
 def _gumbel(content: list[Any], seed: int) -> npt.NDArray[np.float64]:
     """(N,) Gumbel(0, 1) noise that depends on the seed and a row's content, not on where it stands in the stream."""
-    key = int(seed).to_bytes(8, "little", signed=True)
+    key = int(seed).to_bytes(8, "little")
     drawn = np.empty(len(content), np.float64)
     for i, row in enumerate(content):
-        data = row.encode() if isinstance(row, str) else np.asarray([] if row is None else row, np.int64).tobytes()
+        data = _bytes_of(row)
         word = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
         drawn[i] = -math.log(-math.log((word + 0.5) / 2.0**64))
     return drawn
+
+
+def _bytes_of(row: Any) -> bytes:
+    """What a row's text, tokens or conversation is known by."""
+    if isinstance(row, str):
+        return row.encode()
+    if isinstance(row, Mapping) or (isinstance(row, (list, tuple)) and row and isinstance(row[0], Mapping)):
+        return json.dumps(row, sort_keys=True, default=str).encode()
+    return np.asarray([] if row is None else row, np.int64).tobytes()
 
 
 class StreamSelection:
@@ -168,6 +153,25 @@ class StreamSelection:
         self.rule = rule
         self.num_calibration_rows = num_calibration_rows
         self.calibration_ratio = calibration_ratio
+
+    def __repr__(self) -> str:
+        return card(*self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_card(*self._facts())
+
+    def _facts(self) -> tuple[str, dict[str, str]]:
+        """Title and lines of what is printed."""
+        share = "" if math.isnan(self.calibration_ratio) else f", which kept {self.calibration_ratio:.1%} of them"
+        taken = (
+            f"from the first {self.num_calibration_rows:,} rows{share}" if self.num_calibration_rows else "as given"
+        )
+        facts = {
+            "threshold": f"{number(self.threshold)} of {self.ranked_by}, {taken}",
+            "read so far": f"{self.num_kept:,} of {self.num_seen:,} rows kept",
+            "see": ".selected, .ratio, .num_seen, .num_kept",
+        }
+        return "StreamSelection", facts
 
     @property
     def selected(self) -> Any:
@@ -210,7 +214,7 @@ class _Keep:
         self._next_report = 10_000
 
     def __call__(self, batch: Mapping[str, Any]) -> list[bool]:
-        values = self.rule.values(self.scorer.predict_batch(batch), batch[self.scorer.column])
+        values = self.rule.values(self.scorer.predict_batch(batch), self.scorer.values_of(batch))
         kept = values >= self.rule.threshold
         self.num_seen += len(kept)
         self.num_kept += int(kept.sum())
@@ -254,12 +258,10 @@ def select_stream(
             "A stream must be filtered by `ratio` or `threshold`: the best `k` rows or `num_tokens` are known at its "
             "end only. Use `ratio=` and `.take(k)`, or load the dataset without streaming."
         )
-    if calibration_rows < 1:
-        raise ValueError(f"`calibration_rows` must be at least 1, got {calibration_rows}.")
     parts, content = [], []
     for batch in plain.take(calibration_rows).iter(batch_size):
         parts.append(scorer.predict_batch(batch))
-        content += list(batch[scorer.column])
+        content += scorer.values_of(batch)
     if not parts:
         raise ValueError("The stream must have rows, got none. Check its files and filters.")
     scored = Predictions(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

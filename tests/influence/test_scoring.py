@@ -185,7 +185,7 @@ def test_what_is_not_finite_is_no_prediction() -> None:
         ({"ids": [[1]], "labels": [0.5]}, "ids", ("ids", False)),
         ({"input_ids": [[1]], "labels": [[0.5]]}, None, (ValueError, "`labels` must be one whole.*lists of floats")),
         ({"input_ids": [[1]], "attention_mask": ["a"]}, None, (ValueError, "`attention_mask` must be 0 or 1 a token")),
-        ({"body": ["a"]}, None, (ValueError, r"`input_ids` or `text`.*got the columns \['body'\]")),
+        ({"body": ["a"]}, None, (ValueError, r"`input_ids`, `text` or `messages`.*got the columns \['body'\]")),
         ({"text": ["a"]}, "body", (ValueError, r"column `body` to score, got the columns \['text'\]")),
         ({"input_ids": [[0.5]]}, None, (TypeError, "a list of integers.*got list<.*double")),
         ({"n": [1]}, "n", (TypeError, r"got int64.*the columns are \['n'\]")),

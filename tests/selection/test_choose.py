@@ -142,6 +142,21 @@ def test_choices_are_sorted_distinct_and_exact_at_temperature_0(influence, data)
     np.testing.assert_array_equal(influence, before)
 
 
+def test_all_candidates_are_ranked_as_the_choices_of_each_size():
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(size=200).astype(np.float32), np.arange(50)):
+        for temperature in (0.0, 0.5):
+            order = choose.ranked(values, temperature, seed=3)
+            assert sorted(order) == list(range(len(values)))
+            for k in (0, 1, 17, len(values)):
+                assert sorted(order[:k]) == gumbel_top_k(values, k, temperature, seed=3).tolist()
+    assert choose.ranked(np.zeros(0)).tolist() == []
+    firsts = {int(choose.ranked(np.zeros(8), seed=seed)[0]) for seed in range(100)}
+    assert firsts == set(range(8))
+    with pytest.raises(InfluenceError, match="must be finite"):
+        choose.ranked([1.0, math.nan])
+
+
 def test_ties_are_broken_at_random_and_not_by_position():
     influence = np.array([0.0, 1.0, 1.0, 1.0, 1.0, 2.0], np.float32)
     counts = np.zeros(6)

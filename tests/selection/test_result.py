@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,12 @@ def test_budgets_keep_the_best(data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, 20))
     kept = keep_rows(scored, Budget(num_tokens=budget), math.nan).tolist()
     order = sorted(trained, key=lambda i: -influence[i])
-    prefix = list(itertools.takewhile(lambda total: total <= budget, itertools.accumulate(lengths[i] for i in order)))
-    assert kept == sorted(order[: len(prefix)])
+    left, expected = budget, []
+    for i in order:  # a row that does not fit is skipped
+        if lengths[i] <= left:
+            left -= lengths[i]
+            expected.append(i)
+    assert kept == sorted(expected)
 
     threshold = data.draw(st.integers(-20, 20))
     kept = keep_rows(scored, Budget(threshold=threshold), math.nan).tolist()
@@ -79,6 +84,46 @@ def test_a_long_row_counts_more_where_rows_are_counted() -> None:
     scored = made([2.0, 1.5, 0.0, -1.0], [2, 40, 10, 30])
     assert keep_rows(scored, Budget(k=1), math.nan).tolist() == [1]
     assert keep_rows(scored, Budget(num_tokens=2), math.nan).tolist() == [0]
+
+
+def test_a_row_too_long_for_a_token_budget_does_not_end_the_choice(caplog: pytest.LogCaptureFixture) -> None:
+    giant = Dataset.from_dict({"input_ids": [[9] * 5000, [8, 8, 8], [7, 7, 7]], "id": [0, 1, 2]})
+    selector = MatesSelector(MeanId())
+    assert selector.filter(giant, num_tokens=4)["id"][:] == [1, 2]
+    assert not caplog.records  # the budget is used
+    assert selector.filter(giant, num_tokens=100)["id"][:] == [1, 2]
+    assert len(caplog.records) == 1
+    said = "`num_tokens=100` keeps 4 tokens in 2 rows, 4 % of the budget.*row 0, with 4999 trained tokens"
+    assert re.search(said, caplog.text)
+    caplog.clear()
+    assert len(selector.filter(giant, num_tokens=1)) == 0
+    assert "keeps 0 tokens in 0 rows" in caplog.text
+    caplog.clear()
+    assert len(selector.filter(giant, num_tokens=10_000)) == 3  # less than is asked for is there: nothing was skipped
+    assert len(selector.filter(giant, num_tokens=0)) == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9])
+def test_ties_fill_a_token_budget_and_stand_in_one_order(temperature: float) -> None:
+    targets = np.random.default_rng(0).integers(2, 50, 1000).astype(np.int32)
+    targets[:5] = 5000
+    tied = Predictions(np.zeros(1000, np.float32), targets)
+    chosen = [keep_rows(tied, Budget(num_tokens=12_000, temperature=temperature, seed=s), 1.0) for s in range(5)]
+    assert all(11_000 < targets[rows].sum() <= 12_000 for rows in chosen)
+    assert len({tuple(rows.tolist()) for rows in chosen}) == 5
+
+    values = np.random.default_rng(1).integers(0, 4, 300).astype(np.float32)
+    few = Predictions(values, np.full(300, 8, np.int32))
+    for name, unit in (("k", 1), ("num_tokens", 8)):
+        smaller: set[int] = set()
+        for k in range(0, 301, 7):
+            budget = Budget(**{name: k * unit}, temperature=temperature, seed=3)
+            larger = set(keep_rows(few, budget, 1.0).tolist())
+            assert len(larger) == k
+            assert smaller <= larger
+            assert min(values[list(larger)], default=9) >= max(values[sorted(set(range(300)) - larger)], default=-9)
+            smaller = larger
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1.0, 10), (0.2, 2), (0.01, 1), (0.25, 2), (0.35, 4)])
@@ -129,6 +174,7 @@ def test_the_unit_of_a_temperature_is_that_of_what_is_ranked() -> None:
         ({"num_tokens": -1}, "`num_tokens` must be"),
         ({"threshold": math.nan}, "`threshold` must be a number"),
         ({"k": 1, "temperature": -1}, "`temperature` must be a finite number"),
+        *(({"k": 1, "seed": seed}, "`seed` must be a whole number from 0") for seed in (-1, 2**64, 0.5, None, True)),
         ({"threshold": 0.0, "temperature": 1.0}, "`temperature` must be 0 with `threshold`"),
     ],
 )

@@ -153,7 +153,7 @@ def test_the_new_column_is_written_alone(selector: MatesSelector, dataset: Datas
     scored = selector.map(stored)
     new = [Path(found["filename"]) for found in scored.cache_files if found not in stored.cache_files]
     assert [path.parent for path in new] == [tmp_path / "data"]
-    assert Dataset.from_file(str(new[0])).column_names == ["influence"]
+    assert Dataset.from_file(str(new[0])).column_names == ["influence", "num_targets"]
     address = stored.data.column("input_ids").chunk(0).values.buffers()[1].address
     assert scored.data.column("input_ids").chunk(0).values.buffers()[1].address == address
     assert (scored.info.description, scored.info.builder_name, scored.split) == ("made", "json", "train")
@@ -370,7 +370,7 @@ def test_bad_input_is_refused_by_name(selector: MatesSelector, fitted: NgramInfl
         selector.map(DatasetDict(a=dataset), cache_file_name="x.arrow")
     with pytest.raises(ValueError, match="must not be given with `shards_dir`"):
         selector.map(dataset, cache_file_name="x.arrow", shards_dir="y")
-    with pytest.raises(ValueError, match="`shard_rows` must be at least 1"):
+    with pytest.raises(ValueError, match="`shard_rows` must be a whole number of at least 1, got 0"):
         selector.score(dataset, shard_rows=0)
     with pytest.raises(UnsupportedSettingError, match="with a transform"):
         selector.map(dataset.with_transform(lambda batch: batch))
@@ -482,14 +482,49 @@ def test_a_round_directory_is_read(
         found.map(texts)
     given = MatesSelector.from_pretrained(path, tokenizer=selector.tokenizer)
     assert np.array_equal(influence_of(given.map(texts)), influence_of(selector.map(texts)))
-    with pytest.raises(FileNotFoundError, match="It holds rounds: name one, .*round-0003"):
-        MatesSelector.from_pretrained(tmp_path / "_mates")
     card = str(found.generate_model_card())
     for fact in ("lambada_openai", "1,200", "2,000", "Spearman 0.950", "one optimizer step", "NgramInfluenceModel"):
         assert fact in card
     (path / "round.json").unlink()
     with pytest.raises(FileNotFoundError, match="not a finished round"):
         MatesSelector.from_pretrained(path)
+
+
+def test_the_newest_finished_round_of_a_run_is_read(
+    selector: MatesSelector, fitted: NgramInfluenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    for number in (2, 9999, 10_000):
+        write_round(run / "_mates" / f"round-{number:04d}", fitted)
+        info = {"number": number, "step": number}
+        (run / "_mates" / f"round-{number:04d}" / "round.json").write_text(json.dumps(info))
+    for name in ("round-10001.partial", "round-10002", "round-0003.stale"):  # begun, not finished
+        fitted.save_pretrained(run / "_mates" / name / "influence_model")
+    (run / "_mates" / "round-10003").mkdir()  # a finished one that kept no influence model
+    (run / "_mates" / "round-10003" / "round.json").write_text("{}")
+    (run / "config.json").write_text('{"model_type": "llama"}')  # what `Trainer.save_model` wrote
+    for path in (run, run / "_mates", run / "_mates" / "round-10000"):
+        assert MatesSelector.from_pretrained(path).origin == {"round": 10_000, "step": 10_000}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert MatesSelector.from_pretrained("~/run").origin["step"] == 10_000
+    assert MatesSelector.from_pretrained("~/run/_mates/round-0002").origin["step"] == 2
+
+    (run / "checkpoint-5").mkdir()
+    (run / "checkpoint-5" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "begun" / "_mates" / "round-0001.partial").mkdir(parents=True)
+    (tmp_path / "begun" / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    for path, said in {
+        run / "checkpoint-5": f"holds a model of transformers.*Pass the run, `{run}`",
+        run / "_mates" / "round-10002": "not a finished round",
+        run / "_mates" / "round-10003": "kept no influence model",
+        tmp_path / "begun": r"but _mates/, notes\.txt\. No round is finished: round-0001\.partial/",
+        tmp_path / "empty": "nothing at all",
+        tmp_path / "nowhere": "must be a directory or",
+        tmp_path / "begun" / "notes.txt": "must be a directory or",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=said):
+            MatesSelector.from_pretrained(path)
 
 
 def test_what_is_pushed(selector: MatesSelector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def test_what_a_stream_cannot_do_is_refused(selector: MatesSelector, stream: Ite
         selector.filter(stream, ratio=0.5, num_proc=2, shards_dir="x")
     with pytest.raises(TypeError, match="`score` takes one `Dataset`, got IterableDataset"):
         selector.score(stream)
-    with pytest.raises(ValueError, match="`calibration_rows` must be at least 1"):
+    with pytest.raises(ValueError, match="`calibration_rows` must be a whole number of at least 1"):
         selector.filter(stream, ratio=0.5, calibration_rows=0)
     with pytest.raises(ValueError, match="The stream must have rows"):
         selector.filter(stream.take(0), ratio=0.5)

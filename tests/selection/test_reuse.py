@@ -1,0 +1,193 @@
+"""What is scored once is not scored again; and what is not this selector's, or no longer fits, is not used."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.selection.selector import MatesSelector
+from tests.selection.selector_kit import MeanId, fit_model, make_lists
+
+LISTS = make_lists(80, seed=5)
+TEXTS = [" ".join(f"w{i}" for i in ids) for ids in LISTS]
+
+
+class Counted:
+    """A tokenizer, and a model, that count what they are asked."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        counted = self
+        self.num_texts = self.num_rows = 0
+
+        class Tokenizer(type(tokenizer)):  # type: ignore[misc]
+            def __call__(self, texts: list[str], **options: Any) -> Any:
+                counted.num_texts += len(texts)
+                return super().__call__(texts, **options)
+
+        class Model:
+            report = model.report
+
+            def predict(self, rows: Any) -> Any:
+                counted.num_rows += len(rows.num_targets)
+                return model.predict(rows)
+
+            def digest(self) -> str:
+                return "counted"
+
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.__class__ = Tokenizer
+        self.model = Model()
+
+    def forget(self) -> None:
+        self.num_texts = self.num_rows = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Any:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def fitted() -> NgramInfluenceModel:
+    return fit_model()
+
+
+@pytest.fixture
+def counted(tiny_tokenizer: Any, fitted: NgramInfluenceModel) -> Counted:
+    return Counted(tiny_tokenizer, fitted)
+
+
+@pytest.fixture
+def texts() -> Dataset:
+    return Dataset.from_dict({"text": [*TEXTS, "", None], "id": list(range(82))})
+
+
+def expected_rows(fitted: NgramInfluenceModel, tokenizer: Any, dataset: Dataset, **budget: Any) -> list[int]:
+    """The choice of a selector that has scored nothing before."""
+    fresh = MatesSelector(fitted, tokenizer)
+    return list(
+        fresh.filter(dataset.remove_columns([n for n in dataset.column_names if n == "influence"]), **budget)["id"]
+    )
+
+
+@pytest.mark.parametrize("first", ["map", "score", "filter", "map of splits"])
+def test_other_budgets_tokenise_and_predict_nothing(
+    first: str, counted: Counted, texts: Dataset, fitted: NgramInfluenceModel, tiny_tokenizer: Any
+) -> None:
+    selector = MatesSelector(counted.model, counted.tokenizer)
+    sources = [texts]
+    if first == "map":
+        sources.append(selector.map(texts))
+    elif first == "map of splits":
+        sources.append(selector.map(DatasetDict(a=texts))["a"])
+    elif first == "score":
+        selector.score(texts)
+    else:
+        selector.filter(texts, ratio=0.9)
+    assert counted.num_rows >= 82
+    for source in sources:
+        for budget in ({"ratio": 0.2}, {"k": 7}, {"threshold": 0.001}, {"num_tokens": 300}):
+            counted.forget()
+            kept = selector.filter(source, **budget)
+            assert (counted.num_texts, counted.num_rows) == (0, 0)
+            assert kept["id"][:] == expected_rows(fitted, tiny_tokenizer, source, **budget)
+    counted.forget()
+    selector.score(texts)
+    assert counted.num_rows == 82  # asked to score, it does
+    selector.filter(texts, k=3, column="text")
+    assert counted.num_rows == 82
+    changed = texts.map(lambda row: {"text": "w3 " + (row["text"] or "")})
+    selector.filter(changed, k=3)
+    assert counted.num_rows == 2 * 82
+    MatesSelector(counted.model, counted.tokenizer, max_length=3).filter(texts, k=3)
+    assert counted.num_rows == 3 * 82
+
+
+def test_scores_are_held_as_long_as_their_dataset(counted: Counted, texts: Dataset) -> None:
+    selector = MatesSelector(counted.model, counted.tokenizer)
+    selector.filter(texts, k=3)
+    other = Dataset.from_dict({"text": TEXTS[:9]})
+    selector.filter(other, k=3)
+    assert len(selector._scored._found) == 2
+    del other
+    gc.collect()
+    assert len(selector._scored._found) == 1
+
+
+@pytest.mark.parametrize("kind", ["texts", "tokens"])
+def test_a_written_column_is_used_in_another_process(
+    kind: str, counted: Counted, texts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another selector of the same model stands for another process: nothing is shared but what is on disk."""
+    dataset = texts if kind == "texts" else Dataset.from_dict({"input_ids": [*LISTS, [], [4]], "id": list(range(82))})
+    MatesSelector(counted.model, counted.tokenizer).map(dataset).save_to_disk(tmp_path / "data")
+    loaded = load_from_disk(str(tmp_path / "data"))
+    expected = MatesSelector(counted.model, counted.tokenizer).select(dataset, ratio=0.3)
+    order = np.random.default_rng(0).permutation(82)
+    for source in (loaded, loaded.select(order), loaded.with_format("numpy").shuffle(seed=1)):
+        counted.forget()
+        selector = MatesSelector(counted.model, counted.tokenizer)
+        found = selector.select(source, ratio=0.3)
+        again = selector.select(source, ratio=0.5)
+        assert counted.num_rows == 82  # the rows that are compared, at most 1,024
+        ids = np.array(source["id"][:])
+        assert sorted(ids[found.rows]) == expected.rows.tolist()
+        assert np.array_equal(found.influence, expected.influence[ids])
+        assert np.array_equal(again.num_targets, expected.num_targets[ids])
+    assert "not known to be" not in caplog.text
+    caplog.clear()
+    stale = loaded.map(lambda row: {k: v for k, v in dataset[81 - row["id"]].items() if k != "id"})
+    counted.forget()
+    selector = MatesSelector(counted.model, counted.tokenizer)
+    found = selector.select(stale, ratio=0.3)
+    assert "no longer fits its rows" in caplog.text
+    assert np.array_equal(found.influence, expected.influence[::-1])
+
+
+def test_a_foreign_column_is_named_and_not_used(
+    fitted: NgramInfluenceModel, tiny_tokenizer: Any, texts: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    selector = MatesSelector(fitted, tiny_tokenizer)
+    expected = selector.filter(texts, ratio=0.2)["id"][:]
+    foreign = texts.add_column("influence", np.arange(82.0))
+    others = MatesSelector(MeanId(), tiny_tokenizer).map(texts)
+    for source in (foreign, others, others.to_iterable_dataset(), foreign.to_iterable_dataset()):
+        caplog.clear()
+        kept = selector.filter(source, ratio=0.2)
+        said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(said) == 1
+        assert "column `influence` is not" in said[0]
+        assert [row["id"] for row in kept] == expected
+        caplog.clear()
+        mapped = selector.map(source)
+        said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(said) == 1
+        assert "is replaced" in said[0]
+        assert [row["influence"] for row in mapped] == selector.score(texts).influence.tolist()
+    caplog.clear()
+    again = selector.map(selector.map(texts))
+    assert selector.filter(again, ratio=0.2)["id"][:] == expected
+    assert not caplog.records
+
+
+def test_a_model_without_a_digest_filters_and_keeps_nothing(texts: Dataset, tiny_tokenizer: Any) -> None:
+    class Bare:
+        report = None
+
+        def predict(self, rows: Any) -> np.ndarray:
+            return np.asarray(rows.num_targets, np.float32)
+
+    selector = MatesSelector(Bare(), tiny_tokenizer)
+    assert len(selector.filter(texts, k=3)) == 3
+    assert selector._scored._found == {}
