@@ -176,7 +176,7 @@ class StackedColumns:
     """A collator for rows of which no collator is known: their columns as they are, stacked.
 
     Attributes:
-        names: the columns; where there is no `labels`, every token is its own.
+        names: the columns; where a row has no `labels`, every token is its own.
     """
 
     names: tuple[str, ...]
@@ -185,9 +185,11 @@ class StackedColumns:
         """A batch of rows of one length; `ValueError` where their lengths differ."""
         import torch
 
-        present = [name for name in self.names if all(row.get(name) is not None for row in rows)]
-        batch = {name: torch.as_tensor(np.stack([np.asarray(row[name]) for row in rows])) for name in present}
-        return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
+        full = [{**row, "labels": row["input_ids"] if row.get("labels") is None else row["labels"]} for row in rows]
+        present = [name for name in (*self.names, "labels") if all(row.get(name) is not None for row in full)]
+        return {
+            name: torch.as_tensor(np.stack([np.asarray(row[name]) for row in full])) for name in dict.fromkeys(present)
+        }
 
 
 def as_text(
