@@ -1,0 +1,112 @@
+"""Three steps of many kinds of models in a real Trainer: the losses of a round's labels are the run's own, row by row.
+
+The comparison is made without the library: at the weights of the round, in eval mode, each labelled row goes through
+the run's collator alone and then through the model (or the Trainer that makes the loss).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, load_round
+from mates_hf.data.collated import forked_rng
+from mates_hf.records import UnsupportedSettingError
+from tests.training.kit import leave_modules_to_themselves, make_arguments
+from tests.training.settings import Steps
+from tests.training.zoo_kinds import KINDS, Kind
+
+STEPS, BOUNDARY, NUM_PROBES = 4, 2, 10
+CLOSE = 1e-5
+# The labels' losses are means of those at either side of the weights; so near, curvature is below rounding.
+EPSILON = 1e-5
+
+
+class Weights(TrainerCallback):
+    """Keeps the weights of the round's step."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == BOUNDARY:
+            self.kept = {key: value.clone() for key, value in kwargs["model"].state_dict().items()}
+
+
+def make_trainer(kind: Kind, output_dir: Path, callbacks: list[TrainerCallback]) -> Any:
+    leave_modules_to_themselves()
+    torch.manual_seed(0)
+    model = kind.model()
+    config = MatesConfig(
+        update_steps=BOUNDARY, num_probes=NUM_PROBES, selection_ratio=0.5, on_weak_signal="select", average_steps=0
+    )
+    probe = DirectionalProbe(epsilon=EPSILON, **kind.probe)
+    mates = MatesCallback(kind.reference(), config, probe=probe)
+    trainer = kind.trainer(
+        model=model,
+        args=make_arguments(output_dir, **{"max_steps": STEPS, **copy.deepcopy(kind.args)}),
+        train_dataset=Dataset.from_dict(kind.columns()),
+        data_collator=kind.collator(model),
+        callbacks=[*callbacks, mates],
+        **kind.given,
+    )
+    if kind.attach:
+        mates.attach(trainer)
+    return trainer
+
+
+def own_loss(kind: Kind, trainer: Any, batch: dict[str, Any]) -> float:
+    if not kind.made_by_trainer:
+        return float(trainer.model(**batch, **kind.without).loss)
+    count = (batch["labels"][..., 1:] != -100).sum()
+    return float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=count))
+
+
+def losses_alone(kind: Kind, trainer: Any, ids: list[int]) -> list[float]:
+    trainer.model.eval()
+    losses = []
+    for i in ids:
+        with forked_rng(i):
+            batch = trainer.data_collator([trainer.train_dataset[i]])
+        with torch.no_grad():
+            losses.append(own_loss(kind, trainer, dict(batch)))
+    return losses
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=name, marks=[pytest.mark.slow] * kind.slow) for name, kind in KINDS.items()]
+)
+def test_what_is_probed_is_what_is_trained(kind: Kind, tmp_path: Path) -> None:
+    weights, steps = Weights(), Steps()
+    trainer = make_trainer(kind, tmp_path, [weights, steps])
+    if kind.refused:
+        with pytest.raises(UnsupportedSettingError, match=kind.refused):
+            trainer.train()
+        assert steps.count == 0
+        assert not (tmp_path / "_mates").exists()
+        return
+    trainer.train()
+    assert steps.count == STEPS
+    record = load_round(tmp_path / "_mates" / "round-0001")
+    assert record.info["step"] == BOUNDARY
+    labels, said = record.labels, record.info["loss"]
+    assert said["candidates"].startswith(kind.reading)
+    trainer.model.load_state_dict(weights.kept)
+    expected = losses_alone(kind, trainer, labels.candidate_id.tolist())
+    assert len(expected) >= NUM_PROBES // 2
+    np.testing.assert_allclose(labels.loss, expected, rtol=0, atol=CLOSE)
+    assert np.isfinite(labels.influence).all()
+    assert labels.influence.std() > 0
