@@ -57,11 +57,19 @@ def build(name: str, config: str = "", /, **changes: Any) -> Any:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     config_class = getattr(transformers, config) if config else kind.config_class
     default, renamed = config_class(), getattr(config_class, "attribute_map", {})
-    known = {key for key in SMALL if hasattr(default, key) and not isinstance(getattr(config_class, key, 0), property)}
-    settings = {key: SMALL[key] for key in known if renamed.get(key) not in known} | changes
+    known = {key for key in SMALL.keys() - changes.keys() if _takes(default, key)}
+    settings = {key: SMALL[key] for key in known if renamed.get(key) not in known | changes.keys()} | changes
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return kind(config_class(**{key: value for key, value in settings.items() if value is not ...}))
+
+
+def _takes(config: Any, key: str) -> bool:
+    """True where a config has a size of that name that can be set."""
+    try:
+        return hasattr(config, key) and not isinstance(getattr(type(config), key, 0), property)
+    except ValueError:  # a size of each layer
+        return False
 
 
 @functools.cache

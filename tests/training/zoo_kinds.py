@@ -102,6 +102,9 @@ add_each(
     "XLMRobertaXL BigBird GPTJ", LM, slow=True, **PADDED,
 )  # fmt: skip
 add_each("BertGenerationDecoder", "", slow=True, **PADDED)
+add_each({"ProphetNet": {"num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2,
+                         "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}}, LM, slow=True,
+         columns=shifted, reading="row by row")  # fmt: skip
 add_each(
     {
         "Bamba": {**SSM, "attn_layer_indices": [1]},
@@ -110,6 +113,9 @@ add_each(
         "DeepseekV2": LOW_RANK,
         "FalconH1": {**SSM, "mamba_d_ssm": 64},
         "Glm4MoeLite": LOW_RANK,
+        "Gemma4": {"config": "Gemma4TextConfig", "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8,
+                   "num_key_value_heads": 2, "sliding_window": 4, "vocab_size_per_layer_input": VOCAB,
+                   "hidden_size_per_layer_input": 8},
         "GraniteMoeHybrid": {**SSM, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
         "Lfm2Moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
         "Llama4": {"config": "Llama4TextConfig", "intermediate_size_mlp": 48, "attention_chunk_size": 8,
@@ -151,16 +157,18 @@ add_each({"Flaubert": {"head": "WithLMHeadModel"}}, "", slow=True, **{**HIDDEN, 
 # --- encoder-decoders -------------------------------------------------------------------------------------------------
 
 BOTH = {"columns": pairs, "collator": for_pairs, "reading": "unshifted", "reference": completions}
-add_each("T5 Bart Pegasus", PAIRS, **BOTH)
-add("T5 without decoder inputs", functools.partial(build, "T5ForConditionalGeneration"),
-    **{**BOTH, "collator": lambda model: for_pairs(None)})  # fmt: skip
-add("T5 and a reference of texts", functools.partial(build, "T5ForConditionalGeneration"), columns=pairs,
-    collator=for_pairs, refused=r"prompts and completions for an encoder-decoder")  # fmt: skip
+START = {"decoder_start_token_id": PAD}
+t5 = functools.partial(build, "T5ForConditionalGeneration", **START)
+add_each("Bart Pegasus", PAIRS, **BOTH)
+add("T5", t5, **BOTH)
+add("T5 without decoder inputs", t5, **{**BOTH, "collator": lambda model: for_pairs(None)})
+add("T5 and a reference of texts", t5, columns=pairs, collator=for_pairs,
+    refused=r"prompts and completions for an encoder-decoder")  # fmt: skip
 add_each(
-    "MBart MT5 UMT5 LED M2M100 Mvp NllbMoe PLBart Blenderbot BlenderbotSmall PegasusX LongT5 BigBirdPegasus", PAIRS,
-    slow=True, **BOTH,
+    "MBart LED M2M100 Mvp NllbMoe PLBart Blenderbot BlenderbotSmall PegasusX BigBirdPegasus", PAIRS, slow=True, **BOTH,
 )  # fmt: skip
-add_each({"SeamlessM4T": {"head": "ForTextToText"}, "Marian": {"head": "MTModel"}}, "", slow=True, **BOTH)
+add_each({"MT5": START, "UMT5": START, "LongT5": START}, PAIRS, slow=True, **BOTH)
+add_each({"SeamlessM4T": {"head": "ForTextToText"}, "Marian": {**START, "head": "MTModel"}}, "", slow=True, **BOTH)
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
@@ -183,7 +191,8 @@ add_adapted("DoRA", "Lora", r=4, use_dora=True, **ON_Q)
 add_adapted("LoRA, modules_to_save", "Lora", r=4, modules_to_save=["lm_head"], **ON_Q)
 add_adapted("LoRA, trainable tokens", "Lora", r=4, trainable_token_indices=[5, 6, 7], **ON_Q)
 add_adapted("LoRA on embeddings and head", "Lora", r=4, target_modules=["embed_tokens", "lm_head"], more=SLOW)
-add_adapted("AdaLoRA", "AdaLora", init_r=4, target_r=2, total_step=40, tinit=1, tfinal=1, **ON_Q)
+add_adapted("AdaLoRA", "AdaLora", init_r=4, target_r=2, total_step=40, tinit=1, tfinal=1,
+            more={"reading": "row by row", "probe": {"epsilon": 1e-3}}, **ON_Q)  # fmt: skip
 add_adapted("VeRA", "Vera", r=4, target_modules=["q_proj"], more=SLOW)
 add_adapted("IA3", "IA3", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 add_adapted("prefix tuning", "PrefixTuning", num_virtual_tokens=3, more=PADDED)
@@ -202,7 +211,7 @@ add("prompt tuning of a Bart decoder",
 
 def adapted_pairs(kind: str, **settings: Any) -> Any:
     peft = pytest.importorskip("peft")
-    base = build("T5ForConditionalGeneration")
+    base = t5()
     return peft.get_peft_model(base, getattr(peft, f"{kind}Config")(task_type="SEQ_2_SEQ_LM", **settings))
 
 
@@ -298,7 +307,23 @@ add("a mask of the loss", functools.partial(own, "masked"),
 add("weights of the loss", functools.partial(own, "masked"), reading=ROW,
     columns=with_column("loss_mask", lambda row, i: 1 + (i + row) % 3))  # fmt: skip
 add("a loss of the batch", functools.partial(own, "contrastive"), refused=r"one by one.*DirectionalProbe\(loss")
-add("`loss_type` of the config", functools.partial(build, "LlamaForCausalLM", loss_type="ForMaskedLM"), **DECODER)
+
+
+def with_attributes(**attributes: Any) -> Any:
+    model = build("LlamaForCausalLM")
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def doubled(logits: Any, labels: Any, **kwargs: Any) -> Any:
+    """A `loss_function` of a model."""
+    return 2 * functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+add("`loss_type` of the model", functools.partial(with_attributes, loss_type="ForMaskedLM"), **DECODER)
+add("`loss_function` of the model", functools.partial(with_attributes, loss_function=doubled), reading=ROW)
+
 
 
 def squared(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
@@ -330,8 +355,7 @@ add("a Trainer's own loss", llama, trainer=LastHalf, **TRAINERS)
 add("a Trainer's own loss, attached", llama, trainer=LastHalf, attach=True, **TRAINERS, **SLOW)
 add("label smoothing", llama, args={"label_smoothing_factor": 0.2}, **TRAINERS)
 add("label smoothing, attached", llama, args={"label_smoothing_factor": 0.2}, attach=True, **TRAINERS)
-add("label smoothing of T5", functools.partial(build, "T5ForConditionalGeneration"),
-    args={"label_smoothing_factor": 0.2}, **{**BOTH, **TRAINERS})  # fmt: skip
+add("label smoothing of T5", t5, args={"label_smoothing_factor": 0.2}, **{**BOTH, **TRAINERS})
 add("label smoothing of a masked one", functools.partial(build, "BertForMaskedLM"),
     args={"label_smoothing_factor": 0.2}, **{**HIDDEN, **TRAINERS}, **SLOW)  # fmt: skip
 
@@ -358,9 +382,9 @@ add("classes, a reference of texts", bert_classes, columns=classes, refused=r"re
 add("classes", bert_classes, columns=classes, reading="classes", probe={"reference_loss": class_loss})
 add("classes of a decoder", functools.partial(build, "LlamaForSequenceClassification", num_labels=3), columns=classes,
     reading="classes", probe={"reference_loss": class_loss}, **SLOW)  # fmt: skip
-add("a number a row", functools.partial(build, "BertForSequenceClassification", num_labels=1), reading=ROW,
-    columns=lambda: {**classes(), "labels": [i % 3 / 2 for i in range(NUM_ROWS)]},
-    probe={"reference_loss": lambda model, batch: model(input_ids=batch["input_ids"]).logits.square().mean()})  # fmt: skip
+add("a number a row", functools.partial(build, "BertForSequenceClassification", num_labels=1),
+    columns=lambda: {**classes(), "labels": [i % 3 / 2 for i in range(NUM_ROWS)]}, refused=r"whole number",
+    probe={"reference_loss": class_loss})  # fmt: skip
 add("tags of tokens", functools.partial(build, "BertForTokenClassification", num_labels=3), columns=tagged,
     collator=lambda model: DataCollatorForTokenClassification(tokenizer()), reading="unshifted",
     reference=labelled_reference(lambda row, i: row[i] % 3))  # fmt: skip
@@ -403,3 +427,77 @@ add("Llava", functools.partial(seeing, "Llava", "CLIPVisionConfig", "LlamaConfig
 add("PaliGemma", functools.partial(seeing, "PaliGemma", "SiglipVisionConfig", "GemmaConfig", image_token_index=IMAGE,
                                    projection_dim=32),
     columns=with_column("token_type_ids", lambda row, i: int(i >= 6), pictures))  # fmt: skip
+
+
+def more_pictures(num_tokens: int, shape: tuple[int, ...], **columns: Any) -> Any:
+    return lambda: {**pictures(num_tokens, shape), **{key: [value] * NUM_ROWS for key, value in columns.items()}}
+
+
+def qwen2_vl() -> Any:
+    kind = getattr(transformers, "Qwen2VLForConditionalGeneration")
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4,
+              "spatial_merge_size": 2, "temporal_patch_size": 1}  # fmt: skip
+    text = {**TEXT, "max_position_embeddings": 64, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    text["layer_types"] = ["full_attention"] * 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(kind.config_class(vision_config=vision, text_config=text, image_token_id=IMAGE,
+                                      video_token_id=VOCAB - 3, vision_start_token_id=VOCAB - 2))  # fmt: skip
+
+
+def patches() -> dict[str, Any]:
+    columns = pictures(4, (16, 48))
+    rows = [[VOCAB - 2, *row] for row in columns["input_ids"]]
+    return {
+        "input_ids": rows,
+        "labels": [[-100, *row] for row in columns["labels"]],
+        "attention_mask": [[1] * len(row) for row in rows],
+        "mm_token_type_ids": [[int(token == IMAGE) for token in row] for row in rows],
+        "pixel_values": columns["pixel_values"],
+        "image_grid_thw": [[[1, 4, 4]]] * NUM_ROWS,
+    }
+
+
+def joined(model: Any) -> Any:
+    """The pictures of a batch one behind the other, as models of this kind want them."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+        return batch | {key: batch[key].flatten(0, 1) for key in ("pixel_values", "image_grid_thw")}
+
+    return collate
+
+
+add("Qwen2-VL", qwen2_vl, columns=patches, collator=joined)
+add("Idefics3", functools.partial(seeing, "Idefics3", "Idefics3VisionConfig", "LlamaConfig", image_token_id=IMAGE,
+                                  scale_factor=2), columns=more_pictures(1, (1, 3, 8, 8)), **SLOW)  # fmt: skip
+add("Gemma3 with pictures", functools.partial(seeing, "Gemma3", "SiglipVisionConfig", "Gemma3TextConfig",
+                                              image_token_index=IMAGE, mm_tokens_per_image=4),
+    columns=with_column("token_type_ids", lambda row, i: int(i < 4), pictures), **SLOW)  # fmt: skip
+
+
+def git() -> Any:
+    return build("GitForCausalLM", vision_config=dict(SEEN))
+
+
+add("Git, pictures before the text", git, columns=more_pictures(0, (3, 8, 8)), reading="", **SLOW)
+
+# --- rows without tokens ----------------------------------------------------------------------------------------------
+
+NO_TOKENS = r"must have `input_ids`"
+
+
+def heard() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {"input_features": [torch.randn(8, 32, generator=generator).tolist() for _ in range(NUM_ROWS)],
+            "labels": texts(low=8, high=8)}  # fmt: skip
+
+
+def seen() -> dict[str, Any]:
+    return {"pixel_values": pictures()["pixel_values"], "labels": classes()["labels"]}
+
+
+add("pictures alone", lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SEEN, num_labels=3)),
+    columns=seen, refused=NO_TOKENS)  # fmt: skip
+add("speech", functools.partial(build, "WhisperForConditionalGeneration", num_mel_bins=8, max_source_positions=16,
+                                **START), columns=heard, refused=NO_TOKENS)  # fmt: skip
