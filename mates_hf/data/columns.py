@@ -1,9 +1,9 @@
 """A `datasets.Dataset` read from its Arrow columns, and the proof that its collator's rows can be read that way.
 
 Place in the flow: the fast path of `pool`. Trade-off: a collator is user code, so what it does is found by looking, at
-a fixed set of rows that holds the longest ones (a collator that truncates shows there) and at made-up rows with the
-tokenizer's special tokens (one that drops a token's label shows there). A collator that draws random numbers never
-qualifies. What a look cannot see is a change to rare rows that neither length nor special tokens point at.
+a fixed set of rows that holds the longest ones (a collator that truncates shows there), at made-up rows with the
+tokenizer's special tokens (one that drops a token's label shows there), and at rows with a further column changed (one
+that a mask or a kind of row decides shows there, `deciding`). A collator that draws random numbers never qualifies.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from mates_hf.data.arrow import ListColumn, assemble, effective_labels, is_integer_list
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, read_row, rng_state, stack_rows
+from mates_hf.data.deciding import deciding_column
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.records import IntArray
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 LabelRule: TypeAlias = Literal["column", "all"] | int
 
 NUM_LONGEST, NUM_SHORTEST, NUM_SPREAD = 16, 8, 40
+MAX_SCANNED, MAX_DISTINCT = 1 << 20, 12  # rows of a further column that are read, and values of it that are tried
 BLOCK = 1 << 20  # rows whose lengths are looked at at once
 
 
@@ -115,8 +117,37 @@ class DatasetColumns:
             return None
         for rule in self._possible_rules(collate_fn, rows, int(ids[0]), has_labels):
             if _same(rows, self.read(ids, rule)):
-                return rule
+                return None if self._is_decided_by_a_column(collate_fn, ids) else rule
         return None
+
+    def _is_decided_by_a_column(self, collate_fn: Collator, ids: IntArray) -> bool:
+        """True where a further column changes ids, labels or mask of a collated row; says which."""
+        names = [name for name in visible_columns(self.dataset) or () if name not in CollatedRow._fields]
+        if not names:
+            return False
+        looked_at = [self.dataset[i] for i in ids[np.linspace(0, len(ids) - 1, 24).astype(int)].tolist()]
+        others = {name: self._other_values(name, looked_at) for name in names}
+
+        def collated(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+            found = stack_rows([read_row(row, collate_fn, "a made-up row")])
+            return found.values.tolist(), effective_labels(found).tolist()
+
+        for row in (looked_at[0], looked_at[len(looked_at) // 2]):
+            plain = {name: _listed(value) for name, value in row.items()}
+            with forked_rng(0):
+                column = deciding_column(plain, others, len(plain["input_ids"]), collated)
+            if column is not None:
+                logger.info("Candidates are read row by row: the collator reads the column `%s`.", column)
+                return True
+        return False
+
+    def _other_values(self, name: str, looked_at: list[Any]) -> list[Any]:
+        """Values of a column in the rows looked at, and the distinct ones of the whole column where they are few."""
+        values = [_listed(row[name]) for row in looked_at]
+        column = self.dataset.data.column(name)
+        simple = is_simple(column.type) and self.dataset.format["type"] is None
+        distinct = column.slice(0, MAX_SCANNED).unique().slice(0, MAX_DISTINCT).to_pylist() if simple else []
+        return [*(value for value in distinct if value is not None), *values]
 
     def _possible_rules(
         self, collate_fn: Collator, rows: TokenRows, longest: int, has_labels: bool
@@ -180,6 +211,19 @@ class DatasetColumns:
         if name not in self._opened:
             self._opened[name] = ListColumn(self.dataset.data.column(name), name, physical_rows(self.dataset))
         return self._opened[name]
+
+
+def is_simple(column_type: Any) -> bool:
+    """True for columns of texts, flags and whole numbers."""
+    import pyarrow as pa
+
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer)
+    return any(kind(column_type) for kind in kinds)
+
+
+def _listed(value: Any) -> Any:
+    """A value as plain Python objects, as a row without format has it."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _same(a: TokenRows, b: TokenRows) -> bool:

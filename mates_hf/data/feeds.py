@@ -61,7 +61,8 @@ class CollatedRows:
         for number, i in enumerate(ids.tolist()):
             batch = model_batch(collate(dataset, collate_fn, [i]), reading)
             lengths[number] = _num_positions(batch)
-            counts[number] = len(batch.targets()[0])
+            # A loss that needs no labels is made of every token but the first.
+            counts[number] = len(batch.targets()[0]) if batch.labels.numel() else max(int(lengths[number]) - 1, 0)
         return cls(dataset, collate_fn, reading, ids, lengths, counts)
 
     def __len__(self) -> int:

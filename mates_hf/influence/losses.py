@@ -43,6 +43,7 @@ from mates_hf.processes import ALONE, Processes
 from mates_hf.records import MatesError, UnsupportedSettingError
 
 DEFAULT_TOKENS_PER_BATCH = 8_192
+_TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}  # beside pixels ids mean other things
 # glibc hands every block above 32 MiB back to the kernel when it is freed, so each larger logits tensor would be
 # page-faulted in anew; on an accelerator the limit only keeps a large vocabulary from filling the card.
 _MAX_LOGITS_BYTES_CPU = 32 * 2**20
@@ -213,7 +214,7 @@ def _run_batches(
     every process runs every micro-batch: one without a row of its own runs the first row of all, and is told (False)
     that it does not count.
     """
-    if isinstance(rows, TokenRows):
+    if isinstance(rows, TokenRows):  # all at once; other rows as they are collated
         require_known_tokens(model, rows.values)
     limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
     # A run's own loss may wait for the other processes as well (to add up its metrics, say).
@@ -281,6 +282,9 @@ def _batch_losses(
 ) -> Tensor:
     """Losses of the trained tokens of a micro-batch, row after row; float32, or float64 for float64 logits."""
     batch = rows.batch(index, input_device(model))
+    ids = batch.inputs.get("input_ids")
+    if not isinstance(rows, TokenRows) and ids is not None and not batch.inputs.keys() - _TEXT_INPUTS:
+        require_known_tokens(model, ids.cpu().numpy().reshape(-1))
     if loss is not None:
         value = loss(model, batch.with_labels())
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -316,6 +320,11 @@ def likelihood(model: nn.Module, batch: ModelBatch) -> Tensor:
             "the reference task is measured by as `reference_loss=`."
         )
     index, wanted = batch.targets()
+    if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < logits.shape[-1]:
+        raise ValueError(
+            f"Labels must be -100 or 0 to {logits.shape[-1] - 1}, as the model's logits, got {int(wanted.min())} to "
+            f"{int(wanted.max())}. Use the tokenizer the model is trained with, or resize its embeddings."
+        )
     return cross_entropy_at(logits.reshape(-1, logits.shape[-1]), index.to(logits.device), wanted.to(logits.device))
 
 

@@ -125,7 +125,9 @@ class _Comparison:
             given = model_batch(batch, self.base, self.device)
             try:
                 logits = run_inputs(self.model, given.with_labels() if self.base.encoder_decoder else given.inputs)
-                counts.add(logits.shape[1] - given.labels.shape[1] if given.labels.dim() > 1 else 0)
+                counts.add(
+                    logits.shape[1] - given.labels.shape[1] if given.labels.dim() > 1 and given.labels.numel() else 0
+                )
             except _NO_LOGITS:
                 return 0
         return max(0, counts.pop()) if len(counts) == 1 else 0
@@ -245,7 +247,8 @@ class _Comparison:
         """How rows reach the model as the collator makes them, the fastest way first; and inputs that are constant."""
         extras = self.rows.further_inputs(reads_all=reading.loss is not None and self.run_loss.reads_all)
         constants = self.rows.constants()
-        if not reading.is_plain_text or extras:
+        without_labels = reading.loss is not None and self.base.labels_of(self.rows.longest) is None
+        if not reading.is_plain_text or extras or without_labels:
             return "collated", constants
         return ("plain" if self._feeds_the_same(reading, own) else "collated"), constants
 

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from mates_hf import DirectionalProbe, ReferenceTask
+from mates_hf.data.batches import PLAIN
 from mates_hf.data.collated import forked_rng
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
@@ -415,3 +416,30 @@ def test_many_targets_under_float16_rank_as_float32(make_tiny_model: Callable[..
         mean_loss_gradient(model, rows.take(np.arange(4)))
         half = DirectionalProbe().measure(model, optimizer, reference, candidates)
     assert spearmanr(exact.influence, half.influence).statistic > 0.99
+
+
+def test_labels_and_ids_beyond_the_model_are_named(make_tiny_model: Callable[..., Any]) -> None:
+    model = make_tiny_model().eval()
+    rows = TokenRows.from_lists([[3, 4, 5]], [[-100, 4, VOCAB]])
+    with pytest.raises(ValueError, match=r"Labels must be -100 or 0 to 63.*got 4 to 64"):
+        token_losses(model, rows)
+    dataset = Dataset.from_dict({"input_ids": [[3, VOCAB]], "labels": [[3, 4]], "token_type_ids": [[0, 0]]})
+    pool = CandidatePool(dataset, right_padded)
+    with pytest.raises(ValueError, match="below the model's 64"):
+        token_losses(model, pool.collated(np.array([0]), PLAIN))
+
+
+def test_a_loss_without_labels(make_tiny_model: Callable[..., Any]) -> None:
+    def entropy(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        assert "labels" not in batch
+        return torch.distributions.Categorical(logits=model(batch["input_ids"]).logits).entropy().mean()
+
+    def ids_only(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+    pool = CandidatePool(Dataset.from_dict({"input_ids": EVEN}), ids_only)
+    model = make_tiny_model().eval()
+    pool.reading = find_reading(model, pool, RunLoss(entropy, "an entropy", reads_all=True))
+    optimizer = trained(model, right_padded([columns()[0]]))
+    labels = DirectionalProbe().measure(model, optimizer, REFERENCE, pool)
+    assert labels.num_tokens.tolist() == [5] * len(EVEN)
