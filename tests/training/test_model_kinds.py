@@ -20,9 +20,10 @@ from transformers import TrainerCallback
 from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, load_round
 from mates_hf.data.collated import forked_rng
 from mates_hf.records import UnsupportedSettingError
+from tests.training import zoo_kinds, zoo_losses  # noqa: F401 (each enters its kinds)
 from tests.training.kit import leave_modules_to_themselves, make_arguments
 from tests.training.settings import Steps
-from tests.training.zoo_kinds import KINDS, Kind
+from tests.training.zoo import KINDS, Kind
 
 STEPS, BOUNDARY, NUM_PROBES = 4, 2, 10
 CLOSE = 1e-5
