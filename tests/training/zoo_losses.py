@@ -8,13 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import DataCollatorForTokenClassification, DataCollatorWithFlattening, LlamaForCausalLM, Trainer
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
+    LlamaForCausalLM,
+    Trainer,
+)
 
 from tests.training.zoo import (
     NUM_ROWS,
     PAD,
     add,
     build,
+    even,
     for_pairs,
     labelled_reference,
     lm_collator,
@@ -97,6 +104,13 @@ def by_hand(model: Any) -> Any:
     return collate
 
 
+def prompted() -> dict[str, Any]:
+    """As for fine-tuning; some rows are all prompt."""
+    rows = texts(low=8, high=16)
+    hidden = [len(row) if i % 5 == 4 else i % 7 for i, row in enumerate(rows)]
+    return {"input_ids": rows, "labels": [[-100] * h + row[h:] for h, row in zip(hidden, rows, strict=True)]}
+
+
 gpt2, llama = functools.partial(build, "GPT2LMHeadModel"), functools.partial(build, "LlamaForCausalLM")
 add("left padding", llama, columns=ragged, collator=on_the_left)
 add("left padding, absolute positions", gpt2, columns=ragged, collator=on_the_left)
@@ -108,6 +122,7 @@ add("padded without a mask", gpt2, columns=ragged, collator=by_hand)
 add("ALiBi, padded on the left", functools.partial(build, "BloomForCausalLM"), columns=ragged, collator=on_the_left)
 add("state space, padded on the left", functools.partial(build, "MambaForCausalLM"), columns=ragged,
     collator=on_the_left, **SLOW)  # fmt: skip
+add("prompts without labels", llama, columns=prompted, collator=lambda model: DataCollatorForSeq2Seq(tokenizer()))
 add("token types", gpt2, columns=with_column("token_type_ids", lambda row, i: 0))
 add("token types of two kinds", gpt2, columns=with_column("token_type_ids", lambda row, i: 7 + int(i > 4)))
 add("packed", llama, columns=unlabelled, collator=lambda model: DataCollatorWithFlattening(),
@@ -242,3 +257,30 @@ add("a number a row", functools.partial(build, "BertForSequenceClassification", 
 add("tags of tokens", functools.partial(build, "BertForTokenClassification", num_labels=3), columns=tagged,
     collator=lambda model: DataCollatorForTokenClassification(tokenizer()), reading="unshifted",
     reference=labelled_reference(lambda row, i: row[i] % 3))  # fmt: skip
+
+
+# Losses that are no likelihood of one label, or of several.
+def replaced() -> dict[str, Any]:
+    return with_column("labels", lambda row, i: int((row + i) % 4 == 0), unlabelled)()
+
+
+def answers() -> dict[str, Any]:
+    return {**unlabelled(), "start_positions": [i % 6 for i in range(NUM_ROWS)],
+            "end_positions": [6 + i % 6 for i in range(NUM_ROWS)]}  # fmt: skip
+
+
+def hidden_mean(model: Any, batch: dict[str, Any]) -> Any:
+    """Of a reference of texts, for a model without a likelihood."""
+    return model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[-1].square().mean()
+
+
+NO_LIKELIHOOD = {"reading": ROW, "probe": {"reference_loss": hidden_mean}}
+discriminator = functools.partial(build, "ElectraForPreTraining")
+add("replaced tokens", discriminator, columns=replaced, **NO_LIKELIHOOD)
+add("replaced tokens, a reference of texts", discriminator, columns=replaced, refused=r"reference_loss=")
+add("answers in a text", functools.partial(build, "BertForQuestionAnswering"), columns=answers, **NO_LIKELIHOOD)
+add("two losses", functools.partial(build, "BertForPreTraining"), **NO_LIKELIHOOD,
+    columns=lambda: {**even(), "next_sentence_label": [i % 2 for i in range(NUM_ROWS)]})  # fmt: skip
+add("choices", functools.partial(build, "BertForMultipleChoice"), refused=r"shape \(1, length\)",
+    columns=lambda: {"input_ids": [[row, row[::-1]] for row in texts()], "labels": classes()["labels"]},
+    probe={"reference_loss": hidden_mean})  # fmt: skip
