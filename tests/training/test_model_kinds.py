@@ -53,7 +53,9 @@ def make_trainer(kind: Kind, output_dir: Path, callbacks: list[TrainerCallback])
     mates = MatesCallback(kind.reference(), config, probe=probe)
     trainer = kind.trainer(
         model=model,
-        args=make_arguments(output_dir, **{"max_steps": STEPS, **copy.deepcopy(kind.args)}),
+        args=make_arguments(
+            output_dir, **{"max_steps": STEPS, "per_device_train_batch_size": 2, **copy.deepcopy(kind.args)}
+        ),
         train_dataset=Dataset.from_dict(kind.columns()),
         data_collator=kind.collator(model),
         callbacks=[*callbacks, mates],

@@ -29,7 +29,7 @@ from mates_hf.data.reference import ReferenceTask
 
 VOCAB, PAD, BOS, EOS, MASK = 64, 0, 1, 2, 3
 IMAGE = VOCAB - 1
-NUM_ROWS = 60
+NUM_ROWS = 32
 SMALL = {
     "vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": BOS,
     "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,

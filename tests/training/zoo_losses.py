@@ -49,7 +49,7 @@ def add_adapted(name: str, kind: str, *, model: str = "LlamaForCausalLM", more: 
 
 ON_Q = {"target_modules": ["q_proj", "v_proj"]}
 add_adapted("LoRA", "Lora", r=4, more=PADDED, **ON_Q)
-add_adapted("DoRA", "Lora", r=4, use_dora=True, **ON_Q)
+add_adapted("DoRA", "Lora", r=4, use_dora=True, more=SLOW, **ON_Q)
 add_adapted("LoRA, modules_to_save", "Lora", r=4, modules_to_save=["lm_head"], **ON_Q)
 add_adapted("LoRA, trainable tokens", "Lora", r=4, trainable_token_indices=[5, 6, 7], **ON_Q)
 add_adapted("LoRA on embeddings and head", "Lora", r=4, target_modules=["embed_tokens", "lm_head"], more=SLOW)
@@ -59,7 +59,7 @@ add_adapted("VeRA", "Vera", r=4, target_modules=["q_proj"], more=SLOW)
 add_adapted("IA3", "IA3", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 add_adapted("prefix tuning", "PrefixTuning", num_virtual_tokens=3, more=PADDED)
 add_adapted("prompt tuning", "PromptTuning", num_virtual_tokens=3, more=PADDED)
-add_adapted("p-tuning", "PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=16)
+add_adapted("p-tuning", "PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=16, more=SLOW)
 add_adapted("prompt tuning of GPT-2", "PromptTuning", model="GPT2LMHeadModel", num_virtual_tokens=3, more=SLOW)
 add_adapted("LoHa", "LoHa", r=4, more=SLOW, **ON_Q)
 add_adapted("LoKr", "LoKr", r=4, more=SLOW, **ON_Q)
@@ -175,7 +175,10 @@ add("focal loss in forward", functools.partial(own, "focal"), reading=ROW, **SLO
 add("a mask of the loss", functools.partial(own, "masked"),
     columns=with_column("loss_mask", lambda row, i: int(row % 4 == 0 or (i + row) % 3 > 0)))  # fmt: skip
 add("weights of the loss", functools.partial(own, "masked"), reading=ROW,
-    columns=with_column("loss_mask", lambda row, i: 1 + (i + row) % 3))  # fmt: skip
+    columns=with_column("loss_mask", lambda row, i: 1 + i % 3))  # fmt: skip
+# Alone, a row loses the weight that it has among others.
+add("weights of rows", functools.partial(own, "masked"), refused=r"one by one.*DirectionalProbe\(loss",
+    columns=with_column("loss_mask", lambda row, i: 1 + row % 5))  # fmt: skip
 add("a loss of the batch", functools.partial(own, "contrastive"), refused=r"one by one.*DirectionalProbe\(loss")
 
 
@@ -218,7 +221,7 @@ class LastHalf(Trainer):
 
 TRAINERS = {"reading": ROW, "made_by_trainer": True}
 add("`compute_loss_func`", llama, given={"compute_loss_func": squared}, **TRAINERS)
-add("`compute_loss_func`, attached", llama, given={"compute_loss_func": squared}, attach=True, **TRAINERS)
+add("`compute_loss_func`, attached", llama, given={"compute_loss_func": squared}, attach=True, **SLOW, **TRAINERS)
 add("`compute_loss_func`, the plain likelihood", llama, given={"compute_loss_func": likelihood}, made_by_trainer=True)
 add("a Trainer's own loss", llama, trainer=LastHalf, **TRAINERS)
 add("a Trainer's own loss, attached", llama, trainer=LastHalf, attach=True, **TRAINERS, **SLOW)
