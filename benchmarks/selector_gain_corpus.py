@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.corpus import builtin_corpus
-from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, words_of
+from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.words import words_of
 
 Row = dict[str, str]
 IntArray = npt.NDArray[np.int64]

@@ -10,12 +10,13 @@ A path is a checkpoint, a model's folder, a Hub id, or a whole run (an `output_d
     python examples/evaluate.py runs/my-run
     python examples/evaluate.py runs/demo/mates-0 runs/demo/random-0 --limit 500
     python examples/evaluate.py EleutherAI/pythia-410m runs/my-run --tasks mates_zero_shot lambada_openai
-    python examples/evaluate.py runs/my-run --tasks mates_zero_shot_local --data_dir data/eval
+    python examples/evaluate.py runs/my-run --tasks mates_zero_shot_local --data_dir data/eval  # without a network
     accelerate launch examples/evaluate.py runs/my-run --batch_size 32
 
-Processes share the requests, and only the main one reads and writes results. What `evaluation.json` in `--output_dir`
-already has, of the same weights, tasks, limit and versions, is not evaluated again. Checkpoints that were not written
-to their end are skipped by name.
+Processes share the requests, and only the main one reads and writes results. They go into the folder `evaluation` of
+the first run given, unless `--output_dir` names another. What `evaluation.json` there already has, of the same
+weights, tasks, limit and versions, is not evaluated again. Checkpoints that were not written to their end are skipped
+by name.
 
 The plot is drawn over the run's own token count where it was asked to keep one (`include_num_input_tokens_seen`), else
 over what the Trainer's FLOP count comes to (padding included; not under FSDP 1, where it counts a share), else over
@@ -41,6 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mates_hf.evaluation import Evaluator
 from mates_hf.processes import Processes
+from mates_hf.records import EvaluationError, expand_path
 from mates_hf.training.checkpoints import find_fault
 
 RESULTS, PLOT = "evaluation.json", "evaluation.png"
@@ -69,8 +71,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=["accuracy", "choice_prob"],
         help="what is plotted: a metric of the group (of each task where there is no group), or `task/metric`",
     )
-    parser.add_argument("--output_dir", default="runs/evaluation", help=f"folder of {RESULTS} and {PLOT}")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--output_dir", default=None, help=f"folder of {RESULTS} and {PLOT}; None: `evaluation` in the first run given"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.output_dir = str(expand_path(arguments.output_dir or default_output_dir(arguments.paths)))
+    if arguments.data_dir is not None:
+        arguments.data_dir = str(expand_path(arguments.data_dir))
+    return arguments
+
+
+def default_output_dir(paths: Sequence[str]) -> str:
+    """The folder `evaluation` of the first run that is a folder; where none is, of the current one's `runs`."""
+    for folder in map(expand_path, paths):
+        if folder.is_dir():  # a checkpoint may be deleted by the run, so that its results go beside it
+            return str((folder.absolute().parent if step_in_name(folder) is not None else folder) / "evaluation")
+    return "runs/evaluation"
 
 
 # --- which checkpoints ---
@@ -78,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def find_checkpoints(given: str) -> list[dict[str, Any]]:
     """The complete checkpoints that a path stands for, in the order of their steps; the others are named."""
-    folder = Path(given)
+    folder = expand_path(given)
     if not folder.is_dir():
         return [on_the_hub(given)]
     numbered = [path for path in folder.iterdir() if path.is_dir() and step_in_name(path) is not None]
@@ -218,6 +234,20 @@ def trained_tokens(checkpoint: Mapping[str, Any], model: Any) -> tuple[float | N
     return round(tokens), DERIVED
 
 
+def prepare(evaluator: Evaluator, model: Any, processes: Processes) -> None:
+    """Build the tasks; what can be done where that fails is said in this command's words."""
+    try:
+        evaluator.prepare(model, processes)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"`--tasks` must be tasks whose data can be read, and the Hub cannot be reached ({error}). Without a "
+            "network, put the benchmarks into a folder, as <benchmark>/<split>.jsonl with rows of `context`, "
+            "`question`, `choices` and `label`, and pass `--tasks mates_zero_shot_local --data_dir FOLDER`."
+        ) from error
+    except EvaluationError as error:
+        raise EvaluationError(str(error).replace("`truncate=True`", "`--truncate`")) from error
+
+
 def evaluate(arguments: argparse.Namespace, device: Any, processes: Processes) -> list[dict[str, Any]]:
     """Results of all checkpoints, in the main process; the others help with those that are evaluated now."""
     file = Path(arguments.output_dir) / RESULTS
@@ -249,7 +279,7 @@ def evaluate(arguments: argparse.Namespace, device: Any, processes: Processes) -
                 metadata={"data_dir": arguments.data_dir} if arguments.data_dir else None,
                 truncate=arguments.truncate,
             )
-            evaluator.prepare(model, processes)
+            prepare(evaluator, model, processes)
         begin = time.perf_counter()
         metrics = evaluator.run(model, processes, progress=sys.stderr.isatty())
         if processes.is_main:

@@ -1,28 +1,24 @@
 """`mates-hf`: what a person asks from a shell.
 
-`mates-hf env` prints what a bug report needs, `mates-hf round PATH` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN_DIR` what they took. Place in the flow: right of
+`mates-hf env` prints what a bug report needs, `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took. Place in the flow: right of
 everything, and the only module that prints. Trade-off: rounds are read from their directories alone, so it works on a
-machine without torch and shows nothing that a round did not record.
+machine without torch and shows nothing that a round did not record. What a command needs is imported when it runs, so
+that `mates-hf env` works in an installation that is broken.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
-
-import numpy as np
-
-from mates_hf.records import FloatArray, MatesError
-from mates_hf.reporting.cost import run_cost
-from mates_hf.round_files import RoundRecord, load_round
-from mates_hf.training.verify import report_lines, verify_run
 
 _PACKAGES = (
     "mates-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface_hub",
@@ -50,53 +46,130 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None reads `sys.argv`.
 
     Returns:
-        Exit status: 0, or 1 with one line on stderr where the command cannot be done or a run is not as it must be.
+        Exit status: 0; 1 with one line on stderr where the command cannot be done or a run is not as it must be; 2
+        with the help where no command was given (and, as `SystemExit`, where arguments are wrong).
     """
-    parser = argparse.ArgumentParser(prog="mates-hf", description="Model-aware pretraining data selection.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="print versions and devices, to paste into a bug report")
-    of_round = commands.add_parser("round", help="print a summary of a finished round")
-    of_round.add_argument("path", metavar="PATH", help="a round directory, <output_dir>/_mates/round-0003")
-    of_run = commands.add_parser("verify", help="recompute a run's selections and check everything its rounds left")
-    of_run.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
-    of_run.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    of_cost = commands.add_parser("cost", help="print seconds and FLOPs of a run's training, rounds and evaluations")
-    of_cost.add_argument("path", metavar="RUN_DIR", help="a run's output_dir")
-    of_cost.add_argument("--rounds-dir", help="where its rounds are, if not in RUN_DIR/_mates")
-    of_cost.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
-        if arguments.command == "verify":
-            return _verify(arguments.path, as_json=arguments.json)
-        if arguments.command == "cost":
-            return _cost(arguments.path, arguments.rounds_dir, as_json=arguments.json)
-        lines = describe_environment() if arguments.command == "env" else describe_round(load_round(arguments.path))
-        for line in lines:
-            print(line)
-    except (OSError, ValueError, MatesError) as error:
+        status = int(arguments.run(arguments))
+    except ImportError as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else None
+        what = f"`{missing}` must be installed and is not: `pip install {missing}`" if missing else str(error)
+        print(f"mates-hf: {what}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
         print(f"mates-hf: {error}", file=sys.stderr)
         return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    """All commands; each sets `run`, a function of the arguments that returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mates-hf", description="Model-aware pretraining data selection.")
+    parser.add_argument("--version", action="version", version=f"mates-hf {_own_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    command = commands.add_parser("env", help="print versions and devices, to paste into a bug report")
+    command.set_defaults(run=_env)
+
+    command = commands.add_parser("round", help="print what a finished round did")
+    command.add_argument("path", metavar="PATH", help="a run's output_dir, its _mates, or a round directory in it")
+    command.add_argument("number", metavar="NUMBER", nargs="?", type=int, help="which round; the newest by default")
+    command.add_argument("--json", action="store_true", help="print all that it recorded as one JSON object")
+    command.set_defaults(run=_round)
+
+    command = commands.add_parser("verify", help="recompute a run's selections and check everything its rounds left")
+    command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("cost", help="print seconds and FLOPs of a run's training, rounds and evaluations")
+    command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
+    command.add_argument("--rounds-dir", help="where its rounds are, if not in RUN/_mates")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    command.set_defaults(run=_cost)
+    return parser
+
+
+def _own_version() -> str:
+    """The version of the package that runs, which need not be the one that is installed."""
+    return str(getattr(sys.modules.get("mates_hf"), "__version__", None) or _version("mates-hf") or "unknown")
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What is said in one line; anything else is a fault of this program and keeps its traceback."""
+    records = sys.modules.get("mates_hf.records")  # without it, none of its errors was raised
+    return (OSError, ValueError, *([records.MatesError] if records is not None else []))
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Print lines; a reader that has seen enough (`mates-hf round RUN | head`) is no error."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at exit, so what is left over needs somewhere to go.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_json(value: Any) -> None:
+    """Print a JSON object that strict readers take."""
+    from mates_hf.reporting.lines import finite
+
+    _print([json.dumps(finite(value), indent=2, allow_nan=False)])
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    """Print the environment."""
+    del arguments
+    _print(describe_environment())
     return 0
 
 
-def _verify(path: str, *, as_json: bool) -> int:
-    """Print what `verify_run` found; 1 where something is wrong."""
-    result = verify_run(path)
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+def _round(arguments: argparse.Namespace) -> int:
+    """Print a round, the newest one of a run by default."""
+    from mates_hf.reporting.lines import round_json, round_lines
+    from mates_hf.round_files import load_round, newest_round
+
+    record = load_round(newest_round(arguments.path, arguments.number))
+    if arguments.json:
+        _print_json(round_json(record))
     else:
-        for line in report_lines(result):
-            print(line)
+        _print(round_lines(record))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Print what `verify_run` found; 1 where something is wrong."""
+    from mates_hf.training.verify import report_lines, verify_run
+
+    result = verify_run(Path(arguments.path).expanduser())
+    if arguments.json:
+        _print_json(result.to_dict())
+    else:
+        _print(report_lines(result))
         if result.problem is not None:
             print(f"mates-hf: {result.problem}", file=sys.stderr)
     return int(result.problem is not None)
 
 
-def _cost(path: str, rounds_dir: str | None, *, as_json: bool) -> int:
+def _cost(arguments: argparse.Namespace) -> int:
     """Print a run's ledger."""
-    cost = run_cost(path, rounds_dir=rounds_dir)
-    for line in [json.dumps(cost.to_dict(), indent=2)] if as_json else cost.lines():
-        print(line)
+    from mates_hf.reporting.cost import run_cost
+
+    cost = run_cost(arguments.path, rounds_dir=arguments.rounds_dir)
+    if arguments.json:
+        _print_json(cost.to_dict())
+    else:
+        _print(cost.lines())
     return 0
 
 
@@ -125,61 +198,6 @@ def _version(name: str) -> str | None:
 def _usable_cpus() -> int:
     """CPUs this process may run on; containers and schedulers often allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def describe_round(record: RoundRecord) -> Iterator[str]:
-    """Lines with a round's labels, guard decision and selection, then the other plain values of its `round.json`."""
-    yield f"round: {record.path.name}"
-    labels = record.labels
-    probes = ", ".join(sorted({str(name) for name in labels.probe}))
-    yield f"probed: {len(labels)} candidates ({probes or 'no probe'}), {int(labels.num_tokens.sum())} trained tokens"
-    yield f"influence (nats/token, > 0 helps): {_spread(labels.influence)}"
-    guard = record.info.get("guard")
-    if isinstance(guard, Mapping):
-        yield f"guard: {_plain(guard)}"
-    if record.scores is not None:
-        yield f"predicted influence of {len(record.scores)} candidates (nats/token): {_spread(record.scores)}"
-    if record.selection is None:
-        yield "selected: nothing; the run went on in the Trainer's own order"
-    else:
-        yield f"selected: {len(record.selection)} pool rows"
-        mean = _mean_of_selected(record)
-        if mean is not None:
-            yield f"predicted influence of the selected rows (nats/token): mean {mean:+.3e}"
-    for key, value in record.info.items():
-        if key != "guard":
-            yield f"{key}: {_plain(value)}"
-
-
-def _mean_of_selected(record: RoundRecord) -> float | None:
-    """Mean predicted influence of the selection, or None where its rows were not scored in this round."""
-    if record.selection is None or record.candidates is None or record.scores is None or not len(record.selection):
-        return None
-    selected = np.isin(record.candidates, record.selection)
-    return float(np.mean(record.scores[selected], dtype=np.float64)) if selected.any() else None
-
-
-def _spread(values: FloatArray) -> str:
-    """Mean, standard deviation and quantiles of (N,) values."""
-    if not len(values):
-        return "none"
-    low, middle, high = np.quantile(np.asarray(values, np.float64), (0.1, 0.5, 0.9))
-    return (
-        f"mean {np.mean(values, dtype=np.float64):+.3e}, standard deviation {np.std(values, dtype=np.float64):.3e}, "
-        f"10 % {low:+.3e}, median {middle:+.3e}, 90 % {high:+.3e}"
-    )
-
-
-def _plain(value: Any) -> str:
-    """One line for a JSON value: numbers short, mappings as `key value`, long lists by their length."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        parts = (f"({_plain(part)})" if isinstance(part, Mapping) else _plain(part) for part in value.values())
-        return ", ".join(f"{key} {part}" for key, part in zip(value, parts, strict=True))
-    if isinstance(value, list):
-        return f"[{', '.join(map(_plain, value))}]" if len(value) <= 4 else f"{len(value)} values"
-    return str(value)
 
 
 def _torch_lines() -> Iterator[str]:

@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mates_hf.display import changed_fields
+
 # What every round measures beside its probe; not for users to set.
 NUM_AUDITED = 16  # candidates that get both probes each round
 NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
@@ -109,6 +111,8 @@ class MatesConfig:
             "None: all."
         },
     )
+
+    __repr__ = changed_fields
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, rule: str) -> None:

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.display import card, html_card
+from mates_hf.summaries import fit_facts, fit_title, labels_facts, labels_title
+
 if TYPE_CHECKING:
     from mates_hf.processes import Processes
 
@@ -28,6 +31,8 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 COPY_AGAIN = "Copy the directory again from where it was written."
+
+_LABEL_COLUMNS = ("candidate_id", "influence", "influence_per_token", "loss", "num_tokens", "probe")
 
 STATE_KEY = "mates_hf"  # of the run's state in `TrainerState.stateful_callbacks`
 
@@ -99,6 +104,30 @@ class InfluenceLabels:
     def __len__(self) -> int:
         return len(self.candidate_id)
 
+    def __repr__(self) -> str:
+        return card(labels_title(self), labels_facts(self))
+
+    def _repr_html_(self) -> str:
+        return html_card(labels_title(self), labels_facts(self))
+
+    def to_pandas(self) -> Any:
+        """The labels as a table, one row a candidate.
+
+        Returns:
+            A `pandas.DataFrame` with `candidate_id`, `influence`, `influence_per_token`, `loss`, `num_tokens` and
+            `probe`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas  # type: ignore[import-untyped,unused-ignore]
+        except ImportError as error:
+            raise ImportError(
+                "`InfluenceLabels.to_pandas` must have pandas, which is not installed: `pip install pandas`."
+            ) from error
+        return pandas.DataFrame({name: np.asarray(getattr(self, name)) for name in _LABEL_COLUMNS})
+
     @property
     def offsets(self) -> IntArray:
         """(N + 1,) int64: candidate i's derivatives are `token_derivatives[offsets[i]:offsets[i + 1]]`."""
@@ -112,9 +141,8 @@ class InfluenceLabels:
             offsets = self.offsets
             parts = [derivatives[offsets[i] : offsets[i + 1]] for i in rows]
             derivatives = np.concatenate(parts) if parts else derivatives[:0]
-        columns = ("candidate_id", "influence", "influence_per_token", "loss", "num_tokens", "probe")
         return dataclasses.replace(
-            self, token_derivatives=derivatives, **{name: getattr(self, name)[rows] for name in columns}
+            self, token_derivatives=derivatives, **{name: getattr(self, name)[rows] for name in _LABEL_COLUMNS}
         )
 
     def check(self) -> InfluenceLabels:
@@ -178,6 +206,12 @@ class FitReport:
     flops: float | None = None
     flops_per_token: float | None = None
 
+    def __repr__(self) -> str:
+        return card(fit_title(self), fit_facts(self))
+
+    def _repr_html_(self) -> str:
+        return html_card(fit_title(self), fit_facts(self))
+
     def passes(self, min_spearman: float) -> bool:
         """True where the guard lets a round select: rank correlation large enough and its interval above 0."""
         return bool(self.spearman >= min_spearman and self.interval[0] > 0)
@@ -227,6 +261,30 @@ class RunSettings:
     progress: bool = False
     processes: Processes | None = None
     shards_dir: Path | None = None
+
+
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """A path that the user gave, with `~` and `~name` as the folders they stand for.
+
+    Args:
+        path: any path.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    given = os.fspath(path)
+    expanded = os.path.expanduser(given)
+    if given.startswith("~") and expanded == given:
+        raise ValueError(
+            f"A path that begins with `~` must name a home folder that there is, got {given!r}. Write the folder out, "
+            "or begin with `./~` where a folder has that name."
+        )
+    found = Path(expanded)
+    # A path drops its `./`, and would be taken for one of the home folder when it is given again.
+    return found.absolute() if str(found).startswith("~") else found
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.display import card, html_card
 from mates_hf.records import (
     COPY_AGAIN,
     FloatArray,
@@ -29,6 +30,7 @@ from mates_hf.records import (
     IntArray,
     MatesError,
     RoundMismatchError,
+    expand_path,
     json_bytes,
     read_array,
     read_json,
@@ -38,6 +40,7 @@ from mates_hf.records import (
     write_json,
     written_whole,
 )
+from mates_hf.summaries import round_facts, round_title
 
 ROUND_FILE = "round.json"
 KEY_FILE = "key.json"
@@ -75,6 +78,12 @@ class RoundRecord:
     scores: FloatArray | None
     selection: IntArray | None
 
+    def __repr__(self) -> str:
+        return card(f"RoundRecord: {round_title(self)}", round_facts(self))
+
+    def _repr_html_(self) -> str:
+        return html_card(f"RoundRecord: {round_title(self)}", round_facts(self))
+
 
 def write_labels(path: Path, labels: InfluenceLabels) -> None:
     """Write `probes.parquet`, and beside it `token_derivatives.npy` where there are per-token derivatives."""
@@ -92,11 +101,11 @@ def write_labels(path: Path, labels: InfluenceLabels) -> None:
         pq.write_table(table, file)
 
 
-def read_labels(path: Path) -> InfluenceLabels:
+def read_labels(path: str | os.PathLike[str]) -> InfluenceLabels:
     """Read what `write_labels` wrote.
 
     Args:
-        path: the `probes.parquet` of a round.
+        path: the `probes.parquet` of a round; `~` is the home folder.
 
     Returns:
         The labels; derivatives are memory-mapped.
@@ -107,6 +116,7 @@ def read_labels(path: Path) -> InfluenceLabels:
     """
     import pyarrow.parquet as pq
 
+    path = expand_path(path)
     require_file(path)
     try:
         with open(path, "rb") as file:  # a file, not a path: folder names such as `lr=1` would become columns
@@ -142,18 +152,19 @@ def load_round(path: str | os.PathLike[str]) -> RoundRecord:
     """Read a finished round directory with numpy and pyarrow alone.
 
     Args:
-        path: a round directory, `<output_dir>/_mates/round-0003`.
+        path: a round directory, `<output_dir>/_mates/round-0003`; `~` is the home folder.
 
     Returns:
         The record; arrays are memory-mapped.
 
     Raises:
-        FileNotFoundError: the directory or its `round.json` is missing, so the round never finished.
+        FileNotFoundError: the directory or its `round.json` is missing, so the round never finished; names the
+            finished rounds that are there.
         MatesError: a file is damaged, or is not of the type or length it must have.
     """
-    path = Path(path)
+    path = expand_path(path)
     if not (path / ROUND_FILE).exists():
-        raise FileNotFoundError(f"`{path}` is not a finished round: it has no {ROUND_FILE}.")
+        raise FileNotFoundError(_no_round(path))
     candidates = read_array(path / "candidates.npy", np.int64)
     scores = read_array(path / "scores.npy", np.float32)
     if candidates is not None and scores is not None and len(candidates) != len(scores):
@@ -168,6 +179,79 @@ def load_round(path: str | os.PathLike[str]) -> RoundRecord:
         candidates=candidates,
         scores=scores,
         selection=read_array(path / "selection.npy", np.int64),
+    )
+
+
+def find_rounds(path: Path) -> tuple[Path, dict[int, Path]]:
+    """The finished rounds of a run.
+
+    Args:
+        path: its `output_dir`, or the directory that holds its rounds.
+
+    Returns:
+        The directory that holds them (`path`, or its `_mates`), and the rounds by number, ascending.
+    """
+    held = [folder for folder in (path, path / "_mates") if folder.is_dir() and any(folder.glob("round-*"))]
+    folder = held[0] if held else path
+    names = {one.name: one for one in folder.glob("round-*") if (one / ROUND_FILE).exists()} if held else {}
+    finished = {int(name[6:]): one for name, one in names.items() if re.fullmatch(r"round-\d{4,9}", name)}
+    return folder, dict(sorted(finished.items()))
+
+
+def newest_round(path: str | os.PathLike[str], number: int | None = None) -> Path:
+    """The directory of a finished round.
+
+    Args:
+        path: a round's directory, a run's `output_dir`, or the directory that holds its rounds.
+        number: which round of the run; None takes the newest.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileNotFoundError: there is no such round; names those that are there.
+    """
+    path = expand_path(path)
+    if (path / ROUND_FILE).exists():
+        if number is None:
+            return path
+        path = path.parent
+    _, finished = find_rounds(path)
+    if not finished:
+        raise FileNotFoundError(_no_round(path))
+    chosen = max(finished) if number is None else number
+    if chosen not in finished:
+        raise FileNotFoundError(f"`{path}` has no finished round {chosen}. {_named(finished)}")
+    return finished[chosen]
+
+
+def _named(finished: Mapping[int, Path]) -> str:
+    """The finished rounds in a sentence, with one to copy."""
+    numbers = list(finished)
+    listed = ", ".join(map(str, numbers if len(numbers) <= 8 else [*numbers[:3], "...", *numbers[-3:]]))
+    return f"Finished rounds there: {listed}; the newest is `{finished[numbers[-1]]}`."
+
+
+def _no_round(path: Path) -> str:
+    """Why this is not a finished round, and which are near."""
+    if not path.exists():
+        near = find_rounds(path.parent)[1]
+        return f"`{path}` is not there.{' ' + _named(near) if near else ''}"
+    if not path.is_dir():
+        return f"`{path}` must be the directory of a finished round, and is a file."
+    folder, near = find_rounds(path)
+    if near:
+        return f"`{path}` is not a finished round, but holds some. {_named(near)}"
+    begun = sorted(one.name for one in folder.glob("round-*"))
+    if begun:
+        return f"`{folder}` holds no finished round, only {', '.join(begun[:8])}: the run was stopped in a round."
+    if path.name.startswith("round-"):
+        near = find_rounds(path.parent)[1]
+        rest = f" {_named(near)}" if near else " The run was stopped in it, and goes on with it when resumed."
+        return f"`{path}` is not a finished round: it has no {ROUND_FILE}.{rest}"
+    return (
+        f"`{path}` is not a finished round: it has no {ROUND_FILE}, and no rounds below it. Rounds are in "
+        "`<output_dir>/_mates`, or where `rounds_dir` says; a run writes the first one at step `update_steps`."
     )
 
 

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 import mates_hf
 from mates_hf.cli import main
 from mates_hf.records import InfluenceLabels, write_array, write_json
-from mates_hf.round_files import RoundWriter, write_labels
+from mates_hf.round_files import RoundWriter, load_round, write_labels
 
 KEY = {"config": {}, "pool": {}, "step": 8, "weights": "w"}
 
@@ -38,24 +41,148 @@ def write_round(rounds_dir: Path, *, selects: bool) -> Path:
     return writer.finish({"guard": guard, "seconds": {"probe": 1.5}, "seeds": [1, 2, 3, 4, 5]})
 
 
-def test_round_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_round_is_five_lines_with_the_decision_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["round", str(write_round(tmp_path, selects=True))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "round: round-0003"
-    assert "probed: 3 candidates (directional), 9 trained tokens" in lines
-    assert "guard: decision select, spearman 0.5, interval [0.25, 0.75]" in lines
-    assert "selected: 2 pool rows" in lines
+    assert len(lines) == 5
+    assert lines[0] == "round 3 · selected 2 rows · OK"
+    assert lines[1] == "  signal   Spearman 0.50 [0.25, 0.75]: above the guard"
+    assert lines[2].startswith("  labels   3 probed, sd 0.514")
     # The mean over rows 5 and 2, not over the highest of some other order.
-    assert "predicted influence of the selected rows (nats/token): mean +2.000e+00" in lines
-    assert any(line.startswith("influence (nats/token, > 0 helps): mean +1.667e-01") for line in lines)
-    assert lines[-2:] == ["seconds: probe 1.5", "seeds: 5 values"]
+    assert lines[4].startswith("  chosen   predicted influence +2.00e+00 nats/token on average, -1.00e+00 over all")
 
 
 def test_round_in_own_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["round", str(write_round(tmp_path, selects=False))]) == 0
-    out = capsys.readouterr().out
-    assert "selected: nothing; the run went on in the Trainer's own order" in out
-    assert "predicted influence" not in out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "round 3 · selected nothing · kept the Trainer's own order"
+    assert "below the guard" in lines[1]
+    assert lines[4] == "  chosen   nothing; the run went on in the Trainer's own order"
+
+
+def test_all_of_a_round_is_strict_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_round(tmp_path, selects=True)
+    info = json.loads((path / "round.json").read_text()) | {"fit": {"slope": float("nan")}}
+    write_json(path / "round.json", info)
+    assert main(["round", str(path), "--json"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert told["decision"] == "select"
+    assert told["labels"]["num"] == 3
+    assert told["labels"]["influence"]["mean"] == pytest.approx(1 / 6)
+    assert told["selection"] == {"num": 2, "mean_score": 2.0}
+    assert told["info"]["seeds"] == [1, 2, 3, 4, 5]
+    assert told["info"]["fit"] == {"slope": None}
+
+
+def test_a_run_its_rounds_and_a_number_name_a_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    third = write_round(run / "_mates", selects=True)
+    shutil.copytree(third, third.with_name("round-0012"))
+    (run / "_mates" / "round-0013.partial").mkdir()
+    (run / "_mates" / "round-0012.stale").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (run, run / "_mates", "~/run"):
+        assert main(["round", str(path)]) == 0, path
+        assert capsys.readouterr().out.startswith("round 12 ·"), path
+        assert main(["round", str(path), "3"]) == 0, path
+        assert capsys.readouterr().out.startswith("round 3 ·"), path
+    for arguments in (["run", "4"], ["run/_mates/round-0004"], ["run/_mates/round-0013.partial"]):
+        assert main(["round", str(tmp_path / arguments[0]), *arguments[1:]]) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert "Finished rounds there: 3, 12; the newest is" in output.err
+        assert "round-0012`" in output.err
+    for path in (run, run / "_mates"):
+        with pytest.raises(FileNotFoundError, match="is not a finished round, but holds some. .*: 3, 12;"):
+            load_round(path)
+
+
+@pytest.mark.parametrize("command", ["round", "verify", "cost"])
+def test_directories_without_a_finished_round_are_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "_mates" / "round-0001.partial").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    for name in ("empty", "begun", "begun/_mates", "file", "missing"):
+        assert main([command, str(tmp_path / name)]) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.startswith("mates-hf: `")
+        assert output.err.count("\n") == 1
+        if name.startswith("begun"):
+            assert "round-0001.partial" in output.err
+
+
+def test_cost_and_verify_take_a_run_and_its_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "_mates" / "round-0001").mkdir(parents=True)
+    write_json(tmp_path / "_mates/round-0001/round.json", {"step": 8, "stages": {"fit": {"seconds": 1.0}}})
+    write_json(tmp_path / "trainer_state.json", {"global_step": 16, "total_flos": 2e11, "log_history": []})
+    told = []
+    for path in (tmp_path, tmp_path / "_mates"):
+        assert main(["cost", str(path)]) == 0
+        told.append(capsys.readouterr().out)
+        assert "16" in told[-1].splitlines()[0]
+        assert main(["verify", str(path)]) == 1  # what it finds is wrong, not where it looks
+        assert "holds no round" not in capsys.readouterr().err
+    assert told[0] == told[1]
+
+
+def test_without_a_command_there_is_help_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "verify" in capsys.readouterr().err
+    for arguments in (["nonsense"], ["round"], ["round", "x", "y"], ["--nonsense"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"mates-hf {mates_hf.__version__}\n"
+
+
+def run_module(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m mates_hf`, or code, in a process of its own."""
+    given = ["-m", "mates_hf", *arguments] if code is None else ["-c", code, *arguments]
+    root = Path(mates_hf.__file__).parents[1]
+    return subprocess.run([sys.executable, *given], cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_python_m_is_the_command() -> None:
+    told = run_module("--version")
+    assert (told.returncode, told.stdout) == (0, f"mates-hf {mates_hf.__version__}\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    path = write_round(tmp_path, selects=True)
+    read, write = os.pipe()
+    os.close(read)
+    root = Path(mates_hf.__file__).parents[1]
+    for arguments in (["round", str(path)], ["round", str(path), "--json"], ["--version"]):
+        given = [sys.executable, "-m", "mates_hf", *arguments]
+        told = subprocess.run(given, cwd=root, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+        assert (told.returncode, told.stderr) == (0, ""), arguments
+    os.close(write)
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['numpy'] = None; from mates_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+    told = run_module("round", str(tmp_path), code=code)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr == "mates-hf: `numpy` must be installed and is not: `pip install numpy`\n"
+    assert run_module("--version", code=code).returncode == 0
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mates_hf.cli.describe_environment", lambda: (1 / 0 for _ in range(1)))
+    with pytest.raises(ZeroDivisionError):
+        main(["env"])
 
 
 def test_a_path_that_is_no_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from mates_hf import load_round
 from mates_hf.evaluation.benchmarks import BENCHMARKS
+from mates_hf.records import EvaluationError
 
 ROOT = Path(__file__).parent.parent
 LOCAL_TASKS = ["--tasks", "mates_zero_shot_local"]
@@ -150,6 +151,37 @@ def test_evaluate_only_what_is_not_known_yet(tmp_path, run_dir, task_files, eval
     assert evaluated("--limit", "2") == ["2", "4"]
     assert len(json.loads(file.read_text())["results"]) == 4  # both limits are kept, the old weights are not
     assert evaluated() == []
+
+
+def test_evaluate_writes_into_the_run_that_was_given(
+    run_dir, task_files, evaluate_example, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    local = [*LOCAL_TASKS, "--data_dir", f"~/{os.path.relpath(task_files, tmp_path)}", "--limit", "2"]
+    evaluate_example.main([f"~/{run_dir.name}", *local])
+    results = json.loads((run_dir / "evaluation" / "evaluation.json").read_text())["results"]
+    assert [result["step"] for result in results] == [2, 4]
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "~").exists()
+    capsys.readouterr()
+    evaluate_example.main([str(run_dir / "checkpoint-4"), *local])  # which the run may delete
+    assert "1 checkpoints, 1 of them evaluated before" in capsys.readouterr().out
+    parse = evaluate_example.parse
+    assert parse(["some/model", str(run_dir)]).output_dir == str(run_dir / "evaluation")
+    assert parse(["some/model"]).output_dir == "runs/evaluation"
+    assert parse([str(run_dir), "--output_dir", "~/out"]).output_dir == str(tmp_path / "out")
+
+
+def test_evaluate_says_the_way_out(run_dir, task_files, evaluate_example, make_tiny_model):
+    with pytest.raises(ConnectionError, match="--tasks mates_zero_shot_local --data_dir FOLDER"):
+        evaluate_example.main([str(run_dir)])  # there is no network in the tests
+    long = [str(run_dir), *LOCAL_TASKS, "--data_dir", str(task_files)]
+    for config in run_dir.glob("checkpoint-*/config.json"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 4}))
+    with pytest.raises(EvaluationError, match="longer than the model's context of 4 tokens .* or pass `--truncate`"):
+        evaluate_example.main(long)
+    evaluate_example.main([*long, "--truncate"])
 
 
 def test_evaluate_says_over_what_it_plots(evaluate_example):

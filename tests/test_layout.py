@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mates_hf"
 FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py")))
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LEFT_OF_ALL = {"records", "round_files", "config", "processes", "preserve", "model_traits"}
-RIGHT_OF_ALL = {"cli", "__init__"}
+LEFT_OF_ALL = {
+    "config", "display", "model_traits", "preserve", "processes", "records", "round_files", "summaries",
+}  # fmt: skip
+RIGHT_OF_ALL = {"cli", "__init__", "__main__"}
 MAX_MODULE_LINES = 400
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "evaluate", "matplotlib", "sklearn", "numba")
 

@@ -277,8 +277,8 @@ def test_a_round_in_the_trainers_own_order_has_no_selection(tmp_path):
 def test_an_unfinished_round_is_not_loaded(tmp_path):
     writer = RoundWriter(tmp_path, 1, KEY)
     write_labels(writer.path / "probes.parquet", make_labels())
-    for path in (writer.path, writer.final_path):
-        with pytest.raises(FileNotFoundError, match=f"`{path}` is not a finished round"):
+    for path, what in ((writer.path, "a finished round: it has no round.json"), (writer.final_path, "there")):
+        with pytest.raises(FileNotFoundError, match=f"`{path}` is not {what}"):
             load_round(path)
     assert not writer.complete
 

@@ -24,6 +24,11 @@ Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 # Inputs by which several texts may share a row.
 PACKING_KEYS = ("position_ids", "cu_seq_lens", "cu_seqlens", "seq_idx")
+TRL_WITHOUT_PACKING = (
+    'With TRL\'s SFTTrainer set `packing=True, packing_strategy="wrapped", padding_free=False` to keep packing (texts '
+    "are cut into blocks), or `packing=False, padding_free=False` to train one text a row; the packing strategies "
+    "`bfd`, `bfd_split` and `bfd-requeue` always make packed batches."
+)
 
 
 class CollatedRow(NamedTuple):
@@ -171,8 +176,7 @@ def refuse_packing(batch: Mapping[str, Any], maker: str, pair: Callable[[], Mapp
         raise UnsupportedSettingError(
             f"A candidate must be one text a row; {maker} gives `{'`, `'.join(map(str, shared or keys))}`: {found}. "
             "Use a collator that pads instead of packing (transformers' `DataCollatorForLanguageModeling` or "
-            "`default_data_collator`; TRL: `padding_free=False` without `packing`, or `packing=True` with "
-            '`packing_strategy="wrapped"`), and leave such columns out of the dataset.'
+            f"`default_data_collator`), and leave such columns out of the dataset. {TRL_WITHOUT_PACKING}"
         )
 
 

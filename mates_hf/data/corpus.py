@@ -22,7 +22,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from mates_hf.data.overlap import NGRAM_WORDS, find_overlap, hash_ngrams, words_of
+from mates_hf.data.overlap import NGRAM_WORDS, find_overlap, hash_ngrams
+from mates_hf.data.words import words_of
 
 _T = TypeVar("_T")
 

@@ -3,20 +3,95 @@
 Place in the flow: `reference` turns them into token rows. Trade-off: few-shot examples, descriptions and chat
 templates are left out, so a passage is the zero-shot text that a base model is scored on. lm-eval is an extra and is
 imported only when a task has to be built.
+
+The code of a task may draw from the global random streams (GPQA shuffles the choices of each document so). Whatever
+runs it does so inside `as_lm_eval_seeds`, so that documents are those of `lm_eval` itself, whoever drew before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mates_hf.data.collated import forked_rng
+from mates_hf.data.passages import first_rows
+from mates_hf.records import expand_path
+
 logger = logging.getLogger(__name__)
 
+PYTHON_SEED, OTHER_SEED = 0, 1234  # those of `lm_eval.simple_evaluate`; the other is numpy's, torch's and few-shot's
 SPLITS = ("train", "validation", "test")  # in the order of preference
 TASKS_DIR = Path(__file__).parents[1] / "evaluation" / "tasks"  # of the task files that ship with this library
+
+
+@contextlib.contextmanager
+def as_lm_eval_seeds(begin: Any = None) -> Iterator[None]:
+    """Run a task's code on the random streams that lm-eval gives it; the caller's are put back as found.
+
+    Args:
+        begin: what `random_streams` gave, to continue there; None begins as lm-eval begins.
+
+    Yields:
+        Nothing.
+    """
+    import torch
+
+    with forked_rng(PYTHON_SEED):
+        if begin is None:
+            np.random.seed(OTHER_SEED)  # noqa: NPY002
+            torch.default_generator.manual_seed(OTHER_SEED)
+            if torch.cuda.is_initialized():
+                torch.cuda.manual_seed(OTHER_SEED)
+        else:
+            python, numpy, torch_cpu = begin
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+            torch.set_rng_state(torch_cpu)
+        yield
+
+
+def random_streams() -> Any:
+    """Where the streams of python, numpy and torch are, for `as_lm_eval_seeds` to continue at."""
+    import torch
+
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def read_passages(
+    task: Any, metadata: Mapping[str, Any] | None, split: str | None, limit: int | None
+) -> tuple[str, str, list[tuple[str, str]]]:
+    """The passages of a task: what a reference task is made of.
+
+    Args:
+        task: as for `load_task`.
+        metadata: for lm-eval's `TaskManager`.
+        split: as for `documents`.
+        limit: the first documents only.
+
+    Returns:
+        The task's name, the split used, and context and gold target of each document.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: no such task or split, a group instead of a task, or a document without gold target.
+    """
+    with as_lm_eval_seeds():
+        built = load_task(task, metadata)
+        name, used, docs = documents(built, split)
+        return name, used, [prompt_and_target(built, doc) for doc in first_rows(docs, limit)]
+
+
+def evaluated_texts(task: Any) -> list[str]:
+    """Context and gold target of each document that an lm-eval task is evaluated on, joined."""
+    with as_lm_eval_seeds():
+        return ["".join(prompt_and_target(task, doc)) for doc in task.eval_docs]
 
 
 def load_task(task: Any, metadata: Mapping[str, Any] | None) -> Any:
@@ -37,13 +112,25 @@ def load_task(task: Any, metadata: Mapping[str, Any] | None) -> Any:
         if not hasattr(task, "doc_to_text"):
             raise ValueError(f"`task` must be a name, YAML file, config or lm-eval task, got {type(task).__name__}.")
         return task
-    spec: Any = str(task) if isinstance(task, Path) else task
+    spec = spec_of(task)
     found = task_manager([spec], metadata).load(spec)["tasks"]
     if len(found) != 1:
         raise ValueError(
             f"`task` must be a single task, got {spec!r}, a group of {len(found)}. Take one of {sorted(found)}."
         )
     return next(iter(found.values()))
+
+
+def name_of(task: Any) -> str:
+    """An lm-eval task's name, without a draw: its own `task_name` draws a random one whenever it is asked."""
+    named = getattr(getattr(task, "config", None), "task", None)
+    return str(named or getattr(task, "task_name", None) or type(task).__name__)
+
+
+def spec_of(task: Any) -> Any:
+    """What lm-eval is asked for: a YAML file's path as text, without `~`; anything else as it is."""
+    is_file = isinstance(task, Path) or (isinstance(task, str) and task.endswith((".yaml", ".yml")))
+    return str(expand_path(task)) if is_file else task
 
 
 def task_manager(specs: Iterable[Any], metadata: Mapping[str, Any] | None) -> Any:
@@ -108,7 +195,7 @@ def documents(task: Any, split: str | None) -> tuple[str, str, Any]:
         "test": task.has_test_docs(),
     }
     available = [name for name in SPLITS if there[name] and _has_data(task, name)]
-    name = str(getattr(task, "task_name", None) or type(task).__name__)
+    name = name_of(task)
     if not available or (split is not None and split not in available):
         raise ValueError(f"`split` must be a split of the task `{name}` ({available}), got {split!r}.")
     used = split or available[0]
@@ -153,7 +240,7 @@ def prompt_and_target(task: Any, doc: Any) -> tuple[str, str]:
             target = f"{delimiter}{target}"
     if not isinstance(prompt, str) or not isinstance(target, str):
         raise ValueError(
-            f"Context and gold target of the lm-eval task `{getattr(task, 'task_name', task)}` must be texts, got "
+            f"Context and gold target of the lm-eval task `{name_of(task)}` must be texts, got "
             f"{type(prompt).__name__} and {type(target).__name__}. Take another task, or `from_dataset`."
         )
     return prompt, target
@@ -170,7 +257,7 @@ def _choose(task: Any, doc: Any, gold: Any) -> str:
     choices = task.doc_to_choice(doc)
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
         raise ValueError(
-            f"The gold target of the lm-eval task `{task.task_name}` must be one of its {len(choices)} choices, got "
+            f"The gold target of the lm-eval task `{name_of(task)}` must be one of its {len(choices)} choices, got "
             f"{gold!r}. A split without labels cannot be a reference: pass another `split`."
         )
     return str(choices[gold])

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from mates_hf.data.words import WORD, readings_of, weight_of
 
 NGRAM_WORDS = 13  # the usual length for contamination checks: shorter ones recur in unrelated text
 
 _BATCH_CHARACTERS = 4_000_000  # of text hashed at once: about 150 MB of words, ids and hashes
 _MAX_FILTER_BITS = 24  # 16 MB, which a processor's last cache about holds
 _HASH_BITS = 64
+_MIX, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(_HASH_BITS // 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,20 +34,26 @@ class Overlap:
         positions: (M,) int64, looked-up texts that share an n-gram with an indexed one, ascending.
         indexed_positions: (K,) int64, indexed texts that share an n-gram with a looked-up one, ascending.
         num_texts: texts looked up.
-        num_short: those of them with fewer words than an n-gram, which can share none.
+        short_positions: (S,) int64, those of them with fewer words than an n-gram, which can share none, ascending.
     """
 
     positions: npt.NDArray[np.int64]
     indexed_positions: npt.NDArray[np.int64]
     num_texts: int
-    num_short: int
+    short_positions: npt.NDArray[np.int64]
+
+    @property
+    def num_short(self) -> int:
+        """Texts looked up that have fewer words than an n-gram."""
+        return len(self.short_positions)
 
 
 class NgramIndex:
     """The word n-grams of some texts, to look other texts up in.
 
-    Words are lower-cased runs of letters, digits and underscores, so punctuation and white space make no difference.
-    A text of fewer than `n` words has no n-gram and shares none.
+    Words are those of `words.words_of`: case, punctuation, white space and the form a text is stored in make no
+    difference, and letters of scripts without spaces are parts of a word. A text of fewer than `n` words has no n-gram
+    and shares none.
 
     Args:
         texts: the texts to index, read once; 16 bytes an n-gram stay in memory.
@@ -54,7 +62,7 @@ class NgramIndex:
     Attributes:
         n: words in an n-gram.
         num_texts: texts indexed.
-        num_short: those of them with fewer than `n` words.
+        short_positions: (S,) int64, those of them with fewer than `n` words, ascending.
 
     Raises:
         ValueError: `n` is below 1.
@@ -63,13 +71,14 @@ class NgramIndex:
     def __init__(self, texts: Iterable[str], n: int = NGRAM_WORDS) -> None:
         self.n = n
         self.num_texts = 0
-        self.num_short = 0
+        short = [np.zeros(0, np.int64)]
         found: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = [hash_ngrams([], n)]
         for batch in _batches(texts):
             hashes, owners = hash_ngrams(batch, n)
-            self.num_short += len(batch) - len(np.unique(owners))
+            short.append(_without(owners, len(batch)) + self.num_texts)
             found.append((hashes, owners + self.num_texts))
             self.num_texts += len(batch)
+        self.short_positions = np.concatenate(short)
         hashes, owners = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(hashes, kind="stable")
         self._owners = owners[order]
@@ -81,6 +90,11 @@ class NgramIndex:
         self._shift = np.uint64(_HASH_BITS - bits)
         self._filter = np.zeros(1 << bits, bool)
         self._filter[self._hashes >> self._shift] = True
+
+    @property
+    def num_short(self) -> int:
+        """Texts indexed that have fewer than `n` words."""
+        return len(self.short_positions)
 
     def shared(self, texts: Iterable[str]) -> npt.NDArray[np.int64]:
         """(M,) int64 positions in `texts`, ascending, of those that share an n-gram with an indexed text."""
@@ -125,7 +139,8 @@ def find_overlaps(texts: Iterable[str], indexes: Sequence[NgramIndex]) -> list[O
     lengths = sorted({index.n for index in indexes})
     if len(lengths) != 1:
         raise ValueError(f"`indexes` must be one at least, all with n-grams of one length, got the lengths {lengths}.")
-    num_texts = num_short = 0
+    num_texts = 0
+    short = [np.zeros(0, np.int64)]
     positions: list[list[npt.NDArray[np.int64]]] = [[np.zeros(0, np.int64)] for _ in indexes]
     ngrams = [np.zeros(0, np.int64) for _ in indexes]
     for batch in _batches(texts):
@@ -134,14 +149,14 @@ def find_overlaps(texts: Iterable[str], indexes: Sequence[NgramIndex]) -> list[O
             where, which = index.find(hashes)
             positions[i].append(np.unique(owners[where]) + num_texts)
             ngrams[i] = np.union1d(ngrams[i], which)
-        num_short += len(batch) - len(np.unique(owners))
+        short.append(_without(owners, len(batch)) + num_texts)
         num_texts += len(batch)
     return [
         Overlap(
             positions=np.concatenate(positions[i]),
             indexed_positions=index.owners_of(ngrams[i]),
             num_texts=num_texts,
-            num_short=num_short,
+            short_positions=np.concatenate(short),
         )
         for i, index in enumerate(indexes)
     ]
@@ -166,13 +181,11 @@ def find_overlap(texts_a: Sequence[str], texts_b: Sequence[str], n: int = NGRAM_
     return NgramIndex(texts_b, n).shared(texts_a)
 
 
-def words_of(text: str) -> list[str]:
-    """Lower-cased runs of letters, digits and underscores."""
-    return re.findall(r"\w+", text.lower())
-
-
 def hash_ngrams(texts: Sequence[str], n: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
     """Hash every word n-gram; equal in every process.
+
+    Where a text has letters of scripts without spaces, an n-gram begins at each word or letter and is as long as it
+    takes to weigh as much as `n` words.
 
     Args:
         texts: all are held as words at once.
@@ -188,23 +201,62 @@ def hash_ngrams(texts: Sequence[str], n: int) -> tuple[npt.NDArray[np.uint64], n
         raise ValueError(f"`n` must be at least 1 word, got {n}.")
     vocabulary: dict[str, int] = {}
     ids: list[int] = []
-    lengths: list[int] = []
-    for text in texts:
-        words = words_of(text)
-        ids.extend(vocabulary.setdefault(word, len(vocabulary)) for word in words)
-        lengths.append(len(words))
-    num_windows = len(ids) - n + 1
-    if num_windows < 1:
+    lengths: list[int] = []  # of each reading; a text has one or two
+    owners: list[int] = []
+    for position, text in enumerate(texts):
+        for words in readings_of(text):
+            ids.extend([vocabulary.setdefault(word, len(vocabulary)) for word in words])
+            lengths.append(len(words))
+            owners.append(position)
+    if not ids:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    words_T = np.array(ids, np.int64)
+    reading_T = np.repeat(np.arange(len(lengths)), lengths)
+    starts, sizes = _windows(words_T, reading_T, list(map(weight_of, vocabulary)), n)
     digests = [hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest() for word in vocabulary]
-    words_T = np.frombuffer(b"".join(digests), "<u8")[np.array(ids)]
-    hashes = np.zeros(num_windows, np.uint64)
+    hashes = _mixed(np.frombuffer(b"".join(digests), "<u8")[words_T], starts, sizes, n)
+    return hashes, np.array(owners, np.int64)[reading_T[starts]]
+
+
+def _windows(
+    words_T: npt.NDArray[np.int64], reading_T: npt.NDArray[np.int64], weights: Sequence[int], n: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(W,) first words of all n-grams, ascending, and (W,) their numbers of words; none lies in two readings."""
+    if set(weights) == {WORD}:
+        starts = np.arange(max(len(words_T) - n + 1, 0))
+        sizes = np.full(len(starts), n)
+    else:
+        ends_T = np.cumsum(np.array(weights)[words_T])
+        last_T = np.searchsorted(ends_T, np.concatenate([[0], ends_T[:-1]]) + n * WORD)
+        starts = np.flatnonzero(last_T < len(ends_T))
+        sizes = last_T[starts] - starts + 1
+    inside = reading_T[starts] == reading_T[starts + sizes - 1]
+    return starts[inside], sizes[inside]
+
+
+def _mixed(
+    digests_T: npt.NDArray[np.uint64], starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], n: int
+) -> npt.NDArray[np.uint64]:
+    """(W,) hash of the words of each window, in their order; a window has `n` words at least, for none weighs more."""
+    num = len(digests_T)
+    padded = np.concatenate([digests_T, np.zeros(n, np.uint64)])
+    hashes_T = np.zeros(num, np.uint64)
     for j in range(n):
-        hashes = (hashes ^ words_T[j : j + num_windows]) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(32)
-    owners = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-    inside = owners[:num_windows] == owners[n - 1 :]  # a window over two texts is no n-gram of either
-    return hashes[inside], owners[:num_windows][inside]
+        hashes_T = (hashes_T ^ padded[j : j + num]) * _MIX
+        hashes_T ^= hashes_T >> _HALF
+    hashes = hashes_T[starts]
+    for j in range(n, int(sizes.max(initial=0))):
+        longer = np.flatnonzero(sizes > j)
+        mixed = (hashes[longer] ^ digests_T[starts[longer] + j]) * _MIX
+        hashes[longer] = mixed ^ (mixed >> _HALF)
+    return hashes
+
+
+def _without(owners: npt.NDArray[np.int64], num: int) -> npt.NDArray[np.int64]:
+    """Positions below `num` that own no n-gram, ascending."""
+    is_short = np.ones(num, bool)
+    is_short[owners] = False
+    return np.flatnonzero(is_short)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

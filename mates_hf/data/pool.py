@@ -24,6 +24,7 @@ from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, r
 from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows
+from mates_hf.display import card
 from mates_hf.records import IntArray, UnsupportedSettingError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,11 @@ class CandidatePool:
 
     def __len__(self) -> int:
         return self._num_rows if self._ids is None else len(self._ids)
+
+    def __repr__(self) -> str:
+        collator = "none" if self.collate_fn is None else name_of(self.collate_fn)
+        facts = {"rows": f"{len(self):,} of {self._num_rows:,}", "dataset": type(self.dataset).__name__}
+        return card("CandidatePool", {**facts, "collator": collator})
 
     @property
     def candidate_ids(self) -> IntArray:

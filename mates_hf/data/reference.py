@@ -32,6 +32,7 @@ from mates_hf.data.passages import (
     tokenise,
 )
 from mates_hf.data.rows import TokenRows
+from mates_hf.display import card
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class ReferenceTask:
     fed: Candidates | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        _check_parts(self.name, self.rows, self.description)
         _check_loss_on(self.loss_on)
         if not self.num_targets:
             raise ValueError(
@@ -76,6 +78,11 @@ class ReferenceTask:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        source = str(self.description.get("source", "rows"))
+        targets = f"{self.num_targets:,} target tokens (loss_on {self.loss_on!r})"
+        return card(f"ReferenceTask: {self.name}", {"passages": f"{len(self):,}, {targets}", "source": source})
 
     @property
     def measured(self) -> Candidates:
@@ -253,12 +260,10 @@ class ReferenceTask:
             ImportError: lm-eval is not installed.
             ValueError: no such task or split, a group instead of a task, or no target token.
         """
-        from mates_hf.data.harness import documents, load_task, prompt_and_target
+        from mates_hf.data.harness import read_passages
 
         _check_loss_on(loss_on)
-        built = load_task(task, metadata)
-        name, used, docs = documents(built, split)
-        pairs = (prompt_and_target(built, doc) for doc in first_rows(docs, limit))
+        name, used, pairs = read_passages(task, metadata, split, limit)
         tokens = tokenise([Passage(*pair) for pair in pairs], check_tokenizer(tokenizer), loss_on)
         description = {"source": "from_lm_eval", "split": used, "limit": limit, "max_length": max_length}
         return _build(name, tokens, loss_on, description, max_length, "`max_length`")
@@ -299,6 +304,21 @@ def _build(
     }
     rows = rows.take(with_target) if num_dropped else rows
     return ReferenceTask(name=name, rows=rows, loss_on=loss_on, description={**description, **counts})
+
+
+def _check_parts(name: Any, rows: Any, description: Any) -> None:
+    """Raise where an argument of the class itself, rather than of `from_dataset`, is of another type."""
+    if not isinstance(rows, TokenRows):
+        raise TypeError(
+            f"`rows` must be TokenRows, got {type(rows).__name__}. `ReferenceTask.from_dataset(dataset, tokenizer, "
+            'text_column="text")` makes a task of texts, `from_dataset(dataset, input_ids_column="input_ids")` of '
+            "token ids."
+        )
+    if not isinstance(name, str) or not isinstance(description, Mapping):
+        raise TypeError(
+            "`name` must be a str and `description` a mapping, got "
+            f"{type(name).__name__} and {type(description).__name__}."
+        )
 
 
 def _check_loss_on(loss_on: str) -> None:

@@ -43,6 +43,10 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __repr__(self) -> str:
+        trained = "every token but a row's first" if self.labels is None else "those with a label"
+        return f"TokenRows: {len(self):,} rows, {len(self.values):,} tokens; trained: {trained}"
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(N,) int64 tokens in each row."""

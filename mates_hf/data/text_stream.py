@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mates_hf.data.harness import prompt_and_target
+from mates_hf.data.harness import evaluated_texts
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.texts import decode_ids
 
@@ -37,7 +37,7 @@ def texts_of(source: Any, argument: str, *, tokenizer: Any = None, text_column: 
         passages = source.rows
         return (_decode(passages.row(i)[0], tokenizer, f"`{argument}`") for i in range(len(passages)))
     if is_lm_eval_task(source):
-        return ("".join(prompt_and_target(source, doc)) for doc in source.eval_docs)
+        return iter(evaluated_texts(source))
     rows = source
     if not hasattr(source, "__iter__") and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         rows = (source[i] for i in range(len(source)))  # a plain torch dataset

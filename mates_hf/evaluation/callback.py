@@ -50,7 +50,8 @@ class LmEvalCallback(TrainerCallback):
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: an argument is out of range, or the tokenizer has no end token.
+        ValueError: an argument is out of range, or the tokenizer has no end token, or puts special tokens behind a
+            text.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class LmEvalCallback(TrainerCallback):
 
     def attach(self, trainer: Any) -> LmEvalCallback:
         """Optional: let metrics reach every reporter, and warn where reference and evaluated items share text.
+
+        Texts that are too short to be compared are counted in a warning too.
 
         Adds the callback to the Trainer where it is not there yet, and returns it.
         """

@@ -4,9 +4,10 @@ Place in the flow: before a run, on what the run will read. A pool row that hold
 a pool row that holds a reference passage is selected for having it, and a reference task that is evaluated too makes
 the result as good as the selection is at finding that task.
 
-Trade-off: a shared run of 13 words is the usual sign, and finds copies, not paraphrases. A text that is shorter cannot
-be compared, so it is counted and said; a prompt's wording that a task repeats in every document counts as shared once
-it is that long.
+Trade-off: a shared run of 13 words is the usual sign, and finds copies, not paraphrases. It finds them in any script
+and in any form that text is stored in (`data/words` says which differences make none, and how long a run is in scripts
+without spaces). A text that is shorter cannot be compared, so a report with one is not clean; a prompt's wording that
+a task repeats in every document counts as shared once it is that long.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
+from mates_hf.data.harness import name_of
 from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, Overlap, find_overlaps
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.text_stream import is_lm_eval_task, texts_of
@@ -60,7 +62,7 @@ class ContaminationReport:
     Attributes:
         pairs: one entry for each two sides that were compared: `"pool/reference"`, `"pool/sciq"`, `"reference/sciq"`.
         num_texts: texts of each side.
-        num_short: those of them with fewer than 13 words, which could not be compared.
+        short: for each side, (S,) int64 positions of its texts with fewer than 13 words, which could not be compared.
         also_evaluated: evaluated tasks that are the reference task by name; True where it is the same split too, False
             where it is another, None where that is not known.
         pool_is_partial: True where `max_pool_rows` were read and no more.
@@ -68,7 +70,7 @@ class ContaminationReport:
 
     pairs: Mapping[str, SharedText]
     num_texts: Mapping[str, int]
-    num_short: Mapping[str, int]
+    short: Mapping[str, npt.NDArray[np.int64]]
     also_evaluated: Mapping[str, bool | None]
     pool_is_partial: bool = False
 
@@ -78,15 +80,34 @@ class ContaminationReport:
         return {name: len(pair.left_positions) for name, pair in self.pairs.items()}
 
     @property
-    def is_clean(self) -> bool:
-        """True where nothing was found; what was too short to be compared does not count."""
-        return not self.also_evaluated and not any(self.counts.values())
+    def num_short(self) -> dict[str, int]:
+        """Texts of each side with fewer than 13 words."""
+        return {side: len(positions) for side, positions in self.short.items()}
 
-    def kept(self, side: str) -> npt.NDArray[np.int64]:
+    @property
+    def not_compared(self) -> dict[str, int]:
+        """For each side of which the report cannot speak, how many of its texts were too short.
+
+        Short passages and evaluated texts count, for any row may hold them unseen. A short pool row can hold no run of
+        13 words of another text, so pool rows count only where all of them are short, and nothing was compared.
+        """
+        return {
+            side: num for side, num in self.num_short.items() if num and (side != POOL or num == self.num_texts[side])
+        }
+
+    @property
+    def is_clean(self) -> bool:
+        """True where nothing was found, and no side is in `not_compared`."""
+        return not self.also_evaluated and not any(self.counts.values()) and not self.not_compared
+
+    def kept(self, side: str, *, drop_short: bool = False) -> npt.NDArray[np.int64]:
         """Rows of a side that share nothing with any other side, for `pool.select(report.kept("pool"))`.
+
+        Where a side has texts that were too short to be compared, one WARNING line says so.
 
         Args:
             side: `"pool"`, `"reference"` or the name of an evaluated task.
+            drop_short: leave out what was too short to be compared.
 
         Returns:
             (M,) int64 positions among the rows that were read, ascending.
@@ -102,6 +123,17 @@ class ContaminationReport:
                 keep[pair.left_positions] = False
             if side == pair.right:
                 keep[pair.right_positions] = False
+        if drop_short:
+            keep[self.short[side]] = False
+        elif self.not_compared:
+            unseen = ", ".join(f"{num:,} of {self._called(name)}" for name, num in self.not_compared.items())
+            logger.warning(
+                "What is kept of `%s` may share text with what has fewer than %d words and could not be compared: %s. "
+                "`drop_short=True` leaves such rows of a side out.",
+                side,
+                NGRAM_WORDS,
+                unseen,
+            )
         return np.flatnonzero(keep)
 
     def findings(self) -> list[str]:
@@ -117,6 +149,11 @@ class ContaminationReport:
             found.append(
                 f"The reference task is also evaluated, as `{name}`, {split[same_split]}: what is measured there was "
                 "selected for. Report other tasks."
+            )
+        for side, num in self.not_compared.items():
+            found.append(
+                f"{num:,} of {self._called(side)} have fewer than {NGRAM_WORDS} words, so what holds them cannot be "
+                f'told. Leave them out: `report.kept("{side}", drop_short=True)`.'
             )
         return found
 
@@ -161,12 +198,15 @@ def check_contamination(
     text_column: str = "text",
     max_pool_rows: int | None = None,
 ) -> ContaminationReport:
-    """Look for what pool, reference task and evaluated tasks share: a run of 13 words, case and punctuation aside.
+    """Look for what pool, reference task and evaluated tasks share: a run of 13 words, whatever the form of the text.
+
+    Case, punctuation, spaces and the way the letters are stored make no difference; `data/words` says more, and how
+    long a run is in Chinese, Japanese, Korean, Thai and other scripts without spaces between words.
 
     Texts may be given as strings, or as rows (dicts) that have `text_column`, or else `input_ids`, which are decoded
     without special tokens; a `datasets.Dataset`, a list or a stream of either. Cost: every side is read once, the pool
-    as a stream (10 to 15 MB of text a second on one core); reference and evaluated texts take 16 bytes a word of
-    memory.
+    as a stream (about 10 MB of English or 3 MB of Chinese a second on one core). Reference and evaluated texts take
+    16 bytes a word of memory.
 
     Args:
         pool: the candidate pool. A stream is read to its end, or to `max_pool_rows`.
@@ -202,7 +242,7 @@ def check_contamination(
         sides = {REFERENCE: iter(passages), **sides}
     indexes = {name: _index(texts, name) for name, texts in sides.items()}
     num_texts = {name: index.num_texts for name, index in indexes.items()}
-    num_short = {name: index.num_short for name, index in indexes.items()}
+    short = {name: index.short_positions for name, index in indexes.items()}
 
     pairs: dict[str, SharedText] = {}
     pool_is_partial = False
@@ -213,7 +253,7 @@ def check_contamination(
         bar = tqdm(texts, desc="contamination", unit="row", total=num_rows, disable=None, leave=False)
         overlaps = find_overlaps(bar, list(indexes.values()))
         _check_some(overlaps[0].num_texts, "pool")
-        num_texts, num_short = {POOL: overlaps[0].num_texts, **num_texts}, {POOL: overlaps[0].num_short, **num_short}
+        num_texts, short = {POOL: overlaps[0].num_texts, **num_texts}, {POOL: overlaps[0].short_positions, **short}
         pool_is_partial = max_pool_rows == overlaps[0].num_texts and max_pool_rows != _length(pool)
         pairs |= _pairs(POOL, overlaps, indexes)
     if reference is not None and evaluation:
@@ -222,7 +262,7 @@ def check_contamination(
     return ContaminationReport(
         pairs=pairs,
         num_texts=num_texts,
-        num_short=num_short,
+        short=short,
         also_evaluated=_also_evaluated(reference, evaluation),
         pool_is_partial=pool_is_partial,
     )
@@ -280,7 +320,7 @@ def _also_evaluated(reference: Any, evaluation: Mapping[str, Any]) -> dict[str, 
         return {}
     found: dict[str, bool | None] = {}
     for name, side in evaluation.items():
-        if reference.name not in (name, getattr(side, "task_name", name)):
+        if reference.name not in (name, name_of(side) if is_lm_eval_task(side) else name):
             continue
         made_of = reference.description.get("split")
         if made_of is None or not is_lm_eval_task(side):

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import logging
+import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,17 +21,23 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mates_hf.data.harness import task_manager
+from mates_hf.data.harness import OTHER_SEED, as_lm_eval_seeds, random_streams, spec_of, task_manager
+from mates_hf.evaluation.checks import (
+    check_labels,
+    check_requests,
+    check_task,
+    check_ties,
+    check_tokenizer,
+    own_copy,
+    warn_of_redraws,
+)
 from mates_hf.evaluation.continuations import Continuations, answer, assist, longest
-from mates_hf.model_traits import context_length, unwrap
+from mates_hf.model_traits import unwrap
 from mates_hf.preserve import undisturbed
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import EvaluationError
 
 logger = logging.getLogger(__name__)
-
-_FEWSHOT_SEED = 1234  # lm-eval's own default
-_NO_LIMIT = 10**9  # tokenizers without a longest input say so by a much larger number
 
 
 class Evaluator:
@@ -47,7 +54,8 @@ class Evaluator:
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: an argument is out of range, or the tokenizer has no end token.
+        ValueError: an argument is out of range, or the tokenizer has no end token, or puts special tokens behind a
+            text.
     """
 
     def __init__(
@@ -70,18 +78,16 @@ class Evaluator:
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         # A task object of the caller's is copied, because how it builds its requests is replaced.
-        self.tasks = [
-            str(name) if isinstance(name, Path) else name if isinstance(name, (str, dict)) else copy.copy(name)
-            for name in names
-        ]
+        self.tasks = [spec_of(name) if isinstance(name, (str, Path)) else own_copy(name) for name in names]
         self.tokenizer = copy.deepcopy(tokenizer)
         self.limit = limit
         self.batch_size = batch_size
         self.metadata = dict(metadata or {})
         self.truncate = truncate
         self._loaded: dict[str, Any] | None = None
+        self._streams: Any = None  # where building left the random streams
         self._live: Any = None
 
     @property
@@ -89,24 +95,32 @@ class Evaluator:
         """lm-eval's `tasks` and `groups` by name, with their requests; built at first use."""
         if self._loaded is None:
             started = time.perf_counter()
-            names = [task for task in self.tasks if isinstance(task, (str, dict))]
-            with _without_advice():
-                loaded = dict(task_manager(names, self.metadata).load(list(self.tasks)))
-            for task in loaded["tasks"].values():
-                if task.get_config("num_fewshot") is None:
-                    task.set_config(key="num_fewshot", value=0)
-                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-                if task.OUTPUT_TYPE == "generate_until":
-                    raise EvaluationError(
-                        f"Tasks must be scored by likelihood, but the answers of `{task.task_name}` are generated. "
-                        "Evaluate it on a checkpoint with the command `lm_eval`."
-                    )
-                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
-                # What `lm_eval.evaluate` builds at each evaluation is what was built here.
-                task.build_all_requests = functools.partial(_ask_again, task)
+            with as_lm_eval_seeds():
+                loaded = self._load()
+                self._streams = random_streams()
+                for task in loaded["tasks"].values():
+                    warn_of_redraws(task, self.limit)
+                    check_labels(task)
             self._loaded = loaded
             logger.info("%d tasks built in %.1f s", len(loaded["tasks"]), time.perf_counter() - started)
         return self._loaded
+
+    def _load(self) -> dict[str, Any]:
+        """Load all tasks, then build all requests, in the order in which lm-eval does both."""
+        names = [task for task in self.tasks if isinstance(task, (str, dict))]
+        with _without_advice():
+            loaded = dict(task_manager(names, self.metadata).load(list(self.tasks)))
+        for task in loaded["tasks"].values():
+            check_task(task)
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=OTHER_SEED)
+        for task in loaded["tasks"].values():
+            task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+            check_requests(task)
+            # What `lm_eval.evaluate` builds at each evaluation is what was built here.
+            task.build_all_requests = functools.partial(_ask_again, task)
+        return loaded
 
     @property
     def num_tokens(self) -> int:
@@ -114,7 +128,7 @@ class Evaluator:
         return 0 if self._live is None else int(self._live.num_tokens)
 
     def prepare(self, model: nn.Module, processes: Processes = ALONE, *, progress: bool = False) -> None:
-        """Build the tasks, tokenise their requests, and prove on the longest of them that the model can answer.
+        """Build the tasks, tokenise their requests, and prove that the model can answer and lm-eval can judge.
 
         All processes call it together; only the main one reads tasks and data.
 
@@ -125,7 +139,8 @@ class Evaluator:
 
         Raises:
             ValueError: a task, split, file or column is not there, or the tokenizer is not the model's.
-            EvaluationError: contexts are longer than the model's, memory runs out, or the model gives NaN.
+            EvaluationError: contexts are longer than the model's, choices or labels are such that accuracy says
+                nothing of the model, lm-eval cannot judge the answers, memory runs out, or the model gives NaN.
             ProcessError: another process failed.
         """
 
@@ -133,11 +148,14 @@ class Evaluator:
             live = self._live_model(model, processes, progress)
             pairs = []
             for name, task in self.loaded["tasks"].items():
-                asked = [pair for request in task.instances for pair in live.pairs_of(request)]
+                by_request = [live.pairs_of(request) for request in task.instances]
+                asked = [pair for found in by_request for pair in found]
                 self._check_lengths(name, asked, live.max_tokens)
+                check_ties(task, [live.as_read(found) for found in by_request])
                 pairs += asked
             hardest = longest(Continuations.from_pairs(pairs, live.max_tokens), self.batch_size)
             answer(unwrap(model), hardest, batch_rows=self.batch_size, progress=False, processes=processes)
+            self._judge_made_up_answers(live)
             return {}
 
         self._together(model, processes, body)
@@ -159,16 +177,34 @@ class Evaluator:
         """
 
         def body() -> dict[str, float]:
-            import lm_eval
-
             live = self._live_model(model, processes, progress)
             live.num_tokens = 0
-            found = lm_eval.evaluate(
-                lm=live, task_dict=self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=False
-            )
-            return flat_metrics(found["results"])
+            return self._evaluated(live)
 
         return self._together(model, processes, body)
+
+    def _evaluated(self, live: Any) -> dict[str, float]:
+        """What lm-eval makes of the answers."""
+        import lm_eval
+
+        loaded = self.loaded
+        with as_lm_eval_seeds(self._streams):
+            found = lm_eval.evaluate(lm=live, task_dict=loaded, limit=self.limit, bootstrap_iters=0, log_samples=False)
+        return flat_metrics(found["results"])
+
+    def _judge_made_up_answers(self, live: Any) -> None:
+        """Prove that answers can be judged, so that a metric that cannot be computed does not end a run later."""
+        live.made_up = True
+        try:
+            self._evaluated(live)
+        except Exception as error:
+            raise EvaluationError(
+                f"lm-eval must be able to judge answers to the tasks {sorted(self.loaded['tasks'])}, but on made-up "
+                f"answers it ends in {type(error).__name__}: {error}. Try the tasks one by one, and leave out the one "
+                "whose metrics or `process_results` fail, or mend it."
+            ) from error
+        finally:
+            live.made_up = False
 
     def _together(
         self, model: nn.Module, processes: Processes, body: Callable[[], dict[str, float]]
@@ -190,22 +226,16 @@ class Evaluator:
 
     def _live_model(self, model: nn.Module, processes: Processes, progress: bool) -> Any:
         """What lm-eval asks; keeps the tokenised requests from one evaluation to the next."""
-        from mates_hf.evaluation.live import LiveModel
+        from mates_hf.evaluation.live import LiveModel, longest_input
 
-        limits = [context_length(unwrap(model)), getattr(self.tokenizer, "model_max_length", None)]
-        known = [size for size in limits if size is not None and size < _NO_LIMIT]
-        max_tokens = min(known) if known else None
+        max_tokens = longest_input(unwrap(model), self.tokenizer)
         if self._live is None or self._live.max_tokens != max_tokens:
             self._live = LiveModel(self.tokenizer, batch_rows=self.batch_size, max_tokens=max_tokens)
         self._live.model, self._live.processes, self._live.progress = unwrap(model), processes, progress
         return self._live
 
-    def _check_lengths(
-        self, name: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int | None
-    ) -> None:
+    def _check_lengths(self, name: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], limit: int) -> None:
         """Contexts that do not fit are an error, or one warning where they may be cut."""
-        if limit is None:
-            return
         lengths = np.array([len(context) + len(targets) - 1 for context, targets in pairs])
         num_long = int((lengths > limit).sum())
         longest_targets = max(len(targets) for _, targets in pairs)
@@ -262,16 +292,6 @@ def flat_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, comma, filtered = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            if comma and not metric.endswith("_stderr") and isinstance(value, (numbers.Real, np.number)):
                 found[f"{task}/{metric if filtered == 'none' else key}"] = float(value)
     return found
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if not callable(tokenizer) or not hasattr(tokenizer, "encode"):
-        raise ValueError(f"`tokenizer` must be the model's tokenizer, got {type(tokenizer).__name__}.")
-    if getattr(tokenizer, "eos_token_id", None) is None:
-        raise ValueError(
-            "`tokenizer` must have an end token, because lm-eval puts it where an item has no context, got one "
-            "without (`eos_token` is None). Set `tokenizer.eos_token`."
-        )

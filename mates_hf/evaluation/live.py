@@ -19,10 +19,37 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
 from mates_hf.evaluation.continuations import Continuations, answer
+from mates_hf.model_traits import context_length
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import EvaluationError
 
+_CONFIGURED = ("n_positions", "max_position_embeddings", "n_ctx")  # where lm-eval looks, in its order
+_UNSET = int(1e30)  # a tokenizer's longest input where it knows none
+_WHERE_NONE_IS_KNOWN = 2048  # lm-eval's longest input of a model that says nothing
+
 Pair = tuple[list[int], list[int]]  # token ids of a context and of its continuation
+
+
+def longest_input(model: nn.Module, tokenizer: Any) -> int:
+    """Tokens that lm-eval gives a model at most: contexts are cut to it, and long texts fall into windows of it.
+
+    Args:
+        model: the live model, unwrapped.
+        tokenizer: asked where the model's config says nothing.
+
+    Returns:
+        The config's number, else the tokenizer's, else 2,048; never more than the model is known to take.
+    """
+    config = getattr(model, "config", None)
+    part = getattr(config, "text_config", None) or config
+    for name in _CONFIGURED:
+        value = getattr(part, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    told = getattr(tokenizer, "model_max_length", None)
+    known = int(told) if told is not None and told != _UNSET else _WHERE_NONE_IS_KNOWN
+    limit = context_length(model)  # under a name that lm-eval does not know
+    return known if limit is None else min(known, limit)
 
 
 class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
@@ -53,6 +80,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.processes = processes
         self.model: nn.Module | None = None  # set for the time of an evaluation
         self.num_tokens = 0  # run through the model so far
+        self.made_up = False  # answers are drawn, to try what lm-eval makes of them
         self._pairs: dict[tuple[str, ...], list[Pair]] = {}
         self._encoded = functools.lru_cache(maxsize=64)(self._encode)  # the choices of an item share its context
         self._prefix_text = tokenizer.decode([self.prefix_token_id])
@@ -94,6 +122,12 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         if key not in self._pairs:
             self._pairs[key] = [self._pair(*key)] if len(key) == 2 else self._windows(key[0])
         return self._pairs[key]
+
+    def as_read(self, pairs: Sequence[Pair]) -> tuple[tuple[int, ...], ...]:
+        """What the model reads of a request, and what it is asked for: tokens after the cut to `max_tokens`."""
+        requests = Continuations.from_pairs(pairs, self.max_tokens)
+        ends = requests.offsets
+        return tuple(tuple(requests.values[a:b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True))
 
     def _pair(self, context: str, continuation: str) -> Pair:
         if context:
@@ -143,6 +177,9 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         raise NotImplementedError  # of TemplateLM; `loglikelihood` is answered without it
 
     def _answer(self, pairs: Sequence[Pair]) -> tuple[Any, Any]:
+        if self.made_up:
+            rng = np.random.default_rng(0)
+            return -rng.gamma(2.0, 10.0, len(pairs)), rng.random(len(pairs)) < 0.5
         assert self.model is not None
         requests = Continuations.from_pairs(pairs, self.max_tokens)
         self.num_tokens += requests.num_input_tokens

@@ -11,14 +11,17 @@ ignored.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mates_hf.evaluation.benchmarks import BENCHMARKS, Splits, document, required_columns
+from mates_hf.records import expand_path
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 _EVALUATED = ("test", "validation", "val", "dev")  # in the order of preference
@@ -29,7 +32,7 @@ def load(*, benchmark: str, data_dir: str | Path | None = None, split: str | Non
 
     Args:
         benchmark: its name, that of its subfolder.
-        data_dir: the folder.
+        data_dir: the folder; `~` is the home folder.
         split: which split is evaluated; None takes a test split where there is one, else a validation split.
         **metadata: what else lm-eval passes on; not read.
 
@@ -45,10 +48,11 @@ def load(*, benchmark: str, data_dir: str | Path | None = None, split: str | Non
             f"The local task of `{benchmark}` must be told its folder, got no `data_dir`: "
             """`--metadata '{"data_dir": "path/to/eval"}'`, or `metadata={"data_dir": ...}` in Python."""
         )
-    folder = Path(data_dir) / benchmark
+    data_dir = expand_path(data_dir)
+    folder = data_dir / benchmark
     there = {_split_of(path): path for path in sorted(folder.glob("*")) if path.name.endswith(_SUFFIXES)}
     if not there:
-        known = sorted(path.name for path in Path(data_dir).glob("*") if path.name in BENCHMARKS)
+        known = sorted(path.name for path in data_dir.glob("*") if path.name in BENCHMARKS)
         raise FileNotFoundError(
             f"`data_dir` must have {benchmark}/<split>.jsonl, but {folder} has no such file. Benchmarks found in "
             f"{data_dir}: {known or 'none'}."
@@ -79,26 +83,47 @@ def read_rows(path: Path, benchmark: str) -> Iterator[Mapping[str, Any]]:
         Each row.
 
     Raises:
-        ValueError: a line is no JSON object, lacks a column or has a value of the wrong kind; names the line. Or the
-            file has no row.
+        ValueError: a line is no JSON object in UTF-8, lacks a column or has a value that cannot be scored; names the
+            line. Or the file has no row.
     """
-    opener = gzip.open if path.name.endswith(".gz") else open
     columns = required_columns(benchmark)
     number = 0
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} must be a JSON object, got {line[:60]!r} ({error}).") from error
-            if not isinstance(row, dict) or (missing := [name for name in columns if name not in row]):
-                has = sorted(row) if isinstance(row, dict) else type(row).__name__
-                wanted = missing if isinstance(row, dict) else list(columns)
-                raise ValueError(f"{where} must have {wanted} for the benchmark `{benchmark}`, it has {has}.")
-            yield _checked(row, columns, where)
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}, line {number}"
+        row = _parsed(line, where)
+        if not isinstance(row, dict) or (missing := [name for name in columns if name not in row]):
+            has = sorted(row) if isinstance(row, dict) else type(row).__name__
+            wanted = missing if isinstance(row, dict) else list(columns)
+            raise ValueError(f"{where} must have {wanted} for the benchmark `{benchmark}`, it has {has}.")
+        yield _checked(row, columns, where, benchmark)
     if not number:
         raise ValueError(f"{path} must have at least one row, it is empty.")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, gzipped where its name ends in .gz."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        try:
+            yield from file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} must be a whole gzip file, and is damaged ({error}). Copy it again.") from error
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    """What a line holds, or an error that says which line does not hold JSON."""
+    if not line.strip():
+        raise ValueError(f"{where} must be a JSON object, got a blank line. Delete it.")
+    if line.startswith(codecs.BOM_UTF8):
+        raise ValueError(f"{where} must be a JSON object, got a byte order mark. Save the file as UTF-8 without it.")
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} must be text in UTF-8, got {line[:60]!r} ({error}). Convert the file.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} must be a JSON object, got {line[:60].decode('utf-8', 'replace')!r} ({error})."
+        ) from error
 
 
 def _read(path: Path, benchmark: str) -> Any:
@@ -107,16 +132,21 @@ def _read(path: Path, benchmark: str) -> Any:
     return datasets.Dataset.from_list([document(benchmark, row) for row in read_rows(path, benchmark)])
 
 
-def _checked(row: Mapping[str, Any], columns: Any, where: str) -> Mapping[str, Any]:
-    """The row, or an error where a value is of the wrong kind."""
+def _checked(row: Mapping[str, Any], columns: Any, where: str, benchmark: str) -> Mapping[str, Any]:
+    """The row, or an error where a value cannot be scored."""
     for name in columns:
         value = row[name]
         if name == "choices":
-            ok = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) and v for v in value)
+            ok = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) and v.strip() for v in value)
             what = "a list of two or more texts"
         elif name == "label":
             ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(row["choices"])
             what = f"the position of the right choice, 0 to {len(row['choices']) - 1}"
+        elif name == "question" and benchmark == "winogrande":
+            ok = isinstance(value, str) and value.count("_") == 1 and bool(value.partition("_")[2].strip())
+            what = "a text with one blank `_`, and text after it, which is what is scored"
+        elif name == "target":
+            ok, what = isinstance(value, str) and bool(value.strip()), "a text"
         else:
             ok, what = isinstance(value, str), "a text"
         if not ok:

@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.batches import Candidates
+from mates_hf.display import changed_fields
+from mates_hf.influence.arguments import check_measure
 from mates_hf.influence.difference import (
     Direction,
     EpsilonChoice,
@@ -128,6 +130,8 @@ class DirectionalProbe:
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be None or at least 1, got {value!r}.")
 
+    __repr__ = changed_fields
+
     def for_run(self, settings: RunSettings) -> DirectionalProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
         names = ("tokens_per_batch", "learning_rates", "batch_rows", "seed", "progress", "processes", "shards_dir")
@@ -157,7 +161,8 @@ class DirectionalProbe:
             ProbeMemoryError: one row alone does not fit into memory.
         """
         started = time.perf_counter()
-        ids, rows, skipped, reference, loss, reading = read_measurable(
+        check_measure(model, optimizer, reference, candidates)
+        ids, rows, skipped, reference, loss, reading, num_compared = read_measurable(
             unwrap(model), reference, candidates, loss=self.loss, reference_loss=self.reference_loss
         )
         probe = dataclasses.replace(self, loss=loss)
@@ -176,7 +181,7 @@ class DirectionalProbe:
         plus, minus = probe._in_shards(model, direction, rows, choice.epsilon)
         derivatives = direction.derivatives(plus, minus, choice.epsilon)
         per_candidate = row_means(rows, derivatives)
-        num_tokens = 2 * int(rows.lengths.sum()) + choice.num_tokens
+        num_tokens = 2 * int(rows.lengths.sum()) + choice.num_tokens + num_compared
         info = {
             "epsilon": choice.epsilon,
             "epsilon_agreement": choice.agreement,
@@ -186,6 +191,7 @@ class DirectionalProbe:
             "path_losses": list(direction.path_losses),
             "parameters": self.parameters,
             "reading": reading.to_dict(),
+            "num_compared_tokens": num_compared,
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
             "seconds": time.perf_counter() - started,

@@ -28,6 +28,7 @@ import torch
 
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.texts import decode_rows, has_column, read_texts
+from mates_hf.influence.arguments import check_fit, fitted_repr
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fine_tune import FineTuning
 from mates_hf.influence.fit import fresh_report, measured_rows
@@ -84,6 +85,8 @@ class EncoderInfluenceModel:
         TypeError: `encoder` is none, or `tokenizer` cannot decode.
         OSError: the Hub or the path has no such encoder.
     """
+
+    __repr__ = fitted_repr
 
     def __init__(
         self,
@@ -207,7 +210,7 @@ class EncoderInfluenceModel:
             MatesError: fine-tuning diverged.
         """
         started = time.perf_counter()
-        labels.check()
+        check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         before = self._previous(previous)
         documents, found = self._read(candidates, labels)

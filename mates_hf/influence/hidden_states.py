@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows
+from mates_hf.influence.arguments import check_fit
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fit import fresh_report, measured_rows
 from mates_hf.influence.flops import forward_flops
@@ -172,7 +173,7 @@ class HiddenStateInfluenceModel:
                 `previous` is of another kind.
         """
         started = time.perf_counter()
-        labels.check()
+        check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         if previous is not None and not isinstance(previous, HiddenStateInfluenceModel):
             raise ValueError(f"`previous` must be a HiddenStateInfluenceModel, got {type(previous).__name__}.")

@@ -5,9 +5,7 @@ a token and the one before it, nothing longer. For that it needs no download and
 reads the pool at memory speed, and says which n-grams raise and lower influence.
 
 What is inside: `additive.py` fits the tables, `fit.py` judges them, `kernels.py` is the compiled part. All tables are
-in units of `influence_per_token`; `influence` is that times the labels' `step_size`.
-
-Shape suffixes: N candidates.
+in units of `influence_per_token`; `influence` is that times the labels' `step_size`. Shape suffix: N candidates.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.evaluation.agreement import slope_of
 from mates_hf.influence.additive import MIN_BIGRAM_COUNT, SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
+from mates_hf.influence.arguments import check_fit, fitted_repr
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.influence.fit import SLOPE_RANGE, fit_report, fresh_report, measured_rows, split_held_out, usable_labels
 from mates_hf.influence.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
@@ -62,6 +61,7 @@ class NgramInfluenceModel:
         ValueError: an argument outside its range.
     """
 
+    __repr__ = fitted_repr
     reads_spans = True  # `predict` scores rows in the buffers of others, without a copy
 
     def __init__(
@@ -139,7 +139,7 @@ class NgramInfluenceModel:
             ValueError: labels do not belong to the candidates, too few, or `previous` is of another kind.
         """
         started = time.perf_counter()
-        labels.check()
+        check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         kind = self._kind_for(labels)
         labels, groups = usable_labels(labels, groups, labels.num_tokens > 0)

@@ -20,7 +20,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mates_hf.influence.flops import one_step_flops
+from mates_hf.display import changed_fields
+from mates_hf.influence.arguments import check_measure
+from mates_hf.influence.flops import forward_flops, one_step_flops
 from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
@@ -74,6 +76,8 @@ class OneStepProbe:
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise ValueError(f"`tokens_per_batch` must be None or at least 1, got {self.tokens_per_batch!r}.")
 
+    __repr__ = changed_fields
+
     def for_run(self, settings: RunSettings) -> OneStepProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
         names = ("max_grad_norm", "tokens_per_batch", "learning_rates", "progress", "processes")
@@ -103,10 +107,11 @@ class OneStepProbe:
             ProbeMemoryError: one row alone does not fit into memory.
         """
         started = time.perf_counter()
+        check_measure(model, optimizer, reference, candidates)
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
         require_steps(optimizer)
         rates = group_learning_rates(optimizer, self.learning_rates)
-        ids, rows, skipped, reference, loss, reading = read_measurable(
+        ids, rows, skipped, reference, loss, reading, num_compared = read_measurable(
             model, reference, candidates, loss=self.loss, reference_loss=self.reference_loss
         )
         tokens_per_batch = DEFAULT_TOKENS_PER_BATCH if self.tokens_per_batch is None else self.tokens_per_batch
@@ -148,6 +153,7 @@ class OneStepProbe:
             "learning_rates": rates,
             "max_grad_norm": self.max_grad_norm,
             "reading": reading.to_dict(),
+            "num_compared_tokens": num_compared,
             "num_skipped": len(skipped),
             "skipped": skipped.tolist(),
             "seconds": time.perf_counter() - started,
@@ -156,7 +162,8 @@ class OneStepProbe:
                 num_candidates=len(rows),
                 num_candidate_tokens=int(rows.lengths.sum()),
                 num_reference_tokens=int(reference.measured.lengths.sum()),
-            ),
+            )
+            + forward_flops(count_multiplied_parameters(model), num_compared),
         }
         logger.info("probed %d candidates by real steps in %.1f s", len(rows), info["seconds"])
         return InfluenceLabels(

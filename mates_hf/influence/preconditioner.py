@@ -54,8 +54,8 @@ class FreshOptimizerError(MatesError):
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(
-            f"`optimizer` must have state from at least one step, got a fresh {type(optimizer).__name__}: train a "
-            "step first, or load its state."
+            f"`optimizer` must have state from at least one step, got a fresh {type(optimizer).__name__}. It is "
+            "supported: train a step first, or load its state."
         )
 
 

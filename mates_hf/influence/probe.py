@@ -11,12 +11,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import nn
 
 from mates_hf.data.batches import Candidates, LossFunction, Reading
+from mates_hf.data.feeds import TextRows
 from mates_hf.data.pool import CandidatePool, open_candidates
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.rows import TokenRows
 from mates_hf.influence.reading import find_reading
 from mates_hf.influence.reference_feed import fed_reference
-from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
-from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, RunSettings
+from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, counted_tokens
+from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, RunSettings, UnsupportedSettingError
 
 Self = TypeVar("Self", bound="Probe")
 
@@ -53,6 +55,7 @@ class Measurable(NamedTuple):
         reference: the task, as the model is fed it.
         loss: the loss of a candidate's row, where it is no likelihood; None where it is.
         reading: how the run's loss follows from a batch.
+        num_compared: padded tokens that were run forward to find it.
     """
 
     ids: IntArray
@@ -61,6 +64,7 @@ class Measurable(NamedTuple):
     reference: ReferenceTask
     loss: LossFunction | None
     reading: Reading
+    num_compared: int
 
 
 def read_measurable(
@@ -91,12 +95,13 @@ def read_measurable(
     """
     pool, rows = open_candidates(candidates)
     compared = pool.reading
-    reading = pool.reading = compared or read_given(model, pool, loss, reference_loss)
-    is_plain = reading.is_plain_text and not reading.constants
-    if reference_loss is None and reference.fed is None and not (compared and is_plain):
-        reference = fed_reference(model, reference, reading, pool if rows is None else None)
+    with counted_tokens(model) as num_tokens:
+        reading = pool.reading = compared or read_given(model, pool, loss, reference_loss)
+        is_known = compared is not None and reading.is_plain_text and not reading.constants
+        if reference_loss is None and reference.fed is None and not is_known:
+            reference = fed_reference(model, reference, reading, pool if rows is None else None)
     ids = pool.candidate_ids
-    fed = pool.candidates() if rows is None or reading.feed != "plain" else rows
+    fed = pool.candidates() if rows is None else text_rows(rows, reading)
     trained = fed.num_targets > 0
     if not trained.any():
         raise InfluenceError(
@@ -106,7 +111,30 @@ def read_measurable(
     skipped = ids[~trained]
     if len(skipped):
         ids, fed = ids[trained], fed.take(trained)
-    return Measurable(ids, fed, skipped, reference, reading.loss if loss is None else loss, reading)
+    return Measurable(ids, fed, skipped, reference, reading.loss if loss is None else loss, reading, num_tokens[0])
+
+
+def text_rows(rows: TokenRows, reading: Reading) -> Candidates:
+    """Token rows, which are texts, in the layout that the model wants.
+
+    Args:
+        rows: candidates.
+        reading: of the model.
+
+    Returns:
+        The rows themselves for a model whose loss shifts.
+
+    Raises:
+        UnsupportedSettingError: what the model wants cannot be made of a text.
+    """
+    if reading.likelihood == "shifted":
+        return TextRows(rows, reading) if reading.num_virtual else rows
+    if reading.likelihood == "classes" or reading.encoder_decoder or (reading.looks_ahead and rows.labels is None):
+        raise UnsupportedSettingError(
+            "`candidates` must be a `CandidatePool(dataset, collate_fn)` for a model that is not trained to predict "
+            "the next token, got token rows. Pass the dataset with the collator of the run."
+        )
+    return TextRows(rows, reading)
 
 
 def read_given(

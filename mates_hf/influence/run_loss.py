@@ -86,3 +86,26 @@ def without_router_loss(model: nn.Module) -> Iterator[bool]:
     finally:
         for part in on:
             part.output_router_logits = True
+
+
+@contextlib.contextmanager
+def counted_tokens(model: nn.Module) -> Iterator[list[int]]:
+    """Count what a comparison runs forward.
+
+    Args:
+        model: gets a hook, and is without it afterwards.
+
+    Yields:
+        One number, padded tokens so far.
+    """
+    total = [0]
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        total[0] += ids.numel() if isinstance(ids, Tensor) else 0
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield total
+    finally:
+        handle.remove()

@@ -20,7 +20,7 @@ from typing import Any
 
 from mates_hf.influence.flops import forward_flops
 from mates_hf.records import COPY_AGAIN, MatesError, read_json
-from mates_hf.round_files import ROUND_FILE
+from mates_hf.round_files import ROUND_FILE, find_rounds
 
 STATE_FILE = "trainer_state.json"
 UNRECORDED = "not recorded"
@@ -113,7 +113,7 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
     less training than they belong to.
 
     Args:
-        run_dir: the run's `output_dir`, with its checkpoints.
+        run_dir: the run's `output_dir`, with its checkpoints, or the `_mates` in it.
         rounds_dir: where its rounds are; None is `<run_dir>/_mates`.
 
     Returns:
@@ -124,8 +124,14 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
         FileNotFoundError: there is no such run, or it has no finished round.
         MatesError: a file is damaged, or a round is missing.
     """
-    run_dir = Path(run_dir)
-    folder = run_dir / "_mates" if rounds_dir is None else Path(rounds_dir)
+    run_dir = Path(run_dir).expanduser()
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"`{run_dir}` must be the directory of a run, and is not there.")
+    folder = find_rounds(run_dir)[0] if rounds_dir is None else Path(rounds_dir).expanduser()
+    if folder == run_dir and rounds_dir is None:
+        # The rounds themselves, as `verify` takes them too; or nothing at all, which is said of where they would be.
+        folder = run_dir if any(run_dir.glob("round-*")) else run_dir / "_mates"
+        run_dir = run_dir.resolve().parent if run_dir.resolve().name == "_mates" else run_dir
     infos, notes = _read_rounds(folder)
     state = _newest_state(run_dir)
     history: Sequence[Mapping[str, Any]] = []

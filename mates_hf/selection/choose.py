@@ -29,33 +29,37 @@ NOISE, TIES, UNIFORM = 0x6E6F, 0x7469, 0x756E  # keep the streams of one seed ap
 Seed = int | Sequence[int]
 
 
-def gumbel_top_k(influence: npt.ArrayLike, k: int, temperature: float = 0.5, seed: Seed = 0) -> IntArray:
-    """The k candidates with the largest `influence / temperature + Gumbel(0, 1)`.
+def gumbel_top_k(influence: npt.ArrayLike, k: int, temperature: float = 0.0, seed: Seed = 0) -> IntArray:
+    """The k candidates of highest influence; with a temperature, of highest `influence / temperature + Gumbel(0, 1)`.
 
-    It draws k candidates one after another without replacement, each with probability proportional to
-    exp(influence / temperature) among those left (Plackett-Luce). A candidate of higher influence is always the more
-    likely one; temperature 0 is `top_k`, and a growing temperature approaches `uniform`.
+    With a temperature it draws k candidates one after another without replacement, each with probability proportional
+    to exp(influence / temperature) among those left (Plackett-Luce). A candidate of higher influence is always the
+    more likely one; temperature 0 is `top_k`, and a growing temperature approaches `uniform`.
 
     Args:
         influence: (N,) finite numbers, > 0 helps, higher is better; any unit.
-        k: how many to choose, from 0 to N.
-        temperature: in the unit of `influence` as passed. The method states it in standard deviations of the labels,
-            so divide influence by that standard deviation first.
-        seed: of the noise and of the order among ties; a sequence such as (selection seed, round) is one seed.
+        k: How many to choose, from 0 to N.
+        temperature: In the unit of `influence` as passed. Influence is a small number (a standard deviation of 0.001
+            nats/token is usual), so a temperature of 0.5 draws at random. `MatesConfig.temperature` is in standard
+            deviations of the labels: for one of 0.5, pass `0.5 * labels.influence.std()`.
+        seed: Seed of the noise and of the order among ties; a sequence such as (selection seed, round) is one seed.
 
     Returns:
         (k,) int64 positions in `influence`, ascending.
 
     Raises:
-        ValueError: k or temperature out of range, or `influence` not one-dimensional.
-        TypeError: `influence` holds no real numbers.
+        ValueError: k, temperature or seed out of range, or `influence` not one-dimensional.
+        TypeError: `influence` holds no real numbers, or another argument is no number.
         InfluenceError: influence is not finite; names the first positions.
     """
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`temperature` must be a number, got {type(temperature).__name__}.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(
             f"`temperature` must be a finite number of at least 0, got {temperature!r}. 0 takes the highest "
             "influence; for a choice that ignores influence use `uniform`."
         )
+    _check_seed(seed)
     values_N = _checked(influence, k)
     if temperature == 0 or k in (0, len(values_N)):
         return _largest(values_N, k, seed)
@@ -87,6 +91,7 @@ def top_k(influence: npt.ArrayLike, k: int, seed: Seed = 0) -> IntArray:
         TypeError: `influence` holds no real numbers.
         InfluenceError: influence is not finite; names the first positions.
     """
+    _check_seed(seed)
     return _largest(_checked(influence, k), k, seed)
 
 
@@ -104,6 +109,7 @@ def uniform(num: int, k: int, seed: Seed = 0) -> IntArray:
     Raises:
         ValueError: k out of range.
     """
+    _check_seed(seed)
     _check_k(k, num)
     chosen = _generator(seed, UNIFORM).choice(num, k, replace=False, shuffle=False) if k else np.zeros(0)
     return np.sort(chosen.astype(np.int64, copy=False))
@@ -263,13 +269,23 @@ def _blocks(num: int) -> Iterator[tuple[int, slice]]:
 
 def _check_k(k: int, num: int) -> None:
     """Raise unless k of `num` can be chosen."""
+    if isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)):
+        raise TypeError(
+            f"`k` must be a whole number of candidates, got {k!r}. For a share of them, pass "
+            "`int(share * len(influence))`."
+        )
     if not 0 <= k <= num:
         raise ValueError(f"`k` must be from 0 to the number of candidates ({num}), got {k}.")
 
 
 def _checked(influence: npt.ArrayLike, k: int) -> npt.NDArray[Any]:
     """Influence as a one-dimensional array of finite real numbers from which k can be chosen."""
-    values_N = np.asarray(influence)
+    if isinstance(influence, InfluenceLabels):
+        raise TypeError(
+            "`influence` must be an array of numbers, got InfluenceLabels. Pass `labels.influence` to choose among "
+            "the probed candidates, or an influence model's predictions to choose among all."
+        )
+    values_N = _as_array(influence)
     if values_N.ndim != 1:
         raise ValueError(f"`influence` must be one-dimensional, one number a candidate, got shape {values_N.shape}.")
     if values_N.dtype.kind not in "fiu":
@@ -288,6 +304,28 @@ def _checked(influence: npt.ArrayLike, k: int) -> npt.NDArray[Any]:
             "them out."
         )
     return values_N
+
+
+def _as_array(influence: Any) -> npt.NDArray[Any]:
+    """Influence as an array, also from a torch tensor on any device, of any type, in a graph or not."""
+    if callable(getattr(influence, "detach", None)):
+        influence = influence.detach().cpu()
+        if str(influence.dtype) == "torch.bfloat16":  # numpy has no such type
+            influence = influence.float()
+    try:
+        return np.asarray(influence)
+    except (ValueError, TypeError) as error:  # rows of several lengths, or an object that is no array
+        raise TypeError(f"`influence` must be an array of one number a candidate, and is not ({error}).") from error
+
+
+def _check_seed(seed: Any) -> None:
+    """Raise unless `seed` is a whole number of at least 0, or several of them."""
+    whole = (int, np.integer)
+    words = [seed] if isinstance(seed, whole) else list(seed) if isinstance(seed, (list, tuple, np.ndarray)) else []
+    if not words or not all(isinstance(word, whole) and not isinstance(word, bool) for word in words):
+        raise TypeError(f"`seed` must be a whole number, or a sequence of them, got {seed!r}.")
+    if min(words) < 0:
+        raise ValueError(f"`seed` must be at least 0, got {seed!r}.")
 
 
 def _largest(values_N: npt.NDArray[Any], k: int, seed: Seed) -> IntArray:

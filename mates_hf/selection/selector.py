@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelHubMixin
 
+from mates_hf.influence.arguments import check_influence_model
 from mates_hf.influence.scoring import Predictions, Scorer, find_column, tokenizer_digest
 from mates_hf.records import FitReport, UnsupportedSettingError
 from mates_hf.selection.card import TAGS, write_card
@@ -67,6 +68,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         max_length: int | None = None,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
+        check_influence_model(influence_model, "predict")
         self.influence_model = influence_model
         self._report: FitReport | None = getattr(influence_model, "report", None)  # of an unfitted one: an error
         self.tokenizer = tokenizer if tokenizer is not None else getattr(influence_model, "tokenizer", None)

@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 from mates_hf.config import MatesConfig
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.display import card
+from mates_hf.influence.arguments import check_influence_model, check_probe
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
@@ -27,7 +29,7 @@ from mates_hf.influence.probe import Probe, read_given
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.model_traits import context_length, unwrap, vocabulary_size
 from mates_hf.processes import Processes
-from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
+from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError, expand_path
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
@@ -38,7 +40,8 @@ from mates_hf.training.checks import (
     own_memory,
     resume_caveats,
 )
-from mates_hf.training.own_loss import calling_trainer, run_loss_of
+from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
+from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 from mates_hf.training.session import Session
@@ -62,7 +65,8 @@ class MatesCallback(TrainerCallback):
             Trainer's `processing_class` as training tokenizer where it has none.
 
     Raises:
-        TypeError: `reference` is no `ReferenceTask` or `config` no `MatesConfig`.
+        TypeError: `reference` is no `ReferenceTask` or `config` no `MatesConfig`, or a class or a name is given for a
+            probe or an influence model.
     """
 
     def __init__(
@@ -84,10 +88,17 @@ class MatesCallback(TrainerCallback):
         self.config = config or MatesConfig()
         self.probe = probe or DirectionalProbe(path_steps=PATH_STEPS)
         self.influence_model = influence_model or NgramInfluenceModel()
+        check_probe(self.probe)
+        check_influence_model(self.influence_model, "fit", "predict", "save_pretrained")
         self._trainer: Any = None
         self._session: Session | None = None
         self._proven = True
         self._replaced: tuple[Any, Any] | None = None  # a dataloader and the sampler it had
+
+    def __repr__(self) -> str:
+        parts = {"config": self.config, "probe": self.probe, "influence_model": self.influence_model}
+        shown = {name: " ".join(repr(part).split()) for name, part in parts.items()}
+        return card("MatesCallback", {"reference": f"{self.reference.name}, {len(self.reference):,} passages"} | shown)
 
     def attach(self, trainer: Any) -> MatesCallback:
         """Optional: let metrics reach every reporter and have the Trainer's own `compute_loss` probed.
@@ -132,7 +143,7 @@ class MatesCallback(TrainerCallback):
             require_steps(optimizer)
         check_pool(pool, model)
         reference = self.reference.fit_to_model(vocabulary_size(model), context_length(model))
-        reference = self._compare(args, model, pool, reference)
+        reference = self._compare(model, pool, reference)
         processes = Processes.of_run()
         tokenizer = kwargs.get("processing_class")
         run = Run(
@@ -147,7 +158,7 @@ class MatesCallback(TrainerCallback):
             config=self.config,
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
-            rounds_dir=Path(self.config.rounds_dir or Path(args.output_dir) / "_mates").expanduser(),
+            rounds_dir=expand_path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
             processes=processes,
         )
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
@@ -225,6 +236,9 @@ class MatesCallback(TrainerCallback):
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
 
     def _refuse_unsupported(self, args: Any, dataloader: Any, model: Any) -> None:
+        refusal = preference_refusal(self._trainer or find_trainer(self), getattr(dataloader, "collate_fn", None))
+        if refusal is not None:
+            raise UnsupportedSettingError(f"MatesCallback cannot select data in this run: {refusal}.")
         check_run(args, dataloader, model, self.config)
         if self._trainer is not None:
             others = [c for c in self._trainer.callback_handler.callbacks if isinstance(c, MatesCallback)]
@@ -236,7 +250,7 @@ class MatesCallback(TrainerCallback):
                     "callback to this Trainer, or make a new callback for it."
                 )
 
-    def _compare(self, args: Any, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
+    def _compare(self, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
         """Hold what the probe would read of pool and reference against the run's own loss of it.
 
         A probe of the user's own reads token rows as they are.
@@ -244,7 +258,9 @@ class MatesCallback(TrainerCallback):
         if not isinstance(self.probe, (DirectionalProbe, OneStepProbe)):
             return reference
         is_given = self.probe.loss is not None
-        trainer = self._trainer or (None if is_given else calling_trainer(self))
+        trainer = self._trainer or find_trainer(self)
+        if trainer is None and not is_given:
+            refuse_unknown_loss()
         module = unwrap(model)
         pool.reading = read_given(module, pool, self.probe.loss, self.probe.reference_loss, run_loss_of(trainer))
         logger.info("Loss: %s", pool.reading.to_dict())

@@ -18,11 +18,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import IterableDataset
 
 from mates_hf.config import MatesConfig
-from mates_hf.data.collated import forked_rng, name_of, read_row
+from mates_hf.data.collated import TRL_WITHOUT_PACKING, forked_rng, name_of, read_row
 from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.losses import ProbeMemoryError
 from mates_hf.model_traits import vocabulary_size
-from mates_hf.records import IntArray, UnsupportedSettingError
+from mates_hf.records import IntArray, UnsupportedSettingError, expand_path
 from mates_hf.training.parallel import parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
 
@@ -93,7 +93,7 @@ def _upload_refusals(args: Any, config: MatesConfig) -> list[str]:
     """Round directories hold users' tokens; a hub upload takes all of `output_dir` but names that begin with `_`."""
     if not args.push_to_hub or config.rounds_dir is None:
         return []
-    output_dir, rounds_dir = Path(args.output_dir).resolve(), Path(config.rounds_dir).resolve()
+    output_dir, rounds_dir = Path(args.output_dir).resolve(), expand_path(config.rounds_dir).resolve()
     if rounds_dir.is_relative_to(output_dir) and not rounds_dir.relative_to(output_dir).as_posix().startswith("_"):
         return [
             f"`push_to_hub` would upload `rounds_dir` ({config.rounds_dir}), which lies in `output_dir` under a name "
@@ -146,7 +146,7 @@ def check_pool(pool: CandidatePool, model: Any) -> None:
             raise UnsupportedSettingError(
                 "A collator must make one row of the batch from one row of the dataset, got "
                 f"{num} from 2 by `{name_of(pool.collate_fn)}`. Use one that pads instead of packing "
-                "(`DataCollatorForLanguageModeling`; TRL: `padding_free=False`), or pack the dataset before training."
+                f"(`DataCollatorForLanguageModeling`), or pack the dataset before training. {TRL_WITHOUT_PACKING}"
             )
     size = vocabulary_size(model)
     for i in np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64)).tolist():

@@ -1,7 +1,7 @@
 """The loss that a Trainer makes: what a run trains with, for `influence/reading` to compare.
 
 Place in the flow: `MatesCallback` asks for it when training begins. The Trainer is the attached one, or the one whose
-loop calls the hook (`calling_trainer`); without one, nobody could say what the run trains with, and it is refused.
+loop calls the hook (`find_trainer`); without one, nobody could say what the run trains with, and it is refused.
 
 Trade-off: influence is what training on a candidate does, so the *candidate's* loss is the run's own. What the run
 should get better at stays the likelihood of the reference task, whatever it trains with; for that the model must give
@@ -82,8 +82,8 @@ def run_loss_of(trainer: Any) -> RunLoss:
     return RunLoss(OwnLoss(trainer), name, reads_all=True)
 
 
-def calling_trainer(callback: Any) -> Any:
-    """The Trainer whose loop calls the hook that is running.
+def find_trainer(callback: Any) -> Any:
+    """The Trainer whose loop calls the hook that is running, or None where another loop does.
 
     Hooks are not given the Trainer. It is looked up in the frames that call them, and only read.
 
@@ -92,9 +92,6 @@ def calling_trainer(callback: Any) -> Any:
 
     Returns:
         The Trainer.
-
-    Raises:
-        UnsupportedSettingError: another loop calls it, whose loss cannot be known.
     """
     from transformers import Trainer
 
@@ -104,6 +101,15 @@ def calling_trainer(callback: Any) -> Any:
         if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
             return found
         frame = frame.f_back
+    return None
+
+
+def refuse_unknown_loss() -> None:
+    """Refuse a run whose loss nobody knows.
+
+    Raises:
+        UnsupportedSettingError: names the way out.
+    """
     raise UnsupportedSettingError(
         "The loss that the run trains with must be known to be measured, but no `transformers.Trainer` with this "
         "callback calls its hooks. Call `callback.attach(trainer)`, or pass the loss as "

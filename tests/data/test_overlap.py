@@ -12,15 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mates_hf.data import overlap
-from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, find_overlap, find_overlaps, hash_ngrams, words_of
+from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, find_overlap, find_overlaps, hash_ngrams
+from mates_hf.data.words import WORD, weight_of, words_of
 
 TEXTS = st.lists(st.text("ab c.\n", max_size=25), max_size=8)
+MIXED_TEXTS = st.lists(st.text("ab 中かก้.", max_size=25), max_size=8)
 
 
 def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     """All word n-grams of a text, by brute force."""
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+    words = words_of(text)
+    if text.isascii():
+        assert words == re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+    found = set()
+    for i in range(len(words)):  # as many words and letters as weigh enough
+        ends = [j for j in range(i, len(words)) if sum(map(weight_of, words[i : j + 1])) >= n * WORD]
+        found |= {tuple(words[i : ends[0] + 1])} if ends else set()
+    return found
 
 
 def sharing(texts: list[str], others: list[str], n: int) -> list[int]:
@@ -35,7 +44,7 @@ def random_texts(num: int, num_words: int, seed: int) -> list[str]:
     return [" ".join(f"w{i}" for i in row) for row in rng.integers(5_000, size=(num, num_words))]
 
 
-@given(TEXTS, TEXTS, TEXTS, st.integers(1, 4), st.integers(1, 60))
+@given(*[TEXTS | MIXED_TEXTS] * 3, st.integers(1, 4), st.integers(1, 60))
 @settings(max_examples=200, deadline=None)
 def test_both_sides_equal_brute_force_whatever_the_batch(texts, first, second, n, batch_characters) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -46,7 +55,8 @@ def test_both_sides_equal_brute_force_whatever_the_batch(texts, first, second, n
         assert side.positions.tolist() == sharing(texts, indexed, n)
         assert side.indexed_positions.tolist() == sharing(indexed, texts, n)
         assert side.num_texts == len(texts)
-        assert side.num_short == sum(len(words_of(text)) < n for text in texts)
+        assert side.short_positions.tolist() == [i for i, text in enumerate(texts) if not ngrams(text, n)]
+        assert side.num_short == len(side.short_positions)
     assert find_overlap(texts, first, n).tolist() == found[0].positions.tolist()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import random
 import subprocess
@@ -211,7 +212,9 @@ def test_the_callers_tokenizer_and_model_stay_as_they_are(tmp_path, make_callbac
 
 def test_a_reference_that_is_evaluated_too_is_told(tmp_path, make_callback, caplog) -> None:
     metadata = {"data_dir": str(tmp_path / "data")}
-    callback = make_callback(tasks=["mates_sciq_local"])
+    callback = make_callback(tasks=["mates_sciq_local", "mates_piqa_local"])
+    short = {"question": "Why?", "choices": ["It rains.", "It snows."], "label": 0}
+    (tmp_path / "data" / "piqa" / "validation.jsonl").write_text(json.dumps(short))
     reference = ReferenceTask.from_lm_eval("mates_sciq_local", make_tokenizer(), metadata=metadata, max_length=512)
     trainer = Trainer(
         model=make_model(double=False),
@@ -223,7 +226,8 @@ def test_a_reference_that_is_evaluated_too_is_told(tmp_path, make_callback, capl
     with caplog.at_level(logging.WARNING, "mates_hf"):
         trainer.train()
     told = " ".join(record.getMessage() for record in caplog.records if "mates_hf.evaluation" in record.name)
-    assert "mates_sciq_local" in told
+    assert "The reference task is also evaluated, as `mates_sciq_local`" in told
+    assert "1 of 1 texts of `mates_piqa_local` have fewer than 13 words, so what holds them cannot be told." in told
 
 
 def no_step(tmp_path: Path, callback: LmEvalCallback, error: type[Exception], match: str, model: Any = None) -> None:

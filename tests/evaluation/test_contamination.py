@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from typing import Any
 
 import datasets
@@ -114,6 +115,108 @@ def test_short_texts_are_counted_and_said(planted: Planted, caplog: pytest.LogCa
         "Too short to be compared (fewer than 13 words): 4 of 64 pool rows, 4 of 15 texts of `sciq`."
     )
     assert report.counts == {"pool/sciq": 2}
+
+
+ENGLISH = "the quick brown fox jumps over the lazy dog and then it runs away into the deep dark forest again"
+WIDE = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in ENGLISH)
+CHINESE = (
+    "北京是中华人民共和国的首都，是全国的政治中心、文化中心，是世界著名古都和现代化国际城市，"
+    "也是全国人民代表大会的办公所在地。"
+)
+JAPANESE = "東京は日本の首都であり、世界でも有数の規模を持つ都市である。ガラス張りの高層ビルが立ち並ぶ地区もある。"
+KOREAN = (
+    "서울특별시는 대한민국의 수도이자 최대 도시이다. 한반도 중앙에 있으며 한강을 사이에 두고 남북으로 펼쳐져 있다."
+)
+VIETNAMESE = "Hà Nội là thủ đô của nước Việt Nam, được hoà bình và nằm ở phía tây bắc của vùng đồng bằng sông Hồng."
+THAI = "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย ทำน้ำให้ใสและจำคำไว้"
+ARABIC = "القَاهِرَةُ هِيَ عَاصِمَةُ جُمْهُورِيَّةِ مِصْرَ العَرَبِيَّةِ وَأَكْبَرُ مُدُنِهَا وَتَقَعُ عَلَى ضِفَافِ نَهْرِ النِّيلِ فِي شَمَالِ البِلَادِ"
+HEBREW = "יְרוּשָׁלַיִם הִיא עִיר הַבִּירָה שֶׁל מְדִינַת יִשְׂרָאֵל וְהִיא אַחַת הֶעָרִים הָעַתִּיקוֹת בָּעוֹלָם כֻּלּוֹ וְיֵשׁ בָּהּ"
+HINDI = "नई दिल्ली भारत की राजधानी है और यह शहर यमुना नदी के किनारे पर बसा हुआ एक बहुत बड़ा नगर है"
+GERMAN = "Die Straße führt über den großen Fluss, und außerdem weiß niemand mehr, wann die Brücke gebaut worden ist"
+
+
+def nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
+def without_marks(text: str) -> str:
+    return "".join(c for c in nfd(text) if not unicodedata.combining(c))
+
+
+COPIES = {  # as it stands in the reference, and in the pool
+    "full width": (ENGLISH, WIDE),
+    "soft hyphens": (ENGLISH, "\u00ad".join(ENGLISH)),
+    "zero-width spaces": (ENGLISH, "\u200b".join(ENGLISH)),
+    "no-break spaces": (ENGLISH, ENGLISH.replace(" ", "\u00a0")),
+    "Chinese": (CHINESE, f"前言。{CHINESE}后记。"),
+    "Chinese, spaced": (CHINESE, " ".join(CHINESE)),
+    "Chinese, lines": (CHINESE, "\n".join(CHINESE[i : i + 10] for i in range(0, len(CHINESE), 10))),
+    "Japanese": (JAPANESE, f"序文。{nfd(JAPANESE)}"),
+    "Korean, decomposed": (KOREAN, nfd(KOREAN)),
+    "Korean, no spaces": (KOREAN, KOREAN.replace(" ", "")),
+    "Vietnamese": (VIETNAMESE, nfd(VIETNAMESE).replace(nfd("hoà"), nfd("hòa"))),
+    "Vietnamese, no marks": (VIETNAMESE, without_marks(VIETNAMESE)),
+    "Thai": (THAI, THAI.replace("ำ", "\u0e4d\u0e32")),
+    "Thai, words apart": (THAI, "\u200b".join(THAI[i : i + 9] for i in range(0, len(THAI), 9))),
+    "Arabic": (ARABIC, without_marks(ARABIC).replace("ا", "ـا")),
+    "Hebrew": (HEBREW, without_marks(HEBREW)),
+    "Hindi": (HINDI, nfd(HINDI).replace("क", "क\u200d")),
+    "German": (GERMAN, GERMAN.upper()),
+    "mixed": (f"API の説明: {JAPANESE[:20]} uses the function", f"ＡＰＩの説明：{JAPANESE[:20]}uses  the\nfunction"),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_is_found_in_every_script_and_form(name) -> None:
+    reference, copy = COPIES[name]
+    others = [
+        text for key, (text, _) in COPIES.items() if key.split(",")[0] != name.split(",")[0] and text != reference
+    ]
+    report = check_contamination(pool=[*others, f"{copy} end", "something else"], reference=[reference])
+    assert positions(report) == {"pool/reference": ([len(others)], [0])}
+    assert not report.is_clean
+    assert len(report.findings()) == 1
+
+
+def test_letters_of_a_name_are_no_copy() -> None:
+    """What recurs in unrelated text (a long name, a proverb of eight letters, a date) is shorter than a run."""
+    first = "中华人民共和国教育部公布了今年的招生计划，学海无涯苦作舟，详见附件一。"
+    second = "昨天，中华人民共和国教育部的网站无法打开。俗话说：学海无涯苦作舟。"
+    report = check_contamination(pool=[first], reference=[second])
+    assert report.is_clean
+    assert report.num_short == {"pool": 0, "reference": 0}
+
+
+@pytest.mark.parametrize(
+    "short", ["Paris is the capital of France.", "北京是首都。", "กรุงเทพฯ เป็นเมืองหลวง", "", "。。。"]
+)
+def test_what_is_too_short_is_not_clean_and_all_say_so(short, planted: Planted, caplog: Any) -> None:
+    passages = [*planted.texts["reference"][3:6], short]
+    report = check_contamination(pool=[planted.texts["pool"][1], short], reference=passages)
+    assert not any(report.counts.values())
+    assert not report.is_clean
+    assert report.not_compared == {"reference": 1}
+    told = "1 of 4 reference passages have fewer than 13 words"
+    assert told in report.findings()[0]
+    assert report.findings()[0] in report.lines()
+    with caplog.at_level(logging.WARNING, "mates_hf"):
+        report.warn()
+        assert told in caplog.text
+        caplog.clear()
+        assert report.kept("pool").tolist() == [0, 1]
+        assert "1 of 4 reference passages" in caplog.text
+        caplog.clear()
+        assert report.kept("reference", drop_short=True).tolist() == [0, 1, 2]
+        assert not caplog.records
+    kept = [passages[i] for i in report.kept("reference", drop_short=True)]
+    assert check_contamination(pool=[planted.texts["pool"][1], short], reference=kept).is_clean  # the advice
+
+
+def test_a_pool_of_nothing_but_short_rows_is_not_clean(planted: Planted) -> None:
+    report = check_contamination(pool=["too short", "这也太短"], reference=planted.texts["reference"])
+    assert not report.is_clean
+    assert report.not_compared == {"pool": 2}
+    assert report.findings()[0].startswith("2 of 2 pool rows have fewer than 13 words")
 
 
 class TorchDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]

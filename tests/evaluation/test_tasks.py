@@ -24,7 +24,7 @@ from lm_eval.tasks.logiqa import utils_logiqa
 
 from mates_hf.data.harness import TASKS_DIR, task_manager
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.evaluation import benchmarks, item_metrics
+from mates_hf.evaluation import Evaluator, benchmarks, item_metrics
 from mates_hf.evaluation.local_files import load
 from mates_hf.records import EvaluationError
 from tests.evaluation.kit import (
@@ -244,16 +244,74 @@ GOOD = {"context": "c", "question": "q _", "choices": ["a", "b"], "label": 1}
         (json.dumps({**GOOD, "label": "1"}), "`label` must be"),
         (json.dumps({**GOOD, "label": True}), "`label` must be"),
         (json.dumps({**GOOD, "question": None}), "`question` must be a text, got None"),
+        (json.dumps({**GOOD, "choices": []}), "`choices` must be a list of two or more texts, got"),
+        (json.dumps({**GOOD, "choices": ["a", "  "]}), "`choices` must be a list of two or more texts, got"),
+        (json.dumps({**GOOD, "choices": ["a", None]}), "`choices` must be a list of two or more texts, got"),
+        (json.dumps({**GOOD, "label": -1}), "`label` must be the position of the right choice, 0 to 1, got -1"),
+        (json.dumps({**GOOD, "label": 1.0}), "`label` must be"),
+        (json.dumps({**GOOD, "label": None}), "`label` must be"),
+        (json.dumps({**GOOD, "context": None}), "`context` must be a text, got None"),
+        ("", "line 2 must be a JSON object, got a blank line"),
+        ("   ", "line 2 must be a JSON object, got a blank line"),
+        ("\ufeff" + json.dumps(GOOD), "line 2 must be a JSON object, got a byte order mark"),
+        (json.dumps(GOOD)[:-3], "line 2 must be a JSON object"),
+        ('{"context": "caf\udce9"}', "line 2 must be text in UTF-8"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path, line, message) -> None:
     (tmp_path / "logiqa").mkdir()
-    (tmp_path / "logiqa" / "test.jsonl").write_text(f"{json.dumps(GOOD)}\n{line}\n")
+    text = f"{json.dumps(GOOD)}\n{line}\n"
+    (tmp_path / "logiqa" / "test.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):
         load(benchmark="logiqa", data_dir=tmp_path)["test"]
     (tmp_path / "logiqa" / "test.jsonl").write_text("")
     with pytest.raises(ValueError, match="at least one row"):
         load(benchmark="logiqa", data_dir=tmp_path)["test"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "change", "message"),
+    [
+        ("winogrande", {"question": "no blank"}, "`question` must be a text with one blank `_`, and text after it"),
+        ("winogrande", {"question": "a _ or a _ here"}, "`question` must be a text with one blank"),
+        ("winogrande", {"question": "it was the _  "}, "`question` must be a text with one blank"),
+        ("lambada", {"target": " "}, "`target` must be a text, got ' '"),
+        ("lambada", {"target": None}, "`target` must be a text, got None"),
+    ],
+)
+def test_a_row_that_its_benchmark_cannot_score_is_named(tmp_path, benchmark, change, message) -> None:
+    good = local_rows(benchmark, 3)
+    write_rows(tmp_path / benchmark / "test.jsonl", [*good, {**good[0], **change}])
+    with pytest.raises(ValueError, match=rf"test\.jsonl, line 4: {message}"):
+        load(benchmark=benchmark, data_dir=tmp_path)["test"]
+    write_rows(tmp_path / benchmark / "test.jsonl", good)
+    assert len(load(benchmark=benchmark, data_dir=tmp_path)["test"]) == 3
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path) -> None:
+    (tmp_path / "piqa").mkdir()
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in local_rows("piqa")).encode())
+    for damaged in (b"no gzip", whole[:-20], whole[:40] + b"xxxx" + whole[44:]):
+        (tmp_path / "piqa" / "test.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"test\.jsonl\.gz must be a whole gzip file"):
+            load(benchmark="piqa", data_dir=tmp_path)["test"]
+
+
+def test_a_folder_and_a_task_file_in_the_home_folder_are_found(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_local(tmp_path / "eval", "train", 3)
+    write_local(tmp_path / "eval", "validation", 3)
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ninclude: {TASKS_DIR / '_choices.yaml'}\n"
+        "custom_dataset: !function mates_hf.evaluation.local_files.load\n"
+        "dataset_kwargs: {benchmark: piqa}\ntraining_split: train\nvalidation_split: validation\ntest_split: test\n"
+    )
+    metadata = {"data_dir": "~/eval"}
+    tasks = ["mates_piqa_local", "~/mine.yaml", Path("~/mine.yaml")]
+    for task in tasks:
+        assert len(ReferenceTask.from_lm_eval(task, make_tokenizer(), metadata=metadata)) == 3
+        found = Evaluator(task, make_tokenizer(), metadata=metadata).loaded["tasks"]
+        assert [len(task.eval_docs) for task in found.values()] == [3]
 
 
 def test_every_local_task_has_its_hub_twin() -> None:

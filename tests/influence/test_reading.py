@@ -181,6 +181,9 @@ def test_a_loss_that_does_not_shift(kind: str, make_tiny_model: Callable[..., An
     optimizer = trained(model, right_padded([dataset[0]]))
     by_loss, by_token = (probe.measure(model, optimizer, REFERENCE, pool) for probe in (plain, DirectionalProbe()))
     assert spearmanr(by_loss.influence, by_token.influence).statistic > 0.999
+    as_texts = DirectionalProbe().measure(model, optimizer, REFERENCE, TokenRows.from_lists(ROWS))
+    np.testing.assert_allclose(as_texts.loss, by_token.loss, atol=ROUNDING)
+    np.testing.assert_allclose(as_texts.influence, by_token.influence, rtol=1e-2, atol=1e-6)
 
 
 def test_a_masked_language_model(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

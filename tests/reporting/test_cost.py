@@ -270,6 +270,12 @@ def attention_forward(num_rows: int) -> int:
     return 4 * LAYERS * WIDTH * TOKENS**2 * num_rows
 
 
+def attention_of_comparison(labels: InfluenceLabels) -> int:
+    """Of the rows that are run forward to learn which loss is trained."""
+    assert labels.info["num_compared_tokens"] > 0
+    return attention_forward(labels.info["num_compared_tokens"] // TOKENS)
+
+
 def made_labels(rows: TokenRows) -> InfluenceLabels:
     per_token = np.array([row.mean() for row in rows.values.reshape(-1, TOKENS)], np.float32)
     return InfluenceLabels(
@@ -323,7 +329,7 @@ def test_recorded_flops_of_the_directional_probe(make, second_moment):
     reference = ReferenceTask(name="test", rows=passages)
     counted = count(lambda: found.append(probe.measure(model, optimizer, reference, rows)))
     moment = 4 * 2 if second_moment == "batches" else 0
-    attention = 2 * attention_forward(6) + 3 * attention_forward(3 + moment)
+    attention = 2 * attention_forward(6) + 3 * attention_forward(3 + moment) + attention_of_comparison(found[0])
     assert_accounts_for(found[0].info["flops"], counted, attention)
 
 
@@ -334,10 +340,12 @@ def test_recorded_flops_of_the_directional_probe_count_the_search_for_epsilon():
     reference = ReferenceTask(name="test", rows=passages)
     counted = count(lambda: found.append(DirectionalProbe().measure(model, optimizer, reference, rows)))
     flops, each = found[0].info["flops"], 2 * count_multiplied_parameters(model) * TOKENS
-    num_rows = round((flops - each * 3 * len(passages)) / each)
+    compared = found[0].info["num_compared_tokens"] // TOKENS
+    num_rows = round((flops - each * 3 * len(passages)) / each) - compared
     assert (num_rows - 2 * len(rows)) % (4 * 16) == 0
     assert num_rows > 2 * len(rows)
-    assert_accounts_for(flops, counted, attention_forward(num_rows) + 3 * attention_forward(3))
+    attention = attention_forward(num_rows + compared) + 3 * attention_forward(3)
+    assert_accounts_for(flops, counted, attention)
 
 
 @each_model
@@ -347,7 +355,7 @@ def test_recorded_flops_of_the_one_step_probe(make):
     found: list[Any] = []
     reference = ReferenceTask(name="test", rows=passages)
     counted = count(lambda: found.append(OneStepProbe().measure(model, optimizer, reference, rows)))
-    attention = 3 * attention_forward(4) + attention_forward(3 * 5)
+    attention = 3 * attention_forward(4) + attention_forward(3 * 5) + attention_of_comparison(found[0])
     assert_accounts_for(found[0].info["flops"], counted, attention)
 
 

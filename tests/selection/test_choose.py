@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -65,6 +66,56 @@ def test_temperature_is_in_the_unit_of_influence(unit):
     for seed in range(10):
         expected = gumbel_top_k(influence, 40, 0.7, seed)
         np.testing.assert_array_equal(gumbel_top_k(influence * unit, 40, 0.7 * unit, seed), expected)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0])
+def test_without_a_temperature_it_is_the_top_k_in_any_unit(unit):
+    influence = np.random.default_rng(2).normal(2, 1, 10_000) * unit
+    expected = np.sort(np.argsort(-influence)[:2_000])
+    for chosen in (gumbel_top_k(influence, 2_000), gumbel_top_k(torch.tensor(influence, requires_grad=True), 2_000)):
+        assert chosen.dtype == np.int64
+        np.testing.assert_array_equal(chosen, expected)
+    assert gumbel_top_k(torch.tensor([1.0, 3.0, 2.0], dtype=torch.bfloat16), 2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0, 2.0], "1"), "`k` must be a whole number"),
+        (([1.0, 2.0], 1.0), "`k` must be a whole number"),
+        (([1.0, 2.0], 0.5), "share"),
+        (([1.0, 2.0], True), "`k` must be a whole number"),
+        (([1.0, 2.0], None), "`k` must be a whole number"),
+        (([1.0, 2.0], 1, "0.5"), "`temperature` must be a number"),
+        (([1.0, 2.0], 1, None), "`temperature` must be a number"),
+        (([1.0, 2.0], 1, 0.0, 1.5), "`seed` must be a whole number"),
+        (([1.0, 2.0], 1, 0.5, None), "`seed` must be a whole number"),
+        (([1.0, 2.0], 1, 0.5, ()), "`seed` must be a whole number"),
+        (([[1.0], [1.0, 2.0]], 1), "one number a candidate"),
+        ((["a", "b"], 1), "real numbers"),
+        (([1 + 2j], 1), "real numbers"),
+        (([True, False], 1), "real numbers"),
+        (([None, 1.0], 1), "real numbers"),
+        ((None, 1), "one-dimensional"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_by_name(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        gumbel_top_k(*arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("seed", [-1, (1, -2)])
+def test_a_negative_seed_is_refused_with_and_without_noise(temperature, seed):
+    with pytest.raises(ValueError, match="`seed` must be at least 0"):
+        gumbel_top_k([1.0, 2.0], 1, temperature, seed)
+    with pytest.raises(ValueError, match="`seed` must be at least 0"):
+        uniform(3, 1, seed)
+
+
+def test_labels_instead_of_an_array_are_refused_with_both_ways_out():
+    with pytest.raises(TypeError, match=r"got InfluenceLabels\. Pass `labels\.influence`"):
+        gumbel_top_k(probed([1.0, 2.0], [3, 4]), 1)
 
 
 def test_mean_influence_of_the_choice_falls_from_top_k_to_uniform_as_temperature_grows():

@@ -21,14 +21,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     default_data_collator,
 )
 
 from mates_hf import MatesCallback, load_round
 from mates_hf.data.batches import Reading
 from mates_hf.data.pool import CandidatePool
-from mates_hf.records import UnsupportedSettingError
-from mates_hf.training.own_loss import calling_trainer
+from mates_hf.training.own_loss import find_trainer
 from tests.training.kit import LENGTH, VOCAB, make_arguments, make_model, make_pool, make_reference
 from tests.training.settings import NO_FILE, Setup, assert_refused, mates, proves
 
@@ -149,19 +149,37 @@ def test_a_reference_whose_loss_is_another_one(tmp_path: Path) -> None:
     assert_refused(tmp_path, Setup(model=doubled), r"reference task must be the model's own.*\d\.\d+.*\d\.\d+")
 
 
-def test_a_loop_that_is_no_trainer_is_refused_and_the_trainer_that_calls_is_found(tmp_path: Path) -> None:
-    callback = MatesCallback(make_reference())
-    with pytest.raises(UnsupportedSettingError, match=r"no `transformers.Trainer`.*attach"):
-        calling_trainer(callback)
+def test_the_trainer_that_calls_is_found_and_another_loop_is_refused(tmp_path: Path) -> None:
     found = []
 
     class Asks(MatesCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            found.append(calling_trainer(self))
+            found.append(find_trainer(self))
 
     trainer = Setup().build(tmp_path, [Asks(make_reference())])
     trainer.train()
     assert found == [trainer]
+    assert find_trainer(MatesCallback(make_reference())) is None
+
+    class Loop(TrainerCallback):
+        """Calls the hooks of a callback that its Trainer does not have."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            mates().on_train_begin(args, state, control, **kwargs)
+
+    assert_refused(tmp_path / "loop", Setup(), r"no `transformers.Trainer`.*attach", callbacks=lambda: [Loop()])
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_preference_training_is_refused_by_its_name(tmp_path: Path, attach: bool) -> None:
+    class DPOTrainer(Trainer):
+        """As TRL's is called."""
+
+    assert_refused(
+        tmp_path,
+        Setup(trainer_class=DPOTrainer, attach=attach),
+        r"\(a `DPOTrainer`\) has a loss that is over chosen and rejected",
+    )
 
 
 def test_the_record_says_what_was_compared(tmp_path: Path) -> None:

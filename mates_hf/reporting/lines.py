@@ -1,0 +1,104 @@
+"""A round in words: the one line a run prints of it, and the five that `mates-hf round` prints.
+
+Place in the flow: `training/` hands over what it writes into `round.json`; the command line reads it back. Trade-off:
+a word such as "fine" is a rule of thumb; the figures stand next to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mates_hf.display import interval
+from mates_hf.round_files import RoundRecord
+from mates_hf.summaries import decision_text, mean_of_selected, round_facts, round_seconds, round_title, spread
+
+
+def round_line(info: Mapping[str, Any]) -> str:
+    """What a run says of a round when it is finished.
+
+    Args:
+        info: The round's `round.json`; what it lacks is left out of the line.
+
+    Returns:
+        One line: step, probes, signal with its interval, decision, rows, seconds.
+    """
+    guard = info.get("guard") or {}
+    parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
+    if "num_probed" in info:
+        parts.append(f"{info['num_probed']:,} probed")
+    if isinstance(guard.get("spearman"), (int, float)):
+        signal = f"held-out Spearman {guard['spearman']:.2f}"
+        parts.append(f"{signal} {interval(guard.get('interval'))}".rstrip())
+    parts.append(_outcome(info))
+    seconds = round_seconds(info)
+    if seconds is not None:
+        parts.append(f"{seconds:.1f} s")
+    return ", ".join(parts)
+
+
+def _outcome(info: Mapping[str, Any]) -> str:
+    """The decision, with the rows where some were chosen."""
+    decision = (info.get("guard") or {}).get("decision")
+    if decision == "own_order":
+        return "signal too weak: the Trainer's own order until the next round"
+    rows, candidates = info.get("num_rows", 0), info.get("num_candidates", 0)
+    end = f" for steps {info['from_step']} to {info['to_step']}" if {"from_step", "to_step"} <= info.keys() else ""
+    text = decision_text(info)
+    how = "" if text in ("OK", "no decision recorded") else f" ({text.removeprefix('OK, ')})"
+    return f"selected {rows:,} of {candidates:,} candidates{end}{how}"
+
+
+def round_lines(record: RoundRecord) -> Iterator[str]:
+    """What `mates-hf round` prints: five lines, the decision first, and where to find the rest.
+
+    Args:
+        record: The round.
+
+    Yields:
+        Lines.
+    """
+    yield round_title(record)
+    for name, text in round_facts(record).items():
+        yield f"  {name:<8} {text}"
+
+
+def round_json(record: RoundRecord) -> dict[str, Any]:
+    """All that a round recorded, without its arrays.
+
+    Args:
+        record: The round.
+
+    Returns:
+        Plain JSON values; numbers that JSON does not have are None.
+    """
+    labels = record.labels
+    told: dict[str, Any] = finite(
+        {
+            "path": str(record.path),
+            "decision": (record.info.get("guard") or {}).get("decision"),
+            "labels": {
+                "num": len(labels),
+                "num_tokens": int(labels.num_tokens.sum()),
+                "probe": sorted({str(name) for name in labels.probe}),
+                "influence": spread(labels.influence),
+                "loss": spread(labels.loss),
+            },
+            "scores": None if record.scores is None else {"num": len(record.scores), **spread(record.scores)},
+            "selection": None
+            if record.selection is None
+            else {"num": len(record.selection), "mean_score": mean_of_selected(record)},
+            "info": record.info,
+        }
+    )
+    return told
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with None for each NaN and infinity, which strict readers refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(part) for key, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value
