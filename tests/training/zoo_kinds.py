@@ -136,8 +136,9 @@ add(
     collator=lambda model: DataCollatorForPermutationLanguageModeling(tokenizer()), reading="unshifted",
 )  # fmt: skip
 add_each(
-    "DistilBert Electra DebertaV2 Albert Camembert ConvBert Data2VecText Ernie Esm EuroBert IBert MegatronBert MobileBert MPNet NomicBert RemBert "
-    "Roberta RobertaPreLayerNorm RoFormer SqueezeBert Tapas XLMRoberta XLMRobertaXL", MASKED, slow=True,
+    "DistilBert Electra DebertaV2 Albert Camembert ConvBert Data2VecText Ernie Esm EuroBert IBert "
+    "MegatronBert MobileBert MPNet NomicBert RemBert Roberta RobertaPreLayerNorm RoFormer SqueezeBert Tapas "
+    "XLMRoberta XLMRobertaXL", MASKED, slow=True,
     **{**HIDDEN, "columns": ragged},
 )  # fmt: skip
 add_each({"Flaubert": {"head": "WithLMHeadModel"}}, "", slow=True, **{**HIDDEN, "columns": ragged})
