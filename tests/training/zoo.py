@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.records import UnsupportedSettingError
 
 VOCAB, PAD, BOS, EOS, MASK = 64, 0, 1, 2, 3
 IMAGE = VOCAB - 1
@@ -174,6 +175,8 @@ class Kind:
         reading: what the record says of the candidates' loss; `"row by row"` for the run's own.
         reference: passages.
         refused: what the refusal says; empty where the run is supported.
+        error: of the refusal.
+        trains_first: a row's first token is trained, too (a virtual one predicts it).
         trainer: its class.
         given: further arguments of the Trainer.
         args: of `TrainingArguments`.
@@ -190,6 +193,8 @@ class Kind:
     reading: str = "shifted"
     reference: Callable[[], ReferenceTask] = reference
     refused: str = ""
+    error: type[Exception] = UnsupportedSettingError
+    trains_first: bool = False
     trainer: type[Trainer] = Trainer
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
     args: dict[str, Any] = dataclasses.field(default_factory=dict)

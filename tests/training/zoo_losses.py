@@ -58,9 +58,12 @@ add_adapted("AdaLoRA", "AdaLora", init_r=4, target_r=2, total_step=40, tinit=1, 
 add_adapted("VeRA", "Vera", r=4, target_modules=["q_proj"], more=SLOW)
 add_adapted("IA3", "IA3", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 add_adapted("prefix tuning", "PrefixTuning", num_virtual_tokens=3, more=PADDED)
-add_adapted("prompt tuning", "PromptTuning", num_virtual_tokens=3, more=PADDED)
-add_adapted("p-tuning", "PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=16, more=SLOW)
-add_adapted("prompt tuning of GPT-2", "PromptTuning", model="GPT2LMHeadModel", num_virtual_tokens=3, more=SLOW)
+FIRST = {"trains_first": True}
+add_adapted("prompt tuning", "PromptTuning", num_virtual_tokens=3, more={**PADDED, **FIRST})
+add_adapted("p-tuning", "PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=16,
+            more={**SLOW, **FIRST})  # fmt: skip
+add_adapted("prompt tuning of GPT-2", "PromptTuning", model="GPT2LMHeadModel", num_virtual_tokens=3,
+            more={**SLOW, **FIRST})  # fmt: skip
 add_adapted("LoHa", "LoHa", r=4, more=SLOW, **ON_Q)
 add_adapted("LoKr", "LoKr", r=4, more=SLOW, **ON_Q)
 add_adapted("OFT", "OFT", r=0, oft_block_size=4, more=SLOW, **ON_Q)
@@ -256,7 +259,7 @@ add("classes of a decoder", functools.partial(build, "LlamaForSequenceClassifica
     reading="classes", probe={"reference_loss": class_loss}, **SLOW)  # fmt: skip
 add("a number a row", functools.partial(build, "BertForSequenceClassification", num_labels=1),
     columns=lambda: {**classes(), "labels": [i % 3 / 2 for i in range(NUM_ROWS)]}, refused=r"whole number",
-    probe={"reference_loss": class_loss})  # fmt: skip
+    error=ValueError, probe={"reference_loss": class_loss})  # fmt: skip
 add("tags of tokens", functools.partial(build, "BertForTokenClassification", num_labels=3), columns=tagged,
     collator=lambda model: DataCollatorForTokenClassification(tokenizer()), reading="unshifted",
     reference=labelled_reference(lambda row, i: row[i] % 3))  # fmt: skip
