@@ -21,9 +21,11 @@ from lab import TOKENS_PER_BATCH, Averager, Lab, load_lab, task_losses
 from selection_arms import ABLATIONS, ARMS, RANDOM, Arm
 from static_rivals import cosines, dsir, fasttext, mean_direction, pieces_of, states_of, texts_of
 
+from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
+from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.flops import forward_flops, gradient_flops
+from mates_hf.influence.flops import directional_flops, forward_flops, gradient_flops, one_step_flops
 from mates_hf.influence.losses import mean_loss, token_losses
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.influence.one_step import OneStepProbe
@@ -275,7 +277,22 @@ class Run:
         with self.point.weights(arm.averaged):
             labels = probe.measure(self.point.model, self.point.optimizer, reference, self.lab.rows.take(ids))
         self.cost("probe", time.perf_counter() - started, labels.info["flops"])
+        if arm.probe == "directional" and arm.probes is not None and loss_on == arm.loss_on:
+            self.cost("audit", 0.0, self._audit_flops(reference))  # not run: it changes nothing that is chosen
         return labels
+
+    def _audit_flops(self, reference: ReferenceTask) -> float:
+        """What a round's audit takes, which each round of the library has: both probes on a few candidates."""
+        few = reference.subset(NUM_AUDIT_PASSAGES, seed=0)
+        tokens_per_row = int(self.lab.rows.lengths[0])
+        sizes: dict[str, Any] = {
+            "num_candidate_tokens": NUM_AUDITED * tokens_per_row,
+            "num_reference_tokens": float(few.rows.lengths.sum()),
+        }
+        derivative = directional_flops(
+            self.num_parameters, **sizes, epsilon_steps=0, tokens_per_row=tokens_per_row, num_second_moment_tokens=0
+        )
+        return derivative + one_step_flops(self.num_parameters, **sizes, num_candidates=NUM_AUDITED)
 
     def _values(self, candidates: Ids, labels: InfluenceLabels | None, number: int, record: dict[str, Any]) -> Any:
         """(N,) what the candidates are ranked by, in standard deviations of the labels where there are any."""

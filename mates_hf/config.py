@@ -38,8 +38,8 @@ class MatesConfig:
         default="slice",
         metadata={
             "help": "Where a round chooses from: `slice`, the next k / selection_ratio unused rows of the shuffled "
-            "pool (the paper's way), or `pool`, all unused rows: few of very many are extremes, and were worse than "
-            "random data (docs/results.md)."
+            "pool (the paper's way), or `pool`, all unused rows. The best of very many rows use up their influence "
+            "within a round, and the next labels are then reversed (docs/results.md)."
         },
     )
     temperature: float = field(
@@ -52,6 +52,13 @@ class MatesConfig:
     held_out_fraction: float = field(
         default=0.2, metadata={"help": "Share of the probed candidates kept out of the fit to judge it, in (0, 1)."}
     )
+    document_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the pool with the document of each row. Rows of one document are fitted or held out "
+            "together. None: only copies of a text are one document."
+        },
+    )
     min_spearman: float = field(
         default=0.1,
         metadata={"help": "Guard: held-out rank correlation below which a round does not select, in [-1, 1]."},
@@ -59,8 +66,9 @@ class MatesConfig:
     on_weak_signal: Literal["own_order", "select", "error"] = field(
         default="own_order",
         metadata={
-            "help": "What a round does whose signal is too weak: `own_order` keeps the previous influence model if "
-            "that still passes, else the Trainer's own order; `select` ignores the guard; `error` ends the run."
+            "help": "What a round does whose signal is too weak, or whose labels are the reverse of what the previous "
+            "influence model predicts: `own_order` keeps the previous influence model or the Trainer's own order; "
+            "`select` ignores the guard; `error` ends the run."
         },
     )
     random_rounds: int = field(
@@ -169,6 +177,11 @@ class MatesConfig:
             self.rounds_dir is None or (isinstance(self.rounds_dir, str) and self.rounds_dir != ""),
             "rounds_dir",
             "None or a path as a non-empty str",
+        )
+        require(
+            self.document_column is None or (isinstance(self.document_column, str) and self.document_column != ""),
+            "document_column",
+            "None or the name of a column as a non-empty str",
         )
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
 

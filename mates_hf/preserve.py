@@ -5,6 +5,8 @@ no parameter, inside `undisturbed`. Parameters are cloned, overwritten in place 
 copied back, because nothing else is exact everywhere: `functional_call` is ignored by FSDP2 and recomputes at the
 wrong weights under checkpointing, and adding then subtracting does not give the same float.
 
+A backward pass of a probe is made `in_evaluation`: without dropout, and with the activations that the run saves.
+
 Trade-off: one copy of the trainable parameters, and one of the optimizer's state only where real steps are taken.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -58,9 +60,10 @@ class Snapshot:
     Args:
         model: the live model, unwrapped.
         optimizer: the live optimizer, unwrapped, to rewind as well.
+        copy_state: false where the optimizer's state is only read: then it is not copied.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, copy_state: bool = True) -> None:
         self._model = model
         self.written()
         found = {id(p): p for p in model.parameters() if p.requires_grad}
@@ -68,7 +71,8 @@ class Snapshot:
             found.update((id(p), p) for p in group["params"] if p.requires_grad)
         self.parameters: list[nn.Parameter] = list(found.values())
         self._saved = [local_shard(p).clone() for p in self.parameters]
-        self._rewind_optimizer = _remember_optimizer(optimizer) if optimizer is not None else None
+        copied = optimizer if copy_state else None
+        self._rewind_optimizer = _remember_optimizer(copied) if copied is not None else None
 
     def restore(self) -> None:
         """Copy parameters and optimizer state back and drop gradients; exact, any number of times."""
@@ -101,23 +105,26 @@ class Snapshot:
 
 
 @contextmanager
-def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Snapshot]:
+def preserved(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, copy_state: bool = True
+) -> Iterator[Snapshot]:
     """Put everything a probe may touch back to the bit, also when the body raises.
 
     That is: trainable parameters, `.grad` (the same tensor objects; None inside), buffers, train/eval mode and other
     plain attributes of every module, the random streams of Python, numpy, torch and the model's devices, and, where an
     `optimizer` is given, its state, parameter groups, hooks and step counters. Inside, no step hook of the optimizer
     and no hook that runs after a gradient is accumulated is called, so an optimizer that steps during backward
-    does not.
+    does not. What was compiled runs eagerly: every new shape would be compiled again.
 
     Args:
         model: the live model, unwrapped.
         optimizer: the live optimizer, unwrapped, if the body takes real steps.
+        copy_state: false where the body leaves the optimizer's state alone, which is then not copied.
 
     Yields:
         The snapshot, to rewind to in the middle.
     """
-    snapshot = Snapshot(model, optimizer)
+    snapshot = Snapshot(model, optimizer, copy_state=copy_state)
     gradients = [parameter.grad for parameter in snapshot.parameters]
     put_back = [_remember_modules(model), _remember_random_streams(snapshot.parameters)]
     hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in snapshot.parameters]
@@ -130,7 +137,8 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     try:
         for parameter in snapshot.parameters:
             parameter.grad = None
-        yield snapshot
+        with _eagerly():
+            yield snapshot
     finally:
         snapshot.restore()
         for parameter, gradient in zip(snapshot.parameters, gradients, strict=True):
@@ -144,7 +152,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what forward passes may touch, also when the body raises; parameters and gradients are not copied.
 
     That is: buffers, train/eval mode and other plain attributes of every module, and the random streams of Python,
-    numpy, torch and the model's devices.
+    numpy, torch and the model's devices. What was compiled runs eagerly.
 
     Args:
         model: the live model, unwrapped; the body must not write to its parameters.
@@ -155,11 +163,89 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     put_back = [_remember_modules(model), _remember_random_streams(list(model.parameters()))]
     forget_derived(model)
     try:
-        yield
+        with _eagerly():
+            yield
     finally:
         forget_derived(model)
         for action in reversed(put_back):
             action()
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a backward pass that keeps no more activations than the run's own: checkpointed layers stay so.
+
+    Layers of transformers recompute in backward only where they are in training mode. Those are put into it, and out
+    of it again while their own forward pass runs, so that dropout and layer drop stay off in all that is computed.
+    A model that decides in its own forward pass, as models outside of transformers do, is in training mode throughout
+    it, with its own probabilities of dropping at 0; what it contains is in eval mode. `preserved` puts all modes back.
+
+    Args:
+        model: the live model, unwrapped; inside `preserved`.
+
+    Yields:
+        Nothing.
+    """
+    model.eval()
+    put_back: list[tuple[nn.Module, str, Any]] = []
+
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        put_back.append((module, name, vars(module).get(name)))
+        setattr(module, name, value)
+
+    try:
+        for module in model.modules():
+            if not _checkpoints(module):
+                continue
+            recompute = vars(module).get("_gradient_checkpointing_func")
+            if _decides_in_call(module) and recompute is not None:
+                set_attribute(module, "_gradient_checkpointing_func", _quiet(module, recompute))
+            elif any(_checkpoints(inner) and _decides_in_call(inner) for inner in module.modules()):
+                continue  # its layers do it, and it has the flag because every module that can have it does
+            else:
+                for name, value in list(vars(module).items()):
+                    if "drop" in name and isinstance(value, float):
+                        set_attribute(module, name, 0.0)
+            set_attribute(module, "training", True)
+        yield
+    finally:
+        for module, name, value in reversed(put_back):
+            setattr(module, name, value)
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """True of a module that was told to recompute its activations, or those of its layers, in training mode."""
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _decides_in_call(module: nn.Module) -> bool:
+    """True of a layer that transformers checkpoints around its forward pass, not inside of it."""
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+
+
+def _quiet(module: nn.Module, recompute: Callable[..., Any]) -> Callable[..., Any]:
+    """The checkpointing function, with the module in eval mode whenever its forward pass runs, again as well."""
+
+    def checkpoint(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*inputs: Any, **options: Any) -> Any:
+            before, module.training = module.training, False
+            try:
+                return forward(*inputs, **options)
+            finally:
+                module.training = before
+
+        return recompute(run, *args, **kwargs)
+
+    return checkpoint
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """A context in which nothing is compiled; where nothing was compiled so far, the compiler is not even imported."""
+    stance = getattr(torch.compiler, "set_stance", None)  # newer than the oldest torch supported
+    if stance is None or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    context: AbstractContextManager[Any] = stance("force_eager")
+    return context
 
 
 def _empty(registry: dict[Any, Any]) -> Callable[[], None]:

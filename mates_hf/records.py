@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,16 @@ class UnsupportedSettingError(MatesError):
 
 class InfluenceError(MatesError):
     """Influence that must not be selected on: non-finite, all zero or all equal."""
+
+
+class UnrankableError(InfluenceError):
+    """Finite influence that ranks nothing: all zero, all equal, or of a single document.
+
+    Attributes:
+        labels: those measured, where labels are what ranks nothing; else None.
+    """
+
+    labels: InfluenceLabels | None = None
 
 
 class EvaluationError(MatesError):
@@ -152,8 +162,8 @@ class InfluenceLabels:
             The labels.
 
         Raises:
-            InfluenceError: no candidate was measured, or influence is non-finite, all zero or all equal; names the
-                candidates.
+            InfluenceError: no candidate was measured, or influence is non-finite; names the candidates.
+            UnrankableError: influence is all zero or all equal.
         """
         if not len(self):
             raise InfluenceError("No candidate was measured: none of the probed rows has a trained token.")
@@ -166,23 +176,25 @@ class InfluenceLabels:
             )
         if np.all(self.influence == 0) or (len(self) > 1 and np.all(self.influence == self.influence[0])):
             what = "zero" if self.influence[0] == 0 else f"equal ({self.influence[0]:.3g})"
-            raise InfluenceError(
+            error = UnrankableError(
                 f"The influence of all {len(self)} candidates (candidate_id {self.candidate_id[:8].tolist()} ...) is "
                 f"{what}, so it cannot rank anything. Check that parameters are trainable, that the learning rate is "
                 "not 0, and that the candidates differ."
             )
+            error.labels = self
+            raise error
         return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitReport:
-    """How well an influence model predicts labels it was not fitted on (held out by candidate).
+    """How well an influence model predicts labels it was not fitted on (held out by document).
 
     Attributes:
         num_labels: labels fitted, without the held-out ones.
         num_held_out: held-out labels.
-        spearman: held-out rank correlation of predicted influence with the label.
-        interval: 95 % bootstrap interval of `spearman`.
+        spearman: held-out rank correlation of prediction and label, of what `ranking` says.
+        interval: 95 % bootstrap interval of `spearman`, over documents.
         spearman_within_group: mean rank correlation inside groups of at least 8, weighted by size; None without any.
         slope: least-squares slope of label on prediction (1 is calibrated).
         top_fifth_overlap: share of the truly best fifth found in the predicted best fifth (0.2 is chance).
@@ -191,6 +203,8 @@ class FitReport:
         seconds: wall-clock of the fit.
         flops: of the fit, by the rule of `mates_hf.influence.flops`; None where the influence model does not say.
         flops_per_token: of a prediction, for each trained token of a candidate, likewise.
+        ranking: what rank correlations and overlap are of: "worth", what a row of its length adds to a batch, which is
+            what a round selects by; "influence" where all rows have one length and both rank alike.
     """
 
     num_labels: int
@@ -205,6 +219,7 @@ class FitReport:
     seconds: float = 0.0
     flops: float | None = None
     flops_per_token: float | None = None
+    ranking: Literal["influence", "worth"] = "influence"
 
     def __repr__(self) -> str:
         return card(fit_title(self), fit_facts(self))
@@ -225,7 +240,7 @@ class FitReport:
         """Inverse of `to_dict`; keys of a newer version are ignored, and what is no number is a `ValueError`."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
-        numbers = [value for key, value in kept.items() if key not in ("interval", "calibration")]
+        numbers = [value for key, value in kept.items() if key not in ("interval", "calibration", "ranking")]
         pairs: list[Any] = [kept.get("interval"), *(kept.get("calibration") or ())]
         if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
             raise ValueError(f"A fit report must have an `interval` and a `calibration` of pairs, got {pairs}.")
@@ -233,6 +248,8 @@ class FitReport:
         needed = [kept.get("spearman"), *pairs[0]]
         if not all(isinstance(value, (int, float, type(None))) for value in numbers) or None in needed:
             raise ValueError(f"A fit report must hold numbers, got {kept}.")
+        if kept.get("ranking", "influence") not in ("influence", "worth"):
+            raise ValueError(f"`ranking` of a fit report must be 'influence' or 'worth', got {kept['ranking']!r}.")
         kept["interval"], *calibration = (tuple(pair) for pair in pairs)
         kept["calibration"] = tuple(calibration)
         return cls(**kept)
@@ -246,6 +263,8 @@ class RunSettings:
         learning_rates: one a parameter group, of the step to come; None reads the optimizer's own.
         max_grad_norm: clipping threshold of the run; None or 0 is off.
         batch_rows: rows in one optimizer step, over all devices and accumulation.
+        rate_steps: the optimizer steps of the coming round, counted in steps at `learning_rates`: the sum of the
+            learning rates scheduled for them over the present ones; None where no round is known.
         tokens_per_batch: padded tokens in one forward pass of a probe.
         seed: for whatever a probe draws.
         progress: show a progress bar.
@@ -256,6 +275,7 @@ class RunSettings:
     learning_rates: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
     batch_rows: int = 1
+    rate_steps: float | None = None
     tokens_per_batch: int = 8192
     seed: int = 0
     progress: bool = False

@@ -93,37 +93,49 @@ def _centred_ranks(values: npt.NDArray[Any], weights_RN: npt.NDArray[np.float64]
 
 
 def bootstrap_interval(
-    predicted: npt.NDArray[Any], actual: npt.NDArray[Any], seed: int, num_resamples: int = NUM_RESAMPLES
+    predicted: npt.NDArray[Any],
+    actual: npt.NDArray[Any],
+    seed: int,
+    num_resamples: int = NUM_RESAMPLES,
+    documents: npt.NDArray[Any] | None = None,
 ) -> tuple[float, float]:
-    """95 % percentile interval of the Spearman correlation over resampled candidates.
+    """95 % percentile interval of the Spearman correlation over resampled candidates, or documents.
 
     Args:
         predicted: (N,) predicted influence.
         actual: (N,) labels.
         seed: of the resampling; the caller's random streams are left alone.
         num_resamples: draws of N candidates with replacement; one in which a side is constant counts as 0.
+        documents: (N,) document of each candidate, whose candidates are drawn together; None: each is its own.
 
     Returns:
-        Both ends; (-1, 1) below `MIN_FOR_INTERVAL` candidates.
+        Both ends; (-1, 1) below `MIN_FOR_INTERVAL` candidates, or documents.
 
     Raises:
         ValueError: `num_resamples` is below 1.
     """
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` must be at least 1, got {num_resamples}.")
-    num = len(actual)
+    document = None if documents is None else number_by_appearance(documents)
+    num = len(actual) if document is None else int(document.max(initial=-1)) + 1
     if num < MIN_FOR_INTERVAL:
         return (-1.0, 1.0)
     rng = np.random.default_rng(seed)
-    block = max(1, _RESAMPLE_BLOCK // num)
+    block = max(1, _RESAMPLE_BLOCK // len(actual))
     values = []
     for start in range(0, num_resamples, block):
         rows = min(block, num_resamples - start)
         drawn = rng.integers(num, size=(rows, num)) + num * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num).astype(np.float64)
-        values.append(_weighted_spearman(predicted, actual, weights))
+        values.append(_weighted_spearman(predicted, actual, weights if document is None else weights[:, document]))
     low, high = np.percentile(np.concatenate(values), [2.5, 97.5])
     return (float(low), float(high))
+
+
+def number_by_appearance(groups: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """(N,) int64 numbers of groups from 0, in the order in which they appear: 0 to N - 1 where all differ."""
+    _, first, group = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+    return np.asarray(np.argsort(np.argsort(first)), np.int64)[group]
 
 
 def within_group(predicted: npt.NDArray[Any], actual: npt.NDArray[Any], groups: npt.ArrayLike) -> float | None:

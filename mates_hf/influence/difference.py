@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from mates_hf.data.batches import Candidates
 from mates_hf.influence.flops import NUM_EPSILON_CANDIDATES
+from mates_hf.influence.parameter_step import add_up, sum_of_squares
 from mates_hf.model_traits import is_low_precision, unwrap
-from mates_hf.preserve import preserved
+from mates_hf.preserve import local_shard, preserved
 from mates_hf.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,14 @@ class Direction:
         reference_loss: mean loss over the reference task's trained tokens, nats/token, each read where its gradient
             was taken: at θ_null, or along a path from there.
         flops: estimate of what finding it took.
-        path_losses: mean loss of what each point of the path read, in its order; noisy where that is few passages.
+        path_losses: mean loss of what each point of the path read, in its order, at that point.
+        path_start_losses: mean loss of the same passages at θ_null, so that the two can be compared point by point;
+            empty without a path.
+        path_stopped: true where a longer path was given up because the loss rose along it: this one goes as far as the
+            loss fell.
+        path_stride: steps of the run from one point to the next.
+        path_check: mean loss of the last quarter of the passages at θ_null, and one stride from there down u; None
+            without a path.
     """
 
     by_parameter: Mapping[nn.Parameter, Tensor]
@@ -57,6 +65,10 @@ class Direction:
     reference_loss: float
     flops: float
     path_losses: tuple[float, ...] = ()
+    path_start_losses: tuple[float, ...] = ()
+    path_stopped: bool = False
+    path_stride: float | None = None
+    path_check: tuple[float, float] | None = None
 
     def length(self, epsilon: float) -> float:
         """The factor of u whose step is `epsilon` times as long as ‖θ‖."""
@@ -128,7 +140,7 @@ def choose_epsilon(
     Returns:
         The choice, with the agreement to record.
     """
-    start = 3e-3 if is_low_precision(unwrap(model)) else 1e-3
+    start = smallest_step(model)
     if len(rows) < 3:
         return EpsilonChoice(epsilon=start)
     drawn = np.random.default_rng(seed).permutation(len(rows))[:NUM_EPSILON_CANDIDATES]
@@ -168,15 +180,42 @@ def row_means(rows: Candidates, values: FloatArray) -> FloatArray:
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
     """Norm over all tensors together, over all shards of each."""
-    total = 0.0
-    for tensor in tensors:
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        norm: Any = torch.linalg.vector_norm(tensor.detach(), dtype=dtype)
-        total += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
-    return float(total**0.5)
+    return joint_norm((tensor, sum_of_squares(local_shard(tensor))) for tensor in tensors)
+
+
+def joint_norm(squares: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Norm of what has these sums of squares: one wait for the device, one collective for each way of sharding.
+
+    Args:
+        squares: pairs of a tensor, which says how it is sharded, and the () sum of squares of a local shard like it.
+
+    Returns:
+        The root of the sum over all shards; all processes must call it where tensors are sharded.
+    """
+    by_sharding: dict[Any, list[Tensor]] = {}
+    for like, square in squares:
+        of: Any = like
+        sharding = (of.device_mesh, of.placements) if hasattr(like, "to_local") else None
+        by_sharding.setdefault(sharding, []).append(square)
+    sums = []
+    for sharding, parts in by_sharding.items():
+        total = add_up(parts)
+        if sharding is not None:
+            from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+            mesh, placements = sharding
+            parts_of_it = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
+            total = DTensor.from_local(total, mesh, parts_of_it, run_check=False).full_tensor()
+        sums.append(total)
+    return math.sqrt(float(add_up(sums)))
 
 
 def _pearson(a: FloatArray, b: FloatArray) -> float:
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / scale if scale > 0 and np.isfinite(scale) else -np.inf
+
+
+def smallest_step(model: nn.Module) -> float:
+    """ε‖u‖/‖θ‖ that a forward pass of this model tells from rounding noise in most cases."""
+    return 3e-3 if is_low_precision(unwrap(model)) else 1e-3

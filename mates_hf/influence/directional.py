@@ -10,8 +10,8 @@ with u = Pᵀ ∇L_ref(θ_null). A candidate whose own loss rises where the refe
 training on it takes both down again. The derivative is (L(x; θ + ε u) − L(x; θ − ε u)) / 2ε, token by token.
 
 What lowers the reference loss in one step need not be what lowers it over a round. With `path_steps` > 1, u is the
-mean of Pᵀ ∇L_ref along the way that training on the reference itself would take (`reference_path`), at the cost of one
-reading of the reference all the same. Such labels tell less of a single step and pick better data for many: figures in
+mean of Pᵀ ∇L_ref along the way that training on the reference itself would take (`reference_path`), at a third
+more than the cost of one reading. Such labels tell less of a single step and pick better data for many: figures in
 `benchmarks/results/selection.md`; `MatesCallback` uses them. How a candidate's loss falls while a model trains on the
 reference is also what CoLoR-Filter (arXiv:2406.10670) ranks by, from two finished models.
 
@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mates_hf.data.batches import Candidates
 from mates_hf.display import changed_fields
@@ -43,19 +42,28 @@ from mates_hf.influence.difference import (
     choose_epsilon,
     losses_on_either_side,
     row_means,
+    smallest_step,
 )
-from mates_hf.influence.flops import NUM_SECOND_MOMENT_BATCHES, forward_flops, gradient_flops
+from mates_hf.influence.flops import forward_flops, gradient_flops
+from mates_hf.influence.gradient_sum import add_gradient_of_sum
 from mates_hf.influence.losses import (
     DEFAULT_TOKENS_PER_BATCH,
     LossFunction,
     mean_loss_gradient,
     token_losses,
 )
-from mates_hf.influence.preconditioner import ParameterStep, group_learning_rates, parameter_steps, unwrap_optimizer
+from mates_hf.influence.path_length import steps_per_stride
+from mates_hf.influence.preconditioner import (
+    group_learning_rates,
+    parameter_steps,
+    rarely_reached_parameters,
+    unwrap_optimizer,
+)
 from mates_hf.influence.probe import count_multiplied_parameters, read_measurable
-from mates_hf.influence.reference_path import descend, parts_of_path
+from mates_hf.influence.reference_path import PathReader, ReferencePath, shares_of_path
+from mates_hf.influence.usual_batches import UsualBatches
 from mates_hf.model_traits import unwrap
-from mates_hf.preserve import local_shard, preserved
+from mates_hf.preserve import in_evaluation, preserved
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings, read_array, write_array
 
@@ -72,8 +80,8 @@ class DirectionalProbe:
     """Measure influence by two forward passes a candidate, along the preconditioned gradient of the reference loss.
 
     Extra memory: 2 × the trainable parameters' bytes (their copy, and u) and one micro-batch of the reference task
-    forward and backward. With `path_steps` above 1, 3 × (u so far and the gradient of the next point), and with
-    `second_moment="batches"` once more, since E[g_B²] is held as well.
+    forward and backward, whatever `path_steps` is; with `second_moment="batches"` 3 ×, since E[g_B²] is held as well.
+    Activations that the run recomputes are recomputed here.
 
     Attributes:
         tokens_per_batch: padded tokens in one forward pass; None takes the run's, alone 8,192.
@@ -85,15 +93,23 @@ class DirectionalProbe:
         path_steps: points at which the reference gradient is taken, each on its share of the passages; 1 is θ_null
             alone, the first-order value of one optimizer step. A share has four passages at least, else there are
             fewer points.
-        path_rate: length of the strides from one to the next, in steps of the run at its learning rate.
+        path_rate: length of the strides from one to the next, in steps of the run at its learning rate; None makes all
+            of them together as long as the coming round is by its schedule, but no longer than 64 steps at the run's
+            peak rate. Alone 0.5.
+        rate_steps: the coming round in steps at the present learning rate, by the sums of the rates; None takes the
+            run's, alone it is not known.
+        max_grad_norm: to what the run clips the gradient of a batch; used where batches are drawn here; None takes the
+            run's, and alone None and 0 are off.
         parameters: `"all"`, or `"blocks"`: u is 0 on input embeddings and output head.
-        batch_rows: rows in one optimizer step; needed for `second_moment="batches"`; None takes the run's.
+        batch_rows: rows in one optimizer step; needed for `second_moment="batches"`, and to tell how long a step of
+            SGD without momentum is; None takes the run's.
         loss: the run's own loss of a candidate, `loss(model, batch)`, a mean over the trained tokens of one row;
             candidates then run one by one, and every token of a row gets the row's derivative. None is the negative
             log-likelihood.
         reference_loss: the same for the reference task, whose loss should fall. None is the negative log-likelihood,
             whatever the candidates' is; for a model without logits.
-        seed: of the candidates that choose ε and make up batches; None takes the run's, alone 0.
+        seed: of the candidates that choose ε and make up batches, and of which passages a point of the path reads;
+            None takes the run's, alone 0.
         progress: show a progress bar; None takes the run's, alone False.
         processes: those that call `measure` together on the same candidates and share the work; None takes the run's,
             alone this process does all of it.
@@ -106,7 +122,9 @@ class DirectionalProbe:
     epsilon: float | None = None
     second_moment: Literal["state", "batches"] = "state"
     path_steps: int = 1
-    path_rate: float = 0.5
+    path_rate: float | None = None
+    rate_steps: float | None = None
+    max_grad_norm: float | None = None
     parameters: Literal["all", "blocks"] = "all"
     batch_rows: int | None = None
     loss: LossFunction | None = None
@@ -123,8 +141,12 @@ class DirectionalProbe:
             raise ValueError(f"`second_moment` must be 'state' or 'batches', got {self.second_moment!r}.")
         if self.parameters not in ("all", "blocks"):
             raise ValueError(f"`parameters` must be 'all' or 'blocks', got {self.parameters!r}.")
-        if not 0 < self.path_rate <= 10:
-            raise ValueError(f"`path_rate` must be in (0, 10], in steps of the run, got {self.path_rate!r}.")
+        if self.path_rate is not None and not 0 < self.path_rate <= 10:
+            raise ValueError(f"`path_rate` must be None or in (0, 10], in steps of the run, got {self.path_rate!r}.")
+        for name in ("rate_steps", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be None or at least 0 and finite, got {value!r}.")
         for name in ("tokens_per_batch", "batch_rows", "path_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -134,7 +156,8 @@ class DirectionalProbe:
 
     def for_run(self, settings: RunSettings) -> DirectionalProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
-        names = ("tokens_per_batch", "learning_rates", "batch_rows", "seed", "progress", "processes", "shards_dir")
+        own = {field.name for field in dataclasses.fields(self)}
+        names = [field.name for field in dataclasses.fields(settings) if field.name in own]
         return dataclasses.replace(
             self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
         )
@@ -151,7 +174,10 @@ class DirectionalProbe:
 
         Returns:
             Labels of the candidates that have a trained token, with their tokens' derivatives; `info` has `epsilon`,
-            `epsilon_agreement` (None where too few candidates tell), `reference_loss`, `skipped`, `seconds`, `flops`.
+            `epsilon_agreement` (None where too few candidates tell), `reference_loss`, `skipped`, `seconds`, `flops`;
+            of a path `path_losses` at its points, `path_start_losses` of the same passages at θ_null, `path_points`,
+            `path_stopped` (the loss rose along a longer one), `path_stride` in steps of the run, and `path_check`, the
+            loss of the last quarter of the passages at θ_null and one stride down u.
 
         Raises:
             UnsupportedOptimizerError: the preconditioner of the optimizer is not known.
@@ -189,6 +215,11 @@ class DirectionalProbe:
             "learning_rates": group_learning_rates(unwrap_optimizer(optimizer), self.learning_rates),
             "second_moment": self.second_moment,
             "path_losses": list(direction.path_losses),
+            "path_start_losses": list(direction.path_start_losses),
+            "path_points": max(1, len(direction.path_losses)),
+            "path_stopped": direction.path_stopped,
+            "path_stride": direction.path_stride,
+            "path_check": None if direction.path_check is None else list(direction.path_check),
             "parameters": self.parameters,
             "reading": reading.to_dict(),
             "num_compared_tokens": num_compared,
@@ -232,28 +263,46 @@ class DirectionalProbe:
             ValueError: `second_moment="batches"` without `batch_rows` or candidates.
         """
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
-        parts = parts_of_path(reference.measured, self.path_steps, self.seed or 0)
-        with preserved(model) as snapshot:
-            model.eval()
-            steps = parameter_steps(optimizer, snapshot.parameters, self.learning_rates)
-            squares, flops = self._mean_squares(model, steps, candidates)
-            direction = descend(
-                snapshot,
-                steps,
-                parts,
-                lambda rows: mean_loss_gradient(
+        num_points = len(shares_of_path(reference.measured, self.path_steps, 0))
+        seed = self.seed or 0
+        with preserved(model) as snapshot, in_evaluation(model):
+            rarely = rarely_reached_parameters(model)
+            steps = parameter_steps(optimizer, snapshot.parameters, self.learning_rates, rarely)
+            batches = UsualBatches(
+                model,
+                candidates,
+                batch_rows=self.batch_rows,
+                max_grad_norm=self.max_grad_norm,
+                seed=seed,
+                mean_gradient=lambda rows: mean_loss_gradient(
                     model,
                     rows,
                     tokens_per_batch=self._tokens_per_batch,
-                    loss=self.reference_loss,
+                    loss=self.loss,
                     processes=self._processes,
                 ),
-                path_rate=self.path_rate,
-                squares=squares,
-                left_out=self._left_out(model),
-                flops=flops
-                + gradient_flops(count_multiplied_parameters(model), int(reference.measured.lengths.sum())),
             )
+            path = ReferencePath(
+                snapshot,
+                steps,
+                reference.measured,
+                self._reader(model),
+                squares=batches.mean_squares(steps) if self.second_moment == "batches" else {},
+                left_out=self._left_out(model),
+                batch_squares=batches.square_of_one,
+            )
+            if num_points > 1:
+                rates = group_learning_rates(optimizer, self.learning_rates)
+                rate = self.path_rate or steps_per_stride(num_points, self.rate_steps, optimizer, rates)
+                direction = path.walk(num_points, rate, seed)
+            else:
+                direction = path.read_once()
+        num_parameters = count_multiplied_parameters(model)
+        direction = dataclasses.replace(
+            direction,
+            flops=gradient_flops(num_parameters, path.num_tokens_backward + batches.num_tokens)
+            + forward_flops(num_parameters, path.num_tokens_forward),
+        )
         if not np.isfinite(direction.norm) or direction.norm == 0:
             raise InfluenceError(
                 "The preconditioned gradient of the reference loss must be finite and not zero, got norm "
@@ -335,41 +384,20 @@ class DirectionalProbe:
             )
         return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
 
-    def _mean_squares(
-        self, model: nn.Module, steps: list[ParameterStep], candidates: Candidates | None
-    ) -> tuple[dict[nn.Parameter, Tensor], float]:
-        """E[g_B²] at the present weights, from batches of candidates; empty where the optimizer's state tells it."""
-        squares: dict[nn.Parameter, Tensor] = {}
-        if self.second_moment == "state":
-            return squares, 0.0
-        if self.batch_rows is None or candidates is None or not len(candidates):
-            raise ValueError(
-                "`second_moment='batches'` must have candidates and `batch_rows`, the rows of one optimizer step, got "
-                f"batch_rows={self.batch_rows} and {0 if candidates is None else len(candidates)} candidates."
-            )
-        generator = np.random.default_rng(self.seed or 0)
-        num_tokens = 0
-        for _ in range(NUM_SECOND_MOMENT_BATCHES):
-            # With replacement, so that batches larger than the candidates at hand vary as much as they should.
-            batch = candidates.take(generator.integers(len(candidates), size=self.batch_rows))
-            num_tokens += int(batch.lengths.sum())
-            mean_loss_gradient(
-                model,
-                batch,
-                tokens_per_batch=self._tokens_per_batch,
-                loss=self.loss,
-                processes=self._processes,
-            )
-            with torch.no_grad():
-                for step in steps:
-                    if step.parameter.grad is None:
-                        continue
-                    gradient = local_shard(step.parameter.grad)
-                    if step.l2:
-                        gradient.add_(local_shard(step.parameter), alpha=step.l2)
-                    gradient.square_().div_(NUM_SECOND_MOMENT_BATCHES)
-                    if step.parameter in squares:
-                        squares[step.parameter].add_(gradient)
-                    else:
-                        squares[step.parameter] = gradient
-        return squares, gradient_flops(count_multiplied_parameters(model), num_tokens)
+    def _reader(self, model: nn.Module) -> PathReader:
+        settings: dict[str, Any] = {"loss": self.reference_loss, "processes": self._processes}
+        tokens = self._tokens_per_batch
+
+        def add_gradient(rows: Candidates) -> float | None:
+            nonlocal tokens
+            found = add_gradient_of_sum(model, rows, tokens_per_batch=tokens, **settings)
+            if found is None:
+                tokens = max(1, tokens // 2)
+            return found
+
+        return PathReader(
+            mean_gradient=lambda rows: mean_loss_gradient(model, rows, tokens_per_batch=tokens, **settings),
+            add_gradient=add_gradient,
+            token_losses=lambda rows: token_losses(model, rows, tokens_per_batch=tokens, **settings),
+            smallest_step=smallest_step(model),
+        )

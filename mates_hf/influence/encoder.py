@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mates_hf.data.documents import text_codes
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.texts import decode_rows, has_column, read_texts
 from mates_hf.influence.arguments import check_fit, fitted_repr
@@ -183,6 +184,7 @@ class EncoderInfluenceModel:
         *,
         held_out_fraction: float = 0.1,
         groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
         previous: EncoderInfluenceModel | None = None,
         seed: int | None = None,
     ) -> Self:
@@ -196,6 +198,7 @@ class EncoderInfluenceModel:
             labels: measured influence, > 0 helps.
             held_out_fraction: share of the candidates to report on, in (0, 1).
             groups: (N,) group of each label (domain, source), for the report only.
+            documents: (N,) document of each label; split and bootstrap take whole ones. None: equal texts are one.
             previous: the influence model of the round before; not changed. Fine-tuning starts at its weights, a ridge
                 builds on its coefficients as far as they fit the new labels.
             seed: of splits and fine-tuning; None takes the constructor's.
@@ -204,7 +207,7 @@ class EncoderInfluenceModel:
             self, fitted.
 
         Raises:
-            InfluenceError: labels are non-finite, all zero or all equal.
+            InfluenceError: labels are non-finite, all zero, all equal, or all of one document.
             ValueError: labels do not belong to the candidates, too few, candidates without text, or `previous` is of
                 another kind.
             MatesError: fine-tuning diverged.
@@ -213,15 +216,17 @@ class EncoderInfluenceModel:
         check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         before = self._previous(previous)
-        documents, found = self._read(candidates, labels)
-        target = FitTarget.of(labels, found, groups=groups, held_out_fraction=held_out_fraction, seed=seed)
+        texts, found = self._read(candidates, labels)
+        documents = text_codes(texts, found) if documents is None else documents
+        drawn: dict[str, Any] = {"held_out_fraction": held_out_fraction, "seed": seed}
+        target = FitTarget.of(labels, found, groups=groups, documents=documents, **drawn)
         held_out = target.held_out
         num_parameters = count_multiplied_parameters(self._source.module)
-        reading = forward_flops(num_parameters, self._source.num_tokens(documents))
+        reading = forward_flops(num_parameters, self._source.num_tokens(texts))
         if self.head_only:
             encoder = self._source
             with self._running(encoder, seed):
-                states = encoder.states(documents, self.tokens_per_batch, progress=self.progress)
+                states = encoder.states(texts, self.tokens_per_batch, progress=self.progress)
             line = fit_ridge(states[~held_out], target.values[~held_out], before and before[1])
             predicted = line.z_scores(states[held_out])
             line = fit_ridge(states, target.values, before and before[1])
@@ -229,10 +234,10 @@ class EncoderInfluenceModel:
         else:
             encoder = self._source.trainable(before and before[0])
             with self._running(encoder, seed):
-                tuning, unseen = self._tuning(seed), [documents[i] for i in np.flatnonzero(held_out)]
-                line = tuning.run(encoder, before and before[1], documents, target)
+                tuning, unseen = self._tuning(seed), [texts[i] for i in np.flatnonzero(held_out)]
+                line = tuning.run(encoder, before and before[1], texts, target)
                 predicted = encoder.states(unseen, self.tokens_per_batch, line.z_scores)
-            flops = tuning.flops(encoder, documents, target)
+            flops = tuning.flops(encoder, texts, target)
             flops += forward_flops(num_parameters, encoder.num_tokens(unseen))
         report = target.report(predicted, num_labels=int((~held_out).sum()), seed=seed)
         self._encoder, self._line = encoder, line.in_units_of(target)
@@ -262,15 +267,8 @@ class EncoderInfluenceModel:
         return encoder, line
 
     def _tuning(self, seed: int) -> FineTuning:
-        return FineTuning(
-            learning_rate=self.learning_rate,
-            num_epochs=self.num_epochs,
-            batch_rows=self.batch_rows,
-            tokens_per_batch=self.tokens_per_batch,
-            validation_fraction=self.validation_fraction,
-            seed=seed,
-            progress=self.progress,
-        )
+        names = (field.name for field in dataclasses.fields(FineTuning))
+        return FineTuning(**{**{name: getattr(self, name) for name in names}, "seed": seed})
 
     @contextlib.contextmanager
     def _running(self, encoder: FoldingEncoder, seed: int) -> Iterator[None]:
@@ -316,24 +314,27 @@ class EncoderInfluenceModel:
             (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
             a row has no text or no target (`num_empty` counts them).
         """
-        per_token, line = self._per_token(dataset)
-        return (per_token * line.step_size).astype(np.float32)
+        return (self._predicted(*self._read(dataset)) * self._fitted()[1].step_size).astype(np.float32)
 
     def predict_per_token(self, dataset: Any) -> FloatArray:
         """Predicted `influence_per_token` of each row, (N,) float32, > 0 helps; arguments as in `predict`."""
-        return self._per_token(dataset)[0].astype(np.float32)
+        return self._predicted(*self._read(dataset)).astype(np.float32)
 
-    def _per_token(
-        self, candidates: Any, labels: InfluenceLabels | None = None
-    ) -> tuple[npt.NDArray[np.float64], StateLine]:
+    def _predicted(self, texts: list[IntArray], found: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+        """(M,) float64 predicted `influence_per_token` of what `_read` found."""
         encoder, line = self._fitted()
-        documents, found = self._read(candidates, labels)
         with self._running(encoder, self.seed):
-            z_scores = encoder.states(documents, self.tokens_per_batch, line.z_scores, progress=self.progress)
-        return line.per_token(z_scores, found), line
+            z_scores = encoder.states(texts, self.tokens_per_batch, line.z_scores, progress=self.progress)
+        return line.per_token(z_scores, found)
 
     def evaluate(
-        self, candidates: Any, labels: InfluenceLabels, *, groups: npt.NDArray[Any] | None = None, seed: int = 0
+        self,
+        candidates: Any,
+        labels: InfluenceLabels,
+        *,
+        groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
+        seed: int = 0,
     ) -> FitReport:
         """Compare predictions with labels of candidates the model was not fitted on.
 
@@ -341,13 +342,17 @@ class EncoderInfluenceModel:
             candidates: the candidate pool, or the rows the labels' `candidate_id` point into.
             labels: fresh labels, of this round or a later one.
             groups: (N,) group of each label, or None.
+            documents: (N,) document of each label, for the bootstrap; None: equal texts are one.
             seed: of the bootstrap.
 
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
+        self._fitted()
+        texts, found = self._read(candidates, labels.check())
+        documents = text_codes(texts, found) if documents is None else documents
         return fresh_report(
-            lambda: self._per_token(candidates, labels)[0], labels, self.report, groups=groups, seed=seed
+            lambda: self._predicted(texts, found), labels, self.report, groups=groups, documents=documents, seed=seed
         )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -385,12 +390,8 @@ class EncoderInfluenceModel:
         config, tensors, report = read_artifact(path, cls.__name__, names)
         try:
             arguments = {name: config[name] for name in _ARGUMENTS}
-            encoder = rebuild(
-                config["encoder_config"],
-                tensors,
-                max_tokens=arguments["max_tokens"],
-                chunk_tokens=arguments["chunk_tokens"],
-            )
+            lengths = {name: arguments[name] for name in ("max_tokens", "chunk_tokens")}
+            encoder = rebuild(config["encoder_config"], tensors, **lengths)
             model = cls(encoder, tokenizer=unpack_tokenizer(tensors, "tokenizer"), **arguments)
             model._line = require_same_width(StateLine.read(config, tensors.get("coefficient")), encoder.width)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:  # damaged along with its checksum

@@ -17,13 +17,13 @@ it shortens all candidates alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.parameter_step import ParameterStep, chunks, rarely_reached
+from mates_hf.influence.parameter_step import ParameterStep, chunks, rarely_reached, sum_of_squares
 
 
 class _Rule(NamedTuple):
@@ -53,6 +53,7 @@ class FactoredStep(ParameterStep):
     def __init__(self, parameter: nn.Parameter, group: Mapping[str, Any], rule: _Rule) -> None:
         super().__init__(parameter, rule.rate * (1 - rule.beta), 0.0, group)
         self._rule = rule
+        self._next_factors: dict[bool, tuple[Tensor, Tensor]] = {}  # by whether E[g_B²] was given
 
     def write_null(self) -> None:
         """Move the parameter to where a step with zero gradient takes it; the update's momentum holds its rate."""
@@ -60,23 +61,55 @@ class FactoredStep(ParameterStep):
         if self._rule.momentum is not None:
             theta.sub_(self._rule.momentum.to(theta.dtype), alpha=self._rule.beta)
 
+    def null_square(self) -> Tensor:
+        """() squared length of the null step."""
+        moved = self.parameter.detach() * (1 - self._rule.shrink)
+        if self._rule.momentum is not None:
+            moved.add_(self._rule.momentum.to(moved.dtype), alpha=self._rule.beta)
+        return sum_of_squares(moved)
+
+    def usual_square(self) -> Tensor | None:
+        """() squared length of an update whose root mean square is 1, which is what the clipping of updates allows."""
+        length = self.coefficient**2 * self.parameter.numel()
+        return torch.tensor(length, dtype=torch.float32, device=self.parameter.device)
+
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale` and P, in place."""
+        for g, root in self._factors(gradient, squares):
+            g.mul_(scale).mul_(root)
+
+    def preconditioned(
+        self, gradient: Tensor, scale: float, squares: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of the parameter, and of the gradient multiplied by `scale` and P."""
+        whole = self._rule.whole is not None
+        pieces = iter([(self.parameter.detach(),)]) if whole else chunks(self.parameter.detach())
+        for (theta,), (g, root) in zip(pieces, self._factors(gradient, squares), strict=True):
+            yield theta, (g * scale).mul_(root)
+
+    def _factors(self, gradient: Tensor, squares: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of the gradient, and of what P multiplies them with."""
         rule = self._rule
-        gradient.mul_(scale)
         if rule.whole is not None:
             expected = rule.whole if squares is None else squares.to(rule.whole.dtype)
-            gradient.mul_(self._next(rule.whole, expected).clamp_(min=rule.floor).rsqrt_())
+            yield gradient, self._next(rule.whole, expected).clamp_(min=rule.floor).rsqrt_()
             return
-        assert rule.row is not None
-        assert rule.column is not None
-        row = self._next(rule.row, self._usual_rows(rule.row, squares))
-        row = row / row.mean(-1, keepdim=True).clamp_(min=rule.mean_floor)
-        columns = rule.column if squares is None else squares.mean(-2, dtype=rule.column.dtype)
-        column = self._next(rule.column, columns)
+        row, column = self._rows_and_columns(squares)
         for g, r, c in chunks(gradient, row, column if gradient.dim() > 2 else None):
             second = r.unsqueeze(-1) * (column if c is None else c).unsqueeze(-2)
-            g.mul_(second.clamp_(min=rule.floor).rsqrt_())
+            yield g, second.clamp_(min=rule.floor).rsqrt_()
+
+    def _rows_and_columns(self, squares: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Factors of the next second moment, found once: neither the state nor E[g_B²] changes while a probe runs."""
+        given, rule = squares is not None, self._rule
+        if given not in self._next_factors:
+            assert rule.row is not None
+            assert rule.column is not None
+            row = self._next(rule.row, self._usual_rows(rule.row, squares))
+            row = row / row.mean(-1, keepdim=True).clamp_(min=rule.mean_floor)
+            columns = rule.column if squares is None else squares.mean(-2, dtype=rule.column.dtype)
+            self._next_factors[given] = (row, self._next(rule.column, columns))
+        return self._next_factors[given]
 
     def _next(self, second: Tensor, expected: Tensor) -> Tensor:
         """The second moment after a step on a usual batch."""
@@ -85,6 +118,8 @@ class FactoredStep(ParameterStep):
     def _usual_rows(self, row: Tensor, squares: Tensor | None) -> Tensor:
         """Mean squares that a batch brings to each row; to those that hardly any batch reaches, the usual ones."""
         average = row if squares is None else squares.mean(-1, dtype=row.dtype)
+        if not self.rows_may_be_rare:
+            return average
         found = rarely_reached(row, average, keep=1 - self._rule.add, add=self._rule.add, like=row)
         return average if found is None else torch.where(found[0], torch.maximum(average, found[1]), average)
 

@@ -105,7 +105,8 @@ class FineTuning:
     def _split(self, target: FitTarget) -> tuple[IntArray, npt.NDArray[np.bool_]]:
         """(R,) candidates that may be looked at, and (R,) bool, those of them that choose the epoch."""
         rows = np.flatnonzero(~target.held_out)
-        return rows, split_held_out(len(rows), self.validation_fraction, self.seed + 1)
+        documents = None if target.documents is None else target.documents[rows]
+        return rows, split_held_out(len(rows), self.validation_fraction, self.seed + 1, documents)
 
     def _epochs(
         self,

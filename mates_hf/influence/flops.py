@@ -15,6 +15,8 @@ from __future__ import annotations
 FORWARD = 2.0
 FORWARD_AND_BACKWARD = 6.0
 NUM_EPSILON_CANDIDATES = 16  # candidates that choose ε, on either side at ε and at 2ε for each step tried
+PATH_STEPS = 32  # points of the default probe's path
+MIN_PASSAGES = 4  # that a point of a path reads: fewer are mostly noise
 NUM_SECOND_MOMENT_BATCHES = 4  # batches of which E[g_B²] is the mean
 # Of the n-gram influence model, on the CPU. A labelled token: about 200 sweeps over the cells of three tables, most of
 # them to choose penalties by folds, at a dozen FLOPs each. A scored token: three look-ups and a hash; generous.
@@ -40,6 +42,7 @@ def directional_flops(
     epsilon_steps: int = 0,
     tokens_per_row: float = 0,
     num_second_moment_tokens: float = 0,
+    num_compared_tokens: float = 0,
 ) -> float:
     """FLOPs of one `DirectionalProbe.measure`: a gradient of the reference loss, two forward passes a candidate.
 
@@ -50,13 +53,25 @@ def directional_flops(
         epsilon_steps: steps tried to choose ε; 0 where it is given.
         tokens_per_row: tokens of each candidate that chooses ε.
         num_second_moment_tokens: tokens of the batches of E[g_B²].
+        num_compared_tokens: tokens of the passages that a path reads without a gradient: all of them at its start, and
+            `checked_passages` behind a stride.
 
     Returns:
         FLOPs.
     """
     once = gradient_flops(num_parameters, num_reference_tokens + num_second_moment_tokens)
     num_epsilon_tokens = 4 * epsilon_steps * NUM_EPSILON_CANDIDATES * tokens_per_row
-    return once + forward_flops(num_parameters, 2 * num_candidate_tokens + num_epsilon_tokens)
+    return once + forward_flops(num_parameters, 2 * num_candidate_tokens + num_epsilon_tokens + num_compared_tokens)
+
+
+def num_path_points(path_steps: int, num_passages: int) -> int:
+    """Points of a path over so many passages: fewer than asked for where they would read less than four each."""
+    return max(1, min(path_steps, num_passages // MIN_PASSAGES))
+
+
+def checked_passages(num_passages: int) -> int:
+    """Passages read once more to see that the loss falls along a path's direction: a quarter."""
+    return max(1, round(num_passages / 4))
 
 
 def one_step_flops(

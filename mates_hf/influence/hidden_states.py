@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mates_hf.data.documents import document_codes
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.arguments import check_fit
@@ -149,6 +150,7 @@ class HiddenStateInfluenceModel:
         model: nn.Module | None = None,
         held_out_fraction: float = 0.2,
         groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
         previous: HiddenStateInfluenceModel | None = None,
         seed: int | None = None,
     ) -> Self:
@@ -160,6 +162,7 @@ class HiddenStateInfluenceModel:
             model: the model to read with; None takes the constructor's.
             held_out_fraction: share of the candidates to report on, in (0, 1).
             groups: (N,) group of each label (domain, source), for the report only.
+            documents: (N,) document of each label; split and bootstrap take whole ones. None: equal tokens are one.
             previous: the influence model of the round before, to build on as far as its coefficients fit the new
                 labels; not changed.
             seed: of the split; None takes the constructor's.
@@ -168,7 +171,7 @@ class HiddenStateInfluenceModel:
             self, fitted.
 
         Raises:
-            InfluenceError: labels are non-finite, all zero or all equal.
+            InfluenceError: labels are non-finite, all zero, all equal, or all of one document.
             ValueError: labels do not belong to the candidates, too few, tokens outside the vocabulary, no model, or
                 `previous` is of another kind.
         """
@@ -179,7 +182,14 @@ class HiddenStateInfluenceModel:
             raise ValueError(f"`previous` must be a HiddenStateInfluenceModel, got {type(previous).__name__}.")
         rows = measured_rows(candidates, labels)
         usable = labels.num_tokens > 0
-        target = FitTarget.of(labels, usable, groups=groups, held_out_fraction=held_out_fraction, seed=seed)
+        target = FitTarget.of(
+            labels,
+            usable,
+            groups=groups,
+            documents=document_codes(rows) if documents is None else documents,
+            held_out_fraction=held_out_fraction,
+            seed=seed,
+        )
         rows = rows.take(usable)
         states = self._states(rows, model)
         earlier = None if previous is None else require_same_width(previous._fitted(), states.shape[1])
@@ -232,6 +242,7 @@ class HiddenStateInfluenceModel:
         *,
         model: nn.Module | None = None,
         groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
         seed: int = 0,
     ) -> FitReport:
         """Compare predictions with labels of candidates the model was not fitted on.
@@ -241,16 +252,19 @@ class HiddenStateInfluenceModel:
             labels: fresh labels, of this round or a later one.
             model: the model to read with; None takes the constructor's.
             groups: (N,) group of each label, or None.
+            documents: (N,) document of each label, for the bootstrap; None: equal tokens are one.
             seed: of the bootstrap.
 
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
+        rows = measured_rows(candidates, labels)
         return fresh_report(
-            lambda: self._per_token(measured_rows(candidates, labels), model),
+            lambda: self._per_token(rows, model),
             labels,
             self.report,
             groups=groups,
+            documents=document_codes(rows) if documents is None else documents,
             seed=seed,
         )
 

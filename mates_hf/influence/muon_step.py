@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.parameter_step import ParameterStep
+from mates_hf.influence.parameter_step import ParameterStep, sum_of_squares
 
 Coefficients = tuple[float, float, float]
 
@@ -80,8 +80,15 @@ class MuonStep(ParameterStep):
 
     def write_null(self) -> None:
         """Move the matrix to where a step with zero gradient takes it, in the precision that Muon uses."""
-        update = orthogonalise((self._buffer * self._kept).bfloat16(), *self._newton_schulz)
-        self.parameter.detach().mul_(self._shrink).add_(update, alpha=-self._rate)
+        self.parameter.detach().mul_(self._shrink).add_(self._null_update(), alpha=-self._rate)
+
+    def null_square(self) -> Tensor:
+        """() squared length of the null step."""
+        moved = self.parameter.detach() * (1 - self._shrink)
+        return sum_of_squares(moved.add_(self._null_update(), alpha=self._rate))
+
+    def _null_update(self) -> Tensor:
+        return orthogonalise((self._buffer * self._kept).bfloat16(), *self._newton_schulz)
 
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale` and the transpose of P, in place."""

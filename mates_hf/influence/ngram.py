@@ -19,15 +19,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.documents import document_codes
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.evaluation.agreement import slope_of
-from mates_hf.influence.additive import MIN_BIGRAM_COUNT, SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
+from mates_hf.influence.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
 from mates_hf.influence.arguments import check_fit, fitted_repr
 from mates_hf.influence.artifacts import damaged, read_artifact, write_artifact
-from mates_hf.influence.fit import SLOPE_RANGE, fit_report, fresh_report, measured_rows, split_held_out, usable_labels
+from mates_hf.influence.explain import strongest_ngrams
+from mates_hf.influence.fit import (
+    SLOPE_RANGE,
+    fit_report,
+    fresh_report,
+    measured_rows,
+    require_spread,
+    split_held_out,
+    tell_few,
+    usable_labels,
+)
 from mates_hf.influence.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
-from mates_hf.influence.kernels import hash_bigrams
 from mates_hf.influence.tables import Statistics, Tables
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels, MatesError
 
@@ -115,6 +125,7 @@ class NgramInfluenceModel:
         *,
         held_out_fraction: float = 0.2,
         groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
         previous: NgramInfluenceModel | None = None,
         seed: int | None = None,
     ) -> Self:
@@ -128,6 +139,7 @@ class NgramInfluenceModel:
             labels: measured influence, > 0 helps.
             held_out_fraction: share of the candidates to report on, in (0, 1).
             groups: (N,) group of each label (domain, source), for the report only.
+            documents: (N,) document of each label; split and bootstrap take whole ones. None: equal tokens are one.
             previous: the influence model of the round before, for its labels; not changed.
             seed: of the split and the folds; None takes the constructor's.
 
@@ -135,21 +147,21 @@ class NgramInfluenceModel:
             self, fitted.
 
         Raises:
-            InfluenceError: labels are non-finite, all zero or all equal.
+            InfluenceError: labels are non-finite, all zero, all equal, or all of one document.
             ValueError: labels do not belong to the candidates, too few, or `previous` is of another kind.
         """
         started = time.perf_counter()
         check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         kind = self._kind_for(labels)
-        labels, groups = usable_labels(labels, groups, labels.num_tokens > 0)
-        held_out = split_held_out(len(labels), held_out_fraction, seed)
+        labels, groups, documents = usable_labels(labels, groups, documents, labels.num_tokens > 0)
         rows = measured_rows(candidates, labels)
+        documents = document_codes(rows) if documents is None else documents
+        held_out = split_held_out(len(labels), held_out_fraction, seed, documents)
+        tell_few(len(labels), int(held_out.sum()))
 
         per_token = labels.influence_per_token.astype(np.float64)
-        centre, scale = float(per_token.mean()), float(per_token.std())
-        if not scale > 0:
-            raise ValueError("`labels.influence_per_token` must differ between candidates; all are equal.")
+        centre, scale = require_spread(per_token)
         derivatives = None
         if kind != "document":
             assert labels.token_derivatives is not None
@@ -184,6 +196,8 @@ class NgramInfluenceModel:
             num_labels=int(fitted.sum()),
             seed=seed,
             label_std=float(labels.influence.std(dtype=np.float64)),
+            num_tokens=labels.num_tokens[held_out],
+            documents=documents[held_out],
         )
 
         everyone = np.ones(len(labels), bool)
@@ -267,8 +281,10 @@ class NgramInfluenceModel:
             dataset: `TokenRows`, `TokenSpans`, a candidate pool, or a dataset with `input_ids` (and `labels`).
 
         Returns:
-            (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
-            a row has no target.
+            (N,) float32, > 0 helps, higher is better, in the unit of the labels; the intercept where a row has no
+            target. Labels of one step are nats/token of reference loss that a step on the row takes off. Of path
+            labels (`DirectionalProbe(path_steps=...)`, the default of a run) only the order has a meaning: they are a
+            mean over the gradients of many steps, and neither their zero nor their scale is that of a real one.
         """
         return (self._score(dataset) * self._step_size).astype(np.float32)
 
@@ -281,7 +297,13 @@ class NgramInfluenceModel:
         return self._fitted().score(rows) + self._intercept
 
     def evaluate(
-        self, candidates: Any, labels: InfluenceLabels, *, groups: npt.NDArray[Any] | None = None, seed: int = 0
+        self,
+        candidates: Any,
+        labels: InfluenceLabels,
+        *,
+        groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
+        seed: int = 0,
     ) -> FitReport:
         """Compare predictions with labels of candidates the model was not fitted on.
 
@@ -289,13 +311,16 @@ class NgramInfluenceModel:
             candidates: the candidate pool, or the rows the labels' `candidate_id` point into.
             labels: fresh labels, of this round or a later one.
             groups: (N,) group of each label, or None.
+            documents: (N,) document of each label, for the bootstrap; None: equal tokens are one.
             seed: of the bootstrap.
 
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
+        rows = measured_rows(candidates, labels)
+        documents = document_codes(rows) if documents is None else documents
         return fresh_report(
-            lambda: self._score(measured_rows(candidates, labels)), labels, self.report, groups=groups, seed=seed
+            lambda: self._score(rows), labels, self.report, groups=groups, documents=documents, seed=seed
         )
 
     def explain(self, k: int = 20, tokenizer: Any = None) -> dict[str, list[dict[str, Any]]]:
@@ -311,33 +336,7 @@ class NgramInfluenceModel:
             `effect` (influence_per_token it adds at each such target, > 0 helps) and `count` (labelled targets,
             earlier rounds decayed). Of bigrams in one hash bucket the most frequent is named.
         """
-        tables, statistics = self._fitted(), self._statistics
-        token, previous = statistics.token, statistics.previous
-        often = np.flatnonzero(statistics.counts >= MIN_BIGRAM_COUNT)
-        often = often[np.argsort(-statistics.counts[often], kind="stable")]
-        buckets = hash_bigrams(previous[often], token[often], self.num_buckets)
-        first = np.unique(buckets, return_index=True)[1]
-        often, buckets = often[first], buckets[first]
-        token_counts = np.bincount(token, weights=statistics.counts, minlength=self.vocab_size)
-        previous_counts = np.bincount(previous, weights=statistics.counts, minlength=self.vocab_size)
-        effect = np.concatenate([tables.token, tables.previous, tables.bigram[buckets]])
-        count = np.concatenate([token_counts, previous_counts, statistics.counts[often]])
-
-        def entry(i: int) -> dict[str, Any]:
-            kind, ids = "token", [i % self.vocab_size]
-            if i >= 2 * self.vocab_size:
-                cell = often[i - 2 * self.vocab_size]
-                kind, ids = "bigram", [int(previous[cell]), int(token[cell])]
-            elif i >= self.vocab_size:
-                kind = "previous"
-            text = None if tokenizer is None else tokenizer.decode(ids)
-            return {"kind": kind, "ids": ids, "text": text, "effect": float(effect[i]), "count": float(count[i])}
-
-        order = np.argsort(-effect, kind="stable")
-        return {
-            "raises": [entry(int(i)) for i in order[:k] if effect[i] > 0],
-            "lowers": [entry(int(i)) for i in order[::-1][:k] if effect[i] < 0],
-        }
+        return strongest_ngrams(self._fitted(), self._statistics, k, tokenizer)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and `fit.json` into a directory.

@@ -5,7 +5,8 @@ label of the paper (arXiv:2406.06046), measured against the null step: before mi
 the sign of what momentum and weight decay do anyway.
 
 Trade-off: exact for that one step, clipping included, at the price of a backward pass, an optimizer step and a pass
-over the whole reference task for each candidate, and of a copy of the optimizer's state.
+over the whole reference task for each candidate. Of an optimizer that the directional probe does not know, all of the
+state is copied as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -31,8 +31,9 @@ from mates_hf.influence.preconditioner import (
     unwrap_optimizer,
 )
 from mates_hf.influence.probe import count_multiplied_parameters, read_measurable
+from mates_hf.influence.real_step import RealStep, has_stepped
 from mates_hf.model_traits import unwrap
-from mates_hf.preserve import optimizer_parts, preserved
+from mates_hf.preserve import in_evaluation, preserved
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import InfluenceLabels, RunSettings
 
@@ -46,7 +47,10 @@ logger = logging.getLogger(__name__)
 class OneStepProbe:
     """Measure influence by a real step of the run's own optimizer on each candidate alone, undone each time.
 
-    Extra memory: the trainable parameters, their gradient and the optimizer's state once more.
+    Steps are the optimizer's own, by its own code, and bit for bit those that training would take. Extra memory: the
+    trainable parameters and their gradient. That holds for the optimizers that docs/optimizers.md calls directional
+    (those of torch but ASGD and Rprop, and Adafactor of transformers), which are let step on one piece of a parameter
+    after the other (`real_step`). Any other optimizer's state is copied whole, in addition.
 
     Attributes:
         max_grad_norm: clip the candidate's gradient to this norm as the Trainer does; None takes the run's, and alone
@@ -128,25 +132,25 @@ class OneStepProbe:
                 processes=processes,
             )
 
-        with preserved(model, optimizer) as snapshot:
+        step = RealStep(optimizer, rates)
+        with preserved(model, optimizer, copy_state=step.needs_copy) as snapshot:
             model.eval()
-            moved = _parameters_of_null_step(optimizer)
-            had_stepped = _has_stepped(optimizer)
-            _fill_gradients(moved)
-            _step(optimizer, rates)
-            if _has_stepped(optimizer) and not had_stepped:
+            had_stepped = has_stepped(optimizer)
+            if step.take() and not had_stepped:
                 raise FreshOptimizerError(optimizer)
+            snapshot.written()
             null_loss = reference_loss()
             for i in tqdm(range(len(rows)), desc="one-step probe", unit="row", disable=not self.progress):
                 snapshot.restore()
                 row = rows.take(np.array([i]))
-                losses[i] = mean_loss_gradient(
-                    model, row, tokens_per_batch=tokens_per_batch, loss=loss, processes=processes
-                )
+                with in_evaluation(model):
+                    losses[i] = mean_loss_gradient(
+                        model, row, tokens_per_batch=tokens_per_batch, loss=loss, processes=processes
+                    )
                 if self.max_grad_norm:
                     nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
-                _fill_gradients(moved)
-                _step(optimizer, rates)
+                step.take()
+                snapshot.written()
                 influence[i] = null_loss - reference_loss()
         info = {
             "reference_loss": null_loss,
@@ -175,37 +179,3 @@ class OneStepProbe:
             probe=np.full(len(rows), "one_step"),
             info=info,
         ).check()
-
-
-def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
-    """True where there is state of at least one step (Adagrad has state before it)."""
-    states = [state for part in optimizer_parts(optimizer) for state in part.state.values() if state]
-    return any(float(state["step"]) > 0 for state in states if "step" in state) or any("step" not in s for s in states)
-
-
-def _parameters_of_null_step(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Parameters that a step with zero gradient moves: those with state, or all of a group that keeps none (SGD)."""
-    moved: list[nn.Parameter] = []
-    for part in optimizer_parts(optimizer):
-        for group in part.param_groups:
-            trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
-            moved += [parameter for parameter in trainable if part.state.get(parameter)] or trainable
-    return moved
-
-
-def _fill_gradients(parameters: list[nn.Parameter]) -> None:
-    """Zero where there is none (an expert that no token of a row reached), so that momentum moves it all the same.
-
-    In a batch another row reaches it; without this, its momentum would be taken for the candidate's doing.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def _step(optimizer: torch.optim.Optimizer, learning_rates: list[float]) -> None:
-    for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
-        is_tensor = isinstance(group["lr"], torch.Tensor)
-        group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
-    # The class's method: schedulers and gradient scalers replace the instance's, to count and to unscale.
-    type(optimizer).step(optimizer)

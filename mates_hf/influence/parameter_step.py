@@ -2,7 +2,7 @@
 
 Place in the flow: the `*_step` modules fill it in for one optimizer each, `preconditioner` picks the right one, and
 `DirectionalProbe` uses nothing else. The next step with gradient g moves a parameter to `null − coefficient · P g` to
-first order in g.
+first order in g. P is that of the state, which no probe changes: the same at every point of a path.
 
 Trade-off: tensors are worked on a few rows at a time, so that temporaries stay small beside any parameter worth
 training; it costs a Python loop over pieces.
@@ -11,7 +11,7 @@ training; it costs a Python loop over pieces.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,9 +35,12 @@ class ParameterStep(abc.ABC):
     Attributes:
         momentum: whether earlier gradients move the parameter on.
         moves: false where the optimizer has not taken a step with this parameter yet.
+        rows_may_be_rare: whether a batch may leave rows of the parameter out: those of a table that ids are looked
+            up in, of an output head, of experts.
     """
 
     moves = True
+    rows_may_be_rare = True  # false where every batch reaches all of the parameter
 
     def __init__(self, parameter: nn.Parameter, coefficient: float, l2: float, group: Mapping[str, Any]) -> None:
         self.parameter = parameter
@@ -60,6 +63,34 @@ class ParameterStep(abc.ABC):
             squares: E[g_B²] of the same shape, or None to take the average that the optimizer's state holds.
         """
 
+    @abc.abstractmethod
+    def null_square(self) -> Tensor:
+        """() squared length of the null step of the local shard, before it is rounded to the parameter's precision."""
+
+    def usual_square(self) -> Tensor | None:
+        """() squared length, in the local shard, of the step that a usual batch makes where there is no momentum.
+
+        None where the state does not tell how large a usual gradient is.
+        """
+        return None
+
+    def preconditioned(
+        self, gradient: Tensor, scale: float, squares: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `precondition` makes of a gradient that is left as it is, piece by piece.
+
+        Args:
+            gradient: local shard of a gradient of the parameter's shape.
+            scale: any factor.
+            squares: as for `precondition`.
+
+        Yields:
+            Matching pieces of the parameter's local shard and of the result, the latter to be used at once.
+        """
+        result = gradient.clone()
+        self.precondition(result, scale, squares)
+        yield local_shard(self.parameter), result
+
 
 def chunks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Matching slices along dimension 0, of about 2^20 elements; None stays None.
@@ -71,6 +102,26 @@ def chunks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     size = max(1, _CHUNK * rows // max(1, first.numel()))
     for start in range(0, rows, size):
         yield tuple(t if t is None else t[start : start + size] for t in tensors)
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """() sum of squares, float64 where the device has it, without a copy of the tensor."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm.to(_wide(norm.device)).square()
+
+
+def add_up(squares: Iterable[Tensor]) -> Tensor:
+    """() sum of scalars, in float64 where the device has it, without waiting for it."""
+    parts = list(squares)
+    if not parts:  # a shard without a row
+        return torch.zeros((), dtype=torch.float64)
+    device = parts[0].device
+    return torch.stack([part.reshape(()).to(device, _wide(device)) for part in parts]).sum()
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def row_means(tensor: Tensor) -> Tensor:

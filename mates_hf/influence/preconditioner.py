@@ -12,13 +12,13 @@ steps instead.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from mates_hf.influence import adaptive_step, factored_step
+from mates_hf.influence import adaptive_state, factored_step
 from mates_hf.influence.muon_step import MuonStep
 from mates_hf.influence.parameter_step import ParameterStep as ParameterStep
 from mates_hf.influence.sgd_step import SgdStep
@@ -29,14 +29,14 @@ from mates_hf.records import MatesError
 _MakeStep = Callable[[nn.Parameter, Mapping[str, Any], Mapping[str, Any], float], ParameterStep | None]
 
 _KNOWN: dict[type, _MakeStep] = {
-    torch.optim.AdamW: adaptive_step.adamw_step,
-    torch.optim.Adam: adaptive_step.adam_step,
-    torch.optim.NAdam: adaptive_step.nadam_step,
-    torch.optim.RAdam: adaptive_step.radam_step,
-    torch.optim.Adamax: adaptive_step.adamax_step,
-    torch.optim.RMSprop: adaptive_step.rmsprop_step,
-    torch.optim.Adagrad: adaptive_step.adagrad_step,
-    torch.optim.Adadelta: adaptive_step.adadelta_step,
+    torch.optim.AdamW: adaptive_state.adamw_step,
+    torch.optim.Adam: adaptive_state.adam_step,
+    torch.optim.NAdam: adaptive_state.nadam_step,
+    torch.optim.RAdam: adaptive_state.radam_step,
+    torch.optim.Adamax: adaptive_state.adamax_step,
+    torch.optim.RMSprop: adaptive_state.rmsprop_step,
+    torch.optim.Adagrad: adaptive_state.adagrad_step,
+    torch.optim.Adadelta: adaptive_state.adadelta_step,
     torch.optim.SGD: SgdStep,
 }
 for _name, _make in (("Muon", MuonStep), ("Adafactor", factored_step.torch_adafactor_step)):
@@ -173,10 +173,29 @@ def require_known(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
+def stepped_alone(optimizer: torch.optim.Optimizer) -> Literal["elements", "tensors"] | None:
+    """What an optimizer's step moves each by itself, whatever the others are: see `real_step`.
+
+    Args:
+        optimizer: one, not a container of several.
+
+    Returns:
+        Elements of a parameter, or whole parameters; None where its step is not known.
+    """
+    make = _make_step_of(optimizer)
+    if make is None:
+        return None
+    if make not in _NEED_WHOLE_TENSORS:
+        return "elements"
+    sharded = any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
+    return None if sharded else "tensors"
+
+
 def parameter_steps(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
     learning_rates: Sequence[float] | None = None,
+    rarely: Collection[int] | None = None,
 ) -> list[ParameterStep]:
     """The next step of each of `parameters` that the optimizer moves.
 
@@ -186,6 +205,8 @@ def parameter_steps(
         optimizer: the live optimizer, unwrapped; a container of several works like them.
         parameters: trainable parameters of the model.
         learning_rates: one a parameter group, of the step to come; None reads the optimizer's own.
+        rarely: ids of the parameters that a batch may leave rows of out (`rarely_reached_parameters`); None is all
+            matrices.
 
     Returns:
         In the order of the optimizer's groups.
@@ -213,6 +234,7 @@ def parameter_steps(
                 stepped = bool(state) and float(state.get("step", 1)) > 0
                 step = make(parameter, state, group, lr) if stepped or isinstance(part, torch.optim.SGD) else None
                 if step is not None:
+                    step.rows_may_be_rare = rarely is None or id(parameter) in rarely
                     steps.append(step)
     if not num_moved:
         raise UnsupportedOptimizerError(
@@ -223,6 +245,26 @@ def parameter_steps(
     if not any(step.moves for step in steps):
         raise FreshOptimizerError(optimizer)
     return steps
+
+
+def rarely_reached_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that a batch may leave rows of out, for a token or an expert that it does not have.
+
+    Those are tables that ids are looked up in, the output head, and whatever is named after experts. In all other
+    matrices a row that is small beside the others is small, not rare: queries and keys are.
+
+    Args:
+        model: the live model, unwrapped.
+
+    Returns:
+        Ids, to be used while the model lives.
+    """
+    found = {id(p) for name, p in model.named_parameters() if "expert" in name.lower()}
+    get_head = getattr(model, "get_output_embeddings", None)
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = get_head() if callable(get_head) else None
+    modules += [head] if isinstance(head, nn.Module) else []
+    return found | {id(parameter) for module in modules for parameter in module.parameters()}
 
 
 def _make_step_of(optimizer: torch.optim.Optimizer) -> _MakeStep | None:

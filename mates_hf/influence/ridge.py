@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.influence.fit import fit_report, split_held_out, usable_labels
+from mates_hf.influence.fit import fit_report, require_spread, split_held_out, tell_few, usable_labels
 from mates_hf.records import FitReport, InfluenceLabels
 
 FloatVector = npt.NDArray[np.float64]
@@ -29,11 +29,12 @@ PENALTIES = tuple(float(10.0**power) for power in np.arange(-3, 4.5, 0.5))
 
 @dataclasses.dataclass(frozen=True)
 class FitTarget:
-    """Labels made ready for a fit: without those that cannot be fitted, split by candidate, then z-scored.
+    """Labels made ready for a fit: without those that cannot be fitted, split by document, then z-scored.
 
     Attributes:
         labels: of N candidates.
         groups: (N,) group of each, or None.
+        documents: (N,) document of each, or None.
         held_out: (N,) bool, True where the fit must not look.
         values: (N,) float64 `influence_per_token`, minus `centre`, divided by `scale`; > 0 helps more than most.
         centre: mean `influence_per_token` of the candidates not held out.
@@ -42,6 +43,7 @@ class FitTarget:
 
     labels: InfluenceLabels
     groups: npt.NDArray[Any] | None
+    documents: npt.NDArray[Any] | None
     held_out: npt.NDArray[np.bool_]
     values: FloatVector
     centre: float
@@ -54,6 +56,7 @@ class FitTarget:
         usable: npt.NDArray[np.bool_],
         *,
         groups: npt.NDArray[Any] | None,
+        documents: npt.NDArray[Any] | None = None,
         held_out_fraction: float,
         seed: int,
     ) -> FitTarget:
@@ -63,6 +66,7 @@ class FitTarget:
             labels: measured influence, > 0 helps.
             usable: (M,) bool, the candidates that can be fitted on.
             groups: (M,) group of each label, or None.
+            documents: (M,) document of each label, none of which is on both sides; None: each label is its own.
             held_out_fraction: share of the usable candidates to hold out, in (0, 1).
             seed: of the split.
 
@@ -70,15 +74,15 @@ class FitTarget:
             The target of the usable candidates, in their order.
 
         Raises:
-            ValueError: `groups` has another length, too few candidates are usable, or those fitted on are all equal.
+            ValueError: `groups` or `documents` has another length, or too few candidates are usable.
+            UnrankableError: the candidates fitted on are all equal, or all of one document.
         """
-        labels, groups = usable_labels(labels, groups, usable)
-        held_out = split_held_out(len(labels), held_out_fraction, seed)
+        labels, groups, documents = usable_labels(labels, groups, documents, usable)
+        held_out = split_held_out(len(labels), held_out_fraction, seed, documents)
+        tell_few(len(labels), int(held_out.sum()))
         per_token = labels.influence_per_token.astype(np.float64)
-        centre, scale = float(per_token[~held_out].mean()), float(per_token[~held_out].std())
-        if not scale > 0:
-            raise ValueError("`labels.influence_per_token` must differ between candidates; all are equal.")
-        return cls(labels, groups, held_out, (per_token - centre) / scale, centre, scale)
+        centre, scale = require_spread(per_token[~held_out])
+        return cls(labels, groups, documents, held_out, (per_token - centre) / scale, centre, scale)
 
     def report(self, predicted: FloatVector, *, num_labels: int, seed: int, seconds: float = 0.0) -> FitReport:
         """Judge predictions of the held-out candidates.
@@ -100,6 +104,8 @@ class FitTarget:
             seed=seed,
             label_std=float(self.labels.influence.std(dtype=np.float64)),
             seconds=seconds,
+            num_tokens=self.labels.num_tokens[self.held_out],
+            documents=None if self.documents is None else self.documents[self.held_out],
         )
 
 

@@ -6,12 +6,12 @@ momentum; Nesterov: × (1 + momentum). Trade-off: none, the form is exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from mates_hf.influence.parameter_step import ParameterStep, chunks
+from mates_hf.influence.parameter_step import ParameterStep, add_up, chunks, sum_of_squares
 from mates_hf.preserve import local_shard
 
 
@@ -38,17 +38,32 @@ class SgdStep(ParameterStep):
 
     def write_null(self) -> None:
         """Move the parameter to where a step with zero gradient takes it."""
+        for theta, update in self._null_updates():
+            theta.sub_(update, alpha=self._lr)
+
+    def null_square(self) -> Tensor:
+        """() squared length of the null step of the local shard."""
+        return self._lr**2 * add_up(sum_of_squares(update) for _, update in self._null_updates())
+
+    def _null_updates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of the parameter, and of what a step with zero gradient takes off them, per learning rate."""
         if not self.moves:  # has never had a gradient, and a null step brings none
             return
         for theta, buffer in chunks(local_shard(self.parameter), self._buffer):
             decay = theta * self.l2
             if buffer is None:
-                theta.sub_(decay, alpha=self._lr)
+                yield theta, decay
                 continue
             moved = (buffer * self._momentum).add_(decay, alpha=self._kept)
-            update = decay.add_(moved, alpha=self._momentum) if self._nesterov else moved
-            theta.sub_(update, alpha=self._lr)
+            yield theta, decay.add_(moved, alpha=self._momentum) if self._nesterov else moved
 
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale`, in place."""
         gradient.mul_(scale)
+
+    def preconditioned(
+        self, gradient: Tensor, scale: float, squares: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of the parameter, and of the gradient multiplied by `scale`."""
+        for theta, g in chunks(local_shard(self.parameter), gradient):
+            yield theta, g * scale

@@ -21,9 +21,12 @@ from mates_hf.influence.flops import (
     NGRAM_FIT_FLOPS,
     NGRAM_SCORE_FLOPS,
     NUM_SECOND_MOMENT_BATCHES,
+    PATH_STEPS,
+    checked_passages,
     directional_flops,
     forward_flops,
     gradient_flops,
+    num_path_points,
     one_step_flops,
 )
 
@@ -106,7 +109,7 @@ class PredictedCost:
         trained_tokens: tokens trained on.
         labelled_tokens: tokens of all probed candidates, which the influence model is fitted on.
         scored_tokens: tokens of all scored candidates.
-        on_cpu: fit and score run on the CPU while devices wait.
+        on_cpu: fit, guard and score run on the CPU while devices wait.
     """
 
     num_rounds: int
@@ -141,7 +144,7 @@ class PredictedCost:
         """
         if not relative_utilisation > 0:
             raise ValueError(f"`relative_utilisation` must be above 0, got {relative_utilisation!r}.")
-        left_out = ("fit", "score") if self.on_cpu else ()
+        left_out = ("fit", "guard", "score") if self.on_cpu else ()
         flops = sum(flops for name, flops in self.stages.items() if name not in left_out)
         return flops / self.training_flops / relative_utilisation
 
@@ -171,6 +174,7 @@ def predict_cost(
     *,
     probe: Literal["directional", "one_step"] = "directional",
     second_moment: Literal["state", "batches"] = "state",
+    path_steps: int = PATH_STEPS,
     epsilon_steps: int = 1,
     encoder: Encoder | None = None,
 ) -> PredictedCost:
@@ -182,6 +186,7 @@ def predict_cost(
         probe: `DirectionalProbe`, or `OneStepProbe`, the paper's, which reads the reference task for each candidate
             and is not audited.
         second_moment: of the directional probe.
+        path_steps: of the directional probe.
         epsilon_steps: steps the directional probe tries to find ε; 0 where it is given.
         encoder: the influence model; None is the n-gram one, on the CPU.
 
@@ -195,7 +200,8 @@ def predict_cost(
     scored = sum(_scored_rows(size, config, number, rows) for number, rows in enumerate(chosen)) * size.tokens_per_row
     moment = NUM_SECOND_MOMENT_BATCHES * size.batch_rows if second_moment == "batches" else 0
 
-    def directional(num_candidates: int, num_passages: int, steps: int = 0) -> float:
+    def directional(num_candidates: int, num_passages: int, steps: int = 0, points: int = path_steps) -> float:
+        is_path = num_path_points(points, num_passages) > 1
         return directional_flops(
             size.multiplied,
             num_candidate_tokens=num_candidates * size.tokens_per_row,
@@ -203,6 +209,7 @@ def predict_cost(
             epsilon_steps=steps,
             tokens_per_row=size.tokens_per_row,
             num_second_moment_tokens=moment * size.tokens_per_row,
+            num_compared_tokens=is_path * (num_passages + checked_passages(num_passages)) * size.tokens_per_passage,
         )
 
     def one_step(num_candidates: int, num_passages: int) -> float:
@@ -219,7 +226,7 @@ def predict_cost(
         per_round["probe"] = directional(config.num_probes, size.num_passages, epsilon_steps)
         if config.num_probes >= NUM_AUDITED:
             passages = min(NUM_AUDIT_PASSAGES, size.num_passages)
-            per_round["audit"] = directional(NUM_AUDITED, passages) + one_step(NUM_AUDITED, passages)
+            per_round["audit"] = directional(NUM_AUDITED, passages, points=1) + one_step(NUM_AUDITED, passages)
     else:
         per_round["probe"] = one_step(config.num_probes, size.num_passages)
     if every:
@@ -229,13 +236,16 @@ def predict_cost(
         per_round["drift checks"] = once * ((config.update_steps - 1) // every)
     labelled = config.num_probes * size.tokens_per_row
     stages = {name: len(chosen) * flops for name, flops in per_round.items()}
+    judged = float(labelled * max(len(chosen) - 1, 0))  # by the influence model of the round before
     if encoder is None:
         stages["fit"] = NGRAM_FIT_FLOPS * labelled * float(len(chosen))
+        stages["guard"] = NGRAM_SCORE_FLOPS * judged
         stages["score"] = NGRAM_SCORE_FLOPS * float(scored)
     else:
         held_out = config.held_out_fraction * labelled
         epoch = gradient_flops(encoder.multiplied, labelled - held_out) + forward_flops(encoder.multiplied, held_out)
         stages["fit"] = len(chosen) * encoder.num_epochs * epoch
+        stages["guard"] = forward_flops(encoder.multiplied, judged)
         stages["score"] = forward_flops(encoder.multiplied, scored)
     return PredictedCost(
         num_rounds=len(chosen),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import IntArray, MatesError
+from mates_hf.records import InfluenceLabels, IntArray, MatesError
 from mates_hf.selection.choose import nth_true
 from mates_hf.selection.plan import num_candidates
 
@@ -32,7 +32,8 @@ class RoundDraw:
 
     Attributes:
         candidates: (M,) int64 pool rows, in the order of the shuffled pool.
-        probes: (P,) int64 pool rows, in random order; not trained on in this round.
+        probes: (P,) int64 pool rows, in random order; not trained on in this round. Of rows that no earlier round
+            probed, as far as there are any.
         cursor_after: the ledger's cursor once the round has selected.
     """
 
@@ -42,9 +43,10 @@ class RoundDraw:
 
 
 class Ledger:
-    """The rows of a pool that were trained on in the current pass, and a cursor into the shuffled pool.
+    """The rows of a pool that were trained on in the current pass or probed, and a cursor into the shuffled pool.
 
-    Nothing but `mark_trained`, `start_new_pass` and setting `cursor` changes it, so a draw can be repeated.
+    Nothing but `mark_trained`, `mark_probed`, `start_new_pass` and setting `cursor` changes it, so a draw can be
+    repeated.
 
     Args:
         num_rows: rows in the pool.
@@ -54,6 +56,7 @@ class Ledger:
         num_rows: rows in the pool.
         seed: of the pool's shuffle and of the probes.
         consumed: (num_rows,) bool, True where the row was trained on, or assigned to be, in this pass.
+        probed: (num_rows,) bool, True where an earlier round probed the row, in whatever pass.
         cursor: position in `shuffled` where the next slice begins.
     """
 
@@ -63,6 +66,7 @@ class Ledger:
         self.num_rows = num_rows
         self.seed = seed
         self.consumed = np.zeros(num_rows, np.bool_)
+        self.probed = np.zeros(num_rows, np.bool_)
         self.cursor = 0
 
     @cached_property
@@ -109,6 +113,10 @@ class Ledger:
         """Make rows unused again that a round selected and that the next one, started early, cut off."""
         self.consumed[rows] = False
 
+    def mark_probed(self, rows: npt.NDArray[np.integer[Any]]) -> None:
+        """Record that rows were probed: later rounds probe others, and may choose these."""
+        self.probed[rows] = True
+
     def start_new_pass(self) -> None:
         """Make every row unused again and go back to the start of the shuffled pool: the pool is used up."""
         self.consumed = np.zeros(self.num_rows, np.bool_)
@@ -131,7 +139,10 @@ class Ledger:
             selection_ratio: share of the candidates that is trained on, in (0, 1].
             candidate_scope: `slice`: the next `num_selected / selection_ratio` unused rows from the cursor, from the
                 start again where the shuffled pool ends; `pool`: all unused rows but the probes.
-            num_probes: rows to probe, uniformly without replacement among the unused rows outside a slice.
+            num_probes: rows to probe, uniformly without replacement. In a slice's scope they are of the rows behind
+                the slice, which are of the distribution it is of, and not of those that were passed over; in a pool's,
+                of all unused rows. Rows that an earlier round probed come last, passed-over ones before them: they
+                are taken only where others are too few.
 
         Returns:
             Candidates and probes, and the cursor to set once the round has selected.
@@ -148,9 +159,11 @@ class Ledger:
             )
         if candidate_scope == "slice":
             candidates, cursor = self._next_unused(self.shuffled, self.cursor, num_slice, self.consumed)
-            probes = self._draw_probes(self._blocked(candidates), num_probes, round_number)
+            ahead = np.zeros(self.num_rows, np.bool_)
+            ahead[self.shuffled[cursor:]] = True
+            probes = self._draw_probes(~self._blocked(candidates), ahead, num_probes, round_number)
             return RoundDraw(candidates, probes, cursor)
-        probes = self._draw_probes(self.consumed, num_probes, round_number)
+        probes = self._draw_probes(~self.consumed, np.ones(1, np.bool_), num_probes, round_number)
         candidates, _ = self._next_unused(self.shuffled, 0, self.num_rows, self._blocked(probes))
         return RoundDraw(candidates, probes, self.cursor)
 
@@ -202,8 +215,19 @@ class Ledger:
         """(ceil(num_rows / 8),) uint8 for disk: `consumed`, eight rows a byte."""
         return np.packbits(self.consumed)
 
+    def probed_to_bits(self) -> npt.NDArray[np.uint8]:
+        """(ceil(num_rows / 8),) uint8 for disk: `probed`, eight rows a byte."""
+        return np.packbits(self.probed)
+
     @classmethod
-    def from_bits(cls, bits: npt.NDArray[np.uint8], num_rows: int, seed: int, cursor: int) -> Ledger:
+    def from_bits(
+        cls,
+        bits: npt.NDArray[np.uint8],
+        num_rows: int,
+        seed: int,
+        cursor: int,
+        probed: npt.NDArray[np.uint8] | None = None,
+    ) -> Ledger:
         """Inverse of `to_bits`; the seed and the cursor are kept beside the bits.
 
         Args:
@@ -211,6 +235,7 @@ class Ledger:
             num_rows: rows in the pool.
             seed: of the pool's shuffle and of the probes.
             cursor: position in `shuffled` where the next slice begins.
+            probed: (ceil(num_rows / 8),) uint8 as from `probed_to_bits`; None: no row was probed.
 
         Returns:
             A ledger that draws what the saved one would have drawn.
@@ -219,14 +244,11 @@ class Ledger:
             ValueError: the bits or the cursor belong to a pool of another size.
         """
         ledger = cls(num_rows, seed)
-        if bits.shape != (-(-num_rows // 8),) or np.unpackbits(bits[-1:])[(num_rows - 1) % 8 + 1 :].any():
-            raise ValueError(
-                f"`bits` must hold {num_rows} rows in {-(-num_rows // 8)} bytes, got {bits.shape} and rows beyond the "
-                "last at most. They were saved for a pool of another size: resume with that pool."
-            )
         if not 0 <= cursor < num_rows:
             raise ValueError(f"`cursor` must be from 0 to {num_rows - 1}, got {cursor}. Resume with its own pool.")
-        ledger.consumed = np.unpackbits(bits, count=num_rows).astype(np.bool_)
+        ledger.consumed = _mask(bits, num_rows, "bits")
+        if probed is not None:
+            ledger.probed = _mask(probed, num_rows, "probed")
         ledger.cursor = cursor
         return ledger
 
@@ -236,11 +258,21 @@ class Ledger:
         blocked[rows] = True
         return blocked
 
-    def _draw_probes(self, blocked: npt.NDArray[np.bool_], num: int, round_number: int) -> IntArray:
-        """`num` rows that are not blocked, uniformly without replacement."""
-        free = ~blocked
+    def _draw_probes(
+        self, free: npt.NDArray[np.bool_], ahead: npt.NDArray[np.bool_], num: int, round_number: int
+    ) -> IntArray:
+        """`num` free rows, uniformly without replacement: never probed and ahead, never probed, then any."""
         generator = np.random.default_rng([self.seed, round_number, PROBES])
-        return nth_true(free, generator.choice(np.count_nonzero(free), num, replace=False))
+        found: list[IntArray] = []
+        missing = num
+        for part in (free & ahead & ~self.probed, free & ~ahead & ~self.probed, free & self.probed):
+            taken = min(missing, int(np.count_nonzero(part)))
+            if taken:
+                found.append(nth_true(part, generator.choice(np.count_nonzero(part), taken, replace=False)))
+            missing -= taken
+            if not missing:
+                break
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     @staticmethod
     def _next_unused(
@@ -260,3 +292,18 @@ class Ledger:
                     done += len(where)
                     stop = at + int(where[-1]) + 1
         return rows[:done], stop % max(len(order), 1)
+
+
+def _mask(bits: npt.NDArray[np.uint8], num_rows: int, name: str) -> npt.NDArray[np.bool_]:
+    """(num_rows,) bool of what was packed eight rows a byte."""
+    if bits.shape != (-(-num_rows // 8),) or np.unpackbits(bits[-1:])[(num_rows - 1) % 8 + 1 :].any():
+        raise ValueError(
+            f"`{name}` must hold {num_rows} rows in {-(-num_rows // 8)} bytes, got {bits.shape} and rows beyond the "
+            "last at most. They were saved for a pool of another size: resume with that pool."
+        )
+    return np.unpackbits(bits, count=num_rows).astype(np.bool_)
+
+
+def probed_rows(labels: InfluenceLabels) -> IntArray:
+    """(P,) int64 pool rows that a round probed: the measured ones, then those that had no trained token."""
+    return np.concatenate([labels.candidate_id, np.asarray(labels.info.get("skipped", ()), np.int64)]).astype(np.int64)

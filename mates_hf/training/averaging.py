@@ -6,12 +6,14 @@ and the next labels undo it, at either weights: against that, earlier rounds' la
 (`benchmarks/results/fidelity.md`). The mean exists only inside its window.
 
 Trade-off: one more copy of the trainable parameters inside the window (in float32 for half-precision weights), against
-keeping it all the time. Of sharded parameters (FSDP2) each process averages its own part.
+keeping it all the time. What it takes on top is a piece at a time: 64 MiB at most, or the largest tensor. Of sharded
+parameters (FSDP2) each process averages its own part.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,9 @@ def whole_tensor(shard: Tensor, parameter: nn.Parameter) -> Tensor:
     ).full_tensor()
 
 
+_MAX_GROUP = 2**26  # bytes of the mean that are worked on at once
+
+
 class WeightAverage:
     """Mean of the trainable weights over the steps it was updated at.
 
@@ -52,39 +57,65 @@ class WeightAverage:
     def __init__(self, model: nn.Module) -> None:
         self.num_steps = 0
         self._parameters = trainable_parameters(model)
+        self._forget_derived = functools.partial(forget_derived, model)
         self._mean: list[Tensor] = []
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now: one fused pass over the parameters, no device synchronisation."""
+        """Take in the weights as they are now: a few fused passes over the parameters, no device synchronisation."""
         live = [local_shard(parameter) for parameter in self._parameters.values()]
         if not self._mean:
             self._mean = [tensor.to(_mean_dtype(tensor), copy=True) for tensor in live]
         else:
-            same = [tensor.to(mean.dtype) for tensor, mean in zip(live, self._mean, strict=True)]
-            torch._foreach_lerp_(self._mean, same, 1.0 / (self.num_steps + 1))
+            for group in _groups(self._mean):
+                same = [tensor.to(mean.dtype) for tensor, mean in zip(live[group], self._mean[group], strict=True)]
+                torch._foreach_lerp_(self._mean[group], same, 1.0 / (self.num_steps + 1))
+                del same  # before the next group's
         self.num_steps += 1
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The model has the averaged weights inside, and exactly its own again afterwards, also on an error.
 
-        The two trade places tensor by tensor, so no third copy exists; the mean is used up by it.
+        The two trade places tensor by tensor, so no third copy exists; the mean is used up by it. Where the exchange
+        itself fails in the middle, what was exchanged until then is put back.
         """
+        own: list[Tensor] = []  # the model's weights, as far as they were exchanged
         try:
-            self._exchange()
+            self._put_in(own)
             yield
         finally:
-            self._exchange()
-            self._mean = []
+            self._put_back(own)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for parameter, mean in zip(self._parameters.values(), self._mean, strict=False):
-            shard = local_shard(parameter)
-            live = shard.clone()
-            shard.copy_(mean)
-            mean.copy_(live)
+    def _put_in(self, own: list[Tensor]) -> None:
+        """Write the mean into the model, one tensor after the other, each only when its own weights are kept."""
+        means, self._mean = self._mean, []
+        means.reverse()
+        for parameter in self._parameters.values():
+            if not means:
+                break
+            shard, mean = local_shard(parameter), means.pop()
+            if mean.dtype == shard.dtype:
+                live = shard.clone()
+                own.append(live)
+                shard.copy_(mean)
+                # The mean's own memory keeps the weights, so that the clone goes at once and memory is not cut up.
+                mean.copy_(live)
+                own[-1] = mean
+            else:  # a mean in float32 is twice as large as the weights it makes room for
+                own.append(shard.clone())
+                shard.copy_(mean)
+            del mean
+        self._forget_derived()
+
+    @torch.no_grad()
+    def _put_back(self, own: list[Tensor]) -> None:
+        """Write back the weights that were exchanged, which are the first of all."""
+        for parameter, live in zip(self._parameters.values(), own, strict=False):
+            local_shard(parameter).copy_(live)
+        own.clear()
+        self._forget_derived()
 
     def save(self, path: Path, processes: Processes = ALONE) -> None:
         """Write the mean beside the rounds, whole or not at all, for a checkpoint that falls inside the window.
@@ -141,6 +172,20 @@ class WeightAverage:
             for parameter in self._parameters.values()
         ]
         return True
+
+
+def _groups(tensors: list[Tensor]) -> Iterator[slice]:
+    """Runs of tensors of at most 64 MiB together and a 16th of all, or of one larger one."""
+    limit = min(_MAX_GROUP, sum(tensor.numel() * tensor.element_size() for tensor in tensors) // 16)
+    start, size = 0, 0
+    for number, tensor in enumerate(tensors):
+        here = tensor.numel() * tensor.element_size()
+        if number > start and size + here > limit:
+            yield slice(start, number)
+            start, size = number, 0
+        size += here
+    if tensors:
+        yield slice(start, len(tensors))
 
 
 def _mean_dtype(tensor: Tensor) -> torch.dtype:

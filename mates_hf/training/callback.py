@@ -153,6 +153,7 @@ class MatesCallback(TrainerCallback):
             pool=pool,
             pool_identity=pool.identity(),
             probe=self.probe,
+            loss_reading={} if pool.reading is None else pool.reading.to_dict(),
             influence_model=bound_to_run(self.influence_model, model, tokenizer),
             tokenizer=tokenizer,
             config=self.config,

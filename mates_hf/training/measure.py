@@ -3,6 +3,8 @@
 Place in the flow: the main process runs the round (`rounds`) and asks; the others `assist` until it says what comes
 next. Model, optimizer, pool and reference are there in every process, so a question is a few ids and numbers.
 
+An audit is worth less than the run: what goes wrong in one, in any process, ends the audit in all of them and no more.
+
 Trade-off: every process reads all probed rows and holds all labels, though it measures only its share. They are small
 beside the model, and probes stay free of who does what.
 """
@@ -16,12 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
 from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.losses import ProbeMemoryError
 from mates_hf.influence.one_step import OneStepProbe
-from mates_hf.processes import ProcessError
-from mates_hf.records import InfluenceError, InfluenceLabels, IntArray
+from mates_hf.model_traits import is_out_of_memory, is_sharded
+from mates_hf.processes import ProcessError, Processes
+from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, UnrankableError
+from mates_hf.training.digest import weights_digest
 from mates_hf.training.run import Order, Run
 
 
@@ -34,8 +41,20 @@ def measure_labels(run: Run, ids: IntArray, shards_dir: Path) -> InfluenceLabels
     return _labels(run, ids, shards_dir)
 
 
-def measure_audit(run: Run, ids: IntArray, *, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:
-    """The same candidates by the derivative of a single step and by real steps, both on the same few passages."""
+def measure_audit(
+    run: Run, ids: IntArray, *, epsilon: float, seed: int
+) -> tuple[InfluenceLabels, InfluenceLabels] | str:
+    """The same candidates by the derivative of a single step and by real steps, both on the same few passages.
+
+    Args:
+        run: the run's state.
+        ids: of the candidates.
+        epsilon: that the round's labels were measured with.
+        seed: of which passages are read.
+
+    Returns:
+        Both labels, or in one line why there are none.
+    """
     _ask(run, "audit", ids, epsilon=epsilon, seed=seed)
     return _audit(run, ids, epsilon, seed)
 
@@ -44,6 +63,12 @@ def measure_sentinel(run: Run, ids: IntArray, *, epsilon: float | None, seed: in
     """Labels of a few candidates on a share of the reference task; the same share for the same seed."""
     _ask(run, "sentinel", ids, epsilon=epsilon, seed=seed)
     return _sentinel(run, ids, epsilon, seed)
+
+
+def measure_digest(run: Run) -> str:
+    """Digest of the weights as they are, which all processes add up."""
+    _ask(run, "digest", np.zeros(0, np.int64))
+    return weights_digest(run.model, run.processes)
 
 
 def release(run: Run, order: Order | None) -> None:
@@ -83,6 +108,8 @@ def assist(run: Run) -> Order | None:
         what = message.get("measure")
         if what == "labels":
             _labels(run, arrays["ids"], None)
+        elif what == "digest":
+            weights_digest(run.model, run.processes)
         elif what == "audit":
             _audit(run, arrays["ids"], message["epsilon"], message["seed"])
         elif what == "sentinel":
@@ -104,14 +131,70 @@ def _ask(run: Run, what: str, ids: IntArray, **details: Any) -> None:
 
 def _labels(run: Run, ids: IntArray, shards_dir: Path | None) -> InfluenceLabels:
     probe = run.probe.for_run(dataclasses.replace(run.settings, shards_dir=shards_dir))
-    return probe.measure(run.model, run.optimizer, run.reference, run.pool.select(ids)).check()
+    try:
+        return probe.measure(run.model, run.optimizer, run.reference, run.pool.select(ids)).check()
+    except UnrankableError as error:
+        if error.labels is None:
+            raise
+        return error.labels  # the round sees that they rank nothing, and stays in the own order
 
 
-def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels]:
+class _OtherFailedError(Exception):
+    """Another process could not do its share of an audit."""
+
+
+class _Together(Processes):
+    """Processes of which one may fail without the others waiting for it: each says so where they next meet.
+
+    Args:
+        processes: those of the run.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        vars(self).update(vars(processes))
+
+    def sum(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """As always, unless a process has failed since they last met."""
+        self.meet()
+        return super().sum(values)
+
+    def meet(self, *, failed: bool = False) -> None:
+        """Say whether this process has failed, and hear it of the others; once for each meeting of theirs."""
+        num_failed = super().sum(np.array([float(failed)]))[0]
+        if num_failed and not failed:
+            raise _OtherFailedError
+
+
+def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels] | str:
+    together = _Together(run.processes)
+    try:
+        found = _audit_labels(run, ids, epsilon, seed, together)
+        together.meet()
+        return found
+    except ProcessError:
+        raise  # a connection is gone, which is the run's end anyway
+    except _OtherFailedError:
+        return "another process could not measure its share"
+    except Exception as error:
+        ran_out = isinstance(error, ProbeMemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error))
+        if ran_out and run.processes.size > 1 and is_sharded(run.model):
+            raise  # the others wait for this one in the middle of a forward pass
+        reason = f"{type(error).__name__}: {error}"
+    # Outside of the handler, so that the traceback no longer holds the tensors of what failed.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    together.meet(failed=True)
+    return reason
+
+
+def _audit_labels(
+    run: Run, ids: IntArray, epsilon: float, seed: int, processes: Processes
+) -> tuple[InfluenceLabels, InfluenceLabels]:
     assert isinstance(run.probe, DirectionalProbe)
     candidates, passages = run.pool.select(ids), run.reference.subset(NUM_AUDIT_PASSAGES, seed)
-    quiet = dataclasses.replace(run.settings, progress=False)
-    derivative = dataclasses.replace(run.probe.for_run(quiet), epsilon=epsilon, path_steps=1)
+    quiet = dataclasses.replace(run.settings, progress=False, processes=processes)
+    probe = dataclasses.replace(run.probe, processes=None)
+    derivative = dataclasses.replace(probe.for_run(quiet), epsilon=epsilon, path_steps=1)
     real_steps = OneStepProbe(loss=run.probe.loss, reference_loss=run.probe.reference_loss).for_run(quiet)
     return (
         derivative.measure(run.model, run.optimizer, passages, candidates),
@@ -120,7 +203,8 @@ def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[Influenc
 
 
 def _sentinel(run: Run, ids: IntArray, epsilon: float | None, seed: int) -> InfluenceLabels:
-    probe = run.probe.for_run(dataclasses.replace(run.settings, progress=False))
+    # The sentinel's own seed: a drift check must read what the round did, whatever the seed of the round to come.
+    probe = run.probe.for_run(dataclasses.replace(run.settings, progress=False, seed=seed))
     if isinstance(probe, DirectionalProbe):
         probe = dataclasses.replace(probe, epsilon=epsilon)
     passages = run.reference.subset(-(-len(run.reference) // SENTINEL_SHARE), seed)

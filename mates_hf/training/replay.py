@@ -9,6 +9,7 @@ model can tell (labels, predicted influence) is checked by its checksum and its 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import InfluenceLabels, IntArray, MatesError, read_array, read_json, sha256_of
+from mates_hf.records import InfluenceLabels, IntArray, MatesError, UnrankableError, read_array, read_json, sha256_of
 from mates_hf.round_files import (
     CHECKSUMS_FILE,
     KEY_FILE,
@@ -28,7 +29,7 @@ from mates_hf.round_files import (
     read_checksums,
     read_labels,
 )
-from mates_hf.selection.choose import select_rows
+from mates_hf.selection.choose import select_rows, stage_seed
 from mates_hf.selection.ledger import Ledger
 
 DECISIONS = ("select", "keep_previous", "own_order")
@@ -96,6 +97,7 @@ class FinishedRound:
         except ValueError as error:
             raise WrongError("consumed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
         self.consumed, self.ledger = ledger.consumed, ledger
+        self._read_probed(before)
         if before is not None:
             self._check_goes_on(before)
             self.ledger = before.ledger  # the pool's shuffled order is made once
@@ -150,13 +152,25 @@ class FinishedRound:
         self._same(KEY_FILE, key["pool"], info["pool"], "`pool` of round.json")
         for name in ("step", "weights"):
             self._same(KEY_FILE, {name: key.get(name)}, {name: info.get(name)}, "round.json")
+        measured = self._mapping(info, "measured_with", ROUND_FILE)
+        self._same(KEY_FILE, self._mapping(key, "measured_with", KEY_FILE), measured, "`measured_with` of round.json")
         seed = self.config.selection_seed
         self.require(info["seed"] == seed, ROUND_FILE, f"`seed` {seed}, as `selection_seed`", str(info["seed"]))
+        seed = stage_seed(seed, self.number, "probe")
+        what = f"`probe_seed` {seed}, as `selection_seed` and the round give"
+        self.require(info.get("probe_seed") == seed, ROUND_FILE, what, str(info.get("probe_seed")))
         short = {name: info.get(name) for name in SELECTION_KEYS}
         self._same("selection.json", self._json("selection.json"), short, "round.json")
         for low, high in (("step", "from_step"), ("from_step", "to_step")):
             ok = info[low] < info[high]
             self.require(ok, ROUND_FILE, f"`{high}` after `{low}` ({info[low]})", str(info[high]))
+
+    def _mapping(self, values: Mapping[str, Any], name: str, file: str) -> Mapping[str, Any]:
+        """An entry that must be an object."""
+        found = values.get(name)
+        self.require(isinstance(found, dict), file, f"`{name}` as an object", repr(found))
+        assert isinstance(found, dict)
+        return found
 
     def _same(self, file: str, found: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
         """Raise the first entry of a file that is not as in another."""
@@ -169,7 +183,8 @@ class FinishedRound:
         try:
             checksums = read_checksums(self.path)
             names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
-            names += ["influence_model/"] + (_SCORED if self.decision != "own_order" else [])
+            names += ["probed.npy"] + (_SCORED if self.decision != "own_order" else [])
+            names += [] if self.info.get("fit") is None else ["influence_model/"]
             for name in names:
                 ok = any(listed == name or (name[-1] == "/" and listed.startswith(name)) for listed in checksums)
                 self.require(ok, CHECKSUMS_FILE, f"a checksum of {name}", "none")
@@ -238,7 +253,9 @@ class FinishedRound:
     def _read_labels(self) -> InfluenceLabels:
         """The probes: as many as recorded, no row twice, none consumed, with the ones that had no trained token."""
         try:
-            labels = read_labels(self.path / PROBES_FILE).check()
+            labels = read_labels(self.path / PROBES_FILE)
+            with contextlib.nullcontext() if self.info.get("fit") else contextlib.suppress(UnrankableError):
+                labels.check()
         except (OSError, MatesError) as error:
             raise WrongError(PROBES_FILE, "the labels of the round's probes", str(error)) from error
         skipped = labels.info.get("skipped", [])
@@ -253,6 +270,26 @@ class FinishedRound:
         self.require(len(self.probes) == expected, PROBES_FILE, f"{expected} probed rows", str(len(self.probes)))
         self._check_unused(self.probes, PROBES_FILE)
         return labels
+
+    def _read_probed(self, before: FinishedRound | None) -> None:
+        """The rows that earlier rounds probed, which this one draws its own beside."""
+        bits = self._array("probed.npy", np.uint8, -(-self.num_pool_rows // 8))
+        try:
+            seed = self.config.selection_seed
+            self.probed = Ledger.from_bits(np.asarray(bits), self.num_pool_rows, seed, 0).consumed
+        except ValueError as error:
+            raise WrongError("probed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
+        expected = None
+        if before is not None:
+            expected = before.probed.copy()
+            expected[before.probes] = True
+        elif self.number == self.config.random_rounds:
+            expected = np.zeros(self.num_pool_rows, np.bool_)
+        wrong = np.flatnonzero(self.probed != expected) if expected is not None else np.zeros(0, np.int64)
+        self.require(
+            not len(wrong), "probed.npy", "the rows that earlier rounds probed",
+            f"{_first(wrong)} the first that is told otherwise",
+        )  # fmt: skip
 
     def _check_unused(self, rows: IntArray, file: str) -> None:
         """Rows are in the pool, each once, and none was trained on in this pass."""
@@ -287,7 +324,7 @@ class FinishedRound:
             assert candidates is not None
             cursor = int(np.flatnonzero(self.ledger.shuffled == candidates[0])[0]) if len(candidates) else 0
         file = PROBES_FILE if candidates is None else "candidates.npy"
-        self.ledger.consumed, self.ledger.cursor = self.consumed, cursor
+        self.ledger.consumed, self.ledger.probed, self.ledger.cursor = self.consumed, self.probed, cursor
         try:
             draw = self.ledger.draw(
                 round_number=self.number,

@@ -10,7 +10,6 @@ falls inside the averaging window.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Mapping
@@ -20,11 +19,10 @@ from typing import Any
 import torch
 
 from mates_hf.config import MatesConfig
-from mates_hf.preserve import local_shard
 from mates_hf.records import STATE_KEY, MatesError, RoundMismatchError, read_json
 from mates_hf.round_files import ROUND_FILE, round_path, set_aside
-from mates_hf.training.averaging import trainable_parameters, whole_tensor
 from mates_hf.training.checkpoints import last_complete_checkpoint
+from mates_hf.training.digest import MARK, weight_marks
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +57,6 @@ def saved_state(state: Any) -> dict[str, Any] | None:
     return None
 
 
-def weight_marks(model: torch.nn.Module) -> dict[str, str]:
-    """A short hash of up to 1,024 entries of each trainable parameter: unequal where one was not restored.
-
-    All processes must call it: sharded parameters are gathered, one at a time.
-    """
-    marks = {}
-    for name, parameter in trainable_parameters(model).items():
-        flat = whole_tensor(local_shard(parameter), parameter).reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()
-        marks[name] = hashlib.sha256(picked.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-    return marks
-
-
 def check_weights(model: torch.nn.Module, marks: Mapping[str, str], checkpoint: Path | None) -> None:
     """Prove that the model resumed; restore from the checkpoint what the Trainer left out.
 
@@ -86,6 +71,12 @@ def check_weights(model: torch.nn.Module, marks: Mapping[str, str], checkpoint: 
     Raises:
         MatesError: parameters differ from the ones saved and the checkpoint does not hold them.
     """
+    if any(not mark.startswith(MARK) for mark in marks.values()):
+        logger.warning(
+            "The checkpoint's marks of the weights are of an earlier version of mates_hf and cannot be compared: make "
+            "sure that the Trainer restored every parameter."
+        )
+        return
     now = weight_marks(model)
     wrong = [name for name, mark in marks.items() if now.get(name) != mark]
     if not wrong:
@@ -136,7 +127,10 @@ def warn_without_optimizer(checkpoint: Path | None) -> None:
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to go on with another config, pool or reference than the checkpoint was made with.
+    """Refuse to go on with another config, pool or reference than the checkpoint was made with; tell of another probe.
+
+    Another probe, influence model, batch or clipping makes other labels, not another run: it is warned of, and rounds
+    that were measured otherwise and are come through again are set aside and run anew.
 
     Args:
         saved: this library's state in the checkpoint.
@@ -147,6 +141,9 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
     """
     for name, new in current.items():
         old = saved.get(name)
+        if name == "measured_with":
+            _tell_other_measure(old, new)
+            continue
         if not isinstance(old, Mapping):
             raise MatesError(
                 f"The checkpoint's MatesCallback state must have the {name} of its run, got {old!r}: its "
@@ -156,12 +153,26 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
             old = {**MatesConfig().to_dict(), **old}
             old = {key: old[key] for key in {*saved[name], *new}}
         if old != new:
-            differing = {key: (old.get(key), new.get(key)) for key in {*old, *new} if old.get(key) != new.get(key)}
-            shown = ", ".join(f"{key}: checkpoint {a!r}, this run {b!r}" for key, (a, b) in sorted(differing.items()))
+            shown = _differences(old, new)
             raise RoundMismatchError(
                 f"A resumed run must have the {name} it was started with; they differ in {shown}. Use the same "
                 f"{name}, or start a new run in another `output_dir`."
             )
+
+
+def _tell_other_measure(old: Any, new: Mapping[str, Any]) -> None:
+    """Warn where labels will be made with something else; an older checkpoint does not say with what they were."""
+    if isinstance(old, Mapping) and old != new:
+        logger.warning(
+            "Labels from here on are made with something else than before (%s): they may be of another kind or scale "
+            "than those that earlier rounds leave to the influence model.", _differences(old, new),
+        )  # fmt: skip
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between a checkpoint and the run that resumes it."""
+    differing = {key: (old.get(key), new.get(key)) for key in {*old, *new} if old.get(key) != new.get(key)}
+    return ", ".join(f"{key}: checkpoint {a!r}, this run {b!r}" for key, (a, b) in sorted(differing.items()))
 
 
 def require_round(rounds_dir: Path, last_round: Mapping[str, Any], step: int) -> Path:
@@ -211,6 +222,15 @@ def last_passed(rounds_dir: Path, number: int) -> int | None:
     return None
 
 
+def last_fitted(rounds_dir: Path, number: int) -> int | None:
+    """The last round on disk, up to `number`, that has an influence model: labels that rank nothing leave none."""
+    for earlier in range(number, -1, -1):
+        path = round_path(rounds_dir, earlier)
+        if (path / ROUND_FILE).exists() and (path / "influence_model").exists():
+            return earlier
+    return None
+
+
 def prune_rounds(rounds_dir: Path, output_dir: Path, number: int, keep: int) -> None:
     """Delete rounds that are neither among the newest nor asked for by a resume.
 
@@ -231,8 +251,8 @@ def prune_rounds(rounds_dir: Path, output_dir: Path, number: int, keep: int) -> 
 def rounds_needed(rounds_dir: Path, output_dir: Path, number: int) -> set[int]:
     """Rounds that a resume would ask for, from the last complete checkpoint or from the next one.
 
-    A resume needs the round in training, the one before it (its rows are trained on until the switch), and the last
-    one that passed the guard; and it comes through those made since once more.
+    A resume needs the round in training, the one before it (its rows are trained on until the switch), the last one
+    that passed the guard, and the last one with an influence model; and it comes through those made since once more.
 
     Args:
         rounds_dir: where the run's rounds are.
@@ -253,9 +273,8 @@ def rounds_needed(rounds_dir: Path, output_dir: Path, number: int) -> set[int]:
         before = round_before(rounds_dir, latest)
         if before is not None:
             needed.add(read_json(before / ROUND_FILE)["number"])
-        passed = last_passed(rounds_dir, latest)
-        if passed is not None:
-            needed.add(passed)
+        models = (last_passed(rounds_dir, latest), last_fitted(rounds_dir, latest))
+        needed.update(each for each in models if each is not None)
     return needed
 
 

@@ -25,25 +25,26 @@ from scipy.stats import spearmanr
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
 from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.fit import labels_needed
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import (
     FloatArray,
     InfluenceLabels,
     IntArray,
-    WeakSignalError,
+    UnrankableError,
     read_array,
     read_json,
     write_array,
     write_json,
 )
-from mates_hf.round_files import SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
+from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
 from mates_hf.selection.choose import select_rows, stage_seed
+from mates_hf.selection.ledger import probed_rows
 from mates_hf.selection.plan import PlannedRound
 from mates_hf.selection.saved import write_round_model
 from mates_hf.training.drift import set_sentinel
-from mates_hf.training.measure import measure_audit, measure_labels
-from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order
+from mates_hf.training.guard import Judged, decide
+from mates_hf.training.measure import measure_audit, measure_digest, measure_labels
+from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,7 @@ class Scored(NamedTuple):
     num_targets: npt.NDArray[np.int32]
 
 
-def run_round(
-    run: Run, planned: PlannedRound, *, weights: str, from_position: int, num_rows: int, own_rows: IntArray
-) -> Order:
+def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray) -> Order:
     """Probe some candidates, fit an influence model, score the others, select what is trained on next.
 
     Called in the main process; the others `assist` where it measures.
@@ -68,7 +67,6 @@ def run_round(
     Args:
         run: the run's state; its ledger must have every row trained on before `from_position` marked.
         planned: number and steps of the round.
-        weights: digest of the weights that are probed.
         from_position: global row position at which the selection takes effect.
         num_rows: rows to select, k.
         own_rows: (N,) the Trainer's own order of the pool, for the case that the guard refuses to select.
@@ -77,15 +75,20 @@ def run_round(
         The rows to train on next, in order, and what led to them.
 
     Raises:
-        InfluenceError: influence that cannot be selected on.
+        InfluenceError: influence that is not finite.
         WeakSignalError: the guard refused and `on_weak_signal="error"`.
         RoundMismatchError: the round directory belongs to another config or pool.
     """
-    writer, stages = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step, weights)), Stages()
+    stages = Stages()
+    with stages.timed("digest") as cost:
+        weights = measure_digest(run)
+        cost["flops"] = 0.0  # it adds up integers
+    writer = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step, weights))
     if writer.complete:
         return _take_over(run, load_order(writer.final_path))
     stages.load(writer.path)
     write_array(writer.path / "consumed.npy", run.ledger.to_bits())
+    write_array(writer.path / "probed.npy", run.ledger.probed_to_bits())
     draw = run.ledger.draw(
         round_number=planned.number,
         num_selected=num_rows,
@@ -97,25 +100,26 @@ def run_round(
     with stages.timed("probe") as cost:
         labels = _probe(run, writer.path, draw.probes)
         _note_flops(cost, labels.info.get("flops"))
-    with stages.timed("audit") as cost:
-        fidelity = _audit(run, writer.path, labels, planned.number)
-        cost["flops"] = fidelity.get("flops", 0.0)
-    if run.config.drift_check_steps:
-        with stages.timed("sentinel") as cost:
-            _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
-    with stages.timed("fit") as cost:
-        influence_model = _fit(run, writer.path, labels, planned.number)
-        _note_flops(cost, influence_model.report.flops)
-    guard, chosen_model = _guard(run, influence_model, labels)
-    if chosen_model is None:
+    judged = Judged.unrankable(_why_unrankable(labels))
+    fidelity: dict[str, Any] = {}
+    if not judged.reason:
+        with stages.timed("audit") as cost:
+            fidelity = _audit(run, writer.path, labels, planned.number)
+            cost["flops"] = fidelity.get("flops", 0.0)
+        if run.config.drift_check_steps:
+            with stages.timed("sentinel") as cost:
+                _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
+        judged = _fit_and_judge(run, writer.path, labels, planned.number, stages)
+    decision, scorer = decide(run, judged)
+    if scorer is None:
         rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
         write_array(writer.path / "own_order.npy", rows)
     else:
         with stages.timed("score") as cost:
             # The previous model predicts in the unit of its own labels, whose step size was another.
-            unit = labels.step_size / run.trusted_step_size if guard["decision"] == "keep_previous" else 1.0
-            scored = _score(run, writer.path, chosen_model, draw.candidates, unit)
-            each = chosen_model.report.flops_per_token
+            unit = labels.step_size / run.trusted_step_size if scorer is run.trusted_model else 1.0
+            scored = _score(run, writer.path, scorer, draw.candidates, unit)
+            each = scorer.report.flops_per_token
             _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
         with stages.timed("select") as cost:
             cost["flops"] = 0.0  # it sorts
@@ -133,12 +137,14 @@ def run_round(
         "cursor": int(cursor),
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
+        "num_probed_before": int(np.count_nonzero(run.ledger.probed[draw.probes])),
         "num_skipped": len(labels.info.get("skipped", ())),
+        "probe_seed": run.settings.seed,
         "step_size": labels.step_size,
         "probe": dict(labels.info),
-        "fit": influence_model.report.to_dict(),
+        "fit": None if judged.fitted is None else judged.fitted.report.to_dict(),
         "fidelity": fidelity,
-        "guard": guard,
+        "guard": decision,
         "stages": stages.seconds_and_flops,
         "flop_parameters": _flop_parameters(run.model),
         **run.describe(),
@@ -147,7 +153,7 @@ def run_round(
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
     logger.info(
         "round %d: %s, %d of %d candidates, held-out Spearman %.3f [%.3f, %.3f]",
-        planned.number, guard["decision"], len(rows), len(draw.candidates), guard["spearman"], *guard["interval"],
+        planned.number, decision["decision"], len(rows), len(draw.candidates), judged.spearman, *judged.interval,
     )  # fmt: skip
     return _take_over(run, load_order(writer.finish(info)))
 
@@ -168,8 +174,12 @@ def _flop_parameters(model: Any) -> dict[str, int | None]:
 
 
 def _take_over(run: Run, order: Order) -> Order:
-    """What a finished round leaves to the next ones: its influence model and how far the pool was gone through."""
-    run.remember(run.load_model(round_path(run.rounds_dir, order.number)), order.info)
+    """What a finished round leaves to the next ones: influence model, decision, probed rows, and the cursor."""
+    path = round_path(run.rounds_dir, order.number)
+    run.note_decision(order.info)
+    if order.info["fit"] is not None:
+        run.remember(run.load_model(path), order.info)
+    run.ledger.mark_probed(probed_rows(read_labels(path / PROBES_FILE)))
     run.ledger.cursor = int(order.info["cursor"])
     return order
 
@@ -189,8 +199,8 @@ def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
 def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[str, Any]:
     """A few candidates get both probes on a few passages: does the derivative agree with a real step.
 
-    It is the machinery that is audited. Labels along a path are not meant to agree with one step; how far they do is
-    recorded beside it, as `labels_spearman`.
+    It is never fatal: where it fails, `not_audited` says why. It is the machinery that is audited. Path labels are not
+    meant to agree with one step; `labels_spearman` records how far they do.
     """
     audit_path = path / "audit.json"
     if audit_path.exists():
@@ -199,36 +209,80 @@ def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[s
         return {}
     seed = stage_seed(run.config.selection_seed, number, "audit")
     picked = np.sort(np.random.default_rng(seed).choice(len(labels), NUM_AUDITED, replace=False))
-    fast, oracle = measure_audit(run, labels.candidate_id[picked], epsilon=labels.info["epsilon"], seed=seed)
-    slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
-    resampled = np.random.default_rng(seed).integers(0, len(fast), (200, len(fast)))
-    spread = [spearmanr(fast.influence[row], oracle.influence[row]).statistic for row in resampled]
-    audit = {
-        "truth": "one optimizer step on the candidate alone, clipped as the run clips",
-        "num_candidates": len(fast),
-        "num_passages": min(NUM_AUDIT_PASSAGES, len(run.reference)),
-        "spearman": float(spearmanr(fast.influence, oracle.influence).statistic),
-        "interval": [float(bound) for bound in np.nanpercentile(spread, [2.5, 97.5])],
-        "labels_spearman": float(spearmanr(labels.influence[picked], oracle.influence).statistic),
-        "slope": float(slope),
-        "intercept": float(intercept),
-        "flops": float(fast.info.get("flops", 0.0)) + float(oracle.info.get("flops", 0.0)),
-    }
+    found = measure_audit(run, labels.candidate_id[picked], epsilon=labels.info["epsilon"], seed=seed)
+    if isinstance(found, str):
+        # What it takes is less than the probe took. Where it fails all the same, the labels are as good as before.
+        logger.warning("Round %d is not audited: %s", number, found)
+        audit: dict[str, Any] = {"not_audited": found}
+    else:
+        audit = _agreement(*found, labels.influence[picked], seed)
+        audit["num_passages"] = min(NUM_AUDIT_PASSAGES, len(run.reference))
     write_json(audit_path, audit)
     return audit
 
 
-def _fit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> InfluenceModel:
+def _agreement(fast: InfluenceLabels, oracle: InfluenceLabels, influence: FloatArray, seed: int) -> dict[str, Any]:
+    """How far derivatives agree with real steps, and how far the round's labels of the same candidates do."""
+    try:
+        slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
+    except (np.linalg.LinAlgError, ValueError) as error:
+        return {"not_audited": f"{type(error).__name__}: {error}"}
+    resampled = np.random.default_rng(seed).integers(0, len(fast), (200, len(fast)))
+    spread = [spearmanr(fast.influence[row], oracle.influence[row]).statistic for row in resampled]
+    return {
+        "truth": "one optimizer step on the candidate alone, clipped as the run clips",
+        "num_candidates": len(fast),
+        "spearman": float(spearmanr(fast.influence, oracle.influence).statistic),
+        "interval": [float(bound) for bound in np.nanpercentile(spread, [2.5, 97.5])],
+        "labels_spearman": float(spearmanr(influence, oracle.influence).statistic),
+        "slope": float(slope),
+        "intercept": float(intercept),
+        "flops": float(fast.info.get("flops", 0.0)) + float(oracle.info.get("flops", 0.0)),
+    }
+
+
+def _why_unrankable(labels: InfluenceLabels) -> str:
+    """Why labels rank no candidate, or an empty string. Labels that are not finite end the run, where measured."""
+    try:
+        labels.check()
+    except UnrankableError as error:
+        return str(error)
+    return ""
+
+
+def _fit_and_judge(run: Run, path: Path, labels: InfluenceLabels, number: int, stages: Stages) -> Judged:
+    """Fit the round's influence model, and ask the one that was trusted so far about the same labels."""
+    documents = run.documents(labels.candidate_id)
+    try:
+        with stages.timed("fit") as cost:
+            fitted = _fit(run, path, labels, documents, number)
+            _note_flops(cost, fitted.report.flops)
+    except UnrankableError as error:
+        shutil.rmtree(path / "influence_model.partial", ignore_errors=True)
+        return Judged.unrankable(str(error))
+    fresh = None
+    if run.trusted_model is not None:
+        with stages.timed("guard") as cost:
+            more = {"documents": documents} if takes(run.trusted_model.evaluate, "documents") else {}
+            fresh = run.trusted_model.evaluate(run.pool, labels, **more)
+            each = run.trusted_model.report.flops_per_token
+            _note_flops(cost, None if each is None else each * float(labels.num_tokens.sum(dtype=np.int64)))
+    return Judged(fitted=fitted, fresh=fresh)
+
+
+def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, number: int) -> InfluenceModel:
     """The round's influence model, fitted with earlier rounds' labels pooled in, or read back."""
     final = path / "influence_model"
     if final.exists():
         return run.load_model(path)
-    fitted: InfluenceModel = copy.deepcopy(run.influence_model).fit(
+    unfitted = copy.deepcopy(run.influence_model)
+    fitted: InfluenceModel = unfitted.fit(
         run.pool,
         labels,
         held_out_fraction=run.config.held_out_fraction,
         previous=run.latest_model,
         seed=stage_seed(run.config.selection_seed, number, "fit"),
+        **({"documents": documents} if takes(unfitted.fit, "documents") else {}),
     )
     # Renamed when all of it is there: which of a model's files comes last is the model's business.
     partial = path / "influence_model.partial"
@@ -236,31 +290,6 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> Influenc
     write_round_model(partial, fitted, run.tokenizer)
     partial.rename(final)
     return fitted
-
-
-def _guard(
-    run: Run, influence_model: InfluenceModel, labels: InfluenceLabels
-) -> tuple[dict[str, Any], InfluenceModel | None]:
-    """Never select on noise: which influence model scores this round, if any."""
-    config, report = run.config, influence_model.report
-    guard = {"decision": "select", "spearman": report.spearman, "interval": list(report.interval)}
-    if report.passes(config.min_spearman) or config.on_weak_signal == "select":
-        return guard, influence_model
-    need = max(config.min_spearman, 0.05)
-    complaint = (
-        f"held-out Spearman is {report.spearman:.3f} (95 % interval {report.interval[0]:.3f} to "
-        f"{report.interval[1]:.3f}), below `min_spearman`={config.min_spearman} or not above 0; about "
-        f"{labels_needed(report)} labels would be needed (`num_probes` is {config.num_probes})"
-    )
-    if config.on_weak_signal == "error":
-        raise WeakSignalError(f"The round must not select on noise: {complaint}. Raise `num_probes`.")
-    if run.trusted_model is not None:
-        fresh = run.trusted_model.evaluate(run.pool, labels)
-        if fresh.passes(need):
-            logger.warning("Weak signal, previous influence model kept: %s.", complaint)
-            return {**guard, "decision": "keep_previous", "previous_spearman": fresh.spearman}, run.trusted_model
-    logger.warning("Weak signal, this round stays in the Trainer's own order: %s.", complaint)
-    return {**guard, "decision": "own_order"}, None
 
 
 def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray, unit: float) -> Scored:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
+import inspect
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -17,20 +18,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mates_hf.config import MatesConfig
+from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.influence.probe import Probe, count_parameters
 from mates_hf.model_traits import hub_name
-from mates_hf.preserve import local_shard
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import (
     COPY_AGAIN,
     FitReport,
     FloatArray,
     InfluenceLabels,
+    IntArray,
     MatesError,
     RunSettings,
     read_array,
@@ -39,7 +40,6 @@ from mates_hf.records import (
 )
 from mates_hf.round_files import ROUND_FILE
 from mates_hf.selection.ledger import Ledger
-from mates_hf.training.averaging import trainable_parameters, whole_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,10 @@ class InfluenceModel(Protocol):
         ...
 
     def fit(self, candidates: Any, labels: InfluenceLabels, *args: Any, **kwargs: Any) -> Any:
-        """Fit on labels, with `held_out_fraction`, `previous` (the last round's model or None) and `seed`."""
+        """Fit on labels, with `held_out_fraction`, `previous` (the last round's model or None) and `seed`.
+
+        One that takes `documents` is given the document of each label, to split by; so is its `evaluate`.
+        """
         ...
 
     def predict(self, dataset: Any) -> FloatArray:
@@ -113,6 +116,12 @@ class Run:
         latest_model: the last round's fit, whose labels are pooled into the next; None before the first.
         trusted_model: the last fit that passed the guard; None if none did.
         trusted_step_size: of the labels it was fitted on.
+        last_decision: of the guard in the last round; None before the first.
+        last_reversed: whether the last round found its labels reversed.
+        loss_reading: which reading of the run's loss the probes take, for the record.
+
+    Raises:
+        ValueError: the pool has no `document_column`.
     """
 
     model: Any
@@ -131,6 +140,13 @@ class Run:
     latest_model: InfluenceModel | None = None
     trusted_model: InfluenceModel | None = None
     trusted_step_size: float = 1.0
+    last_decision: str | None = None
+    last_reversed: bool = False
+    loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.config.document_column is not None:
+            require_column(self.pool.dataset, self.config.document_column)
 
     def describe(self) -> dict[str, Any]:
         """What `round.json` records of the run, so that a round can be understood, and repeated, alone."""
@@ -140,8 +156,9 @@ class Run:
             "reference": {**self.reference.description, "digest": self.reference.digest()},
             "pool": dict(self.pool_identity),
             "model": {"name": hub_name(self.model), "num_parameters": count_parameters(self.model)},
-            "loss": {} if self.pool.reading is None else self.pool.reading.to_dict(),
             "versions": library_versions(),
+            "measured_with": self.measured_with(),
+            "loss": dict(self.loss_reading),
         }
 
     def load_model(self, path: Path) -> InfluenceModel:
@@ -155,12 +172,31 @@ class Run:
         if info["guard"]["decision"] == "select":
             self.trusted_model, self.trusted_step_size = influence_model, float(info["step_size"])
 
+    def note_decision(self, info: Mapping[str, Any]) -> None:
+        """Take what a round's guard decided into account for the next round's."""
+        self.last_decision = info["guard"]["decision"]
+        self.last_reversed = bool(info["guard"].get("reversed", False))
+
+    def documents(self, ids: IntArray) -> IntArray:
+        """(N,) int64 document of some pool rows, equal where they are of one."""
+        return document_codes(self.pool.token_rows(ids), self.pool, ids, self.config.document_column)
+
+    def measured_with(self) -> dict[str, Any]:
+        """What labels and predictions are made with and no config says; a change redoes a stage, and no run."""
+        return {
+            "probe": _described(self.probe),
+            "influence_model": _described(self.influence_model),
+            "batch_rows": self.settings.batch_rows,
+            "max_grad_norm": self.settings.max_grad_norm,
+        }
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run its checkpoint comes from."""
         return {
             "config": order_config(self.config),
             "pool": dict(self.pool_identity),
             "reference": {"digest": self.reference.digest()},
+            "measured_with": self.measured_with(),
         }
 
     def key(self, step: int, weights: str) -> dict[str, Any]:
@@ -168,12 +204,18 @@ class Run:
 
         Args:
             step: optimizer steps done.
-            weights: `weights_digest` of the model as the probe looks at it (averaged).
+            weights: `digest.weights_digest` of the model as the probe looks at it (averaged).
 
         Returns:
             JSON values.
         """
-        return {**self.identity(), "step": step, "weights": weights}
+        rates = self.settings.learning_rates
+        return {
+            **self.identity(),
+            "learning_rates": None if rates is None else list(rates),
+            "step": step,
+            "weights": weights,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +262,7 @@ class Stages:
         """Take over what an interrupted attempt at this round has done."""
         self._path = path / "stages.json"
         if self._path.exists():
-            self.seconds_and_flops = read_json(self._path)
+            self.seconds_and_flops.update(read_json(self._path))
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[dict[str, float]]:
@@ -245,23 +287,45 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
     }
 
 
-def weights_digest(model: torch.nn.Module, processes: Processes = ALONE) -> str:
-    """SHA-256 over names and bytes of the trainable parameters, the same for any number of processes.
+def takes(function: Any, name: str) -> bool:
+    """Whether a function can be given an argument by this name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
-    All processes must call it. Cost: a copy of the parameters to the host, one at a time; sharded ones are gathered.
+
+_DECIDES_NOTHING = ("tokens_per_batch", "progress", "processes", "shards_dir", "device", "tokenizer", "model")
+
+
+def _described(thing: Any) -> dict[str, Any]:
+    """Class of a probe or an influence model and the arguments in which it differs from the defaults, as JSON values.
+
+    Of a class without arguments that can be read back (a probe of one's own, say), its name alone.
     """
-    digest = hashlib.sha256()
-    for name, parameter in trainable_parameters(model).items():
-        whole = whole_tensor(local_shard(parameter), parameter)
-        digest.update(name.encode())
-        digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().data)
-    different = processes.differing(digest.hexdigest())
-    if different:
-        logger.warning(
-            "The weights of processes %s differ from the main one's: influence is a mean over different models. "
-            "Something updates them outside of the optimizer.", different,
-        )  # fmt: skip
-    return digest.hexdigest()
+    found: dict[str, Any] = {"class": _name_of(type(thing))}
+    try:
+        parameters = inspect.signature(type(thing)).parameters
+    except (TypeError, ValueError):  # a class written in C
+        return found
+    for name, parameter in parameters.items():
+        if name in _DECIDES_NOTHING or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        value = _plain(getattr(thing, name, None))
+        if hasattr(thing, name) and value != _plain(parameter.default):
+            found[name] = value
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON that is equal in every process and every start: what is none is told by its name."""
+    with contextlib.suppress(TypeError, ValueError):
+        return json.loads(json.dumps(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _described(value)
+    return _name_of(value if hasattr(value, "__qualname__") else type(value))
+
+
+def _name_of(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{thing.__qualname__}"
 
 
 def library_versions() -> dict[str, str]:

@@ -22,14 +22,16 @@ import numpy.typing as npt
 
 from mates_hf.records import MatesError, read_array
 from mates_hf.round_files import PROBES_FILE, read_labels, round_path
-from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.choose import stage_seed
+from mates_hf.selection.ledger import Ledger, probed_rows
 from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.training import resume
 from mates_hf.training.averaging import WeightAverage
+from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
 from mates_hf.training.measure import assist, release
 from mates_hf.training.rounds import run_round
-from mates_hf.training.run import Order, Run, load_order, weights_digest
+from mates_hf.training.run import Order, Run, load_order
 from mates_hf.training.sampler import RowClock, ScheduledSampler
 
 logger = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ class Session:
                 self.save_average(step)
         self.state.pop("weights", None)  # those of an earlier save do not vouch for one that is not known to follow
         if saves:
-            self.state["weights"] = resume.weight_marks(self.run.model)
+            self.state["weights"] = weight_marks(self.run.model, self.run.processes)
         return metrics
 
     def save_average(self, step: int) -> None:
@@ -125,18 +127,22 @@ class Session:
     def _look(self, step: int) -> dict[str, float]:
         """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
         run = self.run
-        run.settings = dataclasses.replace(run.settings, learning_rates=self._learning_rates)
+        number = self._next_number(step)
+        run.settings = dataclasses.replace(
+            run.settings,
+            learning_rates=self._learning_rates,
+            seed=stage_seed(run.config.selection_seed, number, "probe"),
+        )
         if self.order is None and self._next_round is not None:
             self._mark_own_order(self.clock.position(self._next_round.from_step))
         average, self.average = self.average, None
         metrics: dict[str, float] = {}
         with average.swapped_in() if average is not None else contextlib.nullcontext():
-            weights = weights_digest(run.model, run.processes)
             if not run.processes.is_main:
                 order = assist(run)
             else:
                 with run.processes.leading():
-                    order = self._decide(step, weights, metrics)
+                    order = self._decide(step, metrics)
                 release(run, order)
         if order is not None:
             self._schedule(order)
@@ -144,7 +150,15 @@ class Session:
         self._plan_next(step)
         return metrics
 
-    def _decide(self, step: int, weights: str, metrics: dict[str, float]) -> Order | None:
+    def _next_number(self, step: int) -> int:
+        """Number of the round that starts at this step, or would if a drift check found drift."""
+        planned = self._next_round
+        if planned is not None and step >= planned.boundary_step:
+            return planned.number
+        assert self.order is not None
+        return self.order.number + 1
+
+    def _decide(self, step: int, metrics: dict[str, float]) -> Order | None:
         """In the main process: the order of a new round, or None where a drift check finds none is due."""
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
@@ -157,9 +171,9 @@ class Session:
             planned = self.plan.round_at(self.order.number + 1, step)
             assert planned is not None
             logger.info("labels no longer hold: round %d starts early, at step %d", planned.number, step)
-        return self._run_round(planned, weights)
+        return self._run_round(planned)
 
-    def _run_round(self, planned: PlannedRound, weights: str) -> Order:
+    def _run_round(self, planned: PlannedRound) -> Order:
         """Bring the ledger up to date and run the round."""
         run, clock, sampler = self.run, self.clock, self.sampler
         from_position = clock.position(planned.from_step)
@@ -168,7 +182,6 @@ class Session:
         order = run_round(
             run,
             planned,
-            weights=weights,
             from_position=from_position,
             num_rows=clock.position(planned.to_step) - from_position,
             own_rows=sampler.own_rows,
@@ -276,10 +289,18 @@ class Session:
         if bits is None:
             raise MatesError(f"`{path}` must hold consumed.npy, which says what was trained on before it, got none.")
         cursor = int(order.info["cursor"])
-        run.ledger = Ledger.from_bits(np.asarray(bits), len(run.pool), run.config.selection_seed, cursor)
+        before = read_array(path / "probed.npy", np.uint8)  # not there in rounds of earlier versions
+        run.ledger = Ledger.from_bits(
+            np.asarray(bits),
+            len(run.pool),
+            run.config.selection_seed,
+            cursor,
+            None if before is None else np.asarray(before),
+        )
+        probed = probed_rows(read_labels(path / PROBES_FILE))
+        run.ledger.mark_probed(probed)
         missing = until - order.from_position - len(order.rows)
         if missing > 0:
-            probed = read_labels(path / PROBES_FILE).candidate_id
             more = run.ledger.rows_after(order.rows, missing, exclude=probed)
             logger.warning(
                 "The selection of round %d ends %d rows before the next one begins, because the batch is larger or "
@@ -293,10 +314,11 @@ class Session:
     def _restore_models(self, number: int) -> None:
         """The last round's influence model, and the last that passed the guard."""
         run = self.run
-        passed = resume.last_passed(run.rounds_dir, number)
-        for earlier in sorted({number, number if passed is None else passed}):
+        passed, fitted = resume.last_passed(run.rounds_dir, number), resume.last_fitted(run.rounds_dir, number)
+        for earlier in sorted({each for each in (passed, fitted) if each is not None}):
             path = round_path(run.rounds_dir, earlier)
             run.remember(run.load_model(path), load_order(path).info)
+        run.note_decision(load_order(round_path(run.rounds_dir, number)).info)
 
     def _prune(self, number: int) -> None:
         """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""
@@ -313,11 +335,14 @@ def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:
         "mates/spearman_low": info["guard"]["interval"][0],
         "mates/spearman_high": info["guard"]["interval"][1],
         "mates/selected": float(info["guard"]["decision"] != "own_order"),
+        "mates/reversed": float(info["guard"].get("reversed", False)),
         "mates/num_rows": info["num_rows"],
         "mates/num_candidates": info["num_candidates"],
         "mates/num_probed": info["num_probed"],
         "mates/seconds": sum(stage["seconds"] for stage in info["stages"].values()),
     }
+    if "previous_spearman" in info["guard"]:
+        metrics["mates/previous_spearman"] = info["guard"]["previous_spearman"]
     if "reference_loss" in info["probe"]:
         metrics["mates/reference_loss"] = info["probe"]["reference_loss"]
     if "spearman" in info["fidelity"]:

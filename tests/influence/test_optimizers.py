@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +30,17 @@ from mates_hf.influence.preconditioner import (
     require_known,
     require_steps,
 )
+from mates_hf.influence.real_step import RealStep
+from mates_hf.preserve import preserved
 from tests.influence.test_probes import chain_rows, join, random_rows, task, train_on_four_kinds
 from tests.test_preserve import assert_same, everything
 
 DIRECTIONAL, ONE_STEP, REFUSED = "directional", "one step", "refused"
 CURVATURE = 1e-5  # of central differences of real steps, relative; the perturbation is 1e-5 of a usual gradient
 ROOT = Path(__file__).resolve().parents[2]
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from probe_speed import peak_bytes  # noqa: E402
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -376,6 +382,66 @@ def test_given_learning_rates_count_and_state_is_only_read(name: str, variant: s
         with torch.no_grad():
             step.write_null()
     assert_same(before, optimizer.state_dict())
+
+
+@pytest.mark.parametrize(("name", "variant"), DIRECTIONAL_VARIANTS)
+def test_a_step_in_pieces_is_the_real_one_bit_for_bit(
+    name: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows at a time, without a trace in the state; a parameter never reached before takes its first step."""
+    monkeypatch.setattr("mates_hf.influence.real_step._MIN_PIECE", 4)
+    parameters = make_parameters(name)
+    optimizer = CLASSES[name].variants[variant](parameters)
+    train(parameters, optimizer, 3)
+    late = nn.Parameter(torch.ones(6, 3, dtype=torch.float64))
+    if name == "torch.optim.Adagrad":  # makes its state at once, of all that it was given
+        late.requires_grad_(False)
+    else:
+        optimizer.param_groups[0]["params"].append(late)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # wraps `step`
+    everyone = [*parameters, late]
+    generator = torch.Generator().manual_seed(2)
+    gradients = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in everyone]
+    rate = float(optimizer.param_groups[0]["lr"]) / 2
+    steps: list[list[Tensor]] = []
+    # The null step, a step on all of them, one that a parameter has no part in.
+    for present in ([], everyone, everyone[1:]):
+        copied, stepper = copy.deepcopy((everyone, optimizer))
+        for parameter, own, gradient in zip(everyone, copied, gradients, strict=True):
+            given = any(parameter is p for p in present)
+            parameter.grad = gradient.clone() if given else None
+            by_momentum = stepper.state.get(own) or not stepper.state
+            own.grad = gradient.clone() if given else torch.zeros_like(own) if by_momentum else None
+        for group in stepper.param_groups:
+            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+        type(stepper).step(stepper)
+        before = copy.deepcopy((optimizer.state_dict(), vars(optimizer).get("_step_count")))
+        with preserved(nn.ParameterList(everyone), optimizer, copy_state=False) as snapshot:
+            step = RealStep(optimizer, [rate])
+            assert not step.needs_copy
+            for parameter, gradient in zip(everyone, gradients, strict=True):
+                parameter.grad = gradient.clone() if any(parameter is p for p in present) else None
+            step.take()
+            steps.append([p.detach().clone() for p in everyone])
+            snapshot.restore()
+        assert_same(before, (optimizer.state_dict(), vars(optimizer).get("_step_count")))
+        for found, expected in zip(steps[-1], copied, strict=True):
+            assert torch.equal(found, expected.detach())
+    assert not torch.equal(steps[0][0], steps[1][0])
+
+
+def test_real_steps_copy_no_state_of_a_known_optimizer() -> None:
+    """What is held at once besides the parameters' copy and the gradient: a piece, a 64th of a model like this."""
+    model = nn.ParameterList([nn.Parameter(torch.randn(256, 1024)) for _ in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for parameter in model:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    size = sum(p.numel() * p.element_size() for p in model)
+    step = RealStep(optimizer, [1e-3])
+    held = peak_bytes(step.take)
+    assert held < size / 8
+    assert peak_bytes(lambda: copy.deepcopy(optimizer.state_dict())) > 1.9 * size
 
 
 @pytest.mark.parametrize(

@@ -203,14 +203,22 @@ def test_linear_coefficient_is_the_slope_of_a_real_step(make_live: Callable[...,
             torch.testing.assert_close(a - b, predicted, rtol=1e-3, atol=1e-13)
 
 
-def brought_by_a_batch(average: torch.Tensor, v: torch.Tensor, beta2: float) -> torch.Tensor:
-    """E[g_B²] as P takes it: a row of a matrix that remembers less than a usual gradient adds gets the usual one."""
-    if average.dim() < 2:
+def brought_by_a_batch(average: torch.Tensor, v: torch.Tensor, beta2: float, rarely: bool) -> torch.Tensor:
+    """E[g_B²] as P takes it: a row of a table that remembers less than a usual gradient adds gets the usual one."""
+    if average.dim() < 2 or not rarely:
         return average
     of_rows = average.mean(1)
     usual = of_rows[of_rows > 0].mean()
     rarely = beta2 * v.mean(1) < (1 - beta2) * usual
     return torch.where(rarely[:, None], torch.maximum(average, usual), average)
+
+
+def tables_of(model: Any) -> set[int]:
+    """Ids of what a batch reaches some rows of: tables that ids are looked up in, and the output head."""
+    named = dict(model.named_parameters())
+    return {
+        id(p) for name, p in named.items() if any(part in name for part in ("embed_tokens", "lm_head", "wte", "wpe"))
+    }
 
 
 @pytest.mark.parametrize("kind", EPSILON_AND_ERROR)
@@ -225,6 +233,7 @@ def test_directional_equals_the_gradient_product(make_live: Callable[..., Live],
     reference, candidates = random_rows(6, 100), random_rows(7, 200)
     at_null = batch_gradient(step_copy(model, optimizer, zeros(model)), reference)
     weights: dict[nn.Parameter, Any] = {}
+    tables = tables_of(model)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if "sgd" in name:
@@ -234,7 +243,8 @@ def test_directional_equals_the_gradient_product(make_live: Callable[..., Live],
                 continue
             beta1, beta2 = group["betas"]
             state, t = optimizer.state[parameter], float(optimizer.state[parameter]["step"])
-            average = brought_by_a_batch(state["exp_avg_sq"] / (1 - beta2**t), state["exp_avg_sq"], beta2)
+            v, rarely = state["exp_avg_sq"], id(parameter) in tables
+            average = brought_by_a_batch(v / (1 - beta2**t), v, beta2, rarely)
             v_eff = beta2 * state["exp_avg_sq"] + (1 - beta2) * average
             if group["amsgrad"]:
                 v_eff = torch.maximum(v_eff, state["max_exp_avg_sq"])
@@ -270,7 +280,11 @@ def test_second_moment_of_batches_is_written_out(make_live: Callable[..., Live])
         mean_square = sum(g[i] ** 2 for g in gradients) / 4
         v, t = optimizer.state[parameter]["exp_avg_sq"], 4
         batches, running = (
-            ((0.5 * v + 0.5 * brought_by_a_batch(average, v, 0.5)) / (1 - 0.5 ** (t + 1))).sqrt() + 1e-8
+            (
+                (0.5 * v + 0.5 * brought_by_a_batch(average, v, 0.5, id(parameter) in tables_of(model)))
+                / (1 - 0.5 ** (t + 1))
+            ).sqrt()
+            + 1e-8
             for average in (mean_square, v / (1 - 0.5**t))
         )
         ratio = from_state.by_parameter[parameter] * running
@@ -556,7 +570,7 @@ def test_for_run_fills_only_what_is_open() -> None:
         learning_rates=(1.0,), max_grad_norm=2.0, batch_rows=3, tokens_per_batch=4, seed=5, progress=True
     )
     assert DirectionalProbe(batch_rows=7).for_run(settings) == DirectionalProbe(
-        batch_rows=7, learning_rates=(1.0,), tokens_per_batch=4, seed=5, progress=True
+        batch_rows=7, learning_rates=(1.0,), max_grad_norm=2.0, tokens_per_batch=4, seed=5, progress=True
     )
     assert OneStepProbe(max_grad_norm=0.0).for_run(settings) == OneStepProbe(
         max_grad_norm=0.0, learning_rates=(1.0,), tokens_per_batch=4, progress=True
@@ -638,11 +652,11 @@ def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
         DirectionalProbe(**settings)
 
 
-@pytest.mark.parametrize(("path_steps", "bound"), [(1, 2.2), (4, 3.2)])
-def test_memory_stays_within_its_bound(make_tiny_model: Callable[..., Any], path_steps: int, bound: float) -> None:
+@pytest.mark.parametrize("path_steps", [1, 4])
+def test_memory_stays_within_its_bound(make_tiny_model: Callable[..., Any], path_steps: int) -> None:
     """Tensors alive beside model and optimizer while rows run: the copy of the parameters, and u.
 
-    While a path is walked the gradient of its last point is there as well, until the next backward pass ends.
+    A path adds up its gradients in the one buffer that they come in.
     """
     import gc
 
@@ -664,7 +678,7 @@ def test_memory_stays_within_its_bound(make_tiny_model: Callable[..., Any], path
     model.register_forward_hook(lambda *args: peaks.append(alive() - before))
     probe = DirectionalProbe(epsilon=1e-3, path_steps=path_steps, tokens_per_batch=6)
     probe.measure(model, optimizer, task(random_rows(16, 1, 4, 7)), random_rows(4, 2))
-    assert size < max(peaks) < bound * size
+    assert size < max(peaks) < 2.2 * size
 
 
 # --- a path instead of a point ---
@@ -693,12 +707,18 @@ def test_a_path_reads_where_its_own_steps_lead(make_live: Callable[..., Live]) -
             for name, parameter in moved.named_parameters():
                 parameter.sub_(first.by_parameter[names[name]], alpha=0.5 * stride / first.norm)
         second = one.compute_direction(moved, stepper, task(parts[1]))
+        tokens = [int(part.num_targets.sum()) for part in parts]
         for name, parameter in moved.named_parameters():
-            expected = (first.by_parameter[names[name]] + second.by_parameter[parameter]) / 2
-            assert torch.allclose(found.by_parameter[names[name]], expected, rtol=1e-5, atol=1e-9), name
+            both = tokens[0] * first.by_parameter[names[name]] + tokens[1] * second.by_parameter[parameter]
+            expected = both / sum(tokens)
+            assert (found.by_parameter[names[name]] - expected).abs().max() < 1e-6 * expected.abs().max(), name
         assert found.path_losses == pytest.approx((first.reference_loss, second.reference_loss))
         assert found.step_size == first.step_size
-        assert found.flops == first.flops + second.flops
+        assert found.path_start_losses[0] == pytest.approx(first.reference_loss)
+        # Besides: all passages at the start, and the last quarter of them behind one stride.
+        compared = found.flops - first.flops - second.flops
+        assert compared == pytest.approx((1 + 0.25) * (first.flops + second.flops) / 3, rel=0.1)
+        assert found.path_check[1] < found.path_check[0]
 
 
 def test_a_path_goes_down(trained: Live) -> None:

@@ -468,7 +468,7 @@ def test_the_forecast_is_what_a_run_records(tmp_path):
         update_steps=20, num_probes=40, selection_ratio=0.5, average_steps=4, drift_check_steps=5, drift_spearman=-1
     )
     reference = make_reference()
-    callback = MatesCallback(reference, config, probe=DirectionalProbe(epsilon=1e-3))
+    callback = MatesCallback(reference, config, probe=DirectionalProbe(epsilon=1e-3, path_steps=32))
     save_state(run(make_arguments(tmp_path, max_steps=62), [callback], make_pool(600)).trainer)
     cost, model = run_cost(tmp_path), make_model()
     size = RunSize(
@@ -558,12 +558,14 @@ def test_the_papers_schedule_in_closed_form():
     training, candidates, reference = 50_000 * 512 * 1024, 80_000 * 1024, 1024 * 90
     assert ours.num_rounds == 4
     assert ours.training_flops == pytest.approx(6 * PYTHIA.multiplied * training, rel=EXACT)
-    share = 4 * (2 * (2 * candidates + 4 * 16 * 1024) + 6 * reference) / (6 * training)
+    share = 4 * (2 * (2 * candidates + 4 * 16 * 1024 + 1.25 * reference) + 6 * reference) / (6 * training)
     assert ours.stages["probe"] / ours.training_flops == pytest.approx(share, rel=EXACT)
     theirs = predict_cost(PYTHIA, config, probe="one_step", encoder=Encoder())
     share = 4 * (6 * candidates + 2 * reference * 80_001) / (6 * training)
     assert theirs.stages["probe"] / theirs.training_flops == pytest.approx(share, rel=EXACT)
-    assert set(theirs.stages) == {"probe", "fit", "score"}
+    assert set(theirs.stages) == {"probe", "fit", "guard", "score"}
+    judged = 3 * candidates  # by the influence model of the round before, which the first has not
+    assert theirs.stages["guard"] == pytest.approx(2 * Encoder().multiplied * judged, rel=EXACT)
     # Five times the rows that are selected, which the last round has `lead_steps` fewer of.
     scored = 5 * (40_000 - config.lead_steps) * 512 * 1024
     assert ours.scored_tokens == theirs.scored_tokens == scored
@@ -581,7 +583,7 @@ def test_our_overhead_at_the_papers_schedule_is_within_one_and_three_percent():
 
 def test_shares_of_wall_clock():
     ours = predict_cost(PYTHIA, MatesConfig.paper())
-    on_cpu = (ours.stages["fit"] + ours.stages["score"]) / ours.training_flops
+    on_cpu = sum(ours.stages[name] for name in ("fit", "guard", "score")) / ours.training_flops
     assert ours.device_seconds_share(0.5) == pytest.approx(2 * (ours.share_of_training - on_cpu), rel=1e-9)
     speeds = {"fit_tokens_per_second": 1e6, "score_tokens_per_second": 4e8}
     idle = ours.idle_seconds_share(training_tokens_per_second=1e6, **speeds)

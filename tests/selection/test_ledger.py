@@ -53,6 +53,7 @@ def test_no_row_is_trained_on_twice_and_probes_are_apart_over_any_rounds(
     own = np.array(random.sample(range(num_rows), num_rows))
     ledger.mark_trained(own[:num_own])
     used = set(own[:num_own].tolist())
+    probed: set[int] = set()
     cursor = 0
     for number, (k, ratio, num_probes, select) in enumerate(rounds, 1):
         num_slice = math.ceil(Fraction(k) / Fraction(str(ratio)))
@@ -69,6 +70,8 @@ def test_no_row_is_trained_on_twice_and_probes_are_apart_over_any_rounds(
         assert set(np.flatnonzero(ledger.consumed).tolist()) == used
         assert len(set(probes)) == num_probes
         assert not set(probes) & (set(candidates) | used)
+        fresh = set(range(num_rows)) - used - probed - (set(candidates) if scope == "slice" else set())
+        assert len(set(probes) & probed) == max(num_probes - len(fresh), 0)  # earlier ones where others are too few
         if scope == "slice":
             expected, cursor_after = reference_slice(order, cursor, num_slice, used)
         else:
@@ -86,7 +89,10 @@ def test_no_row_is_trained_on_twice_and_probes_are_apart_over_any_rounds(
         ledger.mark_trained(chosen)
         used |= set(chosen.tolist())
         assert ledger.num_unused == num_rows - len(used)
-        ledger = Ledger.from_bits(ledger.to_bits(), num_rows, seed, ledger.cursor)  # a resume after every round
+        ledger.mark_probed(drawn.probes)
+        probed |= set(probes)
+        bits = ledger.to_bits(), ledger.probed_to_bits()
+        ledger = Ledger.from_bits(bits[0], num_rows, seed, ledger.cursor, bits[1])  # a resume after every round
 
 
 def test_rows_passed_over_come_back_only_after_the_pool_was_gone_through():
@@ -145,6 +151,27 @@ def test_probes_are_uniform_over_the_rows_outside_and_change_with_round_and_seed
     assert set(draw(other, 3, 2, 0.25, scope, num_probes).probes.tolist()) != set(drawn[3].probes.tolist())
 
 
+def test_probes_come_from_behind_the_slice_then_from_what_was_passed_over_then_from_earlier_ones():
+    ledger = Ledger(60, 3)
+    order = ledger.shuffled.tolist()
+    ledger.cursor = 20
+    ahead, passed = set(order[30:]), set(order[:20])
+    few = draw(ledger, 1, 5, 0.5, num_probes=30)
+    assert few.candidates.tolist() == order[20:30]
+    assert set(few.probes.tolist()) == ahead
+    assert set(draw(ledger, 1, 5, 0.5, num_probes=12).probes.tolist()) < ahead
+    more = set(draw(ledger, 1, 5, 0.5, num_probes=40).probes.tolist())
+    assert ahead < more
+    assert len(more & passed) == 10
+    ledger.mark_probed(np.array(order[30:55]))
+    assert set(draw(ledger, 1, 5, 0.5, num_probes=25).probes.tolist()) == set(order[55:]) | passed
+    again = set(draw(ledger, 1, 5, 0.5, num_probes=26).probes.tolist())
+    assert len(again & set(order[30:55])) == 1
+    pool = draw(ledger, 1, 5, 0.5, "pool", num_probes=35)
+    assert set(pool.probes.tolist()) == set(order[:30]) | set(order[55:])
+    assert set(order[30:55]) <= set(pool.candidates.tolist())  # probed earlier, and free to be chosen
+
+
 def test_another_seed_shuffles_another_way_and_the_same_seed_the_same():
     np.testing.assert_array_equal(Ledger(1_000, 4).shuffled, Ledger(1_000, 4).shuffled)
     assert (Ledger(1_000, 4).shuffled != Ledger(1_000, 5).shuffled).mean() > 0.9
@@ -182,6 +209,8 @@ def test_bits_of_another_pool_are_refused():
     for num_rows in (12, 17):
         with pytest.raises(ValueError, match=f"`bits` must hold {num_rows} rows"):
             Ledger.from_bits(ledger.to_bits(), num_rows, 0, 0)
+    with pytest.raises(ValueError, match="`probed` must hold 13 rows"):
+        Ledger.from_bits(ledger.to_bits(), 13, 0, 0, np.zeros(3, np.uint8))
     with pytest.raises(ValueError, match="`cursor` must be from 0 to 12, got 13"):
         Ledger.from_bits(ledger.to_bits(), 13, 0, 13)
     with pytest.raises(ValueError, match="`num_rows` must be at least 1, got 0"):

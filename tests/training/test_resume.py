@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from mates_hf import MatesCallback, load_round
+from mates_hf import DirectionalProbe, MatesCallback, OneStepProbe, load_round
 from mates_hf.influence import directional
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.records import MatesError
@@ -414,26 +414,77 @@ class FirstPasses(NgramInfluenceModel):
         return dataclasses.replace(report, spearman=0.9, interval=(0.5, 1.0))
 
 
-def test_an_influence_model_that_was_saved_in_part_is_fitted_again(tmp_path, short):
+def test_an_influence_model_that_was_saved_in_part_is_fitted_again(tmp_path, short, monkeypatch):
     where, whole = short
     checkpoint = as_of(where, tmp_path, 5)
+    save = NgramInfluenceModel.save_pretrained
 
-    class Dies(NgramInfluenceModel):
-        def save_pretrained(self, path):
-            super().save_pretrained(path)
-            (Path(path) / "config.json").unlink()  # which vouches for the others, and is written last
-            raise InterruptedError
+    def dies(self, path):
+        save(self, path)
+        (Path(path) / "config.json").unlink()  # which vouches for the others, and is written last
+        raise InterruptedError
 
     args = make_arguments(tmp_path, **EVERY_STEP)
-    callback = MatesCallback(make_reference(), small_config(switch_lead_steps=3), influence_model=Dies())
-    with pytest.raises(InterruptedError):
-        run(args, [callback], dropout=0.1, resume=str(checkpoint))
+    with monkeypatch.context() as patch:
+        patch.setattr(NgramInfluenceModel, "save_pretrained", dies)
+        with pytest.raises(InterruptedError):
+            run(args, [mates()], dropout=0.1, resume=str(checkpoint))
     probes = tmp_path / "_mates" / "round-0001.partial" / "probes.parquet"
     written = probes.stat().st_mtime_ns
     rest = run(args, [mates()], dropout=0.1, resume=str(checkpoint))
     assert_goes_on(rest, whole, 5)
     assert probes_written(tmp_path)["round-0001"] == written
     assert not list((tmp_path / "_mates" / "round-0001").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"probe": OneStepProbe()}, "OneStepProbe"),
+        ({"probe": DirectionalProbe(path_steps=2)}, "'path_steps': 2"),
+        ({"influence_model": NgramInfluenceModel(num_buckets=64)}, "'num_buckets': 64"),
+    ],
+    ids=["probe", "argument-of-the-probe", "influence-model"],
+)
+def test_a_stage_measured_otherwise_is_redone_and_told_of_and_the_run_goes_on(
+    tmp_path, short, changes, named, caplog, monkeypatch
+):
+    where, _ = short
+    checkpoint = as_of(where, tmp_path, 5)
+
+    def dies(*args, **kwargs):
+        raise InterruptedError
+
+    args = make_arguments(tmp_path, **EVERY_STEP)
+    with monkeypatch.context() as patch:
+        patch.setattr("mates_hf.training.rounds._score", dies)
+        with pytest.raises(InterruptedError):
+            run(args, [mates()], dropout=0.1, resume=str(checkpoint))
+    probes = tmp_path / "_mates" / "round-0001.partial" / "probes.parquet"
+    kept = probes.stat().st_mtime_ns
+    other = MatesCallback(make_reference(), small_config(switch_lead_steps=3), **changes)
+    run(args, [other], dropout=0.1, resume=str(checkpoint))
+    assert "Labels from here on are made with something else" in caplog.text
+    assert named in caplog.text
+    assert (tmp_path / "_mates" / "round-0001.stale").is_dir()
+    assert probes_written(tmp_path)["round-0001"] != kept
+    info = load_round(tmp_path / "_mates" / "round-0001").info
+    assert named in repr(info["measured_with"])
+
+
+def test_digests_of_an_earlier_version_redo_a_stage_and_end_no_run(tmp_path, short, caplog):
+    where, whole = short
+    checkpoint = as_of(where, tmp_path, 8)
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved = state["stateful_callbacks"]["mates_hf"]
+    saved["weights"] = {name: "0123456789abcdef" for name in saved["weights"]}
+    del saved["measured_with"]
+    path.write_text(json.dumps(state))
+    rest = run(make_arguments(tmp_path, **EVERY_STEP), [mates()], dropout=0.1, resume=str(checkpoint))
+    assert "marks of the weights are of an earlier version" in caplog.text
+    assert "something else" not in caplog.text
+    assert_goes_on(rest, whole, 8)
 
 
 # What is proven, and refused.

@@ -270,6 +270,14 @@ def set_info(name: str, value: Any, part: str | None = None) -> Callable[[Path],
     return apply
 
 
+def name_another_probe(rounds_dir: Path) -> None:
+    path = rounds_dir / "round-0002"
+    key = read_json(path / "key.json")
+    key["measured_with"]["probe"] = {"class": "another"}
+    write_json(path / "key.json", key)
+    forge(path)
+
+
 def take_a_passed_over_candidate(rounds_dir: Path) -> None:
     path = rounds_dir / "round-0002"
     selection = np.load(path / "selection.npy")
@@ -355,6 +363,14 @@ TAMPERED = {
     "a probe": (probe_another_row, "probes.parquet", "what ledger and seed draw"),
     "a consumed row freed": (edit("consumed.npy", free_a_consumed_row), "consumed.npy", "consumed in round 1 and its"),
     "consumed of another pool": (edit("consumed.npy", lambda x: x[:-1]), "consumed.npy", "50 entries"),
+    "a probed row forgotten": (
+        edit("probed.npy", free_a_consumed_row),
+        "probed.npy",
+        "the rows that earlier rounds probed",
+    ),
+    "probed of another pool": (edit("probed.npy", lambda x: x[:-1]), "probed.npy", "50 entries"),
+    "the probe's seed": (set_info("probe_seed", 1), "round.json", "`probe_seed` "),
+    "another probe": (name_another_probe, "key.json", "`probe` "),
     "position": (set_info("from_position", 53), "round.json", "`from_position` 52, where the rows of round 1 end"),
     "cursor": (set_info("cursor", 3), "round.json", "`cursor` "),
     "cursor beyond the pool": (set_info("cursor", 2**62), "round.json", "`cursor` in the pool"),

@@ -1,0 +1,111 @@
+"""Which rows are of one document, so that a split, a bootstrap and a fit report do not count it several times.
+
+Place in the flow: between the pool and the influence models. A held-out row whose document was fitted on is no test,
+and rows of one document are not independent in an interval.
+
+Trade-off: where no column says which document a row is cut from, copies of a text count as one document and nothing
+else does: telling pieces of one document apart from pieces of two needs what a tokenised row no longer has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.records import IntArray
+
+
+def document_codes(
+    rows: TokenRows, pool: Any = None, ids: IntArray | None = None, column: str | None = None
+) -> IntArray:
+    """A number for the document of each row: equal numbers are one document.
+
+    Args:
+        rows: N rows.
+        pool: the `CandidatePool` they are of; needed with a column.
+        ids: (N,) their pool rows; needed with a column.
+        column: of the pool's dataset, with the document of each row (text or numbers); None tells documents by their
+            tokens, so that copies of a text are one.
+
+    Returns:
+        (N,) int64. A row whose entry of the column is null is told by its tokens.
+
+    Raises:
+        ValueError: the dataset has no such column, or it holds neither text nor numbers.
+    """
+    if column is None:
+        return text_codes(rows.values[start:stop] for start, stop in zip(rows.offsets, rows.offsets[1:], strict=False))
+    assert ids is not None
+    require_column(pool.dataset, column)
+    codes = np.empty(len(rows), np.int64)
+    for i, value in enumerate(_read_column(pool.dataset, column, ids.tolist())):
+        if value is None:
+            codes[i] = _hash(b"tokens" + _as_bytes(rows.values[rows.offsets[i] : rows.offsets[i + 1]]))
+        elif isinstance(value, (str, int, float, np.integer, np.floating)):
+            codes[i] = _hash(b"column" + str(value).encode("utf-8", "surrogatepass"))
+        else:
+            raise ValueError(
+                f"`document_column` must hold text or numbers, got {type(value).__name__} in `{column}` of pool row "
+                f"{ids[i]}. Name a column with one text or number a row."
+            )
+    return codes
+
+
+def text_codes(texts: Iterable[Any], found: npt.NDArray[np.bool_] | None = None) -> IntArray:
+    """(N,) int64, equal for texts of equal tokens; each text as (length,) integer ids.
+
+    Args:
+        texts: M token ids.
+        found: (N,) bool with M that are true, where some candidates have no text; None: all have one.
+
+    Returns:
+        The codes; candidates without a text have 0.
+    """
+    codes = np.array([_hash(b"tokens" + _as_bytes(ids)) for ids in texts], np.int64)
+    if found is None:
+        return codes
+    everyone = np.zeros(len(found), np.int64)
+    everyone[found] = codes
+    return everyone
+
+
+def require_column(dataset: Any, column: str) -> None:
+    """Raise unless a dataset has a column.
+
+    Args:
+        dataset: the pool's.
+        column: its name.
+
+    Raises:
+        ValueError: it has none of that name; says which there are.
+    """
+    names = getattr(dataset, "column_names", None)
+    if names is None and len(dataset):
+        names = list(dataset[0])
+    if column not in (names or ()):
+        raise ValueError(
+            f"`document_column` must be a column of the pool, got {column!r}; it has {sorted(map(str, names or ()))}. "
+            "The Trainer removes columns that the model does not take: set `remove_unused_columns=False`, and use a "
+            "collator that leaves this column out."
+        )
+
+
+def _read_column(dataset: Any, column: str, ids: list[int]) -> list[Any]:
+    """What some rows have in a column, read from Arrow where that is how they are kept."""
+    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
+        found = dataset.with_format(None, columns=[column])[ids][column]
+        return list(found)
+    return [dataset[i][column] for i in ids]
+
+
+def _as_bytes(ids: Any) -> bytes:
+    return np.ascontiguousarray(ids, "<i8").tobytes()
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
