@@ -28,6 +28,9 @@ STEPS, BOUNDARY, NUM_PROBES = 4, 2, 10
 CLOSE = 1e-5
 # The labels' losses are means of those at either side of the weights; so near, curvature is below rounding.
 EPSILON = 1e-5
+# A router chooses anew at either side. Where a token is at such a border the loss jumps, and labels are means of both:
+# nearer still hardly a token is, and so many rows of a mixture may have one.
+EPSILON_OF_MIXTURES, ROWS_AT_BORDERS, JUMP = 1e-7, 2, 5e-3
 
 
 class Weights(TrainerCallback):
@@ -41,6 +44,10 @@ class Weights(TrainerCallback):
             self.kept = {key: value.clone() for key, value in kwargs["model"].state_dict().items()}
 
 
+def is_mixture(model: torch.nn.Module) -> bool:
+    return any("router" in name or "expert" in name for name, _ in model.named_modules())
+
+
 def make_trainer(kind: Kind, output_dir: Path, callbacks: list[TrainerCallback]) -> Any:
     leave_modules_to_themselves()
     torch.manual_seed(0)
@@ -48,7 +55,8 @@ def make_trainer(kind: Kind, output_dir: Path, callbacks: list[TrainerCallback])
     config = MatesConfig(
         update_steps=BOUNDARY, num_probes=NUM_PROBES, selection_ratio=0.5, on_weak_signal="select", average_steps=0
     )
-    probe = DirectionalProbe(**{"epsilon": EPSILON, **kind.probe})
+    epsilon = EPSILON_OF_MIXTURES if is_mixture(model) else EPSILON
+    probe = DirectionalProbe(**{"epsilon": epsilon, **kind.probe})
     mates = MatesCallback(kind.reference(), config, probe=probe)
     trainer = kind.trainer(
         model=model,
@@ -118,7 +126,9 @@ def test_what_is_probed_is_what_is_trained(kind: Kind, tmp_path: Path) -> None:
     trainer.model.load_state_dict(weights.kept)
     losses, counts = rows_alone(kind, trainer, labels.candidate_id.tolist())
     assert len(losses) >= NUM_PROBES // 2
-    np.testing.assert_allclose(labels.loss, losses, rtol=0, atol=CLOSE)
+    off = np.abs(labels.loss - losses)
+    assert off.max() <= (JUMP if is_mixture(trainer.model) else CLOSE), off
+    assert (off > CLOSE).sum() <= ROWS_AT_BORDERS, off
     if any(counts):
         assert labels.num_tokens.tolist() == counts
     assert np.isfinite(labels.influence).all()

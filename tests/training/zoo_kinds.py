@@ -71,8 +71,6 @@ ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 UNROUTED = {"without": {"output_router_logits": False}}
 add_each({"Mixtral": ROUTED}, LM, **UNROUTED)
 add_each({"Qwen2Moe": ROUTED, "GraniteMoe": ROUTED}, LM, slow=True, **UNROUTED)
-# Its router drops an expert at a threshold: one that is passed between the two sides moves the mean of them.
-add_each("Phimoe", LM, slow=True, probe={"epsilon": 1e-7}, **PADDED)
 # A causal head on an encoder that sees both ways: shifted all the same, and padding must stay masked.
 add("BertLMHeadModel both ways", functools.partial(build, "BertLMHeadModel"), **PADDED)
 
@@ -80,7 +78,7 @@ add_each(
     "Afmoe Apertus Arcee AriaText BitNet Camembert CodeGen Cohere Cohere2Moe Cwm Data2VecText DiffLlama Doge Dots1 "
     "Electra Ernie Ernie4_5 Ernie4_5_Moe Exaone4 FalconMamba FlexOlmo Gemma Glm Glm4 Glm4Moe GPTBigCode Granite "
     "GPTNeoXJapanese GraniteMoeShared Helium HunYuanDenseV1 HunYuanMoEV1 JetMoe Lfm2 MegatronBert MiniMax MiniMaxM2 "
-    "Ministral ModernBertDecoder Moshi NanoChat Nemotron Olmo Olmo2 Olmo3 OlmoHybrid Olmoe Persimmon Phi Qwen2 "
+    "Ministral ModernBertDecoder Moshi NanoChat Nemotron Olmo Olmo2 Olmo3 OlmoHybrid Olmoe Persimmon Phi Phimoe Qwen2 "
     "Qwen3Moe RemBert Roberta RobertaPreLayerNorm RoFormer SeedOss SmolLM3 SolarOpen Starcoder2 VaultGemma XLMRoberta "
     "XLMRobertaXL BigBird GPTJ Qwen3 OPT XGLM Mpt Phi3 StableLm", LM, slow=True, **PADDED,
 )  # fmt: skip
