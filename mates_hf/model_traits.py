@@ -40,7 +40,7 @@ def context_length(model: Any) -> int | None:
     for part in (config, getattr(config, "text_config", None)):
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             value = getattr(part, name, None)
-            if isinstance(value, int):
+            if isinstance(value, int) and value > 0:  # XLNet says -1, having no limit
                 return value
     return None
 
