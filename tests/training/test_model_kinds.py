@@ -28,8 +28,8 @@ STEPS, BOUNDARY, NUM_PROBES = 4, 2, 10
 CLOSE = 1e-5
 # The labels' losses are means of those at either side of the weights; so near, curvature is below rounding.
 EPSILON = 1e-5
-# A router chooses anew at either side. Where a token is at such a border the loss jumps, and labels are means of both:
-# nearer still hardly a token is, and so many rows of a mixture may have one.
+# A router chooses anew at either side. Where a token is at such a border the loss jumps, and a label is the mean of
+# both. Nearer to the weights hardly a token is at one; this many rows of a mixture may be, and off by this much.
 EPSILON_OF_MIXTURES, ROWS_AT_BORDERS, JUMP = 1e-7, 2, 5e-3
 
 
