@@ -35,7 +35,7 @@ LENGTH, VOCAB, ROWS_PER_BATCH = 32, 1024, 2
 MOST = 3.2
 STAGES = {
     "mates_hf.training.session.WeightAverage.update": "average",
-    "mates_hf.training.session.weights_digest": "digest",
+    "mates_hf.training.measure.weights_digest": "digest",
     "mates_hf.training.rounds.measure_labels": "probe",
     "mates_hf.training.rounds.measure_audit": "audit",
     "mates_hf.training.session.Session._look": "boundary",

@@ -7,9 +7,9 @@ name and a few facts as text. Trade-off: what is cut off is marked by an ellipsi
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Mapping
 from typing import Any
+from xml.etree import ElementTree
 
 MAX_LINES = 10
 MAX_WIDTH = 100
@@ -50,14 +50,15 @@ def html_card(title: str, facts: Mapping[str, str]) -> str:
     Returns:
         HTML.
     """
-    shown = list(facts.items())[: MAX_LINES - 1]
-    rows = "".join(
-        f'<tr><th style="text-align:left">{html.escape(cut(name, MAX_WIDTH))}</th>'
-        f'<td style="text-align:left">{html.escape(cut(value, 2 * MAX_WIDTH))}</td></tr>'
-        for name, value in shown
-    )
-    caption = f'<caption style="text-align:left"><b>{html.escape(cut(title, MAX_WIDTH))}</b></caption>'
-    return f"<table>{caption}<tbody>{rows}</tbody></table>"
+    left = {"style": "text-align:left"}
+    table = ElementTree.Element("table")
+    ElementTree.SubElement(ElementTree.SubElement(table, "caption", left), "b").text = cut(title, MAX_WIDTH)
+    body = ElementTree.SubElement(table, "tbody")
+    for name, value in list(facts.items())[: MAX_LINES - 1]:
+        row = ElementTree.SubElement(body, "tr")
+        ElementTree.SubElement(row, "th", left).text = cut(name, MAX_WIDTH)
+        ElementTree.SubElement(row, "td", left).text = cut(value, 2 * MAX_WIDTH)
+    return ElementTree.tostring(table, encoding="unicode", method="html")
 
 
 def call(name: str, arguments: Mapping[str, Any]) -> str:

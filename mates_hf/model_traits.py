@@ -6,6 +6,7 @@ is given the benefit of the doubt: None, and whoever asked goes on without that 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -150,8 +151,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 def accepts(model: nn.Module, name: str) -> bool:
     """True where the model's forward takes an argument of that name."""
+    return _accepts(type(model), name)
+
+
+@functools.cache
+def _accepts(kind: Any, name: str) -> bool:
     # The class's forward: accelerate hides the signature of the instance's own.
-    parameters = inspect.signature(type(model).forward).parameters.values()
+    parameters = inspect.signature(kind.forward).parameters.values()
     return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 

@@ -588,7 +588,7 @@ def test_wrong_input_is_refused_by_name(
         make().predict(rows)
     with pytest.raises(ValueError, match="Pass the pool that was probed"):
         fitted["head_only"].evaluate(make_rows(160, seed=70), labels)
-    with pytest.raises(ValueError, match="`candidate_id` must be rows 0 to 4"):
+    with pytest.raises(ValueError, match="must be those that were measured, got 5 rows"):
         make(tokenizer=None).fit(datasets.Dataset.from_dict({"text": ["w4 w5"] * 5}), labels)
     with pytest.raises(ValueError, match="`text` must hold texts, got int in row 1"):
         make(tokenizer=None).fit([{"text": "w4"}, *[{"text": 4}] * 159], labels)
