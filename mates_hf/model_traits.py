@@ -151,7 +151,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 def accepts(model: nn.Module, name: str) -> bool:
     """True where the model's forward takes an argument of that name."""
-    return _accepts(type(model), name)
+    kind: Any = type(model)
+    return _accepts(kind, name)
 
 
 @functools.cache

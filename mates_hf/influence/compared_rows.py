@@ -55,9 +55,9 @@ class ComparedRows:
         """The batch of the longest chosen row."""
         return max((self._looked_at[i] for i in self.rows), key=_size)
 
-    def together(self, num: int) -> Mapping[str, Any]:
-        """The first `num` rows in one batch; raises what the collator raises."""
-        return collate(self.collated.dataset, self.collated.collate_fn, self.rows[:num])
+    def together(self, rows: list[int]) -> Mapping[str, Any]:
+        """Some pool rows in one batch; raises what the collator raises."""
+        return collate(self.collated.dataset, self.collated.collate_fn, rows)
 
     def further_inputs(self, *, reads_all: bool) -> set[str]:
         """Inputs beside ids, labels and mask that reach the model; every key where the run's loss `reads_all`."""

@@ -5,8 +5,8 @@ of the pool are collated, one by one and together. Of the readings that a probe 
 taken that equals the run's own loss on them. Where none does, the own loss is measured row by row; where the rows'
 own losses do not make up the batch's, the run is refused with both numbers.
 
-Trade-off: a dozen forward passes of a few rows at the start of a run, so that a label of another loss than the one
-that is trained has nowhere to come from.
+Trade-off: some forward passes of a few rows at the start of a run, of up to 64 where the model takes further inputs,
+so that a label of another loss than the one that is trained has nowhere to come from.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from mates_hf.influence.losses import likelihood, needs_labels, token_losses
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
 from mates_hf.model_traits import input_device, is_low_precision, run_inputs
 from mates_hf.preserve import local_shard, preserved, undisturbed
-from mates_hf.records import InfluenceError, UnsupportedSettingError
+from mates_hf.records import InfluenceError, IntArray, UnsupportedSettingError
 
 logger = logging.getLogger(__name__)
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
-NUM_TOGETHER = 3  # rows compared in one batch
+NUM_TOGETHER, MAX_BATCHES = 3, 4  # rows compared in one batch, and batches of them
 _APART = 0.05  # nats: readings that part by less are compared at other weights, too
 WAY_OUT = (
     "Pass the loss that the run trains with to the probe, as `MatesCallback(..., probe=DirectionalProbe(loss=...))`."
@@ -110,7 +110,7 @@ class _Comparison:
             constants[reading.mask_key] = 1  # every target of a passage counts
         reading = dataclasses.replace(reading, feed=feed, constants=constants)
         if not self.rows.is_random():
-            alike, found = self._check_batch(reading, own)
+            alike, found = self._check_batches(reading, own)
             compared.update(found)
             if feed == "collated" and (not alike or reading.loss is not None):
                 reading = dataclasses.replace(reading, feed="row")
@@ -267,37 +267,56 @@ class _Comparison:
             for parts in (alone, together)
         )
 
-    def _check_batch(self, reading: Reading, own: FloatArray) -> tuple[bool, dict[str, Any]]:
-        """Whether rows in one batch have the losses that they have alone, and what was found.
+    def _check_batches(self, reading: Reading, own: FloatArray) -> tuple[bool, dict[str, Any]]:
+        """Whether rows in one batch have the losses that they have alone, and what was found of the first batch.
 
         Raises:
             UnsupportedSettingError: the run's loss of a batch does not follow from its rows.
         """
-        rows = self.rows.rows[:NUM_TOGETHER]
+        firsts = range(0, min(len(self.rows.rows), MAX_BATCHES * NUM_TOGETHER), NUM_TOGETHER)
+        found: dict[str, Any] = {}
+        possible = {"tokens", "rows"}
+        for number, first in enumerate(firsts):
+            ids = np.arange(first, min(first + NUM_TOGETHER, len(self.rows.rows)))
+            if len(ids) < 2:
+                break
+            weighs = self._check_batch(reading, own, ids, possible)
+            if weighs is None:
+                return False, found
+            possible = set(weighs) - {"batch_loss"}
+            if number == 0:
+                found["batch_loss"] = weighs["batch_loss"]
+            found["weighs"] = "tokens" if "tokens" in possible else "rows"
+        return True, found
+
+    def _check_batch(
+        self, reading: Reading, own: FloatArray, chosen: IntArray, possible: set[str]
+    ) -> dict[str, float] | None:
+        """Which of the possible weights make the loss of one batch of its rows'; None where rows must run alone."""
+        rows = [self.rows.rows[i] for i in chosen]
         try:
-            batch = self.rows.together(NUM_TOGETHER)
+            batch = self.rows.together(rows)
         except Exception as error:  # a collator of single rows, or of rows of one length
             logger.debug("The collator makes no batch of pool rows %s: %s", rows, error)
-            return False, {}
+            return None
         if len(batch.get("input_ids", rows)) != len(rows):
-            return False, {}
+            return None
         together = self._loss(self.run_loss, batch)
         counts = self.pool.collated(np.array(rows), reading).num_targets
         if together is None or not counts.sum():
-            return False, {}
+            return None
         if reading.loss is None and len(model_batch(batch, reading).targets()[0]) != counts.sum():
-            return False, {}  # padding on the left: a row's first token is trained behind it
-        means = {"tokens": float(np.average(own[: len(rows)], weights=counts)), "rows": float(own[: len(rows)].mean())}
-        weighs = min(means, key=lambda name: abs(means[name] - together))
-        found = {"batch_loss": together, "weighs": weighs}
+            return None  # padding on the left: a row's first token is trained behind it
+        means = {"tokens": float(np.average(own[chosen], weights=counts)), "rows": float(own[chosen].mean())}
         tolerance = 2 * self._tolerance(own)
-        if abs(means[weighs] - together) <= tolerance:
-            return True, found
-        if self._padding_moves(batch, reading, counts, together if reading.loss is None else None):
-            return False, {**found, "weighs": "tokens"}
+        weighs = {name: means[name] for name in possible if abs(means[name] - together) <= tolerance}
+        if weighs:
+            return {**weighs, "batch_loss": together}
+        if self._padding_moves(batch, reading, chosen, counts, together if reading.loss is None else None):
+            return None
         with without_router_loss(self.model) as has_router_loss:  # which is a batch's, and part of an own loss
             if has_router_loss:
-                return False, {**found, "weighs": "tokens"}
+                return None
         raise UnsupportedSettingError(
             "The loss of a batch must be a mean over its rows, so that a row has a loss of its own; "
             f"{self.run_loss.name} of pool rows {rows} together is {together:.6f}, and of the same rows one by one "
@@ -305,7 +324,12 @@ class _Comparison:
         )
 
     def _padding_moves(
-        self, batch: Mapping[str, Any], reading: Reading, counts: npt.NDArray[Any], together: float | None
+        self,
+        batch: Mapping[str, Any],
+        reading: Reading,
+        chosen: IntArray,
+        counts: npt.NDArray[Any],
+        together: float | None,
     ) -> bool:
         """True where a row's likelihood is another one beside longer rows (padding on the left moves positions, say).
 
@@ -313,7 +337,7 @@ class _Comparison:
         """
         plain = dataclasses.replace(reading, loss=None)
         read = self._read(batch, plain)
-        singles = [self._read(single, plain) for single in self.rows.batches[: len(counts)]]
+        singles = [self._read(self.rows.batches[i], plain) for i in chosen]
         if read is None or any(single is None for single in singles):
             return False
         alone = np.array([single.mean() for single in singles if single is not None])

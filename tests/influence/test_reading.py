@@ -323,6 +323,13 @@ def test_a_loss_that_rows_do_not_make_up_is_refused_with_both_numbers(make_tiny_
     np.testing.assert_allclose(labels.loss, losses_alone(model, columns(), right_padded), atol=ROUNDING)
 
 
+def test_weights_of_the_loss_are_refused_though_some_batches_hide_them(make_tiny_model: Callable[..., Any]) -> None:
+    """Rows of one weight make up their batch; rows of several do not, whichever are looked at first."""
+    weights = [[1 + (i % 7 == 0)] * len(row) for i, row in enumerate(ROWS)]
+    with pytest.raises(UnsupportedSettingError, match=r"together is \d+\.\d+.*one by one \d+\.\d+"):
+        find_reading(own(make_tiny_model, "masked"), CandidatePool(columns(loss_mask=weights), right_padded))
+
+
 def test_a_reference_loss_that_is_not_the_models_is_refused(make_tiny_model: Callable[..., Any]) -> None:
     class Odd(LlamaForCausalLM):
         """Trains a token of some rows twice: those of the reference."""
