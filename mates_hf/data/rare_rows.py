@@ -167,15 +167,16 @@ class _Kinds:
         import pyarrow.compute as pc
 
         self._note_extremes(place, "length", _numpy(pc.binary_length(array)), rows)
+        if (place, WORD) in self._full:
+            return  # no more to be learnt: nearly always so for texts to read, after the rows looked at
         starts = pc.utf8_slice_codeunits(array, 0, MAX_TEXT)
         if not self._note_distinct(place, VALUE, starts, rows):
             if (place, SHAPE) not in self._full:
                 shapes = pc.replace_substring_regex(starts, r"[0-9]+", "0")
                 if self._note_distinct(place, SHAPE, shapes, rows):
                     return
-            if (place, WORD) not in self._full:
-                words = pc.struct_field(pc.extract_regex(starts, r"^(?P<word>\pL*)"), [0])
-                self._note_distinct(place, WORD, words, rows)
+            words = pc.struct_field(pc.extract_regex(starts, r"^(?P<word>\pL*)"), [0])
+            self._note_distinct(place, WORD, words, rows)
 
     def _note_where(self, place: str, kind: str, where: npt.NDArray[np.bool_], rows: IntArray) -> None:
         first = self._first.setdefault((place, "is"), {})

@@ -8,11 +8,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from mates_hf.data.columns import physical_rows
-from mates_hf.data.deciding import deciding_column
+from mates_hf.data.deciding import deciding_column, has_gap, made_up_of
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rare_rows import MAX_FOUND, WatchedRow, find_rare_rows
 
@@ -248,3 +249,53 @@ def test_every_kind_of_value(value: Any, reads: Callable[[Any], Any]) -> None:
     others = {"column": [3] if value is None else []}
     assert deciding_column(row, others, 3, lambda row: reads(row["column"])) == "column"
     assert deciding_column(row, others, 3, lambda row: row["input_ids"]) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "usual", "rare"),
+    [
+        (pa.float16(), np.float16(1.0), np.float16(-1.0)),
+        (pa.float64(), 1.0, float("nan")),
+        (pa.uint64(), 1, 2**64 - 1),
+        (pa.large_string(), "web", "instruct"),
+        (pa.dictionary(pa.int8(), pa.string()), "web", "instruct"),
+        (pa.list_(pa.int8(), 3), [1, 1, 1], [1, 0, 1]),
+        (pa.list_(pa.int8(), 3), [1, 0, 1], None),
+        (pa.large_list(pa.list_(pa.float32())), [[1.0], []], [[1.0], [-2.0]]),
+        (pa.list_(pa.struct({"role": pa.string()})), [{"role": "user"}] * 2, [{"role": "user"}, {"role": "tool"}]),
+        (pa.list_(pa.string()), ["a"], ["a", None]),
+        (pa.list_(pa.bool_()), [True, False], []),
+        (pa.struct({"a": pa.struct({"b": pa.int64()})}), {"a": {"b": 1}}, {"a": None}),
+        (pa.timestamp("s"), 1, None),
+        (pa.binary(), b"a", None),
+        (pa.map_(pa.string(), pa.int64()), [("a", 1)], None),
+    ],
+)
+def test_a_rare_value_of_any_type_is_found_where_it_is(kind: pa.DataType, usual: Any, rare: Any) -> None:
+    values = [usual] * 500
+    values[321] = rare
+    array = pa.array([None, *values], kind)
+    pieces = [array.slice(1, 300), array.slice(301)]  # slices that begin within an array
+    indices = np.random.default_rng(0).permutation(500)
+    for shuffled in (None, indices):
+        looked_at = np.array([i for i in range(64) if shuffled is None or shuffled[i] != 321])
+        found = find_rare_rows({"c": pa.chunked_array(pieces)}, shuffled, 500, looked_at)
+        at = 321 if shuffled is None else int(np.flatnonzero(shuffled == 321)[0])
+        assert found.rows.tolist() == [at]
+        assert at in found.by_column["c"]
+        assert not found.unproven
+    for empty in (pa.array([None] * 500), pa.array([[None]] * 500), pa.array([[]] * 500)):
+        assert not len(find_rare_rows({"c": pa.chunked_array([empty])}, None, 500, np.arange(9)).rows)
+
+
+@pytest.mark.parametrize("reads", [lambda v: v["mask"], lambda v: v["spans"], lambda v: v["start"] and v["end"]])
+def test_values_made_up_of_a_type(reads: Callable[[Any], Any]) -> None:
+    span = pa.struct({"end": pa.int64(), "start": pa.int64()})
+    kind = pa.struct({"mask": pa.list_(pa.bool_()), "spans": pa.list_(span), "start": pa.int32(), "end": pa.int32()})
+    made = made_up_of(kind, 10)
+    assert pa.array(made, kind).to_pylist() == made
+    assert any(map(reads, made))
+    assert any(value[0]["start"] < value[0]["end"] for value in made_up_of(pa.list_(span), 10))
+    assert [0] * 5 + [1] * 5 in made_up_of(pa.list_(pa.int8()), 10)
+    assert has_gap({"a": {"b": []}})
+    assert not has_gap({"a": {"b": ""}})
