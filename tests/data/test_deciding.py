@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from mates_hf.data import rare_rows
 from mates_hf.data.columns import physical_rows
 from mates_hf.data.deciding import deciding_column, has_gap, made_up_of
 from mates_hf.data.pool import CandidatePool
@@ -299,3 +300,17 @@ def test_values_made_up_of_a_type(reads: Callable[[Any], Any]) -> None:
     assert [0] * 5 + [1] * 5 in made_up_of(pa.list_(pa.int8()), 10)
     assert has_gap({"a": {"b": []}})
     assert not has_gap({"a": {"b": ""}})
+
+
+def test_a_long_dataset_is_scanned_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("BLOCK", 10), ("MAX_ROWS", 100), ("MAX_ELEMENTS", 300), ("BLOCK_BYTES", 200)):
+        monkeypatch.setattr(rare_rows, name, value)
+    values = [[1, 1, 1]] * 1_000
+    values[5] = values[500] = values[995] = [1, 0, 1]
+    column = pa.chunked_array([pa.array(values[i : i + 7], pa.list_(pa.int64())) for i in range(0, 1_000, 7)])
+    assert find_rare_rows({"c": column}, None, 1_000, np.arange(20, 30)).rows.tolist() == [5]
+    values[5], values[500] = [1, 1, 1], [1, 1, 1]
+    column = pa.chunked_array([pa.array(values[i : i + 7], pa.list_(pa.int64())) for i in range(0, 1_000, 7)])
+    assert find_rare_rows({"c": column}, None, 1_000, np.arange(20, 30)).rows.tolist() == [995]
+    backwards = np.arange(1_000)[::-1].astype(np.int64)
+    assert find_rare_rows({"c": column}, backwards, 1_000, np.arange(20, 30)).rows.tolist() == [4]
