@@ -7,7 +7,7 @@ values; texts that differ in every row are told apart by their shape (whatever t
 
 Trade-off: at most `MAX_ROWS` rows and `MAX_ELEMENTS` list elements of a column are read, in stretches spread over the
 dataset. Texts of more kinds than `MAX_KINDS` prove nothing, so their columns are named in `RareRows.unproven`, and a
-collator that asks for one by name is not trusted (`WatchedRow`); one that picks it from a walk over `items()` is missed.
+collator that asks for one by name is not trusted (`WatchedRow`); picking it from a walk over `items()` is not seen.
 """
 
 from __future__ import annotations
