@@ -2,8 +2,9 @@
 
 Place in the flow: the fast path of `pool`. Trade-off: a collator is user code, so what it does is found by looking, at
 a fixed set of rows that holds the longest ones (a collator that truncates shows there), at made-up rows with the
-tokenizer's special tokens (one that drops a token's label shows there), and at rows with a further column changed (one
-that a mask or a kind of row decides shows there, `deciding`). A collator that draws random numbers never qualifies.
+tokenizer's special tokens (one that drops a token's label shows there), at rows that differ in kind in a further
+column (`rare_rows`), and at rows with such a column changed (one that a mask or a kind of row decides shows there,
+`deciding`). A collator that draws random numbers never qualifies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy.typing as npt
 
 from mates_hf.data.arrow import ListColumn, Ragged, assemble, effective_labels
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, read_row, rng_state, stack_rows
-from mates_hf.data.deciding import deciding_column
+from mates_hf.data.deciding import MAX_OTHERS, deciding_column, has_gap, made_up_of
+from mates_hf.data.rare_rows import RareRows, WatchedRow, find_rare_rows
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.data.token_columns import LABELS, MASK, TOKENS, aligned, check_types, counts, read_column
 from mates_hf.records import IntArray
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 LabelRule: TypeAlias = Literal["column", "all"] | int
 
 NUM_LONGEST, NUM_SHORTEST, NUM_SPREAD = 16, 8, 40
-MAX_SCANNED, MAX_DISTINCT = 1 << 20, 12  # rows of a further column that are read, and values of it that are tried
 BLOCK = 1 << 20  # rows whose lengths are looked at at once
 
 
@@ -108,8 +109,18 @@ class DatasetColumns:
         return self._rules[key]
 
     def _look_for_rule(self, collate_fn: Collator, has_labels: bool) -> LabelRule | None:
-        """Compare the collator's rows with the columns, twice."""
+        """Compare the collator's rows with the columns."""
         ids = self._rows_to_check()
+        rows = self._collated(collate_fn, ids)
+        if rows is None:
+            return None
+        for rule in self._possible_rules(collate_fn, rows, int(ids[0]), has_labels):
+            if _same(rows, self.read(ids, rule)):
+                return None if self._is_decided_by_a_column(collate_fn, ids, rule) else rule
+        return None
+
+    def _collated(self, collate_fn: Collator, ids: IntArray) -> TokenRows | None:
+        """What the collator makes of rows; None where that is random."""
         with forked_rng(0):
             before = rng_state()
             rows, again = (
@@ -117,41 +128,59 @@ class DatasetColumns:
                 for _ in range(2)
             )
             drew_random = rng_state() != before
-        if drew_random or not _same(rows, again):
-            return None
-        for rule in self._possible_rules(collate_fn, rows, int(ids[0]), has_labels):
-            if _same(rows, self.read(ids, rule)):
-                return None if self._is_decided_by_a_column(collate_fn, ids) else rule
-        return None
+        return None if drew_random or not _same(rows, again) else rows
 
-    def _is_decided_by_a_column(self, collate_fn: Collator, ids: IntArray) -> bool:
-        """True where a further column changes ids, labels or mask of a collated row; says which."""
+    def _is_decided_by_a_column(self, collate_fn: Collator, ids: IntArray, rule: LabelRule) -> bool:
+        """True where a further column changes ids, labels or mask of a collated row, or may; says which."""
         names = [name for name in visible_columns(self.dataset) or () if name not in CollatedRow._fields]
         if not names:
             return False
+        columns = {name: self.dataset.data.column(name) for name in names}
+        rare = find_rare_rows(columns, physical_rows(self.dataset), len(self.dataset), ids)
+        if len(rare.rows):
+            rows = self._collated(collate_fn, rare.rows)
+            if rows is None or not _same(rows, self.read(rare.rows, rule)):
+                logger.info("Candidates are read row by row: the collator treats some rows otherwise than the rest.")
+                return True
         looked_at = [self.dataset[i] for i in ids[np.linspace(0, len(ids) - 1, 24).astype(int)].tolist()]
-        others = {name: self._other_values(name, looked_at) for name in names}
+        column = self._changes_a_row(collate_fn, looked_at, rare) or self._asks_for(collate_fn, looked_at, rare)
+        if column is not None:
+            logger.info("Candidates are read row by row: the collator reads the column `%s`.", column)
+        return column is not None
+
+    def _changes_a_row(self, collate_fn: Collator, looked_at: list[Any], rare: RareRows) -> str | None:
+        """A column by whose change a row is collated differently."""
 
         def collated(row: dict[str, Any]) -> tuple[list[int], list[int]]:
             found = stack_rows([read_row(row, collate_fn, "a made-up row")])
             return found.values.tolist(), effective_labels(found).tolist()
 
+        rows = {i: self.dataset[i] for shown in rare.by_column.values() for i in shown[:MAX_OTHERS]}
+        others = {
+            name: [_listed(row[name]) for row in [*(rows[i] for i in shown[:MAX_OTHERS]), *looked_at]]
+            for name, shown in rare.by_column.items()
+        }
+        types = {name: self.dataset.data.column(name).type for name in others}
         for row in (looked_at[0], looked_at[len(looked_at) // 2]):
             plain = {name: _listed(value) for name, value in row.items()}
+            length = len(plain["input_ids"])
+            gaps = {name: made_up_of(types[name], length) if has_gap(plain[name]) else [] for name in others}
+            values = {name: [*gaps[name], *others[name]] for name in others}
             with forked_rng(0):
-                column = deciding_column(plain, others, len(plain["input_ids"]), collated)
+                column = deciding_column(plain, values, length, collated)
             if column is not None:
-                logger.info("Candidates are read row by row: the collator reads the column `%s`.", column)
-                return True
-        return False
+                return column
+        return None
 
-    def _other_values(self, name: str, looked_at: list[Any]) -> list[Any]:
-        """Values of a column in the rows looked at, and the distinct ones of the whole column where they are few."""
-        values = [_listed(row[name]) for row in looked_at]
-        column = self.dataset.data.column(name)
-        simple = is_simple(column.type) and self.dataset.format["type"] is None
-        distinct = column.slice(0, MAX_SCANNED).unique().slice(0, MAX_DISTINCT).to_pylist() if simple else []
-        return [*(value for value in distinct if value is not None), *values]
+    def _asks_for(self, collate_fn: Collator, looked_at: list[Any], rare: RareRows) -> str | None:
+        """A column of more kinds than were tried for which the collator asks by its name."""
+        if not rare.unproven:
+            return None
+        asked_for: set[str] = set()
+        with forked_rng(0):
+            for row in [*looked_at, *(self.dataset[i] for i in rare.rows.tolist())]:
+                read_row(WatchedRow(row.items(), asked_for), collate_fn, "a watched row")
+        return min(asked_for & rare.unproven, default=None)
 
     def _possible_rules(
         self, collate_fn: Collator, rows: TokenRows, longest: int, has_labels: bool
@@ -211,14 +240,6 @@ class DatasetColumns:
         if name not in self._opened:
             self._opened[name] = ListColumn(self.dataset.data.column(name), name, physical_rows(self.dataset))
         return self._opened[name]
-
-
-def is_simple(column_type: Any) -> bool:
-    """True for columns of texts, flags and whole numbers."""
-    import pyarrow as pa
-
-    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_integer)
-    return any(kind(column_type) for kind in kinds)
 
 
 def _listed(value: Any) -> Any:

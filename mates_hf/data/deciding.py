@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_CALLS = 600  # of a collator, over all changes to a row
-MAX_OTHERS = 12  # other values of a column that are tried
+MAX_OTHERS = 24  # other values of a column that are tried
 MAX_IN_PAIRS = 5  # values of each of two columns that are changed together
 
 
@@ -67,7 +70,7 @@ def _made_up(value: Any, length: int) -> Iterator[Any]:
             yield 1 - value
         yield from (number for number in (max(1, length // 2), value + 1, value + 2, 0) if number != value)
     elif isinstance(value, float):
-        yield from (number for number in (1.0 - value, value + 1.0, 0.0, 1.0) if number != value)
+        yield from (number for number in (1.0 - value, -value, value + 1.0, -1.0, 0.0, 1.0) if number != value)
     elif isinstance(value, str):
         yield from (text for text in (value + "x" * max(1, length // 2), value + "x", "") if text != value)
     elif isinstance(value, Mapping):
@@ -84,6 +87,50 @@ def _made_up(value: Any, length: int) -> Iterator[Any]:
                 yield turned
         if all(element in (0, 1) for element in value):
             yield from (kind for kind in ([0] * len(value), [1] * len(value)) if kind != list(value))
+
+
+def has_gap(value: Any) -> bool:
+    """True for a value that has nothing to change, in some part of it."""
+    if isinstance(value, Mapping):
+        return any(map(has_gap, value.values()))
+    return value is None or (isinstance(value, Sequence) and not isinstance(value, str) and not len(value))
+
+
+def made_up_of(kind: pa.DataType, length: int) -> list[Any]:
+    """Values of an Arrow type for a row of so many tokens, for want of one to change; none for a type not known.
+
+    Args:
+        kind: the column's type.
+        length: numbers of this size may say where a completion begins.
+
+    Returns:
+        Up to six values.
+    """
+    import pyarrow as pa
+
+    half = max(1, length // 2)
+    if pa.types.is_boolean(kind):
+        return [True, False]
+    if pa.types.is_integer(kind):
+        return [half, 0, length]  # in this order for structs: each two fields are once a span
+    if pa.types.is_floating(kind):
+        return [-1.0, 0.0, 1.0]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return ["x" * half, ""]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner, rest = kind.value_type, length - half
+        singles = [[value] for value in made_up_of(inner, length)]
+        if pa.types.is_boolean(inner) or pa.types.is_integer(inner) or pa.types.is_floating(inner):
+            off, on = (False, True) if pa.types.is_boolean(inner) else (0, 1)
+            return [[off] * half + [on] * rest, [on] * half + [off] * rest, *singles]
+        return singles
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: made_up_of(kind.field(i).type, length) or [None] for i in range(kind.num_fields)}
+        return [
+            {name: values[(turn + i) % len(values)] for i, (name, values) in enumerate(fields.items())}
+            for turn in range(3)
+        ]
+    return []
 
 
 def _turned(values: Sequence[Any]) -> list[Any]:
