@@ -251,12 +251,11 @@ class Scorer:
             return [b"" if value is None else b"t" + value.encode() for value in values]
         rows = self._token_columns(table).rows(np.arange(table.num_rows))
         columns = [rows.values] if rows.labels is None else [rows.values, rows.labels]
-        flat = [memoryview(np.ascontiguousarray(column, "<i8")).cast("B") for column in columns]
-        ends = (rows.offsets * 8).tolist()
-        return [
-            b"|".join(bytes(column[begin:end]) for column in flat)
-            for begin, end in zip(ends[:-1], ends[1:], strict=True)
-        ]
+        is_short = all(-(2**31) <= column.min(initial=0) and column.max(initial=0) < 2**31 for column in columns)
+        kind = np.dtype("<i4" if is_short else "<i8")  # not the column's own, which a cast changes
+        flat = [column.astype(kind).tobytes() for column in columns]
+        ends = (rows.offsets * kind.itemsize).tolist()
+        return [b"".join(column[begin:end] for column in flat) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
 
     def rows_of(self, dataset: Any, ids: IntArray) -> TokenRows:
         """The rows `ids` of a `datasets.Dataset` as they are predicted, copied."""

@@ -193,7 +193,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 BEST = {
-    "text": "w63 w63 w63 w63 w63 w63", "meta.text": "w63 w63 w63", "input_ids": [63] * 6,
+    "text": "w63 w63 w63 w63 w63 w63", "meta.text": "w63 w63 w63 w63 w63 w63", "input_ids": [63] * 6,
     "messages": [{"role": "user", "content": "w63 w63 w63 w63 w63 w63"}], "labels": [-100] * 6,
 }  # fmt: skip
 
@@ -242,7 +242,7 @@ def test_what_was_scored_stays_known_through_every_order(
         assert np.array_equal(found.influence, expected[np.array(source["id"][:])])
     assert not warnings_of(caplog)
     for source in (scored.select(range(700)), scored.filter(lambda row: row["id"] < 900).flatten_indices()):
-        for changed in (source, source.map(lambda row: {"text": "w63 w63"} if row["id"] == 7 else {})):
+        for changed in (source, source.map(lambda row: {"text": BEST["text"]} if row["id"] == 7 else {})):
             model = CountedMean()
             with caplog.at_level(logging.INFO):
                 found = MatesSelector(model, tiny_tokenizer).select(changed, k=1)
