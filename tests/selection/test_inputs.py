@@ -352,7 +352,7 @@ def test_a_selector_and_its_selections_print_short(chat_tokenizer: Any, dataset:
         assert len(html) < 4000
     assert "NgramInfluenceModel" in repr(selector)
     assert "with chat template" in repr(selector)
-    assert f"digest           {model_digest(selector.influence_model)[:12]} (of the" in repr(selector)
+    assert f"digest             {model_digest(selector.influence_model)[:12]} (of the" in repr(selector)
     assert "digest" not in repr(MatesSelector(NoDigest()))
     assert "round 3, step 1,200" in repr(selector)
     assert repr(printed[2]).startswith("Selection: 6 of 30 rows (20.0%)")
