@@ -242,6 +242,21 @@ class Scorer:
             return self._token_columns(dataset.data, physical_rows(dataset)).content(ids)
         return json.dumps(self._texts(dataset, ids), default=str).encode()
 
+    def row_bytes(self, table: Any) -> list[bytes]:
+        """What each row of an Arrow table holds in the columns that a prediction reads; no text is tokenised."""
+        if self.is_text:
+            values = python_values(column_at(table, self.names))
+            if self.is_chat:
+                return [json.dumps(value, default=str).encode() for value in values]
+            return [b"" if value is None else b"t" + value.encode() for value in values]
+        rows = self._token_columns(table).rows(np.arange(table.num_rows))
+        columns = [rows.values] if rows.labels is None else [rows.values, rows.labels]
+        is_short = all(-(2**31) <= column.min(initial=0) and column.max(initial=0) < 2**31 for column in columns)
+        kind = np.dtype("<i4" if is_short else "<i8")  # not the column's own, which a cast changes
+        flat = [column.astype(kind).tobytes() for column in columns]
+        ends = (rows.offsets * kind.itemsize).tolist()
+        return [b"".join(column[begin:end] for column in flat) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+
     def rows_of(self, dataset: Any, ids: IntArray) -> TokenRows:
         """The rows `ids` of a `datasets.Dataset` as they are predicted, copied."""
         if not self.is_text:

@@ -7,11 +7,15 @@ so that a card never claims more than the fit shows; what is not known is said n
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mates_hf.display import interval, number
+from mates_hf.influence.artifacts import model_digest
 from mates_hf.records import FitReport
+
+logger = logging.getLogger(__name__)
 
 TAGS = ["data-selection", "mates", "pretraining"]
 _UNKNOWN = "not recorded"
@@ -58,6 +62,10 @@ def selector_facts(selector: Any) -> dict[str, str]:
     model, tokenizer, origin = selector.influence_model, selector.tokenizer, selector.origin
     report = getattr(model, "report", None)
     facts = {"influence model": type(model).__name__}
+    try:
+        facts["digest"] = f"{model_digest(model)[:12]} (of the influence model)"
+    except Exception as error:  # `save_pretrained` or `digest` of a user's class
+        logger.debug("The influence model has no digest (%s).", error)
     if isinstance(report, FitReport):
         facts["held-out Spearman"] = (
             f"{report.spearman:.2f} {interval(report.interval)}, {report.num_labels} labels fitted, "

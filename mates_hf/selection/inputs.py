@@ -188,12 +188,12 @@ def one_column(column: str | None, text_column: str | None) -> str | None:
     return name
 
 
-def names_of(remove_columns: Any, columns: list[str] | None) -> list[str]:
+def names_of(remove_columns: Any, columns: list[str]) -> list[str]:
     """`remove_columns` as names.
 
     Args:
         remove_columns: one name, several, or None.
-        columns: those the dataset has, or None where that is not known.
+        columns: those the dataset has, or the first rows of a stream that does not say.
 
     Returns:
         The names.
@@ -202,7 +202,7 @@ def names_of(remove_columns: Any, columns: list[str] | None) -> list[str]:
         ValueError: one is not there.
     """
     names = [remove_columns] if isinstance(remove_columns, str) else list(remove_columns or ())
-    missing = [] if columns is None else [name for name in names if name not in columns]
+    missing = [name for name in names if name not in columns]
     if missing:
         raise ValueError(f"`remove_columns` must be columns of the dataset, {columns}, got {missing}.")
     return names

@@ -2,29 +2,32 @@
 
 Place in the flow: `filter` and `select` ask here before they score; `map` and `score` leave here what they found.
 Trade-off: a score is reused only where the model, the tokenizer and the column are the same by digest, so a column of
-unknown origin is never taken for this selector's. A column carried through other changes of a dataset is compared on
-1,024 rows that are predicted anew, so that texts changed under it are noticed, unless few were.
+unknown origin is never taken for this selector's. A column carried through other changes of a dataset is used only
+where every row still is as it was scored: `map` records a sum over the rows of a hash of what was scored together with
+the prediction, which needs no order, and reading the column hashes every row again. So one changed text is noticed,
+and a shuffled or sorted dataset is not scored again.
 
 Shape suffix: N rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import weakref
 from typing import Any
 
 import numpy as np
 
-from mates_hf.data.columns import fixed_positions, physical_rows
+from mates_hf.data.columns import physical_rows
 from mates_hf.influence.scoring import Predictions, Scorer
-from mates_hf.selection.mapped import NUM_KEY_ROWS, SHARD_ROWS, scores_key
+from mates_hf.selection.mapped import AHEAD_ROWS, SHARD_ROWS, scores_key
 from mates_hf.selection.streaming import INFLUENCE_COLUMN
 
 logger = logging.getLogger(__name__)
 
 _RECORD = "mates_hf:influence"  # in `DatasetInfo.download_checksums`, which `save_to_disk` keeps
-_NEAR = 0.01  # of a standard deviation: an encoder's predictions differ a little from batch to batch
+_MOST_HASHED = 32  # table rows for each visible one: of a few rows picked from a large table, scoring is the cheaper
 
 
 class Scored:
@@ -67,17 +70,21 @@ def digest_of(scorer: Scorer) -> str | None:
         return None
 
 
-def record(info: Any, digest: str) -> Any:
-    """A `DatasetInfo` that says whose predictions the `influence` column holds."""
-    info = info.copy()
-    info.download_checksums = {**(info.download_checksums or {}), _RECORD: {"num_bytes": None, "checksum": digest}}
-    return info
+def record(dataset: Any, scorer: Scorer, digest: str) -> None:
+    """Write into a mapped dataset's info whose predictions its `influence` column holds, and of which rows.
+
+    Args:
+        dataset: with the column, and with an info that is its own.
+        scorer: what predicted.
+        digest: of it.
+    """
+    whose = {"num_bytes": None, "checksum": digest, "num_rows": len(dataset), "rows": _digest_of_rows(dataset, scorer)}
+    dataset.info.download_checksums = {**(dataset.info.download_checksums or {}), _RECORD: whose}
 
 
 def is_own(dataset: Any, digest: str | None) -> bool:
     """True where the `influence` column is recorded as this scorer's."""
-    found = (dataset.info.download_checksums or {}).get(_RECORD) or {}
-    return digest is not None and INFLUENCE_COLUMN in dataset.column_names and found.get("checksum") == digest
+    return digest is not None and INFLUENCE_COLUMN in dataset.column_names and _found(dataset)["checksum"] == digest
 
 
 def read_own(dataset: Any, scorer: Scorer, digest: str | None, batch_size: int) -> Predictions | None:
@@ -91,7 +98,7 @@ def read_own(dataset: Any, scorer: Scorer, digest: str | None, batch_size: int) 
 
     Returns:
         The predictions; None, after a warning, where the column is another's or no longer fits its rows, and None
-        where there is no such column.
+        where there is no such column, or not every row it was written for is there to compare.
     """
     if INFLUENCE_COLUMN not in dataset.column_names or not len(dataset):
         return None
@@ -101,22 +108,49 @@ def read_own(dataset: Any, scorer: Scorer, digest: str | None, batch_size: int) 
             "anew. To choose by the column itself, use `dataset.sort` or `dataset.filter`.", INFLUENCE_COLUMN,
         )  # fmt: skip
         return None
-    column, rows = dataset.data.column(INFLUENCE_COLUMN), physical_rows(dataset)
-    if str(column.type) != "float" or column.null_count:
-        influence = np.full(len(dataset), np.nan, np.float32)
-    else:
-        influence = column.to_numpy()
-        influence = influence if rows is None else influence[rows]
-    asked = fixed_positions(len(dataset), NUM_KEY_ROWS)
-    again = scorer.predict(scorer.rows_of(dataset, asked)).influence
-    if not np.allclose(influence[asked], again, rtol=_NEAR, atol=_NEAR * float(np.std(again))):
-        logger.warning(
-            "The dataset's column `%s` no longer fits its rows, which were changed after they were scored: they are "
-            "scored anew.", INFLUENCE_COLUMN,
+    column, rows, found = dataset.data.column(INFLUENCE_COLUMN), physical_rows(dataset), _found(dataset)
+    # What `filter`, `shuffle` and `train_test_split` leave out or reorder is still in the table.
+    if len(column) != found["num_rows"] or len(column) > _MOST_HASHED * len(dataset):
+        logger.info(
+            "Rows were added or picked since the column `%s` was written (for %s rows, now %d), so it cannot be told "
+            "whether they were changed: they are scored anew.", INFLUENCE_COLUMN, found["num_rows"], len(dataset),
         )  # fmt: skip
         return None
+    is_whole = str(column.type) == "float" and not column.null_count
+    if not is_whole or _digest_of_rows(dataset, scorer) != found["rows"]:
+        logger.warning(
+            "The dataset's column `%s` no longer fits its rows, of which at least one was changed after they were "
+            "scored: all are scored anew.", INFLUENCE_COLUMN,
+        )  # fmt: skip
+        return None
+    influence = column.to_numpy()
     step = batch_size if scorer.is_text else SHARD_ROWS
     starts = range(0, len(dataset), step)
     counts = [scorer.rows_of(dataset, np.arange(i, min(i + step, len(dataset)))).num_targets for i in starts]
     logger.info("The column `%s` of this selector is used; no row is predicted again.", INFLUENCE_COLUMN)
+    influence = influence if rows is None else influence[rows]
     return Predictions(np.asarray(influence, np.float32), np.concatenate(counts))
+
+
+def _found(dataset: Any) -> dict[str, Any]:
+    """What is recorded of a dataset's `influence` column."""
+    found = (dataset.info.download_checksums or {}).get(_RECORD) or {}
+    return {name: found.get(name) for name in ("checksum", "num_rows", "rows")}
+
+
+def _digest_of_rows(dataset: Any, scorer: Scorer) -> str | None:
+    """Sum over the rows of a dataset's table, in whatever order, of a hash of what is scored and its influence.
+
+    None where the scored column is not there.
+    """
+    table = dataset.data
+    names = scorer.columns_of(table.column_names)
+    if scorer.names[0] not in names:
+        return None
+    table, total = table.select([*names, INFLUENCE_COLUMN]), 0
+    for begin in range(0, table.num_rows, AHEAD_ROWS):
+        part = table.fast_slice(begin, min(AHEAD_ROWS, table.num_rows - begin))
+        values = part.column(INFLUENCE_COLUMN).to_numpy().astype("<f4").view("V4").tolist()
+        for content, value in zip(scorer.row_bytes(part), values, strict=True):
+            total += int.from_bytes(hashlib.blake2b(value + content, digest_size=8).digest(), "little")
+    return f"{total % 2**64:016x}"

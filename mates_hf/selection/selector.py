@@ -158,8 +158,9 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         digest = scorer.digest()
         if INFLUENCE_COLUMN in dataset.column_names and not is_own(dataset, digest):
             logger.warning("The column `%s`, not known to be this selector's, is replaced.", INFLUENCE_COLUMN)
-        kwargs = {"digest": digest, "info": record(dataset.info, digest), **options, **kwargs}
+        kwargs = {"digest": digest, "info": dataset.info, **options, **kwargs}
         whole, scored = map_rows(dataset, scorer, shards_dir=shards_dir, **kwargs)
+        record(whole, scorer, digest)
         log_intercepts(scored)
         self._scored.keep(dataset, scorer, digest, scored)
         if set(scorer.columns_of(dataset.column_names)) <= set(whole.column_names):
@@ -264,8 +265,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         threshold by `influence`. Equals stand in one random order, so that a choice of k is part of that of k + 1.
 
         What `map`, `score` or `select` of this selector found for this dataset is used again, and so is an
-        `influence` column that this selector wrote, in whatever process. A column of that name from elsewhere is not,
-        with a warning.
+        `influence` column that this selector wrote, in whatever process, if every row is as it was scored. A column of
+        that name from elsewhere, or beside changed rows, is not, with a warning.
 
         Args:
             dataset: as in `filter`.

@@ -58,13 +58,13 @@ def map_stream(
         The stream.
 
     Raises:
-        ValueError: a column to remove is not there, where the stream says which it has.
+        ValueError: a column to remove is not there.
     """
     import datasets
 
     plain, had = unformatted(stream)
     features = None
-    removed = names_of(remove_columns, None if stream.features is None else list(stream.features))
+    removed = names_of(remove_columns, columns)  # `datasets` would pass over a name that is in no row
     if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in removed:
         logger.warning("The stream's column `%s` is replaced by this selector's predictions.", INFLUENCE_COLUMN)
     removed = [name for name in removed if name != INFLUENCE_COLUMN]  # which is written either way

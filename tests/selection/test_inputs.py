@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 
+from mates_hf.influence.artifacts import model_digest
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import MeanId, fit_model, make_lists
 
@@ -327,6 +328,13 @@ def test_columns_inside_of_structs(tiny_tokenizer: Any) -> None:
 # --- what is printed ---
 
 
+class NoDigest:
+    report = None
+
+    def predict(self, rows: Any) -> np.ndarray:
+        raise NotImplementedError
+
+
 def test_a_selector_and_its_selections_print_short(chat_tokenizer: Any, dataset: Dataset) -> None:
     origin = {"round": 3, "step": 1200, "num_probed": 2000, "reference": {"task": "<b>x</b>" * 50}}
     selector = MatesSelector(fit_model(), chat_tokenizer, origin=origin)
@@ -344,6 +352,8 @@ def test_a_selector_and_its_selections_print_short(chat_tokenizer: Any, dataset:
         assert len(html) < 4000
     assert "NgramInfluenceModel" in repr(selector)
     assert "with chat template" in repr(selector)
+    assert f"digest             {model_digest(selector.influence_model)[:12]} (of the" in repr(selector)
+    assert "digest" not in repr(MatesSelector(NoDigest()))
     assert "round 3, step 1,200" in repr(selector)
     assert repr(printed[2]).startswith("Selection: 6 of 30 rows (20.0%)")
     assert "ratio=0.2" in repr(printed[2])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from mates_hf.data.columns import fixed_positions
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import MeanId, fit_model, make_lists
@@ -140,7 +141,7 @@ def test_a_written_column_is_used_in_another_process(
         selector = MatesSelector(counted.model, counted.tokenizer)
         found = selector.select(source, ratio=0.3)
         again = selector.select(source, ratio=0.5)
-        assert counted.num_rows == 82  # the rows that are compared, at most 1,024
+        assert counted.num_rows == 0
         ids = np.array(source["id"][:])
         assert sorted(ids[found.rows]) == expected.rows.tolist()
         assert np.array_equal(found.influence, expected.influence[ids])
@@ -153,6 +154,113 @@ def test_a_written_column_is_used_in_another_process(
     found = selector.select(stale, ratio=0.3)
     assert "no longer fits its rows" in caplog.text
     assert np.array_equal(found.influence, expected.influence[::-1])
+
+
+NUM_MANY = 1400
+CHANGED = int(np.setdiff1d(np.arange(NUM_MANY), fixed_positions(NUM_MANY, 1024))[90])  # a sample of 1,024 misses it
+
+
+@pytest.fixture(scope="module")
+def many() -> Dataset:
+    lists = [[int(i) for i in ids] for ids in np.random.default_rng(0).integers(2, 60, (NUM_MANY, 6))]
+    texts = [" ".join(f"w{i}" for i in ids) for ids in lists]
+    talks = [[{"role": "user", "content": text}] for text in texts]
+    columns = {"input_ids": lists, "labels": lists, "text": texts, "messages": talks, "id": list(range(NUM_MANY))}
+    return Dataset.from_dict({**columns, "meta": [{"text": text} for text in texts]})
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+class CountedMean(MeanId):
+    """Counts its rows; the same in every selector."""
+
+    def predict(self, rows: Any) -> np.ndarray:
+        self.num_calls += 1
+        counted = np.where(rows.target_mask, rows.values, 0)  # a label that is taken away counts
+        return np.array([part.mean() for part in np.split(counted, rows.offsets[1:-1])], np.float32)
+
+    def digest(self) -> str:
+        return "mean"
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    caplog.clear()
+    return said
+
+
+BEST = {
+    "text": "w63 w63 w63 w63 w63 w63", "meta.text": "w63 w63 w63 w63 w63 w63", "input_ids": [63] * 6,
+    "messages": [{"role": "user", "content": "w63 w63 w63 w63 w63 w63"}], "labels": [-100] * 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", BEST)
+def test_one_changed_row_among_many_is_noticed(
+    changed: str, many: Dataset, chat_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    column = "input_ids" if changed == "labels" else changed
+    used = [column.partition(".")[0], "id", *(["labels"] if changed == "labels" else [])]
+    dataset = many.select_columns(used)
+    scored = MatesSelector(CountedMean(), chat_tokenizer).map(dataset, column=column)
+    value = {"text": BEST[changed]} if changed == "meta.text" else BEST[changed]
+    stale = scored.map(lambda row: {changed.partition(".")[0]: value} if row["id"] == CHANGED else {})
+    for source in (stale, stale.shuffle(seed=1), stale.sort("id", reverse=True).flatten_indices()):
+        selector = MatesSelector(CountedMean(), chat_tokenizer)
+        with caplog.at_level(logging.INFO):
+            found = selector.select(source, k=5, column=column)
+        assert [text for text in warnings_of(caplog) if "no longer fits its rows, of which at least one" in text]
+        fresh = MatesSelector(CountedMean(), chat_tokenizer).select(
+            source.remove_columns("influence"), k=5, column=column
+        )
+        assert np.array_equal(found.rows, fresh.rows)
+        assert (CHANGED in found.selected["id"][:]) == (changed != "labels")
+        caplog.clear()
+
+
+def test_what_was_scored_stays_known_through_every_order(
+    many: Dataset, tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = many.select_columns(["text", "id"])
+    shuffled = MatesSelector(CountedMean(), tiny_tokenizer).map(dataset.shuffle(seed=3))
+    scored = MatesSelector(CountedMean(), tiny_tokenizer).map(dataset)
+    shuffled.sort("influence").save_to_disk(tmp_path / "data")
+    expected = MatesSelector(CountedMean(), tiny_tokenizer).score(dataset).influence
+    splits = scored.train_test_split(0.3, seed=0)
+    wider = (
+        scored.add_column("more", list(range(NUM_MANY))).rename_column("id", "number").rename_column("number", "id")
+    )
+    known = [load_from_disk(str(tmp_path / "data")), scored.filter(lambda row: row["id"] % 3 == 0), splits["train"]]
+    known += [splits["test"], scored.sort("influence").flatten_indices(), scored.select([5, *range(200)]), wider]
+    for source in known:
+        model = CountedMean()
+        found = MatesSelector(model, tiny_tokenizer).select(source, ratio=0.5)
+        assert model.num_calls == 0
+        assert np.array_equal(found.influence, expected[np.array(source["id"][:])])
+    assert not warnings_of(caplog)
+    for source in (scored.select(range(700)), scored.filter(lambda row: row["id"] < 900).flatten_indices()):
+        for changed in (source, source.map(lambda row: {"text": BEST["text"]} if row["id"] == 7 else {})):
+            model = CountedMean()
+            with caplog.at_level(logging.INFO):
+                found = MatesSelector(model, tiny_tokenizer).select(changed, k=1)
+            assert model.num_calls
+            assert (
+                "Rows were added or picked since the column `influence` was written (for 1400 rows, now" in caplog.text
+            )
+            assert (found.selected["id"][:] == [7]) == (changed is not source)
+            assert not warnings_of(caplog)
+    few = scored.select([9, 3])  # of a large table: scoring two rows is cheaper than reading it
+    model = CountedMean()
+    assert len(MatesSelector(model, tiny_tokenizer).select(few, k=1)) == 1
+    assert model.num_calls
+    moved = scored.map(lambda row: {"influence": 9.0 if row["id"] == CHANGED else row["influence"]})
+    MatesSelector(CountedMean(), tiny_tokenizer).select(moved, k=1)
+    assert "no longer fits" in warnings_of(caplog)[0]
 
 
 def test_a_foreign_column_is_named_and_not_used(

@@ -61,6 +61,11 @@ def test_a_stream_of_unknown_columns(selector: MatesSelector, dataset: Dataset) 
     assert np.array_equal(np.array([row["influence"] for row in scored], np.float32), expected)
     with pytest.raises(ValueError, match=r"column `body` to score, got the columns \['text', 'id'\]"):
         selector.map(IterableDataset.from_generator(generated), column="body")
+    for wrong in ("labl", ["id", "labl"]):
+        with pytest.raises(ValueError, match=r"columns of the dataset, \['text', 'id'\], got \['labl'\]"):
+            selector.map(IterableDataset.from_generator(generated), remove_columns=wrong)
+    without = selector.map(IterableDataset.from_generator(generated), remove_columns="id")
+    assert list(next(iter(without))) == ["text", "influence"]
 
 
 @pytest.mark.parametrize("position", [1, 40, 129, 299])
