@@ -7,9 +7,9 @@ name and a few facts as text. Trade-off: what is cut off is marked by an ellipsi
 from __future__ import annotations
 
 import dataclasses
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from typing import Any
-from xml.etree import ElementTree
 
 MAX_LINES = 10
 MAX_WIDTH = 100

@@ -308,7 +308,16 @@ def likelihood(model: nn.Module, batch: ModelBatch) -> Tensor:
     Raises:
         UnsupportedSettingError: the logits do not have the shape that the labels call for.
     """
-    logits = run_inputs(model, batch.inputs if not needs_labels(model) else batch.with_labels())
+    return likelihood_of(logits_of_batch(model, batch), batch)
+
+
+def logits_of_batch(model: nn.Module, batch: ModelBatch) -> Tensor:
+    """Whatever the model says of a batch, by a plain forward pass."""
+    return run_inputs(model, batch.inputs if not needs_labels(model) else batch.with_labels())
+
+
+def likelihood_of(logits: Tensor, batch: ModelBatch) -> Tensor:
+    """`likelihood` by logits that are there already, which must have the shape that the labels call for."""
     shape = batch.labels.shape
     if len(shape) > 1:
         shape = torch.Size((shape[0], shape[1] + batch.num_virtual))
@@ -316,7 +325,7 @@ def likelihood(model: nn.Module, batch: ModelBatch) -> Tensor:
         found = None if logits is None else tuple(logits.shape)
         raise UnsupportedSettingError(
             f"The model must give logits of the shape of its labels {tuple(shape)} and one more dimension, got "
-            f"{found} from {type(model).__name__}. Pass the run's own loss as `DirectionalProbe(loss=...)` and what "
+            f"{found}. Pass the run's own loss as `DirectionalProbe(loss=...)` and what "
             "the reference task is measured by as `reference_loss=`."
         )
     index, wanted = batch.targets()

@@ -25,9 +25,9 @@ from mates_hf.data.batches import IGNORED, Feed, Likelihood, Reading
 from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.compared_rows import ComparedRows
-from mates_hf.influence.losses import likelihood, needs_labels, token_losses
+from mates_hf.influence.losses import likelihood, likelihood_of, logits_of_batch, needs_labels, token_losses
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
-from mates_hf.model_traits import input_device, is_low_precision, run_inputs
+from mates_hf.model_traits import input_device, is_low_precision
 from mates_hf.preserve import local_shard, preserved, undisturbed
 from mates_hf.records import InfluenceError, IntArray, UnsupportedSettingError
 
@@ -119,12 +119,12 @@ class _Comparison:
         return dataclasses.replace(reading, compared=compared)
 
     def _count_virtual(self) -> int:
-        """Positions that the model puts before each row's; 0 where its logits have another shape for other reasons."""
+        """Positions that an adapter puts before each row's; 0 where logits have another shape for other reasons."""
         counts = set()
-        for batch in self.rows.batches[:2]:
+        for batch in self.rows.batches[:2] if hasattr(self.model, "peft_config") else ():
             given = model_batch(batch, self.base, self.device)
             try:
-                logits = run_inputs(self.model, given.with_labels() if self.base.encoder_decoder else given.inputs)
+                logits = logits_of_batch(self.model, given)
                 counts.add(
                     logits.shape[1] - given.labels.shape[1] if given.labels.dim() > 1 and given.labels.numel() else 0
                 )
@@ -216,13 +216,22 @@ class _Comparison:
 
     def _means(self) -> list[tuple[Reading, FloatArray]]:
         """Mean loss of each compared row by each reading that the model gives."""
-        found = []
-        for reading in self._readings():
-            values = [self._read(batch, reading) for batch in self.rows.batches]
-            if all(value is not None and (len(value) or reading.mask_key) for value in values):
-                means = [value.mean() if len(value) else 0.0 for value in values if value is not None]
-                found.append((reading, np.array(means, np.float64)))
-        return found
+        means: dict[int, list[float]] = {}
+        readings = self._readings()
+        for batch in self.rows.batches:
+            try:
+                logits = logits_of_batch(self.model, model_batch(batch, self.base, self.device))
+            except _NO_LOGITS:
+                return []
+            for number, reading in enumerate(readings):
+                try:
+                    value = likelihood_of(logits, model_batch(batch, reading, self.device)).double().cpu().numpy()
+                except _NO_LOGITS:
+                    continue
+                if len(value) or reading.mask_key:
+                    means.setdefault(number, []).append(float(value.mean()) if len(value) else 0.0)
+        whole = len(self.rows.batches)
+        return [(readings[number], np.array(values)) for number, values in means.items() if len(values) == whole]
 
     def _tolerance(self, own: FloatArray) -> float:
         """Rounding of a mean loss."""
@@ -253,19 +262,14 @@ class _Comparison:
         return ("plain" if self._feeds_the_same(reading, own) else "collated"), constants
 
     def _feeds_the_same(self, reading: Reading, own: FloatArray) -> bool:
-        """True where rows that this library pads have the run's loss, alone and beside longer ones."""
+        """True where rows that this library pads have the run's loss, beside longer ones."""
         pool = self.pool.select(self.rows.rows)
         pool.reading = reading
         rows = pool.candidates()
         if (rows.num_targets == 0).any() or len(self.rows.batches) > len(rows):
             return False
-        ends = np.cumsum(rows.num_targets)[:-1]
-        alone = [token_losses(self.model, rows.take(np.array([i])), loss=reading.loss) for i in range(len(rows))]
-        together = np.split(token_losses(self.model, rows, loss=reading.loss), ends)
-        return all(
-            _gap(np.array([part.mean() for part in parts]), own) <= 2 * self._tolerance(own)
-            for parts in (alone, together)
-        )
+        parts = np.split(token_losses(self.model, rows, loss=reading.loss), np.cumsum(rows.num_targets)[:-1])
+        return _gap(np.array([part.mean() for part in parts]), own) <= 2 * self._tolerance(own)
 
     def _check_batches(self, reading: Reading, own: FloatArray) -> tuple[bool, dict[str, Any]]:
         """Whether rows in one batch have the losses that they have alone, and what was found of the first batch.

@@ -132,13 +132,13 @@ def _each(rows: TokenRows) -> list[npt.NDArray[Any]]:
 
 
 def _compare(model: nn.Module, reference: ReferenceTask, reading: Reading) -> None:
-    """Run a few passages, alone and together, and hold what is read against the model's own loss of them."""
+    """Run a passage alone and a few together, and hold what is read against the model's own loss of them."""
     rows, device = reference.measured, input_device(model)
     trained = np.flatnonzero(rows.num_targets)
     few = trained[np.argsort(rows.lengths[trained], kind="stable")][[0, len(trained) // 4, len(trained) // 2]]
     few = np.unique(few)[:NUM_COMPARED]
     together = [few] if reading.feed != "row" and len(few) > 1 else []
-    for index in (*(few[i : i + 1] for i in range(len(few))), *together):
+    for index in (few[-1:], *together):
         batch = rows.batch(index, device)
         try:
             read = float(likelihood(model, batch).double().mean())

@@ -162,6 +162,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_the_digest_is_the_same_for_any_sharding_of_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "digest.py"
     script.write_text(SCRIPT, encoding="utf-8")
