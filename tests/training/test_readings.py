@@ -191,6 +191,16 @@ def test_the_record_says_what_was_compared(tmp_path: Path) -> None:
     assert loss["weighs"] == "tokens"
 
 
+def test_rounds_go_to_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Setup().run(tmp_path / "run", [mates(rounds_dir="~/rounds")])
+    assert (tmp_path / "home" / "rounds" / "round-0001" / "round.json").exists()
+    assert not (tmp_path / "~").exists()
+    assert load_round("~/rounds/round-0001").labels.num_tokens.max() == LENGTH - 1
+
+
 def test_a_view_of_a_pool_keeps_its_reading() -> None:
     pool = CandidatePool(make_pool(20), default_data_collator)
     pool.reading = Reading(likelihood="unshifted")
