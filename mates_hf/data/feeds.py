@@ -187,8 +187,10 @@ class StackedColumns:
 
         full = [{**row, "labels": row["input_ids"] if row.get("labels") is None else row["labels"]} for row in rows]
         present = [name for name in (*self.names, "labels") if all(row.get(name) is not None for row in full)]
+        stacked = {name: np.stack([np.asarray(row[name]) for row in full]) for name in dict.fromkeys(present)}
         return {
-            name: torch.as_tensor(np.stack([np.asarray(row[name]) for row in full])) for name in dict.fromkeys(present)
+            name: torch.as_tensor(value.astype(np.int64) if value.dtype.kind in "iub" else value)
+            for name, value in stacked.items()
         }
 
 

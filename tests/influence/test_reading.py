@@ -439,6 +439,16 @@ def test_labels_and_ids_beyond_the_model_are_named(make_tiny_model: Callable[...
         token_losses(model, pool.collated(np.array([0]), PLAIN))
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint16, np.int64])
+def test_token_rows_of_any_integers_are_compared(kind: type, make_tiny_model: Callable[..., Any]) -> None:
+    rows = TokenRows.from_lists(ROWS)
+    rows = TokenRows(values=rows.values.astype(kind), offsets=rows.offsets)
+    model = make_tiny_model().eval()
+    optimizer = trained(model, right_padded([columns()[0]]))
+    labels = DirectionalProbe().measure(model, optimizer, REFERENCE, rows)
+    assert labels.info["reading"]["own_loss"] == pytest.approx(labels.info["reading"]["read_loss"], abs=1e-4)
+
+
 def test_a_loss_without_labels(make_tiny_model: Callable[..., Any]) -> None:
     def entropy(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         assert "labels" not in batch
