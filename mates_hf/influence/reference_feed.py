@@ -29,8 +29,6 @@ from mates_hf.model_traits import input_device, is_low_precision
 from mates_hf.preserve import undisturbed
 from mates_hf.records import UnsupportedSettingError
 
-NUM_COMPARED = 3
-
 
 def fed_reference(
     model: nn.Module, reference: ReferenceTask, reading: Reading, pool: CandidatePool | None
@@ -136,7 +134,7 @@ def _compare(model: nn.Module, reference: ReferenceTask, reading: Reading) -> No
     rows, device = reference.measured, input_device(model)
     trained = np.flatnonzero(rows.num_targets)
     few = trained[np.argsort(rows.lengths[trained], kind="stable")][[0, len(trained) // 4, len(trained) // 2]]
-    few = np.unique(few)[:NUM_COMPARED]
+    few = np.unique(few)
     together = [few] if reading.feed != "row" and len(few) > 1 else []
     for index in (few[-1:], *together):
         batch = rows.batch(index, device)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mates_hf.influence.flops import forward_flops
+from mates_hf.paths import expand_path
 from mates_hf.records import COPY_AGAIN, MatesError, read_json
 from mates_hf.round_files import ROUND_FILE, find_rounds
 
@@ -124,10 +125,10 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
         FileNotFoundError: there is no such run, or it has no finished round.
         MatesError: a file is damaged, or a round is missing.
     """
-    run_dir = Path(run_dir).expanduser()
+    run_dir = expand_path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"`{run_dir}` must be the directory of a run, and is not there.")
-    folder = find_rounds(run_dir)[0] if rounds_dir is None else Path(rounds_dir).expanduser()
+    folder = find_rounds(run_dir)[0] if rounds_dir is None else expand_path(rounds_dir)
     if folder == run_dir and rounds_dir is None:
         # The rounds themselves, as `verify` takes them too; or nothing at all, which is said of where they would be.
         folder = run_dir if any(run_dir.glob("round-*")) else run_dir / "_mates"

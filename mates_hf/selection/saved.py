@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from mates_hf.influence.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE, library_version, load_influence_model
 from mates_hf.influence.scoring import tokenizer_digest
+from mates_hf.paths import expand_path
 from mates_hf.records import COPY_AGAIN, MatesError, read_json, sha256_of, write_json
 from mates_hf.round_files import ROUND_FILE, find_rounds
 
@@ -99,7 +100,7 @@ def open_selector(name: str | Path, tokenizer: Any, **options: Any) -> Saved:
         ValueError: it was written in a newer format, or with another tokenizer than the one given.
         MatesError: a file is damaged or was changed after it was written.
     """
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if not path.is_dir():
         if not is_hub_id(str(name)):
             raise FileNotFoundError(f"`{name}` must be a directory or the name of a repository on the Hub.")
