@@ -254,8 +254,8 @@ def git() -> Any:
     return build("GitForCausalLM", vision_config=dict(SEEN))
 
 
-# Its pictures stand before the text and have logits, so that passages without one have fewer.
-add("Git", git, columns=more_pictures(0, (3, 8, 8)), refused=r"reference_loss=", **SLOW)
+# Its pictures stand before the text and have logits: only its own loss knows how many, and passages have none.
+add("Git", git, columns=more_pictures(0, (3, 8, 8)), reading="row by row", **SLOW)
 
 # --- rows without tokens ---------------------------------------------------------------------------------------------
 
