@@ -107,6 +107,7 @@ def test_no_trace(family: str, probe: Any) -> None:
     assert_same(before, everything(model, optimizer))
 
 
+@pytest.mark.quick("llama", "gpt2", "gpt_neox", "mixtral", "mamba")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_probes_rank_alike(family: str) -> None:
     """No clipping, a gentle learning rate, β2 = 0.999."""

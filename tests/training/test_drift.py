@@ -67,7 +67,8 @@ def test_rows_that_an_early_start_cut_off_can_be_chosen_again(tmp_path):
     assert offered.issuperset(cut.tolist())
 
 
-@pytest.mark.parametrize("stop", [17, 21, *(pytest.param(step, marks=pytest.mark.slow) for step in (15, 16, 30))])
+@pytest.mark.quick("17")
+@pytest.mark.parametrize("stop", [15, 16, 17, 21, 30])
 def test_a_run_with_early_rounds_goes_on_exactly(tmp_path, stop):
     whole = train(tmp_path / "whole", ALWAYS)
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 36}

@@ -7,7 +7,6 @@ the run's collator alone and then through the model (or the Trainer that makes t
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +97,6 @@ def rows_alone(kind: Kind, trainer: Any, ids: list[int]) -> tuple[list[float], l
         with torch.no_grad():
             losses.append(own_loss(kind, trainer, batch))
     return losses, counts
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.mark.parametrize(

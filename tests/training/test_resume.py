@@ -85,6 +85,7 @@ def ragged(tmp_path_factory) -> tuple[Path, Result]:
 # What must not matter.
 
 
+@pytest.mark.quick("30", "51")
 @pytest.mark.parametrize(
     "step", [30, 41, 45, 51, 55]
 )  # inside a pass, at its end, in the next, in the lead, behind it
@@ -135,6 +136,7 @@ def test_a_sampler_that_is_not_seeded_by_epoch(tmp_path_factory, tmp_path, step)
     assert rest.rows == rows[step * 4 :]
 
 
+@pytest.mark.quick("8")
 @pytest.mark.parametrize("step", [5, 8, 14])
 def test_more_workers_than_before(tmp_path, short, step):
     where, whole = short
@@ -342,6 +344,7 @@ class Crash(TrainerCallback):
             raise InterruptedError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weak", [False, True], ids=["selects", "guard-refuses-later"])
 def test_keep_rounds_spares_what_the_last_checkpoint_needs(tmp_path, weak):
     # The checkpoint at 13 needs round 2, and the last round that passed the guard; by step 31 five rounds are done.
@@ -379,6 +382,7 @@ def test_keep_rounds_spares_what_the_last_checkpoint_needs(tmp_path, weak):
     assert_goes_on(rest, whole, 26)
 
 
+@pytest.mark.slow
 def test_a_round_that_was_deleted_in_part_is_run_again_where_it_is_needed(tmp_path, monkeypatch):
     delete = shutil.rmtree
 
@@ -437,6 +441,7 @@ def test_an_influence_model_that_was_saved_in_part_is_fitted_again(tmp_path, sho
     assert not list((tmp_path / "_mates" / "round-0001").glob("*.partial"))
 
 
+@pytest.mark.quick("argument*")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

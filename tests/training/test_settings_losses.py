@@ -273,6 +273,7 @@ for name, _, _ in OWN_LOSSES:
         declare(name, "supported", what, note="own losses are probed a row at a time; labels have no token detail")
 
 
+@pytest.mark.quick("*0-False", "*1-False", "*2-True")
 @pytest.mark.parametrize("attach", [False, True])
 @pytest.mark.parametrize(("setting", "formula", "setup"), OWN_LOSSES)
 def test_an_own_loss_is_probed(tmp_path, setting, formula, setup, attach, caplog):
@@ -294,6 +295,7 @@ def test_an_own_loss_is_probed(tmp_path, setting, formula, setup, attach, caplog
         assert own.trainer._metrics == {"train": {"rows": [4] * STEPS}}
 
 
+@pytest.mark.quick("*0", "*2")
 @pytest.mark.parametrize(("setting", "formula", "setup"), OWN_LOSSES)
 def test_an_own_loss_leaves_no_trace(tmp_path, setting, formula, setup):
     check(tmp_path, setup)
