@@ -94,6 +94,7 @@ def live(family: str) -> tuple[Any, torch.optim.Optimizer]:
     return copy.deepcopy(trained(family))
 
 
+@pytest.mark.quick("llama-*", "gpt2-*", "gpt_neox-*", "gemma-*", "mixtral-*", "mamba-*")
 @pytest.mark.parametrize("probe", PROBES.values(), ids=list(PROBES))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_trace(family: str, probe: Any) -> None:

@@ -50,6 +50,7 @@ def selections(output_dir: Path) -> dict[int, np.ndarray]:
     return {load_round(path).info["number"]: np.asarray(load_round(path).selection) for path in folders}
 
 
+@pytest.mark.quick("1-workers", "2-no-workers")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_that_never_selects_is_the_run_without_the_callback(tmp_path, loader, accumulation):
@@ -225,6 +226,7 @@ def test_a_run_that_does_not_resume_loads_no_round(tmp_path):
     assert (tmp_path / "_mates" / "round-0001.stale").exists()
 
 
+@pytest.mark.slow
 def test_keep_rounds_bounds_the_disk(tmp_path):
     run(make_arguments(tmp_path, max_steps=40), [mates(keep_rounds=2)])
     assert set(selections(tmp_path)) == {5, 6}

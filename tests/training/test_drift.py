@@ -32,6 +32,7 @@ def rounds(path: Path) -> list[dict]:
     return [dict(load_round(folder).info) for folder in folders]
 
 
+@pytest.mark.slow
 def test_no_drift_leaves_the_run_as_it_is_without_checks(tmp_path):
     plain, checked = train(tmp_path / "a", None), train(tmp_path / "b", NEVER)
     assert plain.rows == checked.rows

@@ -97,6 +97,7 @@ def test_compiled_and_eager_give_the_same_labels(tmp_path, backend):
         assert np.array_equal(plain.influence, compiled.influence)
 
 
+@pytest.mark.quick("True")
 @proves("activation checkpointing, reentrant", "labels equal those without, to the bit")
 @proves("activation checkpointing, not reentrant", "labels equal those without, to the bit")
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -135,6 +136,7 @@ def test_fp16_and_its_scaler(tmp_path):
     assert 0 < skipped < 5
 
 
+@pytest.mark.quick("bf16")
 @proves("fp16 autocast (`fp16`)", "labels rank candidates as those of a float32 run do")
 @proves("bf16 autocast (`bf16`)", "labels rank candidates as those of a float32 run do")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -150,6 +150,7 @@ class Stops(TrainerCallback):
 OTHERS = "other callbacks, before or after (`EarlyStoppingCallback`, ones that save, evaluate, stop)"
 
 
+@pytest.mark.slow
 @proves(OTHERS, "the order of callbacks changes nothing; checkpoints that only a later one asked for resume exactly")
 @proves(OTHERS, ORDER)
 def test_other_callbacks_in_any_order(tmp_path):
