@@ -41,23 +41,28 @@ class Processes:
         group: their gloo process group; None where there is one.
     """
 
-    _groups: dict[int, tuple[Any, Any]] = {}  # by the default group they belong to, which is kept alive with them
+    # By the default group they belong to, which is kept alive with them: one group for what is said while training
+    # waits, and one for what is said meanwhile.
+    _groups: dict[int, tuple[Any, list[Any]]] = {}
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.rank, self.size, self._group = rank, size, group
 
     @classmethod
-    def of_run(cls) -> Processes:
+    def of_run(cls, *, beside_training: bool = False) -> Processes:
         """The processes that torch.distributed was initialised with; `ALONE` where it was not.
 
         All processes must call it at the same point: the first call opens connections between them.
+
+        Args:
+            beside_training: give those that a thread beside training talks by; two threads must not share any.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return ALONE
         world = dist.group.WORLD
         if id(world) not in cls._groups:
-            cls._groups[id(world)] = (world, dist.new_group(backend="gloo", timeout=_PATIENCE))
-        return cls(dist.get_rank(), dist.get_world_size(), cls._groups[id(world)][1])
+            cls._groups[id(world)] = (world, [dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2)])
+        return cls(dist.get_rank(), dist.get_world_size(), cls._groups[id(world)][1][beside_training])
 
     @property
     def is_main(self) -> bool:

@@ -116,6 +116,11 @@ class CandidatePool:
         rule = self._label_rule() if reading.is_plain_text else None
         return stack_rows(self._read_rows(rows)) if rule is None else self._columns.read(rows, rule)
 
+    @property
+    def is_read_by_columns(self) -> bool:
+        """Whether `token_rows` reads Arrow columns alone: no dataset row, no collator and no random stream."""
+        return (self.reading or PLAIN).is_plain_text and self._label_rule() is not None
+
     def candidates(self, ids: Sequence[int] | IntArray | None = None) -> Candidates:
         """The pool rows `ids` (None: the view's) as a model is fed them, in that order.
 

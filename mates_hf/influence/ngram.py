@@ -72,6 +72,7 @@ class NgramInfluenceModel:
     """
 
     __repr__ = fitted_repr
+    runs_beside_training = True  # numpy and kernels on texts and labels: no model, no device, no random stream
     reads_spans = True  # `predict` scores rows in the buffers of others, without a copy
 
     def __init__(

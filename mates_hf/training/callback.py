@@ -39,6 +39,7 @@ from mates_hf.training.checks import (
     check_pool,
     check_rows_once,
     check_run,
+    look_ahead_steps,
     own_memory,
     resume_caveats,
 )
@@ -162,6 +163,7 @@ class MatesCallback(TrainerCallback):
             ledger=Ledger(len(pool), self.config.selection_seed),
             rounds_dir=expand_path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
             processes=processes,
+            side=Processes.of_run(beside_training=True),
         )
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
         if saved:
@@ -178,6 +180,7 @@ class MatesCallback(TrainerCallback):
             plan,
             output_dir=Path(args.output_dir),
             step=state.global_step,
+            look_ahead_steps=look_ahead_steps(dataloader, args.gradient_accumulation_steps),
             saved=saved,
         )
         self._replaced = (dataloader, dataloader.get_sampler())
@@ -208,9 +211,12 @@ class MatesCallback(TrainerCallback):
         """Count rows; average weights inside the window; at a boundary, run a round and report it."""
         if self._session is None:
             return
-        metrics = self._session.after_step(state.global_step, control.should_save)
-        if metrics:
-            self._report(state, metrics)
+        self._report(state, self._session.after_step(state.global_step, control.should_save, control.should_evaluate))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A round beside training comes to its end here: a checkpoint or new worker processes may follow."""
+        if self._session is not None:
+            self._session.settle()
 
     @own_memory
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -220,11 +226,16 @@ class MatesCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model, the optimizer and the pool; the dataloader has its own sampler again."""
+        if self._session is not None:
+            self._session.settle()
+            self._report(state, self._session.new_metrics())
         self._let_go()
 
     def _let_go(self) -> None:
         """As before `on_train_begin`; also what is left where training broke off, to be tried with a smaller batch."""
-        self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            session.abandon()
         if self._replaced is not None:
             dataloader, sampler = self._replaced
             dataloader.set_sampler(sampler)
@@ -232,6 +243,8 @@ class MatesCallback(TrainerCallback):
 
     def _report(self, state: Any, metrics: dict[str, float]) -> None:
         """Into every reporter where attached, else into `state.log_history` alone."""
+        if not metrics:
+            return
         if self._trainer is not None:
             self._trainer.log(metrics)
         else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from mates_hf.model_traits import is_out_of_memory, is_sharded
 from mates_hf.processes import ProcessError, Processes
 from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, UnrankableError
 from mates_hf.training.digest import weights_digest
-from mates_hf.training.run import Order, Run
+from mates_hf.training.run import Run
 
 
 def measure_labels(run: Run, ids: IntArray, shards_dir: Path) -> InfluenceLabels:
@@ -71,37 +70,27 @@ def measure_digest(run: Run) -> str:
     return weights_digest(run.model, run.processes)
 
 
-def release(run: Run, order: Order | None) -> None:
-    """Tell the processes that assist what was decided.
+def release(run: Run, due: int | None) -> None:
+    """Tell the processes that assist that nothing more is measured.
 
     Args:
         run: the run's state.
-        order: to train on; None is to go on as before.
-
-    Raises:
-        ProcessError: a process received another selection.
+        due: the step at whose end the round's order is needed; None where no round was due, and all go on as before.
     """
-    if order is None:
-        run.processes.publish({"go_on": True})
-    else:
-        rows = np.ascontiguousarray(order.rows, np.int64)
-        run.processes.publish(
-            {"number": order.number, "from_position": order.from_position, "info": dict(order.info)}, rows=rows
-        )
-        run.processes.require_same("selection", rows)
+    run.processes.publish({"go_on": True, "due": due})
 
 
-def assist(run: Run) -> Order | None:
-    """Every process but the main one: measure what it asks for, until it says what was decided.
+def assist(run: Run) -> int | None:
+    """Every process but the main one: measure what it asks for, until it says that nothing more is.
 
     Args:
         run: the run's state.
 
     Returns:
-        The order to train on, or None to go on as before.
+        The step at whose end the order of a round is needed, or None where there is no round.
 
     Raises:
-        ProcessError: the main process failed, or what was received is not what it decided.
+        ProcessError: the main process failed.
     """
     while True:
         message, arrays = run.processes.receive()
@@ -115,14 +104,9 @@ def assist(run: Run) -> Order | None:
         elif what == "sentinel":
             with contextlib.suppress(InfluenceError):  # which the main process sees as well, and decides upon
                 _sentinel(run, arrays["ids"], message["epsilon"], message["seed"])
-        elif "go_on" in message:
-            return None
         else:
-            rows = arrays["rows"]
-            run.processes.require_same("selection", rows)
-            if hashlib.sha256(rows.tobytes()).hexdigest() != message["info"]["order_sha256"]:
-                raise ProcessError("The rows received are not those whose hash the round recorded.")
-            return Order(**{name: message[name] for name in ("number", "from_position", "info")}, rows=rows)
+            due: int | None = message["due"]
+            return due
 
 
 def _ask(run: Run, what: str, ids: IntArray, **details: Any) -> None:

@@ -1,11 +1,12 @@
 """One round of MATES (arXiv:2406.06046): probe, fit, score, select. Read `run_round`; it is the method.
 
-Place in the flow: `MatesCallback` opens a `Run` when training begins and calls `run_round` at each boundary; the order
-it returns goes into the `ScheduledSampler`. Each stage leaves its result in the round directory before the next one
-starts, so a killed round continues where it stopped.
+Place in the flow: `MatesCallback` opens a `Session` when training begins, which runs a round at each boundary; the
+order it returns goes into the `ScheduledSampler`. Each stage leaves its result in the round directory before the next
+one starts, so a killed round continues where it stopped.
 
-Trade-off: the stages of a round run one after another while training waits. It is the only way to label candidates
-with the model as it is. By count of FLOPs, the paper's 80,000 probes of 1,024 tokens are 1 % of its 10,000 steps.
+Trade-off: training waits for labels, which is the only way to measure the model as it is. By count of FLOPs, the
+paper's 80,000 probes of 1,024 tokens are 1 % of its 10,000 steps. What follows needs no device, and runs beside
+training where it can (`beside`).
 
 Sign: influence > 0 helps; higher is better, everywhere.
 """
@@ -13,54 +14,73 @@ Sign: influence > 0 helps; higher is better, everywhere.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
-from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation
-from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import (
-    FloatArray,
     InfluenceLabels,
     IntArray,
     UnrankableError,
-    read_array,
-    read_json,
     write_array,
     write_json,
 )
 from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
 from mates_hf.selection.choose import select_rows, stage_seed
-from mates_hf.selection.ledger import probed_rows
+from mates_hf.selection.ledger import RoundDraw, probed_rows
 from mates_hf.selection.plan import PlannedRound
 from mates_hf.selection.saved import write_round_model
+from mates_hf.training.audit import audit_round
 from mates_hf.training.drift import set_sentinel
 from mates_hf.training.guard import Judged, decide
-from mates_hf.training.measure import measure_audit, measure_digest, measure_labels
+from mates_hf.training.measure import measure_digest, measure_labels
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
+from mates_hf.training.scoring import Scored, score_candidates
 
 logger = logging.getLogger(__name__)
 
-SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
+
+class Measured(NamedTuple):
+    """A round whose labels are there.
+
+    Attributes:
+        planned: number and steps of the round.
+        from_position: global row position at which the selection takes effect.
+        num_rows: rows to select, k.
+        own_rows: (N,) the Trainer's own order of the pool.
+        writer: of the round's directory.
+        stages: what was done, and what it cost.
+        draw: which rows are candidates, and which were probed.
+        labels: of the probed ones.
+        reason: why they rank no candidate; empty where they do.
+        fidelity: what the audit found.
+        facts: what `round.json` says of the model as it was measured.
+    """
+
+    planned: PlannedRound
+    from_position: int
+    num_rows: int
+    own_rows: IntArray
+    writer: RoundWriter
+    stages: Stages
+    draw: RoundDraw
+    labels: InfluenceLabels
+    reason: str
+    fidelity: dict[str, Any]
+    facts: dict[str, Any]
 
 
-class Scored(NamedTuple):
-    """M candidates, their predicted influence (M,) float32, > 0 helps, and trained tokens (M,) int32."""
-
-    candidates: IntArray
-    influence: FloatArray
-    num_targets: npt.NDArray[np.int32]
-
-
-def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray) -> Order:
-    """Probe some candidates, fit an influence model, score the others, select what is trained on next.
+def run_round(
+    run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray
+) -> Callable[[], Order]:
+    """Probe some candidates; then fit an influence model, score the others, select what is trained on next.
 
     Called in the main process; the others `assist` where it measures.
 
@@ -72,11 +92,13 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         own_rows: (N,) the Trainer's own order of the pool, for the case that the guard refuses to select.
 
     Returns:
-        The rows to train on next, in order, and what led to them.
+        The rest of the round, which needs labels and texts but neither the model nor a device. Called, here or beside
+        training, it returns the rows to train on next, in order, and what led to them. Until it has, nobody else may
+        use the run's ledger and influence models.
 
     Raises:
         InfluenceError: influence that is not finite.
-        WeakSignalError: the guard refused and `on_weak_signal="error"`.
+        WeakSignalError: from the rest: the guard refused and `on_weak_signal="error"`.
         RoundMismatchError: the round directory belongs to another config or pool.
     """
     stages = Stages()
@@ -85,7 +107,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         cost["flops"] = 0.0  # it adds up integers
     writer = RoundWriter(run.rounds_dir, planned.number, run.key(planned.boundary_step, weights))
     if writer.complete:
-        return _take_over(run, load_order(writer.final_path))
+        return functools.partial(_take_over, run, load_order(writer.final_path))
     stages.load(writer.path)
     write_array(writer.path / "consumed.npy", run.ledger.to_bits())
     write_array(writer.path / "probed.npy", run.ledger.probed_to_bits())
@@ -100,16 +122,31 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
     with stages.timed("probe") as cost:
         labels = _probe(run, writer.path, draw.probes)
         _note_flops(cost, labels.info.get("flops"))
-    judged = Judged.unrankable(_why_unrankable(labels))
+    reason = _why_unrankable(labels)
     fidelity: dict[str, Any] = {}
-    if not judged.reason:
+    if not reason:
         with stages.timed("audit") as cost:
-            fidelity = _audit(run, writer.path, labels, planned.number)
+            fidelity = audit_round(run, writer.path, labels, planned.number)
             cost["flops"] = fidelity.get("flops", 0.0)
         if run.config.drift_check_steps:
             with stages.timed("sentinel") as cost:
                 _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
-        judged = _fit_and_judge(run, writer.path, labels, planned.number, stages)
+    facts = {
+        "probe_seed": run.settings.seed,
+        "rate_steps": run.settings.rate_steps,
+        "flop_parameters": _flop_parameters(run.model),
+        **run.describe(),
+    }
+    measured = Measured(
+        planned, from_position, num_rows, own_rows, writer, stages, draw, labels, reason, fidelity, facts
+    )
+    return functools.partial(_conclude, run, measured)
+
+
+def _conclude(run: Run, measured: Measured) -> Order:
+    """Fit, guard, score, select, and the record of it all."""
+    planned, _, num_rows, own_rows, writer, stages, draw, labels, reason, fidelity, facts = measured
+    judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, planned.number, stages)
     decision, scorer = decide(run, judged)
     if scorer is None:
         rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
@@ -118,7 +155,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         with stages.timed("score") as cost:
             # The previous model predicts in the unit of its own labels, whose step size was another.
             unit = labels.step_size / run.trusted_step_size if scorer is run.trusted_model else 1.0
-            scored = _score(run, writer.path, scorer, draw.candidates, unit)
+            scored = score_candidates(run, writer.path, scorer, draw.candidates, unit)
             each = scorer.report.flops_per_token
             _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
         with stages.timed("select") as cost:
@@ -131,7 +168,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         "step": planned.boundary_step,
         "from_step": planned.from_step,
         "to_step": planned.to_step,
-        "from_position": int(from_position),
+        "from_position": int(measured.from_position),
         "num_rows": len(rows),
         "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
         "cursor": int(cursor),
@@ -139,16 +176,13 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         "num_probed": len(draw.probes),
         "num_probed_before": int(np.count_nonzero(run.ledger.probed[draw.probes])),
         "num_skipped": len(labels.info.get("skipped", ())),
-        "probe_seed": run.settings.seed,
-        "rate_steps": run.settings.rate_steps,
         "step_size": labels.step_size,
         "probe": dict(labels.info),
         "fit": None if judged.fitted is None else judged.fitted.report.to_dict(),
         "fidelity": fidelity,
         "guard": decision,
         "stages": stages.seconds_and_flops,
-        "flop_parameters": _flop_parameters(run.model),
-        **run.describe(),
+        **facts,
         "weights": writer.key["weights"],
     }
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
@@ -195,49 +229,6 @@ def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
         write_labels(path / "probes.parquet", labels)
     shutil.rmtree(shards, ignore_errors=True)
     return labels
-
-
-def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[str, Any]:
-    """A few candidates get both probes on a few passages: does the derivative agree with a real step.
-
-    It is never fatal: where it fails, `not_audited` says why. It is the machinery that is audited. Path labels are not
-    meant to agree with one step; `labels_spearman` records how far they do.
-    """
-    audit_path = path / "audit.json"
-    if audit_path.exists():
-        return read_json(audit_path)
-    if not isinstance(run.probe, DirectionalProbe) or len(labels) < NUM_AUDITED:
-        return {}
-    seed = stage_seed(run.config.selection_seed, number, "audit")
-    picked = np.sort(np.random.default_rng(seed).choice(len(labels), NUM_AUDITED, replace=False))
-    found = measure_audit(run, labels.candidate_id[picked], epsilon=labels.info["epsilon"], seed=seed)
-    if isinstance(found, str):
-        # What it takes is less than the probe took. Where it fails all the same, the labels are as good as before.
-        logger.warning("Round %d is not audited: %s", number, found)
-        audit: dict[str, Any] = {"not_audited": found}
-    else:
-        audit = _agreement(*found, labels.influence[picked], seed)
-        audit["num_passages"] = min(NUM_AUDIT_PASSAGES, len(run.reference))
-    write_json(audit_path, audit)
-    return audit
-
-
-def _agreement(fast: InfluenceLabels, oracle: InfluenceLabels, influence: FloatArray, seed: int) -> dict[str, Any]:
-    """How far derivatives agree with real steps, and how far the round's labels of the same candidates do."""
-    try:
-        slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
-    except (np.linalg.LinAlgError, ValueError) as error:
-        return {"not_audited": f"{type(error).__name__}: {error}"}
-    return {
-        "truth": "one optimizer step on the candidate alone, clipped as the run clips",
-        "num_candidates": len(fast),
-        "spearman": rank_correlation(fast.influence, oracle.influence),
-        "interval": list(bootstrap_interval(fast.influence, oracle.influence, seed)),
-        "labels_spearman": rank_correlation(influence, oracle.influence),
-        "slope": float(slope),
-        "intercept": float(intercept),
-        "flops": float(fast.info.get("flops", 0.0)) + float(oracle.info.get("flops", 0.0)),
-    }
 
 
 def _why_unrankable(labels: InfluenceLabels) -> str:
@@ -289,26 +280,6 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, num
     write_round_model(partial, fitted, run.tokenizer)
     partial.rename(final)
     return fitted
-
-
-def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray, unit: float) -> Scored:
-    """Predicted influence, times `unit`, and trained tokens of the candidates, a chunk at a time."""
-    influence = np.empty(len(candidates), np.float32)
-    num_targets = np.empty(len(candidates), np.int32)
-    done = 0
-    for rows in run.pool.chunks(candidates, SCORE_CHUNK):
-        span = slice(done, done + len(rows))
-        influence[span] = influence_model.predict(rows) * np.float32(unit)
-        num_targets[span] = rows.num_targets
-        done = span.stop
-    write_array(path / "candidates.npy", candidates)
-    write_array(path / "scores.npy", influence)
-    write_array(path / "num_targets.npy", num_targets)
-    del influence, num_targets  # eight bytes a candidate; the files' pages are the system's to drop
-    scores, targets = read_array(path / "scores.npy"), read_array(path / "num_targets.npy")
-    assert scores is not None
-    assert targets is not None
-    return Scored(candidates, scores, targets)
 
 
 def _select(run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int) -> IntArray:

@@ -45,7 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 class InfluenceModel(Protocol):
-    """Predicts influence from the candidate alone; see `NgramInfluenceModel`."""
+    """Predicts influence from the candidate alone; see `NgramInfluenceModel`.
+
+    One with an attribute `runs_beside_training` that is true is fitted and asked in a thread while training goes on,
+    and in every process: it must use no model, no device and no random stream of the run's, and a row's prediction
+    must not depend on the rows beside it.
+    """
 
     @property
     def report(self) -> FitReport:
@@ -112,6 +117,7 @@ class Run:
         ledger: which pool rows were trained on.
         rounds_dir: where round directories go; only the main process touches it.
         processes: those that train the model together.
+        side: the same processes, by connections for what they say while they train.
         tokenizer: the Trainer's `processing_class`, for influence models that read text; None where it has none.
         latest_model: the last round's fit, whose labels are pooled into the next; None before the first.
         trusted_model: the last fit that passed the guard; None if none did.
@@ -137,6 +143,7 @@ class Run:
     ledger: Ledger
     rounds_dir: Path
     processes: Processes = ALONE
+    side: Processes = ALONE
     tokenizer: Any = None
     latest_model: InfluenceModel | None = None
     trusted_model: InfluenceModel | None = None

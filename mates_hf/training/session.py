@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.influence.path_length import rate_steps
-from mates_hf.records import MatesError, read_array
-from mates_hf.round_files import PROBES_FILE, read_labels, round_path
+from mates_hf.reporting.metrics import round_metrics
+from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
-from mates_hf.selection.ledger import Ledger, probed_rows
 from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.training import resume
 from mates_hf.training.averaging import WeightAverage
+from mates_hf.training.beside import Beside, CheckpointState, await_order, may_run_beside, share_order
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
 from mates_hf.training.measure import assist, release
+from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Order, Run, load_order
 from mates_hf.training.sampler import RowClock, ScheduledSampler
@@ -48,6 +50,7 @@ class Session:
         plan: when rounds happen.
         output_dir: where the Trainer's checkpoints go.
         step: the optimizer step the call starts after.
+        look_ahead_steps: optimizer steps whose rows the dataloader has fetched at the end of a step.
         saved: this library's state in the checkpoint that is resumed; None where there is none.
     """
 
@@ -60,18 +63,24 @@ class Session:
         *,
         output_dir: Path,
         step: int,
+        look_ahead_steps: int,
         saved: Mapping[str, Any] | None,
     ) -> None:
         self.run, self.clock, self.sampler, self.plan = run, clock, sampler, plan
         self.output_dir = output_dir
         self.average: WeightAverage | None = None
         self.order: Order | None = None  # the last round's
+        self._look_ahead_steps = look_ahead_steps
+        self._beside = may_run_beside(run)
+        self._pending: Beside[Order] | None = None  # a round that has its labels
+        self._metrics: dict[str, float] = {}  # not reported yet
         self._next_round: PlannedRound | None = None
         self._next_event = 0
         self._window_start = 0
         self._average_saved_at = -1
         self._learning_rates: tuple[float, ...] | None = None
-        self.state: dict[str, Any] = {
+        self.state = CheckpointState(self._settle)
+        self.state |= {
             "version": resume.STATE_VERSION,
             "step": step,
             "position": clock.start_position,
@@ -87,12 +96,13 @@ class Session:
                 resume.set_earlier_run_aside(run.rounds_dir)
             self._plan_next(step)
 
-    def after_step(self, step: int, saves: bool) -> dict[str, float]:
+    def after_step(self, step: int, saves: bool, evaluates: bool = False) -> dict[str, float]:
         """Count the rows of an optimizer step; average weights inside the window; check for drift, run a round.
 
         Args:
             step: optimizer steps done.
             saves: true where a checkpoint of this step is known to follow.
+            evaluates: true where an evaluation is, whose dataloader may start processes.
 
         Returns:
             `mates/...` metrics of what happened at this step, mostly none.
@@ -103,18 +113,36 @@ class Session:
         # the probe: looking at it here would wait for the device at each step.
         if all(isinstance(rate, float) for rate in rates) and any(rates):
             self._learning_rates = rates
-        metrics: dict[str, float] = {}
+        if self._pending is not None and (saves or evaluates or step >= self._pending.due):
+            self._settle()
         if self._next_event and step > self._window_start:
             if self.average is not None:
                 self.average.update()
             if step == self._next_event:
-                metrics = self._look(step)
+                self._look(step)
+                if self._pending is not None and (saves or evaluates):
+                    self._settle()
             elif saves:
                 self.save_average(step)
         self.state.pop("weights", None)  # those of an earlier save do not vouch for one that is not known to follow
         if saves:
             self.state["weights"] = weight_marks(self.run.model, self.run.processes)
+        return self.new_metrics()
+
+    def new_metrics(self) -> dict[str, float]:
+        """`mates/...` metrics that were not asked for yet."""
+        metrics, self._metrics = self._metrics, {}
         return metrics
+
+    def settle(self) -> None:
+        """Have the round that goes on beside training come to its end, where there is one."""
+        if self._pending is not None:
+            self._settle()
+
+    def abandon(self) -> None:
+        """Let go of a `train()` call that is over, once nothing of it writes any more."""
+        if self._pending is not None:
+            self._pending.abandon()
 
     def save_average(self, step: int) -> None:
         """Keep the running mean for a checkpoint inside the averaging window; all processes must call it."""
@@ -125,7 +153,7 @@ class Session:
             if self.run.processes.is_main:
                 resume.prune_averages(self.run.rounds_dir, self.output_dir, step)
 
-    def _look(self, step: int) -> dict[str, float]:
+    def _look(self, step: int) -> None:
         """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
         run = self.run
         number = self._next_number(step)
@@ -138,19 +166,62 @@ class Session:
         if self.order is None and self._next_round is not None:
             self._mark_own_order(self.clock.position(self._next_round.from_step))
         average, self.average = self.average, None
-        metrics: dict[str, float] = {}
+        order: Order | None = None
         with average.swapped_in() if average is not None else contextlib.nullcontext():
             if not run.processes.is_main:
-                order = assist(run)
+                due, conclude = assist(run), functools.partial(await_order, run)
             else:
                 with run.processes.leading():
-                    order = self._decide(step, metrics)
-                release(run, order)
+                    rest = self._decide(step)
+                due = None if rest is None else self._due(step)
+                release(run, due)
+                conclude = functools.partial(self._conclude, rest)
+            if due is not None and due <= step:  # with the weights that were probed still in place
+                order = conclude()
         if order is not None:
-            self._schedule(order)
-            metrics.update(round_metrics(order.info))
+            self._take(order, step)
+        elif due is None:
+            self._plan_next(step)
+        else:
+            self._next_event = 0
+            self._pending = Beside(conclude, due)
+
+    def _due(self, step: int) -> int:
+        """The step at whose end a round that begins at `step` must be settled: `step` itself where it cannot wait.
+
+        Before its first row may be fetched, and before the window of the next round or drift check begins.
+        """
+        config = self.run.config
+        if not self._beside:
+            return step
+        due = [step + config.lead_steps - self._look_ahead_steps, step + config.update_steps - config.window_steps]
+        if config.drift_check_steps:
+            due.append(step + max(config.lead_steps, config.drift_check_steps) - config.window_steps)
+        return max(step, min(due))
+
+    def _conclude(self, rest: Callable[[], Order] | None) -> Order:
+        """In the main process: the rest of a round, whose order the other processes are told."""
+        assert rest is not None
+        with self.run.side.leading():
+            order = rest()
+            self.run.ledger.mark_trained(np.asarray(order.rows))
+            self._prune(order.number)
+        share_order(self.run, order)
+        return order
+
+    def _settle(self) -> None:
+        """Wait for the order of the round that goes on beside training, and schedule it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            order = pending.result()
+            self._metrics["mates/waited_seconds"] = pending.waited
+            self._take(order, self.state["step"])
+
+    def _take(self, order: Order, step: int) -> None:
+        """In every process: train on a round's order, and look out for the next one."""
+        self._schedule(order)
+        self._metrics.update(round_metrics(order.info))
         self._plan_next(step)
-        return metrics
 
     def _next_number(self, step: int) -> int:
         """Number of the round that starts at this step, or would if a drift check found drift."""
@@ -170,13 +241,13 @@ class Session:
         rates = self._learning_rates or tuple(float(group["lr"]) for group in run.optimizer.param_groups)
         return rate_steps(run.lr_scheduler, min(run.config.update_steps, self.plan.max_steps - step), rates)
 
-    def _decide(self, step: int, metrics: dict[str, float]) -> Order | None:
-        """In the main process: the order of a new round, or None where a drift check finds none is due."""
+    def _decide(self, step: int) -> Callable[[], Order] | None:
+        """In the main process: the rest of a new round, or None where a drift check finds none is due."""
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
             correlation = check_drift(self.run, round_path(self.run.rounds_dir, self.order.number))
-            metrics["mates/drift_spearman"] = correlation
+            self._metrics["mates/drift_spearman"] = correlation
             logger.info("drift check of round %d at step %d: %.3f", self.order.number, step, correlation)
             if correlation >= self.run.config.drift_spearman:
                 return None
@@ -185,22 +256,19 @@ class Session:
             logger.info("labels no longer hold: round %d starts early, at step %d", planned.number, step)
         return self._run_round(planned)
 
-    def _run_round(self, planned: PlannedRound) -> Order:
-        """Bring the ledger up to date and run the round."""
+    def _run_round(self, planned: PlannedRound) -> Callable[[], Order]:
+        """Bring the ledger up to date and run the round as far as it needs the model; returns the rest."""
         run, clock, sampler = self.run, self.clock, self.sampler
         from_position = clock.position(planned.from_step)
         if self.order is not None:  # what an early start cuts off
             run.ledger.release(np.asarray(_rows_from(self.order, from_position)))
-        order = run_round(
+        return run_round(
             run,
             planned,
             from_position=from_position,
             num_rows=clock.position(planned.to_step) - from_position,
             own_rows=sampler.own_rows,
         )
-        run.ledger.mark_trained(np.asarray(order.rows))
-        self._prune(planned.number)
-        return order
 
     def _schedule(self, order: Order) -> None:
         """In every process: train on the order from its position on."""
@@ -262,106 +330,29 @@ class Session:
         """Orders, ledger and influence models as they were in memory at `step`."""
         run, start = self.run, self.clock.start_position
         if not run.processes.is_main:
-            message, arrays = run.processes.receive()
-            orders = [Order(rows=arrays[str(order["number"])], **order) for order in message["orders"]]
+            orders = receive_orders(run)
         else:
             path = resume.require_round(run.rounds_dir, last_round, step)
             last = load_order(path)
             earlier = resume.round_before(run.rounds_dir, last.number)
             orders = []
             if last.from_position > start and earlier is not None:
-                orders.append(self._restore_order(earlier, last.from_position))
+                orders.append(restore_order(run, earlier, last.from_position))
             planned = self._planned_after(last, step)
             until = self.clock.position(planned.from_step if planned is not None else self.plan.max_steps)
-            orders.append(self._restore_order(path, until))
-            self._restore_models(last.number)
-            run.processes.publish(
-                {
-                    "orders": [
-                        {"number": order.number, "from_position": order.from_position, "info": dict(order.info)}
-                        for order in orders
-                    ]
-                },
-                **{str(order.number): np.asarray(order.rows, np.int64) for order in orders},
-            )
+            orders.append(restore_order(run, path, until))
+            restore_models(run, last.number)
+            publish_orders(run, orders)
         self.order = orders[-1]
         for order in orders:
             if order.from_position + len(order.rows) > start:
                 self.sampler.append(max(order.from_position, start), _rows_from(order, start))
-
-    def _restore_order(self, path: Path, until: int) -> Order:
-        """A finished round's order that lasts until a position, and the ledger as it was when that was decided.
-
-        A larger batch or more steps than planned use it up sooner. What is missing are unused rows in the order of the
-        shuffled pool, none of them probed in that round. They depend on the round alone, so that a second resume
-        trains on the same ones.
-        """
-        run, order = self.run, load_order(path)
-        bits = read_array(path / "consumed.npy", np.uint8)
-        if bits is None:
-            raise MatesError(f"`{path}` must hold consumed.npy, which says what was trained on before it, got none.")
-        cursor = int(order.info["cursor"])
-        before = read_array(path / "probed.npy", np.uint8)  # not there in rounds of earlier versions
-        run.ledger = Ledger.from_bits(
-            np.asarray(bits),
-            len(run.pool),
-            run.config.selection_seed,
-            cursor,
-            None if before is None else np.asarray(before),
-        )
-        probed = probed_rows(read_labels(path / PROBES_FILE))
-        run.ledger.mark_probed(probed)
-        missing = until - order.from_position - len(order.rows)
-        if missing > 0:
-            more = run.ledger.rows_after(order.rows, missing, exclude=probed)
-            logger.warning(
-                "The selection of round %d ends %d rows before the next one begins, because the batch is larger or "
-                "`max_steps` is higher than when it was made: unused rows of the pool follow it, at random.",
-                order.number, missing,
-            )  # fmt: skip
-            order = dataclasses.replace(order, rows=np.concatenate([order.rows, more]))
-        run.ledger.mark_trained(np.asarray(order.rows))
-        return order
-
-    def _restore_models(self, number: int) -> None:
-        """The last round's influence model, and the last that passed the guard."""
-        run = self.run
-        passed, fitted = resume.last_passed(run.rounds_dir, number), resume.last_fitted(run.rounds_dir, number)
-        for earlier in sorted({each for each in (passed, fitted) if each is not None}):
-            path = round_path(run.rounds_dir, earlier)
-            run.remember(run.load_model(path), load_order(path).info)
-        run.note_decision(load_order(round_path(run.rounds_dir, number)).info)
 
     def _prune(self, number: int) -> None:
         """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""
         keep = self.run.config.keep_rounds
         if keep is not None:
             resume.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep)
-
-
-def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:
-    """`mates/...` metrics of a round, from its `round.json`."""
-    metrics: dict[str, float] = {
-        "mates/round": info["number"],
-        "mates/spearman": info["guard"]["spearman"],
-        "mates/spearman_low": info["guard"]["interval"][0],
-        "mates/spearman_high": info["guard"]["interval"][1],
-        "mates/selected": float(info["guard"]["decision"] != "own_order"),
-        "mates/reversed": float(info["guard"].get("reversed", False)),
-        "mates/num_rows": info["num_rows"],
-        "mates/num_candidates": info["num_candidates"],
-        "mates/num_probed": info["num_probed"],
-        "mates/seconds": sum(stage["seconds"] for stage in info["stages"].values()),
-    }
-    if "previous_spearman" in info["guard"]:
-        metrics["mates/previous_spearman"] = info["guard"]["previous_spearman"]
-    if "reference_loss" in info["probe"]:
-        metrics["mates/reference_loss"] = info["probe"]["reference_loss"]
-    if "spearman" in info["fidelity"]:
-        metrics["mates/fidelity"] = info["fidelity"]["spearman"]
-    for name, stage in info["stages"].items():
-        metrics[f"mates/{name}_seconds"] = stage["seconds"]
-    return metrics
 
 
 def _rows_from(order: Order, position: int) -> npt.NDArray[Any]:

@@ -470,7 +470,7 @@ def test_a_stage_measured_otherwise_is_redone_and_told_of_and_the_run_goes_on(
 
     args = make_arguments(tmp_path, **EVERY_STEP)
     with monkeypatch.context() as patch:
-        patch.setattr("mates_hf.training.rounds._score", dies)
+        patch.setattr("mates_hf.training.rounds.score_candidates", dies)
         with pytest.raises(InterruptedError):
             run(args, [mates()], dropout=0.1, resume=str(checkpoint))
     probes = tmp_path / "_mates" / "round-0001.partial" / "probes.parquet"

@@ -1,0 +1,34 @@
+"""What a round says of itself to loggers: `mates/...` metrics.
+
+Place in the flow: `training/session` makes them of a `round.json`, and the callback gives them to the reporters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:
+    """`mates/...` metrics of a round, from its `round.json`."""
+    metrics: dict[str, float] = {
+        "mates/round": info["number"],
+        "mates/spearman": info["guard"]["spearman"],
+        "mates/spearman_low": info["guard"]["interval"][0],
+        "mates/spearman_high": info["guard"]["interval"][1],
+        "mates/selected": float(info["guard"]["decision"] != "own_order"),
+        "mates/reversed": float(info["guard"].get("reversed", False)),
+        "mates/num_rows": info["num_rows"],
+        "mates/num_candidates": info["num_candidates"],
+        "mates/num_probed": info["num_probed"],
+        "mates/seconds": sum(stage["seconds"] for stage in info["stages"].values()),
+    }
+    if "previous_spearman" in info["guard"]:
+        metrics["mates/previous_spearman"] = info["guard"]["previous_spearman"]
+    if "reference_loss" in info["probe"]:
+        metrics["mates/reference_loss"] = info["probe"]["reference_loss"]
+    if "spearman" in info["fidelity"]:
+        metrics["mates/fidelity"] = info["fidelity"]["spearman"]
+    for name, stage in info["stages"].items():
+        metrics[f"mates/{name}_seconds"] = stage["seconds"]
+    return metrics

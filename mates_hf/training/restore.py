@@ -1,0 +1,98 @@
+"""Going on after a stop: orders, ledger and influence models as they were in memory, from finished rounds on disk.
+
+Place in the flow: `session` calls it where a checkpoint names a round. The main process reads; the others receive the
+orders. Which round a checkpoint needs, and whether it is there, is `resume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mates_hf.records import MatesError, read_array
+from mates_hf.round_files import PROBES_FILE, read_labels, round_path
+from mates_hf.selection.ledger import Ledger, probed_rows
+from mates_hf.training import resume
+from mates_hf.training.run import Order, Run, load_order
+
+logger = logging.getLogger(__name__)
+
+
+def publish_orders(run: Run, orders: Sequence[Order]) -> None:
+    """In the main process: tell the others the orders that a resumed run goes on with."""
+    described = [
+        {"number": order.number, "from_position": order.from_position, "info": dict(order.info)} for order in orders
+    ]
+    run.processes.publish(
+        {"orders": described}, **{str(order.number): np.asarray(order.rows, np.int64) for order in orders}
+    )
+
+
+def receive_orders(run: Run) -> list[Order]:
+    """In the others: what `publish_orders` told."""
+    message, arrays = run.processes.receive()
+    return [Order(rows=arrays[str(order["number"])], **order) for order in message["orders"]]
+
+
+def restore_order(run: Run, path: Path, until: int) -> Order:
+    """A finished round's order that lasts until a position, and the ledger as it was when that was decided.
+
+    A larger batch or more steps than planned use it up sooner. What is missing are unused rows in the order of the
+    shuffled pool, none of them probed in that round. They depend on the round alone, so that a second resume
+    trains on the same ones.
+
+    Args:
+        run: the run's state; gets the ledger.
+        path: the finished round.
+        until: global row position at which the next round takes effect.
+
+    Returns:
+        The order, with as many rows as are needed.
+
+    Raises:
+        MatesError: the round does not say what was trained on before it.
+    """
+    order = load_order(path)
+    bits = read_array(path / "consumed.npy", np.uint8)
+    if bits is None:
+        raise MatesError(f"`{path}` must hold consumed.npy, which says what was trained on before it, got none.")
+    cursor = int(order.info["cursor"])
+    before = read_array(path / "probed.npy", np.uint8)  # not there in rounds of earlier versions
+    run.ledger = Ledger.from_bits(
+        np.asarray(bits),
+        len(run.pool),
+        run.config.selection_seed,
+        cursor,
+        None if before is None else np.asarray(before),
+    )
+    probed = probed_rows(read_labels(path / PROBES_FILE))
+    run.ledger.mark_probed(probed)
+    missing = until - order.from_position - len(order.rows)
+    if missing > 0:
+        more = run.ledger.rows_after(order.rows, missing, exclude=probed)
+        logger.warning(
+            "The selection of round %d ends %d rows before the next one begins, because the batch is larger or "
+            "`max_steps` is higher than when it was made: unused rows of the pool follow it, at random.",
+            order.number, missing,
+        )  # fmt: skip
+        order = dataclasses.replace(order, rows=np.concatenate([order.rows, more]))
+    run.ledger.mark_trained(np.asarray(order.rows))
+    return order
+
+
+def restore_models(run: Run, number: int) -> None:
+    """Give the run the last round's influence model, and the last that passed the guard.
+
+    Args:
+        run: the run's state.
+        number: of the last finished round.
+    """
+    passed, fitted = resume.last_passed(run.rounds_dir, number), resume.last_fitted(run.rounds_dir, number)
+    for earlier in sorted({each for each in (passed, fitted) if each is not None}):
+        path = round_path(run.rounds_dir, earlier)
+        run.remember(run.load_model(path), load_order(path).info)
+    run.note_decision(load_order(round_path(run.rounds_dir, number)).info)

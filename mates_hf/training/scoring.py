@@ -1,0 +1,106 @@
+"""Predicted influence of a round's candidates: a chunk at a time, shared out over the processes of the run.
+
+Place in the flow: between the guard and the selection in `rounds.run_round`. The main process asks, the others wait
+for it in `beside.await_order`; each has the pool, so what is sent are the influence model's files and ids.
+
+Trade-off: every process holds all predictions for a moment, four bytes a candidate, and gets the sum of all shares, in
+which each value was made by one process alone. Only influence models that `runs_beside_training` are sent: the others
+may need the model that trains, or predict a row by the rows beside it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.records import FloatArray, IntArray, read_array, write_array
+from mates_hf.training.run import InfluenceModel, Run
+
+SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
+
+
+class Scored(NamedTuple):
+    """M candidates, their predicted influence (M,) float32, > 0 helps, and trained tokens (M,) int32."""
+
+    candidates: IntArray
+    influence: FloatArray
+    num_targets: npt.NDArray[np.int32]
+
+
+def score_candidates(
+    run: Run, path: Path, influence_model: InfluenceModel, candidates: IntArray, unit: float
+) -> Scored:
+    """Predict and write down the influence of a round's candidates, and how many tokens of them are trained.
+
+    Args:
+        run: the run's state.
+        path: the round's directory.
+        influence_model: which predicts.
+        candidates: (M,) pool rows.
+        unit: what predictions are multiplied by, to be in the unit of the round's labels.
+
+    Returns:
+        What was written, memory-mapped.
+    """
+    shared = run.side.size > 1 and bool(getattr(influence_model, "runs_beside_training", False))
+    if shared:
+        run.side.publish({"score": True}, candidates=np.asarray(candidates, np.int64), **_files_of(influence_model))
+    influence, num_targets = _predict(run, influence_model, candidates, shared=shared)
+    write_array(path / "candidates.npy", candidates)
+    write_array(path / "scores.npy", influence * np.float32(unit))
+    write_array(path / "num_targets.npy", num_targets)
+    del influence, num_targets  # eight bytes a candidate; the files' pages are the system's to drop
+    scores, targets = read_array(path / "scores.npy"), read_array(path / "num_targets.npy")
+    assert scores is not None
+    assert targets is not None
+    return Scored(candidates, scores, targets)
+
+
+def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Predict this process's share of the candidates.
+
+    Args:
+        run: the run's state.
+        arrays: what the main process sent: `candidates`, and the files of the influence model by their names.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in arrays.items():
+            if name != "candidates":
+                file = Path(folder) / name.removeprefix("file:")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data.tobytes())
+        influence_model: InfluenceModel = type(run.influence_model).from_pretrained(folder)
+        _predict(run, influence_model, arrays["candidates"], shared=True)
+
+
+def _files_of(influence_model: InfluenceModel) -> dict[str, npt.NDArray[np.uint8]]:
+    """What `save_pretrained` writes, as bytes by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        influence_model.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {
+            f"file:{path.relative_to(folder).as_posix()}": np.frombuffer(path.read_bytes(), np.uint8) for path in files
+        }
+
+
+def _predict(
+    run: Run, influence_model: InfluenceModel, candidates: IntArray, *, shared: bool
+) -> tuple[FloatArray, npt.NDArray[np.int32]]:
+    """Predictions (M,) and trained tokens (M,) of all candidates, of which this process may do a share."""
+    rank, size = (run.side.rank, run.side.size) if shared else (0, 1)
+    start, end = len(candidates) * rank // size, len(candidates) * (rank + 1) // size
+    influence, num_targets = np.zeros(len(candidates), np.float32), np.zeros(len(candidates), np.int32)
+    for rows in run.pool.chunks(candidates[start:end], SCORE_CHUNK):
+        span = slice(start, start + len(rows))
+        influence[span] = influence_model.predict(rows)
+        num_targets[span] = rows.num_targets
+        start = span.stop
+    if shared:
+        run.side.sum(influence)
+        run.side.sum(num_targets)
+    return influence, num_targets
