@@ -148,8 +148,8 @@ def measure_rounds(work: Path) -> dict[str, Any]:
     from mates_hf.config import MatesConfig
     from mates_hf.data.pool import CandidatePool
     from mates_hf.influence.ngram import NgramInfluenceModel
-    from mates_hf.selection.ledger import Ledger
     from mates_hf.processes import ALONE
+    from mates_hf.selection.ledger import Ledger
     from mates_hf.training import rounds
     from mates_hf.training.scoring import score_candidates
 

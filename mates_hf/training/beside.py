@@ -140,6 +140,10 @@ class CheckpointState(dict[str, Any]):
             self._before_reading()
         return super().items()
 
+    def let_go(self) -> None:
+        """The values stay as they are: nothing is waited for, or kept alive, any more."""
+        self._before_reading = None
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is a plain dict."""
         return dict, (list(self.items()),)

@@ -143,6 +143,7 @@ class Session:
         """Let go of a `train()` call that is over, once nothing of it writes any more."""
         if self._pending is not None:
             self._pending.abandon()
+        self.state.let_go()
 
     def save_average(self, step: int) -> None:
         """Keep the running mean for a checkpoint inside the averaging window; all processes must call it."""
