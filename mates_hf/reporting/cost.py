@@ -60,11 +60,12 @@ class RunCost:
         rounds: numbers of the rounds counted.
         seconds: wall-clock of the run's `train()`.
         training: the optimizer steps; seconds are what is left of the run without rounds and evaluations.
-        stages: each stage of the rounds, by name.
-        mates: all of them together.
+        stages: each stage of the rounds, by name; seconds are of its work, also where it ran beside training.
+        mates: all of them together; seconds are those that training waited for.
         evaluation: `LmEvalCallback` and the Trainer's own, which does not say its FLOPs.
         idle_seconds: at most so many seconds did devices wait for the CPU in rounds: fit and score of an influence
-            model that runs there, and select, in full. Several devices each wait that long.
+            model that runs there, and select, in full, or as far as training had to wait for what ran beside it.
+            Several devices each wait that long.
         idle_share: of the run's wall-clock.
         notes: what the reader must know of these figures.
     """
@@ -147,8 +148,15 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
             infos = {number: info for number, info in infos.items() if number not in late}
     stages = _stages(list(infos.values()), history)
     training_flops = _training_flops(state, list(infos.values()), notes)
+    waited = _sum(entry.get("mates/waited_seconds") for entry in history) or 0.0
+    hidden = sum(_beside_seconds(info, info["stages"]) for info in infos.values())
+    work = _sum(cost.seconds for cost in stages.values())
+    if hidden:
+        notes.append(
+            f"{hidden:.2f} s of fit, score and select ran beside training, which waited {waited:.2f} s for it"
+        )
     mates = StageCost(
-        seconds=_sum(cost.seconds for cost in stages.values()),
+        seconds=None if work is None else work - hidden + waited,
         flops=_sum(cost.flops for cost in stages.values()),
         complete=all(cost.flops is not None for cost in stages.values()),
     )
@@ -156,7 +164,7 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
     beside = (mates.seconds or 0.0) + (evaluation.seconds or 0.0)
     seconds = _run_seconds(history, steps, beside, notes)
     training = StageCost(seconds=None if seconds is None else seconds - beside, flops=training_flops)
-    idle = sum(_idle_seconds(folder / f"round-{number:04d}", info) for number, info in infos.items())
+    idle = waited + sum(_idle_seconds(folder / f"round-{number:04d}", info) for number, info in infos.items())
 
     def with_shares(cost: StageCost) -> StageCost:
         return dataclasses.replace(
@@ -298,8 +306,14 @@ def _idle_seconds(path: Path, info: Mapping[str, Any]) -> float:
     """Seconds of a round in which devices may have waited for the CPU."""
     config = path / "influence_model" / "config.json"
     on_device = config.exists() and read_json(config).get("kind") in _ON_DEVICE
-    names = ("select",) if on_device else _IDLE
-    return float(sum(info["stages"][name]["seconds"] for name in names if name in info["stages"]))
+    names = [name for name in (("select",) if on_device else _IDLE) if name in info["stages"]]
+    return float(sum(info["stages"][name]["seconds"] for name in names)) - _beside_seconds(info, names)
+
+
+def _beside_seconds(info: Mapping[str, Any], names: Iterable[str]) -> float:
+    """Seconds of those of some stages of a round that ran beside training."""
+    beside = info.get("beside_training") or ()
+    return float(sum(info["stages"][name]["seconds"] for name in names if name in beside))
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

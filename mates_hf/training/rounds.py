@@ -47,6 +47,9 @@ from mates_hf.training.scoring import Scored, score_candidates
 logger = logging.getLogger(__name__)
 
 
+CONCLUDING = ("fit", "guard", "score", "select")  # the stages that may run beside training
+
+
 class Measured(NamedTuple):
     """A round whose labels are there.
 
@@ -79,7 +82,7 @@ class Measured(NamedTuple):
 
 def run_round(
     run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray
-) -> Callable[[], Order]:
+) -> Callable[..., Order]:
     """Probe some candidates; then fit an influence model, score the others, select what is trained on next.
 
     Called in the main process; the others `assist` where it measures.
@@ -93,8 +96,8 @@ def run_round(
 
     Returns:
         The rest of the round, which needs labels and texts but neither the model nor a device. Called, here or beside
-        training, it returns the rows to train on next, in order, and what led to them. Until it has, nobody else may
-        use the run's ledger and influence models.
+        training (with `beside=True`, for the record), it returns the rows to train on next, in order, and what led to
+        them. Until it has, nobody else may use the run's ledger and influence models.
 
     Raises:
         InfluenceError: influence that is not finite.
@@ -143,7 +146,7 @@ def run_round(
     return functools.partial(_conclude, run, measured)
 
 
-def _conclude(run: Run, measured: Measured) -> Order:
+def _conclude(run: Run, measured: Measured, *, beside: bool = False) -> Order:
     """Fit, guard, score, select, and the record of it all."""
     planned, _, num_rows, own_rows, writer, stages, draw, labels, reason, fidelity, facts = measured
     judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, planned.number, stages)
@@ -182,6 +185,7 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "fidelity": fidelity,
         "guard": decision,
         "stages": stages.seconds_and_flops,
+        "beside_training": [name for name in CONCLUDING if name in stages.seconds_and_flops] if beside else [],
         **facts,
         "weights": writer.key["weights"],
     }
@@ -208,7 +212,7 @@ def _flop_parameters(model: Any) -> dict[str, int | None]:
     }
 
 
-def _take_over(run: Run, order: Order) -> Order:
+def _take_over(run: Run, order: Order, *, beside: bool = False) -> Order:
     """What a finished round leaves to the next ones: influence model, decision, probed rows, and the cursor."""
     path = round_path(run.rounds_dir, order.number)
     run.note_decision(order.info)

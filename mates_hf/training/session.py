@@ -176,7 +176,7 @@ class Session:
                     rest = self._decide(step)
                 due = None if rest is None else self._due(step)
                 release(run, due)
-                conclude = functools.partial(self._conclude, rest)
+                conclude = functools.partial(self._conclude, rest, due is not None and due > step)
             if due is not None and due <= step:  # with the weights that were probed still in place
                 order = conclude()
         if order is not None:
@@ -200,11 +200,11 @@ class Session:
             due.append(step + max(config.lead_steps, config.drift_check_steps) - config.window_steps)
         return max(step, min(due))
 
-    def _conclude(self, rest: Callable[[], Order] | None) -> Order:
+    def _conclude(self, rest: Callable[..., Order] | None, beside: bool) -> Order:
         """In the main process: the rest of a round, whose order the other processes are told."""
         assert rest is not None
         with self.run.side.leading():
-            order = rest()
+            order = rest(beside=beside)
             self.run.ledger.mark_trained(np.asarray(order.rows))
             self._prune(order.number)
         share_order(self.run, order)
@@ -242,7 +242,7 @@ class Session:
         rates = self._learning_rates or tuple(float(group["lr"]) for group in run.optimizer.param_groups)
         return rate_steps(run.lr_scheduler, min(run.config.update_steps, self.plan.max_steps - step), rates)
 
-    def _decide(self, step: int) -> Callable[[], Order] | None:
+    def _decide(self, step: int) -> Callable[..., Order] | None:
         """In the main process: the rest of a new round, or None where a drift check finds none is due."""
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
@@ -257,7 +257,7 @@ class Session:
             logger.info("labels no longer hold: round %d starts early, at step %d", planned.number, step)
         return self._run_round(planned)
 
-    def _run_round(self, planned: PlannedRound) -> Callable[[], Order]:
+    def _run_round(self, planned: PlannedRound) -> Callable[..., Order]:
         """Bring the ledger up to date and run the round as far as it needs the model; returns the rest."""
         run, clock, sampler = self.run, self.clock, self.sampler
         from_position = clock.position(planned.from_step)

@@ -457,10 +457,14 @@ def test_the_ledger_of_a_run_is_what_torch_counts(tmp_path):
     assert cost.mates.flops == pytest.approx(probing, rel=ATTENTION)
     assert training > 3 * probing
     assert cost.mates.share_of_training_flops == pytest.approx(probing / training, rel=0.05)
-    assert cost.seconds == pytest.approx(
-        cost.training.seconds + sum(stage.seconds for stage in cost.stages.values()), rel=1e-9
+    assert cost.seconds == pytest.approx(cost.training.seconds + cost.mates.seconds, rel=1e-9)
+    work = {name: stage.seconds for name, stage in cost.stages.items()}
+    waited = sum(
+        entry.get("mates/waited_seconds", 0.0)
+        for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     )
-    assert 0 < cost.idle_share < 1
+    assert cost.mates.seconds == pytest.approx(work["digest"] + work["probe"] + work["audit"] + waited, rel=1e-9)
+    assert 0 <= cost.idle_seconds == pytest.approx(waited, abs=1e-9)
 
 
 def test_the_forecast_is_what_a_run_records(tmp_path):

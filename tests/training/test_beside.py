@@ -101,15 +101,15 @@ def test_a_checkpoint_that_nobody_saw_coming_names_the_round(tmp_path, monkeypat
     assert rest.losses == attended[1].losses
 
 
-@pytest.mark.parametrize(
-    "args", [{"eval_strategy": "steps", "eval_steps": 7}, {"save_strategy": "steps", "save_steps": 7}]
-)
-def test_it_is_waited_for_before_what_starts_processes_or_writes(tmp_path, args) -> None:
+@pytest.mark.parametrize("what", ["should_evaluate", "should_save"])
+def test_it_is_waited_for_before_what_starts_processes_or_writes(tmp_path, what) -> None:
     def give(trainer: Any) -> None:
         trainer.eval_dataset = make_pool(8)
 
-    result = run(make_arguments(tmp_path, **args), [mates(), Stop(DUE)], prepare=give)
-    assert [entry["step"] for entry in result.trainer.state.log_history if "mates/round" in entry] == [7]
+    ask = At(BOUNDARY + 1, lambda control: setattr(control, what, True))
+    result = run(make_arguments(tmp_path), [ask, mates(), Stop(DUE)], prepare=give)
+    steps = [entry["step"] for entry in result.trainer.state.log_history if "mates/round" in entry]
+    assert steps == [BOUNDARY + 1]
 
 
 def test_a_run_that_ends_before_has_the_round_and_its_metrics(tmp_path) -> None:

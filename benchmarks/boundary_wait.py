@@ -1,0 +1,121 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mates-hf"]
+# ///
+"""How long training waits at a boundary for what needs no device: fit, score and select, beside training and not.
+
+    python benchmarks/boundary_wait.py            # a million candidates; writes benchmarks/results/boundary_wait.{json,md}
+    python benchmarks/boundary_wait.py --quick    # 20,000; prints, writes nothing unless --out is given
+
+Two runs of a real `Trainer` on the same pool, one with rounds beside training and one whose influence model says that
+it must be waited for, as all were before. Both train on the same rows, which is checked. What the probe takes is in
+neither figure. Training has one core, the round another.
+
+Trade-off: steps of a tiny model on a CPU, slowed down to the length of a step that a device would take; the round is
+the library's own at its full size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from probe_speed import figure, start, write_results
+
+from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, NgramInfluenceModel, ReferenceTask, load_round
+
+LENGTH, VOCAB, NUM_PROBES, UPDATE, LEAD, BATCH = 64, 512, 2_000, 128, 32, 2
+MOST = 0.25
+
+
+class Attended(NgramInfluenceModel):
+    """Fitted and asked while training waits."""
+
+    runs_beside_training = False
+
+
+def make_pool(num_rows: int) -> Dataset:
+    """Random rows of one length, as int32, in Arrow."""
+    import pyarrow as pa
+
+    values = np.random.default_rng(0).integers(3, VOCAB, num_rows * LENGTH, dtype=np.int32)
+    ids = pa.FixedSizeListArray.from_arrays(pa.array(values), LENGTH)
+    return Dataset(pa.table({"input_ids": ids, "labels": ids}))
+
+
+def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str, Any]:
+    """One run of one round; seconds that its stages took and that training waited for them, and what it selected."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    class Slower(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(step_seconds)
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+    config = MatesConfig(
+        update_steps=UPDATE, num_probes=NUM_PROBES, candidate_scope="pool", on_weak_signal="select", average_steps=0,
+        switch_lead_steps=LEAD,
+    )  # fmt: skip
+    reference = ReferenceTask.from_dataset(make_pool(32).remove_columns("labels"), input_ids_column="input_ids")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=UPDATE + LEAD + UPDATE, per_device_train_batch_size=BATCH, report_to=[],
+            save_strategy="no", disable_tqdm=True, use_cpu=True, logging_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=pool, callbacks=[Slower()])
+        MatesCallback(reference, config, probe=DirectionalProbe(), influence_model=influence_model).attach(trainer)
+        trainer.train()
+        record = load_round(Path(folder) / "_mates" / "round-0001")
+        stages = {name: stage["seconds"] for name, stage in record.info["stages"].items()}
+        waits = [
+            entry["mates/waited_seconds"] for entry in trainer.state.log_history if "mates/waited_seconds" in entry
+        ]
+        work = sum(stages[name] for name in ("fit", "score", "select"))
+        return {
+            "stages": stages,
+            "work": work,
+            "waited": waits[0] if waits else work,
+            "candidates": record.info["num_candidates"],
+            "order_sha256": record.info["order_sha256"],
+        }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    arguments = start(__doc__ or "")
+    num_rows, step_seconds = (24_000, 0.02) if arguments.quick else (1_003_000, 0.2)
+    pool = make_pool(num_rows)
+    train(make_pool(8_000), Attended(), 0.0)  # kernels are compiled, and kept
+    raw = {
+        "while training waits": train(pool, Attended(), step_seconds),
+        "beside training": train(pool, NgramInfluenceModel(), step_seconds),
+    }
+    before, after = raw.values()
+    if before["order_sha256"] != after["order_sha256"]:
+        raise RuntimeError("Both runs must select the same rows, in the same order.")
+    figures = [
+        figure("candidates", before["candidates"], "rows"),
+        figure("fit, score and select while training waits", before["waited"], "s"),
+        figure("the same beside training, of which training waits", after["waited"], "s"),
+        figure("the same beside training, its work", after["work"], "s"),
+        figure("waits, beside against not", after["waited"] / before["waited"], "x", most=MOST),
+    ]
+    settings = {
+        "tokens a row": LENGTH, "probes": NUM_PROBES, "switch_lead_steps": LEAD, "seconds a step, at least": step_seconds,
+    }  # fmt: skip
+    write_results("boundary_wait", arguments, settings, figures, raw)
+
+
+if __name__ == "__main__":
+    main()
