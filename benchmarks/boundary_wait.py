@@ -4,7 +4,7 @@
 # ///
 """How long training waits at a boundary for what needs no device: fit, score and select, beside training and not.
 
-    python benchmarks/boundary_wait.py            # a million candidates; writes benchmarks/results/boundary_wait.{json,md}
+    python benchmarks/boundary_wait.py            # a million; writes benchmarks/results/boundary_wait.{json,md}
     python benchmarks/boundary_wait.py --quick    # 20,000; prints, writes nothing unless --out is given
 
 Two runs of a real `Trainer` on the same pool, one with rounds beside training and one whose influence model says that
@@ -78,9 +78,8 @@ def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str,
         trainer.train()
         record = load_round(Path(folder) / "_mates" / "round-0001")
         stages = {name: stage["seconds"] for name, stage in record.info["stages"].items()}
-        waits = [
-            entry["mates/waited_seconds"] for entry in trainer.state.log_history if "mates/waited_seconds" in entry
-        ]
+        log, waited = trainer.state.log_history, "mates/waited_seconds"
+        waits = [entry[waited] for entry in log if waited in entry]
         work = sum(stages[name] for name in ("fit", "score", "select"))
         return {
             "stages": stages,
@@ -112,7 +111,7 @@ def main() -> None:
         figure("waits, beside against not", after["waited"] / before["waited"], "x", most=MOST),
     ]
     settings = {
-        "tokens a row": LENGTH, "probes": NUM_PROBES, "switch_lead_steps": LEAD, "seconds a step, at least": step_seconds,
+        "tokens a row": LENGTH, "probes": NUM_PROBES, "switch_lead_steps": LEAD, "least seconds a step": step_seconds,
     }  # fmt: skip
     write_results("boundary_wait", arguments, settings, figures, raw)
 
