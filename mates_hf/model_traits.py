@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+_ANSWERS = ("start_positions", "end_positions")  # the labels of answers in a text
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module to run: without `torch.compile` and `DistributedDataParallel` around it.
@@ -118,10 +120,21 @@ def run_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     if accepts(model, "use_cache"):
         given["use_cache"] = False
     output = model(**given)
-    logits: Tensor = (
-        output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output[0]
-    )
+    logits = output if isinstance(output, Tensor) else named_output(output, "logits")
+    if not isinstance(logits, Tensor):
+        raise KeyError("logits")
     return logits
+
+
+def named_output(output: Any, name: str) -> Any:
+    """What a forward pass returned under a name, or first in a tuple; None where it returned nothing of the kind.
+
+    A model may set `output.loss` on an output that had none. In transformers 4 that makes an attribute and no item.
+    """
+    if isinstance(output, (tuple, list)):
+        return output[0] if output else None
+    value = output.get(name) if isinstance(output, Mapping) else None
+    return getattr(output, name, None) if value is None else value
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -153,6 +166,13 @@ def accepts(model: nn.Module, name: str) -> bool:
     """True where the model's forward takes an argument of that name."""
     kind: Any = type(model)
     return _accepts(kind, name)
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """True where the model's forward takes what a loss is made of, under one of the names that transformers knows."""
+    kind: Any = type(model)
+    names = inspect.signature(kind.forward).parameters
+    return accepts(model, "labels") or any("label" in name or name in _ANSWERS for name in names)
 
 
 @functools.cache

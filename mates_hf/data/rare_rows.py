@@ -151,6 +151,8 @@ class _Kinds:
         self.look(inner, owners, elements, f"{place}[]")
 
     def _look_at_numbers(self, array: pa.Array, rows: IntArray, place: str) -> None:
+        import pyarrow as pa
+
         values = _numpy(array)
         if values.dtype.kind == "f":
             nan = np.isnan(values)
@@ -161,6 +163,8 @@ class _Kinds:
         if values.dtype.kind != "b":
             self._note_where(place, "negative", values < 0, numbers)
             self._note_extremes(place, "size", values, numbers)
+        if values.dtype == np.float16:  # of which pyarrow 15 makes no dictionary
+            array = pa.array(values.astype(np.float32))
         self._note_distinct(place, VALUE, array, rows)
 
     def _look_at_texts(self, array: pa.Array, rows: IntArray, place: str) -> None:

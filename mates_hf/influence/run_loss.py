@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from mates_hf.data.batches import LossFunction
-from mates_hf.model_traits import accepts
+from mates_hf.model_traits import accepts, named_output, takes_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,12 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     Returns:
         A scalar tensor.
     """
-    if not accepts(model, "labels"):
+    if not takes_labels(model):
         return None
     given = {name: value for name, value in batch.items() if accepts(model, name)}
     with without_router_loss(model):
         output = model(**given)
-    loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
+    loss = None if isinstance(output, Tensor) else named_output(output, "loss")
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
@@ -79,13 +80,35 @@ def without_router_loss(model: nn.Module) -> Iterator[bool]:
     config = getattr(model, "config", None)
     parts = [part for part in (config, getattr(config, "text_config", None)) if part is not None]
     on = [part for part in parts if getattr(part, "output_router_logits", False)]
+    by_default = _with_router_loss_by_default(model)
     for part in on:
         part.output_router_logits = False
+    handle = by_default.register_forward_pre_hook(_turn_off, with_kwargs=True) if by_default is not None else None
     try:
-        yield bool(on)
+        yield bool(on) or handle is not None
     finally:
         for part in on:
             part.output_router_logits = True
+        if handle is not None:
+            handle.remove()
+
+
+def _with_router_loss_by_default(model: nn.Module) -> nn.Module | None:
+    """The module, the model or what an adapter wraps, whose forward adds router losses whatever its config says.
+
+    Switch Transformers are one in transformers 4.
+    """
+    base = getattr(model, "get_base_model", None)
+    for module in (model, base() if callable(base) else model):
+        kind: Any = type(module)
+        given = inspect.signature(kind.forward).parameters.get("output_router_logits")
+        if given is not None and given.default is True:
+            return module
+    return None
+
+
+def _turn_off(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {"output_router_logits": False, **kwargs}
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class OwnLoss:
         return loss
 
     def _num_items(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """The token count the Trainer would pass if every process had this row, or None where it passes none."""
+        """The token count a newer Trainer would pass if every process had this row; None where it passes none."""
         trainer = self.trainer
         if not (getattr(trainer, "model_accepts_loss_kwargs", False) or trainer.compute_loss_func is not None):
             return None
@@ -52,11 +52,28 @@ class OwnLoss:
         if labels is None and "labels" not in batch:
             return None
         if labels is None:
-            labels = batch["labels"][..., 1:] if getattr(trainer, "_loss_shifts_labels", True) else batch["labels"]
+            labels = batch["labels"][..., 1:] if _shifts_labels(trainer) else batch["labels"]
         count = (labels != -100).sum()
         # The Trainer counts over all processes, and scales the loss by as many.
         averaged = getattr(trainer.args, "average_tokens_across_devices", False)
         return count * trainer.args.world_size if averaged else count
+
+
+def _shifts_labels(trainer: Any) -> bool:
+    """Whether the model's loss skips the first label, as newer Trainers say of it.
+
+    Older ones count that label too, or leave it out of an encoder-decoder's, and so scale the losses of all rows of a
+    batch alike. The share of a row in that is no property of the row: here each is a mean over what its loss is over.
+    """
+    said: bool | None = getattr(trainer, "_loss_shifts_labels", None)
+    if said is not None:
+        return said
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    base = getattr(trainer.model, "get_base_model", None)
+    model = base() if callable(base) else trainer.model
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def run_loss_of(trainer: Any) -> RunLoss:

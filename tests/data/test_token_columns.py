@@ -127,7 +127,8 @@ Column = tuple[list[Any], Any]
 
 def casts(values: list[Any], kind: pa.DataType) -> list[Any]:
     """The values as Python has them of that type."""
-    cast = bool if pa.types.is_boolean(kind) else float if pa.types.is_floating(kind) else int
+    cast: Any = bool if pa.types.is_boolean(kind) else float if pa.types.is_floating(kind) else int
+    cast = np.float16 if pa.types.is_float16(kind) else cast  # pyarrow 15 takes no other number for one
     return [None if row is None else [cast(value) for value in row] for row in values]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +88,8 @@ def test_a_tokenizer_that_appends_is_refused_and_the_way_out_works(letters, temp
 
 
 def test_add_eos_token_is_refused_and_turned_off() -> None:
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("this transformers builds the tokenizer from a file only")
     from transformers import LlamaTokenizer
 
     if (

@@ -16,11 +16,13 @@ from transformers import (
     BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -67,6 +69,10 @@ def bart() -> Any:
     config = BartConfig(vocab_size=VOCAB, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
                         pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64)  # fmt: skip
     return seeded(lambda: BartForCausalLM(config))
+
+
+def bert() -> Any:
+    return seeded(lambda: BertForMaskedLM(BertConfig(**TINY)))
 
 
 def t5() -> Any:
@@ -199,6 +205,56 @@ def test_a_masked_language_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
     rows.reading = reading
     assert rows.token_rows(labels.candidate_id).num_targets.tolist() == labels.num_tokens.tolist()
     assert rows.token_rows([3]).values.tolist()[1:] == EVEN[3]  # what was there before it was masked
+
+
+@pytest.mark.parametrize(("build", "ahead"), [(bart, False), (bert, True)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_model_that_looks_ahead_is_told_before_it_has_learnt_to(build: Any, ahead: bool, kind: torch.dtype) -> None:
+    """With small weights a token says nearly the same whatever is behind it: less than rounding is allowed for."""
+    model = build().to(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dataset = Dataset.from_dict({"input_ids": [r[:-1] for r in ROWS], "labels": [r[1:] for r in ROWS]})
+    reading = find_reading(model, CandidatePool(dataset, right_padded))
+    assert (reading.likelihood, reading.looks_ahead) == ("unshifted", ahead)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_of_labels_under_other_names_is_found() -> None:
+    class Answers(nn.Module):
+        """Its forward names no `labels`, as those of transformers 4 that find answers in a text."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = BertForQuestionAnswering(BertConfig(**TINY))
+
+        def forward(self, input_ids, attention_mask=None, start_positions=None, end_positions=None):
+            return self.inner(input_ids=input_ids, start_positions=start_positions, end_positions=end_positions)
+
+    where = {"start_positions": [1] * len(EVEN), "end_positions": [3] * len(EVEN)}
+    dataset = Dataset.from_dict({"input_ids": EVEN, **where})
+    reading = find_reading(seeded(Answers), CandidatePool(dataset, default_data_collator))
+    assert reading.to_dict()["candidates"] == "row by row: the model's own loss"
+
+
+def test_router_losses_that_a_forward_adds_by_default_are_left_out() -> None:
+    class Routed(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, output_router_logits=True, **kwargs):
+            output = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+            if labels is not None and output_router_logits:
+                output.loss = output.loss + len(input_ids)
+            return output
+
+    config = LlamaConfig(**TINY, max_position_embeddings=64)
+    model = seeded(lambda: Routed(config))
+    reading = find_reading(model, CandidatePool(columns(), right_padded))
+    assert (reading.likelihood, reading.loss) == ("shifted", None)
+    assert not model._forward_pre_hooks
+    peft = pytest.importorskip("peft")
+    adapted = seeded(lambda: peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])))
+    assert find_reading(adapted, CandidatePool(columns(), right_padded)).loss is None
 
 
 def test_an_encoder_decoder(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -75,8 +75,17 @@ def make_trainer(kind: Kind, output_dir: Path, callbacks: list[TrainerCallback])
 def own_loss(kind: Kind, trainer: Any, batch: dict[str, Any]) -> float:
     if not kind.made_by_trainer:
         return float(trainer.model(**batch, **kind.without).loss)
-    count = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    return float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=count))
+    return float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items(trainer, batch)))
+
+
+def num_items(trainer: Any, batch: dict[str, Any]) -> Any:
+    """What the Trainer says how many labels the loss is over; older ones count a first label that it is not over."""
+    if hasattr(trainer, "_loss_shifts_labels"):
+        return trainer._get_num_items_in_batch([batch], trainer.args.device)
+    if not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
+        return None
+    labels = batch["labels"]
+    return ((labels[:, 1:] if type(trainer.model).__name__.endswith("CausalLM") else labels) != -100).sum()
 
 
 def num_trained(kind: Kind, batch: dict[str, Any]) -> int:

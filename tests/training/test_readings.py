@@ -94,7 +94,7 @@ class Masked(LlamaForCausalLM):
             logits = output.logits[:, :-1].flatten(0, 1)
             nll = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")
             mask = loss_mask[:, 1:].flatten().float()
-            output.loss = (nll * mask).sum() / mask.sum().clamp(min=1)
+            output["loss"] = (nll * mask).sum() / mask.sum().clamp(min=1)
         return output
 
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.model_traits import accepts
 from mates_hf.records import UnsupportedSettingError
 
 VOCAB, PAD, BOS, EOS, MASK = 64, 0, 1, 2, 3
@@ -152,7 +153,11 @@ def lm_collator(model: Any, side: str = "right", **changes: Any) -> Any:
 
 
 def masking(model: Any) -> Any:
-    return DataCollatorForLanguageModeling(tokenizer(), mlm=True, mlm_probability=0.4)
+    """Without the mask of the padding where the model's forward takes none."""
+    collate = DataCollatorForLanguageModeling(tokenizer(), mlm=True, mlm_probability=0.4)
+    if accepts(model, "attention_mask"):
+        return collate
+    return lambda rows: {key: value for key, value in collate(rows).items() if key != "attention_mask"}
 
 
 def for_pairs(model: Any) -> Any:

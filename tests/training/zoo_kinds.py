@@ -150,7 +150,7 @@ add_each("Bart", PAIRS, **BOTH)
 # Experts of a fixed capacity: what a row loses depends on the rows beside it.
 SWITCH = {**START, "expert_capacity": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
           "num_decoder_layers": 2}  # fmt: skip
-add_each({"SwitchTransformers": SWITCH}, PAIRS, **BOTH)
+add_each({"SwitchTransformers": SWITCH}, PAIRS, **BOTH, **UNROUTED)  # in transformers 4 routed by default
 add("T5", t5, **BOTH)
 add("T5 without decoder inputs", t5, **{**BOTH, "collator": lambda model: for_pairs(None)})
 add("T5 and a reference of texts", t5, columns=pairs, collator=for_pairs,

@@ -158,9 +158,8 @@ class Own(LlamaForCausalLM):
         if loss_mask is not None:
             counts = loss_mask[:, 1:].flatten().float()
         total = (losses * counts).sum()
-        output.loss = total if self.kind == "summed" else total / counts.sum().clamp(min=1)
-        if self.kind == "contrastive":
-            output.loss = output.loss * len(labels) ** 2
+        loss = total if self.kind == "summed" else total / counts.sum().clamp(min=1)
+        output["loss"] = loss * len(labels) ** 2 if self.kind == "contrastive" else loss
         return output
 
 
