@@ -46,9 +46,20 @@ def visible_columns(dataset: Any) -> list[str] | None:
 
 
 def physical_rows(dataset: Any) -> IntArray | None:
-    """(N,) int64 table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same."""
+    """(N,) int64 table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same.
+
+    A view of what the dataset holds, where that lies in one piece: 8 bytes a row, maybe on disk, and no more.
+    """
     indices = getattr(dataset, "_indices", None)
-    return None if indices is None else indices.column(0).to_numpy().astype(np.int64, copy=False)
+    if indices is None:
+        return None
+    pieces = [_as_int64(chunk.to_numpy(zero_copy_only=False)) for chunk in indices.column(0).chunks]
+    return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int64), *pieces])
+
+
+def _as_int64(values: npt.NDArray[Any]) -> IntArray:
+    """Row numbers as int64, without a copy where they have eight bytes already."""
+    return values.view(np.int64) if values.dtype == np.uint64 else values.astype(np.int64, copy=False)
 
 
 def fixed_positions(num: int, size: int) -> IntArray:
@@ -70,11 +81,16 @@ class DatasetColumns:
         self.dataset = dataset
         self._rules: dict[str, LabelRule | None] = {}
         self._opened: dict[str, ListColumn] = {}
+        self._indices: IntArray | None = None  # held once, not once a column
 
     @property
     def token_columns(self) -> list[str]:
         """Those of `input_ids`, `labels` and `attention_mask` that rows show now (formats change in place)."""
         return [name for name in visible_columns(self.dataset) or () if name in CollatedRow._fields]
+
+    def lengths(self, ids: IntArray) -> IntArray:
+        """(N,) int64 tokens of the rows `ids`, padding included."""
+        return self._column(TOKENS).lengths(ids)
 
     def read(self, ids: IntArray, rule: LabelRule) -> TokenRows:
         """The rows `ids` with labels by `rule`, without padding; a null row is an empty row."""
@@ -136,7 +152,7 @@ class DatasetColumns:
         if not names:
             return False
         columns = {name: self.dataset.data.column(name) for name in names}
-        rare = find_rare_rows(columns, physical_rows(self.dataset), len(self.dataset), ids)
+        rare = find_rare_rows(columns, self._physical_rows(), len(self.dataset), ids)
         if len(rare.rows):
             rows = self._collated(collate_fn, rare.rows)
             if rows is None or not _same(rows, self.read(rare.rows, rule)):
@@ -238,8 +254,14 @@ class DatasetColumns:
 
     def _column(self, name: str) -> ListColumn:
         if name not in self._opened:
-            self._opened[name] = ListColumn(self.dataset.data.column(name), name, physical_rows(self.dataset))
+            self._opened[name] = ListColumn(self.dataset.data.column(name), name, self._physical_rows())
         return self._opened[name]
+
+    def _physical_rows(self) -> IntArray | None:
+        """`physical_rows`, for all columns the same array."""
+        if self._indices is None:
+            self._indices = physical_rows(self.dataset)
+        return self._indices
 
 
 def _listed(value: Any) -> Any:

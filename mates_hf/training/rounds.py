@@ -48,7 +48,8 @@ from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order
 
 logger = logging.getLogger(__name__)
 
-SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
+# What is scored at a time, so that a large slice is never in memory at once: 9 to 23 bytes a token are.
+SCORE_ROWS, SCORE_TOKENS = 65_536, 1 << 22
 
 
 class Scored(NamedTuple):
@@ -59,7 +60,9 @@ class Scored(NamedTuple):
     num_targets: npt.NDArray[np.int32]
 
 
-def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray) -> Order:
+def run_round(
+    run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: npt.NDArray[Any]
+) -> Order:
     """Probe some candidates, fit an influence model, score the others, select what is trained on next.
 
     Called in the main process; the others `assist` where it measures.
@@ -69,7 +72,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         planned: number and steps of the round.
         from_position: global row position at which the selection takes effect.
         num_rows: rows to select, k.
-        own_rows: (N,) the Trainer's own order of the pool, for the case that the guard refuses to select.
+        own_rows: (N,) integer, the Trainer's own order of the pool, for the case that the guard refuses to select.
 
     Returns:
         The rows to train on next, in order, and what led to them.
@@ -135,6 +138,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         "num_rows": len(rows),
         "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
         "cursor": int(cursor),
+        "pass": run.ledger.pass_number,
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
         "num_probed_before": int(np.count_nonzero(run.ledger.probed[draw.probes])),
@@ -298,7 +302,7 @@ def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: In
     influence = np.empty(len(candidates), np.float32)
     num_targets = np.empty(len(candidates), np.int32)
     done = 0
-    for rows in run.pool.chunks(candidates, SCORE_CHUNK):
+    for rows in run.pool.chunks(candidates, SCORE_ROWS, max_tokens=SCORE_TOKENS):
         span = slice(done, done + len(rows))
         influence[span] = influence_model.predict(rows) * np.float32(unit)
         num_targets[span] = rows.num_targets
