@@ -158,7 +158,9 @@ def _is_drawn_by_randperm(kind: Any) -> bool:
         generator = torch.Generator().manual_seed(3) if with_generator else None
         sampler = kind(range(_TRIED), generator=generator)
         found = [draw(sampler), draw(sampler), torch.get_rng_state().tolist()]
-        return found if generator is None else [*found, generator.get_state().tolist()]
+        # A sampler that is told its epoch seeds its generator anew at each pass: what it leaves there says nothing.
+        leaves_nothing = generator is None or hasattr(sampler, "set_epoch")
+        return found if leaves_nothing else [*found, generator.get_state().tolist()]
 
     def as_array(sampler: Any) -> list[int]:
         own = _permutation(sampler, np.dtype(np.int32))
