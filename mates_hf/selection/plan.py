@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
 from mates_hf.config import MatesConfig
@@ -260,6 +260,7 @@ def num_candidates(num_selected: int, selection_ratio: float) -> int:
     return math.ceil(num_selected / _exact(selection_ratio))
 
 
+@lru_cache
 def _exact(ratio: float) -> Fraction:
     """The fraction a ratio was meant as: 0.2 is 1/5, not the nearest binary number."""
     return Fraction(repr(float(ratio)))
