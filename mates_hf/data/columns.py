@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -68,6 +69,25 @@ def fixed_positions(num: int, size: int) -> IntArray:
         return np.arange(num)
     draws = [int.from_bytes(hashlib.sha256(f"{num},{j}".encode()).digest()[:8], "big") % num for j in range(size)]
     return np.unique([(j * num + draw) // size for j, draw in enumerate(draws)]).astype(np.int64)
+
+
+def stretches(lengths: IntArray, max_tokens: int) -> Iterator[slice]:
+    """Stretches of rows with at most so many tokens together, or of one row that has more.
+
+    Args:
+        lengths: (N,) int64 tokens of each row.
+        max_tokens: tokens of a stretch, at most.
+
+    Yields:
+        Slices of the N rows, one after the other.
+    """
+    ends = np.cumsum(lengths)
+    start = 0
+    while start < len(lengths):
+        before = int(ends[start] - lengths[start])
+        stop = max(int(np.searchsorted(ends, before + max_tokens, side="right")), start + 1)
+        yield slice(start, stop)
+        start = stop
 
 
 class DatasetColumns:

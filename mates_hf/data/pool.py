@@ -21,7 +21,7 @@ import numpy as np
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import PLAIN, Candidates, Reading
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_packing, stack_rows
-from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
+from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, stretches, visible_columns
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows
 from mates_hf.display import card
@@ -163,7 +163,7 @@ class CandidatePool:
             if max_tokens is None:
                 yield self.token_rows(piece)
             elif in_columns:
-                for span in _spans(self._columns.lengths(piece), max_tokens):
+                for span in stretches(self._columns.lengths(piece), max_tokens):
                     yield self.token_rows(piece[span])
             else:
                 yield from _stacked(self._read_rows(piece), max_tokens)
@@ -237,17 +237,6 @@ class CandidatePool:
                 name_of(self.collate_fn),
             )
         return rule
-
-
-def _spans(lengths: IntArray, max_tokens: int) -> Iterator[slice]:
-    """Stretches of rows with at most so many tokens, or of one row that has more."""
-    ends = np.cumsum(lengths)
-    start = 0
-    while start < len(lengths):
-        before = int(ends[start] - lengths[start])
-        stop = max(int(np.searchsorted(ends, before + max_tokens, side="right")), start + 1)
-        yield slice(start, stop)
-        start = stop
 
 
 def _stacked(rows: Iterator[CollatedRow], max_tokens: int) -> Iterator[TokenRows]:

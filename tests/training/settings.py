@@ -52,6 +52,7 @@ MODULES = (
     "test_parallel.py",
     "test_processes.py",
     "test_samplers.py",
+    "test_passes.py",
 )
 ORDER = "order"
 NO_TRACE = "order, no trace"
