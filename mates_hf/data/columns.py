@@ -47,20 +47,24 @@ def visible_columns(dataset: Any) -> list[str] | None:
 
 
 def physical_rows(dataset: Any) -> IntArray | None:
-    """(N,) int64 table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same.
+    """(N,) signed table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same.
 
-    A view of what the dataset holds, where that lies in one piece: 8 bytes a row, maybe on disk, and no more.
+    A view of what the dataset holds, where that lies in one piece. `shuffle` writes it in many: a copy then, of four
+    bytes a row where that is enough.
     """
     indices = getattr(dataset, "_indices", None)
     if indices is None:
         return None
-    pieces = [_as_int64(chunk.to_numpy(zero_copy_only=False)) for chunk in indices.column(0).chunks]
-    return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int64), *pieces])
-
-
-def _as_int64(values: npt.NDArray[Any]) -> IntArray:
-    """Row numbers as int64, without a copy where they have eight bytes already."""
-    return values.view(np.int64) if values.dtype == np.uint64 else values.astype(np.int64, copy=False)
+    chunks = indices.column(0).chunks
+    if len(chunks) == 1 and chunks[0].type.bit_width == 64:
+        return np.asarray(chunks[0].to_numpy()).view(np.int64)
+    is_short = len(dataset.data) <= 2**31
+    rows: IntArray = np.empty(len(indices), np.int32 if is_short else np.int64)
+    done = 0
+    for chunk in chunks:
+        rows[done : done + len(chunk)] = chunk.to_numpy()
+        done += len(chunk)
+    return rows
 
 
 def fixed_positions(num: int, size: int) -> IntArray:

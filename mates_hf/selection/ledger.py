@@ -5,7 +5,7 @@ chose. A row is marked when it is assigned to a round, not when its step is over
 switch still train on the earlier assignment.
 
 Trade-off: one byte a pool row and a shuffled order of four (made when first needed), so that every draw is a plain
-numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another two bytes a
+numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another four bytes a
 pool row, and eight a candidate that it returns; it goes through the pool in blocks for that.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -199,7 +200,9 @@ class Ledger:
             candidates, cursor = self._next_unused(self.shuffled, self.cursor, num_slice, self.consumed)
             ahead = np.zeros(self.num_rows, np.bool_)
             ahead[self.shuffled[cursor:]] = True
-            probes = self._draw_probes(~self._blocked(candidates), ahead, num_probes, round_number)
+            free = self._blocked(candidates)
+            np.logical_not(free, out=free)
+            probes = self._draw_probes(free, ahead, num_probes, round_number)
             return RoundDraw(candidates, probes, cursor)
         probes = self._draw_probes(~self.consumed, np.ones(1, np.bool_), num_probes, round_number)
         candidates, _ = self._next_unused(self.shuffled, 0, self.num_rows, self._blocked(probes))
@@ -303,7 +306,14 @@ class Ledger:
         generator = np.random.default_rng([self.seed, round_number, PROBES])
         found: list[IntArray] = []
         missing = num
-        for part in (free & ahead & ~self.probed, free & ~ahead & ~self.probed, free & self.probed):
+        # One mask of the pool at a time; a > b of two masks is a and not b.
+        kinds: tuple[Callable[[], npt.NDArray[np.bool_]], ...] = (
+            lambda: np.logical_and(free > self.probed, ahead),
+            lambda: np.greater(free > self.probed, ahead),
+            lambda: np.logical_and(free, self.probed),
+        )
+        for rows_of_kind in kinds:
+            part = rows_of_kind()
             taken = min(missing, int(np.count_nonzero(part)))
             if taken:
                 found.append(nth_true(part, generator.choice(np.count_nonzero(part), taken, replace=False)))

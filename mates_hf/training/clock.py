@@ -86,7 +86,14 @@ class RowClock:
         return (self.position(from_step) - began) % self.rows_per_epoch
 
     def restarted(self, step: int, epoch: int) -> RowClock:
-        """The clock of a run whose epoch was ended after `step` steps, before its time: `epoch` begins there.
+        """The clock of a run whose epoch was ended after `step` steps, before its time.
+
+        Args:
+            step: optimizer steps done.
+            epoch: the epoch that begins there.
+
+        Returns:
+            A clock that agrees with this one about every row up to there.
 
         Raises:
             MatesError: rounds that are planned already would move against the rows, because an epoch's last step is

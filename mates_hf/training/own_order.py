@@ -96,7 +96,8 @@ def draw_pass(sampler: Any, num_rows: int) -> OwnPass:
         UnsupportedSettingError: the sampler yields fewer rows than its length, or rows that are not in the pool.
     """
     dtype = np.dtype(np.int32 if num_rows <= 2**31 else np.int64)
-    if _is_plain_random(sampler) and _is_drawn_by_randperm(type(sampler)):
+    kind: Any = type(sampler)
+    if _is_plain_random(sampler) and _is_drawn_by_randperm(kind):
         return _permutation(sampler, dtype)
     rows = iter(sampler)
     try:
@@ -159,8 +160,9 @@ def _is_drawn_by_randperm(kind: Any) -> bool:
         sampler = kind(range(_TRIED), generator=generator)
         found = [draw(sampler), draw(sampler), torch.get_rng_state().tolist()]
         # A sampler that is told its epoch seeds its generator anew at each pass: what it leaves there says nothing.
-        leaves_nothing = generator is None or hasattr(sampler, "set_epoch")
-        return found if leaves_nothing else [*found, generator.get_state().tolist()]
+        if generator is None or hasattr(sampler, "set_epoch"):
+            return found
+        return [*found, generator.get_state().tolist()]
 
     def as_array(sampler: Any) -> list[int]:
         own = _permutation(sampler, np.dtype(np.int32))
