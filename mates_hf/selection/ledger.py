@@ -5,8 +5,8 @@ chose. A row is marked when it is assigned to a round, not when its step is over
 switch still train on the earlier assignment.
 
 Trade-off: one byte a pool row and a shuffled order of four (made when first needed), so that every draw is a plain
-numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another four bytes a
-pool row, and eight a candidate that it returns; it goes through the pool in blocks for that.
+numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another four bytes
+a pool row, and eight a candidate that it returns; it goes through the pool in blocks for that.
 """
 
 from __future__ import annotations

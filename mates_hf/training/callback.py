@@ -204,7 +204,7 @@ class MatesCallback(TrainerCallback):
         if self._session is None:
             return
         if self._proven:
-            self._session.begin_step()
+            self._session.begin_step(state.global_step)
             return
         self._proven = True
         clock = self._session.clock
@@ -214,7 +214,7 @@ class MatesCallback(TrainerCallback):
                 "for it. A setting or a Trainer subclass bypasses `dataloader.set_sampler`; train with the dataloader "
                 "that `Trainer.get_train_dataloader` makes."
             )
-        self._session.begin_step()
+        self._session.begin_step(state.global_step)
         if not self._session.sampler.each_once:
             check_rows_once(self._session.sampler.own_rows)
 

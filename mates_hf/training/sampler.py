@@ -182,9 +182,9 @@ class ScheduledSampler(Sampler[int]):
         """Whether a first selection was scheduled, for later than `start`, that counts on the rows before it."""
         return bool(self._orders) and self._orders[0][0] > start
 
-    def uses_own_rows(self) -> bool:
-        """Whether rows of the own order are still to be trained on."""
-        return not self._orders or self._orders[0][0] > self.drawn_position
+    def uses_own_rows(self, position: int) -> bool:
+        """Whether the row at a position is of the own order; the same in all processes, which hold the same orders."""
+        return not self._orders or self._orders[0][0] > position
 
     def __iter__(self) -> Iterator[int]:
         start = self.clock.epoch_position(self.epoch)

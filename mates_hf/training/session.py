@@ -90,12 +90,12 @@ class Session:
                 resume.set_earlier_run_aside(run.rounds_dir)
             self._plan_next(step)
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Behind the first batch of a pass: prove that all processes drew the same, and shuffle the pool ahead."""
         sampler, run = self.sampler, self.run
         if sampler.unproven:
             sampler.unproven = False
-            if sampler.uses_own_rows():
+            if sampler.uses_own_rows(self.clock.position(step)):
                 require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
             if run.processes.is_main and self._next_event:
                 run.ledger.prepare()
