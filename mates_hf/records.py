@@ -81,7 +81,8 @@ class InfluenceLabels:
             relative to the null step.
         influence_per_token: (N,) float32, mean over the candidate's trained tokens of the directional derivative.
             `influence = influence_per_token * step_size`.
-        loss: (N,) float32, the candidate's own loss, nats/token.
+        loss: (N,) float32, the candidate's own loss, nats/token; of a `DirectionalProbe` the mean of the losses at
+            either side of the weights, which differs from it by curvature (1e-4 was seen).
         num_tokens: (N,) int32, trained tokens (targets) of the candidate.
         probe: (N,) str, the probe that measured the row.
         step_size: scale between the two influence columns (1.0 where a probe measures no derivative).

@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator  # noqa: E402
+from fnmatch import fnmatch  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -18,6 +19,21 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they bring, and sums keep one order
 
 TINY_VOCAB_SIZE = 64
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The marker `quick`: all but some cases of a parametrised test are slow."""
+    for item in items:
+        marker = item.get_closest_marker("quick")
+        if marker is not None and not any(fnmatch(item.callspec.id, pattern) for pattern in marker.args):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is flushed is read back from memory here; that it is flushed is a test of its own."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["selection", "fidelity", "selector_gain", pytest.param("influence_models", marks=pytest.mark.slow)]
 )

@@ -15,10 +15,10 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from mates_hf.config import NUM_SENTINELS
-from mates_hf.records import FloatArray, InfluenceError, InfluenceLabels, read_json, write_json
+from mates_hf.evaluation.agreement import rank_correlation
+from mates_hf.records import InfluenceError, InfluenceLabels, read_json, write_json
 from mates_hf.selection.choose import stage_seed
 from mates_hf.training.measure import measure_sentinel
 from mates_hf.training.run import Run
@@ -58,7 +58,7 @@ def set_sentinel(run: Run, path: Path, labels: InfluenceLabels, number: int) -> 
         "epsilon": epsilon,
         "seed": seed,
         "flops": found.info.get("flops"),
-        "spearman_with_labels": _spearman(found.influence_per_token, labels.influence_per_token[picked]),
+        "spearman_with_labels": rank_correlation(found.influence_per_token, labels.influence_per_token[picked]),
     }
     write_json(path / SENTINEL_FILE, sentinel)
     return None if sentinel["flops"] is None else float(sentinel["flops"])
@@ -85,9 +85,4 @@ def check_drift(run: Run, path: Path) -> float:
     except InfluenceError as error:
         logger.warning("Drift check: the sentinel cannot be ranked any more (%s).", error)
         return 0.0
-    return _spearman(now.influence_per_token, np.array(sentinel["influence_per_token"], np.float32))
-
-
-def _spearman(a: FloatArray, b: FloatArray) -> float:
-    value = float(spearmanr(a, b).statistic)
-    return value if np.isfinite(value) else 0.0
+    return rank_correlation(now.influence_per_token, np.array(sentinel["influence_per_token"], np.float32))

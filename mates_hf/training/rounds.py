@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import spearmanr
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
+from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import (
@@ -232,14 +232,12 @@ def _agreement(fast: InfluenceLabels, oracle: InfluenceLabels, influence: FloatA
         slope, intercept = np.polyfit(fast.influence.astype(np.float64), oracle.influence.astype(np.float64), 1)
     except (np.linalg.LinAlgError, ValueError) as error:
         return {"not_audited": f"{type(error).__name__}: {error}"}
-    resampled = np.random.default_rng(seed).integers(0, len(fast), (200, len(fast)))
-    spread = [spearmanr(fast.influence[row], oracle.influence[row]).statistic for row in resampled]
     return {
         "truth": "one optimizer step on the candidate alone, clipped as the run clips",
         "num_candidates": len(fast),
-        "spearman": float(spearmanr(fast.influence, oracle.influence).statistic),
-        "interval": [float(bound) for bound in np.nanpercentile(spread, [2.5, 97.5])],
-        "labels_spearman": float(spearmanr(influence, oracle.influence).statistic),
+        "spearman": rank_correlation(fast.influence, oracle.influence),
+        "interval": list(bootstrap_interval(fast.influence, oracle.influence, seed)),
+        "labels_spearman": rank_correlation(influence, oracle.influence),
         "slope": float(slope),
         "intercept": float(intercept),
         "flops": float(fast.info.get("flops", 0.0)) + float(oracle.info.get("flops", 0.0)),

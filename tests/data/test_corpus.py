@@ -69,6 +69,7 @@ def test_overlap_needs_a_length() -> None:
         find_overlap(["a"], ["a"], n=0)
 
 
+@pytest.mark.slow
 def test_parts_share_no_13_gram(corpus: BuiltinCorpus) -> None:
     reference, development = ngrams(corpus.reference, 13), ngrams(corpus.development, 13)
     pool = ngrams([row["text"] for row in corpus.pool], 13)
@@ -132,6 +133,7 @@ def test_corpus_is_a_function_of_seed_and_installation(corpus: BuiltinCorpus) ->
     assert result.stdout.strip() == hashlib.sha256(repr(corpus).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_cap_keeps_held_out_parts(corpus: BuiltinCorpus) -> None:
     capped = builtin_corpus(seed=0, max_rows_per_kind=7)
     assert Counter(row["kind"] for row in capped.pool) == dict.fromkeys(KINDS, 7)

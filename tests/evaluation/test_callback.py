@@ -317,6 +317,7 @@ def test_out_of_memory_is_told_and_does_not_start_the_run_again(tmp_path, make_c
     no_step(tmp_path, make_callback(), EvaluationError, "Lower `batch_size`", model)
 
 
+@pytest.mark.slow
 def test_the_module_is_imported_without_lm_eval() -> None:
     code = "import sys; from mates_hf.evaluation import LmEvalCallback; print('lm_eval' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

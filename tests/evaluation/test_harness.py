@@ -256,6 +256,7 @@ def beginning_tokenizer() -> Any:
     return tokenizer
 
 
+@pytest.mark.quick("beginning*")
 @pytest.mark.parametrize(("make", "limit"), [(make_tokenizer, None), (beginning_tokenizer, 3)])
 def test_every_kind_of_task_gives_the_harness_numbers(folder, model, make, limit) -> None:
     specs: list[Any] = [str(folder / f"{name}.yaml") for name in [*TASKS, "own_task"]]

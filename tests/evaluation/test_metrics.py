@@ -42,6 +42,7 @@ def correlated(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return predictions, 2 * predictions + 3 * rng.normal(size=num) + 1
 
 
+@pytest.mark.slow
 def test_loads_by_path_offline_with_an_empty_home(tmp_path: Path) -> None:
     code = """
 import json, pathlib, subprocess, sys

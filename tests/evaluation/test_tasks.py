@@ -56,6 +56,7 @@ def from_hub(hub, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", hub / "downloads")
 
 
+@pytest.mark.slow
 def test_the_command_runs_offline_and_the_group_is_the_mean_of_nine(tmp_path, hub) -> None:
     make_tokenizer().save_pretrained(tmp_path / "model")
     make_model(double=False).save_pretrained(tmp_path / "model")

@@ -94,6 +94,7 @@ def live(family: str) -> tuple[Any, torch.optim.Optimizer]:
     return copy.deepcopy(trained(family))
 
 
+@pytest.mark.quick("llama-*", "gpt2-*", "gpt_neox-*", "gemma-*", "mixtral-*", "mamba-*")
 @pytest.mark.parametrize("probe", PROBES.values(), ids=list(PROBES))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_trace(family: str, probe: Any) -> None:
@@ -107,6 +108,7 @@ def test_no_trace(family: str, probe: Any) -> None:
     assert_same(before, everything(model, optimizer))
 
 
+@pytest.mark.quick("llama", "gpt2", "gpt_neox", "mixtral", "mamba")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_probes_rank_alike(family: str) -> None:
     """No clipping, a gentle learning rate, β2 = 0.999."""

@@ -525,6 +525,7 @@ def candidates_of_all_kinds() -> TokenRows:
     return join(*(chain_rows(8, 11 + stride, stride) for stride in (1, 7, 3, 5)), random_rows(8, 13, 12, 13))
 
 
+@pytest.mark.slow
 def test_a_container_of_muon_and_adamw_ranks_like_real_steps(live: tuple[Any, torch.optim.Optimizer]) -> None:
     model, optimizer = live
     reference, candidates = task(chain_rows(24, 9, 1)), candidates_of_all_kinds()

@@ -67,6 +67,7 @@ def at_large_batch(make_tiny_model: Callable[..., Any]) -> Callable[[str], Live]
     return build
 
 
+@pytest.mark.quick("adamw", "adafactor", "sgd")
 @pytest.mark.parametrize("name", AT_LARGE_BATCH)
 def test_a_path_never_climbs_at_a_large_batch(at_large_batch: Callable[[str], Live], name: str) -> None:
     model, optimizer = at_large_batch(name)

@@ -652,6 +652,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
         DirectionalProbe(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path_steps", [1, 4])
 def test_memory_stays_within_its_bound(make_tiny_model: Callable[..., Any], path_steps: int) -> None:
     """Tensors alive beside model and optimizer while rows run: the copy of the parameters, and u.

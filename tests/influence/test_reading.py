@@ -412,6 +412,7 @@ def test_a_loss_made_outside_of_the_model(make_tiny_model: Callable[..., Any]) -
     assert find_reading(model, CandidatePool(columns(), right_padded), same).loss is None
 
 
+@pytest.mark.slow
 def test_many_targets_under_float16_rank_as_float32(make_tiny_model: Callable[..., Any]) -> None:
     """The gradient of a mean over 20,000 targets underflows in float16; that of their sum does not."""
     model = make_tiny_model(vocab_size=2_048, hidden_size=64).eval()

@@ -497,6 +497,7 @@ def test_the_forecast_is_what_a_run_records(tmp_path):
     assert cost.mates.complete
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_each_round_once(tmp_path):
     arguments = {"max_steps": 20, "save_strategy": "steps", "save_steps": 8}
     pool = make_pool()

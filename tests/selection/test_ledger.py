@@ -274,7 +274,8 @@ def test_planned_rounds_tile_the_steps_from_the_first_selection_to_the_last_step
         assert planned.to_step - planned.from_step == config.update_steps or planned is plan.rounds[-1]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
 @given(plans)
 def test_what_fits_is_what_step_by_step_search_finds(plan):
     most = plan.max_steps_that_fit

@@ -237,6 +237,7 @@ def caches(path: Path) -> set[str]:
     return {found.name for found in path.rglob("cache-*.arrow")}
 
 
+@pytest.mark.slow
 def test_another_process_hits_the_cache_and_another_model_misses_it(
     selector: MatesSelector, dataset: Dataset, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def selections(output_dir: Path) -> dict[int, np.ndarray]:
     return {load_round(path).info["number"]: np.asarray(load_round(path).selection) for path in folders}
 
 
+@pytest.mark.quick("1-workers", "2-no-workers")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_that_never_selects_is_the_run_without_the_callback(tmp_path, loader, accumulation):
@@ -71,6 +72,7 @@ def test_the_first_round_is_the_trainers_own_order(tmp_path):
     assert plain.rows[before:] != ours.rows[before:]
 
 
+@pytest.mark.quick("slice-workers", "pool-no-workers")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("scope", ["slice", "pool"])
 def test_rows_trained_are_the_selections_in_order(tmp_path, loader, scope):
@@ -109,7 +111,8 @@ def test_the_order_does_not_depend_on_how_it_is_loaded(tmp_path, changes):
 
 
 @pytest.mark.parametrize("loader", LOADERS[:2])
-@pytest.mark.parametrize("stop", [6, 11, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 8, 15))])
+@pytest.mark.quick("6-no-workers", "11-workers")
+@pytest.mark.parametrize("stop", [4, 6, 8, 11, 15])
 def test_a_stopped_run_goes_on_exactly(tmp_path, loader, stop):
     settings = {**loader, "save_strategy": "steps", "save_steps": 1, "max_steps": 20}
     whole = run(make_arguments(tmp_path / "whole", **settings), [mates()], dropout=0.1)
@@ -223,6 +226,7 @@ def test_a_run_that_does_not_resume_loads_no_round(tmp_path):
     assert (tmp_path / "_mates" / "round-0001.stale").exists()
 
 
+@pytest.mark.slow
 def test_keep_rounds_bounds_the_disk(tmp_path):
     run(make_arguments(tmp_path, max_steps=40), [mates(keep_rounds=2)])
     assert set(selections(tmp_path)) == {5, 6}

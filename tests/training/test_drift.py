@@ -32,6 +32,7 @@ def rounds(path: Path) -> list[dict]:
     return [dict(load_round(folder).info) for folder in folders]
 
 
+@pytest.mark.slow
 def test_no_drift_leaves_the_run_as_it_is_without_checks(tmp_path):
     plain, checked = train(tmp_path / "a", None), train(tmp_path / "b", NEVER)
     assert plain.rows == checked.rows
@@ -67,7 +68,8 @@ def test_rows_that_an_early_start_cut_off_can_be_chosen_again(tmp_path):
     assert offered.issuperset(cut.tolist())
 
 
-@pytest.mark.parametrize("stop", [17, 21, *(pytest.param(step, marks=pytest.mark.slow) for step in (15, 16, 30))])
+@pytest.mark.quick("17")
+@pytest.mark.parametrize("stop", [15, 16, 17, 21, 30])
 def test_a_run_with_early_rounds_goes_on_exactly(tmp_path, stop):
     whole = train(tmp_path / "whole", ALWAYS)
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 36}

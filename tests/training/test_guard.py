@@ -142,6 +142,7 @@ def test_noise_is_no_reversal_however_few_the_probes(tmp_path):
 # --- labels that rank nothing ---
 
 
+@pytest.mark.quick("own_order-all-zero", "select-all-equal")
 @pytest.mark.parametrize("how", ["0", "0.25"], ids=["all-zero", "all-equal"])
 @pytest.mark.parametrize("setting", ["own_order", "select"])
 def test_labels_that_rank_nothing_leave_the_round_in_the_own_order(tmp_path, how, setting, caplog):

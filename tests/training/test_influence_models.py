@@ -44,6 +44,7 @@ def make_encoder(encoder_tokenizer: Any, /, **settings: Any) -> EncoderInfluence
     return EncoderInfluenceModel((encoder, encoder_tokenizer), **settings)
 
 
+@pytest.mark.quick("encoder")
 @pytest.mark.parametrize("kind", ["hidden states", "encoder", "fine-tuned encoder"])
 def test_a_stopped_run_goes_on_exactly(tmp_path, kind, tiny_tokenizer) -> None:
     def build() -> Any:
@@ -138,6 +139,7 @@ class _Unsavable(PreTrainedTokenizerFast):
         raise OSError("a tokenizer of this machine alone")
 
 
+@pytest.mark.quick("*1-None", "*3-*")
 @pytest.mark.parametrize(
     ("processing_class", "warning"),
     [

@@ -33,6 +33,7 @@ class Look(TrainerCallback):
             self.entries.append(len(list(self.rounds_dir.iterdir())))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux shows in /proc")
 def test_many_rounds_hold_no_more_than_a_few(tmp_path: Path) -> None:
     look = Look(tmp_path / "_mates")

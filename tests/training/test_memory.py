@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from boundary_memory import measure  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_boundary_takes_three_times_the_trainable_bytes(dtype: torch.dtype) -> None:
     """The mean of the weights, the copy that a probe goes back to, and one gradient; and a micro-batch."""

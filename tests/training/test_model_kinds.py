@@ -7,7 +7,6 @@ the run's collator alone and then through the model (or the Trainer that makes t
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ CLOSE = 1e-5
 # The labels' losses are means of those at either side of the weights; so near, curvature is below rounding.
 EPSILON = 1e-5
 # A router chooses anew at either side. Where a token is at such a border the loss jumps, and a label is the mean of
-# both. Nearer to the weights hardly a token is at one; this many rows of a mixture may be, and off by this much.
-EPSILON_OF_MIXTURES, ROWS_AT_BORDERS, JUMP = 1e-7, 2, 5e-3
+# both; this near to the weights no token is at one.
+EPSILON_OF_MIXTURES = 1e-8
 
 
 class Weights(TrainerCallback):
@@ -100,11 +99,6 @@ def rows_alone(kind: Kind, trainer: Any, ids: list[int]) -> tuple[list[float], l
     return losses, counts
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, id=name, marks=[pytest.mark.slow] * kind.slow) for name, kind in KINDS.items()]
 )
@@ -127,8 +121,7 @@ def test_what_is_probed_is_what_is_trained(kind: Kind, tmp_path: Path) -> None:
     losses, counts = rows_alone(kind, trainer, labels.candidate_id.tolist())
     assert len(losses) >= NUM_PROBES // 2
     off = np.abs(labels.loss - losses)
-    assert off.max() <= (JUMP if is_mixture(trainer.model) else CLOSE), off
-    assert (off > CLOSE).sum() <= ROWS_AT_BORDERS, off
+    assert off.max() <= CLOSE, off
     if any(counts):
         assert labels.num_tokens.tolist() == counts
     assert np.isfinite(labels.influence).all()

@@ -34,6 +34,7 @@ def run_family(family: str, output_dir: Path, resume: str | None = None, **chang
     return Result(trainer, watch)
 
 
+@pytest.mark.quick("gpt2", "mixtral", "mamba")
 @proves(f"models: {', '.join(sorted(FAMILIES))}", ORDER, note="small ones of each architecture")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_round_selects_and_its_rows_are_trained_on(family: str, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def ragged(tmp_path_factory) -> tuple[Path, Result]:
 # What must not matter.
 
 
+@pytest.mark.quick("30", "51")
 @pytest.mark.parametrize(
     "step", [30, 41, 45, 51, 55]
 )  # inside a pass, at its end, in the next, in the lead, behind it
@@ -104,6 +105,7 @@ def make_numbers(rows: np.ndarray) -> list[int]:
     return np.asarray(rows).tolist()
 
 
+@pytest.mark.quick("25", "27")
 @pytest.mark.parametrize("step", [24, 25, 26, 27, 30])
 def test_an_epoch_that_ends_between_a_boundary_and_its_switch(tmp_path_factory, tmp_path, step):
     pool = make_pool(100)  # 25 steps an epoch; boundary at 24, in effect from 27
@@ -121,6 +123,7 @@ def test_an_epoch_that_ends_between_a_boundary_and_its_switch(tmp_path_factory, 
     assert rest.rows == rows[step * 4 :]
 
 
+@pytest.mark.quick("45")
 @pytest.mark.parametrize("step", [30, 40, 45, 55])
 def test_a_sampler_that_is_not_seeded_by_epoch(tmp_path_factory, tmp_path, step):
     # The Trainer alone resumes such a run with other rows once the first epoch is over.
@@ -135,6 +138,7 @@ def test_a_sampler_that_is_not_seeded_by_epoch(tmp_path_factory, tmp_path, step)
     assert rest.rows == rows[step * 4 :]
 
 
+@pytest.mark.quick("8")
 @pytest.mark.parametrize("step", [5, 8, 14])
 def test_more_workers_than_before(tmp_path, short, step):
     where, whole = short
@@ -143,6 +147,7 @@ def test_more_workers_than_before(tmp_path, short, step):
     assert_goes_on(rest, whole, step)
 
 
+@pytest.mark.quick("8")
 @batch_may_change
 @pytest.mark.parametrize("step", [5, 8, 14])
 def test_another_accumulation_at_equal_total_batch_takes_the_same_rows(tmp_path, short, step):
@@ -154,6 +159,7 @@ def test_another_accumulation_at_equal_total_batch_takes_the_same_rows(tmp_path,
     assert len(rest.rows) == (20 - step) * 4
 
 
+@pytest.mark.quick("8", "14")
 @pytest.mark.parametrize("step", [5, 8, 14])
 def test_without_the_trainers_skip_no_row_comes_twice(tmp_path, short, step):
     where, whole = short
@@ -177,6 +183,7 @@ def test_without_the_trainers_skip_a_pass_goes_on_past_its_end(tmp_path, ragged)
 # What may change, and what it does.
 
 
+@pytest.mark.quick("10")
 @batch_may_change
 @pytest.mark.parametrize("step", [8, 10, 14])  # in the lead, in the first selection, just before the second
 def test_a_smaller_batch_goes_on_where_the_rows_stopped(tmp_path, short, step):
@@ -195,6 +202,7 @@ def test_a_smaller_batch_goes_on_where_the_rows_stopped(tmp_path, short, step):
     assert len(set(together)) == len(together)
 
 
+@pytest.mark.quick("8", "14")
 @batch_may_change
 @pytest.mark.parametrize("step", [5, 8, 10, 14])
 def test_a_larger_batch_goes_on_where_the_rows_stopped_and_does_not_run_out(tmp_path, short, step, caplog):
@@ -214,6 +222,7 @@ def test_a_larger_batch_goes_on_where_the_rows_stopped_and_does_not_run_out(tmp_
     assert again.rows == rest.rows[(max(step + 1, 13) - step) * 8 :]
 
 
+@pytest.mark.slow
 def test_more_steps_than_planned_go_on_without_a_gap(tmp_path, short):
     where, whole = short
     checkpoint = as_of(where, tmp_path, 20)  # the second selection was cut to 20 steps; a third was not planned
@@ -233,6 +242,7 @@ def test_more_steps_than_planned_go_on_without_a_gap(tmp_path, short):
         assert again.rows == rest.rows[(step - 20) * 4 :]
 
 
+@pytest.mark.quick("18*", "22*")
 @pytest.mark.parametrize(("max_steps", "rounds"), [(18, 2), (21, 2), (22, 3)])
 def test_no_round_whose_selection_could_not_be_trained_on(tmp_path, max_steps, rounds):
     result = run(make_arguments(tmp_path, max_steps=max_steps), [mates()])
@@ -342,6 +352,7 @@ class Crash(TrainerCallback):
             raise InterruptedError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weak", [False, True], ids=["selects", "guard-refuses-later"])
 def test_keep_rounds_spares_what_the_last_checkpoint_needs(tmp_path, weak):
     # The checkpoint at 13 needs round 2, and the last round that passed the guard; by step 31 five rounds are done.
@@ -379,6 +390,7 @@ def test_keep_rounds_spares_what_the_last_checkpoint_needs(tmp_path, weak):
     assert_goes_on(rest, whole, 26)
 
 
+@pytest.mark.slow
 def test_a_round_that_was_deleted_in_part_is_run_again_where_it_is_needed(tmp_path, monkeypatch):
     delete = shutil.rmtree
 
@@ -437,6 +449,7 @@ def test_an_influence_model_that_was_saved_in_part_is_fitted_again(tmp_path, sho
     assert not list((tmp_path / "_mates" / "round-0001").glob("*.partial"))
 
 
+@pytest.mark.quick("argument*")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -54,6 +54,8 @@ def _deterministic_algorithms_off():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.quick("train-sampling*", "dataloader-num-workers*", "split*", "use-seedable*", "even*", "gradient*",
+                   "max-grad*", "num-train*", "bf16*", "activation-*-reentrant", "torch-compile")  # fmt: skip
 @pytest.mark.parametrize(("setting", "args"), ARGUMENTS)
 def test_an_argument(tmp_path, setting, args):
     check(tmp_path, Setup(args=args))

@@ -97,6 +97,7 @@ def test_compiled_and_eager_give_the_same_labels(tmp_path, backend):
         assert np.array_equal(plain.influence, compiled.influence)
 
 
+@pytest.mark.quick("True")
 @proves("activation checkpointing, reentrant", "labels equal those without, to the bit")
 @proves("activation checkpointing, not reentrant", "labels equal those without, to the bit")
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -135,6 +136,7 @@ def test_fp16_and_its_scaler(tmp_path):
     assert 0 < skipped < 5
 
 
+@pytest.mark.quick("bf16")
 @proves("fp16 autocast (`fp16`)", "labels rank candidates as those of a float32 run do")
 @proves("bf16 autocast (`bf16`)", "labels rank candidates as those of a float32 run do")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -273,6 +275,7 @@ for name, _, _ in OWN_LOSSES:
         declare(name, "supported", what, note="own losses are probed a row at a time; labels have no token detail")
 
 
+@pytest.mark.quick("*0-False", "*1-False", "*2-True")
 @pytest.mark.parametrize("attach", [False, True])
 @pytest.mark.parametrize(("setting", "formula", "setup"), OWN_LOSSES)
 def test_an_own_loss_is_probed(tmp_path, setting, formula, setup, attach, caplog):
@@ -294,6 +297,7 @@ def test_an_own_loss_is_probed(tmp_path, setting, formula, setup, attach, caplog
         assert own.trainer._metrics == {"train": {"rows": [4] * STEPS}}
 
 
+@pytest.mark.quick("*0", "*2")
 @pytest.mark.parametrize(("setting", "formula", "setup"), OWN_LOSSES)
 def test_an_own_loss_leaves_no_trace(tmp_path, setting, formula, setup):
     check(tmp_path, setup)

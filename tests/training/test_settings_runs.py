@@ -94,6 +94,7 @@ DATA = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick("*by-length1", "a-last*", "rows-of*", "remove*", "a-sampler*")
 @pytest.mark.parametrize(("setting", "setup"), DATA)
 def test_data(tmp_path, setting, setup):
     check(tmp_path, setup)
@@ -149,6 +150,7 @@ class Stops(TrainerCallback):
 OTHERS = "other callbacks, before or after (`EarlyStoppingCallback`, ones that save, evaluate, stop)"
 
 
+@pytest.mark.slow
 @proves(OTHERS, "the order of callbacks changes nothing; checkpoints that only a later one asked for resume exactly")
 @proves(OTHERS, ORDER)
 def test_other_callbacks_in_any_order(tmp_path):
@@ -206,6 +208,7 @@ RESUME = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick("ignore*")
 @pytest.mark.parametrize(("setting", "args"), RESUME)
 def test_resume(tmp_path, setting, args):
     setup = Setup(args=SAVES)
@@ -374,6 +377,7 @@ class Hub:
         return types.SimpleNamespace(is_done=lambda: True, wait_until_done=lambda: None, done=lambda: True)
 
 
+@pytest.mark.quick("checkpoint")
 @proves("`push_to_hub`", ORDER)
 @proves("`push_to_hub`", "nothing of `_mates` is in the list of uploaded files, with any `hub_strategy`")
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])

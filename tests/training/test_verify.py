@@ -61,6 +61,7 @@ def forge(path: Path, **changes: Any) -> None:
 # --- runs as they are ---
 
 
+@pytest.mark.quick("slice", "own-order", "pruned-pool", "drift")
 @pytest.mark.parametrize(
     "config",
     [
@@ -98,6 +99,7 @@ def test_a_row_without_a_target_among_probes_and_candidates(tmp_path):
     assert verify_run(tmp_path).problem is None
 
 
+@pytest.mark.quick("larger*", "more*")
 @pytest.mark.parametrize(
     ("stop", "first", "then", "gap"),
     [
