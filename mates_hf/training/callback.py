@@ -44,7 +44,7 @@ from mates_hf.training.checks import (
 )
 from mates_hf.training.clock import RowClock
 from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
-from mates_hf.training.own_order import check_rows_once, find_sampler, install, require_one_clock
+from mates_hf.training.own_order import check_rows_once, find_sampler, install, require_one_clock, warn_of_own_streams
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import ScheduledSampler
@@ -176,6 +176,7 @@ class MatesCallback(TrainerCallback):
             resume.warn_without_optimizer(checkpoint)
         finished = state.global_step >= state.max_steps
         own = find_sampler(dataloader)
+        warn_of_own_streams(processes, own, -(-clock.position(plan.first_from_step) // clock.rows_per_epoch))
         sampler = ScheduledSampler(own, clock, saved, num_rows=len(pool), finished=finished)
         self._session = Session(
             run,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from mates_hf.processes import Processes
 from mates_hf.records import UnsupportedSettingError
+
+logger = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.integer[Any]]
 
@@ -220,6 +223,26 @@ def require_one_order(processes: Processes, sampler: Any, sha256: str) -> None:
             "others never. Seed it equally in every process: give it a `set_epoch` and draw from a generator that is "
             "seeded by `data_seed` and the epoch, or give it a `generator` attribute and set "
             "`accelerator_config.use_seedable_sampler=False`, by which accelerate gives every process the main one's."
+        )
+
+
+def warn_of_own_streams(processes: Processes, sampler: Any, num_passes: int) -> None:
+    """Say beforehand that a sampler may draw another order in each process in a later epoch.
+
+    In the first one torch's stream is the same in all of them. Dropout on rows of several lengths moves it otherwise.
+
+    Args:
+        processes: of the run.
+        sampler: the Trainer's own.
+        num_passes: how many passes of it are begun before the first selection.
+    """
+    draws_from_torch = getattr(sampler, "generator", _ABSENT) is None and not hasattr(sampler, "set_epoch")
+    if processes.size > 1 and num_passes > 1 and draws_from_torch:
+        logger.warning(
+            "The training sampler (%s) draws from the random stream of each process, which need not be equal after "
+            "the first epoch; a run whose processes draw different orders ends there. Set "
+            "`accelerator_config.use_seedable_sampler=False`, by which accelerate gives it one generator.",
+            type(sampler).__name__,
         )
 
 

@@ -22,10 +22,18 @@ from torch.utils.data import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from mates_hf.processes import Processes
 from mates_hf.records import MatesError, UnsupportedSettingError
 from mates_hf.training import own_order, sampler
 from mates_hf.training.clock import RowClock
-from mates_hf.training.own_order import OrderHash, check_rows_once, draw_pass, find_sampler, install
+from mates_hf.training.own_order import (
+    OrderHash,
+    check_rows_once,
+    draw_pass,
+    find_sampler,
+    install,
+    warn_of_own_streams,
+)
 from mates_hf.training.sampler import ScheduledSampler
 
 NUM = 40
@@ -166,6 +174,16 @@ def test_a_batch_sampler_given_as_the_sampler_is_reached_in_several_processes():
     assert batches.sampler is not own
     restore()
     assert batches.sampler is own
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "num_passes", "told"),
+    [("grouped", 2, 2, True), ("subset", 2, 2, True), ("grouped", 1, 2, False), ("grouped", 2, 1, False),
+     ("tailed", 2, 2, False), ("seedable", 2, 2, False), ("sequential", 2, 2, False)],
+)  # fmt: skip
+def test_a_sampler_that_may_differ_between_processes_in_a_later_epoch_is_told_of(kind, size, num_passes, told, caplog):
+    warn_of_own_streams(Processes(0, size), KINDS[kind](), num_passes)
+    assert ("need not be equal after the first epoch" in caplog.text) == told
 
 
 # ---- the schedule
