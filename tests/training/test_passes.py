@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from mates_hf import load_round
 from mates_hf.records import MatesError
 from mates_hf.training.verify import verify_run
-from tests.training.kit import Stop, make_pool, run
+from tests.training.kit import OLD_TRAINER, Stop, make_pool, run
 from tests.training.kit import make_arguments as arguments
 from tests.training.settings import mates, proves, rounds_of
 
@@ -122,7 +122,10 @@ def test_a_small_pool_is_gone_through_several_times(tmp_path):
 
 # ---- another batch after a stop
 
+larger_batch = pytest.mark.skipif(OLD_TRAINER, reason="transformers 4 resumes with the batch of the checkpoint")
 
+
+@larger_batch
 def test_an_order_that_a_larger_batch_reaches_sooner_is_trained_on_though_no_round_is_planned(tmp_path):
     config = {"update_steps": 6, "switch_lead_steps": 2}
     run(arguments(tmp_path, max_steps=20, save_strategy="steps", save_steps=6), [mates(**config), Stop(6)])
@@ -133,6 +136,7 @@ def test_an_order_that_a_larger_batch_reaches_sooner_is_trained_on_though_no_rou
     assert rest.rows[8:] == np.asarray(record.selection)[:24].tolist()
 
 
+@larger_batch
 def test_a_larger_batch_for_the_last_steps_needs_rows_for_those_alone(tmp_path):
     config = {"update_steps": 6, "num_probes": 10, "switch_lead_steps": 3}
     first = arguments(tmp_path, max_steps=20, per_device_train_batch_size=2, save_strategy="steps", save_steps=5)
