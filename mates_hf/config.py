@@ -34,6 +34,14 @@ class MatesConfig:
     selection_ratio: float = field(
         default=0.2, metadata={"help": "Share of the candidates of a round that is trained on, in (0, 1]."}
     )
+    max_passes: int = field(
+        default=1,
+        metadata={
+            "help": "Passes over the pool, and so how often a row may be trained on. 1: the pool must have rows "
+            "enough for the run. More: where the unused rows do not suffice for a round, every row counts as unused "
+            "again. The first pass is the one in which the first selection is made."
+        },
+    )
     candidate_scope: Literal["slice", "pool"] = field(
         default="slice",
         metadata={
@@ -137,6 +145,7 @@ class MatesConfig:
 
         require(whole("update_steps", 1), "update_steps", "a whole number of at least 1")
         require(number("selection_ratio") and 0 < self.selection_ratio <= 1, "selection_ratio", "in (0, 1]")
+        require(whole("max_passes", 1), "max_passes", "a whole number of at least 1")
         require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
         require(number("temperature") and self.temperature >= 0, "temperature", "a finite number of at least 0")
         require(whole("num_probes", 10), "num_probes", "a whole number of at least 10")

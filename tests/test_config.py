@@ -58,6 +58,7 @@ def test_any_values_give_a_working_config_or_a_value_error_that_names_its_field(
 EDGES = {
     "update_steps": ([0, -1, 1.0, True, "10", None], [1]),
     "selection_ratio": ([0, 0.0, -0.1, 1.0001, math.nan, math.inf, True, "0.2", None], [1e-9, 1, 1.0]),
+    "max_passes": ([0, -1, 1.0, True, None], [1, 10**9]),
     "candidate_scope": (["all", "Slice", "", None, []], ["slice", "pool"]),
     "temperature": ([-1e-9, math.nan, math.inf, 10**400, False, "0", None], [0, 0.0, 5]),
     "num_probes": ([9, 10.0, None], [10]),
@@ -144,6 +145,7 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         num_probes=77,
         held_out_fraction=0.3,
         document_column="url",
+        max_passes=3,
         min_spearman=-0.5,
         on_weak_signal="error",
         random_rounds=2,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -46,9 +47,24 @@ def visible_columns(dataset: Any) -> list[str] | None:
 
 
 def physical_rows(dataset: Any) -> IntArray | None:
-    """(N,) int64 table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same."""
+    """(N,) signed table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same.
+
+    A view of what the dataset holds, where that lies in one piece. `shuffle` writes it in many: a copy then, of four
+    bytes a row where that is enough.
+    """
     indices = getattr(dataset, "_indices", None)
-    return None if indices is None else indices.column(0).to_numpy().astype(np.int64, copy=False)
+    if indices is None:
+        return None
+    chunks = indices.column(0).chunks
+    if len(chunks) == 1 and chunks[0].type.bit_width == 64:
+        return np.asarray(chunks[0].to_numpy()).view(np.int64)
+    is_short = len(dataset.data) <= 2**31
+    rows: IntArray = np.empty(len(indices), np.int32 if is_short else np.int64)
+    done = 0
+    for chunk in chunks:
+        rows[done : done + len(chunk)] = chunk.to_numpy()
+        done += len(chunk)
+    return rows
 
 
 def fixed_positions(num: int, size: int) -> IntArray:
@@ -57,6 +73,25 @@ def fixed_positions(num: int, size: int) -> IntArray:
         return np.arange(num)
     draws = [int.from_bytes(hashlib.sha256(f"{num},{j}".encode()).digest()[:8], "big") % num for j in range(size)]
     return np.unique([(j * num + draw) // size for j, draw in enumerate(draws)]).astype(np.int64)
+
+
+def stretches(lengths: IntArray, max_tokens: int) -> Iterator[slice]:
+    """Stretches of rows with at most so many tokens together, or of one row that has more.
+
+    Args:
+        lengths: (N,) int64 tokens of each row.
+        max_tokens: tokens of a stretch, at most.
+
+    Yields:
+        Slices of the N rows, one after the other.
+    """
+    ends = np.cumsum(lengths)
+    start = 0
+    while start < len(lengths):
+        before = int(ends[start] - lengths[start])
+        stop = max(int(np.searchsorted(ends, before + max_tokens, side="right")), start + 1)
+        yield slice(start, stop)
+        start = stop
 
 
 class DatasetColumns:
@@ -70,11 +105,16 @@ class DatasetColumns:
         self.dataset = dataset
         self._rules: dict[str, LabelRule | None] = {}
         self._opened: dict[str, ListColumn] = {}
+        self._indices: IntArray | None = None  # held once, not once a column
 
     @property
     def token_columns(self) -> list[str]:
         """Those of `input_ids`, `labels` and `attention_mask` that rows show now (formats change in place)."""
         return [name for name in visible_columns(self.dataset) or () if name in CollatedRow._fields]
+
+    def lengths(self, ids: IntArray) -> IntArray:
+        """(N,) int64 tokens of the rows `ids`, padding included."""
+        return self._column(TOKENS).lengths(ids)
 
     def read(self, ids: IntArray, rule: LabelRule) -> TokenRows:
         """The rows `ids` with labels by `rule`, without padding; a null row is an empty row."""
@@ -136,7 +176,7 @@ class DatasetColumns:
         if not names:
             return False
         columns = {name: self.dataset.data.column(name) for name in names}
-        rare = find_rare_rows(columns, physical_rows(self.dataset), len(self.dataset), ids)
+        rare = find_rare_rows(columns, self._physical_rows(), len(self.dataset), ids)
         if len(rare.rows):
             rows = self._collated(collate_fn, rare.rows)
             if rows is None or not _same(rows, self.read(rare.rows, rule)):
@@ -238,8 +278,14 @@ class DatasetColumns:
 
     def _column(self, name: str) -> ListColumn:
         if name not in self._opened:
-            self._opened[name] = ListColumn(self.dataset.data.column(name), name, physical_rows(self.dataset))
+            self._opened[name] = ListColumn(self.dataset.data.column(name), name, self._physical_rows())
         return self._opened[name]
+
+    def _physical_rows(self) -> IntArray | None:
+        """`physical_rows`, for all columns the same array."""
+        if self._indices is None:
+            self._indices = physical_rows(self.dataset)
+        return self._indices
 
 
 def _listed(value: Any) -> Any:

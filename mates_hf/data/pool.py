@@ -21,7 +21,7 @@ import numpy as np
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import PLAIN, Candidates, Reading
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_packing, stack_rows
-from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
+from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, stretches, visible_columns
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows
 from mates_hf.display import card
@@ -139,12 +139,39 @@ class CandidatePool:
         """The pool rows `ids` as their collator makes them, whatever the pool's own reading says."""
         return CollatedRows.of(self.dataset, self.collate_fn or StackedColumns(CollatedRow._fields), reading, ids)
 
-    def chunks(self, ids: Sequence[int] | IntArray | None, size: int) -> Iterator[TokenRows]:
-        """`token_rows(ids)` in pieces of `size` rows, one in memory at a time; sorted ids are read fastest."""
+    def chunks(
+        self, ids: Sequence[int] | IntArray | None, size: int, *, max_tokens: int | None = None
+    ) -> Iterator[TokenRows]:
+        """`token_rows(ids)` in pieces, one in memory at a time; sorted ids are read fastest.
+
+        Args:
+            ids: (N,) pool rows; None for the view's.
+            size: rows of a piece, at most.
+            max_tokens: tokens of a piece, at most, padding included; a row of more is a piece of its own. None: any
+                number.
+
+        Returns:
+            The pieces, in the order of `ids`.
+
+        Raises:
+            ValueError: a bound is below 1.
+        """
         rows = self.candidate_ids if ids is None else self._checked(ids)
-        if size < 1:
-            raise ValueError(f"`size` must be at least 1 row, got {size}.")
-        return (self.token_rows(rows[start : start + size]) for start in range(0, len(rows), size))
+        if size < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"`size` and `max_tokens` must be at least 1, got {size} and {max_tokens}.")
+        return self._pieces(rows, size, max_tokens)
+
+    def _pieces(self, rows: IntArray, size: int, max_tokens: int | None) -> Iterator[TokenRows]:
+        in_columns = (self.reading or PLAIN).is_plain_text and self._label_rule() is not None
+        for start in range(0, len(rows), size):
+            piece = rows[start : start + size]
+            if max_tokens is None:
+                yield self.token_rows(piece)
+            elif in_columns:
+                for span in stretches(self._columns.lengths(piece), max_tokens):
+                    yield self.token_rows(piece[span])
+            else:
+                yield from _stacked(self._read_rows(piece), max_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What the view holds, as plain JSON values that are equal for equal content.
@@ -215,6 +242,20 @@ class CandidatePool:
                 name_of(self.collate_fn),
             )
         return rule
+
+
+def _stacked(rows: Iterator[CollatedRow], max_tokens: int) -> Iterator[TokenRows]:
+    """Rows that are read one by one, stacked as soon as the next one would be too many tokens."""
+    held: list[CollatedRow] = []
+    tokens = 0
+    for row in rows:
+        if held and tokens + len(row.input_ids) > max_tokens:
+            yield stack_rows(held)
+            held, tokens = [], 0
+        held.append(row)
+        tokens += len(row.input_ids)
+    if held:
+        yield stack_rows(held)
 
 
 def read_candidates(candidates: Any) -> tuple[IntArray, TokenRows]:

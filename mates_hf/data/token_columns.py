@@ -305,6 +305,10 @@ class TokenColumns:
         self._tokens = ListColumn(table.column(column), column, indices)
         self._beside = {name: ListColumn(table.column(name), name, indices) for name in names}
 
+    def lengths(self, ids: IntArray) -> IntArray:
+        """(N,) int64 tokens of the rows `ids`, padding included."""
+        return self._tokens.lengths(ids)
+
     def spans(self, ids: IntArray, first_row: int = 0) -> TokenSpans | None:
         """The rows where they lie; None where labels or padding beside them say that not every token counts.
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.columns import physical_rows
+from mates_hf.data.columns import physical_rows, stretches
 from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.data.text_columns import (
     column_at,
@@ -47,6 +47,7 @@ from mates_hf.influence.kernels import at_most_threads
 from mates_hf.records import FloatArray, InfluenceError, IntArray
 
 _VERSION = 1  # of what a score is; raised when the same model gives other numbers, so that no cache is stale
+_TOKENS_AT_ONCE = 1 << 22  # 9 to 23 bytes each
 _LOOKED_FOR = ("input_ids", "text", "messages")  # columns that are scored without being named, the first there is
 
 
@@ -277,6 +278,17 @@ class Scorer:
         return TokenColumns(table, self.column, indices)
 
     def _predict_ids(self, tokens: TokenColumns, ids: IntArray, first_row: int) -> Predictions:
+        """Predict rows of a token column, so many tokens at a time that any row length fits in memory."""
+        parts = [
+            self._predict_piece(tokens, ids[span], first_row + span.start)
+            for span in stretches(tokens.lengths(ids), _TOKENS_AT_ONCE)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        empty = Predictions(np.zeros(0, np.float32), np.zeros(0, np.int32))
+        return Predictions(*(np.concatenate(arrays) for arrays in zip(empty, *parts, strict=True)))
+
+    def _predict_piece(self, tokens: TokenColumns, ids: IntArray, first_row: int) -> Predictions:
         """Predict rows of a token column, in place where the model can and nothing beside it says otherwise."""
         spans = tokens.spans(ids, first_row) if getattr(self.model, "reads_spans", False) else None
         if spans is None:

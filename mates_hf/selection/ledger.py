@@ -5,12 +5,15 @@ chose. A row is marked when it is assigned to a round, not when its step is over
 switch still train on the earlier assignment.
 
 Trade-off: one byte a pool row and a shuffled order of four (made when first needed), so that every draw is a plain
-numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another two bytes a
-pool row, and eight a candidate that it returns; it goes through the pool in blocks for that.
+numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another four bytes
+a pool row, and eight a candidate that it returns; it goes through the pool in blocks for that.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,9 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.config import MatesConfig
 from mates_hf.records import InfluenceLabels, IntArray, MatesError
 from mates_hf.selection.choose import nth_true
 from mates_hf.selection.plan import num_candidates
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20  # rows of an order looked at at once
 SHUFFLE, PROBES = 0x7368, 0x7072  # keep the streams of one seed apart; never 0, which seeds like no word
@@ -45,8 +51,8 @@ class RoundDraw:
 class Ledger:
     """The rows of a pool that were trained on in the current pass or probed, and a cursor into the shuffled pool.
 
-    Nothing but `mark_trained`, `mark_probed`, `start_new_pass` and setting `cursor` changes it, so a draw can be
-    repeated.
+    Nothing but `mark_trained`, `release`, `mark_probed`, `make_room`, `start_new_pass` and setting `cursor` changes
+    it, so a draw can be repeated.
 
     Args:
         num_rows: rows in the pool.
@@ -58,6 +64,7 @@ class Ledger:
         consumed: (num_rows,) bool, True where the row was trained on, or assigned to be, in this pass.
         probed: (num_rows,) bool, True where an earlier round probed the row, in whatever pass.
         cursor: position in `shuffled` where the next slice begins.
+        pass_number: passes over the pool that were begun, from 1.
     """
 
     def __init__(self, num_rows: int, seed: int) -> None:
@@ -68,14 +75,30 @@ class Ledger:
         self.consumed = np.zeros(num_rows, np.bool_)
         self.probed = np.zeros(num_rows, np.bool_)
         self.cursor = 0
+        self.pass_number = 1
+        self._shuffling: threading.Thread | None = None
+        self._shuffled: npt.NDArray[np.integer[Any]] | None = None
+
+    def prepare(self) -> None:
+        """Start to shuffle the pool in a thread, so that the first draw need not wait: seconds for 1e8 rows."""
+        if "shuffled" not in self.__dict__ and self._shuffling is None:
+            self._shuffling = threading.Thread(target=self._shuffle, daemon=True, name="mates-shuffle")
+            self._shuffling.start()
 
     @cached_property
     def shuffled(self) -> npt.NDArray[np.integer[Any]]:
         """(num_rows,) integer, the pool's rows in the order slices are taken; the same in every pass."""
+        if self._shuffling is not None:
+            self._shuffling.join()
+            self._shuffling = None
+        return self._shuffled if self._shuffled is not None else self._shuffle()
+
+    def _shuffle(self) -> npt.NDArray[np.integer[Any]]:
         order: npt.NDArray[np.integer[Any]] = np.arange(
             self.num_rows, dtype=np.int32 if self.num_rows <= 2**31 else np.int64
         )
         np.random.default_rng([self.seed, SHUFFLE]).shuffle(order)
+        self._shuffled = order
         return order
 
     @property
@@ -121,6 +144,22 @@ class Ledger:
         """Make every row unused again and go back to the start of the shuffled pool: the pool is used up."""
         self.consumed = np.zeros(self.num_rows, np.bool_)
         self.cursor = 0
+        self.pass_number += 1
+
+    def make_room(self, num_selected: int, config: MatesConfig) -> None:
+        """Start a new pass where this one has too few unused rows for a round, and `max_passes` allows one.
+
+        Args:
+            num_selected: rows the round will train on.
+            config: ratio, probes and passes of the run.
+        """
+        needed = num_candidates(num_selected, config.selection_ratio) + config.num_probes
+        if needed > self.num_unused and self.pass_number < config.max_passes:
+            logger.info(
+                "Pass %d over the pool begins: %d rows are unused, a round needs %d.",
+                self.pass_number + 1, self.num_unused, needed,
+            )  # fmt: skip
+            self.start_new_pass()
 
     def draw(
         self,
@@ -161,7 +200,9 @@ class Ledger:
             candidates, cursor = self._next_unused(self.shuffled, self.cursor, num_slice, self.consumed)
             ahead = np.zeros(self.num_rows, np.bool_)
             ahead[self.shuffled[cursor:]] = True
-            probes = self._draw_probes(~self._blocked(candidates), ahead, num_probes, round_number)
+            free = self._blocked(candidates)
+            np.logical_not(free, out=free)
+            probes = self._draw_probes(free, ahead, num_probes, round_number)
             return RoundDraw(candidates, probes, cursor)
         probes = self._draw_probes(~self.consumed, np.ones(1, np.bool_), num_probes, round_number)
         candidates, _ = self._next_unused(self.shuffled, 0, self.num_rows, self._blocked(probes))
@@ -265,7 +306,14 @@ class Ledger:
         generator = np.random.default_rng([self.seed, round_number, PROBES])
         found: list[IntArray] = []
         missing = num
-        for part in (free & ahead & ~self.probed, free & ~ahead & ~self.probed, free & self.probed):
+        # One mask of the pool at a time; a > b of two masks is a and not b.
+        kinds: tuple[Callable[[], npt.NDArray[np.bool_]], ...] = (
+            lambda: np.logical_and(free > self.probed, ahead),
+            lambda: np.greater(free > self.probed, ahead),
+            lambda: np.logical_and(free, self.probed),
+        )
+        for rows_of_kind in kinds:
+            part = rows_of_kind()
             taken = min(missing, int(np.count_nonzero(part)))
             if taken:
                 found.append(nth_true(part, generator.choice(np.count_nonzero(part), taken, replace=False)))

@@ -2,7 +2,8 @@
 
 Place in the flow: `training/` makes a `RunPlan` before the first step and asks it for each next round; the `Ledger`
 draws the rows. Trade-off: rounds are counted in optimizer steps from config alone, so a run can be refused before it
-starts; where drift checks may start rounds early, the plan reckons with the worst of them.
+starts; where drift checks may start rounds early, the plan reckons with the worst of them. How many rows some steps
+take is asked of the clock that counts them in the run (`training/sampler.RowClock`): the plan has no count of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +12,43 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple, Protocol
 
 from mates_hf.config import MatesConfig
+
+
+class StepClock(Protocol):
+    """How optimizer steps relate to rows."""
+
+    def position(self, step: int) -> int:
+        """Rows consumed once `step` optimizer steps are done, counted from anywhere."""
+        ...
+
+    def own_rows_used(self, boundary_step: int, from_step: int) -> int:
+        """Rows of the own-order pass that runs at a boundary which are trained on before a later step."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvenSteps:
+    """The clock of a run whose steps all have as many rows, and whose passes are the pool.
+
+    Attributes:
+        batch_rows: rows in one optimizer step.
+        num_rows: rows in the pool.
+    """
+
+    batch_rows: int
+    num_rows: int
+
+    def position(self, step: int) -> int:
+        """Rows consumed once `step` optimizer steps are done."""
+        return step * self.batch_rows
+
+    def own_rows_used(self, boundary_step: int, from_step: int) -> int:
+        """Rows of the current pass that lie before `from_step`."""
+        return self.position(from_step) % self.num_rows
 
 
 @dataclass(frozen=True)
@@ -35,22 +70,39 @@ class PlannedRound:
     num_rows: int
 
 
+class Rest(NamedTuple):
+    """What is ahead of a run.
+
+    Attributes:
+        first: the next round; None where there is none.
+        unused: rows not yet trained on in this pass, nor assigned to be, when it draws.
+        num_passes: passes that may still begin.
+        since_step: optimizer step from which on drift checks may start a round.
+    """
+
+    first: PlannedRound | None
+    unused: int
+    num_passes: int
+    since_step: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """The selecting rounds of a run, and whether the pool has rows enough for them.
 
     The steps before the first selection are in the Trainer's own order; of those only the rows of the current pass
     count as used. A round whose selection could not be trained on is not planned. A row is trained on at most once in
-    a pass, so each round needs `num_rows / selection_ratio` unused rows to choose from and `num_probes` others.
+    a pass, so each round needs `num_rows / selection_ratio` unused rows to choose from and `num_probes` others; where
+    there are too few, a new pass begins, if `max_passes` allows one.
 
     Attributes:
         num_rows: rows in the pool.
-        batch_rows: rows in one optimizer step, over all devices and accumulation.
+        batch_rows: rows in one optimizer step, over all devices and accumulation; the last step of an epoch may have
+            fewer.
         max_steps: optimizer steps of the run.
-        config: round length, lead, ratio and number of probes.
+        config: round length, lead, ratio, number of probes and of passes.
         first_step: optimizer step from which rounds are counted: 0, or where selection was added to a run.
-        rows_per_pass: row positions of one pass in the Trainer's own order; None: `num_rows`. A loader that drops or
-            fills up its last batch makes them differ.
+        clock: how steps relate to rows; None: each step has `batch_rows`, and a pass is the pool.
 
     Raises:
         ValueError: a count is below 1.
@@ -61,7 +113,7 @@ class RunPlan:
     max_steps: int
     config: MatesConfig
     first_step: int = 0
-    rows_per_pass: int | None = None
+    clock: StepClock | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_rows", "batch_rows", "max_steps"):
@@ -69,26 +121,33 @@ class RunPlan:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
     @property
+    def _clock(self) -> StepClock:
+        return self.clock or EvenSteps(self.batch_rows, self.num_rows)
+
+    @property
+    def first_boundary_step(self) -> int:
+        """Optimizer steps done when the first selection would be made."""
+        return self.first_step + self.config.random_rounds * self.config.update_steps
+
+    @property
     def first_from_step(self) -> int:
         """First optimizer step that would train on a selection, whether or not the run reaches it."""
-        return self.first_step + self.config.random_rounds * self.config.update_steps + self.config.lead_steps
+        return self.first_boundary_step + self.config.lead_steps
 
     @property
     def rows_before(self) -> int:
         """Rows of the current pass that the Trainer's own order uses before the first selection; 0 is a fresh pass."""
-        rows = self.first_from_step * self.batch_rows % (self.rows_per_pass or self.num_rows)
-        return min(rows, self.num_rows)
+        return min(self._clock.own_rows_used(self.first_boundary_step, self.first_from_step), self.num_rows)
 
     @cached_property
     def rounds(self) -> list[PlannedRound]:
         """The rounds that select, in order; they cover the steps from `first_from_step` to `max_steps` once each."""
-        length, first = self.config.update_steps, self.config.random_rounds
-        rounds = []
-        planned = self.round_at(first, self.first_step + first * length)
+        return list(self._rounds_from(self.round_at(self.config.random_rounds, self.first_boundary_step)))
+
+    def _rounds_from(self, planned: PlannedRound | None) -> Iterator[PlannedRound]:
         while planned is not None:
-            rounds.append(planned)
-            planned = self.round_at(planned.number + 1, planned.boundary_step + length)
-        return rounds
+            yield planned
+            planned = self.round_at(planned.number + 1, planned.boundary_step + self.config.update_steps)
 
     def round_at(self, number: int, boundary_step: int) -> PlannedRound | None:
         """The round that starts after `boundary_step` steps, or None where nothing could be trained on its rows."""
@@ -96,75 +155,101 @@ class RunPlan:
         stop = min(start + self.config.update_steps, self.max_steps)
         if start >= stop:
             return None
-        return PlannedRound(number, boundary_step, start, stop, (stop - start) * self.batch_rows)
+        num_rows = self._clock.position(stop) - self._clock.position(start)
+        return PlannedRound(number, boundary_step, start, stop, num_rows)
+
+    @property
+    def whole(self) -> Rest:
+        """What is ahead of a run that has not selected yet."""
+        first = self.rounds[0] if self.rounds else None
+        return Rest(first, self.num_rows - self.rows_before, self.config.max_passes - 1, self.first_boundary_step)
 
     @property
     def max_steps_that_fit(self) -> int:
         """The largest `max_steps` for which the pool suffices; `first_from_step` where not even one selection fits."""
-        fits = self._max_steps_without_early_rounds
-        if self.config.drift_check_steps:
-            low = self.first_from_step
-            while low < fits:  # a run that fits still fits when it is shorter
-                middle = (low + fits + 1) // 2
-                shorter = replace(self, max_steps=middle)
-                low, fits = (middle, fits) if next(shorter._too_large(), None) is None else (low, middle - 1)
-        return fits
+        return self._most_steps(None)
 
-    @property
-    def _max_steps_without_early_rounds(self) -> int:
-        ratio, full = _exact(self.config.selection_ratio), self.config.update_steps
-        unused, start = self.num_rows - self.rows_before, self.first_from_step
-        while True:
-            # ceil(steps * batch_rows / ratio) + num_probes <= unused, solved for steps.
-            steps = math.floor((unused - self.config.num_probes) * ratio / self.batch_rows)
-            if steps < full:
-                return start + max(steps, 0)
-            start += full
-            unused -= full * self.batch_rows
+    def _most_steps(self, rest: Rest | None) -> int:
+        """The largest `max_steps` for which the pool suffices for what is ahead; None: for all of it."""
 
-    def check(self) -> None:
+        def fits(steps: int) -> bool:
+            plan = replace(self, max_steps=max(steps, 1))
+            ahead = plan.whole if rest is None else rest
+            if ahead.first is not None:
+                ahead = ahead._replace(first=plan.round_at(ahead.first.number, ahead.first.boundary_step))
+            return next(plan._too_large(ahead), None) is None
+
+        first = self.whole.first if rest is None else rest.first
+        low = self.first_from_step if first is None else first.from_step
+        room = 1
+        while fits(low + room):  # it ends, because the pool does
+            room *= 2
+        high = low + room
+        while high - low > 1:  # a run that fits still fits when it is shorter
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def check(self, rest: Rest | None = None) -> None:
         """Raise before the run's first step if one of its rounds would find too few unused rows.
+
+        Args:
+            rest: what is ahead of a run that goes on after a stop; None: all of it.
 
         Raises:
             ValueError: the pool is too small for this many steps; says which round lacks rows, how many there are and
                 the largest `max_steps` that fits.
         """
-        for planned, candidates, unused in self._too_large():
-            fits = self.max_steps_that_fit
-            if fits > self.first_from_step:
+        for planned, candidates, unused in self._too_large(rest or self.whole):
+            fits = self._most_steps(rest)
+            if fits > (self.first_from_step if rest is None else rest.since_step):
                 way_out = f"The largest `max_steps` that fits is {fits} (got {self.max_steps}): set it"
             else:
                 way_out = f"No selection of this config fits this pool; up to `max_steps` {fits} nothing is selected"
+            passes = self.config.max_passes
+            allowed = "none is trained on twice" if passes == 1 else f"`max_passes` ({passes}) suffice"
             raise ValueError(
-                f"The pool must have rows enough that none is trained on twice. Round {planned.number} (steps "
+                f"The pool must have rows enough that {allowed}. Round {planned.number} (steps "
                 f"{planned.from_step} to {planned.to_step}) must choose {planned.num_rows} rows from {candidates} "
                 f"unused ones (`selection_ratio` {self.config.selection_ratio}) and probe {self.config.num_probes} "
                 f"others (`num_probes`), {candidates + self.config.num_probes} in all; of the {self.num_rows} rows in "
                 f"the pool {unused} are unused by then. {way_out}, or enlarge the pool, lower `update_steps` or "
-                "`num_probes`, or raise `selection_ratio`. A run of whole epochs leaves nothing to choose."
+                "`num_probes`, raise `selection_ratio`, or let rows be trained on again in a new pass (`max_passes`). "
+                "A run of whole epochs leaves nothing to choose."
             )
 
-    def _too_large(self) -> Iterator[tuple[PlannedRound, int, int]]:
+    def _too_large(self, rest: Rest) -> Iterator[tuple[PlannedRound, int, int]]:
         """The rounds for which the pool does not suffice, the candidates they need and the rows unused by then."""
-        for planned, unused in self._with_unused():
-            candidates = num_candidates(planned.num_rows, self.config.selection_ratio)
-            if candidates + self.config.num_probes > unused:
-                yield planned, candidates, unused
+        for planned, unused in self._with_unused(rest):
+            if self._rows_needed(planned) > unused:
+                yield planned, num_candidates(planned.num_rows, self.config.selection_ratio), unused
 
-    def _with_unused(self) -> Iterator[tuple[PlannedRound, int]]:
+    def _rows_needed(self, planned: PlannedRound) -> int:
+        return num_candidates(planned.num_rows, self.config.selection_ratio) + self.config.num_probes
+
+    def _with_unused(self, rest: Rest) -> Iterator[tuple[PlannedRound, int]]:
         """Each round with the rows unused when it draws; last the early one that would find least to spare."""
-        unused = self.num_rows - self.rows_before
-        for planned in self.rounds:
+        unused = before = rest.unused
+        passes, last = rest.num_passes, None
+
+        def drawn_from(planned: PlannedRound, unused: int) -> int:
+            """Unused rows, those of a new pass where they are too few and there may be one."""
+            return self.num_rows if passes > 0 and self._rows_needed(planned) > unused else unused
+
+        for planned in self._rounds_from(rest.first):
+            before, last = unused, planned
+            unused = drawn_from(planned, before)
             yield planned, unused
+            passes -= unused != before
             unused -= planned.num_rows
         # A drift check may start a round at any step; the latest that still chooses a full round's rows has the fewest
-        # unused rows for it.
+        # unused rows for it. What it cuts off of the round before it is unused again.
         latest = self.max_steps - self.config.update_steps - self.config.lead_steps
-        if self.config.drift_check_steps and self.rounds and latest > self.rounds[0].boundary_step:
-            early = self.round_at(self.rounds[-1].number, latest)
+        if self.config.drift_check_steps and last is not None and latest > rest.since_step:
+            early = self.round_at(last.number, latest)
             if early is not None:
-                trained = (early.from_step - self.first_from_step) * self.batch_rows
-                yield early, self.num_rows - self.rows_before - trained
+                position = self._clock.position
+                yield early, drawn_from(early, before + position(last.from_step) - position(early.from_step))
 
 
 def num_candidates(num_selected: int, selection_ratio: float) -> int:
@@ -175,6 +260,7 @@ def num_candidates(num_selected: int, selection_ratio: float) -> int:
     return math.ceil(num_selected / _exact(selection_ratio))
 
 
+@lru_cache
 def _exact(ratio: float) -> Fraction:
     """The fraction a ratio was meant as: 0.2 is 1/5, not the nearest binary number."""
     return Fraction(repr(float(ratio)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,17 @@ from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
 from mates_hf.training.checks import (
     check_pool,
-    check_rows_once,
     check_run,
     look_ahead_steps,
     own_memory,
     resume_caveats,
 )
+from mates_hf.training.clock import RowClock
 from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
+from mates_hf.training.own_order import check_rows_once, find_sampler, install, require_one_clock, warn_of_own_streams
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
-from mates_hf.training.sampler import RowClock, ScheduledSampler
+from mates_hf.training.sampler import ScheduledSampler
 from mates_hf.training.session import Session
 
 logger = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class MatesCallback(TrainerCallback):
         self._trainer: Any = None
         self._session: Session | None = None
         self._proven = True
-        self._replaced: tuple[Any, Any] | None = None  # a dataloader and the sampler it had
+        self._restore_sampler: Callable[[], None] | None = None  # gives a dataloader the sampler it had
 
     def __repr__(self) -> str:
         parts = {"config": self.config, "probe": self.probe, "influence_model": self.influence_model}
@@ -129,14 +131,16 @@ class MatesCallback(TrainerCallback):
             max_steps=state.max_steps,
             config=self.config,
             first_step=origin_step,
-            rows_per_pass=clock.rows_per_epoch,
+            clock=clock,
         )
-        if not plan.rounds:
+        has_selected = bool(saved and saved["last_round"])
+        if not plan.rounds and not has_selected:
             logger.warning(
                 "No round takes effect before step %d: this run stays in the Trainer's own order.", state.max_steps
             )
             return
-        plan.check()
+        if not has_selected:  # else the ledger says what is left, once the rounds are read back
+            plan.check()
         optimizer = unwrap_optimizer(kwargs["optimizer"])
         if isinstance(self.probe, DirectionalProbe):
             require_known(optimizer)
@@ -146,6 +150,7 @@ class MatesCallback(TrainerCallback):
         reference = self.reference.fit_to_model(vocabulary_size(model), context_length(model))
         reference = self._compare(model, pool, reference)
         processes = Processes.of_run()
+        require_one_clock(processes, dataclasses.asdict(clock))
         tokenizer = kwargs.get("processing_class")
         run = Run(
             model=model,
@@ -172,7 +177,9 @@ class MatesCallback(TrainerCallback):
             resume.check_weights(model, saved.get("weights", {}), checkpoint)
             resume.warn_without_optimizer(checkpoint)
         finished = state.global_step >= state.max_steps
-        sampler = ScheduledSampler(dataloader.get_sampler(), clock, saved, finished=finished)
+        own = find_sampler(dataloader)
+        warn_of_own_streams(processes, own, -(-clock.position(plan.first_from_step) // clock.rows_per_epoch))
+        sampler = ScheduledSampler(own, clock, saved, num_rows=len(pool), finished=finished)
         self._session = Session(
             run,
             clock,
@@ -183,18 +190,25 @@ class MatesCallback(TrainerCallback):
             look_ahead_steps=look_ahead_steps(dataloader, args.gradient_accumulation_steps),
             saved=saved,
         )
-        self._replaced = (dataloader, dataloader.get_sampler())
-        dataloader.set_sampler(sampler)
+        self._restore_sampler = install(dataloader, sampler)
         state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
         logger.info(
             "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
-            len(plan.rounds), len(pool), plan.rounds[0].boundary_step, run.reference.num_targets, processes.size,
+            len(plan.rounds), len(pool), plan.first_boundary_step, run.reference.num_targets, processes.size,
         )  # fmt: skip
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on with the next row where another callback ended the epoch before (`control.should_epoch_stop`)."""
+        if self._session is not None:
+            self._session.begin_epoch(state.global_step)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prove, once, that the first batch came from the schedule."""
-        if self._proven or self._session is None:
+        """Prove, once, that the first batch came from the schedule; for each pass, that it is one in all processes."""
+        if self._session is None:
+            return
+        if self._proven:
+            self._session.begin_step(state.global_step)
             return
         self._proven = True
         clock = self._session.clock
@@ -204,7 +218,9 @@ class MatesCallback(TrainerCallback):
                 "for it. A setting or a Trainer subclass bypasses `dataloader.set_sampler`; train with the dataloader "
                 "that `Trainer.get_train_dataloader` makes."
             )
-        check_rows_once(self._session.sampler.own_rows)
+        self._session.begin_step(state.global_step)
+        if not self._session.sampler.each_once:
+            check_rows_once(self._session.sampler.own_rows)
 
     @own_memory
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -236,10 +252,9 @@ class MatesCallback(TrainerCallback):
         session, self._session = self._session, None
         if session is not None:
             session.abandon()
-        if self._replaced is not None:
-            dataloader, sampler = self._replaced
-            dataloader.set_sampler(sampler)
-            self._replaced = None
+        if self._restore_sampler is not None:
+            self._restore_sampler()
+            self._restore_sampler = None
 
     def _report(self, state: Any, metrics: dict[str, float]) -> None:
         """Into every reporter where attached, else into `state.log_history` alone."""
@@ -312,8 +327,9 @@ def _make_clock(args: Any, state: Any, dataloader: Any, saved: dict[str, Any] | 
         start_step=step,
         first_epoch_step=step if args.ignore_data_skip else first_epoch * clock.steps_per_epoch,
     )
-    position = int(saved["position"]) if saved else clock.position(step)
-    return dataclasses.replace(anchored, start_position=position)
+    if not saved:
+        return dataclasses.replace(anchored, start_position=clock.position(step))
+    return dataclasses.replace(anchored, start_position=int(saved["position"]), own_start=int(saved["own_start"]))
 
 
 def _find_checkpoint(args: Any, step: int) -> Path | None:

@@ -23,7 +23,8 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.losses import ProbeMemoryError
 from mates_hf.model_traits import vocabulary_size
 from mates_hf.paths import expand_path
-from mates_hf.records import IntArray, UnsupportedSettingError
+from mates_hf.records import UnsupportedSettingError
+from mates_hf.training.own_order import find_sampler
 from mates_hf.training.parallel import parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
 
@@ -67,7 +68,7 @@ def refusals(args: Any, dataloader: Any, model: Any, config: MatesConfig) -> lis
             "`Trainer.get_train_dataloader` makes"
         )
     elif not found:
-        found += _sampler_refusals(dataloader.get_sampler())
+        found += _sampler_refusals(find_sampler(dataloader))
     found += _upload_refusals(args, config)
     return found
 
@@ -159,24 +160,6 @@ def check_pool(pool: CandidatePool, model: Any) -> None:
                 f"Token ids must be in the model's vocabulary of {size}, got {int(values.max())} in pool row "
                 f"{i}. The pool was tokenised with another tokenizer, or the embedding was not resized."
             )
-
-
-def check_rows_once(own_rows: IntArray) -> None:
-    """Refuse a sampler that repeats rows in its first pass, which is drawn before the first step.
-
-    Args:
-        own_rows: (N,) the Trainer's own order of the pool.
-
-    Raises:
-        UnsupportedSettingError: a row is in it twice.
-    """
-    repeated = np.flatnonzero(np.bincount(own_rows) > 1) if len(own_rows) else own_rows
-    if len(repeated):
-        raise UnsupportedSettingError(
-            f"The training sampler must give each row at most once in a pass, got {len(repeated)} rows more often, "
-            f"first {repeated[:8].tolist()}. Use a sampler without replacement, and leave it to the selection to "
-            "prefer some rows."
-        )
 
 
 def resume_caveats() -> list[str]:

@@ -31,6 +31,7 @@ from mates_hf.round_files import (
 )
 from mates_hf.selection.choose import select_rows, stage_seed
 from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.plan import num_candidates
 
 DECISIONS = ("select", "keep_previous", "own_order")
 
@@ -71,6 +72,10 @@ class FinishedRound:
         what = "`num_rows` of `pool` as a number of rows"
         ok = isinstance(self.num_pool_rows, int) and 0 < self.num_pool_rows < 2**63
         self.require(ok, ROUND_FILE, what, repr(self.num_pool_rows))
+        self.pass_number = info.get("pass", 1)  # not there in rounds of versions that had one pass
+        ok = isinstance(self.pass_number, int) and 1 <= self.pass_number <= self.config.max_passes
+        what = f"`pass` from 1 to `max_passes` ({self.config.max_passes})"
+        self.require(ok, ROUND_FILE, what, repr(self.pass_number))
         self.require(info["cursor"] < self.num_pool_rows, ROUND_FILE, "`cursor` in the pool", f"{info['cursor']}")
 
     def check(self, before: FinishedRound | None) -> None:
@@ -204,7 +209,7 @@ class FinishedRound:
     def _cursor_before(self, before: FinishedRound | None) -> int | None:
         """Where the round's slice begins in the shuffled pool; None where the round that tells is deleted."""
         if before is not None:
-            return int(before.info["cursor"])
+            return int(before.info["cursor"]) if self.pass_number == before.pass_number else 0
         if self.number == self.config.random_rounds:
             return 0
         moved = self.decision != "own_order" and self.config.candidate_scope == "slice"
@@ -230,6 +235,8 @@ class FinishedRound:
         was, now = before.consumed.copy(), self.consumed
         was[before.rows[:kept]] = True
         was[self._rows_between(before, kept - len(before.rows))] = True
+        if self._begins_a_pass(before, self.num_pool_rows - int(np.count_nonzero(was))):
+            was[:] = False
         wrong = np.flatnonzero(was != now)
         if len(wrong):
             row = int(wrong[0])
@@ -239,6 +246,15 @@ class FinishedRound:
                 f"{'consumed' if was[row] else 'unused'}",
                 f"{len(wrong)} rows that differ, the first of them row {row}",
             )  # fmt: skip
+
+    def _begins_a_pass(self, before: FinishedRound, num_unused: int) -> bool:
+        """Whether every row counts as unused again, which is so where too few are left and `max_passes` allows it."""
+        needed = num_candidates(self.info["num_rows"], self.config.selection_ratio) + self.config.num_probes
+        begins = needed > num_unused and before.pass_number < self.config.max_passes
+        expected = before.pass_number + begins
+        what = f"`pass` {expected}, as {num_unused} rows are unused and {needed} needed"
+        self.require(self.pass_number == expected, ROUND_FILE, what, str(self.pass_number))
+        return begins
 
     def _rows_between(self, before: FinishedRound, num_more: int) -> IntArray:
         """The rows trained on after those of a round and before those of the next one."""

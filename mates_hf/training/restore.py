@@ -69,6 +69,7 @@ def restore_order(run: Run, path: Path, until: int) -> Order:
         cursor,
         None if before is None else np.asarray(before),
     )
+    run.ledger.pass_number = int(order.info.get("pass", 1))
     probed = probed_rows(read_labels(path / PROBES_FILE))
     run.ledger.mark_probed(probed)
     missing = until - order.from_position - len(order.rows)

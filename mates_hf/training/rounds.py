@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import (
@@ -45,7 +46,6 @@ from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order
 from mates_hf.training.scoring import Scored, score_candidates
 
 logger = logging.getLogger(__name__)
-
 
 CONCLUDING = ("fit", "guard", "score", "select")  # the stages that may run beside training
 
@@ -81,7 +81,7 @@ class Measured(NamedTuple):
 
 
 def run_round(
-    run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray
+    run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: npt.NDArray[Any]
 ) -> Callable[..., Order]:
     """Probe some candidates; then fit an influence model, score the others, select what is trained on next.
 
@@ -92,7 +92,7 @@ def run_round(
         planned: number and steps of the round.
         from_position: global row position at which the selection takes effect.
         num_rows: rows to select, k.
-        own_rows: (N,) the Trainer's own order of the pool, for the case that the guard refuses to select.
+        own_rows: (N,) integer, the Trainer's own order of the pool, for the case that the guard refuses to select.
 
     Returns:
         The rest of the round, which needs labels and texts but neither the model nor a device. Called, here or beside
@@ -175,6 +175,7 @@ def _conclude(run: Run, measured: Measured, *, beside: bool = False) -> Order:
         "num_rows": len(rows),
         "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
         "cursor": int(cursor),
+        "pass": run.ledger.pass_number,
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
         "num_probed_before": int(np.count_nonzero(run.ledger.probed[draw.probes])),

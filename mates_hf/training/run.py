@@ -294,6 +294,8 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
         name: value
         for name, value in config.to_dict().items()
         if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch")
+        # Left out where it changes nothing, so that runs of versions without it go on.
+        and (name, value) != ("max_passes", 1)
     }
 
 

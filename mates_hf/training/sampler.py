@@ -5,18 +5,19 @@ round's order to it. The order of rows is then a pure function of config, seed a
 of dataloader workers, and across a resume.
 
 Trade-off: positions are counted in rows, not in steps or batches, so that a changed batch size moves no row; the price
-is that someone has to know how steps and rows relate. That is `RowClock`. A resumed run draws the Trainer's own order
-again instead of reading it from disk, and proves by its hash that it is the same.
+is that someone has to know how steps and rows relate. That is `clock.RowClock`. A resumed run draws the Trainer's own
+order again instead of reading it from disk, and proves by its hash that it is the same. Rows are handed out from a
+list of the next few thousand, which is cut where an order is appended inside it.
 """
 
 from __future__ import annotations
 
 import base64
-import dataclasses
-import hashlib
+import contextlib
+import itertools
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,55 +25,13 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler
 
-from mates_hf.records import IntArray, MatesError
+from mates_hf.records import MatesError
+from mates_hf.training.clock import RowClock
+from mates_hf.training.own_order import OrderHash, Rows, draw_pass
 
 logger = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowClock:
-    """How optimizer steps and epochs of this `train()` call relate to global row positions.
-
-    Attributes:
-        batches_per_epoch: batches one process takes from the dataloader in an epoch.
-        accumulation: batches in one optimizer step; the last step of an epoch may have fewer.
-        batch_rows: rows in one batch over all processes.
-        start_step: the optimizer step this call starts after (0, or the resumed one).
-        start_position: rows consumed by then.
-        first_epoch: the epoch the Trainer starts in.
-        first_epoch_step: the optimizer step at which that epoch counts as begun (what the Trainer skips up to).
-    """
-
-    batches_per_epoch: int
-    accumulation: int
-    batch_rows: int
-    start_step: int = 0
-    start_position: int = 0
-    first_epoch: int = 0
-    first_epoch_step: int = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch, the ragged last one included."""
-        return max(1, math.ceil(self.batches_per_epoch / self.accumulation))
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """Row positions in an epoch: a multiple of `batch_rows`."""
-        return self.batches_per_epoch * self.batch_rows
-
-    def _rows_from_epoch_start(self, steps: int) -> int:
-        epochs, rest = divmod(steps, self.steps_per_epoch)
-        return epochs * self.rows_per_epoch + min(rest * self.accumulation, self.batches_per_epoch) * self.batch_rows
-
-    def epoch_position(self, epoch: int) -> int:
-        """Global position of the first row the sampler is asked for in `epoch` (maybe before `start_position`)."""
-        skipped = self._rows_from_epoch_start(self.start_step - self.first_epoch_step)
-        return self.start_position - skipped + (epoch - self.first_epoch) * self.rows_per_epoch
-
-    def position(self, step: int) -> int:
-        """Rows consumed once `step` optimizer steps are done, for any step of this call."""
-        return self.epoch_position(self.first_epoch) + self._rows_from_epoch_start(step - self.first_epoch_step)
+BLOCK = 1 << 13  # rows made ready at once
 
 
 class ScheduledSampler(Sampler[int]):
@@ -85,40 +44,67 @@ class ScheduledSampler(Sampler[int]):
         own: the sampler that was there.
         clock: steps and positions of this call.
         saved: `own_state` in the checkpoint that is resumed; None where there is none.
+        num_rows: rows in the pool; None where that is not known.
         finished: the run that is resumed has taken all its steps. It gets no row: given one, the Trainer, which looks
             at `max_steps` behind a step, would take another.
 
     Attributes:
-        own_rows: (N,) int64, the running pass in the Trainer's own order; empty until it is drawn.
+        own_rows: (N,) integer, the running pass in the Trainer's own order; empty until it is drawn, and where
+            `keeps_own_rows` is false, once selections have taken its place.
         own_start: global position at which that pass began.
-        own_state: what a checkpoint holds of that pass, JSON values.
-        drawn_position: global position behind the last row that was handed to the dataloader.
+        keeps_own_rows: false where nobody asks for the own order once there are selections.
+        each_once: whether no row can be twice in the running pass, by how it was drawn.
+        unproven: whether a pass was drawn that other processes were not compared with.
     """
 
     def __init__(
-        self, own: Any, clock: RowClock, saved: Mapping[str, Any] | None = None, *, finished: bool = False
+        self,
+        own: Any,
+        clock: RowClock,
+        saved: Mapping[str, Any] | None = None,
+        *,
+        num_rows: int | None = None,
+        finished: bool = False,
     ) -> None:
         self.own = own
         self.clock = clock
         self.epoch = clock.first_epoch
-        self.own_rows: IntArray = np.zeros(0, np.int64)
+        self.own_rows: Rows = np.zeros(0, np.int64)
         self.own_start = clock.epoch_position(clock.first_epoch)
+        self.keeps_own_rows = True
+        self.each_once = True
+        self.unproven = False
         self._own_epoch = clock.first_epoch
         self._saved = saved
         if saved is not None:
             self.own_start, self._own_epoch = int(saved["own_start"]), int(saved["own_epoch"])
-        self.own_state = self._describe_pass("", "")
-        self.drawn_position = clock.start_position
+        self._own_hash: OrderHash | None = None
+        self._own_random = {"own_random": ""}
+        self._finish_own: Callable[[], Any] | None = None
+        self._num_rows = 2**31 + 1 if num_rows is None else num_rows
         self._finished = finished
         self._orders: list[tuple[int, npt.NDArray[Any]]] = []
+        self._begun_epoch: int | None = None
+        # The rows made ready: the list, where its first row is, and what hands it out.
+        self._block: list[int] = []
+        self._block_start = self._drawn = clock.start_position
+        self._left: Iterator[int] = iter(self._block)
 
-    def _describe_pass(self, sha256: str, random: str) -> dict[str, Any]:
+    @property
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the running pass, JSON values. Waits for the hash of an order just drawn."""
+        sha256 = "" if self._own_hash is None else self._own_hash.hexdigest()
         return {
             "own_start": self.own_start,
             "own_epoch": self._own_epoch,
             "own_sha256": sha256,
-            "own_random": random,
+            **self._own_random,
         }
+
+    @property
+    def drawn_position(self) -> int:
+        """Global position behind the last row that was handed to the dataloader."""
+        return max(self._drawn, self._block_start + len(self._block) - operator.length_hint(self._left))
 
     def __len__(self) -> int:
         return self.clock.rows_per_epoch
@@ -150,6 +136,8 @@ class ScheduledSampler(Sampler[int]):
                 f"got {from_position}: the dataloader looks further ahead than `switch_lead_steps` covers. Raise "
                 "`switch_lead_steps`, or lower `dataloader_num_workers` or `dataloader_prefetch_factor`."
             )
+        # The iterator looks at the list's length at each row, so it ends where the list is cut.
+        del self._block[max(from_position - self._block_start, 0) :]
         self._orders = [order for order in self._orders if order[0] != from_position]
         self._orders.append((from_position, rows))
         self._orders.sort(key=lambda order: order[0])
@@ -159,23 +147,65 @@ class ScheduledSampler(Sampler[int]):
         later = [order for order in self._orders if order[0] > position]
         current = [order for order in self._orders if order[0] <= position][-1:]
         self._orders = current + later
+        self._drop_own_rows(position)
 
-    def own_order_until(self, position: int) -> IntArray:
-        """Rows of the running own-order pass that lie before a global position, (M,) int64."""
-        return self.own_rows[: max(0, position - self.own_start)]
+    def _drop_own_rows(self, position: int) -> None:
+        """Free the own order where no row of it is trained on from a position on and nobody else asks for it."""
+        if not self.keeps_own_rows and self._orders and self._orders[0][0] <= position:
+            self.own_rows = self.own_rows[:0].copy()
+
+    def restart(self, step: int) -> None:
+        """Begin a new epoch after `step` steps: the one that runs was ended before its time.
+
+        Rows that were fetched ahead and not trained on are handed out again.
+
+        Args:
+            step: optimizer steps done.
+
+        Raises:
+            MatesError: an epoch's last step has fewer batches than others.
+        """
+        assert self._begun_epoch is not None
+        clock = self.clock.restarted(step, self._begun_epoch + 1)
+        self.clock, self.epoch = clock, clock.first_epoch
+        if not self._awaits(clock.start_position):
+            self.own_start, self._own_epoch = clock.start_position, clock.first_epoch
+        self._block, self._left = [], iter(())
+        self._block_start = self._drawn = clock.start_position
+
+    def ended_early(self, step: int) -> bool:
+        """Whether a new epoch is about to begin after `step` steps, though the one before it is not at its end."""
+        begun = self._begun_epoch
+        return begun is not None and self.clock.position(step) < self.clock.epoch_position(begun + 1)
+
+    def _awaits(self, start: int) -> bool:
+        """Whether a first selection was scheduled, for later than `start`, that counts on the rows before it."""
+        return bool(self._orders) and self._orders[0][0] > start
+
+    def uses_own_rows(self, position: int) -> bool:
+        """Whether the row at a position is of the own order; the same in all processes, which hold the same orders."""
+        return not self._orders or self._orders[0][0] > position
 
     def __iter__(self) -> Iterator[int]:
         start = self.clock.epoch_position(self.epoch)
+        end = start + self.clock.rows_per_epoch
+        self._begun_epoch = self.epoch
         self._begin_pass(start)
-        for position in range(start, start + self.clock.rows_per_epoch):
-            if position < self.clock.start_position:
-                yield 0  # the Trainer throws these away while it skips to where it stopped; no row is read
-                continue
-            row = None if self._finished else self._row_at(position)
-            if row is None:
-                return
-            self.drawn_position = max(self.drawn_position, position + 1)
-            yield row
+        skipped = min(max(self.clock.start_position - start, 0), self.clock.rows_per_epoch)
+        # The Trainer throws these away while it skips to where it stopped; no row is read.
+        yield from itertools.repeat(0, skipped)
+        position = start + skipped
+        while position < end and not self._finished:
+            self._drawn = self.drawn_position
+            self._block_start, self._block = position, self._rows_at(position, min(position + BLOCK, end))
+            if not self._block:
+                break
+            self._left = iter(self._block)
+            yield from self._left
+            position = self._block_start + len(self._block)
+        finish, self._finish_own = self._finish_own, None
+        if finish is not None:
+            finish()
 
     def _begin_pass(self, start: int) -> None:
         """Draw the whole permutation, at the moment the sampler that was there would draw its own.
@@ -191,31 +221,29 @@ class ScheduledSampler(Sampler[int]):
             MatesError: a resumed run goes on in the Trainer's own order, and the order is another one now.
         """
         saved, self._saved = self._saved, None
-        is_first = self.epoch == self.clock.first_epoch
-        goes_on = is_first and self.own_start + self.clock.rows_per_epoch > start
-        awaited = bool(self._orders) and self._orders[0][0] > start
+        goes_on = self.epoch == self.clock.first_epoch and self.clock.goes_on(self.own_start)
+        awaited = self._awaits(start)
         if awaited and len(self.own_rows):
             return
         if not (goes_on or awaited):
             self.own_start, self._own_epoch, saved = start, self.epoch, None
         self._draw_own_order(saved or {})
+        self._drop_own_rows(start)
 
     def _draw_own_order(self, saved: Mapping[str, Any]) -> None:
         """The permutation of `_own_epoch`, checked against the one that a checkpoint tells of."""
-        if hasattr(self.own, "set_epoch"):
+        by_epoch = hasattr(self.own, "set_epoch")
+        if by_epoch:
             self.own.set_epoch(self._own_epoch)
-        with torch.random.fork_rng(devices=[], enabled=bool(saved.get("own_random"))):
-            if saved.get("own_random"):
-                state = np.frombuffer(base64.b64decode(saved["own_random"]), np.uint8)
-                torch.set_rng_state(torch.from_numpy(state.copy()))
-            # A sampler that is not seeded by epoch draws from torch's own stream, whose state at this moment a resumed
-            # run does not have otherwise: the Trainer restores the one of the checkpoint, which is later.
-            random = b"" if hasattr(self.own, "set_epoch") else torch.get_rng_state().numpy().tobytes()
-            self.own_rows = np.fromiter(iter(self.own), np.int64, count=len(self.own))
-        sha256 = hashlib.sha256(self.own_rows.data).hexdigest()
-        self.own_state = self._describe_pass(sha256, base64.b64encode(random).decode())
+        with _as_it_was(self.own, saved):
+            # A sampler that is not seeded by epoch draws from torch's own stream, or from a generator that goes on
+            # from pass to pass. A resumed run does not have their state at this moment otherwise: the Trainer restores
+            # torch's of the checkpoint, which is later.
+            self._own_random = {"own_random": ""} if by_epoch else _random_state(self.own)
+            self.own_rows, self.each_once, self._finish_own = draw_pass(self.own, self._num_rows)
+        self._own_hash, self.unproven = OrderHash(self.own_rows), True
         expected = saved.get("own_sha256")
-        if not expected or expected == sha256:
+        if not expected or expected == (sha256 := self._own_hash.hexdigest()):
             return
         if not self._orders or self._orders[0][0] > self.clock.start_position:
             raise MatesError(
@@ -229,22 +257,58 @@ class ScheduledSampler(Sampler[int]):
             "on exactly; a round that the guard sends back to that order takes other rows."
         )
 
-    def _row_at(self, position: int) -> int | None:
-        """The pool row at a position, or None behind the end of the schedule."""
-        order: tuple[int, Sequence[Any] | npt.NDArray[Any]] | None = None
+    def _rows_at(self, position: int, stop: int) -> list[int]:
+        """The pool rows from a position on: up to `stop`, or where another order begins; none behind the schedule."""
+        order: tuple[int, npt.NDArray[Any]] | None = None
         for candidate in self._orders:
             if candidate[0] > position:
+                stop = min(stop, candidate[0])
                 break
             order = candidate
         if order is None:
-            return self._own_row_at(position)
-        index = position - order[0]
-        return int(order[1][index]) if index < len(order[1]) else None
+            rows = self._own_rows_at(position, stop - position)
+        else:
+            rows = order[1][position - order[0] : stop - order[0]]
+        found: list[int] = rows.tolist()
+        return found
 
-    def _own_row_at(self, position: int) -> int | None:
-        """The row of the Trainer's own order at a position."""
+    def _own_rows_at(self, position: int, num: int) -> Rows:
+        """Up to `num` rows of the Trainer's own order from a position on; more may follow."""
         index = position - self.own_start
         if self.own_start == self.clock.epoch_position(self.epoch):  # ends where the epoch ends, maybe inside a batch
-            return int(self.own_rows[index]) if index < len(self.own_rows) else None
+            return self.own_rows[index : index + num]
         # A pass that does not end with the epoch is followed by itself: a fresh pass may use its rows again.
-        return int(self.own_rows[index % self.clock.rows_per_epoch % len(self.own_rows)])
+        index %= self.clock.rows_per_epoch
+        num = min(num, self.clock.rows_per_epoch - index)
+        index %= len(self.own_rows)
+        return self.own_rows[index : index + num]
+
+
+def _own_generator(own: Any) -> torch.Generator | None:
+    generator = getattr(own, "generator", None)
+    return generator if isinstance(generator, torch.Generator) else None
+
+
+def _random_state(own: Any) -> dict[str, str]:
+    """What a sampler's next pass depends on beside its arguments, for JSON."""
+    states = {"own_random": torch.get_rng_state()}
+    generator = _own_generator(own)
+    if generator is not None:
+        states["own_generator"] = generator.get_state()
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+@contextlib.contextmanager
+def _as_it_was(own: Any, saved: Mapping[str, Any]) -> Iterator[None]:
+    """Torch's stream as it was when a checkpoint's pass was drawn, for now, and the sampler's generator, for good."""
+
+    def state(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(base64.b64decode(saved[name]), np.uint8).copy())
+
+    generator = _own_generator(own)
+    if generator is not None and saved.get("own_generator"):
+        generator.set_state(state("own_generator"))
+    with torch.random.fork_rng(devices=[], enabled=bool(saved.get("own_random"))):
+        if saved.get("own_random"):
+            torch.set_rng_state(state("own_random"))
+        yield

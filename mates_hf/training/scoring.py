@@ -21,7 +21,8 @@ import numpy.typing as npt
 from mates_hf.records import FloatArray, IntArray, read_array, write_array
 from mates_hf.training.run import InfluenceModel, Run
 
-SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is never in memory at once
+# What is scored at a time, so that a large slice is never in memory at once: 9 to 23 bytes a token are.
+SCORE_ROWS, SCORE_TOKENS = 65_536, 1 << 22
 
 
 class Scored(NamedTuple):
@@ -95,7 +96,7 @@ def _predict(
     rank, size = (run.side.rank, run.side.size) if shared else (0, 1)
     start, end = len(candidates) * rank // size, len(candidates) * (rank + 1) // size
     influence, num_targets = np.zeros(len(candidates), np.float32), np.zeros(len(candidates), np.int32)
-    for rows in run.pool.chunks(candidates[start:end], SCORE_CHUNK):
+    for rows in run.pool.chunks(candidates[start:end], SCORE_ROWS, max_tokens=SCORE_TOKENS):
         span = slice(start, start + len(rows))
         influence[span] = influence_model.predict(rows)
         num_targets[span] = rows.num_targets

@@ -25,17 +25,19 @@ from mates_hf.influence.path_length import rate_steps
 from mates_hf.reporting.metrics import round_metrics
 from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
-from mates_hf.selection.plan import PlannedRound, RunPlan
+from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import resume
 from mates_hf.training.averaging import WeightAverage
 from mates_hf.training.beside import Beside, CheckpointState, await_order, may_run_beside, share_order
+from mates_hf.training.clock import RowClock
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
 from mates_hf.training.measure import assist, release
+from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Order, Run, load_order
-from mates_hf.training.sampler import RowClock, ScheduledSampler
+from mates_hf.training.sampler import ScheduledSampler
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Session:
         saved: Mapping[str, Any] | None,
     ) -> None:
         self.run, self.clock, self.sampler, self.plan = run, clock, sampler, plan
+        sampler.keeps_own_rows = run.processes.is_main
         self.output_dir = output_dir
         self.average: WeightAverage | None = None
         self.order: Order | None = None  # the last round's
@@ -95,6 +98,24 @@ class Session:
             elif not saved and run.processes.is_main:
                 resume.set_earlier_run_aside(run.rounds_dir)
             self._plan_next(step)
+
+    def begin_step(self, step: int) -> None:
+        """Behind the first batch of a pass: prove that all processes drew the same, and shuffle the pool ahead."""
+        sampler, run = self.sampler, self.run
+        if sampler.unproven:
+            sampler.unproven = False
+            if sampler.uses_own_rows(self.clock.position(step)):
+                require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
+            if run.processes.is_main and self._next_event:
+                run.ledger.prepare()
+
+    def begin_epoch(self, step: int) -> None:
+        """Where a callback ended an epoch before its time, count steps and rows anew from there."""
+        if self.sampler.ended_early(step):
+            self.sampler.restart(step)
+            self.clock = self.sampler.clock
+            self.plan = dataclasses.replace(self.plan, clock=self.clock)
+            logger.info("An epoch was ended by a callback at step %d: the next one goes on with the next row.", step)
 
     def after_step(self, step: int, saves: bool, evaluates: bool = False) -> dict[str, float]:
         """Count the rows of an optimizer step; average weights inside the window; check for drift, run a round.
@@ -164,7 +185,7 @@ class Session:
             seed=stage_seed(run.config.selection_seed, number, "probe"),
             rate_steps=self._rate_steps(step),
         )
-        if self.order is None and self._next_round is not None:
+        if self.order is None and self._next_round is not None and run.processes.is_main:
             self._mark_own_order(self.clock.position(self._next_round.from_step))
         average, self.average = self.average, None
         order: Order | None = None
@@ -263,11 +284,13 @@ class Session:
         from_position = clock.position(planned.from_step)
         if self.order is not None:  # what an early start cuts off
             run.ledger.release(np.asarray(_rows_from(self.order, from_position)))
+        num_rows = clock.position(planned.to_step) - from_position
+        run.ledger.make_room(num_rows, run.config)
         return run_round(
             run,
             planned,
             from_position=from_position,
-            num_rows=clock.position(planned.to_step) - from_position,
+            num_rows=num_rows,
             own_rows=sampler.own_rows,
         )
 
@@ -279,15 +302,13 @@ class Session:
         self.state["last_round"] = {name: order.info[name] for name in ("number", "step", "order_sha256")}
 
     def _mark_own_order(self, from_position: int) -> None:
-        """Before the first selection: the rows that the Trainer's own order consumes in its running pass."""
-        sampler = self.sampler
-        pass_end = sampler.own_start + self.clock.rows_per_epoch
-        if from_position < pass_end:
-            self.run.ledger.mark_trained(sampler.own_order_until(from_position))
-        elif from_position > pass_end:
-            # A next pass would begin inside the lead, with a permutation not drawn yet. Until the selection takes
-            # effect the present one goes on from its beginning (`ScheduledSampler`), as a fresh pass may.
-            self.run.ledger.mark_trained(sampler.own_rows[: from_position - pass_end])
+        """Before the first selection: the rows that the Trainer's own order consumes in its running pass.
+
+        Where a next pass would begin inside the lead, with a permutation not drawn yet, the present one goes on from
+        its beginning until the selection takes effect (`ScheduledSampler`), as a fresh pass may.
+        """
+        used = (from_position - self.sampler.own_start) % self.clock.rows_per_epoch
+        self.run.ledger.mark_trained(self.sampler.own_rows[:used])
 
     def _plan_next(self, step: int) -> None:
         """The next round and drift check after `step`, and the averaging window before the earlier of them."""
@@ -343,6 +364,8 @@ class Session:
             until = self.clock.position(planned.from_step if planned is not None else self.plan.max_steps)
             orders.append(restore_order(run, path, until))
             restore_models(run, last.number)
+            left = run.config.max_passes - run.ledger.pass_number
+            self.plan.check(Rest(planned, run.ledger.num_unused, left, step))
             publish_orders(run, orders)
         self.order = orders[-1]
         for order in orders:

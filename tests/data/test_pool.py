@@ -389,6 +389,48 @@ def test_views_and_chunks(lists):
     assert as_lists(next(view.chunks(None, 2))) == [lists[8], lists[2]]
 
 
+class Stacks:
+    """A collator that does more than its columns say, so rows are read one by one."""
+
+    def __call__(self, rows):
+        return {"input_ids": [[*row["input_ids"], 5] for row in rows]}
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_chunks_hold_at_most_so_many_tokens_and_rows(lists, one_by_one):
+    collate = Stacks() if one_by_one else None
+    pool = CandidatePool(dataset_of(lists), collate)
+    order = np.random.default_rng(0).permutation(NUM_ROWS)
+    whole = as_lists(pool.token_rows(order))
+    longest = max(map(len, whole))
+    for size, max_tokens in ((32, 40), (7, 10**6), (NUM_ROWS, longest), (NUM_ROWS, 1), (1, 10**6)):
+        pieces = list(pool.chunks(order, size, max_tokens=max_tokens))
+        assert [row for piece in pieces for row in as_lists(piece)] == whole
+        for piece in pieces:
+            assert 0 < len(piece) <= size
+            assert len(piece.values) <= max_tokens or len(piece) == 1
+        if max_tokens == 40:  # as full as they can be
+            sums = [len(piece.values) + len(after.values) for piece, after in zip(pieces, pieces[1:], strict=False)]
+            assert np.mean(sums) > 40
+    for size, max_tokens in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match="`size` and `max_tokens` must be at least 1"):
+            pool.chunks(order, size, max_tokens=max_tokens)
+
+
+def test_indices_of_a_shuffled_dataset_are_held_once_and_not_copied(lists):
+    shuffled = dataset_of(lists).shuffle(seed=1)
+    pool = CandidatePool(shuffled)
+    expected = [shuffled[i]["input_ids"] for i in range(NUM_ROWS)]
+    assert as_lists(pool.token_rows()) == expected
+    opened = pool._columns._opened
+    held = {id(column._indices) for column in opened.values()}
+    assert len(held) == 1
+    mapped = shuffled._indices.column(0).chunks[0].to_numpy()
+    assert np.shares_memory(pool._columns._physical_rows(), mapped)
+    in_pieces = datasets.concatenate_datasets([shuffled, shuffled.select([3, 1])])
+    assert as_lists(CandidatePool(in_pieces).token_rows()) == [*expected, expected[3], expected[1]]
+
+
 def test_read_candidates_and_rows_of_agree_over_all_kinds(lists):
     dataset = dataset_of(lists)
     kinds = [dataset, CandidatePool(dataset), TokenRows.from_lists(lists), Plain(lists), dataset.to_list()]

@@ -306,3 +306,40 @@ def test_only_known_kinds_are_loaded(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text('{"kind": 3}')
     with pytest.raises(MatesError, match="must say a `kind`"):
         load_influence_model(tmp_path)
+
+
+class Bounded(MeanId):
+    """Notes how many tokens it is given at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def predict(self, rows: TokenRows) -> np.ndarray:
+        self.most = max(self.most, len(rows.values))
+        return super().predict(rows)
+
+
+def test_long_rows_are_read_so_many_tokens_at_a_time(
+    fitted: NgramInfluenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = [*make_lists(50), [], list(range(200, 260))]
+    lists[7] = [3, -1]
+    for model in (Bounded(), fitted):
+        dataset = datasets.Dataset.from_dict({"input_ids": [*lists[:7], *lists[8:]]})
+        whole = Scorer(model, "input_ids", False).open(dataset)(0, len(dataset))
+        monkeypatch.setattr("mates_hf.influence.scoring._TOKENS_AT_ONCE", 45)
+        if isinstance(model, Bounded):
+            model.most = 0
+        found = Scorer(model, "input_ids", False).open(dataset)(0, len(dataset))
+        monkeypatch.undo()
+        for name, expected in whole._asdict().items():
+            np.testing.assert_array_equal(getattr(found, name), expected)
+        if isinstance(model, Bounded):
+            assert model.most == 60  # the last row is more alone
+    monkeypatch.setattr("mates_hf.influence.scoring._TOKENS_AT_ONCE", 45)
+    wrong = datasets.Dataset.from_dict({"input_ids": lists})
+    with pytest.raises(ValueError, match="in row 107"):
+        Scorer(Bounded(), "input_ids", False)._predict_ids(
+            Scorer(Bounded(), "input_ids", False)._token_columns(wrong.data), np.arange(len(lists)), 100
+        )

@@ -51,6 +51,8 @@ MODULES = (
     "test_models.py",
     "test_parallel.py",
     "test_processes.py",
+    "test_samplers.py",
+    "test_passes.py",
 )
 ORDER = "order"
 NO_TRACE = "order, no trace"

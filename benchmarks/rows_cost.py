@@ -1,0 +1,324 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mates-hf"]
+# ///
+"""What the order of rows costs a run: time of each row that the sampler hands out, and memory of a very large pool.
+
+    python benchmarks/rows_cost.py            # 100 million rows; writes benchmarks/results/rows_cost.{json,md}
+    python benchmarks/rows_cost.py --quick    # 2 million rows; prints, writes nothing unless --out is given
+    python benchmarks/rows_cost.py --check    # the committed page follows from the committed JSON
+
+Times are of draining the sampler as the dataloader does, in every process of a run and for the rows of all of them:
+rows of the Trainer's own order, rows of a selection that lies in a memory-mapped file, and rows that a resumed run
+skips; beside them torch's own `RandomSampler`. Memory is of a process that opens a shuffled dataset of three
+columns, draws the Trainer's own order, compares its hash and draws a round, one step after the other. The dataset is
+made up (four tokens a row) and lies in a temporary folder under `--work` that is deleted at the end.
+
+Trade-off: memory is read from the system every few milliseconds. Own memory is `RssAnon`; pages of mapped files
+(`RssFile`: the dataset and its shuffled indices) are counted apart, because the system drops them when it needs the
+room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+NUM_PROBES, NUM_SELECTED, RATIO = 2_000, 200_000, 0.2
+TIMED_ROWS, REPEATS, BATCH = 2_000_000, 5, 512
+COLUMNS = ("input_ids", "labels", "attention_mask")
+CHUNK, ROW_TOKENS = 2_000_000, 4
+_WORKER = "MATES_HF_ROWS_COST_WORKER"
+
+
+def write_dataset(work: Path, num_rows: int) -> None:
+    """Rows of four tokens in three columns, in one Arrow file."""
+    import pyarrow as pa
+
+    kind = pa.list_(pa.uint8(), ROW_TOKENS)
+    schema = pa.schema({name: kind for name in COLUMNS})
+    rng = np.random.default_rng(0)
+    with pa.OSFile(str(work / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as out:
+        for start in range(0, num_rows, CHUNK):
+            size = min(CHUNK, num_rows - start)
+            tokens = pa.array(rng.integers(2, 250, ROW_TOKENS * size, dtype=np.uint8))
+            ones = pa.array(np.ones(ROW_TOKENS * size, np.uint8))
+            parts = [pa.FixedSizeListArray.from_arrays(values, ROW_TOKENS) for values in (tokens, tokens, ones)]
+            out.write_batch(pa.record_batch(parts, schema=schema))
+
+
+def status(*names: str) -> list[int]:
+    """Fields of this process's memory status, in bytes."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return [int(fields[name].split()[0]) * 1024 for name in names]
+
+
+class Meter:
+    """Seconds, and peak and held memory, of each stage."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+        self._peak = [0, 0]
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _look(self) -> None:
+        anon, mapped = status("RssAnon", "RssFile")
+        self._peak = [max(self._peak[0], anon), max(self._peak[1], mapped)]
+
+    def _watch(self) -> None:
+        while True:
+            self._look()
+            time.sleep(0.003)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what is done inside."""
+        self._peak = status("RssAnon", "RssFile")
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._look()
+        own, mapped = self._peak
+        held = status("RssAnon")[0]
+        self.stages.append({"stage": name, "seconds": seconds, "own": own, "held": held, "mapped": mapped})
+        print(f"{name}: {seconds:.1f} s, {own / 1e6:.0f} MB own, {mapped / 1e6:.0f} MB mapped", file=sys.stderr)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks rows of one length, as a run's collator would."""
+    return {name: np.array([row[name] for row in rows], np.int64) for name in COLUMNS}
+
+
+def measure_memory(work: Path, num_rows: int) -> dict[str, Any]:
+    """The steps in which a run holds something for each row of its pool."""
+    import datasets
+    from accelerate.data_loader import SeedableRandomSampler
+
+    from mates_hf.data.pool import CandidatePool
+    from mates_hf.selection.ledger import Ledger
+    from mates_hf.training.clock import RowClock
+    from mates_hf.training.sampler import ScheduledSampler
+
+    datasets.disable_progress_bars()
+    base = status("RssAnon", "RssFile")
+    meter = Meter()
+    indices = datasets.Dataset.from_file(str(work / "indices.arrow"))
+    shuffled = datasets.Dataset.from_file(str(work / "rows.arrow"))
+    shuffled = datasets.Dataset(shuffled.data, indices_table=indices.data)  # what `shuffle` leaves in its cache
+    with meter.stage("open the pool: its label rule, its identity"):
+        pool = CandidatePool(shuffled, collate)
+        identity = pool.identity()
+    clock = RowClock(batches_per_epoch=num_rows // BATCH, accumulation=1, batch_rows=BATCH)
+    sampler = ScheduledSampler(SeedableRandomSampler(range(num_rows), data_seed=0), clock, num_rows=num_rows)
+    rows = iter(sampler)
+    with meter.stage("first row: the Trainer's own order"):
+        next(rows)
+    ledger = Ledger(num_rows, 0)
+    with meter.stage("first step: hash and shuffled pool, in threads"):
+        ledger.prepare()
+        sha256 = sampler.own_state["own_sha256"]
+    with meter.stage("boundary: what is left of the shuffle, mark the own order"):
+        assert len(ledger.shuffled) == num_rows
+        ledger.mark_trained(sampler.own_rows[:NUM_SELECTED])
+    with meter.stage("draw candidates and probes"):
+        draw = ledger.draw(
+            round_number=1, num_selected=NUM_SELECTED, selection_ratio=RATIO, candidate_scope="slice",
+            num_probes=NUM_PROBES,
+        )  # fmt: skip
+    with meter.stage("read the candidates' tokens"):
+        tokens = sum(len(piece.values) for piece in pool.chunks(draw.candidates, 65_536, max_tokens=1 << 22))
+    return {
+        "stages": meter.stages,
+        "start_own": base[0],
+        "start_mapped": base[1],
+        "own_sha256": sha256,
+        "rows_sha256": identity["rows_sha256"],
+        "tokens": tokens,
+    }
+
+
+def write_indices(work: Path, num_rows: int) -> None:
+    """The file that `Dataset.shuffle` makes: a column of row numbers."""
+    import pyarrow as pa
+
+    order = np.random.default_rng(42).permutation(num_rows)
+    schema = pa.schema({"indices": pa.uint64()})
+    with pa.OSFile(str(work / "indices.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as out:
+        for start in range(0, num_rows, CHUNK):
+            part = pa.array(order[start : start + CHUNK].astype(np.uint64))
+            out.write_batch(pa.record_batch([part], schema=schema))
+
+
+def drained(make: Callable[[], Iterable[int]], num_rows: int, *, batched: bool) -> list[float]:
+    """Microseconds a row, of each repeat."""
+    from torch.utils.data import BatchSampler
+
+    found = []
+    for _ in range(REPEATS):
+        rows = make()
+        taken: Iterable[Any] = BatchSampler(rows, BATCH, drop_last=False) if batched else rows  # type: ignore[arg-type]
+        begin = time.perf_counter()
+        collections.deque(taken, maxlen=0)
+        found.append((time.perf_counter() - begin) / num_rows * 1e6)
+    return found
+
+
+def measure_times(work: Path, num_rows: int) -> dict[str, list[float]]:
+    """Microseconds a row of each kind."""
+    from torch.utils.data import RandomSampler
+
+    from mates_hf.training.clock import RowClock
+    from mates_hf.training.sampler import ScheduledSampler
+
+    num_rows -= num_rows % BATCH
+    np.save(work / "selection.npy", np.random.default_rng(0).permutation(num_rows))
+    selection = np.load(work / "selection.npy", mmap_mode="r")
+
+    def scheduled(**at: int) -> ScheduledSampler:
+        clock = RowClock(batches_per_epoch=num_rows // BATCH, accumulation=1, batch_rows=BATCH, **at)
+        return ScheduledSampler(RandomSampler(range(num_rows)), clock, num_rows=num_rows)
+
+    def selected() -> ScheduledSampler:
+        sampler = scheduled()
+        sampler.append(0, selection)
+        return sampler
+
+    skipped = {"start_step": num_rows // BATCH, "start_position": num_rows}
+    kinds: dict[str, Callable[[], Iterable[int]]] = {
+        "torch's RandomSampler": lambda: RandomSampler(range(num_rows)),
+        "own order": scheduled,
+        "selected rows": selected,
+        "skipped rows": lambda: scheduled(**skipped),
+    }
+    times = {name: drained(make, num_rows, batched=False) for name, make in kinds.items()}
+    return times | {f"{name}, in batches": drained(make, num_rows, batched=True) for name, make in kinds.items()}
+
+
+def in_its_own_process(work: Path, num_rows: int) -> dict[str, Any]:
+    """Measure memory in a fresh process."""
+    environment = {**os.environ, _WORKER: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    command = [sys.executable, __file__, "--work", str(work), "--rows", str(num_rows)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def report(payload: dict[str, Any]) -> str:
+    """The Markdown page."""
+    settings, memory = payload["settings"], payload["memory"]
+    own = max(stage["own"] for stage in memory["stages"])
+    total = max(stage["own"] + stage["mapped"] for stage in memory["stages"])
+    num = settings["rows"]
+    lines = [
+        f"# rows_cost{' (quick, not to be reported)' if settings['quick'] else ''}",
+        "",
+        f"{settings['cpu_count']} cores shared with other work, Python {settings['python']}, torch "
+        f"{settings['torch']}.",
+        "",
+        f"Microseconds a row that the sampler hands out, {settings['timed_rows']:,} rows, median of {REPEATS} "
+        "(least to most). The draw of the order is part of it. In batches: through torch's `BatchSampler` of "
+        f"{BATCH} rows, as a dataloader does.",
+        "",
+        "| rows | one by one | in batches |",
+        "|---|---|---|",
+    ]
+    times = payload["microseconds"]
+    for name in [name for name in times if not name.endswith(", in batches")]:
+        cells = [
+            f"{float(np.median(found)):.3f} ({min(found):.3f} to {max(found):.3f})"
+            for found in (times[name], times[f"{name}, in batches"])
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Memory with {num:,} rows, a shuffled dataset of {len(COLUMNS)} columns. Own memory at most "
+        f"**{own / 1e9:.2f} GB**, {(own - memory['start_own']) / num:.1f} bytes a row beyond what the imports hold; "
+        "with the mapped pages of the dataset and its indices that were touched (8 bytes a row and more, which the "
+        "system may drop) "
+        f"{total / 1e9:.2f} GB.",
+        "",
+        "| step | seconds | own memory at most, MB | held after, MB | mapped file pages at most, MB |",
+        "|---|---|---|---|---|",
+        f"| imports | | {memory['start_own'] / 1e6:,.0f} | {memory['start_own'] / 1e6:,.0f} | "
+        f"{memory['start_mapped'] / 1e6:,.0f} |",
+    ]
+    lines += [
+        f"| {stage['stage']} | {stage['seconds']:.2f} | {stage['own'] / 1e6:,.0f} | {stage['held'] / 1e6:,.0f} | "
+        f"{stage['mapped'] / 1e6:,.0f} |"
+        for stage in memory["stages"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Make the dataset, measure, report, delete the dataset."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=None, help="rows of the pool (100 million; quick: 2 million)")
+    parser.add_argument("--quick", action="store_true", help="a small pool; too short to report")
+    parser.add_argument("--check", action="store_true", help="only: does the page follow from the JSON")
+    parser.add_argument("--work", type=Path, default=None, help="where the temporary folder of the dataset goes")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the results; a quick run has none of its own"
+    )
+    arguments = parser.parse_args()
+    out = arguments.out or (None if arguments.quick else RESULTS)
+    if arguments.check:
+        payload = json.loads((out or RESULTS).joinpath("rows_cost.json").read_text(encoding="utf-8"))
+        page = (out or RESULTS).joinpath("rows_cost.md").read_text(encoding="utf-8")
+        if page != report(payload):
+            raise SystemExit("rows_cost.md does not follow from rows_cost.json: run the benchmark again")
+        return
+    if os.environ.get(_WORKER):
+        print(json.dumps(measure_memory(arguments.work, arguments.rows)))
+        return
+    import torch
+
+    num_rows = arguments.rows or (2_000_000 if arguments.quick else 100_000_000)
+    if num_rows < 10 * NUM_SELECTED and not arguments.quick:
+        raise SystemExit(f"`--rows` must be at least {10 * NUM_SELECTED}, got {num_rows}")
+    work = Path(tempfile.mkdtemp(prefix="rows-cost-", dir=arguments.work))
+    try:
+        timed = 200_000 if arguments.quick else TIMED_ROWS
+        microseconds = measure_times(work, timed)
+        write_dataset(work, num_rows)
+        write_indices(work, num_rows)
+        memory = in_its_own_process(work, num_rows)
+    finally:
+        shutil.rmtree(work)
+    payload = {
+        "settings": {
+            "quick": arguments.quick,
+            "rows": num_rows,
+            "timed_rows": timed,
+            "cpu_count": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "microseconds": microseconds,
+        "memory": memory,
+    }
+    text = report(payload)
+    print(text)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "rows_cost.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+        (out / "rows_cost.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
