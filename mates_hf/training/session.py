@@ -31,6 +31,7 @@ from mates_hf.training.averaging import WeightAverage
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
 from mates_hf.training.measure import assist, release
+from mates_hf.training.memory import place_average, starts_on_host
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Order, Run, load_order
 from mates_hf.training.sampler import RowClock, ScheduledSampler
@@ -70,6 +71,7 @@ class Session:
         self._next_event = 0
         self._window_start = 0
         self._average_saved_at = -1
+        self._on_host, self._first_step = starts_on_host(run.model), step + 1
         self._learning_rates: tuple[float, ...] | None = None
         self.state: dict[str, Any] = {
             "version": resume.STATE_VERSION,
@@ -103,6 +105,10 @@ class Session:
         # the probe: looking at it here would wait for the device at each step.
         if all(isinstance(rate, float) for rate in rates) and any(rates):
             self._learning_rates = rates
+        if step == self._first_step:  # what training takes at its peak is known now
+            self._on_host = place_average(self.run)
+            if self.average is not None:
+                self.average.place(on_host=self._on_host)
         metrics: dict[str, float] = {}
         if self._next_event and step > self._window_start:
             if self.average is not None:
@@ -232,7 +238,7 @@ class Session:
         window = self.run.config.window_steps
         self._window_start = self._next_event - max(window, 1)
         if window and self._next_event:
-            self.average = WeightAverage(self.run.model)
+            self.average = WeightAverage(self.run.model, self.run.processes, on_host=self._on_host)
             path = resume.average_path(self.run.rounds_dir, step)
             if step > self._window_start and not self.average.load(path, self.run.processes):
                 logger.warning(
