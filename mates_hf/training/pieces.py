@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 MAX_PIECE = 2**26  # bytes of the mean
+_PARTS = 64  # of what a process averages; a small model is cut finer, so that a part of it stays small as well
 _ALIGNED = 1_024  # entries
 _BLOCK = 2**26  # bytes of pinned memory at once: torch rounds each request up to a power of two
 _LINE = 64  # bytes; each tensor in a block begins at a multiple
@@ -58,17 +59,18 @@ def cut(shards: Sequence[Tensor], shared: Sequence[bool], size: int) -> list[Pie
         size: how many processes there are.
 
     Returns:
-        Pieces of at most `MAX_PIECE` bytes of the mean, or of one tensor that cannot be flattened. Each process owns
-        an equal share of the entries of shared parameters.
+        Pieces of at most `MAX_PIECE` bytes of the mean and a 64th of this process's, or of one tensor that cannot be
+        flattened. Each process owns an equal share of the entries of shared parameters.
     """
     total = sum(shard.numel() for shard, is_shared in zip(shards, shared, strict=True) if is_shared)
+    most = sum(shard.numel() for shard in shards) // (_PARTS * size) // _ALIGNED * _ALIGNED
     pieces, passed = [], 0
     for number, (shard, is_shared) in enumerate(zip(shards, shared, strict=True)):
         num = shard.numel()
         flat = shard.is_contiguous()
         cuts = {0, num}
         if flat:
-            cuts |= set(range(0, num, max(_ALIGNED, MAX_PIECE // mean_dtype(shard).itemsize)))
+            cuts |= set(range(0, num, max(_ALIGNED, min(most, MAX_PIECE // mean_dtype(shard).itemsize))))
         if flat and is_shared:
             ends = (total * rank // size - passed for rank in range(1, size))
             cuts |= {min(max(0, (end + _ALIGNED // 2) // _ALIGNED * _ALIGNED), num) for end in ends}
@@ -80,17 +82,16 @@ def cut(shards: Sequence[Tensor], shared: Sequence[bool], size: int) -> list[Pie
     return pieces
 
 
-def groups(sizes: Sequence[int], share: int = 16) -> Iterator[slice]:
-    """Runs of pieces of at most `MAX_PIECE` bytes together and a part of all, or of one larger one.
+def groups(sizes: Sequence[int]) -> Iterator[slice]:
+    """Runs of pieces of at most `MAX_PIECE` bytes together and a 64th of all, or of one larger one.
 
     Args:
         sizes: bytes of each piece.
-        share: which part of all, at most.
 
     Yields:
         One slice a run.
     """
-    limit = min(MAX_PIECE, sum(sizes) // share)
+    limit = min(MAX_PIECE, sum(sizes) // _PARTS)
     start, size = 0, 0
     for number, here in enumerate(sizes):
         if number > start and size + here > limit:
