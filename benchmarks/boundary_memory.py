@@ -90,7 +90,10 @@ def rows(count: int, seed: int) -> Dataset:
 def measure(
     width: int, dtype: torch.dtype = torch.float32, optim: str = "adamw_torch", layers: int = 6
 ) -> dict[str, float]:
-    """Peak bytes of each stage of a round, in units of the trainable parameters' bytes, and what `limit` is."""
+    """Peak bytes of each stage of a round, in units of the trainable parameters' bytes, and what `limit` is.
+
+    In each of several processes that call it together, those of the process.
+    """
     from transformers import Trainer, TrainingArguments
 
     model = make_model(width, dtype, layers)
@@ -109,7 +112,7 @@ def measure(
         MatesCallback(reference, config).attach(trainer)
         with stages_recorded(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             trainer.train()
-        if not list(Path(folder).glob("_mates/round-*/round.json")):
+        if trainer.args.process_index == 0 and not list(Path(folder).glob("_mates/round-*/round.json")):
             raise RuntimeError("no round was run")
     changes: list[tuple[int, int]] = []
     ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in STAGES.values()}
@@ -128,7 +131,7 @@ def measure(
         spans = [np.searchsorted(times, span) for span in ranges[name]]
         return float((max(levels[max(0, begin - 1) : end + 1].max() for begin, end in spans) - base) / size)
 
-    found = {name: peak(name) for name in STAGES.values()}
+    found = {name: peak(name) for name in STAGES.values() if ranges[name]}  # the main process has all of them
     # One micro-batch as a training step accumulates it: the gradients it is added to are there already.
     ids = torch.tensor(rows(ROWS_PER_BATCH, 2)["input_ids"])
     for parameter in model.parameters():

@@ -123,12 +123,25 @@ def write_results(
     raw: Any,
 ) -> None:
     """Print the table, and write `<name>.json` and `<name>.md` where there is a folder for them."""
-    machine = hardware(arguments.threads)
-    lines = [f"# {name}{' (quick, not to be reported)' if arguments.quick else ''}", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in machine.items()) + ".", ""]
-    lines += ["Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".", ""]
+    payload = {
+        "quick": arguments.quick, "hardware": hardware(arguments.threads), "settings": settings, "figures": figures,
+        "raw": raw,
+    }  # fmt: skip
+    text = page_of(name, payload)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+        (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def page_of(name: str, payload: Mapping[str, Any]) -> str:
+    """The page of a result, from what its JSON holds."""
+    lines = [f"# {name}{' (quick, not to be reported)' if payload['quick'] else ''}", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in payload["hardware"].items()) + ".", ""]
+    lines += ["Settings: " + ", ".join(f"{key} {value}" for key, value in payload["settings"].items()) + ".", ""]
     lines += ["| what | measured | target | met |", "|---|---|---|---|"]
-    for line in figures:
+    for line in payload["figures"]:
         goal = (
             f"≥ {line['least']:g}"
             if line["least"] is not None
@@ -138,13 +151,7 @@ def write_results(
         )
         met = "" if line["met"] is None else "yes" if line["met"] else "**no**"
         lines.append(f"| {line['what']} | {line['value']:.4g} {line['unit']} | {goal} | {met} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        payload = {"quick": arguments.quick, "hardware": machine, "settings": settings, "figures": figures, "raw": raw}
-        (arguments.out / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-        (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def text_rows(length: int = LENGTH) -> tuple[TokenRows, TokenRows]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ def weights_digest(model: nn.Module, processes: Processes = ALONE) -> str:
         `sum128-` and 64 hexadecimal digits.
     """
     parameters = trainable_parameters(model)
-    sums = _sums(parameters, processes, _lanes, CHUNK)
+    sums = _sums(parameters, processes, (_lanes, _lanes_at), CHUNK)
     digest = hashlib.sha256()
     for (name, parameter), lanes in zip(parameters.items(), sums, strict=True):
         digest.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
@@ -69,7 +69,7 @@ def weights_digest(model: nn.Module, processes: Processes = ALONE) -> str:
 def weight_marks(model: nn.Module, processes: Processes | None = None) -> dict[str, str]:
     """A short digest of some 1,024 entries of each trainable parameter: unequal where one was not restored.
 
-    All processes must call it.
+    All processes must call it. Each looks at the entries that it holds, and none is gathered.
 
     Args:
         model: the live model, unwrapped.
@@ -80,7 +80,7 @@ def weight_marks(model: nn.Module, processes: Processes | None = None) -> dict[s
     """
     parameters = trainable_parameters(model)
     processes = Processes.of_run() if processes is None else processes
-    sums = _sums(parameters, processes, _marked_lanes, 2 * NUM_MARKED)
+    sums = _sums(parameters, processes, (_marked_lanes, _marked_lanes_at), 2 * NUM_MARKED)
     return {
         name: MARK + "".join(f"{int(lane) & (2**64 - 1):016x}" for lane in lanes)
         for name, lanes in zip(parameters, sums, strict=True)
@@ -112,24 +112,29 @@ def _odd(seed: int, num: int) -> npt.NDArray[np.int64]:
 
 
 def _sums(
-    parameters: dict[str, nn.Parameter], processes: Processes, lanes_of: Any, num_factors: int
+    parameters: dict[str, nn.Parameter], processes: Processes, lanes_of: tuple[Any, Any], num_factors: int
 ) -> npt.NDArray[np.int64]:
-    """(P, 2) int64 lanes of each parameter, over all of its shards."""
+    """(P, 2) int64 lanes of each parameter, over all of its shards; of a shard in one piece, and of any other."""
     factors, found, shared = _Factors(num_factors), [], np.zeros(len(parameters), bool)
+    in_one_piece, in_several = lanes_of
     with torch.no_grad():
         for number, parameter in enumerate(parameters.values()):
-            shard = local_shard(parameter)
-            start: int | None = 0
+            shard, place = local_shard(parameter), None
             if hasattr(parameter, "to_local"):
-                start, counted = _place(parameter, shard)
-                shared[number] = start is not None
-                if start is None:  # sharded in a way that has no place of its own for each process: gathered
-                    shard, start = whole_tensor(shard, parameter), 0
-                elif not counted:
-                    shard = shard[:0]
-            assert start is not None
+                place = _find_place(parameter, shard)
+                shared[number] = place is not None
+                if place is None:  # of a kind that no supported run has: gathered
+                    shard = whole_tensor(shard, parameter)
+                elif not place.counted:
+                    shard, place = shard[:0] if shard.ndim else shard.reshape(1)[:0], None
             each = max(1, parameter.element_size() // 4)  # integers an entry
-            found.append(lanes_of(_as_integers(shard), start * each, parameter.numel() * each, factors))
+            values, num = _as_integers(shard), parameter.numel() * each
+            start = 0 if place is None else place.start
+            if start is not None:
+                found.append(in_one_piece(values, start * each, num, factors))
+            else:
+                assert place is not None
+                found.append(in_several(values, place, num, factors))
         if not found:
             return np.zeros((0, 2), np.int64)
         sums: npt.NDArray[np.int64] = torch.stack([lanes.to(found[0].device) for lanes in found]).cpu().numpy()
@@ -170,23 +175,85 @@ def _marked_lanes(values: Tensor, start: int, num: int, factors: _Factors) -> Te
     return (factors.inside(values.device)[:, first : first + len(part)] * part).sum(1)
 
 
-def _place(parameter: Any, shard: Tensor) -> tuple[int | None, bool]:
-    """Where this process's shard begins in the flattened parameter, and whether it is this process that counts it.
+class _Place(NamedTuple):
+    """Where a shard is in its parameter.
 
-    None where the shard is not one piece of the flattened parameter.
+    Attributes:
+        first: the shard's first index in each dimension.
+        local: its shape.
+        whole: the parameter's shape.
+        counted: whether it is this process that counts it; others have a copy.
     """
-    placements, mesh = parameter.placements, parameter.device_mesh
-    coordinate = mesh.get_coordinate()
-    kinds = [type(placement).__name__ for placement in placements]
-    split = [i for i, kind in enumerate(kinds) if kind == "Shard"]
-    if coordinate is None or set(kinds) - {"Shard", "Replicate"} or len(split) > 1 or not parameter.ndim:
-        return None, False
-    counted = all(coordinate[i] == 0 for i, kind in enumerate(kinds) if kind == "Replicate")
-    if not split:
-        return 0, counted
-    rows, rest = parameter.shape[0], parameter.shape[1:]
-    each = -(-rows // mesh.size(split[0]))
-    first = min(coordinate[split[0]] * each, rows)
-    if placements[split[0]].dim != 0 or shard.shape != (min(each, rows - first), *rest):
-        return None, False
-    return first * math.prod(rest), counted
+
+    first: tuple[int, ...]
+    local: tuple[int, ...]
+    whole: tuple[int, ...]
+    counted: bool
+
+    @property
+    def start(self) -> int | None:
+        """Its first entry in the flattened parameter, or None where it is not one piece of that."""
+        if self.local[1:] != self.whole[1:]:
+            return None
+        return self.first[0] * math.prod(self.whole[1:]) if self.whole else 0
+
+    def in_whole(self, entries: Tensor) -> Tensor:
+        """Where entries of the flattened shard are in the flattened parameter, int64."""
+        found, passed = torch.zeros_like(entries), 1
+        for first, local, whole in zip(self.first[::-1], self.local[::-1], self.whole[::-1], strict=True):
+            found += (entries % local + first) * passed
+            entries, passed = entries // local, passed * whole
+        return found
+
+    def in_shard(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Where entries of the flattened parameter are in the flattened shard, and which of them are there at all."""
+        found, passed, here = torch.zeros_like(entries), 1, torch.ones_like(entries, dtype=torch.bool)
+        for first, local, whole in zip(self.first[::-1], self.local[::-1], self.whole[::-1], strict=True):
+            index = entries % whole - first
+            here &= (index >= 0) & (index < local)
+            found += index * passed
+            entries, passed = entries // whole, passed * local
+        return found, here
+
+
+def _lanes_at(values: Tensor, place: _Place, num: int, factors: _Factors) -> Tensor:
+    """`_lanes` of a shard whose entries lie in several pieces of the whole parameter."""
+    inside, each = factors.inside(values.device), num // max(1, math.prod(place.whole))
+    outside = torch.from_numpy(_odd(_OUTSIDE, num // CHUNK + 1)).to(values.device)
+    sums = torch.zeros(2, dtype=torch.int64, device=values.device)
+    for at in range(0, len(values), CHUNK):
+        part = torch.arange(at, min(at + CHUNK, len(values)), device=values.device)
+        index = place.in_whole(part // each) * each + part % each
+        sums += (inside[:, index % CHUNK] * outside[:, index // CHUNK] * values[part]).sum(1)
+    return sums
+
+
+def _marked_lanes_at(values: Tensor, place: _Place, num: int, factors: _Factors) -> Tensor:
+    """`_marked_lanes` of such a shard."""
+    each, stride = num // max(1, math.prod(place.whole)), max(1, num // NUM_MARKED)
+    marked = torch.arange(0, num, stride, device=values.device)
+    index, here = place.in_shard(marked // each)
+    part = values[(index * each + marked % each)[here]]
+    return (factors.inside(values.device)[:, : len(marked)][:, here] * part).sum(1)
+
+
+def _find_place(parameter: Any, shard: Tensor) -> _Place | None:
+    """Where this process's shard is; None where it is not found by cutting dimensions as torch does (`Shard`)."""
+    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    first, local, counted = [0] * parameter.ndim, list(parameter.shape), True
+    for i, placement in enumerate(parameter.placements):
+        kind = type(placement).__name__
+        if kind == "Replicate":
+            counted = counted and coordinate[i] == 0
+        elif kind == "Shard":
+            each = -(-local[placement.dim] // mesh.size(i))
+            begin = min(coordinate[i] * each, local[placement.dim])
+            first[placement.dim] += begin
+            local[placement.dim] = min(each, local[placement.dim] - begin)
+        else:
+            return None
+    if tuple(local) != tuple(shard.shape):
+        return None
+    return _Place(tuple(first), tuple(local), tuple(parameter.shape), counted)

@@ -7,12 +7,19 @@ in buffers of its own, it is refused rather than probed wrongly.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 DATA_PARALLEL = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU",
                  "MULTI_HPU", "FSDP")  # fmt: skip
+
+# Dimensions over which accelerate, transformers and torch make FSDP2's meshes: rows are split along all of them.
+DATA_DIMENSIONS = ("dp_shard", "dp_shard_cp", "dp_replicate", "dp", "dp_cp", "fsdp", "efsdp", "hsdp", "ddp", "shard",
+                   "replicate", "world")  # fmt: skip
+_FP8_PACKAGES = ("transformer_engine", "torchao.float8", "msamp")
 
 
 def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
@@ -48,16 +55,117 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
             "FSDP1 flattens the parameters that a probe has to move one by one: use FSDP2 (`fsdp_config` with "
             "`version: 2`, `fully_shard`)"
         )
-    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "to_local")]
-    if sharded and not any(hasattr(module, "unshard") for module in model.modules()):
-        found.append(
-            f"tensor parallelism (`{sharded[0]}` is a DTensor that FSDP2 did not make) is not supported: train with "
-            "DDP or FSDP2"
-        )
     parallelism = state.get("parallelism_config")
     if parallelism is not None and getattr(parallelism, "non_data_parallel_size", 1) > 1:
         found.append(
             "`parallelism_config` with tensor, context or sequence parallelism splits a row over processes: set "
             "those sizes to 1"
         )
+    found += _placement_refusals(model) + _load_time_refusals(model) + _device_refusals(model)
+    precision = _fp8(state, args, model)
+    if precision is not None:
+        found.append(
+            f"fp8 ({precision}) scales by what earlier forward passes saw, outside of parameters and buffers, and a "
+            "probe's passes would move that: train in bf16 (`bf16=True`)"
+        )
     return found
+
+
+def _placement_refusals(model: nn.Module) -> list[str]:
+    """Parameters that are spread over processes in another way than FSDP2 spreads them over all of the run's."""
+    by_fsdp2 = any(hasattr(module, "unshard") for module in model.modules())
+    managed = _managed_by_fsdp2(model)
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "to_local"):
+            continue
+        if not by_fsdp2 or (managed and id(parameter) not in managed):
+            return [
+                f"tensor parallelism (`{name}` is a DTensor that FSDP2 did not make) is not supported: train with DDP "
+                "or FSDP2"
+            ]
+        why = _strange_placement(parameter)
+        if why is not None:
+            return [
+                f"a mesh for more than data parallelism (`{name}` {why}) is not supported: train with DDP, or with "
+                "FSDP2 alone over a mesh whose dimensions are `dp_replicate` and `dp_shard`"
+            ]
+    return []
+
+
+def _managed_by_fsdp2(model: nn.Module) -> set[int]:
+    """Ids of the parameters that FSDP2 gathers and scatters, as far as this torch tells."""
+    asked: list[Any] = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = [module._get_fsdp_state() for module in asked]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    groups += [getattr(state, "_fsdp_param_group", None) for state in states]
+    parts = [part for group in groups for part in getattr(group, "fsdp_params", ())]
+    return {id(getattr(part, "sharded_param", None)) for part in parts}
+
+
+def _strange_placement(parameter: Any) -> str | None:
+    """What of a DTensor's placement is not FSDP2's: shards over all processes, or copies of such shards (HSDP)."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return None
+    names = mesh.mesh_dim_names or ()
+    other = [name for i, name in enumerate(names) if mesh.size(i) > 1 and name not in DATA_DIMENSIONS]
+    if other:
+        return f"has the mesh dimension {', '.join(repr(name) for name in other)}"
+    kinds = [type(placement).__name__ for placement in parameter.placements]
+    kinds = [kind for i, kind in enumerate(kinds) if mesh.size(i) > 1 or kind != "Replicate"]
+    if kinds and (kinds[-1] != "Shard" or set(kinds[:-1]) - {"Replicate"}):
+        return f"is placed as {', '.join(kinds)}"
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return None if mesh.size() == world else f"is spread over {mesh.size()} of {world} processes"
+
+
+def _load_time_refusals(model: nn.Module) -> list[str]:
+    """What transformers set up when it loaded the model (`tp_plan`, `distributed_config`), which no engine shows."""
+    sizes = {"tp": getattr(model, "_tp_size", None) or 1}
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    for name in ("pp", "tp", "ep"):
+        asked = config.get(f"{name}_size") if isinstance(config, dict) else getattr(config, f"{name}_size", None)
+        sizes[name] = max(sizes.get(name, 1), asked or 1)
+    mesh: Any = getattr(model, "_device_mesh", None)
+    for i, name in enumerate(getattr(mesh, "mesh_dim_names", None) or ()):
+        if name not in DATA_DIMENSIONS:
+            sizes[name] = max(sizes.get(name, 1), mesh.size(i))
+    more = [f"{name} of {size}" for name, size in sizes.items() if size > 1]
+    if any(type(module).__module__.startswith("torch.distributed.pipelining") for module in model.modules()):
+        more.append("torch.distributed.pipelining")
+    if not more:
+        return []
+    return [
+        f"the model was loaded with tensor, expert or pipeline parallelism ({', '.join(more)}), by which processes "
+        "share rows: load it without `tp_plan` and with those sizes of `distributed_config` at 1"
+    ]
+
+
+def _device_refusals(model: nn.Module) -> list[str]:
+    """Parameters that are where no probe can read or move them."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            return [
+                f"`{name}` is on the `meta` device: its values are offloaded (`device_map` with `cpu` or `disk`) or "
+                "were never loaded, and a probe could not move them: load the model without offload, or shard it with "
+                "FSDP2 (`fsdp`)"
+            ]
+        if parameter.device.type == "xla":
+            return [f"`{name}` is on an XLA device, which is not supported: train on CPU, CUDA, XPU, NPU or MPS"]
+    return []
+
+
+def _fp8(state: dict[str, Any], args: Any, model: nn.Module) -> str | None:
+    """What says that the run computes in fp8, or None."""
+    # The environment is what accelerate reads where the run says nothing.
+    asked = state.get("_mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if "fp8" in (asked, getattr(args, "mixed_precision", None)):
+        return "`mixed_precision='fp8'`"
+    for name, module in model.named_modules():
+        owner = type(module).__module__
+        if owner.startswith(_FP8_PACKAGES):
+            return f"`{name}` is a {type(module).__name__} of {owner.split('.')[0]}"
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__module__.startswith(_FP8_PACKAGES):
+            return f"`{name}` is a {type(parameter.data).__name__}"
+    return None

@@ -33,6 +33,7 @@ from mates_hf.training.clock import RowClock
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
 from mates_hf.training.measure import assist, release
+from mates_hf.training.memory import place_average, starts_on_host
 from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
 from mates_hf.training.rounds import run_round
@@ -81,6 +82,7 @@ class Session:
         self._next_event = 0
         self._window_start = 0
         self._average_saved_at = -1
+        self._on_host, self._first_step = starts_on_host(run.model), step + 1
         self._learning_rates: tuple[float, ...] | None = None
         self.state = CheckpointState(self._settle)
         self.state |= {
@@ -134,6 +136,10 @@ class Session:
         # the probe: looking at it here would wait for the device at each step.
         if all(isinstance(rate, float) for rate in rates) and any(rates):
             self._learning_rates = rates
+        if step == self._first_step:  # what training takes at its peak is known now
+            self._on_host = place_average(self.run)
+            if self.average is not None:
+                self.average.place(on_host=self._on_host)
         if self._pending is not None and (saves or evaluates or step >= self._pending.due):
             self._settle()
         if self._next_event and step > self._window_start:
@@ -322,7 +328,7 @@ class Session:
         window = self.run.config.window_steps
         self._window_start = self._next_event - max(window, 1)
         if window and self._next_event:
-            self.average = WeightAverage(self.run.model)
+            self.average = WeightAverage(self.run.model, self.run.processes, on_host=self._on_host)
             path = resume.average_path(self.run.rounds_dir, step)
             if step > self._window_start and not self.average.load(path, self.run.processes):
                 logger.warning(

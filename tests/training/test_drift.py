@@ -11,7 +11,7 @@ import torch
 
 from mates_hf import MatesCallback, load_round
 from mates_hf.records import InfluenceError
-from mates_hf.training import drift
+from mates_hf.training import drift, measure
 from tests.training.kit import Result, Stop, make_arguments, make_pool, make_reference, run, small_config
 
 STEPS = {"update_steps": 12, "switch_lead_steps": 2, "average_steps": 2}
@@ -33,8 +33,14 @@ def rounds(path: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_no_drift_leaves_the_run_as_it_is_without_checks(tmp_path):
-    plain, checked = train(tmp_path / "a", None), train(tmp_path / "b", NEVER)
+def test_no_drift_leaves_the_run_as_it_is_without_checks(tmp_path, monkeypatch):
+    hashed: list[int] = []
+    count = measure.weights_digest
+    monkeypatch.setattr(measure, "weights_digest", lambda *args: hashed.append(1) or count(*args))
+    plain = train(tmp_path / "a", None)
+    assert len(hashed) == 2
+    checked = train(tmp_path / "b", NEVER)
+    assert len(hashed) == 4  # once a round: checks that start none look at no weight
     assert plain.rows == checked.rows
     assert plain.losses == checked.losses
     assert all(torch.equal(value, checked.weights[name]) for name, value in plain.weights.items())

@@ -11,9 +11,10 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from mates_hf.training.parallel import parallel_refusals
+from tests.launch import free_port, start_processes
 from tests.training.kit import make_model
 from tests.training.settings import NO_FILE, Setup, assert_refused, case, mates
 
@@ -63,6 +64,128 @@ def test_weights_that_fsdp2_sharded_are_supported(monkeypatch):
     assert parallel_refusals(ONE, sharded) == []
 
 
+def test_fp8_is_refused_wherever_it_shows(monkeypatch):
+    with_state(monkeypatch, _mixed_precision="bf16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")  # which the run overrode
+    assert parallel_refusals(ONE, make_model()) == []
+    with_state(monkeypatch)
+    assert "`mixed_precision='fp8'`" in parallel_refusals(ONE, make_model())[0]
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert parallel_refusals(ONE, make_model()) == []
+    with_state(monkeypatch, _mixed_precision="fp8")
+    assert "`mixed_precision='fp8'`" in parallel_refusals(ONE, make_model())[0]
+    with_state(monkeypatch)
+    for package in ("transformer_engine.pytorch.module.linear", "torchao.float8.float8_linear", "msamp.nn.linear"):
+        linear = type("TheirLinear", (nn.Linear,), {"__module__": package})
+        found = parallel_refusals(ONE, nn.Sequential(linear(2, 2)))
+        assert len(found) == 1
+        assert "`0` is a TheirLinear" in found[0]
+        assert "bf16" in found[0]
+
+
+def test_offloaded_and_xla_parameters_are_refused(monkeypatch):
+    with_state(monkeypatch)
+    model = make_model()
+    model.lm_head.to("meta")
+    (found,) = parallel_refusals(ONE, model)
+    assert "`lm_head.weight` is on the `meta` device" in found
+    with_state(monkeypatch, distributed_type=DistributedType.XLA)
+    assert "XLA" in parallel_refusals(ONE, make_model())[0]
+
+
+def test_what_transformers_set_up_at_load_time_is_refused(monkeypatch):
+    with_state(monkeypatch)
+    model = make_model()
+    model._tp_size = 1
+    model.config.distributed_config = SimpleNamespace(tp_size=1, pp_size=1, ep_size=None, fsdp_size=8)
+    assert parallel_refusals(ONE, model) == []
+    for name in ("tp", "pp", "ep"):
+        sizes = {"tp_size": 1, "pp_size": 1, "ep_size": 1, f"{name}_size": 2}
+        for config in (sizes, SimpleNamespace(**sizes)):
+            model.config.distributed_config = config
+            assert f"({name} of 2)" in parallel_refusals(ONE, model)[0]
+    del model.config.distributed_config
+    model._tp_size = 4
+    assert "tp of 4" in parallel_refusals(ONE, model)[0]
+
+
+MESHES = """
+import os
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from mates_hf.training.parallel import parallel_refusals
+
+torch.set_num_threads(1)
+Accelerator(cpu=True)
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+
+
+def refused(model):
+    return " ".join(parallel_refusals(SimpleNamespace(n_gpu=1, deepspeed=None), model))
+
+
+def tensor_parallel(model, mesh):
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+
+
+def mesh(*shape, names=None):
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+assert refused(build()) == ""
+assert refused(fully_shard(build(), mesh=mesh(2))) == ""
+for names in (("dp_shard",), ("fsdp",)):
+    assert refused(fully_shard(build(), mesh=mesh(2, names=names))) == ""
+for shape in ((2, 1), (1, 2)):  # HSDP
+    assert refused(fully_shard(build(), mesh=mesh(*shape, names=("dp_replicate", "dp_shard")))) == ""
+partly = build()
+fully_shard(partly[0], mesh=mesh(2))
+assert refused(partly) == ""
+
+assert "'stages'" in refused(fully_shard(build(), mesh=mesh(2, 1, names=("stages", "dp_shard"))))
+assert "tensor parallelism (`0.weight`" in refused(tensor_parallel(build(), mesh(2, names=("tp",))))
+both = mesh(1, 2, names=("dp_shard", "tp"))
+assert "'tp'" in refused(fully_shard(tensor_parallel(build(), both["tp"]), mesh=both["dp_shard"]))
+# No name tells, and the mesh is that of all processes: but FSDP2 leaves these parameters alone.
+mixed = build()
+parallelize_module(mixed, mesh(2), {"1": RowwiseParallel()})
+fully_shard(mixed[0], mesh=mesh(2))
+assert "`1.weight` is a DTensor that FSDP2 did not make" in refused(mixed)
+alone = mesh(2, 1, names=("dp_replicate", "dp_shard"))["dp_shard"]
+assert "1 of 2 processes" in refused(fully_shard(build(), mesh=alone))
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"),
+                    reason="a torch older than FSDP2's public name")  # fmt: skip
+def test_real_meshes_of_two_processes(tmp_path):
+    script = tmp_path / "meshes.py"
+    script.write_text(MESHES, encoding="utf-8")
+    processes = start_processes([str(script)], 2, free_port())
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
 class Arranged(TrainerCallback):
     """Makes a run look as if it were started in another arrangement, when training begins."""
 
@@ -88,6 +211,10 @@ def context_parallel(args: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(AcceleratorState._shared_state, "parallelism_config", SimpleNamespace(non_data_parallel_size=2))
 
 
+def in_fp8(args: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp8")
+
+
 def nothing(args: Any, patch: pytest.MonkeyPatch) -> None:
     pass
 
@@ -107,6 +234,10 @@ def split_module() -> nn.Module:
     return module
 
 
+def loaded_in_parallel(args: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LlamaForCausalLM, "_tp_size", 2, raising=False)
+
+
 def arranged(setting: str, match: str, arrange: Any = nothing, model: Any = make_model, note: str = "") -> Any:
     return case(setting, match, arrange, model, outcome="refused", what=NO_FILE, note=note)
 
@@ -118,6 +249,10 @@ REFUSED = [
     arranged("nn.DataParallel (several GPUs in one process)", "n_gpu", several_gpus, note="use DDP"),
     arranged("FSDP1", "FSDP1", model=with_module(FullyShardedDataParallel), note="use FSDP2"),
     arranged("tensor parallelism", "tensor parallelism", model=with_module(split_module)),
+    arranged("tensor, expert and pipeline parallelism set up at load time (`tp_plan`, `distributed_config`)",
+             "tp of 2", loaded_in_parallel),
+    arranged("fp8 (`mixed_precision`, TransformerEngine, torchao, MS-AMP)", "fp8", in_fp8,
+             note="its scales are no parameters and no buffers; use bf16"),
     arranged("context and sequence parallelism (`parallelism_config`)", "parallelism_config", context_parallel),
 ]  # fmt: skip
 

@@ -1,0 +1,101 @@
+"""A model compiled in any way: nothing that looks at it compiles a graph, nor has training compile one again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mates_hf.data.pool import CandidatePool
+from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.model_traits import unwrap
+from mates_hf.preserve import undisturbed
+from mates_hf.training.averaging import WeightAverage
+from mates_hf.training.digest import weight_marks, weights_digest
+from tests.training.kit import make_model, make_pool, make_reference
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6 cannot")
+
+
+class Graphs:
+    """A backend that counts what it is given, and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.num = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        self.num += 1
+        return graph.forward
+
+
+def in_place(model: nn.Module, graphs: Graphs) -> nn.Module:
+    model.compile(backend=graphs)
+    return model
+
+
+def layers_in_place(model: Any, graphs: Graphs) -> nn.Module:
+    for layer in model.model.layers:
+        layer.compile(backend=graphs)
+    return model
+
+
+def layers_replaced(model: Any, graphs: Graphs) -> nn.Module:
+    """As accelerate's regional compilation does."""
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer, backend=graphs)
+    return model
+
+
+def wrapped(model: nn.Module, graphs: Graphs) -> nn.Module:
+    return torch.compile(model, backend=graphs)
+
+
+WAYS = [in_place, layers_in_place, layers_replaced, wrapped]
+SLOW = [pytest.param(way, True, marks=pytest.mark.slow) for way in WAYS if way is not layers_in_place]
+
+
+@pytest.mark.parametrize(("compile_it", "before"), [(layers_in_place, True), *SLOW, *((way, False) for way in WAYS)])
+def test_nothing_is_compiled_by_probe_audit_digest_or_evaluation(compile_it: Any, before: bool) -> None:
+    torch.compiler.reset()
+    graphs, inner = Graphs(), make_model()
+    model = compile_it(inner, graphs)
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-3)
+    ids = torch.tensor(make_pool(8)["input_ids"])
+
+    def train() -> None:
+        model.train()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if before:
+        train()
+        train()
+        assert graphs.num
+    else:  # a state, without a forward pass of the compiled model
+        for parameter in inner.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    compiled = graphs.num
+    average = WeightAverage(unwrap(model))
+    average.update()
+    with average.swapped_in():
+        weights_digest(unwrap(model))
+        weight_marks(unwrap(model))
+        for probe in (DirectionalProbe(), DirectionalProbe(path_steps=4, second_moment="batches", batch_rows=2),
+                      OneStepProbe()):  # fmt: skip
+            labels = probe.measure(model, optimizer, make_reference(8), CandidatePool(make_pool(9), None))
+            assert np.isfinite(labels.influence).all()
+    with undisturbed(unwrap(model)), torch.no_grad():
+        unwrap(model).eval()(input_ids=ids[:3, :5])
+    assert graphs.num == compiled
+    if before:
+        train()
+        assert graphs.num == compiled
+    torch.compiler.reset()
