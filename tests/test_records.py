@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -26,7 +27,8 @@ from mates_hf.records import (
     write_array,
     write_json,
 )
-from mates_hf.round_files import RoundWriter, load_round, read_labels, set_aside, write_labels
+from mates_hf.round_files import load_round, read_labels, write_labels
+from mates_hf.round_writer import RoundWriter, is_whole, set_aside
 
 COLUMNS = ("candidate_id", "influence", "influence_per_token", "loss", "num_tokens", "probe")
 PACKAGE_ROOT = Path(mates_hf.records.__file__).parents[1]
@@ -309,9 +311,10 @@ def test_other_weights_set_the_round_aside_and_start_it_anew(tmp_path, complete,
     assert [path.name for path in again.path.iterdir()] == ["key.json"]
     assert (tmp_path / "round-0003.stale" / "probes.parquet").exists()
     assert (tmp_path / "round-0003.stale" / "round.json").exists() is complete
-    third = RoundWriter(tmp_path, 3, KEY)  # a second stale one replaces the first
+    third = RoundWriter(tmp_path, 3, KEY)  # a second stale one does not replace the first
     assert [path.name for path in third.path.iterdir()] == ["key.json"]
-    assert not (tmp_path / "round-0003.stale" / "probes.parquet").exists()
+    assert (tmp_path / "round-0003.stale" / "probes.parquet").exists()
+    assert [path.name for path in (tmp_path / "round-0003.stale-2").iterdir()] == ["key.json"]
 
 
 @pytest.mark.parametrize("complete", [False, True])
@@ -353,13 +356,52 @@ def test_a_kill_between_round_json_and_the_rename_loses_nothing(tmp_path):
     assert load_round(again.finish({"number": 4})).info == {"number": 4}
 
 
+def finished_round(rounds_dir: Path) -> RoundWriter:
+    """A finished round with an order, whose name a power cut took back."""
+    writer = RoundWriter(rounds_dir, 4, KEY)
+    write_labels(writer.path / "probes.parquet", make_labels())
+    rows = np.arange(5, 9)
+    write_array(writer.path / "selection.npy", rows)
+    info = {"number": 4, "order_sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
+    writer.finish(info).rename(writer.path)
+    return writer
+
+
+def test_a_round_that_lost_its_last_rename_is_finished_by_the_next_start(tmp_path):
+    finished_round(tmp_path)
+    assert RoundWriter(tmp_path, 4, KEY).complete
+    assert not (tmp_path / "round-0004.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["probes.parquet", "selection.npy", "SHA256SUMS", "round.json", "key.json"])
+def test_a_round_that_lost_more_than_its_name_is_not_taken_for_whole(tmp_path, name):
+    path = finished_round(tmp_path).path
+    (path / name).write_bytes((path / name).read_bytes()[:-1])
+    assert not is_whole(path)
+    (path / name).unlink()
+    assert not is_whole(path)
+
+
+def test_a_round_without_what_vouches_for_it_goes_on_from_its_stages(tmp_path):
+    path = finished_round(tmp_path).path
+    (path / "round.json").unlink()
+    path.rename(tmp_path / "round-0004")
+    again = RoundWriter(tmp_path, 4, KEY)
+    assert not again.complete
+    assert (again.path / "selection.npy").exists()
+
+
 def test_set_aside_names_a_partial_and_a_finished_round_alike(tmp_path):
-    for name in ("round-0001", "round-0001.partial"):
+    (tmp_path / "round-00010.stale-7").mkdir()  # another round's
+    for number, name in enumerate(["round-0001", "round-0001.partial", "round-0001"], 1):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
         stale = set_aside(tmp_path / name)
-        assert stale == tmp_path / "round-0001.stale"
+        assert stale == tmp_path / f"round-0001.stale{'' if number == 1 else f'-{number}'}"
         assert [path.name for path in stale.iterdir()] == [name]
+    (tmp_path / "round-0001.stale-2").rename(tmp_path / "elsewhere")
+    (tmp_path / "round-0001").mkdir()
+    assert set_aside(tmp_path / "round-0001").name == "round-0001.stale-4"
 
 
 KILLED = """
@@ -367,7 +409,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from mates_hf.records import write_array, write_json
-from mates_hf.round_files import RoundWriter
+from mates_hf.round_writer import RoundWriter
 left = int(sys.argv[2])
 def die_or_go_on(call):
     def wrapped(*args, **kwargs):

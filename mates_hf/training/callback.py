@@ -29,7 +29,6 @@ from mates_hf.influence.preconditioner import require_known, require_steps, unwr
 from mates_hf.influence.probe import Probe, read_given
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.model_traits import context_length, unwrap, vocabulary_size
-from mates_hf.paths import expand_path
 from mates_hf.processes import Processes
 from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
 from mates_hf.selection.ledger import Ledger
@@ -42,6 +41,7 @@ from mates_hf.training.checks import (
     own_memory,
     resume_caveats,
 )
+from mates_hf.training.opening import run_folders
 from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
@@ -146,6 +146,7 @@ class MatesCallback(TrainerCallback):
         reference = self._compare(model, pool, reference)
         processes = Processes.of_run()
         tokenizer = kwargs.get("processing_class")
+        output_dir, rounds_dir = run_folders(args, state, self.config, self._trainer or find_trainer(self))
         run = Run(
             model=model,
             optimizer=optimizer,
@@ -160,13 +161,13 @@ class MatesCallback(TrainerCallback):
             config=self.config,
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
-            rounds_dir=expand_path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
+            rounds_dir=rounds_dir,
             processes=processes,
         )
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
         if saved:
             resume.check_same_run(saved, run.identity())
-            checkpoint = _find_checkpoint(args, state.global_step)
+            checkpoint = _find_checkpoint(args, output_dir, state.global_step)
             resume.check_weights(model, saved.get("weights", {}), checkpoint)
             resume.warn_without_optimizer(checkpoint)
         finished = state.global_step >= state.max_steps
@@ -176,7 +177,7 @@ class MatesCallback(TrainerCallback):
             clock,
             sampler,
             plan,
-            output_dir=Path(args.output_dir),
+            output_dir=output_dir,
             step=state.global_step,
             saved=saved,
         )
@@ -224,6 +225,8 @@ class MatesCallback(TrainerCallback):
 
     def _let_go(self) -> None:
         """As before `on_train_begin`; also what is left where training broke off, to be tried with a smaller batch."""
+        if self._session is not None:
+            self._session.close()
         self._session = None
         if self._replaced is not None:
             dataloader, sampler = self._replaced
@@ -303,9 +306,9 @@ def _make_clock(args: Any, state: Any, dataloader: Any, saved: dict[str, Any] | 
     return dataclasses.replace(anchored, start_position=position)
 
 
-def _find_checkpoint(args: Any, step: int) -> Path | None:
+def _find_checkpoint(args: Any, output_dir: Path, step: int) -> Path | None:
     """The checkpoint folder a run resumed from, where it can be told."""
     given = args.resume_from_checkpoint
     candidates = [Path(given)] if isinstance(given, str) and given not in ("True", "true") else []
-    candidates.append(Path(args.output_dir) / f"checkpoint-{step}")
+    candidates.append(output_dir / f"checkpoint-{step}")
     return next((path for path in candidates if path.is_dir()), None)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from scipy.stats import spearmanr
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
+from mates_hf.disk import replace_path, sync_tree, unless_disk_fails
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import (
@@ -36,7 +37,8 @@ from mates_hf.records import (
     write_array,
     write_json,
 )
-from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
+from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path, write_labels
+from mates_hf.round_writer import RoundWriter
 from mates_hf.selection.choose import select_rows, stage_seed
 from mates_hf.selection.ledger import probed_rows
 from mates_hf.selection.plan import PlannedRound
@@ -218,7 +220,8 @@ def _audit(run: Run, path: Path, labels: InfluenceLabels, number: int) -> dict[s
     else:
         audit = _agreement(*found, labels.influence[picked], seed)
         audit["num_passages"] = min(NUM_AUDIT_PASSAGES, len(run.reference))
-    write_json(audit_path, audit)
+    with unless_disk_fails("the audit, which a rerun of this round measures again"):
+        write_json(audit_path, audit)
     return audit
 
 
@@ -289,7 +292,8 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, num
     partial = path / "influence_model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     write_round_model(partial, fitted, run.tokenizer)
-    partial.rename(final)
+    sync_tree(partial)
+    replace_path(partial, final)
     return fitted
 
 

@@ -26,11 +26,13 @@ from mates_hf.round_files import PROBES_FILE, read_labels, round_path
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger, probed_rows
 from mates_hf.selection.plan import PlannedRound, RunPlan
-from mates_hf.training import resume
+from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.averaging import WeightAverage
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
+from mates_hf.training.lock import RoundsLock
 from mates_hf.training.measure import assist, release
+from mates_hf.training.opening import disk_errors_named, open_rounds
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Order, Run, load_order
 from mates_hf.training.sampler import RowClock, ScheduledSampler
@@ -80,11 +82,15 @@ class Session:
             "last_round": saved["last_round"] if saved else None,
             **run.identity(),
         }
+        self.lock: RoundsLock | None = None  # the main process's
         with run.processes.leading() if run.processes.is_main else contextlib.nullcontext():
+            if run.processes.is_main:
+                self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
+                run.processes.publish({"opened": True})
+            else:
+                run.processes.receive()
             if saved and saved["last_round"] is not None:
                 self._restore_rounds(saved["last_round"], step)
-            elif not saved and run.processes.is_main:
-                resume.set_earlier_run_aside(run.rounds_dir)
             self._plan_next(step)
 
     def after_step(self, step: int, saves: bool) -> dict[str, float]:
@@ -120,10 +126,12 @@ class Session:
         """Keep the running mean for a checkpoint inside the averaging window; all processes must call it."""
         if self.average is not None and self.average.num_steps and self._average_saved_at != step:
             # Over whatever an earlier attempt at this step left there: its weights may have been others.
-            self.average.save(resume.average_path(self.run.rounds_dir, step), self.run.processes)
+            path = rounds_on_disk.average_path(self.run.rounds_dir, step)
+            with disk_errors_named(self.run.rounds_dir):
+                self.average.save(path, self.run.processes, output_dir=self.output_dir)
             self._average_saved_at = step
             if self.run.processes.is_main:
-                resume.prune_averages(self.run.rounds_dir, self.output_dir, step)
+                rounds_on_disk.prune_averages(self.run.rounds_dir, self.output_dir, step)
 
     def _look(self, step: int) -> dict[str, float]:
         """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
@@ -143,11 +151,12 @@ class Session:
             if not run.processes.is_main:
                 order = assist(run)
             else:
-                with run.processes.leading():
+                with run.processes.leading(), disk_errors_named(run.rounds_dir):
                     order = self._decide(step, metrics)
                 release(run, order)
         if order is not None:
             self._schedule(order)
+            self._prune(order.number)
             metrics.update(round_metrics(order.info))
         self._plan_next(step)
         return metrics
@@ -172,6 +181,8 @@ class Session:
 
     def _decide(self, step: int, metrics: dict[str, float]) -> Order | None:
         """In the main process: the order of a new round, or None where a drift check finds none is due."""
+        assert self.lock is not None
+        self.lock.check()
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
@@ -199,7 +210,6 @@ class Session:
             own_rows=sampler.own_rows,
         )
         run.ledger.mark_trained(np.asarray(order.rows))
-        self._prune(planned.number)
         return order
 
     def _schedule(self, order: Order) -> None:
@@ -233,7 +243,7 @@ class Session:
         self._window_start = self._next_event - max(window, 1)
         if window and self._next_event:
             self.average = WeightAverage(self.run.model)
-            path = resume.average_path(self.run.rounds_dir, step)
+            path = rounds_on_disk.average_path(self.run.rounds_dir, step)
             if step > self._window_start and not self.average.load(path, self.run.processes):
                 logger.warning(
                     "The running mean of the weights at step %d is not in %s: the next round averages from here on, "
@@ -265,9 +275,9 @@ class Session:
             message, arrays = run.processes.receive()
             orders = [Order(rows=arrays[str(order["number"])], **order) for order in message["orders"]]
         else:
-            path = resume.require_round(run.rounds_dir, last_round, step)
+            path = rounds_on_disk.require_round(run.rounds_dir, last_round, step)
             last = load_order(path)
-            earlier = resume.round_before(run.rounds_dir, last.number)
+            earlier = rounds_on_disk.round_before(run.rounds_dir, last.number)
             orders = []
             if last.from_position > start and earlier is not None:
                 orders.append(self._restore_order(earlier, last.from_position))
@@ -326,8 +336,11 @@ class Session:
     def _restore_models(self, number: int) -> None:
         """The last round's influence model, and the last that passed the guard."""
         run = self.run
-        passed, fitted = resume.last_passed(run.rounds_dir, number), resume.last_fitted(run.rounds_dir, number)
-        for earlier in sorted({each for each in (passed, fitted) if each is not None}):
+        models = (
+            rounds_on_disk.last_passed(run.rounds_dir, number),
+            rounds_on_disk.last_fitted(run.rounds_dir, number),
+        )
+        for earlier in sorted({each for each in models if each is not None}):
             path = round_path(run.rounds_dir, earlier)
             run.remember(run.load_model(path), load_order(path).info)
         run.note_decision(load_order(round_path(run.rounds_dir, number)).info)
@@ -335,8 +348,13 @@ class Session:
     def _prune(self, number: int) -> None:
         """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""
         keep = self.run.config.keep_rounds
-        if keep is not None:
-            resume.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep)
+        if keep is not None and self.run.processes.is_main:
+            rounds_on_disk.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep)
+
+    def close(self) -> None:
+        """Let other runs write to the folder of the rounds."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:
