@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from mates_hf import DirectionalProbe, MatesCallback, OneStepProbe, load_round
 from mates_hf.influence import directional
+from mates_hf.influence import shards as shards_module
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.records import MatesError
 from tests.training.kit import OLD_TRAINER, Result, make_arguments, make_pool, make_reference, run, small_config
@@ -564,7 +565,7 @@ def test_what_nobody_can_restore_ends_the_run_before_its_first_step(tmp_path, sh
 
 
 def test_a_probe_killed_on_its_way_goes_on_behind_what_it_has_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(directional, "SHARD_ROWS", 10)  # 40 probes: four shards
+    monkeypatch.setattr(shards_module, "SHARD_ROWS", 10)  # 40 probes: four shards
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
     whole = run(make_arguments(tmp_path / "whole", **settings), [mates()], dropout=0.1)
     measured: list[int] = []
