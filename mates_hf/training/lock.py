@@ -136,16 +136,17 @@ class RoundsLock:
             logger.warning("Taking over `%s` from %s, which is dead.", self.path.parent, _described(found))
 
     def _beats(self, found: dict[str, Any]) -> bool:
-        """Whether the heartbeat of a lock moves, or is fresh until it must have moved."""
+        """Whether the heartbeat of a lock moves before it is too old, or was watched for that long."""
         first: float | None = None
         told = False
+        begun = time.monotonic()  # the stamp may be of the future: clocks of servers are set back
         while True:
             now, (other, mark) = self._file_time(), _look(self.path)
             if mark is None or (other or {}).get("nonce") != found.get("nonce"):
                 return False  # given back, or taken over by another: the next try sees it
             if first is not None and mark != first:
                 return True
-            if now - mark > STALE_SECONDS:
+            if now - mark > STALE_SECONDS or time.monotonic() - begun > STALE_SECONDS:
                 return False
             first = mark
             if not told:

@@ -15,14 +15,13 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mates_hf.config import MatesConfig
 from mates_hf.data.columns import fixed_positions
-from mates_hf.disk import make_directory
+from mates_hf.disk import make_directory, written_whole
 from mates_hf.paths import expand_path
 from mates_hf.records import MatesError
 from mates_hf.selection.plan import RunPlan, num_candidates
@@ -98,10 +97,10 @@ def open_rounds(run: Run, plan: RunPlan, output_dir: Path, *, resumes: bool, ste
     rounds_dir = run.rounds_dir
     with disk_errors_named(rounds_dir, any_of_them=True):
         make_directory(rounds_dir)
-        _try_to_write(rounds_dir)
         lock = RoundsLock(rounds_dir, owner)
     try:
         with disk_errors_named(rounds_dir):
+            _try_to_write(rounds_dir)
             check_room(run, plan, step)
             if not resumes:
                 _start_anew(rounds_dir, output_dir, step)
@@ -125,14 +124,10 @@ def _start_anew(rounds_dir: Path, output_dir: Path, step: int) -> None:
 
 def _try_to_write(rounds_dir: Path) -> None:
     """Make, write, flush and delete a file, as rounds will."""
-    handle, name = tempfile.mkstemp(prefix=".written-", dir=rounds_dir)
-    try:
-        with open(handle, "wb") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        Path(name).unlink(missing_ok=True)
+    path = rounds_dir / ".written"
+    with written_whole(path) as file:
+        file.write(bytes(4096))
+    path.unlink()
 
 
 def check_room(run: Run, plan: RunPlan, step: int) -> None:

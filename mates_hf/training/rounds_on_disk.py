@@ -56,7 +56,8 @@ def require_round(rounds_dir: Path, last_round: Mapping[str, Any], step: int) ->
         replace_path(partial, path)
         logger.warning("`%s` was whole but for its name, which it has now: was the power cut?", path)
         return path
-    aside = [str(other) for other in sorted(rounds_dir.glob(f"{path.name}.*")) if _order_of(other) == wanted]
+    others = [other for other in sorted(rounds_dir.glob(f"{path.name}.*")) if is_set_aside(other)]
+    aside = [str(other) for other in others if _order_of(other) == wanted]
     if aside:
         raise MatesError(
             f"Resuming at step {step} needs the selection that the checkpoint was trained on (SHA-256 {wanted[:12]}), "
