@@ -84,7 +84,7 @@ class RoundWriter:
             return
         if is_whole(self.path):
             replace_path(self.path, self.final_path)
-        elif not self.path.exists():
+        elif not (self.path / KEY_FILE).exists():
             make_directory(self.path)
             write_json(self.path / KEY_FILE, self.key)
 
@@ -94,7 +94,7 @@ class RoundWriter:
             return
         key_path = path / KEY_FILE
         found = read_json(key_path) if key_path.exists() else None
-        if found == self.key:
+        if found == self.key or (found is None and all(file.suffix == ".tmp" for file in path.iterdir())):
             return
         if found is not None:
             for name in ("config", "pool", "reference"):

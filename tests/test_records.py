@@ -340,11 +340,12 @@ def test_rounds_of_other_numbers_are_left_alone(tmp_path):
     assert RoundWriter(tmp_path, 1, KEY).complete
 
 
-def test_a_directory_killed_before_its_key_was_written_is_set_aside(tmp_path):
+def test_a_directory_killed_before_its_key_was_written_is_begun_anew(tmp_path):
     (tmp_path / "round-0004.partial").mkdir()
     (tmp_path / "round-0004.partial" / "key.json.tmp").write_text("{", encoding="utf-8")
     writer = RoundWriter(tmp_path, 4, KEY)
     assert [path.name for path in writer.path.iterdir()] == ["key.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["round-0004.partial"]
 
 
 def test_a_kill_between_round_json_and_the_rename_loses_nothing(tmp_path):

@@ -9,17 +9,18 @@ import shutil
 import threading
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
-from mates_hf import MatesCallback, load_round
+from mates_hf import MatesCallback, MatesConfig, load_round
 from mates_hf.records import MatesError, write_json
 from mates_hf.training import rounds_on_disk
 from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
-from mates_hf.training.opening import DiskError
+from mates_hf.training.opening import DiskError, run_folders
 from mates_hf.training.run import load_order
 from tests.training.kit import Stop, make_arguments, make_reference, run, small_config
 
@@ -166,6 +167,35 @@ def test_rounds_that_will_fill_the_disk_are_told_of(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(2**40, 0, 200 * 2**20))
     run(make_arguments(tmp_path), [mates(), Stop(1)])
     assert "that will be there" not in caplog.text
+
+
+class Search:
+    """A Trainer in a hyperparameter search."""
+
+    def __init__(self, trial: object, name: str) -> None:
+        self._trial, self.name = trial, name
+
+    def _get_output_dir(self, trial: object) -> str:
+        return f"out/{self.name}"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "trial_name", "checkpoints", "rounds"),
+    [
+        (Search(object(), "run-3"), None, "out/run-3", "run-3"),
+        (Search(object(), "a b/../.c"), None, "out/a b/../.c", "c"),
+        (Search(object(), "round-0001"), None, "out/round-0001", "run-round-0001"),
+        (None, "lr=1", "out/lr=1", "lr_1"),
+        (Search(None, "-"), None, "out", ""),
+    ],
+)
+@pytest.mark.parametrize("rounds_dir", [None, "elsewhere"])
+def test_trials_have_folders_of_their_own(trainer, trial_name, checkpoints, rounds, rounds_dir):
+    state = TrainerState(is_hyper_param_search=True, trial_name=trial_name)
+    args, config = SimpleNamespace(output_dir="out"), MatesConfig(rounds_dir=rounds_dir)
+    base = Path(rounds_dir or "out/_mates")
+    assert run_folders(args, state, config, trainer) == (Path(checkpoints), base / rounds)
+    assert run_folders(args, TrainerState(), config, trainer) == (Path("out"), base)
 
 
 # ---- a power cut
