@@ -278,8 +278,10 @@ class Stages:
         if name not in self.seconds_and_flops:
             self.seconds_and_flops[name] = stage
             if self._path is not None:
-                with unless_disk_fails("what the round's stages took, which a rerun cannot add up then"):
-                    write_json(self._path, self.seconds_and_flops)
+                path, self._path = self._path, None
+                with unless_disk_fails("what the round's stages took, which a rerun of it then leaves out"):
+                    write_json(path, self.seconds_and_flops)
+                    self._path = path
         logger.info("stage %s: %.2f s", name, stage["seconds"])
 
 

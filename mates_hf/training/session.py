@@ -30,7 +30,7 @@ from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.averaging import WeightAverage
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
-from mates_hf.training.lock import RoundsLock
+from mates_hf.training.lock import RoundsLock, released_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.opening import disk_errors_named, open_rounds
 from mates_hf.training.rounds import run_round
@@ -127,7 +127,7 @@ class Session:
         if self.average is not None and self.average.num_steps and self._average_saved_at != step:
             # Over whatever an earlier attempt at this step left there: its weights may have been others.
             path = rounds_on_disk.average_path(self.run.rounds_dir, step)
-            with disk_errors_named(self.run.rounds_dir):
+            with released_on_error(self.lock), disk_errors_named(self.run.rounds_dir):
                 self.average.save(path, self.run.processes, output_dir=self.output_dir)
             self._average_saved_at = step
             if self.run.processes.is_main:
@@ -151,7 +151,7 @@ class Session:
             if not run.processes.is_main:
                 order = assist(run)
             else:
-                with run.processes.leading(), disk_errors_named(run.rounds_dir):
+                with run.processes.leading(), released_on_error(self.lock), disk_errors_named(run.rounds_dir):
                     order = self._decide(step, metrics)
                 release(run, order)
         if order is not None:

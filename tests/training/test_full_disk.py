@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mates_hf import MatesCallback
+from mates_hf.training.lock import LOCK_FILE
 from mates_hf.training.opening import DiskError
 from tests.training.kit import Result, Stop, make_arguments, make_reference, run, small_config
 
@@ -139,6 +140,7 @@ def fail_once(whole: tuple[Path, Result], folder: Path, disk: FailingDisk) -> bo
             ended = str(error)
     if not disk.failed:
         return True
+    assert not (folder / "_mates" / LOCK_FILE).exists(), disk.failed
     assert not ended or (str(folder / "_mates") in ended and os.strerror(disk.number) in ended), disk.failed
     finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("_mates/round-0001.partial/[!s]*.*")}
     if ended:

@@ -17,6 +17,7 @@ import pytest
 
 from mates_hf.training import lock as module
 from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
+from tests.launch import free_port, start_processes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these processes are forked")
 
@@ -223,3 +224,20 @@ def test_of_many_that_take_over_at_once_one_gets_it(tmp_path, monkeypatch, links
         os.waitpid(pid, 0)
     assert len(list(tmp_path.glob("got-*"))) == 1
     assert re.fullmatch(r"[^-]*", "".join(path.name for path in tmp_path.glob(".*")))
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_hear_that_another_one_lives(tmp_path):
+    (tmp_path / "_mates").mkdir()
+    held = RoundsLock(tmp_path / "_mates", OWNER)
+    given = {"output_dir": str(tmp_path), "result": str(tmp_path / "result")}
+    processes = start_processes(["tests/training/worker.py", json.dumps(given)], 2, free_port())
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        held.release()
+    assert all(process.returncode for process in processes)
+    for error in errors:
+        assert f"is in use by the run of process {os.getpid()}" in error

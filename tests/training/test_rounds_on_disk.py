@@ -53,6 +53,7 @@ class Started(TrainerCallback):
 # ---- starts
 
 
+@pytest.mark.slow
 def test_two_starts_by_mistake_lose_nothing_and_the_advice_brings_the_run_back(tmp_path, caplog):
     whole = run(make_arguments(tmp_path, **SAVES), [mates()], dropout=0.1)
     rounds_dir = tmp_path / "_mates"
@@ -102,6 +103,7 @@ def test_a_live_run_is_refused_before_anything_moves(tmp_path):
     assert content(tmp_path).items() >= {k: v for k, v in before.items() if LOCK_FILE not in k}.items()
 
 
+@pytest.mark.slow
 def test_training_again_after_an_error_is_not_locked_out(tmp_path):
     class Breaks(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -116,6 +118,7 @@ def test_training_again_after_an_error_is_not_locked_out(tmp_path):
     assert not (tmp_path / "_mates" / LOCK_FILE).exists()
 
 
+@pytest.mark.slow
 def test_running_means_stay_with_their_checkpoints(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 20}
     run(make_arguments(tmp_path, **settings), [mates(average_steps=3), Stop(5)], dropout=0.1)
@@ -201,7 +204,7 @@ def test_trials_have_folders_of_their_own(trainer, trial_name, checkpoints, roun
 # ---- a power cut
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("beside", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_round_whose_last_rename_was_lost_is_finished_by_a_resume(tmp_path, beside):
     whole = run(make_arguments(tmp_path, **SAVES), [mates()], dropout=0.1)
     path = tmp_path / "_mates" / "round-0002"
@@ -214,6 +217,7 @@ def test_a_round_whose_last_rename_was_lost_is_finished_by_a_resume(tmp_path, be
     assert path.with_suffix(".stale").exists() is beside
 
 
+@pytest.mark.slow
 def test_a_round_that_is_not_whole_is_not_finished_by_its_name(tmp_path):
     run(make_arguments(tmp_path, **SAVES), [mates(), Stop(15)], dropout=0.1)
     path = (tmp_path / "_mates" / "round-0002").rename(tmp_path / "_mates" / "round-0002.partial")
@@ -225,7 +229,9 @@ def test_a_round_that_is_not_whole_is_not_finished_by_its_name(tmp_path):
 # ---- pruning
 
 
-@pytest.mark.parametrize("fails", ["rmtree", "replace", "state", "unlink"])
+@pytest.mark.parametrize(
+    "fails", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("replace", "state", "unlink")] + ["rmtree"]
+)
 def test_pruning_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, fails):
     def stale(path, *args, **kwargs):
         raise OSError(errno.ESTALE if fails == "rmtree" else errno.EACCES, "a file server's answer", str(path))
@@ -311,7 +317,7 @@ class OtherRate(TrainerCallback):
                 group["lr"] *= 2
 
 
-@pytest.mark.parametrize("what", ["learning-rate", "clipping"])
+@pytest.mark.parametrize("what", ["learning-rate", pytest.param("clipping", marks=pytest.mark.slow)])
 def test_a_round_killed_in_fit_is_measured_again_with_other_settings(tmp_path, monkeypatch, what, caplog):
     class Killed(BaseException):
         pass
@@ -337,6 +343,7 @@ def test_a_round_killed_in_fit_is_measured_again_with_other_settings(tmp_path, m
     assert ("max_grad_norm: checkpoint 1000000000.0" in caplog.text) is (what == "clipping")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_taken_up_by_another_process_with_the_same_outcome(tmp_path):
     whole = run(make_arguments(tmp_path / "whole", **SAVES), [mates()], dropout=0.1)
     pid = os.fork()
