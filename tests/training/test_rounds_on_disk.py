@@ -234,6 +234,8 @@ def test_a_round_that_is_not_whole_is_not_finished_by_its_name(tmp_path):
 )
 def test_pruning_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, fails):
     def stale(path, *args, **kwargs):
+        if kwargs.get("ignore_errors") or (args and args[0] is True):
+            return
         raise OSError(errno.ESTALE if fails == "rmtree" else errno.EACCES, "a file server's answer", str(path))
 
     replace = os.replace
