@@ -133,10 +133,14 @@ def set_earlier_run_aside(rounds_dir: Path, output_dir: Path) -> int:
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The last complete checkpoint of a run with rounds, where there is one."""
-    found = last_complete_checkpoint(output_dir)
+    try:
+        found = last_complete_checkpoint(output_dir)
+        callbacks = None if found is None else read_json(Path(found) / "trainer_state.json").get("stateful_callbacks")
+    except _FAULTS as error:  # it is only told of
+        logger.warning("The checkpoints in `%s` cannot be read: %s", output_dir, error)
+        return None
     if found is None:
         return None
-    callbacks = read_json(Path(found) / "trainer_state.json").get("stateful_callbacks")
     return Path(found) if isinstance(callbacks, Mapping) and STATE_KEY in callbacks else None
 
 

@@ -259,7 +259,7 @@ def test_pruning_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, fails):
     assert kept.rows == whole.rows[: 27 * 4]
     assert "a file server's answer" in caplog.text
     # A later try clears up what an earlier one left.
-    run(args, [mates(keep_rounds=2)], resume=True)
+    run(args, [mates(keep_rounds=2)], resume=str(tmp_path / "part" / "checkpoint-20"))
     left = {path.name for path in (tmp_path / "part" / "_mates").iterdir()}
     assert not {name for name in left if name.endswith(".deleted")}
     assert "round-0001" not in left
