@@ -64,7 +64,7 @@ def sync_tree(path: Path) -> None:
     """
     for folder, _, files in os.walk(path, topdown=False):
         for name in files:
-            with open(Path(folder) / name, "r+b") as file:
+            with open(Path(folder) / name, "r+b" if os.name == "nt" else "rb") as file:
                 os.fsync(file.fileno())
         sync_directory(Path(folder))
 
@@ -116,7 +116,7 @@ def written_whole_by_name(path: Path) -> Iterator[Path]:
     """As `written_whole`, for writers that take a path and no file: yields the temporary path that they must make."""
     with _renamed_when_whole(path) as temporary:
         yield temporary
-        with open(temporary, "r+b") as file:
+        with open(temporary, "r+b" if os.name == "nt" else "rb") as file:
             os.fsync(file.fileno())
 
 

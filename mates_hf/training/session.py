@@ -89,9 +89,10 @@ class Session:
                 run.processes.publish({"opened": True})
             else:
                 run.processes.receive()
-            if saved and saved["last_round"] is not None:
-                self._restore_rounds(saved["last_round"], step)
-            self._plan_next(step)
+            with released_on_error(self.lock):
+                if saved and saved["last_round"] is not None:
+                    self._restore_rounds(saved["last_round"], step)
+                self._plan_next(step)
 
     def after_step(self, step: int, saves: bool) -> dict[str, float]:
         """Count the rows of an optimizer step; average weights inside the window; check for drift, run a round.
