@@ -4,9 +4,11 @@
 # ///
 """Kill a run at random points, resume it, compare it with the run that was left alone: how many differ?
 
-    python benchmarks/kills.py --points 100            # writes benchmarks/results/kills.{json,md}
-    python benchmarks/kills.py --points 6 --out DIR    # somewhere else
-    python benchmarks/kills.py --only 17 --seed 0      # one point again, its folder kept
+    python benchmarks/kills.py --points 100 --power-loss     # writes benchmarks/results/kills.{json,md}
+    python benchmarks/kills.py --points 100 --power-loss --processes 2       # kills_two_processes.{json,md}
+    python benchmarks/kills.py --points 6 --out DIR          # somewhere else
+    python benchmarks/kills.py --only 17 --seed 0            # one point again, its folder kept
+    python benchmarks/kills.py --work DIR --seconds 150      # as far as it gets; called again, it continues
 
 A point is one executed line: of this library, of the Trainer's loop, or of what writes and deletes its checkpoints.
 A first run of each setting counts its lines, phase by phase (probe, fit, inside the write of a file, inside the save
@@ -15,6 +17,13 @@ then resumed as a user would resume it, from `last_complete_checkpoint`, or star
 every third one may be killed a second time on the way. The end must have the same weights, optimizer state, losses,
 random streams, rows in the same order and the same selections, to the bit, and no stage that was finished may be run
 again.
+
+With `--power-loss` every fifth kill takes the machine with it. What was not flushed is gone then: every rename whose
+folder was not flushed since is undone before the run is resumed. So is the last rename of a round to its final name,
+flushed or not, as by a file server that says more than it does.
+
+With `--processes 2` two processes train together and one of them, the main one or the other, is killed; whatever is
+left of the other is killed half a minute later, as a launcher does.
 
 Trade-off: importing torch and transformers takes longer than the run, so runs are forked from a process that has
 imported them and built nothing. They are real processes, with real dataloader workers, and die of a real SIGKILL.
@@ -29,8 +38,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,19 +63,24 @@ from mates_hf.training.checkpoints import last_complete_checkpoint  # noqa: E402
 from tests.training.kit import make_arguments, make_reference, run, small_config  # noqa: E402
 
 NUM_SETTINGS = 10
-FORMAT = 1
+FORMAT = 2
+POWER_LOSS_EVERY = 5  # points: a fifth of the kills
+PATIENCE_SECONDS = 30.0  # that a process may outlive another that was killed
+OTHER = "in the other process: "  # begins the phases of a process that is not the main one
 # Where a line belongs: the innermost function on the stack that is listed here (None: any function of the file).
 PHASES = {
-    ("mates_hf/records.py", "written_whole"): "write of a file",
+    ("mates_hf/disk.py", None): "write of a file",
+    ("mates_hf/training/lock.py", None): "lock",
     ("mates_hf/training/averaging.py", None): "averaging window",
     ("mates_hf/training/rounds.py", "_probe"): "probe",
-    ("mates_hf/training/rounds.py", "_audit"): "audit",
+    ("mates_hf/training/audit.py", None): "audit",
     ("mates_hf/training/rounds.py", "_fit"): "fit",
-    ("mates_hf/training/rounds.py", "_score"): "score",
+    ("mates_hf/training/scoring.py", None): "score",
     ("mates_hf/training/rounds.py", "_select"): "select",
-    ("mates_hf/round_files.py", "finish"): "rename of the round",
+    ("mates_hf/round_writer.py", "finish"): "rename of the round",
     ("mates_hf/training/session.py", "_prune"): "prune rounds",
     ("mates_hf/training/callback.py", "on_train_begin"): "start",
+    ("mates_hf/training/measure.py", "assist"): "assisting in a round",
     ("transformers/trainer.py", "_save_checkpoint"): "checkpoint",
     ("torch/serialization.py", "_save"): "file of a checkpoint",
 }
@@ -84,9 +101,11 @@ class LineKiller:
     Args:
         kill: phase and number of the line in it, from 1; None counts only.
         note_path: where the line is written to before the process dies.
+        prefix: of all phases of this process.
     """
 
-    def __init__(self, kill: tuple[str, int] | None, note_path: Path) -> None:
+    def __init__(self, kill: tuple[str, int] | None, note_path: Path, prefix: str = "") -> None:
+        self.prefix = prefix
         self.counts: collections.Counter[str] = collections.Counter()
         self.kill = kill
         self.note_path = note_path
@@ -95,7 +114,8 @@ class LineKiller:
         self._phases: dict[CodeType, str | None] = {}
 
     def start(self) -> None:
-        """Count from here on, in this thread."""
+        """Count from here on, in this thread and in those that it starts."""
+        threading.settrace(self._on_call)
         sys.settrace(self._on_call)
 
     def _on_call(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
@@ -120,9 +140,9 @@ class LineKiller:
                 self._phases[code] = _listed_phase(code)
             phase = self._phases[code]
             if phase is not None:
-                return phase
+                return self.prefix + phase
             frame = frame.f_back
-        return TRAINING
+        return self.prefix + TRAINING
 
     def _die(self, frame: FrameType | None) -> None:
         sys.settrace(None)
@@ -152,8 +172,69 @@ def _listed_phase(code: CodeType) -> str | None:
     return None
 
 
-def draw_setting(generator: np.random.Generator, number: int) -> dict[str, dict[str, Any]]:
-    """Settings of one run: arguments of the Trainer and of `MatesConfig`."""
+class Journal:
+    """Takes down which names a process renames and which folders it flushes, so that a power cut can be made up.
+
+    Args:
+        path: of the journal.
+        folder: what lies outside is not taken down.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.folder = str(folder)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def start(self) -> None:
+        """Watch from here on."""
+        replace, rename, fsync = os.replace, os.rename, os.fsync
+
+        def renamed(real: Callable[..., None]) -> Callable[..., None]:
+            def call(source: Any, target: Any, **kwargs: Any) -> None:
+                real(source, target, **kwargs)
+                self._note(["rename", os.path.abspath(source), os.path.abspath(target)])
+
+            return call
+
+        def flushed(handle: int) -> None:
+            fsync(handle)
+            self._note(["flush", os.readlink(f"/proc/self/fd/{handle}")])
+
+        os.replace, os.rename, os.fsync = renamed(replace), renamed(rename), flushed
+
+    def _note(self, entry: list[str]) -> None:
+        if entry[1].startswith(self.folder):
+            os.write(self._handle, json.dumps(entry).encode() + b"\n")
+
+
+def cut_power(folder: Path) -> list[str]:
+    """Undo what a power cut takes back: renames that were not flushed, and the last one that finished a round.
+
+    Args:
+        folder: of the run that was killed.
+
+    Returns:
+        The names that are gone.
+    """
+    path = folder / "journal.txt"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    undone: list[str] = []
+    flushed: set[str] = set()
+    last_round = False
+    for what, *paths in reversed(entries):
+        if what == "flush":
+            flushed.add(paths[0])
+            continue
+        source, target = map(Path, paths)
+        finishes = source.name == target.name + ".partial" and not last_round
+        last_round = last_round or finishes
+        if (str(target.parent) not in flushed or finishes) and target.exists() and not source.exists():
+            os.rename(target, source)
+            undone.append(target.name)
+    return undone
+
+
+def draw_setting(generator: np.random.Generator, number: int, num_processes: int) -> dict[str, dict[str, Any]]:
+    """Settings of one run: arguments of the Trainer and of `MatesConfig`, with equal rows in a step."""
 
     def pick(*values: Any) -> Any:
         return values[int(generator.integers(len(values)))]
@@ -168,6 +249,8 @@ def draw_setting(generator: np.random.Generator, number: int) -> dict[str, dict[
         arguments |= {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 1}
     if pick(True, False):
         arguments |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    if num_processes > 1:
+        arguments["per_device_train_batch_size"] = arguments.get("per_device_train_batch_size", 4) // num_processes
     config = {
         "switch_lead_steps": pick(3, 4),
         "candidate_scope": pick("slice", "pool"),
@@ -179,8 +262,50 @@ def draw_setting(generator: np.random.Generator, number: int) -> dict[str, dict[
     return {"arguments": arguments, "config": config}
 
 
-def in_child(work: Callable[[], None], log_path: Path) -> int:
-    """Run `work` in a forked process; its exit code, negative for a signal."""
+def in_children(work: Callable[[int], None], log_path: Path, size: int) -> int:
+    """Run `work` in forked processes; the first exit code that is not 0, negative for a signal.
+
+    Args:
+        work: called with the rank.
+        log_path: what they print.
+        size: how many there are.
+
+    Returns:
+        Of the one that was killed, where one was: what then becomes of the others is its consequence.
+    """
+    port = _free_port()
+    pids = {_fork(lambda rank=rank: _as_rank(rank, size, port, work), log_path): rank for rank in range(size)}
+    codes: list[int] = []
+    deadline = None
+    while pids:
+        for pid in list(pids):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                del pids[pid]
+                codes.append(os.waitstatus_to_exitcode(status))
+                deadline = deadline or (time.monotonic() + PATIENCE_SECONDS if codes[-1] else None)
+        if deadline is not None and time.monotonic() > deadline:
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM if time.monotonic() < deadline + 2 else signal.SIGKILL)
+        time.sleep(0.005)
+    return next((code for code in codes if code), 0)
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _as_rank(rank: int, size: int, port: str, work: Callable[[int], None]) -> None:
+    """Do `work` as a launcher would have it done."""
+    if size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+    work(rank)
+
+
+def _fork(work: Callable[[], None], log_path: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -198,30 +323,40 @@ def in_child(work: Callable[[], None], log_path: Path) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def train(
-    setting: Mapping[str, Any], folder: Path, *, resume: bool, kill: tuple[str, int] | None, count: bool = False
+    setting: Mapping[str, Any],
+    folder: Path,
+    *,
+    resume: bool,
+    kill: tuple[str, int] | None,
+    size: int,
+    count: bool = False,
 ) -> int:
-    """Run to the end, which leaves `folder/result.pt`, or to the kill, which leaves `folder/killed.json`.
+    """Run to the end, which leaves a `result-0.pt` a process, or to the kill, which leaves `killed.json`.
 
     Args:
         setting: of the run.
         folder: holds the run's `output_dir`, its log and what it leaves.
         resume: go on from the last complete checkpoint, if there is one.
         kill: phase and number of the line to die at.
-        count: leave `folder/lines.json`.
+        size: processes that train together.
+        count: leave a `lines-0.json` a process.
 
     Returns:
         Exit code, negative for a signal.
     """
     output_dir = folder / "run"
-    (folder / "killed.json").unlink(missing_ok=True)
+    for name in ("killed.json", "journal.txt"):
+        (folder / name).unlink(missing_ok=True)
 
-    def work() -> None:
+    def work(rank: int) -> None:
         torch.set_num_threads(1)
-        killer = LineKiller(kill, folder / "killed.json")
+        if rank == 0 and kill is not None:
+            Journal(folder / "journal.txt", output_dir).start()
+        killer = LineKiller(kill, folder / "killed.json", OTHER if rank else "")
         arguments = make_arguments(output_dir, **setting["arguments"])
         callback = MatesCallback(make_reference(), small_config(**setting["config"]))
         checkpoint = last_complete_checkpoint(output_dir) if resume else None
@@ -238,12 +373,14 @@ def train(
                 "streams": result.streams,
                 "start": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
             },
-            folder / "result.pt",
+            folder / f"result-{rank}.pt",
         )
         if count:
-            (folder / "lines.json").write_text(json.dumps(killer.counts))
+            (folder / f"lines-{rank}.json").write_text(json.dumps(killer.counts))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
-    return in_child(work, folder / "log.txt")
+    return in_children(work, folder / "log.txt", size)
 
 
 def selections(output_dir: Path) -> dict[str, str]:
@@ -259,25 +396,37 @@ def finished_stages(output_dir: Path) -> dict[str, int]:
     """When each finished stage of each round was written, nanoseconds."""
     found = {}
     for path in sorted((output_dir / "_mates").glob("round-*")):
-        if path.suffix != ".stale":
+        if ".stale" not in path.name:
             for name in KEPT:
                 if (path / name).exists():
                     found[f"{path.name.removesuffix('.partial')}/{name}"] = (path / name).stat().st_mtime_ns
     return found
 
 
-def compare(whole: Path, folder: Path, before: Mapping[str, int]) -> tuple[int, list[str]]:
+def compare(whole: Path, folder: Path, before: Mapping[str, int], size: int) -> tuple[int, list[str]]:
     """What differs between a run that was killed and resumed and the one that was not.
 
     Args:
         whole: folder of the run that was left alone.
         folder: of the other.
         before: `finished_stages` when it was resumed; empty where it was started again.
+        size: processes that train together.
 
     Returns:
         The step it was resumed from, and what differs.
     """
-    expected, got = (torch.load(path / "result.pt", weights_only=True) for path in (whole, folder))
+    starts, differs = zip(*(_compare_process(whole, folder, rank) for rank in range(size)), strict=True)
+    found = [line for lines in differs for line in lines]
+    theirs = selections(folder / "run")
+    found += [f"selection of {n}" for n, digest in selections(whole / "run").items() if theirs.get(n) != digest]
+    after = finished_stages(folder / "run")
+    found += [f"{name} made again" for name, at in before.items() if after.get(name, at) != at]
+    return starts[0], found
+
+
+def _compare_process(whole: Path, folder: Path, rank: int) -> tuple[int, list[str]]:
+    """The step that a process was resumed from, and what differs of what it saw and holds."""
+    expected, got = (torch.load(path / f"result-{rank}.pt", weights_only=True) for path in (whole, folder))
     start, num_steps = got["start"], len(expected["streams"])
     per_step = len(expected["rows"]) // num_steps
     differs = [
@@ -291,11 +440,7 @@ def compare(whole: Path, folder: Path, before: Mapping[str, int]) -> tuple[int, 
         }.items()
         if not same
     ]
-    theirs = selections(folder / "run")
-    differs += [f"selection of {n}" for n, digest in selections(whole / "run").items() if theirs.get(n) != digest]
-    after = finished_stages(folder / "run")
-    differs += [f"{name} made again" for name, at in before.items() if after.get(name, at) != at]
-    return start, differs
+    return start, [f"{name} of process {rank}" for name in differs] if rank else differs
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -305,7 +450,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def run_point(
-    point: int, seed: int, settings: list[dict[str, Any]], lines: list[dict[str, int]], work: Path
+    point: int,
+    seed: int,
+    settings: list[dict[str, Any]],
+    lines: list[dict[str, int]],
+    work: Path,
+    *,
+    size: int,
+    power_loss: bool,
 ) -> dict[str, Any]:
     """Kill, resume, maybe kill again and resume again, and compare.
 
@@ -315,6 +467,8 @@ def run_point(
         settings: the settings that runs have.
         lines: lines of each setting's run, by phase.
         work: holds the folders of the runs left alone, by number, and the one of this point.
+        size: processes that train together.
+        power_loss: every fifth point loses power.
 
     Returns:
         What `kills.json` holds of the point.
@@ -328,37 +482,48 @@ def run_point(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     setting = settings[number]
-    deaths = []
-    line = int(generator.integers(1, lines[number][phase] + 1))
-    code = train(setting, folder, resume=False, kill=(phase, line))
-    if code == -signal.SIGKILL:
+    deaths: list[dict[str, Any]] = []
+    loses_power = power_loss and point % POWER_LOSS_EVERY == POWER_LOSS_EVERY - 1
+
+    def note_death(phase: str) -> dict[str, int]:
+        """Write the death down, cut the power, and say which stages must not be made again."""
         deaths.append({"phase": phase, **json.loads((folder / "killed.json").read_text())})
-    before = finished_stages(folder / "run") if last_complete_checkpoint(folder / "run") else {}
+        if loses_power:
+            deaths[-1]["undone"] = cut_power(folder)
+        return finished_stages(folder / "run") if last_complete_checkpoint(folder / "run") else {}
+
+    before: dict[str, int] = {}
+    line = int(generator.integers(1, lines[number][phase] + 1))
+    code = train(setting, folder, resume=False, kill=(phase, line), size=size)
+    if code == -signal.SIGKILL:
+        before = note_death(phase)
     if point % 3 == 2:  # again, anywhere in the first half of what a whole run does
         again = phases[int(generator.integers(len(phases)))]
         line = int(generator.integers(1, lines[number].get(again, 1) // 2 + 2))
-        code = train(setting, folder, resume=True, kill=(again, line))
+        code = train(setting, folder, resume=True, kill=(again, line), size=size)
         if code == -signal.SIGKILL:
-            deaths.append({"phase": again, **json.loads((folder / "killed.json").read_text())})
-            before = finished_stages(folder / "run") if last_complete_checkpoint(folder / "run") else {}
+            before = note_death(again)
     if code == -signal.SIGKILL:
-        code = train(setting, folder, resume=True, kill=None)
+        code = train(setting, folder, resume=True, kill=None, size=size)
     if code == 0:
-        start, differs = compare(work / f"whole-{number}", folder, before)
+        start, differs = compare(work / f"whole-{number}", folder, before, size)
     else:
         error = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
         start, differs = None, [f"does not resume: {' '.join(error)}"]
     if not deaths:
         differs.append("was not killed: it has fewer lines than the run that counted them")
-    return {"point": point, "setting": number, "deaths": deaths, "resumed_from": start, "differs": differs}
+    found = {"point": point, "setting": number, "deaths": deaths, "resumed_from": start, "differs": differs}
+    return {**found, "power_loss": loses_power}
 
 
-def count_lines(settings: list[dict[str, Any]], work: Path) -> list[dict[str, int]]:
+def count_lines(settings: list[dict[str, Any]], work: Path, size: int, code: str) -> list[dict[str, int]]:
     """Run each setting to its end and count its lines by phase.
 
     Args:
         settings: the settings.
-        work: gets a folder for each.
+        work: gets a folder for each; those of the same code are taken from there.
+        size: processes that train together.
+        code: digest of the library's sources.
 
     Returns:
         Lines by phase.
@@ -369,58 +534,75 @@ def count_lines(settings: list[dict[str, Any]], work: Path) -> list[dict[str, in
     lines: list[dict[str, int]] = []
     for number, setting in enumerate(settings):
         folder = work / f"whole-{number}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        if train(setting, folder, resume=False, kill=None, count=True):
-            raise RuntimeError(f"The run that is left alone failed:\n{(folder / 'log.txt').read_text()}\n{setting}")
-        lines.append(json.loads((folder / "lines.json").read_text()))
-    missing = {*PHASES.values(), TRAINING} - {phase for counts in lines for phase in counts}
+        about = json.dumps([code, setting, size])
+        if not (folder / "about.json").exists() or (folder / "about.json").read_text() != about:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            if train(setting, folder, resume=False, kill=None, count=True, size=size):
+                log = (folder / "log.txt").read_text()
+                raise RuntimeError(f"The run that is left alone failed:\n{log}\n{setting}")
+            (folder / "about.json").write_text(about)
+        counts: dict[str, int] = {}
+        for rank in range(size):
+            counts |= json.loads((folder / f"lines-{rank}.json").read_text())
+        lines.append(counts)
+    wanted = {*PHASES.values(), TRAINING} - {"assisting in a round"}
+    missing = wanted - {phase for counts in lines for phase in counts}
     if missing:
         raise RuntimeError(f"No line of {sorted(missing)} was ever reached: have the functions in PHASES moved?")
     return lines
 
 
-def write_results(out: Path, results: Mapping[str, Any]) -> None:
-    """`kills.json` and `kills.md`."""
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "kills.json.tmp"
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """The JSON file, and the table beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
     points = ",\n".join(f"  {json.dumps(point)}" for point in results["points"])
     head = json.dumps({name: value for name, value in results.items() if name != "points"}, indent=1)
     temporary.write_text(f'{head[:-2]},\n "points": [\n{points}\n ]\n}}\n')
-    os.replace(temporary, out / "kills.json")
-    (out / "kills.md").write_text(make_table(results))
+    os.replace(temporary, path)
+    path.with_suffix(".md").write_text(make_table(results))
 
 
 def make_table(results: Mapping[str, Any]) -> str:
     """Points by the phase of their first kill."""
     points = results["points"]
     rows = []
-    for phase in sorted({*PHASES.values(), TRAINING}):
+    for phase in sorted({point["deaths"][0]["phase"] for point in points if point["deaths"]}):
         here = [point for point in points if point["deaths"] and point["deaths"][0]["phase"] == phase]
-        rows.append(
-            f"| {phase} | {len(here)} | {sum(len(p['deaths']) > 1 for p in here)} "
-            f"| {sum(p['resumed_from'] == 0 for p in here)} | {sum(bool(p['differs']) for p in here)} |"
-        )
-    total = (
-        f"| **all** | **{len(points)}** | {sum(len(p['deaths']) > 1 for p in points)} "
-        f"| {sum(p['resumed_from'] == 0 for p in points)} | **{sum(bool(p['differs']) for p in points)}** |"
+        rows.append(f"| {phase} | {_counts(here)} | {sum(bool(p['differs']) for p in here)} |")
+    total = f"| **all** | {_counts(points)} | **{sum(bool(p['differs']) for p in points)}** |"
+    size = results["processes"]
+    command = f"python benchmarks/kills.py --points {len(points)} --seed {results['seed']}"
+    command += " --power-loss" * results["power_loss"] + f" --processes {size}" * (size > 1)
+    num_undone = sum(bool(death.get("undone")) for point in points for death in point["deaths"])
+    processes = "one process" if size == 1 else f"{size} processes (gloo)"
+    lost = sum(p["power_loss"] for p in points)
+    power = (
+        f" {lost} of the points lost power: renames that were not flushed, and the last one that finished a round, "
+        f"were undone before the run was resumed, if there were any; {num_undone} kills had some."
     )
     return "\n".join(
         [
             "# Killed anywhere, resumed exactly",
             "",
-            f"`python benchmarks/kills.py --points {len(points)} --seed {results['seed']}`: real processes, SIGKILL "
-            "at a random executed line, resumed from the last complete checkpoint, compared to the bit with the run "
-            f"that was left alone (CPU, float32, dropout 0.1; {len(results['settings'])} settings of workers, "
-            "accumulation, checkpoints, scope, averaging, guard, drift checks and kept rounds, in `kills.json`).",
+            f"`{command}`: {processes} a run, SIGKILL at a random executed line, resumed from the last complete "
+            "checkpoint, compared to the bit with the run that was left alone (CPU, float32, dropout 0.1; "
+            f"{len(results['settings'])} settings of workers, accumulation, checkpoints, scope, averaging, guard, "
+            f"drift checks and kept rounds, in the JSON file).{power if results['power_loss'] else ''}",
             "",
-            "| killed in | points | killed a second time | no checkpoint yet: started again | differ |",
-            "| --- | ---: | ---: | ---: | ---: |",
+            "| killed in | points | killed a second time | lost power | no checkpoint yet: started again | differ |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             total,
             "",
         ]
     )
+
+
+def _counts(points: list[dict[str, Any]]) -> str:
+    numbers = [len(points), sum(len(p["deaths"]) > 1 for p in points), sum(p["power_loss"] for p in points)]
+    return " | ".join(map(str, [*numbers, sum(p["resumed_from"] == 0 for p in points)]))
 
 
 def main() -> None:
@@ -431,11 +613,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--work", type=Path, help="folder for the runs (default: a temporary one)")
     parser.add_argument("--only", type=int, help="one point, printed and not recorded; its folder is kept")
+    parser.add_argument("--power-loss", action="store_true", help="cut the power with every fifth kill")
+    parser.add_argument("--processes", type=int, default=1, help="that train together in each run")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no point after this time")
     parser.add_argument("--settings", type=int, default=NUM_SETTINGS, help="different settings of runs")
     options = parser.parse_args()
+    begun = time.monotonic()
     work = options.work or Path(tempfile.mkdtemp(prefix="kills-"))
     generator = np.random.default_rng(options.seed)
-    settings = [draw_setting(generator, number) for number in range(options.settings)]
+    settings = [draw_setting(generator, number, options.processes) for number in range(options.settings)]
     sources = hashlib.sha256()
     for path in sorted((ROOT / "mates_hf").rglob("*.py")):
         sources.update(path.read_bytes())
@@ -443,20 +629,24 @@ def main() -> None:
         "format": FORMAT,
         "seed": options.seed,
         "code": sources.hexdigest()[:16],
+        "processes": options.processes,
+        "power_loss": options.power_loss,
         "settings": settings,
         "points": [],
     }
-    recorded = options.out / "kills.json"
+    recorded = options.out / ("kills.json" if options.processes == 1 else "kills_two_processes.json")
     if recorded.exists() and options.only is None:
         earlier = json.loads(recorded.read_text())
         if {**earlier, "points": []} == results:
             results["points"] = earlier["points"]
-    lines = count_lines(settings, work)
+    lines = count_lines(settings, work, options.processes, results["code"])
     done = {point["point"] for point in results["points"]}
     for point in [options.only] if options.only is not None else range(options.points):
-        if point in done:
+        if point in done or time.monotonic() - begun > options.seconds:
             continue
-        result = run_point(point, options.seed, settings, lines, work)
+        result = run_point(
+            point, options.seed, settings, lines, work, size=options.processes, power_loss=options.power_loss
+        )
         where = ", then ".join(f"{d['phase']} ({d['line']}, step {d['step']})" for d in result["deaths"])
         verdict = "differs: " + "; ".join(result["differs"]) if result["differs"] else "the same"
         print(f"{point:4d} {where}; from step {result['resumed_from']}: {verdict}", flush=True)
@@ -464,7 +654,7 @@ def main() -> None:
             print(f"its folder: {work / f'point-{point}'}\n{json.dumps(settings[result['setting']])}")
             return
         results["points"].append(result)
-        write_results(options.out, results)
+        write_results(recorded, results)
         if not result["differs"]:
             shutil.rmtree(work / f"point-{point}")
     if options.work is None:

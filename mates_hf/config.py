@@ -118,13 +118,17 @@ class MatesConfig:
     )
     selection_seed: int = field(default=0, metadata={"help": "Seed of the pool's shuffle, the probes and the noise."})
     rounds_dir: str | None = field(
-        default=None, metadata={"help": "Where round directories go. None: `<output_dir>/_mates`."}
+        default=None,
+        metadata={
+            "help": "Where round directories go; each trial of a search has a folder there. None: "
+            "`<output_dir>/_mates`."
+        },
     )
     keep_rounds: int | None = field(
         default=None,
         metadata={
-            "help": "Keep this many newest round directories, at least 2, and those that the last checkpoint needs. "
-            "None: all."
+            "help": "Keep this many newest round directories, at least 2, and those that the last checkpoint needs; "
+            "rounds set aside as `.stale` are deleted with them. None: all."
         },
     )
 

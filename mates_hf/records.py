@@ -9,18 +9,20 @@ each; in exchange a killed run leaves no half file, and a damaged one is a `Mate
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.disk import json_bytes as json_bytes
+from mates_hf.disk import write_array as write_array
+from mates_hf.disk import write_json as write_json
+from mates_hf.disk import written_whole as written_whole
 from mates_hf.display import card, html_card
 from mates_hf.summaries import fit_facts, fit_title, labels_facts, labels_title
 
@@ -284,33 +286,6 @@ class RunSettings:
     shards_dir: Path | None = None
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write `path` through: under a temporary name, flushed to disk, renamed; readers see all or none.
-
-    Its mode is what the umask leaves. A link planted under the temporary name is removed, never followed.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """What `write_json` writes."""
-    return json.dumps(value, indent=2, allow_nan=True).encode("utf-8") + b"\n"
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    content = json_bytes(value)
-    with written_whole(path) as file:
-        file.write(content)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object that `write_json` wrote.
 
@@ -332,12 +307,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MatesError(f"`{path}` must be a JSON object, got {type(value).__name__}. {COPY_AGAIN}")
     return value
-
-
-def write_array(path: Path, value: npt.NDArray[Any]) -> None:
-    """Write a `.npy` file, whole or not at all."""
-    with written_whole(path) as file:
-        np.save(file, value, allow_pickle=False)
 
 
 def read_array(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any] | None:

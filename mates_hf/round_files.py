@@ -1,6 +1,6 @@
 """A round on disk: in the making, finished, read back. Everything a round did, readable without this library.
 
-Place in the flow: left of every folder, on top of `records`. `training/` writes through `RoundWriter`; `load_round`
+Place in the flow: left of every folder, on top of `records`. `round_writer` makes the directories; `load_round`
 needs numpy and pyarrow only, so a finished round can be read on a machine without torch.
 
 Trade-off: a round is a directory of plain files (Parquet, npy, JSON), not one archive. It costs a few more file
@@ -15,13 +15,13 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from mates_hf.disk import json_bytes, write_array, written_whole
 from mates_hf.display import card, html_card
 from mates_hf.paths import expand_path
 from mates_hf.records import (
@@ -30,15 +30,10 @@ from mates_hf.records import (
     InfluenceLabels,
     IntArray,
     MatesError,
-    RoundMismatchError,
-    json_bytes,
     read_array,
     read_json,
     require_file,
     sha256_of,
-    write_array,
-    write_json,
-    written_whole,
 )
 from mates_hf.summaries import round_facts, round_title
 
@@ -312,72 +307,3 @@ def round_path(rounds_dir: Path, number: int) -> Path:
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ValueError(f"A round's number must be a whole number of at least 0, got {number!r}.")
     return rounds_dir / f"round-{number:04d}"
-
-
-class RoundWriter:
-    """A round in the making: stage results in `round-0003.partial`, renamed to `round-0003` when complete.
-
-    Safe to kill at any instant: each stage's file appears whole or not at all, `round.json` is written last and the
-    rename follows it. A rerun with the same key finds the finished stages; with another weights digest it sets the old
-    directory aside as `.stale`; with another config or pool it refuses.
-
-    Args:
-        rounds_dir: `<output_dir>/_mates`.
-        number: the round's number.
-        key: what the round depends on: `config`, `pool`, `reference`, `step` and `weights`, plain JSON values.
-
-    Raises:
-        RoundMismatchError: a directory of that number was made with another config, pool or reference; both values
-            are shown.
-    """
-
-    def __init__(self, rounds_dir: Path, number: int, key: Mapping[str, Any]) -> None:
-        self.final_path = round_path(rounds_dir, number)
-        self.path = self.final_path.with_suffix(".partial")
-        self.key = json.loads(json.dumps(dict(key)))
-        for path in (self.final_path, self.path):
-            self._reconcile(path)
-        if not self.final_path.exists() and not self.path.exists():
-            self.path.mkdir(parents=True)
-            write_json(self.path / KEY_FILE, self.key)
-
-    def _reconcile(self, path: Path) -> None:
-        """Keep a directory whose key matches, set a stale one aside, refuse one of another config or pool."""
-        if not path.exists():
-            return
-        key_path = path / KEY_FILE
-        found = read_json(key_path) if key_path.exists() else None
-        if found == self.key:
-            return
-        if found is not None:
-            for name in ("config", "pool", "reference"):
-                if found.get(name) != self.key.get(name):
-                    raise RoundMismatchError(
-                        f"`{path}` was made with another {name}: it has {found.get(name)}, this run has "
-                        f"{self.key.get(name)}. Use another `output_dir` or `rounds_dir`, or the {name} it was made "
-                        "with."
-                    )
-        set_aside(path)
-
-    @property
-    def complete(self) -> bool:
-        """True where a finished round of this key is already on disk."""
-        return (self.final_path / ROUND_FILE).exists()
-
-    def finish(self, info: Mapping[str, Any]) -> Path:
-        """Write the checksums and `round.json`, rename the directory to its final name and return that."""
-        write_checksums(self.path, info)
-        write_json(self.path / ROUND_FILE, info)
-        os.replace(self.path, self.final_path)
-        return self.final_path
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a directory to `<name>.stale`, replacing an earlier stale one, and return the new path."""
-    stale = path.with_name(path.name.removesuffix(".partial") + ".stale")
-    if stale.is_dir() and not stale.is_symlink():
-        shutil.rmtree(stale)
-    else:
-        stale.unlink(missing_ok=True)
-    os.replace(path, stale)
-    return stale

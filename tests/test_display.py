@@ -16,7 +16,8 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.display import brief, call, card, html_card
 from mates_hf.records import FitReport, InfluenceLabels, write_array
-from mates_hf.round_files import RoundWriter, load_round, write_labels
+from mates_hf.round_files import load_round, write_labels
+from mates_hf.round_writer import RoundWriter
 
 EVIL = "<script>alert(1)</script>\n\x1b[31m" + "x" * 5_000
 

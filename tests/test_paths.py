@@ -10,7 +10,8 @@ import pytest
 
 from mates_hf.paths import expand_path
 from mates_hf.records import InfluenceLabels
-from mates_hf.round_files import RoundWriter, load_round, read_labels, write_labels
+from mates_hf.round_files import load_round, read_labels, write_labels
+from mates_hf.round_writer import RoundWriter
 
 
 @pytest.fixture

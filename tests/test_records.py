@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -26,7 +27,8 @@ from mates_hf.records import (
     write_array,
     write_json,
 )
-from mates_hf.round_files import RoundWriter, load_round, read_labels, set_aside, write_labels
+from mates_hf.round_files import load_round, read_labels, write_labels
+from mates_hf.round_writer import RoundWriter, is_whole, set_aside
 
 COLUMNS = ("candidate_id", "influence", "influence_per_token", "loss", "num_tokens", "probe")
 PACKAGE_ROOT = Path(mates_hf.records.__file__).parents[1]
@@ -309,9 +311,10 @@ def test_other_weights_set_the_round_aside_and_start_it_anew(tmp_path, complete,
     assert [path.name for path in again.path.iterdir()] == ["key.json"]
     assert (tmp_path / "round-0003.stale" / "probes.parquet").exists()
     assert (tmp_path / "round-0003.stale" / "round.json").exists() is complete
-    third = RoundWriter(tmp_path, 3, KEY)  # a second stale one replaces the first
+    third = RoundWriter(tmp_path, 3, KEY)  # a second stale one does not replace the first
     assert [path.name for path in third.path.iterdir()] == ["key.json"]
-    assert not (tmp_path / "round-0003.stale" / "probes.parquet").exists()
+    assert (tmp_path / "round-0003.stale" / "probes.parquet").exists()
+    assert [path.name for path in (tmp_path / "round-0003.stale-2").iterdir()] == ["key.json"]
 
 
 @pytest.mark.parametrize("complete", [False, True])
@@ -337,11 +340,12 @@ def test_rounds_of_other_numbers_are_left_alone(tmp_path):
     assert RoundWriter(tmp_path, 1, KEY).complete
 
 
-def test_a_directory_killed_before_its_key_was_written_is_set_aside(tmp_path):
+def test_a_directory_killed_before_its_key_was_written_is_begun_anew(tmp_path):
     (tmp_path / "round-0004.partial").mkdir()
     (tmp_path / "round-0004.partial" / "key.json.tmp").write_text("{", encoding="utf-8")
     writer = RoundWriter(tmp_path, 4, KEY)
     assert [path.name for path in writer.path.iterdir()] == ["key.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["round-0004.partial"]
 
 
 def test_a_kill_between_round_json_and_the_rename_loses_nothing(tmp_path):
@@ -353,60 +357,100 @@ def test_a_kill_between_round_json_and_the_rename_loses_nothing(tmp_path):
     assert load_round(again.finish({"number": 4})).info == {"number": 4}
 
 
+def finished_round(rounds_dir: Path) -> RoundWriter:
+    """A finished round with an order, whose name a power cut took back."""
+    writer = RoundWriter(rounds_dir, 4, KEY)
+    write_labels(writer.path / "probes.parquet", make_labels())
+    rows = np.arange(5, 9)
+    write_array(writer.path / "selection.npy", rows)
+    info = {"number": 4, "order_sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
+    writer.finish(info).rename(writer.path)
+    return writer
+
+
+def test_a_round_that_lost_its_last_rename_is_finished_by_the_next_start(tmp_path):
+    finished_round(tmp_path)
+    assert RoundWriter(tmp_path, 4, KEY).complete
+    assert not (tmp_path / "round-0004.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["probes.parquet", "selection.npy", "SHA256SUMS", "round.json", "key.json"])
+def test_a_round_that_lost_more_than_its_name_is_not_taken_for_whole(tmp_path, name):
+    path = finished_round(tmp_path).path
+    (path / name).write_bytes((path / name).read_bytes()[:-2])
+    assert not is_whole(path)
+    (path / name).unlink()
+    assert not is_whole(path)
+
+
+def test_a_round_without_what_vouches_for_it_goes_on_from_its_stages(tmp_path):
+    path = finished_round(tmp_path).path
+    (path / "round.json").unlink()
+    path.rename(tmp_path / "round-0004")
+    again = RoundWriter(tmp_path, 4, KEY)
+    assert not again.complete
+    assert (again.path / "selection.npy").exists()
+
+
 def test_set_aside_names_a_partial_and_a_finished_round_alike(tmp_path):
-    for name in ("round-0001", "round-0001.partial"):
+    (tmp_path / "round-00010.stale-7").mkdir()  # another round's
+    for number, name in enumerate(["round-0001", "round-0001.partial", "round-0001"], 1):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
         stale = set_aside(tmp_path / name)
-        assert stale == tmp_path / "round-0001.stale"
+        assert stale == tmp_path / f"round-0001.stale{'' if number == 1 else f'-{number}'}"
         assert [path.name for path in stale.iterdir()] == [name]
+    (tmp_path / "round-0001.stale-2").rename(tmp_path / "elsewhere")
+    (tmp_path / "round-0001").mkdir()
+    assert set_aside(tmp_path / "round-0001").name == "round-0001.stale-4"
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import numpy as np
-from mates_hf.records import write_array, write_json
-from mates_hf.round_files import RoundWriter
-left = int(sys.argv[2])
-def die_or_go_on(call):
-    def wrapped(*args, **kwargs):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return wrapped
-os.replace, os.fsync, os.mkdir = die_or_go_on(os.replace), die_or_go_on(os.fsync), die_or_go_on(os.mkdir)
-key = {"config": {}, "pool": {}, "step": 1, "weights": "aa"}
-writer = RoundWriter(Path(sys.argv[1]), 1, key)
-if not writer.complete:
-    if not (writer.path / "scores.npy").exists():
-        write_array(writer.path / "scores.npy", np.arange(4.0))
-    writer.finish({"number": 1})
-print("done")
-"""
+def write_or_die(directory: Path, calls: int) -> int:
+    """Write a round in a forked process that kills itself in place of a call to the disk; its exit code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left = calls
+
+    def die_or_go_on(call):
+        def wrapped(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    code = 1
+    try:
+        os.replace, os.fsync, os.mkdir = (die_or_go_on(call) for call in (os.replace, os.fsync, os.mkdir))
+        writer = RoundWriter(directory, 1, KEY)
+        if not writer.complete:
+            if not (writer.path / "scores.npy").exists():
+                write_array(writer.path / "scores.npy", np.arange(4.0))
+            writer.finish({"number": 1})
+        code = 0
+    finally:
+        os._exit(code)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
 def test_a_round_killed_at_any_write_is_finished_by_rerunning_it(tmp_path):
-    def run(directory: Path, calls: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", KILLED, str(directory), str(calls)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE_ROOT, check=False)
-
-    for calls in range(40):
+    for calls in range(60):
         directory = tmp_path / f"killed-{calls}" / "_mates"
-        first = run(directory, calls)
-        if first.returncode == 0:
+        code = write_or_die(directory, calls)
+        if code == 0:
             break
-        assert first.returncode == -signal.SIGKILL, first.stderr
+        assert code == -signal.SIGKILL
         final = directory / "round-0001"
         assert not (final / "round.json").exists() or np.load(final / "scores.npy").tolist() == [0, 1, 2, 3]
-        second = run(directory, 1_000)
-        assert second.stdout == "done\n", second.stderr
+        assert write_or_die(directory, 1_000) == 0
         assert np.load(final / "scores.npy").tolist() == [0, 1, 2, 3]
         assert json.loads((final / "round.json").read_text(encoding="utf-8")) == {"number": 1}
         assert not (directory / "round-0001.partial").exists()
-    assert calls >= 8  # two directories, three files of two calls each, one last rename
+        assert not list(directory.glob("*.stale*"))
+    assert 16 <= calls < 59  # two directories, four files of three calls each, one last rename; folders flushed
 
 
 def test_a_round_is_loaded_without_torch(tmp_path):

@@ -25,7 +25,8 @@ from mates_hf.records import (
     write_array,
     write_json,
 )
-from mates_hf.round_files import RoundWriter, load_round, read_labels, round_path, set_aside, write_labels
+from mates_hf.round_files import load_round, read_labels, round_path, write_labels
+from mates_hf.round_writer import RoundWriter, set_aside
 
 PACKAGE = Path(mates_hf.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -261,9 +262,8 @@ def test_setting_a_round_aside_deletes_nothing_behind_a_link(tmp_path: Path) -> 
     (tmp_path / "precious" / "file").touch()
     (tmp_path / "_mates" / "round-0001").mkdir(parents=True)
     (tmp_path / "_mates" / "round-0001.stale").symlink_to(tmp_path / "precious")
-    set_aside(tmp_path / "_mates" / "round-0001")
-    assert (tmp_path / "precious" / "file").exists()
-    assert not (tmp_path / "_mates" / "round-0001.stale").is_symlink()
+    assert set_aside(tmp_path / "_mates" / "round-0001").name == "round-0001.stale-2"
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["file"]
 
 
 # --- who may read ---
@@ -275,7 +275,8 @@ import numpy as np
 os.umask(int(sys.argv[2], 8))
 from mates_hf.influence.artifacts import write_artifact
 from mates_hf.records import FitReport, InfluenceLabels, write_array
-from mates_hf.round_files import RoundWriter, write_labels
+from mates_hf.round_files import write_labels
+from mates_hf.round_writer import RoundWriter
 values = np.array([0.25, -0.5], np.float32)
 labels = InfluenceLabels(
     candidate_id=np.arange(2), influence=values, influence_per_token=values, loss=values,

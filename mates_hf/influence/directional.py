@@ -61,18 +61,17 @@ from mates_hf.influence.preconditioner import (
 )
 from mates_hf.influence.probe import count_multiplied_parameters, read_measurable
 from mates_hf.influence.reference_path import PathReader, ReferencePath, shares_of_path
+from mates_hf.influence.shards import Shards
 from mates_hf.influence.usual_batches import UsualBatches
 from mates_hf.model_traits import unwrap
 from mates_hf.preserve import in_evaluation, preserved
 from mates_hf.processes import ALONE, Processes
-from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings, read_array, write_array
+from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, RunSettings
 
 if TYPE_CHECKING:
     from mates_hf.data.reference import ReferenceTask
 
 logger = logging.getLogger(__name__)
-
-SHARD_ROWS = 512  # candidates measured at a time; a killed probe loses no more than these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,18 +192,11 @@ class DirectionalProbe:
         )
         probe = dataclasses.replace(self, loss=loss)
         direction = probe.compute_direction(model, optimizer, reference, rows)
-        choice = EpsilonChoice(epsilon=self.epsilon) if self.epsilon is not None else None
-        if choice is None:
-            few = dataclasses.replace(probe, progress=False).directional_derivatives
-            choice = choose_epsilon(
-                model,
-                direction,
-                rows,
-                lambda r, e: few(model, direction, r, e),
-                seed=self.seed or 0,
-                processes=self._processes,
-            )
-        plus, minus = probe._in_shards(model, direction, rows, choice.epsilon)
+        shards = self._shards(direction, ids)
+        choice = shards.choice(lambda: probe._choose_epsilon(model, direction, rows))
+        plus, minus = shards.measured(
+            rows, lambda some: probe.directional_derivatives(model, direction, some, choice.epsilon)
+        )
         derivatives = direction.derivatives(plus, minus, choice.epsilon)
         per_candidate = row_means(rows, derivatives)
         num_tokens = 2 * int(rows.lengths.sum()) + choice.num_tokens + num_compared
@@ -334,30 +326,25 @@ class DirectionalProbe:
 
         return losses_on_either_side(model, direction, epsilon, losses)
 
-    def _in_shards(
-        self, model: nn.Module, direction: Direction, rows: Candidates, epsilon: float
-    ) -> tuple[FloatArray, FloatArray]:
-        """`directional_derivatives`, some candidates at a time, those that an interrupted probe left read back."""
-        processes = self._processes
-        parts = []
-        for start in range(0, len(rows), SHARD_ROWS):
-            shard = rows.take(np.arange(start, min(start + SHARD_ROWS, len(rows))))
-            # Its name tells the direction: labels along another one (another probe, say) are not mixed in.
-            name = f"{start}-{epsilon:.6e}-{direction.norm:.9e}.npy"
-            path = self.shards_dir / name if self.shards_dir and processes.is_main else None
-            stored = read_array(path) if path is not None else None
-            if processes.agree(float(stored is not None)):
-                both = np.zeros((2, int(shard.num_targets.sum())))
-                if stored is not None:
-                    both[:] = stored
-                parts.append(processes.sum(both))
-                continue
-            parts.append(np.stack(self.directional_derivatives(model, direction, shard, epsilon)))
-            if path is not None:
-                path.parent.mkdir(exist_ok=True)
-                write_array(path, parts[-1])
-        plus, minus = np.concatenate(parts, axis=1)
-        return plus, minus
+    def _choose_epsilon(self, model: nn.Module, direction: Direction, rows: Candidates) -> EpsilonChoice:
+        if self.epsilon is not None:
+            return EpsilonChoice(epsilon=self.epsilon)
+        few = dataclasses.replace(self, progress=False).directional_derivatives
+        return choose_epsilon(
+            model,
+            direction,
+            rows,
+            lambda r, e: few(model, direction, r, e),
+            seed=self.seed or 0,
+            processes=self._processes,
+        )
+
+    def _shards(self, direction: Direction, ids: IntArray) -> Shards:
+        """What an interrupted probe of these candidates with these settings left."""
+        # Labels are the same with any of these.
+        left_out = {"processes", "shards_dir", "progress", "tokens_per_batch"}
+        settings = {name: value for name, value in vars(self).items() if name not in left_out}
+        return Shards(self.shards_dir, direction, settings, ids, self._processes)
 
     @property
     def _processes(self) -> Processes:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
+from mates_hf.disk import unless_disk_fails
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation
 from mates_hf.influence.directional import DirectionalProbe
 from mates_hf.records import FloatArray, InfluenceLabels, read_json, write_json
@@ -54,7 +55,8 @@ def audit_round(run: Run, path: Path, labels: InfluenceLabels, number: int) -> d
     else:
         audit = _agreement(*found, labels.influence[picked], seed)
         audit["num_passages"] = min(NUM_AUDIT_PASSAGES, len(run.reference))
-    write_json(audit_path, audit)
+    with unless_disk_fails("the audit, which a rerun of this round measures again"):
+        write_json(audit_path, audit)
     return audit
 
 

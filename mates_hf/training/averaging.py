@@ -14,6 +14,7 @@ together at the boundary. On a GPU without room for it (`memory`) the copy is in
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mates_hf.disk import written_whole_by_name
 from mates_hf.preserve import forget_derived, local_shard
 from mates_hf.processes import ALONE, Processes
 from mates_hf.records import MatesError
@@ -244,11 +246,20 @@ class WeightAverage:
                 part = next(parts, None)
             yield name, whole_tensor(mean, parameter)
 
-    def save(self, path: Path, processes: Processes = ALONE) -> None:
+    def save(self, path: Path, processes: Processes = ALONE, *, output_dir: Path | None = None) -> None:
         """Write the mean beside the rounds, whole or not at all, for a checkpoint that falls inside the window.
 
         All processes must call it; the main one writes.
+
+        Args:
+            path: the file.
+            processes: those of the run.
+            output_dir: where the checkpoint goes, which the file says; None says nothing.
+
+        Raises:
+            OSError: the disk did not take it.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {}
@@ -257,10 +268,14 @@ class WeightAverage:
                 tensors[name] = whole.cpu().contiguous()
         if not processes.is_main:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={"num_steps": str(self.num_steps)})
-        temporary.replace(path)
+        metadata = {"num_steps": str(self.num_steps)}
+        if output_dir is not None:
+            metadata["output_dir"] = str(output_dir.resolve())
+        with written_whole_by_name(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:
+                raise OSError(errno.EIO, str(error), str(path)) from error
 
     def load(self, path: Path, processes: Processes = ALONE) -> bool:
         """Continue from a mean that the main process finds on its disk; False where there is none."""

@@ -72,6 +72,29 @@ def may_run_beside(run: Run) -> bool:
     return bool(getattr(run.influence_model, "runs_beside_training", False)) and run.pool.is_read_by_columns
 
 
+def due_step(run: Run, step: int, look_ahead_steps: int) -> int:
+    """The step at whose end the order of a round that begins now is needed; `step` where it cannot run beside training.
+
+    It is before the dataloader may fetch the round's first row, and before the averaging window of the next round or
+    drift check begins.
+
+    Args:
+        run: the run's state.
+        step: optimizer steps done.
+        look_ahead_steps: optimizer steps whose rows the dataloader has fetched at the end of a step.
+
+    Returns:
+        An optimizer step, at least `step`.
+    """
+    config = run.config
+    if not may_run_beside(run):
+        return step
+    due = [step + config.lead_steps - look_ahead_steps, step + config.update_steps - config.window_steps]
+    if config.drift_check_steps:
+        due.append(step + max(config.lead_steps, config.drift_check_steps) - config.window_steps)
+    return max(step, min(due))
+
+
 class Beside(Generic[T]):
     """Work in a thread, begun now; its result, or its error, is waited for once.
 

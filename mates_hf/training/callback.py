@@ -30,7 +30,6 @@ from mates_hf.influence.preconditioner import require_known, require_steps, unwr
 from mates_hf.influence.probe import Probe, read_given
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.model_traits import context_length, unwrap, vocabulary_size
-from mates_hf.paths import expand_path
 from mates_hf.processes import Processes
 from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
 from mates_hf.selection.ledger import Ledger
@@ -44,6 +43,7 @@ from mates_hf.training.checks import (
     resume_caveats,
 )
 from mates_hf.training.clock import RowClock
+from mates_hf.training.opening import run_folders
 from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
 from mates_hf.training.own_order import check_rows_once, find_sampler, install, require_one_clock, warn_of_own_streams
 from mates_hf.training.preference import preference_refusal
@@ -152,6 +152,7 @@ class MatesCallback(TrainerCallback):
         processes = Processes.of_run()
         require_one_clock(processes, dataclasses.asdict(clock))
         tokenizer = kwargs.get("processing_class")
+        output_dir, rounds_dir = run_folders(args, state, self.config, self._trainer or find_trainer(self))
         run = Run(
             model=model,
             optimizer=optimizer,
@@ -166,14 +167,14 @@ class MatesCallback(TrainerCallback):
             config=self.config,
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
-            rounds_dir=expand_path(self.config.rounds_dir or Path(args.output_dir) / "_mates"),
+            rounds_dir=rounds_dir,
             processes=processes,
             side=Processes.of_run(beside_training=True),
         )
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
         if saved:
             resume.check_same_run(saved, run.identity())
-            checkpoint = _find_checkpoint(args, state.global_step)
+            checkpoint = _find_checkpoint(args, output_dir, state.global_step)
             resume.check_weights(model, saved.get("weights", {}), checkpoint)
             resume.warn_without_optimizer(checkpoint)
         finished = state.global_step >= state.max_steps
@@ -185,7 +186,7 @@ class MatesCallback(TrainerCallback):
             clock,
             sampler,
             plan,
-            output_dir=Path(args.output_dir),
+            output_dir=output_dir,
             step=state.global_step,
             look_ahead_steps=look_ahead_steps(dataloader, args.gradient_accumulation_steps),
             saved=saved,
@@ -252,6 +253,7 @@ class MatesCallback(TrainerCallback):
         session, self._session = self._session, None
         if session is not None:
             session.abandon()
+            session.close()
         if self._restore_sampler is not None:
             self._restore_sampler()
             self._restore_sampler = None
@@ -332,9 +334,9 @@ def _make_clock(args: Any, state: Any, dataloader: Any, saved: dict[str, Any] | 
     return dataclasses.replace(anchored, start_position=int(saved["position"]), own_start=int(saved["own_start"]))
 
 
-def _find_checkpoint(args: Any, step: int) -> Path | None:
+def _find_checkpoint(args: Any, output_dir: Path, step: int) -> Path | None:
     """The checkpoint folder a run resumed from, where it can be told."""
     given = args.resume_from_checkpoint
     candidates = [Path(given)] if isinstance(given, str) and given not in ("True", "true") else []
-    candidates.append(Path(args.output_dir) / f"checkpoint-{step}")
+    candidates.append(output_dir / f"checkpoint-{step}")
     return next((path for path in candidates if path.is_dir()), None)

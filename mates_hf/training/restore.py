@@ -1,7 +1,7 @@
 """Going on after a stop: orders, ledger and influence models as they were in memory, from finished rounds on disk.
 
 Place in the flow: `session` calls it where a checkpoint names a round. The main process reads; the others receive the
-orders. Which round a checkpoint needs, and whether it is there, is `resume`.
+orders. Which round a checkpoint needs is `rounds_on_disk`'s business.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from mates_hf.records import MatesError, read_array
 from mates_hf.round_files import PROBES_FILE, read_labels, round_path
 from mates_hf.selection.ledger import Ledger, probed_rows
-from mates_hf.training import resume
+from mates_hf.training import rounds_on_disk
 from mates_hf.training.run import Order, Run, load_order
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ def restore_models(run: Run, number: int) -> None:
         run: the run's state.
         number: of the last finished round.
     """
-    passed, fitted = resume.last_passed(run.rounds_dir, number), resume.last_fitted(run.rounds_dir, number)
+    passed = rounds_on_disk.last_passed(run.rounds_dir, number)
+    fitted = rounds_on_disk.last_fitted(run.rounds_dir, number)
     for earlier in sorted({each for each in (passed, fitted) if each is not None}):
         path = round_path(run.rounds_dir, earlier)
         run.remember(run.load_model(path), load_order(path).info)

@@ -5,13 +5,12 @@ Place in the flow: `MatesCallback` keeps a small dict in `TrainerState.stateful_
 how far they were consumed.
 
 Trade-off: the running mean of the weights is too large for JSON and lies beside the rounds, one file a checkpoint that
-falls inside the averaging window.
+falls inside the averaging window; `rounds_on_disk` finds both.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from typing import Any
 import torch
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import STATE_KEY, MatesError, RoundMismatchError, read_json
-from mates_hf.round_files import ROUND_FILE, round_path, set_aside
-from mates_hf.training.checkpoints import last_complete_checkpoint
+from mates_hf.records import STATE_KEY, MatesError, RoundMismatchError
 from mates_hf.training.digest import MARK, weight_marks
 
 logger = logging.getLogger(__name__)
@@ -173,130 +170,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between a checkpoint and the run that resumes it."""
     differing = {key: (old.get(key), new.get(key)) for key in {*old, *new} if old.get(key) != new.get(key)}
     return ", ".join(f"{key}: checkpoint {a!r}, this run {b!r}" for key, (a, b) in sorted(differing.items()))
-
-
-def require_round(rounds_dir: Path, last_round: Mapping[str, Any], step: int) -> Path:
-    """Directory of the round whose rows a checkpoint was trained on.
-
-    Args:
-        rounds_dir: where the run's rounds are.
-        last_round: `number` and `order_sha256` of the round, from the checkpoint.
-        step: the step being resumed at, for the message.
-
-    Returns:
-        The directory.
-
-    Raises:
-        MatesError: it is not there, or another attempt at the round has taken its place.
-    """
-    path = round_path(rounds_dir, last_round["number"])
-    if not (path / ROUND_FILE).exists():
-        raise MatesError(
-            f"Resuming at step {step} needs the finished round `{path}`, which is not there. Move the `_mates` folder "
-            "along with the checkpoints, or set `rounds_dir` to where it is. If `keep_rounds` had it deleted, resume "
-            "from a later checkpoint."
-        )
-    found = read_json(path / ROUND_FILE).get("order_sha256", "none")
-    if found != last_round["order_sha256"]:
-        raise MatesError(
-            f"Resuming at step {step} needs the selection that the checkpoint was trained on (SHA-256 "
-            f"{last_round['order_sha256'][:12]}), but `{path}` holds another ({found[:12]}): the run was resumed from "
-            "an earlier checkpoint since, and that round was run again. Resume from a later checkpoint of that "
-            "attempt, or put the directory set aside as `.stale` back under its name."
-        )
-    return path
-
-
-def round_before(rounds_dir: Path, number: int) -> Path | None:
-    """Directory of the last finished round before a round, where there is one."""
-    paths = (round_path(rounds_dir, earlier) for earlier in range(number - 1, -1, -1))
-    return next((path for path in paths if (path / ROUND_FILE).exists()), None)
-
-
-def last_passed(rounds_dir: Path, number: int) -> int | None:
-    """The last round on disk, up to `number`, that passed the guard; `keep_rounds` deletes others."""
-    for earlier in range(number, -1, -1):
-        path = round_path(rounds_dir, earlier) / ROUND_FILE
-        if path.exists() and read_json(path)["guard"]["decision"] == "select":
-            return earlier
-    return None
-
-
-def last_fitted(rounds_dir: Path, number: int) -> int | None:
-    """The last round on disk, up to `number`, that has an influence model: labels that rank nothing leave none."""
-    for earlier in range(number, -1, -1):
-        path = round_path(rounds_dir, earlier)
-        if (path / ROUND_FILE).exists() and (path / "influence_model").exists():
-            return earlier
-    return None
-
-
-def prune_rounds(rounds_dir: Path, output_dir: Path, number: int, keep: int) -> None:
-    """Delete rounds that are neither among the newest nor asked for by a resume.
-
-    Args:
-        rounds_dir: where the run's rounds are.
-        output_dir: where its checkpoints are.
-        number: the last finished round.
-        keep: how many of the newest stay.
-    """
-    needed = rounds_needed(rounds_dir, output_dir, number)
-    for path in sorted(rounds_dir.glob("round-*")):
-        digits = path.name.removeprefix("round-").split(".")[0]
-        if digits.isdigit() and int(digits) <= number - keep and int(digits) not in needed and path.exists():
-            # Out of the way first: what a kill leaves of it must not be taken for a round.
-            shutil.rmtree(path if path.suffix == ".stale" else set_aside(path))
-
-
-def rounds_needed(rounds_dir: Path, output_dir: Path, number: int) -> set[int]:
-    """Rounds that a resume would ask for, from the last complete checkpoint or from the next one.
-
-    A resume needs the round in training, the one before it (its rows are trained on until the switch), the last one
-    that passed the guard, and the last one with an influence model; and it comes through those made since once more.
-
-    Args:
-        rounds_dir: where the run's rounds are.
-        output_dir: where its checkpoints are.
-        number: the last finished round.
-
-    Returns:
-        Their numbers.
-    """
-    last = [number]
-    checkpoint = last_complete_checkpoint(output_dir)
-    if checkpoint is not None:
-        callbacks = read_json(Path(checkpoint) / "trainer_state.json").get("stateful_callbacks", {})
-        saved = callbacks.get(STATE_KEY, {}).get("last_round")
-        last += [saved["number"]] if saved else []
-    needed = set(range(min(last), number + 1))
-    for latest in last:
-        before = round_before(rounds_dir, latest)
-        if before is not None:
-            needed.add(read_json(before / ROUND_FILE)["number"])
-        models = (last_passed(rounds_dir, latest), last_fitted(rounds_dir, latest))
-        needed.update(each for each in models if each is not None)
-    return needed
-
-
-def set_earlier_run_aside(rounds_dir: Path) -> None:
-    """A run that does not resume never loads a round: rename what an earlier run left to `.stale`."""
-    left = sorted(path for path in rounds_dir.glob("round-*") if path.suffix != ".stale")
-    for path in left:
-        set_aside(path)
-    for path in rounds_dir.glob("average-*.safetensors"):
-        path.unlink()
-    if left:
-        logger.info("%d rounds of an earlier run set aside in %s", len(left), rounds_dir)
-
-
-def average_path(rounds_dir: Path, step: int) -> Path:
-    """Where the running mean of the weights is kept for the checkpoint at `step`."""
-    return rounds_dir / f"average-{step}.safetensors"
-
-
-def prune_averages(rounds_dir: Path, output_dir: Path, step: int) -> None:
-    """Delete running means whose checkpoint is gone."""
-    for path in rounds_dir.glob("average-*.safetensors"):
-        saved_step = path.stem.removeprefix("average-")
-        if saved_step != str(step) and not (output_dir / f"checkpoint-{saved_step}").exists():
-            path.unlink(missing_ok=True)

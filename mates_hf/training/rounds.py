@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.disk import replace_path, sync_tree
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import (
     InfluenceLabels,
@@ -33,7 +34,8 @@ from mates_hf.records import (
     write_array,
     write_json,
 )
-from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
+from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path, write_labels
+from mates_hf.round_writer import RoundWriter
 from mates_hf.selection.choose import select_rows, stage_seed
 from mates_hf.selection.ledger import RoundDraw, probed_rows
 from mates_hf.selection.plan import PlannedRound
@@ -283,7 +285,8 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, num
     partial = path / "influence_model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     write_round_model(partial, fitted, run.tokenizer)
-    partial.rename(final)
+    sync_tree(partial)
+    replace_path(partial, final)
     return fitted
 
 

@@ -23,6 +23,7 @@ from mates_hf.config import MatesConfig
 from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.disk import unless_disk_fails
 from mates_hf.influence.probe import Probe, count_parameters
 from mates_hf.model_traits import hub_name
 from mates_hf.processes import ALONE, Processes
@@ -246,7 +247,7 @@ class Order:
 
 
 def load_order(path: Path) -> Order:
-    """The order a finished round decided, rows memory-mapped."""
+    """The order a finished round decided, in memory: its file may be deleted while it is trained on."""
     info = read_json(path / ROUND_FILE)
     rows = read_array(path / "selection.npy", np.int64)
     if rows is None:
@@ -258,7 +259,7 @@ def load_order(path: Path) -> Order:
             raise MatesError(
                 f"`{path / ROUND_FILE}` must hold the number `{name}`, got {info.get(name)!r}. {COPY_AGAIN}"
             )
-    return Order(number=info["number"], from_position=info["from_position"], rows=rows, info=info)
+    return Order(number=info["number"], from_position=info["from_position"], rows=np.array(rows), info=info)
 
 
 class Stages:
@@ -284,7 +285,10 @@ class Stages:
         if name not in self.seconds_and_flops:
             self.seconds_and_flops[name] = stage
             if self._path is not None:
-                write_json(self._path, self.seconds_and_flops)
+                path, self._path = self._path, None
+                with unless_disk_fails("what the round's stages took, which a rerun of it then leaves out"):
+                    write_json(path, self.seconds_and_flops)
+                    self._path = path
         logger.info("stage %s: %.2f s", name, stage["seconds"])
 
 

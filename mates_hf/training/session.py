@@ -26,14 +26,16 @@ from mates_hf.reporting.metrics import round_metrics
 from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
-from mates_hf.training import resume
+from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.averaging import WeightAverage
-from mates_hf.training.beside import Beside, CheckpointState, await_order, may_run_beside, share_order
+from mates_hf.training.beside import Beside, CheckpointState, await_order, due_step, share_order
 from mates_hf.training.clock import RowClock
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
+from mates_hf.training.lock import RoundsLock, released_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
+from mates_hf.training.opening import disk_errors_named, open_rounds
 from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
 from mates_hf.training.rounds import run_round
@@ -75,7 +77,6 @@ class Session:
         self.average: WeightAverage | None = None
         self.order: Order | None = None  # the last round's
         self._look_ahead_steps = look_ahead_steps
-        self._beside = may_run_beside(run)
         self._pending: Beside[Order] | None = None  # a round that has its labels
         self._metrics: dict[str, float] = {}  # not reported yet
         self._next_round: PlannedRound | None = None
@@ -94,12 +95,17 @@ class Session:
             "last_round": saved["last_round"] if saved else None,
             **run.identity(),
         }
+        self.lock: RoundsLock | None = None  # the main process's
         with run.processes.leading() if run.processes.is_main else contextlib.nullcontext():
-            if saved and saved["last_round"] is not None:
-                self._restore_rounds(saved["last_round"], step)
-            elif not saved and run.processes.is_main:
-                resume.set_earlier_run_aside(run.rounds_dir)
-            self._plan_next(step)
+            if run.processes.is_main:
+                self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
+                run.processes.publish({"opened": True})
+            else:
+                run.processes.receive()
+            with released_on_error(self.lock):
+                if saved and saved["last_round"] is not None:
+                    self._restore_rounds(saved["last_round"], step)
+                self._plan_next(step)
 
     def begin_step(self, step: int) -> None:
         """Behind the first batch of a pass: prove that all processes drew the same, and shuffle the pool ahead."""
@@ -176,10 +182,12 @@ class Session:
         """Keep the running mean for a checkpoint inside the averaging window; all processes must call it."""
         if self.average is not None and self.average.num_steps and self._average_saved_at != step:
             # Over whatever an earlier attempt at this step left there: its weights may have been others.
-            self.average.save(resume.average_path(self.run.rounds_dir, step), self.run.processes)
+            path = rounds_on_disk.average_path(self.run.rounds_dir, step)
+            with released_on_error(self.lock), disk_errors_named(self.run.rounds_dir):
+                self.average.save(path, self.run.processes, output_dir=self.output_dir)
             self._average_saved_at = step
             if self.run.processes.is_main:
-                resume.prune_averages(self.run.rounds_dir, self.output_dir, step)
+                rounds_on_disk.prune_averages(self.run.rounds_dir, self.output_dir, step)
 
     def _look(self, step: int) -> None:
         """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
@@ -199,13 +207,14 @@ class Session:
             if not run.processes.is_main:
                 due, conclude = assist(run), functools.partial(await_order, run)
             else:
-                with run.processes.leading():
+                with run.processes.leading(), released_on_error(self.lock), disk_errors_named(run.rounds_dir):
                     rest = self._decide(step)
-                due = None if rest is None else self._due(step)
+                due = None if rest is None else due_step(run, step, self._look_ahead_steps)
                 release(run, due)
                 conclude = functools.partial(self._conclude, rest, due is not None and due > step)
             if due is not None and due <= step:  # with the weights that were probed still in place
-                order = conclude()
+                with released_on_error(self.lock):
+                    order = conclude()
         if order is not None:
             self._take(order, step)
         elif due is None:
@@ -214,26 +223,12 @@ class Session:
             self._next_event = 0
             self._pending = Beside(conclude, due)
 
-    def _due(self, step: int) -> int:
-        """The step at whose end a round that begins at `step` must be settled: `step` itself where it cannot wait.
-
-        Before its first row may be fetched, and before the window of the next round or drift check begins.
-        """
-        config = self.run.config
-        if not self._beside:
-            return step
-        due = [step + config.lead_steps - self._look_ahead_steps, step + config.update_steps - config.window_steps]
-        if config.drift_check_steps:
-            due.append(step + max(config.lead_steps, config.drift_check_steps) - config.window_steps)
-        return max(step, min(due))
-
     def _conclude(self, rest: Callable[..., Order] | None, beside: bool) -> Order:
         """In the main process: the rest of a round, whose order the other processes are told."""
         assert rest is not None
-        with self.run.side.leading():
+        with self.run.side.leading(), disk_errors_named(self.run.rounds_dir):
             order = rest(beside=beside)
             self.run.ledger.mark_trained(np.asarray(order.rows))
-            self._prune(order.number)
         share_order(self.run, order)
         return order
 
@@ -241,13 +236,15 @@ class Session:
         """Wait for the order of the round that goes on beside training, and schedule it."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            order = pending.result()
+            with released_on_error(self.lock):
+                order = pending.result()
             self._metrics["mates/waited_seconds"] = pending.waited
             self._take(order, self.state["step"])
 
     def _take(self, order: Order, step: int) -> None:
         """In every process: train on a round's order, and look out for the next one."""
         self._schedule(order)
+        self._prune(order.number)
         self._metrics.update(round_metrics(order.info))
         self._plan_next(step)
 
@@ -271,6 +268,8 @@ class Session:
 
     def _decide(self, step: int) -> Callable[..., Order] | None:
         """In the main process: the rest of a new round, or None where a drift check finds none is due."""
+        assert self.lock is not None
+        self.lock.check()
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
@@ -329,7 +328,7 @@ class Session:
         self._window_start = self._next_event - max(window, 1)
         if window and self._next_event:
             self.average = WeightAverage(self.run.model, self.run.processes, on_host=self._on_host)
-            path = resume.average_path(self.run.rounds_dir, step)
+            path = rounds_on_disk.average_path(self.run.rounds_dir, step)
             if step > self._window_start and not self.average.load(path, self.run.processes):
                 logger.warning(
                     "The running mean of the weights at step %d is not in %s: the next round averages from here on, "
@@ -360,9 +359,9 @@ class Session:
         if not run.processes.is_main:
             orders = receive_orders(run)
         else:
-            path = resume.require_round(run.rounds_dir, last_round, step)
+            path = rounds_on_disk.require_round(run.rounds_dir, last_round, step)
             last = load_order(path)
-            earlier = resume.round_before(run.rounds_dir, last.number)
+            earlier = rounds_on_disk.round_before(run.rounds_dir, last.number)
             orders = []
             if last.from_position > start and earlier is not None:
                 orders.append(restore_order(run, earlier, last.from_position))
@@ -381,8 +380,13 @@ class Session:
     def _prune(self, number: int) -> None:
         """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""
         keep = self.run.config.keep_rounds
-        if keep is not None:
-            resume.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep)
+        if keep is not None and self.run.processes.is_main:
+            rounds_on_disk.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep)
+
+    def close(self) -> None:
+        """Let other runs write to the folder of the rounds."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def _rows_from(order: Order, position: int) -> npt.NDArray[Any]:

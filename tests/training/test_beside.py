@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from mates_hf import DirectionalProbe, MatesCallback, NgramInfluenceModel, load_round
 from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
+from mates_hf.records import MatesError
 from mates_hf.training import rounds, scoring
 from mates_hf.training.beside import Beside, CheckpointState, may_run_beside
 from tests.training.kit import Stop, assert_same, make_arguments, make_pool, make_reference, run, small_config
@@ -128,7 +129,7 @@ def test_what_fails_beside_training_ends_it_by_its_own_name(tmp_path, monkeypatc
     callback = mates()
     with monkeypatch.context() as patch:
         patch.setattr(rounds, "score_candidates", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(MatesError, match="No space left"):
             run(make_arguments(tmp_path), [callback, count])
     assert steps[-1] == DUE - 1
     assert not (tmp_path / "_mates/round-0001").exists()

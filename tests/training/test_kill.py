@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-NUM_PHASES = 13
+NUM_PHASES = 14
 
 
 @pytest.mark.slow

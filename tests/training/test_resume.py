@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from mates_hf import DirectionalProbe, MatesCallback, OneStepProbe, load_round
 from mates_hf.influence import directional
+from mates_hf.influence import shards as shards_module
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.records import MatesError
 from tests.training.kit import OLD_TRAINER, Result, make_arguments, make_pool, make_reference, run, small_config
@@ -25,6 +26,12 @@ from tests.training.kit import OLD_TRAINER, Result, make_arguments, make_pool, m
 batch_may_change = pytest.mark.skipif(
     OLD_TRAINER, reason="transformers 4 resumes with the batch size of the checkpoint, whatever the arguments say"
 )
+
+
+class Killed(BaseException):
+    """Stands for a kill that the test survives."""
+
+
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 # Two passes over a ragged pool (162 rows, 41 steps with a short last batch) before the first selection.
 LONG = {"update_steps": 50, "num_probes": 10, "switch_lead_steps": 2}
@@ -349,7 +356,7 @@ class Crash(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            raise InterruptedError
+            raise Killed
 
 
 @pytest.mark.slow
@@ -370,7 +377,7 @@ def test_keep_rounds_spares_what_the_last_checkpoint_needs(tmp_path, weak):
         )
 
     whole = run(make_arguments(tmp_path / "whole", **settings), [callback()], dropout=0.1)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Killed):
         run(make_arguments(tmp_path / "part", **settings), [callback(), Crash(25)], dropout=0.1)
     rest = run(
         make_arguments(tmp_path / "part", **settings),
@@ -398,12 +405,12 @@ def test_a_round_that_was_deleted_in_part_is_run_again_where_it_is_needed(tmp_pa
         if not (Path(path) / "round.json").exists():
             return delete(path, *args, **kwargs)
         (Path(path) / "round.json").unlink()
-        raise InterruptedError
+        raise Killed
 
     args = make_arguments(tmp_path, max_steps=30, **EVERY_STEP)
     with monkeypatch.context() as patch:
-        patch.setattr("mates_hf.training.resume.shutil.rmtree", dies)
-        with pytest.raises(InterruptedError):  # at step 24, where round 1 is no longer needed
+        patch.setattr("mates_hf.training.rounds_on_disk.shutil.rmtree", dies)
+        with pytest.raises(Killed):  # at step 24, where round 1 is no longer needed
             run(args, [mates(keep_rounds=2)], dropout=0.1)
     whole = run(make_arguments(tmp_path / "whole", max_steps=30), [mates()], dropout=0.1)
     rest = run(args, [mates(keep_rounds=2)], dropout=0.1, resume=str(tmp_path / "checkpoint-5"))
@@ -434,12 +441,12 @@ def test_an_influence_model_that_was_saved_in_part_is_fitted_again(tmp_path, sho
     def dies(self, path):
         save(self, path)
         (Path(path) / "config.json").unlink()  # which vouches for the others, and is written last
-        raise InterruptedError
+        raise Killed
 
     args = make_arguments(tmp_path, **EVERY_STEP)
     with monkeypatch.context() as patch:
         patch.setattr(NgramInfluenceModel, "save_pretrained", dies)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(Killed):
             run(args, [mates()], dropout=0.1, resume=str(checkpoint))
     probes = tmp_path / "_mates" / "round-0001.partial" / "probes.parquet"
     written = probes.stat().st_mtime_ns
@@ -466,12 +473,12 @@ def test_a_stage_measured_otherwise_is_redone_and_told_of_and_the_run_goes_on(
     checkpoint = as_of(where, tmp_path, 5)
 
     def dies(*args, **kwargs):
-        raise InterruptedError
+        raise Killed
 
     args = make_arguments(tmp_path, **EVERY_STEP)
     with monkeypatch.context() as patch:
         patch.setattr("mates_hf.training.rounds.score_candidates", dies)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(Killed):
             run(args, [mates()], dropout=0.1, resume=str(checkpoint))
     probes = tmp_path / "_mates" / "round-0001.partial" / "probes.parquet"
     kept = probes.stat().st_mtime_ns
@@ -570,12 +577,8 @@ def test_what_nobody_can_restore_ends_the_run_before_its_first_step(tmp_path, sh
     assert not steps
 
 
-class Killed(BaseException):
-    """Stands for a kill that the test survives."""
-
-
 def test_a_probe_killed_on_its_way_goes_on_behind_what_it_has_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(directional, "SHARD_ROWS", 10)  # 40 probes: four shards
+    monkeypatch.setattr(shards_module, "SHARD_ROWS", 10)  # 40 probes: four shards
     settings = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12}
     whole = run(make_arguments(tmp_path / "whole", **settings), [mates()], dropout=0.1)
     measured: list[int] = []
@@ -592,7 +595,7 @@ def test_a_probe_killed_on_its_way_goes_on_behind_what_it_has_measured(tmp_path,
     with pytest.raises(Killed):
         run(make_arguments(tmp_path / "part", **settings), [mates()], dropout=0.1)
     shards = tmp_path / "part" / "_mates" / "round-0001.partial" / "probe_shards"
-    assert len(list(shards.iterdir())) == 2
+    assert len(list(shards.glob("*.npy"))) == 2
     rest = run(make_arguments(tmp_path / "part", **settings), [mates()], dropout=0.1, resume=True)
     assert len(measured) == 3 + 2
     assert not list((tmp_path / "part").rglob("probe_shards"))

@@ -271,7 +271,7 @@ class Trial(dict):
 
 @proves("`hyperparameter_search`", ORDER)
 @proves("`hyperparameter_search`", "each trial selects with its own rounds; equal trials are equal to the bit",
-        note="tested with a backend made by hand; all trials write to the same `_mates`")  # fmt: skip
+        note="tested with a backend made by hand; each trial has a folder in `_mates`")  # fmt: skip
 def test_hyperparameter_search(tmp_path, monkeypatch):
     from transformers import hyperparameter_search
     from transformers.trainer_utils import BestRun, HPSearchBackend
@@ -289,7 +289,10 @@ def test_hyperparameter_search(tmp_path, monkeypatch):
             for number, rate in enumerate((1e-3, 3e-3, 1e-3)):
                 trainer.seen_rows = []
                 trainer.train(trial=Trial(number, learning_rate=rate))
-                record = assert_selected(types.SimpleNamespace(rows=trainer.seen_rows), tmp_path)
+                trial_dir = tmp_path / f"trial-{number}"
+                trial_dir.mkdir()
+                (tmp_path / "_mates" / f"run-{number}").rename(trial_dir / "_mates")
+                record = assert_selected(types.SimpleNamespace(rows=trainer.seen_rows), trial_dir)
                 trials.append((trainer.seen_rows, record.labels.influence))
             return BestRun("0", 0.0, {})
 
@@ -302,6 +305,7 @@ def test_hyperparameter_search(tmp_path, monkeypatch):
     trainer = setup.build(tmp_path, [mates()])
     trainer.hyperparameter_search(backend="optuna", n_trials=3)
     assert len(trials) == 3
+    assert not list((tmp_path / "_mates").iterdir())
     assert trials[0][0] == trials[2][0]
     assert np.array_equal(trials[0][1], trials[2][1])
     assert not np.array_equal(trials[0][1], trials[1][1])
