@@ -199,8 +199,6 @@ class Session:
             seed=stage_seed(run.config.selection_seed, number, "probe"),
             rate_steps=self._rate_steps(step),
         )
-        if self.order is None and self._next_round is not None and run.processes.is_main:
-            self._mark_own_order(self.clock.position(self._next_round.from_step))
         average, self.average = self.average, None
         order: Order | None = None
         with average.swapped_in() if average is not None else contextlib.nullcontext():
@@ -287,7 +285,9 @@ class Session:
         """Bring the ledger up to date and run the round as far as it needs the model; returns the rest."""
         run, clock, sampler = self.run, self.clock, self.sampler
         from_position = clock.position(planned.from_step)
-        if self.order is not None:  # what an early start cuts off
+        if self.order is None:
+            self._mark_own_order(from_position)
+        else:  # what an early start cuts off
             run.ledger.release(np.asarray(_rows_from(self.order, from_position)))
         num_rows = clock.position(planned.to_step) - from_position
         run.ledger.make_room(num_rows, run.config)
