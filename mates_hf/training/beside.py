@@ -73,7 +73,7 @@ def may_run_beside(run: Run) -> bool:
 
 
 def due_step(run: Run, step: int, look_ahead_steps: int) -> int:
-    """The step at whose end the order of a round that begins now is needed; `step` where it cannot run beside training.
+    """The step at whose end the order of a round that begins now is needed: `step` where it may not run beside.
 
     It is before the dataloader may fetch the round's first row, and before the averaging window of the next round or
     drift check begins.
