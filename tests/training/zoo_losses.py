@@ -212,7 +212,8 @@ def likelihood(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any
 
 
 def likelihood_of_pairs(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    return functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+    losses = functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return losses / num_items_in_batch
 
 
 class LastHalf(Trainer):
