@@ -244,7 +244,7 @@ class _Comparison:
         # A model that has learnt little attends to everything a little: at other weights it shows.
         with preserved(self.model) as snapshot:
             self.model.eval()
-            _disturb(snapshot.parameters)
+            _disturb(snapshot.parameters, until_it_passes_on=True)
             snapshot.written()
             return self._sees_later()
 
@@ -383,11 +383,12 @@ def _gap(a: FloatArray, b: FloatArray) -> float:
     return gap if np.isfinite(gap) else np.inf
 
 
-def _disturb(parameters: list[nn.Parameter]) -> None:
-    """Add a little noise to parameters, the same in every process."""
+def _disturb(parameters: list[nn.Parameter], *, until_it_passes_on: bool = False) -> None:
+    """Add a little noise to parameters, the same in every process; to narrow ones enough to pass on what comes in."""
     for number, parameter in enumerate(parameters):
         local = local_shard(parameter)
         if local.dtype.is_floating_point:
             generator = torch.Generator(device="cpu").manual_seed(number)
             noise = torch.randn(local.shape, generator=generator, dtype=torch.float32)
-            local.add_(noise.to(local.device, local.dtype), alpha=0.05)
+            passes_on = local.shape[-1] ** -0.5 if until_it_passes_on and local.dim() > 1 else 0.0
+            local.add_(noise.to(local.device, local.dtype), alpha=max(0.05, passes_on))

@@ -72,7 +72,7 @@ def _shifts_labels(trainer: Any) -> bool:
 
     base = getattr(trainer.model, "get_base_model", None)
     model = base() if callable(base) else trainer.model
-    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
     return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 

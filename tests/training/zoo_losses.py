@@ -211,6 +211,11 @@ def likelihood(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any
     return losses / num_items_in_batch
 
 
+def likelihood_of_pairs(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    losses = functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return losses / num_items_in_batch
+
+
 class LastHalf(Trainer):
     """Trains the last tokens only, and does not give the model its labels."""
 
@@ -225,6 +230,8 @@ TRAINERS = {"reading": ROW, "made_by_trainer": True}
 add("`compute_loss_func`", llama, given={"compute_loss_func": squared}, **TRAINERS)
 add("`compute_loss_func`, attached", llama, given={"compute_loss_func": squared}, attach=True, **SLOW, **TRAINERS)
 add("`compute_loss_func`, the plain likelihood", llama, given={"compute_loss_func": likelihood}, made_by_trainer=True)
+add("`compute_loss_func` of T5, the plain likelihood", t5, given={"compute_loss_func": likelihood_of_pairs},
+    made_by_trainer=True, **BOTH)  # fmt: skip
 add("a Trainer's own loss", llama, trainer=LastHalf, **TRAINERS)
 add("a Trainer's own loss, attached", llama, trainer=LastHalf, attach=True, **TRAINERS, **SLOW)
 add("label smoothing", llama, args={"label_smoothing_factor": 0.2}, **TRAINERS)
