@@ -25,7 +25,14 @@ def run(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["selection", "fidelity", "selector_gain", pytest.param("influence_models", marks=pytest.mark.slow)]
+    "name",
+    [
+        "selection",
+        "fidelity",
+        "selector_gain",
+        pytest.param("averaging_cost", marks=pytest.mark.slow),
+        pytest.param("influence_models", marks=pytest.mark.slow),
+    ],
 )
 def test_the_page_follows_from_the_committed_json(name: str) -> None:
     run(f"{name}.py", "--check")
