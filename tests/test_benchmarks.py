@@ -27,7 +27,7 @@ def run(script: str, *arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["selection", "fidelity", "selector_gain", "rows_cost", pytest.param("influence_models", marks=pytest.mark.slow)],
+    ["selection", "fidelity", "selector_gain", "rows_cost", "averaging_cost", "influence_models"],
 )
 def test_the_page_follows_from_the_committed_json(name: str) -> None:
     run(f"{name}.py", "--check")

@@ -69,7 +69,8 @@ class WeightAverage:
         shared = [processes.size > 1 and not hasattr(p, "to_local") for p in self._parameters.values()]
         self._pieces = cut(shards, shared, processes.size)
         self._mine = [piece for piece in self._pieces if piece.owner in (None, processes.rank)]
-        self._mean: list[Tensor] = []  # of each piece of mine
+        self._mean: list[Tensor] = []  # of each piece of mine, which may be none
+        self._has_mean = False
         self._on_host, self._side = on_host, SideStream(torch.device("cpu"))
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class WeightAverage:
             return
         self._side.finish()
         self._on_host, before = on_host, self._mean
-        if before:
+        if self._has_mean:
             self._mean = self._allocate()
             for mean, old in zip(self._mean, before, strict=True):
                 mean.copy_(old)
@@ -93,7 +94,7 @@ class WeightAverage:
         """
         shards = self._shards()
         live = [piece.of(shards[piece.number]) for piece in self._mine]
-        is_first = not self._mean
+        is_first = not self._has_mean
         if is_first:
             self._mean = self._allocate()
         with self._side.running():
@@ -180,10 +181,12 @@ class WeightAverage:
 
     def _allocate(self) -> list[Tensor]:
         """Memory for the pieces of the mean that are this process's."""
+        self._has_mean = True
         shards = self._shards()
         pieces = [piece.of(shards[piece.number]) for piece in self._mine]
         devices = {piece.device for piece in pieces}
         if not self._on_host or len(devices) != 1:
+            self._side = SideStream(torch.device("cpu"))
             return [torch.empty_like(piece, dtype=mean_dtype(piece)) for piece in pieces]
         device = devices.pop()
         self._side = SideStream(device)
@@ -200,11 +203,11 @@ class WeightAverage:
             The piece, and a tensor that is where the mean or the parameter is.
         """
         self._side.finish()
-        means = dict(zip(self._mine, self._mean, strict=False))
-        if not means:
+        if not self._has_mean:
             return
+        means = dict(zip(self._mine, self._mean, strict=True))
         if release:
-            self._mean = []
+            self._mean, self._has_mean = [], False
         shards = self._shards()
         for group in groups([piece.of(shards[piece.number]).nbytes for piece in self._pieces]):
             pieces = self._pieces[group]
@@ -298,9 +301,10 @@ class WeightAverage:
             ) from error
         processes.publish({"num_steps": self.num_steps})
         self._mean = self._allocate()
-        for number, name in enumerate(self._parameters):
+        means = self._means_by_number()
+        for number, (name, parameter) in enumerate(self._parameters.items()):
             processes.publish({}, mean=wholes[name].numpy())
-            self._take(number, wholes.pop(name))
+            _take_part(wholes.pop(name), parameter, means[number])
         return True
 
     def _receive(self, processes: Processes) -> bool:
@@ -309,21 +313,27 @@ class WeightAverage:
         if not self.num_steps:
             return False
         self._mean = self._allocate()
-        for number in range(len(self._parameters)):
-            self._take(number, torch.from_numpy(processes.receive()[1]["mean"]))
+        means = self._means_by_number()
+        for number, parameter in enumerate(self._parameters.values()):
+            _take_part(torch.from_numpy(processes.receive()[1]["mean"]), parameter, means[number])
         return True
 
-    @torch.no_grad()
-    def _take(self, number: int, whole: Tensor) -> None:
-        """Keep what is this process's of the mean of a whole parameter."""
-        parameter = list(self._parameters.values())[number]
-        part = _own_part(whole, parameter)
-        shard = local_shard(parameter)
-        if not shard.is_contiguous():  # then no piece of it is flattened
-            part = torch.empty_like(shard, dtype=part.dtype, device=part.device).copy_(part)
+    def _means_by_number(self) -> list[list[tuple[Piece, Tensor]]]:
+        """The pieces of each parameter that are averaged here, and their means."""
+        found: list[list[tuple[Piece, Tensor]]] = [[] for _ in self._parameters]
         for piece, mean in zip(self._mine, self._mean, strict=True):
-            if piece.number == number:
-                mean.copy_(piece.of(part))
+            found[piece.number].append((piece, mean))
+        return found
+
+
+@torch.no_grad()
+def _take_part(whole: Tensor, parameter: nn.Parameter, means: list[tuple[Piece, Tensor]]) -> None:
+    """Fill the means of pieces from that of the whole parameter."""
+    part, shard = _own_part(whole, parameter), local_shard(parameter)
+    if not shard.is_contiguous():  # then no piece of it is flattened
+        part = torch.empty_like(shard, dtype=part.dtype, device=part.device).copy_(part)
+    for piece, mean in means:
+        mean.copy_(piece.of(part))
 
 
 def _mark(tensor: Tensor) -> Tensor:

@@ -243,6 +243,17 @@ for dtype in (torch.float32, torch.bfloat16):
             assert torch.equal(parameter.detach(), own)
         assert not records, records
 
+# So small that one process averages nothing.
+tiny = nn.ParameterList([nn.Parameter(torch.ones(10))])
+shared = WeightAverage(tiny, together)
+shared.update()
+assert sum(mean.numel() for mean in shared._mean) == (0 if together.is_main else 10)
+shared.save(folder / "tiny.safetensors", together)
+shared.place(on_host=True)
+shared.update()
+assert torch.equal(mean_of(tiny, shared)[0], torch.ones(10))
+assert mean_of(tiny, shared)  # used up: the model's own
+
 # Copies that drifted apart: each keeps its own, and it is told.
 shared = WeightAverage(model, together)
 shared.update()
