@@ -36,12 +36,16 @@ from mates_hf.records import (
     write_array,
     write_json,
 )
+from mates_hf.reporting.lines import round_line
 from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, RoundWriter, read_labels, round_path, write_labels
-from mates_hf.selection.choose import select_rows, stage_seed
+from mates_hf.selection.choose import stage_seed
+from mates_hf.selection.copies import Hashes
 from mates_hf.selection.ledger import probed_rows
 from mates_hf.selection.plan import PlannedRound
 from mates_hf.selection.saved import write_round_model
+from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.drift import set_sentinel
+from mates_hf.training.duplicates import CopyMarks, selection_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_audit, measure_digest, measure_labels
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
@@ -52,11 +56,12 @@ SCORE_CHUNK = 65_536  # candidates scored at a time, so that a large slice is ne
 
 
 class Scored(NamedTuple):
-    """M candidates, their predicted influence (M,) float32, > 0 helps, and trained tokens (M,) int32."""
+    """M candidates; of each predicted influence (float32, > 0 helps), trained tokens (int32) and text (uint64)."""
 
     candidates: IntArray
     influence: FloatArray
     num_targets: npt.NDArray[np.int32]
+    hashes: Hashes
 
 
 def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: IntArray) -> Order:
@@ -111,6 +116,7 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
                 _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
         judged = _fit_and_judge(run, writer.path, labels, planned.number, stages)
     decision, scorer = decide(run, judged)
+    found: dict[str, Any] = {}
     if scorer is None:
         rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
         write_array(writer.path / "own_order.npy", rows)
@@ -123,7 +129,8 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
             _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
         with stages.timed("select") as cost:
             cost["flops"] = 0.0  # it sorts
-            rows, cursor = _select(run, labels, scored, num_rows, planned.number), draw.cursor_after
+            rows, found = _select(run, labels, scored, num_rows, planned.number)
+            cursor = draw.cursor_after
             write_array(writer.path / "selection.npy", rows)
 
     info = {
@@ -146,16 +153,14 @@ def run_round(run: Run, planned: PlannedRound, *, from_position: int, num_rows: 
         "fit": None if judged.fitted is None else judged.fitted.report.to_dict(),
         "fidelity": fidelity,
         "guard": decision,
+        **found,
         "stages": stages.seconds_and_flops,
         "flop_parameters": _flop_parameters(run.model),
         **run.describe(),
         "weights": writer.key["weights"],
     }
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
-    logger.info(
-        "round %d: %s, %d of %d candidates, held-out Spearman %.3f [%.3f, %.3f]",
-        planned.number, decision["decision"], len(rows), len(draw.candidates), judged.spearman, *judged.interval,
-    )  # fmt: skip
+    logger.info("%s", round_line(info))
     return _take_over(run, load_order(writer.finish(info)))
 
 
@@ -297,29 +302,38 @@ def _score(run: Run, path: Path, influence_model: InfluenceModel, candidates: In
     """Predicted influence, times `unit`, and trained tokens of the candidates, a chunk at a time."""
     influence = np.empty(len(candidates), np.float32)
     num_targets = np.empty(len(candidates), np.int32)
+    hashes = np.empty(len(candidates), np.uint64)
+    marks = CopyMarks(run)
     done = 0
     for rows in run.pool.chunks(candidates, SCORE_CHUNK):
         span = slice(done, done + len(rows))
         influence[span] = influence_model.predict(rows) * np.float32(unit)
         num_targets[span] = rows.num_targets
+        hashes[span] = marks.hashes(rows, candidates[span])
         done = span.stop
     write_array(path / "candidates.npy", candidates)
     write_array(path / "scores.npy", influence)
     write_array(path / "num_targets.npy", num_targets)
-    del influence, num_targets  # eight bytes a candidate; the files' pages are the system's to drop
-    scores, targets = read_array(path / "scores.npy"), read_array(path / "num_targets.npy")
-    assert scores is not None
-    assert targets is not None
-    return Scored(candidates, scores, targets)
+    write_array(path / "hashes.npy", hashes)
+    del influence, num_targets, hashes  # 16 bytes a candidate; the files' pages are the system's to drop
+    arrays = (read_array(path / name) for name in ("scores.npy", "num_targets.npy", "hashes.npy"))
+    return Scored(candidates, *(array for array in arrays if array is not None))
 
 
-def _select(run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int) -> IntArray:
-    """The rows to train on, (k,) int64 in training order."""
-    return select_rows(
-        *scored,
+def _select(
+    run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int
+) -> tuple[IntArray, dict[str, Any]]:
+    """The rows to train on, (k,) int64 in training order, and what `round.json` says of copies and of leaks."""
+    selected = select_rows(
+        scored.candidates,
+        scored.influence,
+        scored.num_targets,
         labels,
         num_rows,
         temperature=run.config.temperature,
         selection_seed=run.config.selection_seed,
         round_number=number,
+        hashes=scored.hashes,
+        max_copies=run.config.max_copies,
     )
+    return selected.rows, selection_facts(run, selected, len(scored.candidates), number)

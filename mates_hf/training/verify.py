@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mates_hf.round_files import ROUND_FILE, round_path
-from mates_hf.training.replay import FinishedRound, WrongError
+from mates_hf.training.replay import FinishedRound
+from mates_hf.training.round_reader import WrongError
 
 
 @dataclasses.dataclass(frozen=True)
