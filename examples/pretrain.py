@@ -16,7 +16,8 @@ manual as reference. With arguments it is the real thing:
         --update_steps 10000 --output_dir runs/pythia-410m --eval_tasks mates_zero_shot --eval_every 5000
 
 Every `TrainingArguments` and `MatesConfig` field is an argument too. Pool documents that share a 13-gram with a
-reference passage, a held-out one or an item of `--eval_tasks` are counted and dropped.
+reference passage, a held-out one or an item of `--eval_tasks` are counted and dropped. In several processes the main
+one reads, filters, tokenises, prints and writes; the others take what it made (`--ddp_timeout` must cover that).
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_dataset
+from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -53,9 +57,8 @@ from mates_hf import MatesCallback, MatesConfig, ReferenceTask, load_round
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.evaluation import LmEvalCallback, check_contamination
 from mates_hf.influence.losses import mean_loss
+from mates_hf.influence.scoring import tokenizer_digest
 from mates_hf.reporting.cost import run_cost
-
-logger = logging.getLogger("pretrain")
 
 DEMO = """--output_dir runs/demo --max_steps 330 --update_steps 40 --random_rounds 4 --num_probes 400
  --candidate_scope slice --per_device_train_batch_size 16 --learning_rate 2e-3 --adam_beta2 0.95 --weight_decay 0.1
@@ -92,8 +95,11 @@ class ExampleArguments:
     hidden_size: int = field(default=128, metadata={"help": "Of the small model that stands in for --model_config."})
     num_layers: int = field(default=4, metadata={"help": "Of the small model that stands in for --model_config."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a row."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     arms: str = field(default="mates,random", metadata={"help": "Which runs to make, in order: mates, random."})
-    seeds: int = field(default=1, metadata={"help": "Paired runs; 2 and more give an interval."})
+    seeds: int = field(
+        default=1, metadata={"help": "Paired runs, each of its own model and selection seed; 2 and more: an interval."}
+    )
     evaluate_steps: int = field(default=50, metadata={"help": "Optimizer steps between two held-out evaluations."})
     extend_random: float = field(
         default=1.0, metadata={"help": "Train the random arm this many times longer, to see when it catches up."}
@@ -116,7 +122,14 @@ class ExampleArguments:
 # --- data ---
 
 
-def read_documents(arguments: ExampleArguments) -> tuple[Dataset, list[dict[str, str]], list[dict[str, str]]]:
+def from_main(make: Callable[[], Any]) -> Any:
+    """What the main process makes, in every process."""
+    return broadcast_object_list([make() if PartialState().is_main_process else None])[0]
+
+
+def read_documents(
+    arguments: ExampleArguments, training: TrainingArguments
+) -> tuple[Dataset, list[dict[str, str]], list[dict[str, str]]]:
     """The pool's documents (text, group), reference passages and held-out passages."""
     if arguments.dataset is None:
         corpus = builtin_corpus()
@@ -124,9 +137,10 @@ def read_documents(arguments: ExampleArguments) -> tuple[Dataset, list[dict[str,
         pool = Dataset.from_list([{"text": row["text"], "group": row["kind"]} for row in corpus.pool])
         pool = drop_shared(pool, corpus.reference, corpus.development)
         return pool, [{"text": text} for text in corpus.reference], [{"text": text} for text in corpus.development]
-    pool = load_dataset(
-        arguments.dataset, arguments.dataset_config, data_files=arguments.data_files, split=arguments.split
-    )
+    with training.main_process_first(desc="reading the pool"):
+        pool = load_dataset(
+            arguments.dataset, arguments.dataset_config, data_files=arguments.data_files, split=arguments.split
+        )
     columns = {arguments.text_column: "text"}
     if arguments.group_column:
         columns[arguments.group_column] = "group"
@@ -151,10 +165,14 @@ def drop_shared(
     pool: Dataset, reference: Any, held_out: Any, evaluated: dict[str, Any] | None = None, tokenizer: Any = None
 ) -> Dataset:
     """The pool without documents that share a 13-gram with reference, held-out passages or evaluated items."""
-    sides = {"held-out": held_out, **(evaluated or {})}
-    found = check_contamination(pool=pool, reference=reference, evaluation=sides, tokenizer=tokenizer)
-    kept = found.kept("pool")
-    show("\n".join(found.lines()))
+
+    def look() -> np.ndarray:
+        sides = {"held-out": held_out, **(evaluated or {})}
+        found = check_contamination(pool=pool, reference=reference, evaluation=sides, tokenizer=tokenizer)
+        show("\n".join(found.lines()))
+        return found.kept("pool")
+
+    kept = from_main(look)
     show(f"{len(pool) - len(kept):,} of {len(pool):,} pool documents dropped")
     return pool if len(kept) == len(pool) else pool.select(kept)
 
@@ -182,7 +200,7 @@ def get_tokenizer(arguments: ExampleArguments, texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
 
 
-def make_rows(pool: Dataset, tokenizer: Any, block_size: int) -> Dataset:
+def make_rows(pool: Dataset, tokenizer: Any, block_size: int, num_proc: int | None = None) -> Dataset:
     """Rows of exactly `block_size` tokens: each document cut on its own, what is left over packed within its group."""
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -203,7 +221,10 @@ def make_rows(pool: Dataset, tokenizer: Any, block_size: int) -> Dataset:
             row_groups.extend([group] * len(pieces))
         return {"input_ids": rows, "labels": rows, "group": row_groups}
 
-    return pool.map(cut, batched=True, batch_size=2_000, remove_columns=pool.column_names, desc="Tokenizing")
+    # All processes find what the first one made: how a tokenizer is pickled differs between them.
+    key = Hasher.hash([pool._fingerprint, tokenizer_digest(tokenizer), block_size, num_proc])
+    options = {"batch_size": 2_000, "num_proc": num_proc, "new_fingerprint": key, "desc": "Tokenizing"}
+    return pool.map(cut, batched=True, remove_columns=pool.column_names, **options)
 
 
 def make_reference(
@@ -313,7 +334,8 @@ def train_arm(
     evaluation = HeldOutLoss(arm, tasks, arguments.evaluate_steps, tokens_per_step)
     callbacks: list[TrainerCallback] = [evaluation]
     if arm == "mates":
-        callbacks.append(MatesCallback(tasks["reference"], config))
+        own = replace(config, selection_seed=config.selection_seed + seed)  # so that the interval has the draws in it
+        callbacks.append(MatesCallback(tasks["reference"], own))
     if zero_shot is not None:
         callbacks.append(zero_shot)
     trainer = Trainer(
@@ -478,9 +500,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def show(text: str, end: str = "\n") -> None:
-    """One line to the person at the terminal."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    """One line to the person at the terminal, once however many processes there are."""
+    if PartialState().is_main_process:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
 
 
 def main() -> None:
@@ -489,14 +512,16 @@ def main() -> None:
     parser = HfArgumentParser((ExampleArguments, TrainingArguments, MatesConfig))
     arguments, training, config = parser.parse_args_into_dataclasses([*([] if "--dataset" in given else DEMO), *given])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    pool, passages, held_out = read_documents(arguments)
-    tokenizer = get_tokenizer(arguments, pool["text"])
+    pool, passages, held_out = read_documents(arguments, training)
+    # Batch by batch: a column as a whole is a list in datasets 3.
+    tokenizer = from_main(lambda: get_tokenizer(arguments, (batch["text"] for batch in pool.iter(1_000))))
     reference, development = make_reference(arguments, tokenizer, passages, held_out)
     zero_shot = make_evaluation(arguments, tokenizer, training.per_device_eval_batch_size)
     if zero_shot is not None or not passages:
         evaluated = zero_shot.evaluator.loaded["tasks"] if zero_shot is not None else {}
         pool = drop_shared(pool, reference, development, evaluated, tokenizer)
-    rows = make_rows(pool, tokenizer, arguments.block_size).shuffle(seed=0)
+    with training.main_process_first(desc="tokenising"):
+        rows = make_rows(pool, tokenizer, arguments.block_size, arguments.num_proc).shuffle(seed=0)
     show(
         f"{len(rows)} rows of {arguments.block_size} tokens; reference {reference.num_targets} tokens, "
         f"held-out {development.num_targets}"
@@ -507,6 +532,8 @@ def main() -> None:
         for seed in range(arguments.seeds)
         for arm in arguments.arms.split(",")
     ]
+    if not PartialState().is_main_process:
+        return
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     summary = report(results, rows, training)
