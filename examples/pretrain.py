@@ -67,56 +67,41 @@ DEMO = """--output_dir runs/demo --max_steps 330 --update_steps 40 --random_roun
  --disable_tqdm true --log_level error --dataloader_pin_memory false""".split()
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a command line."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ExampleArguments:
     """What this script adds to the arguments of the Trainer and of MATES."""
 
-    dataset: str | None = field(default=None, metadata={"help": "Hub dataset, or `json`, `parquet`, `arrow`, `text`."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    data_files: list[str] | None = field(default=None, metadata={"help": "Local files of the pool."})
-    split: str = field(default="train", metadata={"help": "Split that is the pool."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    group_column: str | None = field(
-        default=None, metadata={"help": "Column shown in the report; never used to select."}
-    )
-    reference: str | None = field(
-        default=None, metadata={"help": "What the model should get better at: an lm-eval task, or a JSONL file."}
-    )
-    held_out: str | None = field(
-        default=None, metadata={"help": "JSONL file to evaluate on. None: half of the reference is held out."}
-    )
-    reference_limit: int | None = field(default=None, metadata={"help": "Passages read from the reference."})
-    loss_on: str = field(default="all", metadata={"help": "`all` tokens of a passage or its `completion`."})
-    model_config: str | None = field(
-        default=None, metadata={"help": "Config of the model to pretrain (Hub id, path)."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "None: the model's, or one trained on the pool."})
-    vocab_size: int = field(default=4096, metadata={"help": "Of a tokenizer trained on the pool."})
-    hidden_size: int = field(default=128, metadata={"help": "Of the small model that stands in for --model_config."})
-    num_layers: int = field(default=4, metadata={"help": "Of the small model that stands in for --model_config."})
-    block_size: int = field(default=128, metadata={"help": "Tokens in a row."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    arms: str = field(default="mates,random", metadata={"help": "Which runs to make, in order: mates, random."})
-    seeds: int = field(
-        default=1, metadata={"help": "Paired runs, each of its own model and selection seed; 2 and more: an interval."}
-    )
-    evaluate_steps: int = field(default=50, metadata={"help": "Optimizer steps between two held-out evaluations."})
-    extend_random: float = field(
-        default=1.0, metadata={"help": "Train the random arm this many times longer, to see when it catches up."}
-    )
-    eval_tasks: list[str] | None = field(
-        default=None, metadata={"help": "lm-eval tasks to evaluate while training: `mates_zero_shot`, or any others."}
-    )
-    eval_every: int | None = field(
-        default=None, metadata={"help": "Optimizer steps between two of these. None: at each round and at the end."}
-    )
-    eval_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the files of `mates_zero_shot_local`."}
-    )
-    eval_limit: int | None = field(default=None, metadata={"help": "First documents of each task only."})
-    eval_truncate: bool = field(
-        default=False, metadata={"help": "Cut items longer than the model's context from the left, as lm-eval does."}
-    )
+    dataset: str | None = option(None, "Hub dataset, or `json`, `parquet`, `arrow`, `text`.")
+    dataset_config: str | None = option(None, "Configuration of the Hub dataset.")
+    data_files: list[str] | None = option(None, "Local files of the pool.")
+    split: str = option("train", "Split that is the pool.")
+    text_column: str = option("text", "Column of the text.")
+    group_column: str | None = option(None, "Column shown in the report; never used to select.")
+    reference: str | None = option(None, "What the model should get better at: an lm-eval task, or a JSONL file.")
+    held_out: str | None = option(None, "JSONL file to evaluate on. None: half of the reference is held out.")
+    reference_limit: int | None = option(None, "Passages read from the reference.")
+    loss_on: str = option("all", "`all` tokens of a passage or its `completion`.")
+    model_config: str | None = option(None, "Config of the model to pretrain (Hub id, path).")
+    tokenizer: str | None = option(None, "None: the model's, or one trained on the pool.")
+    vocab_size: int = option(4096, "Of a tokenizer trained on the pool.")
+    hidden_size: int = option(128, "Of the small model that stands in for --model_config.")
+    num_layers: int = option(4, "Of the small model that stands in for --model_config.")
+    block_size: int = option(128, "Tokens in a row.")
+    num_proc: int | None = option(None, "Processes that tokenise.")
+    arms: str = option("mates,random", "Which runs to make, in order: mates, random.")
+    seeds: int = option(1, "Paired runs, each of its own model and selection seed; 2 and more: an interval.")
+    evaluate_steps: int = option(50, "Optimizer steps between two held-out evaluations.")
+    extend_random: float = option(1.0, "Train the random arm this many times longer, to see when it catches up.")
+    eval_tasks: list[str] | None = option(None, "lm-eval tasks to evaluate while training: `mates_zero_shot`, others.")
+    eval_every: int | None = option(None, "Optimizer steps between two of these. None: at each round and at the end.")
+    eval_data_dir: str | None = option(None, "Folder of the files of `mates_zero_shot_local`.")
+    eval_limit: int | None = option(None, "First documents of each task only.")
+    eval_truncate: bool = option(False, "Cut items longer than the model's context from the left, as lm-eval does.")
 
 
 # --- data ---

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.data.batches import PLAIN
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.token_overlap import NGRAM_TOKENS, TokenNgramIndex
 from mates_hf.records import IntArray
@@ -35,7 +36,9 @@ class CopyMarks:
 
     def __init__(self, run: Run) -> None:
         self.ends = end_tokens(run.tokenizer, getattr(run.model, "config", None))
-        self.others = other_inputs(run.pool.dataset, run.pool.collate_fn)
+        reading = run.pool.reading or PLAIN
+        known = {reading.mask_key, *reading.constants}
+        self.others = [name for name in other_inputs(run.pool.dataset, run.pool.collate_fn) if name not in known]
         if self.others and run.config.max_copies is not None:
             logger.info(
                 "`max_copies` has no effect: rows of equal tokens may differ in `%s`.", "`, `".join(self.others)

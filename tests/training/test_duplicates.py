@@ -6,10 +6,12 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from mates_hf import MatesCallback, NgramInfluenceModel
@@ -17,6 +19,7 @@ from mates_hf.config import MatesConfig
 from mates_hf.data.token_overlap import shared_rows
 from mates_hf.records import RoundMismatchError, read_json, write_json
 from mates_hf.round_files import write_checksums
+from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.resume import config_to_resume
 from mates_hf.training.verify import verify_run
 from tests.training.kit import LENGTH, VOCAB, Result, make_arguments, make_reference, run, small_config
@@ -166,6 +169,23 @@ def test_another_limit_than_the_run_began_with_is_refused(limited, unlimited, tm
     for path, asked, began in ((tmp_path / "old", 2, None), (limited[0], None, 1), (unlimited[0], 1, None)):
         with pytest.raises(RoundMismatchError, match=f"max_copies: checkpoint {began}, this run {asked}"):
             train(path, resume=str(path / "checkpoint-9"), max_copies=asked)
+
+
+def test_rows_of_equal_tokens_and_other_pictures_are_no_copies(make_tiny_model):
+    from mates_hf.data.batches import Reading
+    from mates_hf.data.pool import CandidatePool
+
+    def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    config = SimpleNamespace(max_copies=1)
+    for name, constants, num_texts in (("pixel_values", {}, 3), ("kinds", {}, 3), ("kinds", {"kinds": 1}, 1)):
+        pool = CandidatePool(
+            [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], name: [1, 1, 1]} for _ in range(3)], collator
+        )
+        pool.reading = Reading(constants=constants)
+        marks = CopyMarks(SimpleNamespace(pool=pool, config=config, tokenizer=None, model=make_tiny_model()))
+        assert len(set(marks.hashes(pool.token_rows(), np.arange(3)).tolist())) == num_texts, name
 
 
 def test_what_a_run_without_a_checkpoint_or_with_one_of_this_version_goes_on_with():
