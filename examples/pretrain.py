@@ -16,7 +16,8 @@ manual as reference. With arguments it is the real thing:
         --update_steps 10000 --output_dir runs/pythia-410m --eval_tasks mates_zero_shot --eval_every 5000
 
 Every `TrainingArguments` and `MatesConfig` field is an argument too. Pool documents that share a 13-gram with a
-reference passage, a held-out one or an item of `--eval_tasks` are counted and dropped.
+reference passage, a held-out one or an item of `--eval_tasks` are counted and dropped. In several processes the main
+one reads, filters, tokenises, prints and writes; the others take what it made (`--ddp_timeout` must cover that).
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_dataset
+from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -53,9 +57,8 @@ from mates_hf import MatesCallback, MatesConfig, ReferenceTask, load_round
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.evaluation import LmEvalCallback, check_contamination
 from mates_hf.influence.losses import mean_loss
+from mates_hf.influence.scoring import tokenizer_digest
 from mates_hf.reporting.cost import run_cost
-
-logger = logging.getLogger("pretrain")
 
 DEMO = """--output_dir runs/demo --max_steps 330 --update_steps 40 --random_rounds 4 --num_probes 400
  --candidate_scope slice --per_device_train_batch_size 16 --learning_rate 2e-3 --adam_beta2 0.95 --weight_decay 0.1
@@ -64,59 +67,54 @@ DEMO = """--output_dir runs/demo --max_steps 330 --update_steps 40 --random_roun
  --disable_tqdm true --log_level error --dataloader_pin_memory false""".split()
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a command line."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ExampleArguments:
     """What this script adds to the arguments of the Trainer and of MATES."""
 
-    dataset: str | None = field(default=None, metadata={"help": "Hub dataset, or `json`, `parquet`, `arrow`, `text`."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    data_files: list[str] | None = field(default=None, metadata={"help": "Local files of the pool."})
-    split: str = field(default="train", metadata={"help": "Split that is the pool."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    group_column: str | None = field(
-        default=None, metadata={"help": "Column shown in the report; never used to select."}
-    )
-    reference: str | None = field(
-        default=None, metadata={"help": "What the model should get better at: an lm-eval task, or a JSONL file."}
-    )
-    held_out: str | None = field(
-        default=None, metadata={"help": "JSONL file to evaluate on. None: half of the reference is held out."}
-    )
-    reference_limit: int | None = field(default=None, metadata={"help": "Passages read from the reference."})
-    loss_on: str = field(default="all", metadata={"help": "`all` tokens of a passage or its `completion`."})
-    model_config: str | None = field(
-        default=None, metadata={"help": "Config of the model to pretrain (Hub id, path)."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "None: the model's, or one trained on the pool."})
-    vocab_size: int = field(default=4096, metadata={"help": "Of a tokenizer trained on the pool."})
-    hidden_size: int = field(default=128, metadata={"help": "Of the small model that stands in for --model_config."})
-    num_layers: int = field(default=4, metadata={"help": "Of the small model that stands in for --model_config."})
-    block_size: int = field(default=128, metadata={"help": "Tokens in a row."})
-    arms: str = field(default="mates,random", metadata={"help": "Which runs to make, in order: mates, random."})
-    seeds: int = field(default=1, metadata={"help": "Paired runs; 2 and more give an interval."})
-    evaluate_steps: int = field(default=50, metadata={"help": "Optimizer steps between two held-out evaluations."})
-    extend_random: float = field(
-        default=1.0, metadata={"help": "Train the random arm this many times longer, to see when it catches up."}
-    )
-    eval_tasks: list[str] | None = field(
-        default=None, metadata={"help": "lm-eval tasks to evaluate while training: `mates_zero_shot`, or any others."}
-    )
-    eval_every: int | None = field(
-        default=None, metadata={"help": "Optimizer steps between two of these. None: at each round and at the end."}
-    )
-    eval_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the files of `mates_zero_shot_local`."}
-    )
-    eval_limit: int | None = field(default=None, metadata={"help": "First documents of each task only."})
-    eval_truncate: bool = field(
-        default=False, metadata={"help": "Cut items longer than the model's context from the left, as lm-eval does."}
-    )
+    dataset: str | None = option(None, "Hub dataset, or `json`, `parquet`, `arrow`, `text`.")
+    dataset_config: str | None = option(None, "Configuration of the Hub dataset.")
+    data_files: list[str] | None = option(None, "Local files of the pool.")
+    split: str = option("train", "Split that is the pool.")
+    text_column: str = option("text", "Column of the text.")
+    group_column: str | None = option(None, "Column shown in the report; never used to select.")
+    reference: str | None = option(None, "What the model should get better at: an lm-eval task, or a JSONL file.")
+    held_out: str | None = option(None, "JSONL file to evaluate on. None: half of the reference is held out.")
+    reference_limit: int | None = option(None, "Passages read from the reference.")
+    loss_on: str = option("all", "`all` tokens of a passage or its `completion`.")
+    model_config: str | None = option(None, "Config of the model to pretrain (Hub id, path).")
+    tokenizer: str | None = option(None, "None: the model's, or one trained on the pool.")
+    vocab_size: int = option(4096, "Of a tokenizer trained on the pool.")
+    hidden_size: int = option(128, "Of the small model that stands in for --model_config.")
+    num_layers: int = option(4, "Of the small model that stands in for --model_config.")
+    block_size: int = option(128, "Tokens in a row.")
+    num_proc: int | None = option(None, "Processes that tokenise.")
+    arms: str = option("mates,random", "Which runs to make, in order: mates, random.")
+    seeds: int = option(1, "Paired runs, each of its own model and selection seed; 2 and more: an interval.")
+    evaluate_steps: int = option(50, "Optimizer steps between two held-out evaluations.")
+    extend_random: float = option(1.0, "Train the random arm this many times longer, to see when it catches up.")
+    eval_tasks: list[str] | None = option(None, "lm-eval tasks to evaluate while training: `mates_zero_shot`, others.")
+    eval_every: int | None = option(None, "Optimizer steps between two of these. None: at each round and at the end.")
+    eval_data_dir: str | None = option(None, "Folder of the files of `mates_zero_shot_local`.")
+    eval_limit: int | None = option(None, "First documents of each task only.")
+    eval_truncate: bool = option(False, "Cut items longer than the model's context from the left, as lm-eval does.")
 
 
 # --- data ---
 
 
-def read_documents(arguments: ExampleArguments) -> tuple[Dataset, list[dict[str, str]], list[dict[str, str]]]:
+def from_main(make: Callable[[], Any]) -> Any:
+    """What the main process makes, in every process."""
+    return broadcast_object_list([make() if PartialState().is_main_process else None])[0]
+
+
+def read_documents(
+    arguments: ExampleArguments, training: TrainingArguments
+) -> tuple[Dataset, list[dict[str, str]], list[dict[str, str]]]:
     """The pool's documents (text, group), reference passages and held-out passages."""
     if arguments.dataset is None:
         corpus = builtin_corpus()
@@ -124,9 +122,10 @@ def read_documents(arguments: ExampleArguments) -> tuple[Dataset, list[dict[str,
         pool = Dataset.from_list([{"text": row["text"], "group": row["kind"]} for row in corpus.pool])
         pool = drop_shared(pool, corpus.reference, corpus.development)
         return pool, [{"text": text} for text in corpus.reference], [{"text": text} for text in corpus.development]
-    pool = load_dataset(
-        arguments.dataset, arguments.dataset_config, data_files=arguments.data_files, split=arguments.split
-    )
+    with training.main_process_first(desc="reading the pool"):
+        pool = load_dataset(
+            arguments.dataset, arguments.dataset_config, data_files=arguments.data_files, split=arguments.split
+        )
     columns = {arguments.text_column: "text"}
     if arguments.group_column:
         columns[arguments.group_column] = "group"
@@ -151,10 +150,14 @@ def drop_shared(
     pool: Dataset, reference: Any, held_out: Any, evaluated: dict[str, Any] | None = None, tokenizer: Any = None
 ) -> Dataset:
     """The pool without documents that share a 13-gram with reference, held-out passages or evaluated items."""
-    sides = {"held-out": held_out, **(evaluated or {})}
-    found = check_contamination(pool=pool, reference=reference, evaluation=sides, tokenizer=tokenizer)
-    kept = found.kept("pool")
-    show("\n".join(found.lines()))
+
+    def look() -> np.ndarray:
+        sides = {"held-out": held_out, **(evaluated or {})}
+        found = check_contamination(pool=pool, reference=reference, evaluation=sides, tokenizer=tokenizer)
+        show("\n".join(found.lines()))
+        return found.kept("pool")
+
+    kept = from_main(look)
     show(f"{len(pool) - len(kept):,} of {len(pool):,} pool documents dropped")
     return pool if len(kept) == len(pool) else pool.select(kept)
 
@@ -182,7 +185,7 @@ def get_tokenizer(arguments: ExampleArguments, texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
 
 
-def make_rows(pool: Dataset, tokenizer: Any, block_size: int) -> Dataset:
+def make_rows(pool: Dataset, tokenizer: Any, block_size: int, num_proc: int | None = None) -> Dataset:
     """Rows of exactly `block_size` tokens: each document cut on its own, what is left over packed within its group."""
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -203,7 +206,10 @@ def make_rows(pool: Dataset, tokenizer: Any, block_size: int) -> Dataset:
             row_groups.extend([group] * len(pieces))
         return {"input_ids": rows, "labels": rows, "group": row_groups}
 
-    return pool.map(cut, batched=True, batch_size=2_000, remove_columns=pool.column_names, desc="Tokenizing")
+    # All processes find what the first one made: how a tokenizer is pickled differs between them.
+    key = Hasher.hash([pool._fingerprint, tokenizer_digest(tokenizer), block_size, num_proc])
+    options = {"batch_size": 2_000, "num_proc": num_proc, "new_fingerprint": key, "desc": "Tokenizing"}
+    return pool.map(cut, batched=True, remove_columns=pool.column_names, **options)
 
 
 def make_reference(
@@ -313,7 +319,8 @@ def train_arm(
     evaluation = HeldOutLoss(arm, tasks, arguments.evaluate_steps, tokens_per_step)
     callbacks: list[TrainerCallback] = [evaluation]
     if arm == "mates":
-        callbacks.append(MatesCallback(tasks["reference"], config))
+        own = replace(config, selection_seed=config.selection_seed + seed)  # so that the interval has the draws in it
+        callbacks.append(MatesCallback(tasks["reference"], own))
     if zero_shot is not None:
         callbacks.append(zero_shot)
     trainer = Trainer(
@@ -478,9 +485,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def show(text: str, end: str = "\n") -> None:
-    """One line to the person at the terminal."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    """One line to the person at the terminal, once however many processes there are."""
+    if PartialState().is_main_process:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
 
 
 def main() -> None:
@@ -489,14 +497,16 @@ def main() -> None:
     parser = HfArgumentParser((ExampleArguments, TrainingArguments, MatesConfig))
     arguments, training, config = parser.parse_args_into_dataclasses([*([] if "--dataset" in given else DEMO), *given])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    pool, passages, held_out = read_documents(arguments)
-    tokenizer = get_tokenizer(arguments, pool["text"])
+    pool, passages, held_out = read_documents(arguments, training)
+    # Batch by batch: a column as a whole is a list in datasets 3.
+    tokenizer = from_main(lambda: get_tokenizer(arguments, (batch["text"] for batch in pool.iter(1_000))))
     reference, development = make_reference(arguments, tokenizer, passages, held_out)
     zero_shot = make_evaluation(arguments, tokenizer, training.per_device_eval_batch_size)
     if zero_shot is not None or not passages:
         evaluated = zero_shot.evaluator.loaded["tasks"] if zero_shot is not None else {}
         pool = drop_shared(pool, reference, development, evaluated, tokenizer)
-    rows = make_rows(pool, tokenizer, arguments.block_size).shuffle(seed=0)
+    with training.main_process_first(desc="tokenising"):
+        rows = make_rows(pool, tokenizer, arguments.block_size, arguments.num_proc).shuffle(seed=0)
     show(
         f"{len(rows)} rows of {arguments.block_size} tokens; reference {reference.num_targets} tokens, "
         f"held-out {development.num_targets}"
@@ -507,6 +517,8 @@ def main() -> None:
         for seed in range(arguments.seeds)
         for arm in arguments.arms.split(",")
     ]
+    if not PartialState().is_main_process:
+        return
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     summary = report(results, rows, training)

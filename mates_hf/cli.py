@@ -17,7 +17,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 _PACKAGES = (
@@ -151,7 +150,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     """Print what `verify_run` found; 1 where something is wrong."""
     from mates_hf.training.verify import report_lines, verify_run
 
-    result = verify_run(Path(arguments.path).expanduser())
+    result = verify_run(arguments.path)
     if arguments.json:
         _print_json(result.to_dict())
     else:

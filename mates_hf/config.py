@@ -56,6 +56,13 @@ class MatesConfig:
             "help": "Gumbel-top-k temperature in standard deviations of the labels; 0 takes the highest predictions."
         },
     )
+    max_copies: int | None = field(
+        default=1,
+        metadata={
+            "help": "How often a round may choose the same text: of rows with equal tokens the best so many, further "
+            "ones only where other rows do not suffice. None: as often as it is there."
+        },
+    )
     num_probes: int = field(default=2_000, metadata={"help": "Candidates probed in each round."})
     held_out_fraction: float = field(
         default=0.2, metadata={"help": "Share of the probed candidates kept out of the fit to judge it, in (0, 1)."}
@@ -152,6 +159,9 @@ class MatesConfig:
         require(whole("max_passes", 1), "max_passes", "a whole number of at least 1")
         require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
         require(number("temperature") and self.temperature >= 0, "temperature", "a finite number of at least 0")
+        require(
+            self.max_copies is None or whole("max_copies", 1), "max_copies", "None or a whole number of at least 1"
+        )
         require(whole("num_probes", 10), "num_probes", "a whole number of at least 10")
         require(number("held_out_fraction") and 0 < self.held_out_fraction < 1, "held_out_fraction", "in (0, 1)")
         require(number("min_spearman") and -1 <= self.min_spearman <= 1, "min_spearman", "in [-1, 1]")
@@ -224,6 +234,7 @@ class MatesConfig:
             "selection_ratio": 0.2,
             "candidate_scope": "slice",
             "temperature": 1.0,
+            "max_copies": None,
             "num_probes": 80_000,
             "held_out_fraction": 0.1,
             "on_weak_signal": "select",

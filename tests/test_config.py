@@ -61,6 +61,7 @@ EDGES = {
     "max_passes": ([0, -1, 1.0, True, None], [1, 10**9]),
     "candidate_scope": (["all", "Slice", "", None, []], ["slice", "pool"]),
     "temperature": ([-1e-9, math.nan, math.inf, 10**400, False, "0", None], [0, 0.0, 5]),
+    "max_copies": ([0, -1, 1.0, True, "1"], [None, 1, 3]),
     "num_probes": ([9, 10.0, None], [10]),
     "held_out_fraction": ([0, 1, 1.0, -0.2, math.nan, None], [1e-6, 0.999]),
     "document_column": (["", 1, b"url"], [None, "url"]),
@@ -120,6 +121,7 @@ def test_paper_settings_are_those_of_the_paper_and_can_be_overridden():
     assert (paper.update_steps, paper.num_probes, paper.selection_ratio) == (10_000, 80_000, 0.2)
     assert (paper.candidate_scope, paper.temperature, paper.held_out_fraction) == ("slice", 1.0, 0.1)
     assert paper.window_steps == 0
+    assert paper.max_copies is None  # its code knows no copies
     assert paper.on_weak_signal == "select"
     released = MatesConfig.paper(temperature=0.5)
     assert dataclasses.replace(released, temperature=1.0) == paper
@@ -142,6 +144,7 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         selection_ratio=0.25,
         candidate_scope="pool",
         temperature=0.5,
+        max_copies=3,
         num_probes=77,
         held_out_fraction=0.3,
         document_column="url",

@@ -299,3 +299,40 @@ def test_pretrain_on_local_files(tmp_path):
     assert "copy" not in results["summary"]["rounds"][0]["shares"]
     assert [[entry["step"] for entry in r["evaluations"]] for r in results["results"][:2]] == [[12, 24], [12, 24, 36]]
     assert all("lm_eval/mates_piqa_local/accuracy" in entry for entry in results["results"][0]["evaluations"])
+
+
+@pytest.mark.slow
+def test_pretrain_in_two_processes(tmp_path):
+    """One process reads, tokenises, speaks and writes; each seed draws its own slices and probes."""
+    rng = np.random.default_rng(0)
+    pool = [{"text": passage(kind, rng)} for kind in rng.choice(list(WORDS), 300)]
+    reference = [{"text": passage("sea", rng)} for _ in range(20)]
+    pool.append({"text": reference[0]["text"]})
+    for name, rows in {"pool.jsonl": pool, "reference.jsonl": reference}.items():
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+    launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
+    launch += " --mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = f"""{launch} examples/pretrain.py --output_dir {tmp_path}/run --dataset json --arms mates
+        --data_files {tmp_path}/pool.jsonl --reference {tmp_path}/reference.jsonl --seeds 2 --max_steps 8
+        --update_steps 3 --num_probes 20 --selection_ratio 0.5 --block_size 32 --vocab_size 300 --hidden_size 32
+        --num_layers 1 --per_device_train_batch_size 2 --learning_rate 3e-3 --evaluate_steps 8 --save_strategy no
+        --report_to none --on_weak_signal select --use_cpu true --disable_tqdm true --num_proc 2"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        env={**environment, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for said in ("1 of 301 pool documents dropped", "rows of 32 tokens", "arm ", "results.json"):
+        assert done.stdout.count(said) == 1, said
+    assert len(list((tmp_path / "cache").rglob("cache-*_of_*.arrow"))) == 2  # tokenised once, by `num_proc` processes
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert [result["curve"][-1]["tokens"] for result in results] == [8 * 4 * 31] * 2
+    draws = [load_round(tmp_path / "run" / f"mates-{seed}" / "_mates" / "round-0001") for seed in (0, 1)]
+    assert [record.info["seed"] for record in draws] == [0, 1]
+    assert set(draws[0].labels.candidate_id.tolist()) != set(draws[1].labels.candidate_id.tolist())

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mates_hf.cli import main
 from mates_hf.paths import expand_path
 from mates_hf.records import InfluenceLabels
 from mates_hf.round_files import load_round, read_labels, write_labels
 from mates_hf.round_writer import RoundWriter
+from mates_hf.selection.inputs import is_stream
 
 
 @pytest.fixture
@@ -51,4 +53,16 @@ def test_a_round_in_the_home_folder_is_read(home) -> None:
     for path in ("~/run/_mates/round-0000", Path("~/run/_mates/round-0000")):
         assert load_round(path).path == home / "run" / "_mates" / "round-0000"
     assert len(read_labels("~/run/_mates/round-0000/probes.parquet").candidate_id) == 3
+    (home / "data").mkdir()
+    (home / "data" / "state.json").write_text("{}")
+    with pytest.raises(TypeError, match=r'Pass `datasets\.load_from_disk\("~/data"\)`'):
+        is_stream("~/data")
     assert os.listdir(".") == []
+
+
+@pytest.mark.parametrize("command", ["round", "verify", "cost"])
+def test_a_home_folder_that_is_not_there_is_one_line(command, capsys) -> None:
+    assert main([command, "~nobody-of-that-name/run"]) == 1
+    assert "must name a home folder that there is" in capsys.readouterr().err
+    with pytest.raises(TypeError, match=r'Pass `load_dataset\("~nobody-of-that-name/run", split="train"\)`'):
+        is_stream("~nobody-of-that-name/run")

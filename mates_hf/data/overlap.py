@@ -48,6 +48,42 @@ class Overlap:
         return len(self.short_positions)
 
 
+class HashTable:
+    """Many 64-bit hashes, in which very many more are looked up.
+
+    Args:
+        hashes: (H,) uint64, in any order; repeats are one.
+
+    Attributes:
+        hashes: (D,) uint64, the different ones, ascending.
+    """
+
+    def __init__(self, hashes: npt.NDArray[np.uint64]) -> None:
+        self.hashes = np.unique(hashes)
+        # Almost no n-gram of a large pool is in the index. One look at its first bits in a small table says so, where
+        # a binary search would go through memory a dozen times.
+        bits = min(max(int(len(self.hashes)).bit_length() + 6, 10), _MAX_FILTER_BITS)
+        self._shift = np.uint64(_HASH_BITS - bits)
+        self._filter = np.zeros(1 << bits, bool)
+        self._filter[self.hashes >> self._shift] = True
+
+    def find(self, hashes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Look hashes up.
+
+        Args:
+            hashes: (T,) uint64.
+
+        Returns:
+            (S,) int64 positions in `hashes` of those that the table has, ascending, and (S,) int64 their numbers in
+            the table.
+        """
+        maybe = np.flatnonzero(self._filter[(hashes >> self._shift).view(np.int64)])  # as numpy takes indices
+        place = np.searchsorted(self.hashes, hashes[maybe])
+        place[place == len(self.hashes)] = 0
+        same = self.hashes[place] == hashes[maybe]
+        return maybe[same], place[same]
+
+
 class NgramIndex:
     """The word n-grams of some texts, to look other texts up in.
 
@@ -82,14 +118,8 @@ class NgramIndex:
         hashes, owners = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(hashes, kind="stable")
         self._owners = owners[order]
-        self._hashes, starts = np.unique(hashes[order], return_index=True)
-        self._ends = np.append(starts, len(order)).astype(np.int64)
-        # Almost no n-gram of a large pool is in the index. One look at its first bits in a small table says so, where
-        # a binary search would go through memory a dozen times.
-        bits = min(max(int(len(self._hashes)).bit_length() + 6, 10), _MAX_FILTER_BITS)
-        self._shift = np.uint64(_HASH_BITS - bits)
-        self._filter = np.zeros(1 << bits, bool)
-        self._filter[self._hashes >> self._shift] = True
+        self._table = HashTable(hashes)
+        self._ends = np.append(np.searchsorted(hashes[order], self._table.hashes), len(order)).astype(np.int64)
 
     @property
     def num_short(self) -> int:
@@ -110,15 +140,11 @@ class NgramIndex:
             (S,) int64 positions in `hashes` of the n-grams that an indexed text has, ascending, and (S,) int64 numbers
             of these n-grams in the index, which `owners_of` takes.
         """
-        maybe = np.flatnonzero(self._filter[hashes >> self._shift])
-        place = np.searchsorted(self._hashes, hashes[maybe])
-        place[place == len(self._hashes)] = 0
-        same = self._hashes[place] == hashes[maybe]
-        return maybe[same], place[same]
+        return self._table.find(hashes)
 
     def owners_of(self, ngrams: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """(K,) int64 positions, ascending, of the indexed texts that have one of the n-grams (numbers from `find`)."""
-        is_asked = np.zeros(len(self._hashes), bool)
+        is_asked = np.zeros(len(self._table.hashes), bool)
         is_asked[ngrams] = True
         return np.unique(self._owners[np.repeat(is_asked, np.diff(self._ends))])
 

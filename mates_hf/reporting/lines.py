@@ -22,7 +22,7 @@ def round_line(info: Mapping[str, Any]) -> str:
         info: The round's `round.json`; what it lacks is left out of the line.
 
     Returns:
-        One line: step, probes, signal with its interval, decision, rows, seconds.
+        One line: step, probes, signal with its interval, decision, rows, copies and leaks if any, seconds.
     """
     guard = info.get("guard") or {}
     parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
@@ -32,6 +32,11 @@ def round_line(info: Mapping[str, Any]) -> str:
         signal = f"held-out Spearman {guard['spearman']:.2f}"
         parts.append(f"{signal} {interval(guard.get('interval'))}".rstrip())
     parts.append(_outcome(info))
+    if info.get("num_passed_over"):
+        parts.append(f"{info['num_passed_over']:,} passed over as copies")
+    shared = info.get("reference_overlap") or {}
+    if shared.get("rows"):
+        parts.append(f"{shared['rows']:,} with {shared.get('ngram', '?')} tokens of the reference")
     seconds = round_seconds(info)
     if seconds is not None:
         parts.append(f"{seconds:.1f} s")

@@ -25,6 +25,9 @@ def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:
     }
     if "previous_spearman" in info["guard"]:
         metrics["mates/previous_spearman"] = info["guard"]["previous_spearman"]
+    if "reference_overlap" in info:
+        metrics["mates/repeated_share"] = info["repeated_share"]
+        metrics["mates/reference_overlap"] = info["reference_overlap"]["share"]
     if "reference_loss" in info["probe"]:
         metrics["mates/reference_loss"] = info["probe"]["reference_loss"]
     if "spearman" in info["fidelity"]:

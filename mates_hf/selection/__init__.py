@@ -1,8 +1,9 @@
 """From predicted influence to chosen candidates: what a round may draw, and which of it is trained on.
 
-`ledger` says which pool rows are still unused and which of them a round may choose from and probe; `choose` takes the
-k best of them. `selector` does the same for any dataset outside of a run: `mapped` and `streaming` score it, `result`
-keeps what a budget allows, `saved` and `card` are its files. Place in the flow: right of `influence/` (influence
-arrives as a float array), left of `training/` (which turns the chosen rows into the order of a run). Only tokenizers
-and influence models that are handed in may need torch.
+`ledger` says which pool rows are still unused and which of them a round may choose from and probe. `select_stage`
+takes the k best of them, by `choose`, and no more of one text than `copies` lets through. `selector` does the same for
+any dataset outside of a run: `mapped` and `streaming` score it, `result` keeps what a budget allows, `saved` and
+`card` are its files. Place in the flow: right of `influence/` (influence arrives as a float array), left of
+`training/` (which turns the chosen rows into the order of a run). Only tokenizers and influence models that are handed
+in may need torch.
 """

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import FloatArray, InfluenceError, InfluenceLabels, IntArray
+from mates_hf.records import InfluenceError, InfluenceLabels, IntArray
 
 BLOCK = 1 << 20  # candidates handled at once; also the noise's unit, so changing it changes every noisy selection
 NOISE, TIES, UNIFORM = 0x6E6F, 0x7469, 0x756E  # keep the streams of one seed apart; never 0, which seeds like no word
@@ -52,18 +52,12 @@ def gumbel_top_k(influence: npt.ArrayLike, k: int, temperature: float = 0.0, see
         TypeError: `influence` holds no real numbers, or another argument is no number.
         InfluenceError: influence is not finite; names the first positions.
     """
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, np.integer, np.floating)):
-        raise TypeError(f"`temperature` must be a number, got {type(temperature).__name__}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(
-            f"`temperature` must be a finite number of at least 0, got {temperature!r}. 0 takes the highest "
-            "influence; for a choice that ignores influence use `uniform`."
-        )
+    check_temperature(temperature)
     _check_seed(seed)
     values_N = _checked(influence, k)
     if temperature == 0 or k in (0, len(values_N)):
-        return _largest(values_N, k, seed)
-    return _largest(_noisy(values_N, temperature, seed), k, seed)
+        return largest(values_N, k, seed)
+    return largest(noisy(values_N, temperature, seed), k, seed)
 
 
 def ranked(influence: npt.ArrayLike, temperature: float = 0.0, seed: Seed = 0) -> IntArray:
@@ -86,13 +80,13 @@ def ranked(influence: npt.ArrayLike, temperature: float = 0.0, seed: Seed = 0) -
     if not len(values_N):
         return np.zeros(0, np.int64)
     if temperature:
-        values_N = _noisy(values_N, temperature, seed)
+        values_N = noisy(values_N, temperature, seed)
     shuffled = _generator(seed, TIES).permutation(len(values_N))
     order = shuffled[np.argsort(values_N[shuffled], kind="stable")[::-1]]
     return order.astype(np.int64, copy=False)
 
 
-def _noisy(values_N: npt.NDArray[Any], temperature: float, seed: Seed) -> npt.NDArray[Any]:
+def noisy(values_N: npt.NDArray[Any], temperature: float, seed: Seed) -> npt.NDArray[Any]:
     """Values that rank like `values / temperature + Gumbel(0, 1)`; at least one."""
     # Adding temperature * noise ranks like dividing by temperature; divided by the larger of 1 and temperature,
     # neither overflows. Counted from the maximum, float32 is finest where the choice is made.
@@ -123,7 +117,7 @@ def top_k(influence: npt.ArrayLike, k: int, seed: Seed = 0) -> IntArray:
         InfluenceError: influence is not finite; names the first positions.
     """
     _check_seed(seed)
-    return _largest(_checked(influence, k), k, seed)
+    return largest(_checked(influence, k), k, seed)
 
 
 def uniform(num: int, k: int, seed: Seed = 0) -> IntArray:
@@ -186,75 +180,6 @@ def row_worth(influence_per_token: npt.ArrayLike, num_tokens: npt.ArrayLike) -> 
     for _, span in _blocks(len(num_N)):
         worth_N[span] = num_N[span] * (values_N[span].astype(np.float64) - mean)
     return worth_N
-
-
-def select_rows(
-    candidates: IntArray,
-    influence: FloatArray,
-    num_targets: npt.NDArray[np.int32],
-    labels: InfluenceLabels,
-    num_rows: int,
-    *,
-    temperature: float,
-    selection_seed: int,
-    round_number: int,
-) -> IntArray:
-    """The select stage of a round: the rows to train on next, in training order.
-
-    A pure function of what a round directory holds, so that anyone can recompute a finished round's selection. The
-    budget is rows, so a candidate is worth `row_worth`; the temperature's unit is the standard deviation of the same
-    over the probed candidates.
-
-    Args:
-        candidates: (M,) int64 pool rows to choose from.
-        influence: (M,) float32 predicted influence of each, > 0 helps, higher is better.
-        num_targets: (M,) int32 trained tokens of each; rows without any come last.
-        labels: measured influence of the round's probes.
-        num_rows: rows to choose, k, at most M.
-        temperature: in standard deviations of the labels; 0 takes the highest.
-        selection_seed: of the run.
-        round_number: with `selection_seed` it seeds noise, ties and training order.
-
-    Returns:
-        (k,) int64 pool rows in training order.
-
-    Raises:
-        ValueError: k or temperature out of range, or arrays of different lengths.
-        InfluenceError: influence is not finite, or the labels rank no row.
-    """
-    if not len(candidates) == len(influence) == len(num_targets) >= num_rows >= 0:
-        raise ValueError(
-            "`candidates`, `influence` and `num_targets` must be of one length, at least `num_rows`, got "
-            f"{len(candidates)}, {len(influence)} and {len(num_targets)} for {num_rows} rows."
-        )
-    finite = np.isfinite(influence)
-    if not finite.all():
-        raise InfluenceError(
-            f"Predicted influence must be finite; that of {len(finite) - int(np.count_nonzero(finite))} of "
-            f"{len(finite)} candidates is not, first candidate_id {candidates[~finite][:8].tolist()}. Look at how "
-            "these candidates were predicted."
-        )
-    unit = float(np.std(row_worth(labels.influence_per_token, labels.num_tokens)))
-    if not (math.isfinite(unit) and unit > 0):
-        raise InfluenceError(
-            f"The labels' standard deviation, the temperature's unit, must be a finite number above 0, got {unit}: "
-            "all probed candidates are worth the same. Check that they differ and that the learning rate is not 0."
-        )
-    worth = row_worth(influence, num_targets)
-    worth /= unit * float(labels.step_size)
-    trainable = np.greater(num_targets, 0)
-    num_trainable = int(np.count_nonzero(trainable))
-    seed = stage_seed(selection_seed, round_number, "select")
-    if num_trainable < len(worth):
-        worth = worth[trainable]
-    chosen = gumbel_top_k(worth, min(num_rows, num_trainable), temperature=temperature, seed=seed)
-    del worth
-    if num_trainable < len(trainable):
-        chosen = nth_true(trainable, chosen)
-    if len(chosen) < num_rows:
-        chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
-    order = np.random.default_rng(stage_seed(selection_seed, round_number, "order")).permutation(len(chosen))
-    return candidates[chosen[order]].astype(np.int64)
 
 
 def stage_seed(selection_seed: int, round_number: int, stage: str) -> int:
@@ -349,6 +274,17 @@ def _as_array(influence: Any) -> npt.NDArray[Any]:
         raise TypeError(f"`influence` must be an array of one number a candidate, and is not ({error}).") from error
 
 
+def check_temperature(temperature: Any) -> None:
+    """Raise unless `temperature` is a finite number of at least 0."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`temperature` must be a number, got {type(temperature).__name__}.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"`temperature` must be a finite number of at least 0, got {temperature!r}. 0 takes the highest "
+            "influence; for a choice that ignores influence use `uniform`."
+        )
+
+
 def _check_seed(seed: Any) -> None:
     """Raise unless `seed` is a whole number of at least 0, or several of them."""
     whole = (int, np.integer)
@@ -359,7 +295,7 @@ def _check_seed(seed: Any) -> None:
         raise ValueError(f"`seed` must be at least 0, got {seed!r}.")
 
 
-def _largest(values_N: npt.NDArray[Any], k: int, seed: Seed) -> IntArray:
+def largest(values_N: npt.NDArray[Any], k: int, seed: Seed) -> IntArray:
     """Ascending positions of the k largest values; which of those equal to the k-th is drawn at random."""
     num = len(values_N)
     if k in (0, num):

@@ -7,6 +7,7 @@ data frame or a list is told the one call that makes a dataset of it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from mates_hf.data.text_columns import check_chat_template, field_path, is_conversation, type_at
 from mates_hf.influence.scoring import Scorer, find_column
+from mates_hf.paths import expand_path
 from mates_hf.records import UnsupportedSettingError
 
 NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
@@ -274,6 +276,8 @@ def _way_from_path(path: Path) -> str:
     plain = path.with_suffix("") if path.suffix in (".gz", ".zst", ".xz") else path
     if plain.suffix in kinds:
         return f'Pass `load_dataset("{kinds[plain.suffix]}", data_files="{path}", split="train")`.'
-    if (path.expanduser() / "state.json").exists() or (path.expanduser() / "dataset_dict.json").exists():
-        return f'Pass `datasets.load_from_disk("{path}")`.'
+    with contextlib.suppress(ValueError):  # no such home folder: then it is no folder, and what follows is said of it
+        folder = expand_path(path)
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            return f'Pass `datasets.load_from_disk("{path}")`.'
     return f'Pass `load_dataset("{path}", split="train")`, or `load_from_disk` of what `save_to_disk` wrote.'

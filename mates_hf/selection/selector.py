@@ -263,6 +263,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
 
         Row budgets rank by what a row adds to a batch, n * (influence - token-weighted mean); a token budget and a
         threshold by `influence`. Equals stand in one random order, so that a choice of k is part of that of k + 1.
+        Copies of a text have equal influence and are not limited, unlike in a round (`max_copies`): drop them before.
 
         What `map`, `score` or `select` of this selector found for this dataset is used again, and so is an
         `influence` column that this selector wrote, in whatever process, if every row is as it was scored. A column of

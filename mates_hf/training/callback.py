@@ -164,7 +164,7 @@ class MatesCallback(TrainerCallback):
             loss_reading={} if pool.reading is None else pool.reading.to_dict(),
             influence_model=bound_to_run(self.influence_model, model, tokenizer),
             tokenizer=tokenizer,
-            config=self.config,
+            config=resume.config_to_resume(saved, self.config),
             settings=self._settings(args, clock, processes),
             ledger=Ledger(len(pool), self.config.selection_seed),
             rounds_dir=rounds_dir,

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import InfluenceLabels, IntArray, MatesError, UnrankableError, read_array, read_json, sha256_of
+from mates_hf.records import InfluenceLabels, IntArray, MatesError, UnrankableError, sha256_of
 from mates_hf.round_files import (
     CHECKSUMS_FILE,
     KEY_FILE,
@@ -29,9 +28,11 @@ from mates_hf.round_files import (
     read_checksums,
     read_labels,
 )
-from mates_hf.selection.choose import select_rows, stage_seed
+from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import num_candidates
+from mates_hf.selection.select_stage import select_rows
+from mates_hf.training.round_reader import RoundReader, WrongError
 
 DECISIONS = ("select", "keep_previous", "own_order")
 
@@ -43,16 +44,13 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class WrongError(Exception):
-    """A check failed: file, what it must hold, what it holds."""
-
-
-class FinishedRound:
+class FinishedRound(RoundReader):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:
-        self.path, self.number = path, number
-        info = self.info = self._json(ROUND_FILE)
+        super().__init__(path)
+        self.number = number
+        info = self.info = self.json(ROUND_FILE)
         for name in _COUNTS:
             value = info.get(name)
             ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
@@ -65,7 +63,8 @@ class FinishedRound:
         self.require(self.decision in DECISIONS, ROUND_FILE, what, repr(self.decision))
         self.order_file = "own_order.npy" if self.decision == "own_order" else "selection.npy"
         try:
-            self.config = MatesConfig(**info["config"])
+            # Rounds of versions without `max_copies` set no limit; `hashes.npy` came with it.
+            self.config = MatesConfig(**{"max_copies": None, **info["config"]})
         except (TypeError, ValueError) as error:
             raise WrongError(ROUND_FILE, "`config` of this version of mates-hf", str(error)) from error
         self.num_pool_rows = info["pool"].get("num_rows")
@@ -77,6 +76,11 @@ class FinishedRound:
         what = f"`pass` from 1 to `max_passes` ({self.config.max_passes})"
         self.require(ok, ROUND_FILE, what, repr(self.pass_number))
         self.require(info["cursor"] < self.num_pool_rows, ROUND_FILE, "`cursor` in the pool", f"{info['cursor']}")
+
+    @property
+    def has_hashes(self) -> bool:
+        """Whether the round says which of its candidates are one text."""
+        return self.config.max_copies is not None or "repeated_share" in self.info
 
     def check(self, before: FinishedRound | None) -> None:
         """All of it, the cheap first.
@@ -93,9 +97,9 @@ class FinishedRound:
         other_file = "selection.npy" if self.decision == "own_order" else "own_order.npy"
         there = (self.path / other_file).exists()
         self.require(not there, other_file, f"no such file, as `guard` decided {self.decision}", "one")
-        self.rows: IntArray = self._array(order_file, np.int64, self.info["num_rows"])
+        self.rows: IntArray = self.array(order_file, np.int64, self.info["num_rows"])
         self._check_order_hash()
-        consumed = self._array("consumed.npy", np.uint8, -(-self.num_pool_rows // 8))
+        consumed = self.array("consumed.npy", np.uint8, -(-self.num_pool_rows // 8))
         cursor = self._cursor_before(before)
         try:
             ledger = Ledger.from_bits(np.asarray(consumed), self.num_pool_rows, self.config.selection_seed, 0)
@@ -117,71 +121,36 @@ class FinishedRound:
         self._check_rows()
         candidates = None
         if self.decision != "own_order":
-            candidates = self._array("candidates.npy", np.int64, self.info["num_candidates"])
+            candidates = self.array("candidates.npy", np.int64, self.info["num_candidates"])
             self._check_candidates(candidates)
         self._check_draw(candidates, cursor)
         if candidates is not None:
             self._check_selection(candidates)
 
-    @staticmethod
-    def require(ok: bool, file: str, expected: str, found: str) -> None:
-        """Raise what is wrong unless `ok`."""
-        if not ok:
-            raise WrongError(file, expected, found if len(found) <= 300 else found[:300] + " ...")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            return read_json(self.path / name)
-        except (OSError, MatesError) as error:
-            raise WrongError(name, "a whole JSON object", str(error)) from error
-
-    def _array(self, name: str, dtype: npt.DTypeLike, length: int) -> npt.NDArray[Any]:
-        try:
-            array = read_array(self.path / name, dtype)
-        except (OSError, MatesError) as error:
-            raise WrongError(name, f"{length} entries of {np.dtype(dtype)}", str(error)) from error
-        self.require(array is not None, name, f"{length} entries of {np.dtype(dtype)}", "no such file")
-        assert array is not None
-        self.require(len(array) == length, name, f"{length} entries", str(len(array)))
-        return array
-
     def _check_key(self) -> None:
         """`key.json` and `selection.json` say what `round.json` says."""
-        key, info = self._json(KEY_FILE), self.info
+        key, info = self.json(KEY_FILE), self.info
         self.key = key
         for name in ("config", "pool", "reference"):
             value = key.get(name)
             self.require(isinstance(value, dict), KEY_FILE, f"`{name}` as an object", repr(value))
             assert isinstance(value, dict)
-            self._same(KEY_FILE, value, {entry: info[name].get(entry) for entry in value}, f"`{name}` of round.json")
-        self._same(KEY_FILE, key["pool"], info["pool"], "`pool` of round.json")
+            self.same(KEY_FILE, value, {entry: info[name].get(entry) for entry in value}, f"`{name}` of round.json")
+        self.same(KEY_FILE, key["pool"], info["pool"], "`pool` of round.json")
         for name in ("step", "weights"):
-            self._same(KEY_FILE, {name: key.get(name)}, {name: info.get(name)}, "round.json")
-        measured = self._mapping(info, "measured_with", ROUND_FILE)
-        self._same(KEY_FILE, self._mapping(key, "measured_with", KEY_FILE), measured, "`measured_with` of round.json")
+            self.same(KEY_FILE, {name: key.get(name)}, {name: info.get(name)}, "round.json")
+        measured = self.mapping(info, "measured_with", ROUND_FILE)
+        self.same(KEY_FILE, self.mapping(key, "measured_with", KEY_FILE), measured, "`measured_with` of round.json")
         seed = self.config.selection_seed
         self.require(info["seed"] == seed, ROUND_FILE, f"`seed` {seed}, as `selection_seed`", str(info["seed"]))
         seed = stage_seed(seed, self.number, "probe")
         what = f"`probe_seed` {seed}, as `selection_seed` and the round give"
         self.require(info.get("probe_seed") == seed, ROUND_FILE, what, str(info.get("probe_seed")))
         short = {name: info.get(name) for name in SELECTION_KEYS}
-        self._same("selection.json", self._json("selection.json"), short, "round.json")
+        self.same("selection.json", self.json("selection.json"), short, "round.json")
         for low, high in (("step", "from_step"), ("from_step", "to_step")):
             ok = info[low] < info[high]
             self.require(ok, ROUND_FILE, f"`{high}` after `{low}` ({info[low]})", str(info[high]))
-
-    def _mapping(self, values: Mapping[str, Any], name: str, file: str) -> Mapping[str, Any]:
-        """An entry that must be an object."""
-        found = values.get(name)
-        self.require(isinstance(found, dict), file, f"`{name}` as an object", repr(found))
-        assert isinstance(found, dict)
-        return found
-
-    def _same(self, file: str, found: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
-        """Raise the first entry of a file that is not as in another."""
-        for name in sorted({*found, *expected}):
-            what = f"`{name}` {expected.get(name)!r}, as {source}"
-            self.require(found.get(name) == expected.get(name), file, what, repr(found.get(name)))
 
     def _check_checksums(self) -> None:
         """Every file is the one that was written."""
@@ -189,6 +158,7 @@ class FinishedRound:
             checksums = read_checksums(self.path)
             names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
             names += ["probed.npy"] + (_SCORED if self.decision != "own_order" else [])
+            names += ["hashes.npy"] if self.decision != "own_order" and self.has_hashes else []
             names += [] if self.info.get("fit") is None else ["influence_model/"]
             for name in names:
                 ok = any(listed == name or (name[-1] == "/" and listed.startswith(name)) for listed in checksums)
@@ -218,8 +188,8 @@ class FinishedRound:
     def _check_goes_on(self, before: FinishedRound) -> None:
         """The round goes on where the one before it ends: the same run, positions in a row, its rows consumed."""
         for name in ("pool", "reference"):
-            self._same(ROUND_FILE, self.info[name], before.info[name], f"round {before.number}")
-        self._same(ROUND_FILE, self.key["config"], before.key["config"], f"round {before.number}")
+            self.same(ROUND_FILE, self.info[name], before.info[name], f"round {before.number}")
+        self.same(ROUND_FILE, self.key["config"], before.key["config"], f"round {before.number}")
         info, earlier = self.info, before.info
         ok = info["step"] > earlier["step"]
         self.require(
@@ -289,7 +259,7 @@ class FinishedRound:
 
     def _read_probed(self, before: FinishedRound | None) -> None:
         """The rows that earlier rounds probed, which this one draws its own beside."""
-        bits = self._array("probed.npy", np.uint8, -(-self.num_pool_rows // 8))
+        bits = self.array("probed.npy", np.uint8, -(-self.num_pool_rows // 8))
         try:
             seed = self.config.selection_seed
             self.probed = Ledger.from_bits(np.asarray(bits), self.num_pool_rows, seed, 0).consumed
@@ -362,10 +332,11 @@ class FinishedRound:
 
     def _check_selection(self, candidates: IntArray) -> None:
         """The selection is what scores, labels and seed give, in that order."""
-        scores = self._array("scores.npy", np.float32, len(candidates))
-        num_targets = self._array("num_targets.npy", np.int32, len(candidates))
+        scores = self.array("scores.npy", np.float32, len(candidates))
+        num_targets = self.array("num_targets.npy", np.int32, len(candidates))
+        hashes = self.array("hashes.npy", np.uint64, len(candidates)) if self.has_hashes else None
         try:
-            rows = select_rows(
+            selected = select_rows(
                 np.asarray(candidates),
                 np.asarray(scores),
                 np.asarray(num_targets),
@@ -374,10 +345,18 @@ class FinishedRound:
                 temperature=self.config.temperature,
                 selection_seed=self.config.selection_seed,
                 round_number=self.number,
+                hashes=None if hashes is None else np.asarray(hashes),
+                max_copies=self.config.max_copies,
             )
         except (MatesError, ValueError) as error:
             raise WrongError("scores.npy", "predicted influence that can be selected on", str(error)) from error
-        self._first_difference("selection.npy", rows, self.rows, "what scores, labels and seed give")
+        self._first_difference("selection.npy", selected.rows, self.rows, "what scores, labels, hashes and seed give")
+        if hashes is not None:
+            facts = {
+                "repeated_share": selected.num_repeated / max(1, len(candidates)),
+                "num_passed_over": selected.num_passed_over,
+            }
+            self.same(ROUND_FILE, {name: self.info.get(name) for name in facts}, facts, "hashes.npy gives")
 
     def _first_difference(self, file: str, expected: IntArray, found: IntArray, source: str) -> None:
         """Raise the first place where two lists of rows differ."""

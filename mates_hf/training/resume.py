@@ -10,6 +10,7 @@ falls inside the averaging window; `rounds_on_disk` finds both.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,6 +124,27 @@ def warn_without_optimizer(checkpoint: Path | None) -> None:
         )
 
 
+def config_to_resume(saved: Mapping[str, Any] | None, config: MatesConfig) -> MatesConfig:
+    """The config that a resumed run goes on with: a run that began without a limit on copies stays without one.
+
+    Args:
+        saved: this library's state in the checkpoint, or None.
+        config: as it was given.
+
+    Returns:
+        `config`; with `max_copies=None` where the checkpoint is older than that field and its default was given.
+    """
+    began_with = (saved or {}).get("config")
+    is_default = config.max_copies == MatesConfig().max_copies
+    if not is_default or not isinstance(began_with, Mapping) or "max_copies" in began_with:
+        return config
+    logger.warning(
+        "The checkpoint is of a version without `max_copies`: the run goes on as it began, with `max_copies=None`. A "
+        "new run chooses each text once a round."
+    )
+    return dataclasses.replace(config, max_copies=None)
+
+
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuse to go on with another config, pool or reference than the checkpoint was made with; tell of another probe.
 
@@ -146,8 +168,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
                 f"The checkpoint's MatesCallback state must have the {name} of its run, got {old!r}: its "
                 "trainer_state.json was changed. Resume from another checkpoint."
             )
-        if name == "config":  # fields that a later version added have their defaults in an older checkpoint
-            old = {**MatesConfig().to_dict(), **old}
+        if name == "config":  # fields that a later version added changed nothing in an older checkpoint
+            old = {**MatesConfig(max_copies=None).to_dict(), **old}
             old = {key: old[key] for key in {*saved[name], *new}}
         if old != new:
             shown = _differences(old, new)

@@ -34,14 +34,17 @@ from mates_hf.records import (
     write_array,
     write_json,
 )
+from mates_hf.reporting.lines import round_line
 from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path, write_labels
 from mates_hf.round_writer import RoundWriter
-from mates_hf.selection.choose import select_rows, stage_seed
+from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import RoundDraw, probed_rows
 from mates_hf.selection.plan import PlannedRound
 from mates_hf.selection.saved import write_round_model
+from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.audit import audit_round
 from mates_hf.training.drift import set_sentinel
+from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest, measure_labels
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
@@ -153,6 +156,7 @@ def _conclude(run: Run, measured: Measured, *, beside: bool = False) -> Order:
     planned, _, num_rows, own_rows, writer, stages, draw, labels, reason, fidelity, facts = measured
     judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, planned.number, stages)
     decision, scorer = decide(run, judged)
+    found: dict[str, Any] = {}
     if scorer is None:
         rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
         write_array(writer.path / "own_order.npy", rows)
@@ -165,7 +169,8 @@ def _conclude(run: Run, measured: Measured, *, beside: bool = False) -> Order:
             _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
         with stages.timed("select") as cost:
             cost["flops"] = 0.0  # it sorts
-            rows, cursor = _select(run, labels, scored, num_rows, planned.number), draw.cursor_after
+            rows, found = _select(run, labels, scored, num_rows, planned.number)
+            cursor = draw.cursor_after
             write_array(writer.path / "selection.npy", rows)
 
     info = {
@@ -187,16 +192,14 @@ def _conclude(run: Run, measured: Measured, *, beside: bool = False) -> Order:
         "fit": None if judged.fitted is None else judged.fitted.report.to_dict(),
         "fidelity": fidelity,
         "guard": decision,
+        **found,
         "stages": stages.seconds_and_flops,
         "beside_training": [name for name in CONCLUDING if name in stages.seconds_and_flops] if beside else [],
         **facts,
         "weights": writer.key["weights"],
     }
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
-    logger.info(
-        "round %d: %s, %d of %d candidates, held-out Spearman %.3f [%.3f, %.3f]",
-        planned.number, decision["decision"], len(rows), len(draw.candidates), judged.spearman, *judged.interval,
-    )  # fmt: skip
+    logger.info("%s", round_line(info))
     return _take_over(run, load_order(writer.finish(info)))
 
 
@@ -290,13 +293,20 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, num
     return fitted
 
 
-def _select(run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int) -> IntArray:
-    """The rows to train on, (k,) int64 in training order."""
-    return select_rows(
-        *scored,
+def _select(
+    run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int
+) -> tuple[IntArray, dict[str, Any]]:
+    """The rows to train on, (k,) int64 in training order, and what `round.json` says of copies and of leaks."""
+    selected = select_rows(
+        scored.candidates,
+        scored.influence,
+        scored.num_targets,
         labels,
         num_rows,
         temperature=run.config.temperature,
         selection_seed=run.config.selection_seed,
         round_number=number,
+        hashes=scored.hashes,
+        max_copies=run.config.max_copies,
     )
+    return selected.rows, selection_facts(run, selected, len(scored.candidates), number)

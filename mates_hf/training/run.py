@@ -23,6 +23,7 @@ from mates_hf.config import MatesConfig
 from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.token_overlap import TokenNgramIndex
 from mates_hf.disk import unless_disk_fails
 from mates_hf.influence.probe import Probe, count_parameters
 from mates_hf.model_traits import hub_name
@@ -127,6 +128,8 @@ class Run:
         last_reversed: whether the last round found its labels reversed.
         lr_scheduler: the run's, to see how far the rates of a round go; None is a constant rate.
         loss_reading: which reading of the run's loss the probes take, for the record.
+        reference_overlap: the reference task's n-grams, made at the first selection; only in the main process.
+        overlap_told: whether the run has warned of selected rows that share text with the reference task.
 
     Raises:
         ValueError: the pool has no `document_column`.
@@ -153,6 +156,8 @@ class Run:
     last_reversed: bool = False
     lr_scheduler: Any = None
     loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reference_overlap: TokenNgramIndex | None = None
+    overlap_told: bool = False
 
     def __post_init__(self) -> None:
         if self.config.document_column is not None:
@@ -219,9 +224,11 @@ class Run:
         Returns:
             JSON values.
         """
-        rates = self.settings.learning_rates
+        rates, identity = self.settings.learning_rates, self.identity()
+        if identity["config"]["max_copies"] is None:
+            del identity["config"]["max_copies"]  # rounds made before there was a limit have none in their key
         return {
-            **self.identity(),
+            **identity,
             "learning_rates": None if rates is None else list(rates),
             "rate_steps": self.settings.rate_steps,
             "step": step,

@@ -3,7 +3,7 @@
 Place in the flow: between the guard and the selection in `rounds.run_round`. The main process asks, the others wait
 for it in `beside.await_order`; each has the pool, so what is sent are the influence model's files and ids.
 
-Trade-off: every process holds all predictions for a moment, four bytes a candidate, and gets the sum of all shares, in
+Trade-off: every process holds all that is found for a moment, 16 bytes a candidate, and gets the sum of all shares, in
 which each value was made by one process alone. Only influence models that `runs_beside_training` are sent: the others
 may need the model that trains, or predict a row by the rows beside it.
 """
@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.records import FloatArray, IntArray, read_array, write_array
+from mates_hf.selection.copies import Hashes
+from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.run import InfluenceModel, Run
 
 # What is scored at a time, so that a large slice is never in memory at once: 9 to 23 bytes a token are.
@@ -26,11 +28,12 @@ SCORE_ROWS, SCORE_TOKENS = 65_536, 1 << 22
 
 
 class Scored(NamedTuple):
-    """M candidates, their predicted influence (M,) float32, > 0 helps, and trained tokens (M,) int32."""
+    """M candidates; of each predicted influence (float32, > 0 helps), trained tokens (int32) and text (uint64)."""
 
     candidates: IntArray
     influence: FloatArray
     num_targets: npt.NDArray[np.int32]
+    hashes: Hashes
 
 
 def score_candidates(
@@ -51,15 +54,14 @@ def score_candidates(
     shared = run.side.size > 1 and bool(getattr(influence_model, "runs_beside_training", False))
     if shared:
         run.side.publish({"score": True}, candidates=np.asarray(candidates, np.int64), **_files_of(influence_model))
-    influence, num_targets = _predict(run, influence_model, candidates, shared=shared)
+    influence, num_targets, hashes = _predict(run, influence_model, candidates, shared=shared)
     write_array(path / "candidates.npy", candidates)
     write_array(path / "scores.npy", influence * np.float32(unit))
     write_array(path / "num_targets.npy", num_targets)
-    del influence, num_targets  # eight bytes a candidate; the files' pages are the system's to drop
-    scores, targets = read_array(path / "scores.npy"), read_array(path / "num_targets.npy")
-    assert scores is not None
-    assert targets is not None
-    return Scored(candidates, scores, targets)
+    write_array(path / "hashes.npy", hashes)
+    del influence, num_targets, hashes  # 16 bytes a candidate; the files' pages are the system's to drop
+    arrays = (read_array(path / name) for name in ("scores.npy", "num_targets.npy", "hashes.npy"))
+    return Scored(candidates, *(array for array in arrays if array is not None))
 
 
 def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -91,17 +93,20 @@ def _files_of(influence_model: InfluenceModel) -> dict[str, npt.NDArray[np.uint8
 
 def _predict(
     run: Run, influence_model: InfluenceModel, candidates: IntArray, *, shared: bool
-) -> tuple[FloatArray, npt.NDArray[np.int32]]:
-    """Predictions (M,) and trained tokens (M,) of all candidates, of which this process may do a share."""
+) -> tuple[FloatArray, npt.NDArray[np.int32], Hashes]:
+    """Of all candidates, (M,) each: prediction, trained tokens and text; of which this process may do a share."""
     rank, size = (run.side.rank, run.side.size) if shared else (0, 1)
     start, end = len(candidates) * rank // size, len(candidates) * (rank + 1) // size
     influence, num_targets = np.zeros(len(candidates), np.float32), np.zeros(len(candidates), np.int32)
+    hashes = np.zeros(len(candidates), np.uint64)
+    marks = CopyMarks(run)
     for rows in run.pool.chunks(candidates[start:end], SCORE_ROWS, max_tokens=SCORE_TOKENS):
         span = slice(start, start + len(rows))
         influence[span] = influence_model.predict(rows)
         num_targets[span] = rows.num_targets
+        hashes[span] = marks.hashes(rows, candidates[span])
         start = span.stop
     if shared:
-        run.side.sum(influence)
-        run.side.sum(num_targets)
-    return influence, num_targets
+        for values in (influence, num_targets, hashes.view(np.int64)):
+            run.side.sum(values)
+    return influence, num_targets, hashes

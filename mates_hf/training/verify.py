@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mates_hf.paths import expand_path
 from mates_hf.round_files import ROUND_FILE, round_path
-from mates_hf.training.replay import FinishedRound, WrongError
+from mates_hf.training.replay import FinishedRound
+from mates_hf.training.round_reader import WrongError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,8 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
 
     Checked: files, their types, lengths and checksums; `key.json` and `selection.json` against `round.json`; the hash
     of the order; that candidates and probes are what seed and ledger draw; that no row is trained on twice in a pass,
-    none that was probed is in the selection; that the selection is what scores, labels and seed give; that each round
-    goes on where the one before it ends.
+    none that was probed is in the selection; that the selection is what scores, labels, hashes of texts and seed give;
+    that each round goes on where the one before it ends.
 
     Args:
         path: a run's `output_dir`, or the directory that holds its rounds.
@@ -96,8 +98,9 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
 
     Raises:
         FileNotFoundError: there is no finished round.
+        ValueError: the path begins with a home folder that is not there.
     """
-    rounds_dir = _find_rounds(Path(path))
+    rounds_dir = _find_rounds(expand_path(path))
     numbers, leftovers = _list_rounds(rounds_dir)
     checked: list[CheckedRound] = []
     before: FinishedRound | None = None

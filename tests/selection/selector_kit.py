@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Callable
@@ -73,6 +74,77 @@ class MeanId:
 
     def save_pretrained(self, path: Any) -> None:
         (Path(path) / "config.json").write_text('{"kind": "MeanId"}')
+
+
+class DigestedMeanId(MeanId):
+    """A mean of nothing is not finite, as `numpy` has it: no row of the tests is empty."""
+
+    def predict(self, rows: Any) -> np.ndarray:
+        self.num_calls += 1
+        with np.errstate(all="ignore"):
+            means = [np.divide(rows.row(i)[0].sum(), len(rows.row(i)[0])) for i in range(len(rows))]
+        return np.array(means, np.float32)
+
+    def digest(self) -> str:
+        return "mean"
+
+
+class CountedMean(MeanId):
+    """Reads trained tokens alone, so that a label which is taken away counts; the same in every selector."""
+
+    def predict(self, rows: Any) -> np.ndarray:
+        self.num_calls += 1
+        counted = np.where(rows.target_mask, rows.values, 0)
+        return np.array([part.mean() for part in np.split(counted, rows.offsets[1:-1])], np.float32)
+
+    def digest(self) -> str:
+        return "mean"
+
+
+class NoDigest:
+    """A model that cannot say what it depends on."""
+
+    report = None
+
+    def predict(self, rows: Any) -> np.ndarray:
+        raise NotImplementedError
+
+
+class Counted:
+    """A tokenizer, and a model, that count what they are asked."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        counted = self
+        self.num_texts = self.num_rows = 0
+
+        class Tokenizer(type(tokenizer)):  # type: ignore[misc]
+            def __call__(self, texts: list[str], **options: Any) -> Any:
+                counted.num_texts += len(texts)
+                return super().__call__(texts, **options)
+
+        class Model:
+            report = model.report
+
+            def predict(self, rows: Any) -> Any:
+                counted.num_rows += len(rows.num_targets)
+                return model.predict(rows)
+
+            def digest(self) -> str:
+                return "counted"
+
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.__class__ = Tokenizer
+        self.model = Model()
+
+    def forget(self) -> None:
+        self.num_texts = self.num_rows = 0
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """A copy of a tokenizer that renders conversations."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = template
+    return copied
 
 
 def in_child(work: Callable[[], None]) -> int:

@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 from mates_hf.records import InfluenceError, InfluenceLabels
 from mates_hf.selection import choose
-from mates_hf.selection.choose import gumbel_top_k, row_worth, select_rows, top_k, uniform
+from mates_hf.selection.choose import gumbel_top_k, row_worth, top_k, uniform
+from mates_hf.selection.select_stage import select_rows
 
 NUM_SEEDS = 4_000
 # Standard error of a share over NUM_SEEDS draws is at most 0.5 / sqrt(4000) = 0.0079; four of them.
@@ -305,7 +306,7 @@ def probed(influence_per_token, num_tokens, step_size=0.5) -> InfluenceLabels:
 
 def select(influence, num_targets, k, labels, *, temperature=0.0, seed=0, number=1) -> np.ndarray:
     candidates = 100 + 7 * np.arange(len(influence))
-    return select_rows(
+    selected = select_rows(
         candidates,
         np.asarray(influence, np.float32),
         np.asarray(num_targets, np.int32),
@@ -315,6 +316,8 @@ def select(influence, num_targets, k, labels, *, temperature=0.0, seed=0, number
         selection_seed=seed,
         round_number=number,
     )
+    assert (selected.num_repeated, selected.num_passed_over) == (0, 0)  # nothing is known of copies here
+    return selected.rows
 
 
 def test_selected_rows_are_those_a_batch_gains_most_from_and_rows_without_a_target_come_last():

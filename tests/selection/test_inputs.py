@@ -16,24 +16,11 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 
 from mates_hf.influence.artifacts import model_digest
 from mates_hf.selection.selector import MatesSelector
-from tests.selection.selector_kit import MeanId, fit_model, make_lists
+from tests.selection.selector_kit import DigestedMeanId, MeanId, NoDigest, fit_model, make_lists, with_template
 
 LISTS = make_lists(30, seed=5, longest=12)
 TEXTS = [" ".join(f"w{i}" for i in ids) for ids in LISTS]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
-
-
-class DigestedMeanId(MeanId):
-    """A mean of nothing is not finite, as `numpy` has it: no row of the tests is empty."""
-
-    def predict(self, rows: Any) -> np.ndarray:
-        self.num_calls += 1
-        with np.errstate(all="ignore"):
-            means = [np.divide(rows.row(i)[0].sum(), len(rows.row(i)[0])) for i in range(len(rows))]
-        return np.array(means, np.float32)
-
-    def digest(self) -> str:
-        return "mean"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,11 +42,7 @@ def tokens() -> MatesSelector:
 
 @pytest.fixture
 def chat_tokenizer(tiny_tokenizer: Any) -> Any:
-    import copy
-
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+    return with_template(tiny_tokenizer, TEMPLATE)
 
 
 # --- columns to remove ---
@@ -326,13 +309,6 @@ def test_columns_inside_of_structs(tiny_tokenizer: Any) -> None:
 
 
 # --- what is printed ---
-
-
-class NoDigest:
-    report = None
-
-    def predict(self, rows: Any) -> np.ndarray:
-        raise NotImplementedError
 
 
 def test_a_selector_and_its_selections_print_short(chat_tokenizer: Any, dataset: Dataset) -> None:

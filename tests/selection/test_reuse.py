@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 from pathlib import Path
@@ -16,40 +15,10 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from mates_hf.data.columns import fixed_positions
 from mates_hf.influence.ngram import NgramInfluenceModel
 from mates_hf.selection.selector import MatesSelector
-from tests.selection.selector_kit import MeanId, fit_model, make_lists
+from tests.selection.selector_kit import Counted, CountedMean, MeanId, fit_model, make_lists, with_template
 
 LISTS = make_lists(80, seed=5)
 TEXTS = [" ".join(f"w{i}" for i in ids) for ids in LISTS]
-
-
-class Counted:
-    """A tokenizer, and a model, that count what they are asked."""
-
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        counted = self
-        self.num_texts = self.num_rows = 0
-
-        class Tokenizer(type(tokenizer)):  # type: ignore[misc]
-            def __call__(self, texts: list[str], **options: Any) -> Any:
-                counted.num_texts += len(texts)
-                return super().__call__(texts, **options)
-
-        class Model:
-            report = model.report
-
-            def predict(self, rows: Any) -> Any:
-                counted.num_rows += len(rows.num_targets)
-                return model.predict(rows)
-
-            def digest(self) -> str:
-                return "counted"
-
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.tokenizer.__class__ = Tokenizer
-        self.model = Model()
-
-    def forget(self) -> None:
-        self.num_texts = self.num_rows = 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -171,21 +140,7 @@ def many() -> Dataset:
 
 @pytest.fixture
 def chat_tokenizer(tiny_tokenizer: Any) -> Any:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return tokenizer
-
-
-class CountedMean(MeanId):
-    """Counts its rows; the same in every selector."""
-
-    def predict(self, rows: Any) -> np.ndarray:
-        self.num_calls += 1
-        counted = np.where(rows.target_mask, rows.values, 0)  # a label that is taken away counts
-        return np.array([part.mean() for part in np.split(counted, rows.offsets[1:-1])], np.float32)
-
-    def digest(self) -> str:
-        return "mean"
+    return with_template(tiny_tokenizer, "{% for m in messages %}{{ m['content'] }} {% endfor %}")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

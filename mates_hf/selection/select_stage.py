@@ -1,0 +1,137 @@
+"""The select stage of a round: from predictions to the rows that are trained on next.
+
+Place in the flow: `training/rounds` calls it once a round, `training/replay` once more to check a finished one. What
+it is made of is in `choose` (the largest values, noise, ties) and `copies` (which rows are one text). Trade-off: it is
+a pure function of arrays that lie in a round directory, so nothing that only a dataset or a model knows can steer it.
+
+Sign: > 0 helps, higher is better.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.records import FloatArray, InfluenceError, InfluenceLabels, IntArray
+from mates_hf.selection.choose import Seed, check_temperature, largest, noisy, nth_true, row_worth, stage_seed
+from mates_hf.selection.copies import Hashes, find_copies
+
+
+class SelectedRows(NamedTuple):
+    """What the select stage chose.
+
+    Attributes:
+        rows: (k,) int64 pool rows in training order.
+        num_repeated: candidates whose text an earlier candidate has too; 0 where no hashes were given.
+        num_passed_over: candidates worth more than the least of the chosen, left out as copies of chosen ones.
+    """
+
+    rows: IntArray
+    num_repeated: int
+    num_passed_over: int
+
+
+def select_rows(
+    candidates: IntArray,
+    influence: FloatArray,
+    num_targets: npt.NDArray[np.int32],
+    labels: InfluenceLabels,
+    num_rows: int,
+    *,
+    temperature: float,
+    selection_seed: int,
+    round_number: int,
+    hashes: Hashes | None = None,
+    max_copies: int | None = None,
+) -> SelectedRows:
+    """The select stage of a round: the rows to train on next, in training order.
+
+    A pure function of what a round directory holds, so that anyone can recompute a finished round's selection. The
+    budget is rows, so a candidate is worth `row_worth`; the temperature's unit is the standard deviation of the same
+    over the probed candidates. The limit on copies comes after the noise: of a text, the best `max_copies` stay.
+
+    Args:
+        candidates: (M,) int64 pool rows to choose from.
+        influence: (M,) float32 predicted influence of each, > 0 helps, higher is better.
+        num_targets: (M,) int32 trained tokens of each; rows without any come last.
+        labels: measured influence of the round's probes.
+        num_rows: k, how many to choose.
+        temperature: of the Gumbel noise; 0 takes the best.
+        selection_seed: of the run.
+        round_number: with `selection_seed` it seeds noise, ties and training order.
+        hashes: (M,) uint64 of `copies.row_hashes`, equal for copies of a text; None where they are not known.
+        max_copies: how often a text is chosen at most; needs `hashes`. Where the texts do not suffice for k rows,
+            further copies follow, the best first. None sets no limit.
+
+    Returns:
+        The rows, and what was found of copies.
+
+    Raises:
+        ValueError: k or temperature out of range, arrays of different lengths, or a limit without hashes.
+        InfluenceError: influence is not finite, or the labels rank no row.
+    """
+    if not len(candidates) == len(influence) == len(num_targets) >= num_rows >= 0:
+        raise ValueError(
+            "`candidates`, `influence` and `num_targets` must be of one length, at least `num_rows`, got "
+            f"{len(candidates)}, {len(influence)} and {len(num_targets)} for {num_rows} rows."
+        )
+    if (hashes is None and max_copies is not None) or (hashes is not None and len(hashes) != len(candidates)):
+        raise ValueError(
+            f"`hashes` must have one entry a candidate ({len(candidates)}) where `max_copies` is a number, got "
+            f"{'none' if hashes is None else len(hashes)}."
+        )
+    check_temperature(temperature)
+    finite = np.isfinite(influence)
+    if not finite.all():
+        raise InfluenceError(
+            f"Predicted influence must be finite; that of {len(finite) - int(np.count_nonzero(finite))} of "
+            f"{len(finite)} candidates is not, first candidate_id {candidates[~finite][:8].tolist()}. Look at how "
+            "these candidates were predicted."
+        )
+    unit = float(np.std(row_worth(labels.influence_per_token, labels.num_tokens)))
+    if not (math.isfinite(unit) and unit > 0):
+        raise InfluenceError(
+            f"The labels' standard deviation, the temperature's unit, must be a finite number above 0, got {unit}: "
+            "all probed candidates are worth the same. Check that they differ and that the learning rate is not 0."
+        )
+    values = row_worth(influence, num_targets)
+    values /= unit * float(labels.step_size)
+    trainable = np.greater(num_targets, 0)
+    num_trainable = int(np.count_nonzero(trainable))
+    seed = stage_seed(selection_seed, round_number, "select")
+    if num_trainable < len(values):
+        values = values[trainable]
+    k = min(num_rows, num_trainable)
+    if temperature and 0 < k < num_trainable:
+        values = noisy(values, temperature, seed)
+    num_repeated = 0 if hashes is None else len(find_copies(hashes))
+    copies = np.zeros(0, np.int64)
+    if num_repeated and hashes is not None and max_copies is not None:
+        copies = find_copies(hashes if num_trainable == len(hashes) else hashes[trainable], values, max_copies)
+    chosen, num_passed_over = _largest_without(values, k, seed, copies)
+    del values
+    if num_trainable < len(trainable):
+        chosen = nth_true(trainable, chosen)
+    if len(chosen) < num_rows:
+        chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
+    order = np.random.default_rng(stage_seed(selection_seed, round_number, "order")).permutation(len(chosen))
+    return SelectedRows(candidates[chosen[order]].astype(np.int64), num_repeated, num_passed_over)
+
+
+def _largest_without(values_N: npt.NDArray[Any], k: int, seed: Seed, copies: IntArray) -> tuple[IntArray, int]:
+    """`largest` of all but some positions, and of these only what is missing; and how many of them were in the way.
+
+    Values at the positions in `copies` are overwritten.
+    """
+    left_out = values_N[copies]
+    values_N[copies] = -np.inf
+    chosen = largest(values_N, min(k, len(values_N) - len(copies)), seed)
+    num_in_the_way = int(np.count_nonzero(left_out > values_N[chosen].min())) if len(chosen) else 0
+    if len(chosen) < k:
+        more = largest(left_out, k - len(chosen), seed)
+        num_in_the_way = len(copies) - len(more)
+        chosen = np.sort(np.concatenate([chosen, copies[more]]))
+    return chosen, num_in_the_way
