@@ -184,6 +184,7 @@ class MatesCallback(TrainerCallback):
         dataloader.set_sampler(sampler)
         state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
+        processes.meet()  # none trains while another one may still be refusing
         logger.info(
             "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
             len(plan.rounds), len(pool), plan.rounds[0].boundary_step, run.reference.num_targets, processes.size,
@@ -211,6 +212,8 @@ class MatesCallback(TrainerCallback):
         metrics = self._session.after_step(state.global_step, control.should_save)
         if metrics:
             self._report(state, metrics)
+        if metrics or control.should_save:
+            self._session.run.processes.meet()
 
     @own_memory
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

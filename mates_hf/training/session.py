@@ -80,12 +80,11 @@ class Session:
             "last_round": saved["last_round"] if saved else None,
             **run.identity(),
         }
-        with run.processes.leading() if run.processes.is_main else contextlib.nullcontext():
-            if saved and saved["last_round"] is not None:
-                self._restore_rounds(saved["last_round"], step)
-            elif not saved and run.processes.is_main:
-                resume.set_earlier_run_aside(run.rounds_dir)
-            self._plan_next(step)
+        if saved and saved["last_round"] is not None:
+            self._restore_rounds(saved["last_round"], step)
+        elif not saved and run.processes.is_main:
+            resume.set_earlier_run_aside(run.rounds_dir)
+        self._plan_next(step)
 
     def after_step(self, step: int, saves: bool) -> dict[str, float]:
         """Count the rows of an optimizer step; average weights inside the window; check for drift, run a round.
@@ -124,6 +123,7 @@ class Session:
             self._average_saved_at = step
             if self.run.processes.is_main:
                 resume.prune_averages(self.run.rounds_dir, self.output_dir, step)
+            self.run.processes.meet()  # a disk that is full fails the main process alone
 
     def _look(self, step: int) -> dict[str, float]:
         """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
@@ -143,8 +143,7 @@ class Session:
             if not run.processes.is_main:
                 order = assist(run)
             else:
-                with run.processes.leading():
-                    order = self._decide(step, metrics)
+                order = self._decide(step, metrics)
                 release(run, order)
         if order is not None:
             self._schedule(order)
