@@ -212,8 +212,8 @@ class MatesCallback(TrainerCallback):
         metrics = self._session.after_step(state.global_step, control.should_save)
         if metrics:
             self._report(state, metrics)
-        if metrics or control.should_save:
-            self._session.run.processes.meet()
+        if control.should_save or self._session.last_look == state.global_step:
+            self._session.run.processes.meet()  # none trains while another one may still be failing
 
     @own_memory
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

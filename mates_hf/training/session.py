@@ -68,6 +68,7 @@ class Session:
         self.order: Order | None = None  # the last round's
         self._next_round: PlannedRound | None = None
         self._next_event = 0
+        self.last_look = -1  # the step of the last round or drift check
         self._window_start = 0
         self._average_saved_at = -1
         self._learning_rates: tuple[float, ...] | None = None
@@ -127,7 +128,7 @@ class Session:
 
     def _look(self, step: int) -> dict[str, float]:
         """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
-        run = self.run
+        run, self.last_look = self.run, step
         number = self._next_number(step)
         run.settings = dataclasses.replace(
             run.settings,
