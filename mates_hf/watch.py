@@ -41,6 +41,7 @@ GRACE_SECONDS = 15.0  # the main thread may stay this long where it cannot look,
 LINGER_SECONDS = 5.0  # a process that failed waits this long for the others to hear it: it may hold the store
 _LEFT = "left"  # in place of a sign of life: the process ended of its own accord
 _ADVICE = "The run can be resumed from its last complete checkpoint."
+_OPENING = datetime.timedelta(minutes=30)
 _FOR_EVER = datetime.timedelta(days=30)
 
 
@@ -91,16 +92,18 @@ class Watch:
             The watch, at work.
 
         Raises:
-            ProcessError: the others do not come within the default group's time-out.
+            ProcessError: the others do not come within the default group's time-out, or half an hour.
         """
         import torch.distributed
 
         dist: Any = torch.distributed
         default: Any = dist.distributed_c10d._get_default_store()
-        limit = getattr(default, "timeout", datetime.timedelta(minutes=30))
+        limit = max(getattr(default, "timeout", _OPENING), _OPENING)
         key, missing = f"mates_hf/{name}", "the main one"
         try:
             # Told by the main process: what an earlier run left in the store has another prefix.
+            if rank != 0:
+                default.wait([key], limit)
             prefix = uuid.uuid4().hex if rank == 0 else default.get(key).decode()
             store = dist.PrefixStore(prefix, default)
             store.set(f"host/{rank}", socket.gethostname())
@@ -115,9 +118,9 @@ class Watch:
             watch = cls(functools.partial(_own_connection, default, prefix), rank, hosts)
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
-                f"All {size} processes of the run must come to this point within {limit}, but process {rank} waited "
-                f"for {missing} in vain ({error}). Look at the first error that a process printed; `ddp_timeout` "
-                "is the time that they have."
+                f"All {size} processes of the run must come to this point within {limit} (`ddp_timeout`, if that is "
+                f"longer than half an hour), but process {rank} waited for {missing} in vain ({error}). Look at the "
+                "first error that a process printed."
             ) from error
         watch.start()
         return watch
