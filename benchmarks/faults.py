@@ -41,8 +41,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from units import Opened, Result, end, keep, opened, parser_of, plain, read_units, say, take_over  # noqa: E402
-from units import read_results, unit_path, write_results  # noqa: E402
+from units import (  # noqa: E402
+    Opened,
+    Result,
+    end,
+    keep,
+    opened,
+    parser_of,
+    plain,
+    read_results,
+    read_units,
+    say,
+    take_over,
+    unit_path,
+    write_results,
+)
 
 from mates_hf import MatesCallback, watch  # noqa: E402
 from mates_hf.influence.directional import DirectionalProbe  # noqa: E402
@@ -58,8 +71,8 @@ GIVE_UP_SECONDS = 150.0
 PLANTED = "planted here"
 MAIN, LAST, ALL = "main", "last", "all"
 ERROR, FULL, KILL, STOP = LIMITS
-QUICK = {"labels: last, error", "labels: main, error", "audit: last, error", "sentinel: main, error",
-         "rounds set aside: main, error", "labels: last, SIGKILL", "sum: main, SIGSTOP"}  # fmt: skip
+QUICK = {"rounds set aside: main, error", "labels: last, error", "audit: last, error", "labels: last, SIGKILL",
+         "sum: main, SIGSTOP"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,6 +247,7 @@ class SlowModel(NgramInfluenceModel):
     seconds = 0.0
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """As always, but late."""
         time.sleep(SlowModel.seconds)
         return super().fit(*args, **kwargs)
 
@@ -242,10 +256,10 @@ def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool
     """One process of the run."""
     arguments = make_arguments(
         output_dir,
-        max_steps=8 if fault is None else 16,
+        max_steps=10 if fault is None else 16,
         per_device_train_batch_size=2,
         save_strategy="steps",
-        save_steps=5,
+        save_steps=4,
     )
     config = small_config(num_probes=32, average_steps=3, drift_check_steps=3, switch_lead_steps=2, keep_rounds=2)
     SlowModel.seconds = fault.fit_seconds if fault is not None else 0.0
@@ -258,7 +272,7 @@ def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool
     run(
         arguments,
         [callback],
-        resume=str(output_dir / "checkpoint-5") if resumes else None,
+        resume=str(output_dir / "checkpoint-8") if resumes else None,
         prepare=shard_with_fsdp2 if sharded else lambda trainer: None,
     )
 
@@ -346,7 +360,7 @@ class Running:
 def whole_run(bench: Opened) -> Path | None:
     """A run with a checkpoint inside the averaging window, that others resume; None in its own processes."""
     folder = bench.work / "whole"
-    if not (folder / "run" / "checkpoint-5").exists():
+    if not (folder / "run" / "checkpoint-8").exists():
         fault = Fault(place="whole", target="", who=ALL, what=ERROR)
         running = Running(fault, folder)
         if running.start(lambda rank: train(folder / "run", fault=None, resumes=False, sharded=False)):
@@ -359,7 +373,7 @@ def whole_run(bench: Opened) -> Path | None:
 
 def break_all(bench: Opened, faults: list[Fault]) -> int | None:
     """Run the faults that are not kept yet, some side by side; how many are left. None in a forked process."""
-    whole = whole_run(bench)
+    whole = whole_run(bench) if any(fault.resumes for fault in faults) else bench.work
     if whole is None:
         return None
     deadline = time.monotonic() + 60 * bench.options.minutes
@@ -419,15 +433,16 @@ def shown(found: Result) -> str:
 def page_of(document: Result) -> str:
     """The page."""
     units = document["units"]
+    num_places = len({found["settings"]["place"] for found in units.values()})
     ends = [found for found in units.values() if not found["settings"]["goes_on"]]
     lines = [
         "# A fault anywhere ends every process, by name",
         "",
-        f"`python benchmarks/faults.py`: {len(units)} faults at {len({f['settings']['place'] for f in units.values()})} "
-        f'places. Two real processes (gloo, CPU, a model of two layers), one of them broken ("all": both). Seconds '
-        'from the fault until the others have ended; after an error, until all have. "Named": the output of each of '
-        "them says which process it was and what happened there. A frozen process is thawed when the others have "
-        'ended; "thawed" is how long it then takes to end by itself.',
+        f"`python benchmarks/faults.py`: {len(units)} faults at {num_places} places. Two real processes (gloo, CPU, a "
+        'model of two layers), one of them broken ("all": both). Seconds from the fault until the others have ended; '
+        'after an error, until all have. "Named": the output of each of them says which process it was, and after an '
+        "error what happened there. A process is taken for frozen after a minute. When the others have ended it is "
+        'thawed; "thawed" is how long it then takes to end by itself.',
         "",
         "| what happens | faults | limit, s | slowest, s | median, s | named | within its limit |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -435,7 +450,7 @@ def page_of(document: Result) -> str:
     for what, limit in LIMITS.items():
         here = [found for found in ends if found["settings"]["what"] == what]
         if here:
-            seconds = sorted(found["seconds"] for found in here)
+            seconds = sorted(found["seconds"] or 0.0 for found in here)
             lines.append(
                 f"| {what} | {len(here)} | {limit:.0f} | {seconds[-1]:.1f} | {seconds[len(seconds) // 2]:.1f} "
                 f"| {sum(found['named'] for found in here)} | {sum(is_well(found) for found in here)} |"
@@ -450,7 +465,7 @@ def page_of(document: Result) -> str:
         went_on = settings["goes_on"] and is_well(found)
         lines.append(
             f"| {settings['place']} | {settings['who']} | {settings['what']} | "
-            + ("the run continues | " if went_on else f"{found['seconds']:.1f} | ")
+            + ("the run continues | " if went_on else f"{found['seconds'] or 0.0:.1f} | ")
             + ("" if went_on else "yes" if found["named"] else "**no**")
             + f" | {'' if thawed is None else f'{thawed:.1f}'} |"
         )
@@ -494,7 +509,7 @@ def main() -> None:
                 say(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}")
         return
     document = write_results(
-        bench.page, {"units": {name: found[name] for name in settings if name in found}}, page_of, 1
+        bench.page, {"units": {name: found[name] for name in settings if name in found}}, page_of, 3
     )
     end(left)
     wrong = differences(document)

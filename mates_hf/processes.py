@@ -33,6 +33,7 @@ from mates_hf.watch import Watch, close_all
 
 _PATIENCE = datetime.timedelta(days=30)  # a process may work alone this long; one that dies or freezes is noticed
 _OPENING = datetime.timedelta(minutes=5)  # connections between all of them take seconds
+_CAN_WAIT_LONGER = hasattr(getattr(dist, "ProcessGroupGloo", None), "_set_default_timeout")
 _CHUNK_BYTES = 2**28
 _SPIN_SECONDS = 1e-3  # small collectives are done by then; a sleep would take longer than they do
 _LONGEST_PAUSE = 0.05
@@ -95,7 +96,7 @@ class Processes:
         processes = cls(dist.get_rank(), dist.get_world_size(), watch=watch)
         with processes.together():
             try:
-                group: Any = dist.new_group(backend="gloo", timeout=_OPENING)
+                group: Any = dist.new_group(backend="gloo", timeout=_OPENING if _CAN_WAIT_LONGER else _PATIENCE)
             except (RuntimeError, ValueError) as error:
                 raise ProcessError(
                     f"All {processes.size} processes of the run must reach one another through gloo, but process "
@@ -313,8 +314,8 @@ def _all_reduce_each(tensors: list[torch.Tensor], async_op: bool) -> list[Any]:
 
 def _wait_longer(group: Any) -> None:
     """Let a group's collectives take as long as one process may work alone."""
-    backend = group._get_backend(torch.device("cpu"))
-    backend._set_default_timeout(_PATIENCE)
+    if _CAN_WAIT_LONGER:
+        group._get_backend(torch.device("cpu"))._set_default_timeout(_PATIENCE)
 
 
 def _is_of_a_connection(error: BaseException) -> bool:

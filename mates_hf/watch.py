@@ -162,7 +162,7 @@ class Watch:
         Args:
             what: its error; not said where another failure is known already.
         """
-        self._blame(f"{self.name(self.rank)} stopped this run: {what[:4000]}. {_ADVICE}")
+        self._blame(f"{self.name(self.rank)} stopped this run: {what[:4000].rstrip('. ')}. {_ADVICE}")
         self.raised = True
         self._wake.set()
         deadline = time.monotonic() + (0.0 if self._lingered else LINGER_SECONDS)

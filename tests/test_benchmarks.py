@@ -25,14 +25,24 @@ def run(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["selection", "fidelity", "selector_gain", pytest.param("influence_models", marks=pytest.mark.slow)]
+    "name",
+    [
+        "selection",
+        "fidelity",
+        "selector_gain",
+        pytest.param("influence_models", marks=pytest.mark.slow),
+        pytest.param("faults", marks=pytest.mark.slow),
+    ],
 )
 def test_the_page_follows_from_the_committed_json(name: str) -> None:
     run(f"{name}.py", "--check")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "unit_file"), [("selection", "lambada--ours--0.json"), ("fidelity", None)])
+@pytest.mark.parametrize(
+    ("name", "unit_file"),
+    [("selection", "lambada--ours--0.json"), ("fidelity", None), ("faults", "labels:_last_error.json")],
+)
 def test_a_quick_run_ends_and_goes_on_where_it_was_stopped(name: str, unit_file: str | None, tmp_path: Path) -> None:
     arguments = ("--quick", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     run(f"{name}.py", *arguments)

@@ -62,7 +62,9 @@ def make_watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list
         for rank in range(size):
             store.set(f"beat/{rank}", "0")
         stores = [Cut(store) for _ in range(size)]
-        watches = [Watch(lambda rank=rank: stores[rank], rank, [f"host{r}" for r in range(size)]) for rank in range(size)]
+        watches = [
+            Watch(lambda rank=rank: stores[rank], rank, [f"host{r}" for r in range(size)]) for rank in range(size)
+        ]
         for each in watches:
             if each.rank not in asleep:
                 each.start()
@@ -94,7 +96,9 @@ class Pending:
         return False
 
 
-def test_the_first_failure_is_raised_everywhere_with_its_process_and_heard_before_that_one_leaves(make_watches) -> None:
+def test_the_first_failure_is_raised_everywhere_with_its_process_and_heard_before_that_one_leaves(
+    make_watches,
+) -> None:
     watches = make_watches()
     main, last = (Processes(rank, 3, watch=watches[rank]) for rank in (0, 2))
     heard: list[str] = []
