@@ -51,7 +51,7 @@ def make_watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list
     """Watches that share a store; those of ranks in `asleep` give no sign of life."""
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(watch, "FROZEN_SECONDS", FROZEN)
-    monkeypatch.setattr(watch, "LOST_SECONDS", 0.3)
+    monkeypatch.setattr(watch, "LOST_SECONDS", 0.5)
     monkeypatch.setattr(watch, "LINGER_SECONDS", 1.0)
     made: list[Watch] = []
 
@@ -62,9 +62,8 @@ def make_watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list
         for rank in range(size):
             store.set(f"beat/{rank}", "0")
         stores = [Cut(store) for _ in range(size)]
-        watches = [
-            Watch(lambda rank=rank: stores[rank], rank, [f"host{r}" for r in range(size)]) for rank in range(size)
-        ]
+        hosts = [f"host{rank}" for rank in range(size)]
+        watches = [Watch(lambda store=store: store, rank, hosts) for rank, store in enumerate(stores)]
         for each in watches:
             if each.rank not in asleep:
                 each.start()
@@ -81,11 +80,11 @@ def make_watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list
 def failure_of(each: Watch, seconds: float = 4.0) -> str:
     """What a watch's main thread raises while it waits."""
     deadline = time.monotonic() + seconds
-    with each.inside(), pytest.raises(ProcessError) as raised:
-        while time.monotonic() < deadline:
-            each.look()
+    with each.inside():
+        while each.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        pytest.fail("nothing was raised")
+    with pytest.raises(ProcessError) as raised:
+        each.look()
     return str(raised.value)
 
 
@@ -96,7 +95,7 @@ class Pending:
         return False
 
 
-def test_the_first_failure_is_raised_everywhere_with_its_process_and_heard_before_that_one_leaves(
+def test_the_first_failure_is_raised_everywhere_by_name_and_heard_before_its_process_leaves(
     make_watches,
 ) -> None:
     watches = make_watches()
@@ -138,12 +137,11 @@ def test_a_silent_process_is_named_by_those_who_wait_and_by_nobody_else(make_wat
         assert failure_of(each).startswith(f"Process {asleep} of 3 (on host{asleep}) died or is frozen")
 
 
-def test_a_lost_connection_is_explained_by_the_failure_or_the_silence_behind_it(make_watches) -> None:
-    started = time.monotonic()
+def test_a_lost_connection_is_explained_by_the_failure_or_the_silence_behind_it(make_watches, monkeypatch) -> None:
+    monkeypatch.setattr(watch, "FROZEN_SECONDS", 100.0)  # silence alone would not tell
     watches = make_watches(asleep=(1,))
     with pytest.raises(ProcessError, match=r"^Process 1 of 3 \(on host1\) died"):
         watches[2].find_lost()
-    assert time.monotonic() - started < FROZEN  # sooner than silence alone would tell
     watches = make_watches(2)
 
     def reset(async_op: bool) -> None:
