@@ -116,7 +116,7 @@ class Watch:
             store.wait(names, limit)
             hosts = [host.decode() for host in _read(store, names)]
             watch = cls(functools.partial(_own_connection, default, prefix), rank, hosts)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise ProcessError(
                 f"All {size} processes of the run must come to this point within {limit} (`ddp_timeout`, if that is "
                 f"longer than half an hour), but process {rank} waited for {missing} in vain ({error}). Look at the "
@@ -227,7 +227,8 @@ class Watch:
             self._trip_at = self._clock
             if told or (leaves and self.rank):
                 return
-            self._wake.wait(0.1 if leaves or self.failure is not None else BEAT_SECONDS)
+            urgent = leaves or (self.failure is not None and self._num_heard < self.size)
+            self._wake.wait(0.1 if urgent else BEAT_SECONDS)
             self._wake.clear()
 
     def _hear(self) -> None:
