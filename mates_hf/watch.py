@@ -39,6 +39,7 @@ FROZEN_SECONDS = 60.0  # silence after which a process is taken for frozen
 LOST_SECONDS = 6.0  # silence that tells which process it was, where a connection is gone
 GRACE_SECONDS = 15.0  # the main thread may stay this long where it cannot look, once a failure is known
 LINGER_SECONDS = 5.0  # a process that failed waits this long for the others to hear it: it may hold the store
+FOLLOW_SECONDS = 1.0  # the others end this much later: launchers report the first one that ends as the cause
 _LEFT = "left"  # in place of a sign of life: the process ended of its own accord
 _ADVICE = "The run can be resumed from its last complete checkpoint."
 _OPENING = datetime.timedelta(minutes=30)
@@ -162,16 +163,20 @@ class Watch:
         Args:
             what: its error; not said where another failure is known already.
         """
-        self._blame(f"{self.name(self.rank)} stopped this run: {what[:4000].rstrip('. ')}. {_ADVICE}")
+        is_first = self._blame(f"{self.name(self.rank)} stopped this run: {what[:4000].rstrip('. ')}. {_ADVICE}")
         self.raised = True
         self._wake.set()
-        deadline = time.monotonic() + (0.0 if self._lingered else LINGER_SECONDS)
+        if self._lingered:
+            return
         self._lingered = True
+        deadline = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < deadline:
             all_know = self._said and self._num_heard >= self.size - len(self._silent)
             if all_know or self._store_is_gone or self._clock - self._trip_at > LOST_SECONDS:
                 break
             time.sleep(0.02)
+        if not is_first:
+            time.sleep(FOLLOW_SECONDS)
 
     def find_lost(self) -> None:
         """A connection is gone: raise with the failure that explains it, or with the process that no longer answers.
@@ -225,8 +230,8 @@ class Watch:
             self._hear()
             told = self._tell_silent() if self.rank == 0 else self._read_main()
             self._trip_at = self._clock
-            if told or (leaves and self.rank):
-                return
+            if told or (leaves and self.rank) or (self.raised and self._num_heard >= self.size):
+                return  # the others know, and whoever holds the store may end
             urgent = leaves or (self.failure is not None and self._num_heard < self.size)
             self._wake.wait(0.1 if urgent else BEAT_SECONDS)
             self._wake.clear()
@@ -237,12 +242,12 @@ class Watch:
             if self._store.check(["failed"]):
                 self._blame(self._store.get("failed").decode())
                 self._said = True
+                if not self.raised:  # a launcher may end this process before it can raise; training never says why
+                    logger.error("%s", self.failure)
         elif not self._said:
             self._store.compare_set("failed", "", self.failure)
             self._said = True
         if self._said:
-            if not (self.raised or self._inside or self._heard):  # training meets its own end, which does not say why
-                logger.error("%s", self.failure)
             mine = 0 if self._heard or not (self.raised or not self._inside) else 1
             self._heard = self._heard or bool(mine)
             self._num_heard = int(self._store.add("heard", mine))
@@ -307,11 +312,14 @@ class Watch:
         elif self._store_is_gone or self._clock - self._trip_at > max(seconds, FROZEN_SECONDS):
             self._blame(f"The launcher that holds the store of torch.distributed died or is frozen. {_ADVICE}")
 
-    def _blame(self, failure: str) -> None:
+    def _blame(self, failure: str) -> bool:
+        """Take this for the run's failure, if it is the first; whether it is."""
         with self._lock:
-            if self.failure is None:
+            is_first = self.failure is None
+            if is_first:
                 self.failure = failure
         self._wake.set()
+        return is_first
 
     def _end(self) -> None:
         """The main thread cannot be reached, and whom it waits for has failed."""

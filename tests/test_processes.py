@@ -53,6 +53,7 @@ def make_watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list
     monkeypatch.setattr(watch, "FROZEN_SECONDS", FROZEN)
     monkeypatch.setattr(watch, "LOST_SECONDS", 0.5)
     monkeypatch.setattr(watch, "LINGER_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "FOLLOW_SECONDS", 0.0)
     made: list[Watch] = []
 
     def make(size: int = 3, asleep: tuple[int, ...] = ()) -> list[Watch]:
