@@ -41,6 +41,7 @@ GRACE_SECONDS = 15.0  # the main thread may stay this long where it cannot look,
 LINGER_SECONDS = 5.0  # a process that failed waits this long for the others to hear it: it may hold the store
 FOLLOW_SECONDS = 1.0  # the others end this much later: launchers report the first one that ends as the cause
 _LEFT = "left"  # in place of a sign of life: the process ended of its own accord
+_NOTHING = "-"  # in place of what failed
 _ADVICE = "The run can be resumed from its last complete checkpoint."
 _OPENING = datetime.timedelta(minutes=30)
 _FOR_EVER = datetime.timedelta(days=30)
@@ -111,6 +112,7 @@ class Watch:
             store.set(f"beat/{rank}", "0")
             if rank == 0:
                 store.set("main", json.dumps({"beat": "0", "silent": {}}))
+                store.set("failed", _NOTHING)
                 default.set(key, prefix)
             names = [f"host/{each}" for each in range(size)]
             missing = "some of them"
@@ -239,13 +241,14 @@ class Watch:
     def _hear(self) -> None:
         """Say what this process knows to have failed, or hear it."""
         if self.failure is None:
-            if self._store.check(["failed"]):
-                self._blame(self._store.get("failed").decode())
+            told = self._store.get("failed").decode()
+            if told != _NOTHING:
+                self._blame(told)
                 self._said = True
                 if not self.raised:  # a launcher may end this process before it can raise; training never says why
                     logger.error("%s", self.failure)
         elif not self._said:
-            self._store.compare_set("failed", "", self.failure)
+            self._store.compare_set("failed", _NOTHING, self.failure)
             self._said = True
         if self._said:
             mine = 0 if self._heard or not (self.raised or not self._inside) else 1

@@ -60,6 +60,7 @@ def make_watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list
         store = dist.HashStore()
         store.set_timeout(datetime.timedelta(seconds=5))
         store.set("main", '{"beat": "0", "silent": {}}')
+        store.set("failed", "-")
         for rank in range(size):
             store.set(f"beat/{rank}", "0")
         stores = [Cut(store) for _ in range(size)]
