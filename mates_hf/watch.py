@@ -58,13 +58,14 @@ class Watch:
         connect: opens a connection to the store that all processes share, under a prefix of this watch's own.
         rank: number of this process.
         hosts: of all processes, by rank.
+        store: a connection that is there already; None opens one.
     """
 
-    def __init__(self, connect: Callable[[], Any], rank: int, hosts: list[str]) -> None:
+    def __init__(self, connect: Callable[[], Any], rank: int, hosts: list[str], store: Any = None) -> None:
         self.rank, self.size, self.hosts = rank, len(hosts), hosts
         self.failure: str | None = None  # the first one, as every process is to say it
         self.raised = False  # this process has ended by it, or by its own error
-        self._connect, self._store = connect, connect()
+        self._connect, self._store = connect, connect() if store is None else store
         self._pid = os.getpid()
         self._inside = 0  # hooks and collectives that the main thread is in
         self._silent: dict[int, float] = {}  # seconds by rank, of those that are late
@@ -107,7 +108,8 @@ class Watch:
             if rank != 0:
                 default.wait([key], limit)
             prefix = uuid.uuid4().hex if rank == 0 else default.get(key).decode()
-            store = dist.PrefixStore(prefix, default)
+            connect = functools.partial(_own_connection, default, prefix)
+            store = connect()
             store.set(f"host/{rank}", socket.gethostname())
             store.set(f"beat/{rank}", "0")
             if rank == 0:
@@ -118,7 +120,7 @@ class Watch:
             missing = "some of them"
             store.wait(names, limit)
             hosts = [host.decode() for host in _read(store, names)]
-            watch = cls(functools.partial(_own_connection, default, prefix), rank, hosts)
+            watch = cls(connect, rank, hosts, store)
         except (RuntimeError, ValueError, OSError) as error:
             raise ProcessError(
                 f"All {size} processes of the run must come to this point within {limit} (`ddp_timeout`, if that is "
