@@ -129,7 +129,7 @@ def all_faults() -> list[Fault]:
     # The start.
     at("run is checked", callback + "check_run", (MAIN, ERROR), (LAST, ERROR), (ALL, ERROR))
     at("loss is read", callback + "read_given", (MAIN, ERROR), (LAST, ERROR))
-    at("connections are opened", processes + "_wait_longer", (LAST, ERROR), (LAST, KILL))
+    at("connections are opened", processes + "_new_group", (LAST, ERROR), (LAST, KILL))
     at("config is compared", processes + "Processes.require_same", (MAIN, KILL), (LAST, ERROR))
     at("sampler is made", callback + "ScheduledSampler", (LAST, ERROR))
     at("rounds set aside", resume + "set_earlier_run_aside", (MAIN, ERROR), (MAIN, KILL), (MAIN, STOP))

@@ -93,21 +93,15 @@ class Processes:
         cls._num_opened += 1
         watch = Watch.open(dist.get_rank(), dist.get_world_size(), str(cls._num_opened))
         watch.keep(world)
-        processes = cls(dist.get_rank(), dist.get_world_size(), watch=watch)
-        with processes.together():
+        with watch.inside():
             try:
-                group: Any = dist.new_group(backend="gloo", timeout=_OPENING if _CAN_WAIT_LONGER else _PATIENCE)
-            except (RuntimeError, ValueError) as error:
-                raise ProcessError(
-                    f"All {processes.size} processes of the run must reach one another through gloo, but process "
-                    f"{processes.rank} does not ({error}). Where they are on several machines, set "
-                    "GLOO_SOCKET_IFNAME on each of them to the network interface that leads to the others (`ip addr` "
-                    "lists them), and see that the machine's name does not resolve to 127.0.0.1."
-                ) from error
-            watch.keep(group)
-            processes._group = group
-            _wait_longer(group)
-        return processes
+                # Also where another one has failed already: torch counts the groups that each process asked for.
+                group = _new_group(watch)
+            except BaseException as error:
+                watch.fail(f"{type(error).__name__}: {error}")
+                raise
+        watch.keep(group)
+        return cls(watch.rank, watch.size, group, watch)
 
     @property
     def have_failed(self) -> bool:
@@ -312,10 +306,20 @@ def _all_reduce_each(tensors: list[torch.Tensor], async_op: bool) -> list[Any]:
     return [dist.all_reduce(tensor, async_op=async_op) for tensor in tensors]
 
 
-def _wait_longer(group: Any) -> None:
-    """Let a group's collectives take as long as one process may work alone."""
-    if _CAN_WAIT_LONGER:
-        group._get_backend(torch.device("cpu"))._set_default_timeout(_PATIENCE)
+def _new_group(watch: Watch) -> Any:
+    """A gloo group of all processes, whose collectives may take as long as one process may work alone."""
+    try:
+        group: Any = dist.new_group(backend="gloo", timeout=_OPENING if _CAN_WAIT_LONGER else _PATIENCE)
+        if _CAN_WAIT_LONGER:
+            group._get_backend(torch.device("cpu"))._set_default_timeout(_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"All {watch.size} processes of the run must reach one another through gloo, but process {watch.rank} does "
+            f"not ({error}). Where they are on several machines, set GLOO_SOCKET_IFNAME on each of them to the network "
+            "interface that leads to the others (`ip addr` lists them), and see that the machine's name does not "
+            "resolve to 127.0.0.1."
+        ) from error
+    return group
 
 
 def _is_of_a_connection(error: BaseException) -> bool:
