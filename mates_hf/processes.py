@@ -314,10 +314,10 @@ def _new_group(watch: Watch) -> Any:
             group._get_backend(torch.device("cpu"))._set_default_timeout(_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
-            f"All {watch.size} processes of the run must reach one another through gloo, but process {watch.rank} does "
-            f"not ({error}). Where they are on several machines, set GLOO_SOCKET_IFNAME on each of them to the network "
-            "interface that leads to the others (`ip addr` lists them), and see that the machine's name does not "
-            "resolve to 127.0.0.1."
+            f"All {watch.size} processes of the run must reach one another through gloo, but process {watch.rank} "
+            f"does not ({error}). Where they are on several machines, set GLOO_SOCKET_IFNAME on each of them to the "
+            "network interface that leads to the others (`ip addr` lists them), and see that the machine's name does "
+            "not resolve to 127.0.0.1."
         ) from error
     return group
 
