@@ -27,14 +27,17 @@ def run(script: str, *arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["selection", "fidelity", "selector_gain", "rows_cost", "averaging_cost", "influence_models"],
+    ["selection", "fidelity", "selector_gain", "rows_cost", "averaging_cost", "influence_models", "faults"],
 )
 def test_the_page_follows_from_the_committed_json(name: str) -> None:
     run(f"{name}.py", "--check")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "unit_file"), [("selection", "lambada--ours--0.json"), ("fidelity", None)])
+@pytest.mark.parametrize(
+    ("name", "unit_file"),
+    [("selection", "lambada--ours--0.json"), ("fidelity", None), ("faults", "labels:_last_error.json")],
+)
 def test_a_quick_run_ends_and_goes_on_where_it_was_stopped(name: str, unit_file: str | None, tmp_path: Path) -> None:
     arguments = ("--quick", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"))
     run(f"{name}.py", *arguments)

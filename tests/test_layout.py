@@ -20,7 +20,7 @@ FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and an
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEFT_OF_ALL = {
     "config", "disk", "display", "model_traits", "paths", "preserve", "processes", "records", "round_files",
-    "round_writer", "summaries",
+    "round_writer", "summaries", "watch",
 }  # fmt: skip
 RIGHT_OF_ALL = {"cli", "__init__", "__main__"}
 MAX_MODULE_LINES = 400

@@ -97,8 +97,10 @@ class LmEvalCallback(TrainerCallback):
         )  # a resumed run has reported this step, and a new one has learnt nothing
         self._last_round = _last_round(state)
         self.evaluator.prepare(model, self._processes, progress=not args.disable_tqdm)
-        if self._processes.is_main:
-            self._warn_of_contamination(model)
+        with self._processes.together():
+            if self._processes.is_main:
+                self._warn_of_contamination(model)
+            self._processes.meet()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate where a callback that was asked after this one has run a round."""

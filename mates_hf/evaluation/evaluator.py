@@ -211,17 +211,16 @@ class Evaluator:
     ) -> dict[str, float]:
         """The main process does its part and the others assist; the model is left as found."""
         module = unwrap(model)
-        with undisturbed(module):
+        with undisturbed(module), processes.together():
             module.eval()
             if not processes.is_main:
                 return assist(module, processes)
-            with processes.leading():
-                try:
-                    metrics = body()
-                finally:
-                    if self._live is not None:
-                        self._live.model = None
-                processes.publish({"metrics": metrics})
+            try:
+                metrics = body()
+            finally:
+                if self._live is not None:
+                    self._live.model = None
+            processes.publish({"metrics": metrics})
         return metrics
 
     def _live_model(self, model: nn.Module, processes: Processes, progress: bool) -> Any:

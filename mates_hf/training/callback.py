@@ -43,6 +43,7 @@ from mates_hf.training.checks import (
     resume_caveats,
 )
 from mates_hf.training.clock import RowClock
+from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.opening import run_folders
 from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
 from mates_hf.training.own_order import check_rows_once, find_sampler, install, require_one_clock, warn_of_own_streams
@@ -171,6 +172,7 @@ class MatesCallback(TrainerCallback):
             processes=processes,
             side=Processes.of_run(beside_training=True),
         )
+        run.copy_marks = CopyMarks(run)  # here, because it tries the collator, whose random streams are training's
         processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
         if saved:
             resume.check_same_run(saved, run.identity())
@@ -194,6 +196,7 @@ class MatesCallback(TrainerCallback):
         self._restore_sampler = install(dataloader, sampler)
         state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
+        processes.meet()  # none trains while another one may still be refusing
         logger.info(
             "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
             len(plan.rounds), len(pool), plan.first_boundary_step, run.reference.num_targets, processes.size,
@@ -204,6 +207,7 @@ class MatesCallback(TrainerCallback):
         if self._session is not None:
             self._session.begin_epoch(state.global_step)
 
+    @own_memory
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prove, once, that the first batch came from the schedule; for each pass, that it is one in all processes."""
         if self._session is None:
@@ -228,8 +232,12 @@ class MatesCallback(TrainerCallback):
         """Count rows; average weights inside the window; at a boundary, run a round and report it."""
         if self._session is None:
             return
-        self._report(state, self._session.after_step(state.global_step, control.should_save, control.should_evaluate))
+        session = self._session
+        self._report(state, session.after_step(state.global_step, control.should_save, control.should_evaluate))
+        if control.should_save or session.last_look == state.global_step:
+            session.run.processes.meet()  # none trains while another one may still be failing
 
+    @own_memory
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A round beside training comes to its end here: a checkpoint or new worker processes may follow."""
         if self._session is not None:
@@ -241,6 +249,7 @@ class MatesCallback(TrainerCallback):
         if self._session is not None:
             self._session.save_average(state.global_step)
 
+    @own_memory
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model, the optimizer and the pool; the dataloader has its own sampler again."""
         if self._session is not None:

@@ -23,6 +23,7 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.influence.losses import ProbeMemoryError
 from mates_hf.model_traits import vocabulary_size
 from mates_hf.paths import expand_path
+from mates_hf.processes import Processes
 from mates_hf.records import UnsupportedSettingError
 from mates_hf.training.own_order import find_sampler
 from mates_hf.training.parallel import parallel_refusals
@@ -185,6 +186,8 @@ def resume_caveats() -> list[str]:
 def own_memory(hook: Callable[..., None]) -> Callable[..., None]:
     """What runs out of memory in a hook is told as this library's: `auto_find_batch_size` must not start again.
 
+    What goes wrong in the hook in one process ends it in all of them.
+
     Args:
         hook: of the callback.
 
@@ -194,15 +197,16 @@ def own_memory(hook: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(hook)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            hook(*args, **kwargs)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            raise ProbeMemoryError(
-                "A round must find memory beside the run, but memory ran out. Lower `probe_tokens_per_batch` or "
-                "`average_steps`, or the batch size of the run: a probe needs 2 to 3 times the trainable "
-                "parameters' bytes on top of it."
-            ) from error
+        with Processes.of_run().together():
+            try:
+                hook(*args, **kwargs)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                raise ProbeMemoryError(
+                    "A round must find memory beside the run, but memory ran out. Lower `probe_tokens_per_batch` or "
+                    "`average_steps`, or the batch size of the run: a probe needs 2 to 3 times the trainable "
+                    "parameters' bytes on top of it."
+                ) from error
 
     return guarded

@@ -4,6 +4,8 @@ Place in the flow: the main process runs the round (`rounds`) and asks; the othe
 next. Model, optimizer, pool and reference are there in every process, so a question is a few ids and numbers.
 
 An audit is worth less than the run: what goes wrong in one, in any process, ends the audit in all of them and no more.
+Only where weights are sharded and one process fails amid a forward pass does the run end, by that process's name: the
+others wait for it where nobody could tell them.
 
 Trade-off: every process reads all probed rows and holds all labels, though it measures only its share. They are small
 beside the model, and probes stay free of who does what.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from mates_hf.processes import ProcessError, Processes
 from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, UnrankableError
 from mates_hf.training.digest import weights_digest
 from mates_hf.training.run import Run
+
+_MEETING_SECONDS = 8.0  # in which all come to a meeting, or sit in a collective of the model's own
 
 
 def measure_labels(run: Run, ids: IntArray, shards_dir: Path) -> InfluenceLabels:
@@ -127,6 +132,10 @@ class _OtherFailedError(Exception):
     """Another process could not do its share of an audit."""
 
 
+class _NobodyCameError(Exception):
+    """The others wait for this process where nobody can tell them that it failed."""
+
+
 class _Together(Processes):
     """Processes of which one may fail without the others waiting for it: each says so where they next meet.
 
@@ -136,6 +145,7 @@ class _Together(Processes):
 
     def __init__(self, processes: Processes) -> None:
         vars(self).update(vars(processes))
+        self.until: float | None = None  # time.monotonic
 
     def sum(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """As always, unless a process has failed since they last met."""
@@ -148,9 +158,17 @@ class _Together(Processes):
         if num_failed and not failed:
             raise _OtherFailedError
 
+    def _wait_for(self, work: Any) -> None:
+        """As always, but not for longer than `until`, if that is set."""
+        while self.until is not None and not work.is_completed() and time.monotonic() < self.until:
+            time.sleep(0.01)
+        if self.until is not None and not work.is_completed():
+            raise _NobodyCameError
+        super()._wait_for(work)
+
 
 def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[InfluenceLabels, InfluenceLabels] | str:
-    together = _Together(run.processes)
+    together, unmet = _Together(run.processes), None
     try:
         found = _audit_labels(run, ids, epsilon, seed, together)
         together.meet()
@@ -164,10 +182,16 @@ def _audit(run: Run, ids: IntArray, epsilon: float, seed: int) -> tuple[Influenc
         if ran_out and run.processes.size > 1 and is_sharded(run.model):
             raise  # the others wait for this one in the middle of a forward pass
         reason = f"{type(error).__name__}: {error}"
+        if run.processes.size > 1 and (is_sharded(run.model) or getattr(run.probe, "loss", None) is not None):
+            together.until, unmet = time.monotonic() + _MEETING_SECONDS, error
     # Outside of the handler, so that the traceback no longer holds the tensors of what failed.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    together.meet(failed=True)
+    try:
+        together.meet(failed=True)
+    except _NobodyCameError:
+        assert unmet is not None
+        raise unmet from None
     return reason
 
 

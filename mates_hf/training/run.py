@@ -128,6 +128,7 @@ class Run:
         last_reversed: whether the last round found its labels reversed.
         lr_scheduler: the run's, to see how far the rates of a round go; None is a constant rate.
         loss_reading: which reading of the run's loss the probes take, for the record.
+        copy_marks: tell which rows are one text (`duplicates.CopyMarks`), made where the run begins.
         reference_overlap: the reference task's n-grams, made at the first selection; only in the main process.
         overlap_told: whether the run has warned of selected rows that share text with the reference task.
 
@@ -156,6 +157,7 @@ class Run:
     last_reversed: bool = False
     lr_scheduler: Any = None
     loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    copy_marks: Any = None
     reference_overlap: TokenNgramIndex | None = None
     overlap_told: bool = False
 

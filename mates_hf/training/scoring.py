@@ -99,7 +99,7 @@ def _predict(
     start, end = len(candidates) * rank // size, len(candidates) * (rank + 1) // size
     influence, num_targets = np.zeros(len(candidates), np.float32), np.zeros(len(candidates), np.int32)
     hashes = np.zeros(len(candidates), np.uint64)
-    marks = CopyMarks(run)
+    marks = run.copy_marks or CopyMarks(run)
     for rows in run.pool.chunks(candidates[start:end], SCORE_ROWS, max_tokens=SCORE_TOKENS):
         span = slice(start, start + len(rows))
         influence[span] = influence_model.predict(rows)

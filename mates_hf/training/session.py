@@ -81,6 +81,7 @@ class Session:
         self._metrics: dict[str, float] = {}  # not reported yet
         self._next_round: PlannedRound | None = None
         self._next_event = 0
+        self.last_look = -1  # the step of the last round or drift check
         self._window_start = 0
         self._average_saved_at = -1
         self._on_host, self._first_step = starts_on_host(run.model), step + 1
@@ -96,16 +97,15 @@ class Session:
             **run.identity(),
         }
         self.lock: RoundsLock | None = None  # the main process's
-        with run.processes.leading() if run.processes.is_main else contextlib.nullcontext():
-            if run.processes.is_main:
-                self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
-                run.processes.publish({"opened": True})
-            else:
-                run.processes.receive()
-            with released_on_error(self.lock):
-                if saved and saved["last_round"] is not None:
-                    self._restore_rounds(saved["last_round"], step)
-                self._plan_next(step)
+        if run.processes.is_main:
+            self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
+            run.processes.publish({"opened": True})
+        else:
+            run.processes.receive()
+        with released_on_error(self.lock):
+            if saved and saved["last_round"] is not None:
+                self._restore_rounds(saved["last_round"], step)
+            self._plan_next(step)
 
     def begin_step(self, step: int) -> None:
         """Behind the first batch of a pass: prove that all processes drew the same, and shuffle the pool ahead."""
@@ -188,10 +188,11 @@ class Session:
             self._average_saved_at = step
             if self.run.processes.is_main:
                 rounds_on_disk.prune_averages(self.run.rounds_dir, self.output_dir, step)
+            self.run.processes.meet()  # a disk that is full fails the main process alone
 
     def _look(self, step: int) -> None:
         """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
-        run = self.run
+        run, self.last_look = self.run, step
         number = self._next_number(step)
         run.settings = dataclasses.replace(
             run.settings,
@@ -205,7 +206,7 @@ class Session:
             if not run.processes.is_main:
                 due, conclude = assist(run), functools.partial(await_order, run)
             else:
-                with run.processes.leading(), released_on_error(self.lock), disk_errors_named(run.rounds_dir):
+                with released_on_error(self.lock), disk_errors_named(run.rounds_dir):
                     rest = self._decide(step)
                 due = None if rest is None else due_step(run, step, self._look_ahead_steps)
                 release(run, due)
@@ -224,7 +225,7 @@ class Session:
     def _conclude(self, rest: Callable[..., Order] | None, beside: bool) -> Order:
         """In the main process: the rest of a round, whose order the other processes are told."""
         assert rest is not None
-        with self.run.side.leading(), disk_errors_named(self.run.rounds_dir):
+        with disk_errors_named(self.run.rounds_dir):
             order = rest(beside=beside)
             self.run.ledger.mark_trained(np.asarray(order.rows))
         share_order(self.run, order)
@@ -234,7 +235,8 @@ class Session:
         """Wait for the order of the round that goes on beside training, and schedule it."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            with released_on_error(self.lock):
+            # What failed there is told to the others here, where all of them wait for it.
+            with self.run.processes.together(), released_on_error(self.lock):
                 order = pending.result()
             self._metrics["mates/waited_seconds"] = pending.waited
             self._take(order, self.state["step"])

@@ -78,4 +78,5 @@ def test_what_stops_the_main_process_stops_the_other_by_name(tmp_path) -> None:
     assert all(codes)
     assert "EvaluationError" in errors[0]
     assert "NaN" in errors[0]
-    assert "The main process stopped this run: EvaluationError" in errors[1]
+    assert "ProcessError: Process 0 of 2 (" in errors[1]
+    assert "stopped this run: EvaluationError" in errors[1]

@@ -94,6 +94,7 @@ def test_processes_end_an_audit_together(fails_before: int | None, monkeypatch: 
         class Run:
             processes = Pair(rank, 2)
             model = torch.nn.Linear(1, 1)
+            probe = None  # neither a sharded model nor a loss of one's own
 
         found[rank] = measure._audit(Run(), np.zeros(1), 0.1, 0)  # type: ignore[arg-type]
 

@@ -139,7 +139,8 @@ def test_a_process_that_dies_ends_the_run_with_a_clear_error_and_no_half_written
     two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), dies=True)
     assert two.codes[1] == -signal.SIGKILL
     assert two.codes[0] not in (0, -signal.SIGKILL)
-    assert "one of them died or stopped" in two.errors[0]
+    assert "ProcessError: Process 1 of 2 (" in two.errors[0]
+    assert "died or is frozen" in two.errors[0]
     assert not (tmp_path / "run/_mates/round-0001").exists()
     assert two.results == []
 
@@ -149,7 +150,8 @@ def test_an_error_in_the_main_process_stops_the_others(tmp_path):
     two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), config=impossible)
     assert 0 not in two.codes
     assert "WeakSignalError" in two.errors[0]
-    assert "The main process stopped this run: WeakSignalError" in two.errors[1]
+    assert "ProcessError: Process 0 of 2 (" in two.errors[1]
+    assert "stopped this run: WeakSignalError" in two.errors[1]
 
 
 @proves(
