@@ -9,7 +9,7 @@
 
 The candidates are made up (8 to 16 token ids of a Zipf-like vocabulary) and lie as Arrow files, 30 bytes each, in a
 temporary folder under `--work` that is deleted at the end. The stages are the library's own (`CandidatePool`,
-`Ledger`, `score_candidates`, `rounds._select`), in a process whose private writable memory the system limits
+`Ledger`, `score_candidates`, `select_rows`), in a process whose private writable memory the system limits
 (`RLIMIT_DATA`) to 4 GB beyond what it had reserved without using it (thread stacks, allocators), so a run that ends
 has proved the figure. Labels are made up too: probes cost the same in any pool.
 
@@ -150,7 +150,7 @@ def measure_rounds(work: Path) -> dict[str, Any]:
     from mates_hf.influence.ngram import NgramInfluenceModel
     from mates_hf.processes import ALONE
     from mates_hf.selection.ledger import Ledger
-    from mates_hf.training import rounds
+    from mates_hf.selection.select_stage import select_rows
     from mates_hf.training.scoring import score_candidates
 
     data, used = status("VmData", "RssAnon")
@@ -179,12 +179,20 @@ def measure_rounds(work: Path) -> dict[str, Any]:
         with meter.stage(f"{scope}: fit"):
             model = NgramInfluenceModel().fit(pool, labels)
         config = MatesConfig(candidate_scope=scope, selection_ratio=RATIO, temperature=TEMPERATURE)
-        run, path = SimpleNamespace(pool=pool, config=config, side=ALONE), work / scope
+        run, path = (
+            SimpleNamespace(
+                pool=pool, config=config, side=ALONE, copy_marks=None, tokenizer=None, model=None, reference=None
+            ),
+            work / scope,
+        )
         path.mkdir()
         with meter.stage(f"{scope}: score"):
             scored = score_candidates(run, path, model, draw.candidates, 1.0)
         with meter.stage(f"{scope}: select"):
-            chosen = rounds._select(run, labels, scored, num_selected, 1)
+            chosen = select_rows(
+                scored.candidates, scored.influence, scored.num_targets, labels, num_selected,
+                temperature=TEMPERATURE, selection_seed=0, round_number=1, hashes=scored.hashes, max_copies=1,
+            ).rows  # fmt: skip
         with meter.stage(f"{scope}: mark as trained"):
             ledger.mark_trained(chosen)
         picked = ledger.consumed[draw.candidates]

@@ -170,11 +170,12 @@ def test_shares_of_all_processes_add_up_to_the_whole(tmp_path) -> None:
     run(make_arguments(tmp_path), [mates(), Stop(DUE)])
     model = NgramInfluenceModel.from_pretrained(tmp_path / "_mates/round-0001/influence_model")
     ids = np.arange(3, 197)
-    whole = scoring._predict(types.SimpleNamespace(pool=pool), model, ids, shared=False)
+    about = {"pool": pool, "copy_marks": None, "tokenizer": None, "model": None, "config": small_config()}
+    whole = scoring._predict(types.SimpleNamespace(**about), model, ids, shared=False)
     parts = []
     for rank in range(3):
         side = types.SimpleNamespace(rank=rank, size=3, sum=lambda values: values)
-        parts.append(scoring._predict(types.SimpleNamespace(pool=pool, side=side), model, ids, shared=True))
+        parts.append(scoring._predict(types.SimpleNamespace(**about, side=side), model, ids, shared=True))
     for one, shares in zip(whole, zip(*parts, strict=True), strict=True):
         assert np.count_nonzero(np.array(shares), axis=0).max() == 1
         assert np.array_equal(one, sum(shares))
