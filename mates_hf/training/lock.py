@@ -169,12 +169,18 @@ class RoundsLock:
     def _clear_away(self, found: dict[str, Any] | None) -> None:
         """Take away the lock of a dead run, and no other: one that another run has just put there is put back."""
         away = self.path.with_name(f".{LOCK_FILE}-{self._about['nonce']}")
+        dead = (found or {}).get("nonce")
+        if (_read(self.path) or {}).get("nonce") != dead:
+            return
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, away)
-            moved = _read(away)
-            if (moved or {}).get("nonce") != (found or {}).get("nonce"):
-                with contextlib.suppress(OSError):
+            if (_read(away) or {}).get("nonce") != dead:
+                try:
                     os.link(away, self.path)
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without hard links
+                    os.rename(away, self.path)
             away.unlink(missing_ok=True)
 
 

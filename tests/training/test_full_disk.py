@@ -159,7 +159,9 @@ def fail_once(whole: tuple[Path, Result], folder: Path, disk: FailingDisk) -> bo
     return False
 
 
-@pytest.mark.parametrize(("share", "number"), [(0.3, errno.ENOSPC), (0.8, errno.EIO)])
+@pytest.mark.parametrize(
+    ("share", "number"), [(0.3, errno.ENOSPC), pytest.param(0.8, errno.EIO, marks=pytest.mark.slow)]
+)
 def test_a_write_that_fails_ends_the_run_by_name_and_the_round_is_done_again(tmp_path, whole, share, number):
     counted = FailingDisk(tmp_path / "counted" / "_mates", None)
     assert fail_once(whole, tmp_path / "counted", counted)
@@ -180,7 +182,7 @@ def test_every_write_fails_once(tmp_path, whole):
     assert len(failed) > 60 // STRIDE, failed
 
 
-@pytest.mark.parametrize("limit", [600, 4_000])
+@pytest.mark.parametrize("limit", [600, pytest.param(4_000, marks=pytest.mark.slow)])
 def test_a_real_limit_on_files_ends_the_run_by_name(tmp_path, whole, limit):
     whole_dir, expected = whole
     checkpoint = before_the_round(whole_dir, tmp_path)

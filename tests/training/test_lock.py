@@ -212,11 +212,13 @@ def test_of_many_that_take_over_at_once_one_gets_it(tmp_path, monkeypatch, links
                 while time.monotonic() < start:
                     pass
                 held = RoundsLock(tmp_path, OWNER)
-                time.sleep(0.3)  # until all have tried
+                deadline = time.monotonic() + 20
+                while len(list(tmp_path.glob("refused-*"))) < 5 and time.monotonic() < deadline:
+                    time.sleep(0.01)  # a holder that is gone would be taken over
                 held.check()
                 (tmp_path / f"got-{number}").touch()
             except LockedError:
-                pass
+                (tmp_path / f"refused-{number}").touch()
             finally:
                 os._exit(0)
         pids.append(pid)

@@ -229,9 +229,8 @@ def test_a_round_that_is_not_whole_is_not_finished_by_its_name(tmp_path):
 # ---- pruning
 
 
-@pytest.mark.parametrize(
-    "fails", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("replace", "state", "unlink")] + ["rmtree"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["rmtree", "replace", "state", "unlink"])
 def test_pruning_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, fails):
     def stale(path, *args, **kwargs):
         if kwargs.get("ignore_errors") or (args and args[0] is True):
