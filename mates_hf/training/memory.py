@@ -60,6 +60,7 @@ class RoundMemory:
         probe: copies of parameters, and of the optimizer's state, that the probe holds.
         logits: of the smallest micro-batch that the probe can run, with their gradient.
         num_tokens: in that micro-batch.
+        longest_row: tokens of the reference task's longest passage, which no micro-batch can be smaller than.
     """
 
     mean: int
@@ -67,6 +68,7 @@ class RoundMemory:
     probe: int
     logits: int
     num_tokens: int
+    longest_row: int = 0
 
 
 def place_on_host(device: DeviceMemory, needed: RoundMemory, *, has_host: bool) -> bool:
@@ -113,9 +115,14 @@ def _refusal(device: DeviceMemory, needed: RoundMemory, window: int) -> str:
             f"what trains, and {_gib(needed.logits)} for the logits of {needed.num_tokens:,} tokens"
         )
         ways.append("train fewer parameters (LoRA), shard them (FSDP2), or take an optimizer with less state")
-        ways.append("lower `probe_tokens_per_batch`, or shorten the rows of the reference task")
+        if needed.num_tokens > needed.longest_row:
+            ways.append("lower `probe_tokens_per_batch`")
+        ways.append("shorten the passages of the reference task")
     if needed.mean:
-        ways.append(f"set `average_steps=0`, which saves {_gib(needed.mean)} in the window")
+        ways.append(
+            f"set `average_steps=0`, which saves {_gib(needed.mean)} in the window and {_gib(needed.live)} at a "
+            "boundary"
+        )
     return ". ".join(part[0].upper() + part[1:] for part in parts) + ". Ways out: " + "; ".join(ways) + "."
 
 
@@ -133,13 +140,14 @@ def round_memory(run: Run) -> RoundMemory:
         shard.numel() * mean_dtype(shard).itemsize // (1 if hasattr(p, "to_local") else run.processes.size)
         for p, shard in shards
     )
-    num_tokens, logits = _logits(run)
+    num_tokens, longest_row, logits = _logits(run)
     return RoundMemory(
         mean=mean if averages else 0,
         live=size if averages else 0,
         probe=_probe_memory(run.probe, run.optimizer, size),
         logits=logits,
         num_tokens=num_tokens,
+        longest_row=longest_row,
     )
 
 
@@ -163,17 +171,17 @@ def _state_memory(value: Any) -> int:
     return sum(_state_memory(entry) for entry in value) if isinstance(value, (list, tuple)) else 0
 
 
-def _logits(run: Run) -> tuple[int, int]:
-    """Tokens of the least that a probe must run backward at once, and bytes of their logits and of the gradient."""
+def _logits(run: Run) -> tuple[int, int, int]:
+    """Tokens of the least that a probe runs backward at once, those of a row, bytes of logits and their gradient."""
     width, lengths = vocabulary_size(run.model), run.reference.measured.lengths
     if not isinstance(run.probe, (DirectionalProbe, OneStepProbe)) or width is None or not len(lengths):
-        return 0, 0
-    num_tokens = int(lengths.max())
+        return 0, 0, 0
+    num_tokens = longest_row = int(lengths.max())
     if is_sharded(run.model) and run.processes.size > 1 and run.probe.reference_loss is None:
         # Micro-batches cannot be halved there.
         limit = run.probe.tokens_per_batch or run.settings.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
         num_tokens = max(num_tokens, min(limit, int(lengths.sum()) // run.processes.size))
-    return num_tokens, 2 * num_tokens * width * (2 if is_low_precision(run.model) else 4)
+    return num_tokens, longest_row, 2 * num_tokens * width * (2 if is_low_precision(run.model) else 4)
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:

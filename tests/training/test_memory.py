@@ -72,6 +72,9 @@ def test_where_the_mean_goes_and_when_a_round_is_refused(total: int, has_host: b
     assert ("8.00 GiB more" in text) is has_host
     assert ("28.12 GiB" in text and "`average_steps=0`, which saves 4.00 GiB" in text) is not has_host
     assert "probe_tokens_per_batch" in text or not has_host
+    with pytest.raises(ProbeMemoryError) as caught:  # where a micro-batch is one row, a smaller one does not exist
+        place_on_host(device, needed(longest_row=9), has_host=has_host)
+    assert "probe_tokens_per_batch" not in str(caught.value)
     # `auto_find_batch_size` would take torch's own words for the batch's fault.
     assert not should_reduce_batch_size(caught.value)
 
@@ -108,7 +111,8 @@ def on_made_up_device(
 def test_a_mean_on_the_host_selects_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roomy, asked = on_made_up_device(tmp_path / "device", monkeypatch, 20, max_steps=10)
     size = sum(parameter.nbytes for parameter in make_model().parameters())
-    assert asked == [RoundMemory(mean=size, live=size, probe=2 * size, logits=2 * 12 * 64 * 4, num_tokens=12)]
+    expected = RoundMemory(size, size, probe=2 * size, logits=2 * 12 * 64 * 4, num_tokens=12, longest_row=12)
+    assert asked == [expected]
     places: list[bool] = []
     update = WeightAverage.update
     monkeypatch.setattr(WeightAverage, "update", lambda self: places.append(self._on_host) or update(self))
