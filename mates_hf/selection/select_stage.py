@@ -26,7 +26,7 @@ class SelectedRows(NamedTuple):
     Attributes:
         rows: (k,) int64 pool rows in training order.
         num_repeated: candidates whose text an earlier candidate has too; 0 where no hashes were given.
-        num_passed_over: candidates worth more than the least of the chosen, left out as copies of chosen ones.
+        num_passed_over: candidates left out as copies, though worth more than the least text that was chosen.
     """
 
     rows: IntArray
@@ -129,9 +129,9 @@ def _largest_without(values_N: npt.NDArray[Any], k: int, seed: Seed, copies: Int
     left_out = values_N[copies]
     values_N[copies] = -np.inf
     chosen = largest(values_N, min(k, len(values_N) - len(copies)), seed)
-    num_in_the_way = int(np.count_nonzero(left_out > values_N[chosen].min())) if len(chosen) else 0
+    in_the_way = left_out > values_N[chosen].min(initial=np.inf)
     if len(chosen) < k:
         more = largest(left_out, k - len(chosen), seed)
-        num_in_the_way = len(copies) - len(more)
+        in_the_way[more] = False
         chosen = np.sort(np.concatenate([chosen, copies[more]]))
-    return chosen, num_in_the_way
+    return chosen, int(np.count_nonzero(in_the_way))

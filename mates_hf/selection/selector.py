@@ -1,7 +1,7 @@
 """`MatesSelector`: a fitted data influence model as a filter for datasets, on disk and on the Hub.
 
 Place in the flow: right of every influence model, for people who choose data before a run or outside of a Trainer; a
-round inside the Trainer selects by `choose.select_rows` instead. Trade-off: `map` goes through `datasets`, its cache
+round inside the Trainer selects by `select_stage` instead. Trade-off: `map` goes through `datasets`, its cache
 and its processes, and writes a column; `filter` and `select` score in place and write nothing, and score nothing that
 this selector has scored before (see `reuse`).
 

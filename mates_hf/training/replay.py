@@ -350,7 +350,7 @@ class FinishedRound(RoundReader):
             )
         except (MatesError, ValueError) as error:
             raise WrongError("scores.npy", "predicted influence that can be selected on", str(error)) from error
-        self._first_difference("selection.npy", selected.rows, self.rows, "what scores, labels, hashes and seed give")
+        self._first_difference("selection.npy", selected.rows, self.rows, "what scores, labels and seed give")
         if hashes is not None:
             facts = {
                 "repeated_share": selected.num_repeated / max(1, len(candidates)),
