@@ -378,7 +378,10 @@ def break_all(bench: Opened, faults: list[Fault]) -> int | None:
         return None
     deadline = time.monotonic() + 60 * bench.options.minutes
     todo = [fault for fault in faults if not unit_path(bench.work, fault.name).exists()]
-    todo.sort(key=lambda fault: fault.what != STOP)  # these wait, and cost nothing meanwhile
+    places = [fault.place for fault in faults]
+    turn = {fault.name: places[:number].count(fault.place) for number, fault in enumerate(faults)}
+    # Frozen ones wait, and cost nothing meanwhile; then one fault at each place, and so on.
+    todo.sort(key=lambda fault: (fault.what != STOP, turn[fault.name]))
     running: list[Running] = []
     say(f"{len(todo)} faults to plant")
     while running or (todo and time.monotonic() < deadline):
