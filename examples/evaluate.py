@@ -256,15 +256,14 @@ def evaluate(arguments: argparse.Namespace, device: Any, processes: Processes) -
     checkpoints: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
     if processes.is_main:  # it alone reads and writes results: no file system need be shared
-        with processes.leading():
-            settings = settings_of(arguments)
-            checkpoints = [checkpoint for given in arguments.paths for checkpoint in find_checkpoints(given)]
-            if not checkpoints:
-                raise ValueError(f"`paths` must have a complete checkpoint, got none in {arguments.paths}.")
-            known = read_results(file)
-            wanted = [checkpoint for checkpoint in checkpoints if result_of(checkpoint, settings, known) is None]
-            show(f"{len(checkpoints)} checkpoints, {len(checkpoints) - len(wanted)} of them evaluated before")
-            processes.publish({"wanted": wanted})
+        settings = settings_of(arguments)
+        checkpoints = [checkpoint for given in arguments.paths for checkpoint in find_checkpoints(given)]
+        if not checkpoints:
+            raise ValueError(f"`paths` must have a complete checkpoint, got none in {arguments.paths}.")
+        known = read_results(file)
+        wanted = [checkpoint for checkpoint in checkpoints if result_of(checkpoint, settings, known) is None]
+        show(f"{len(checkpoints)} checkpoints, {len(checkpoints) - len(wanted)} of them evaluated before")
+        processes.publish({"wanted": wanted})
     else:
         wanted = processes.receive()[0]["wanted"]
     evaluator, run = None, None
@@ -441,7 +440,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     state = PartialState()
     processes = Processes.of_run()
-    results = evaluate(arguments, state.device, processes)
+    with processes.together():  # what goes wrong in one process ends all of them, by its name
+        results = evaluate(arguments, state.device, processes)
     if processes.is_main:
         output_dir = Path(arguments.output_dir)
         tell(results, arguments.tokens_per_step)
