@@ -89,7 +89,9 @@ class Fault:
         resumes: whether the run resumes from the checkpoint of an earlier one.
         sharded: whether weights are sharded by FSDP2.
         fit_seconds: how long the main process fits.
-        goes_on: whether the run is to continue, because an audit is never fatal.
+        goes_on: whether the run is to continue, because an audit is never fatal, and a file that only speeds up a
+            rerun is not either.
+        beside: whether fit, score and select run beside training.
     """
 
     place: str
@@ -102,6 +104,7 @@ class Fault:
     sharded: bool = False
     fit_seconds: float = 0.0
     goes_on: bool = False
+    beside: bool = False
 
     @property
     def name(self) -> str:
@@ -122,7 +125,8 @@ def all_faults() -> list[Fault]:
         found.extend(Fault(place=place, target=target, who=who, what=what, **details) for who, what in faults)
 
     callback, session, rounds = (f"mates_hf.training.{name}:" for name in ("callback", "session", "rounds"))
-    resume, measure, average = (f"mates_hf.training.{name}:" for name in ("resume", "measure", "averaging"))
+    disk, measure, average = (f"mates_hf.training.{name}:" for name in ("rounds_on_disk", "measure", "averaging"))
+    opening, scoring, audit = (f"mates_hf.training.{name}:" for name in ("opening", "scoring", "audit"))
     processes, ngram = "mates_hf.processes:", "mates_hf.influence.ngram:NgramInfluenceModel."
     directional, losses = "mates_hf.influence.directional:", "mates_hf.influence.losses:"
     in_round = {"since": "_look"}
@@ -132,14 +136,16 @@ def all_faults() -> list[Fault]:
     at("connections are opened", processes + "_new_group", (LAST, ERROR), (LAST, KILL))
     at("config is compared", processes + "Processes.require_same", (MAIN, KILL), (LAST, ERROR))
     at("sampler is made", callback + "ScheduledSampler", (LAST, ERROR))
-    at("rounds set aside", resume + "set_earlier_run_aside", (MAIN, ERROR), (MAIN, KILL), (MAIN, STOP))
-    at("round is found again", resume + "require_round", (MAIN, ERROR), resumes=True)
+    at("lock is taken", opening + "RoundsLock", (MAIN, ERROR))
+    at("folder is tried", opening + "written_whole", (MAIN, FULL))
+    at("rounds set aside", opening + "set_earlier_run_aside", (MAIN, ERROR), (MAIN, KILL), (MAIN, STOP))
+    at("round is found again", disk + "require_round", (MAIN, ERROR), resumes=True)
     at("orders are received", session + "Session._restore_rounds", (LAST, ERROR), (LAST, KILL), resumes=True)
     at("running mean is read", average + "WeightAverage.load", (LAST, ERROR), (MAIN, ERROR), resumes=True)
     # Averaging and checkpoints.
     at("step of the averaging window", average + "WeightAverage.update", (MAIN, ERROR), (LAST, ERROR))
     at("running mean is written", "safetensors.torch:save_file", (MAIN, FULL), (MAIN, KILL))
-    at("running means are pruned", resume + "prune_averages", (MAIN, ERROR))
+    at("running means are pruned", disk + "prune_averages", (MAIN, ERROR))
     at("running mean of the last process", session + "Session.save_average", (LAST, ERROR))
     at("marks of the weights", session + "weight_marks", (LAST, ERROR), (ALL, ERROR))
     # A round.
@@ -157,28 +163,40 @@ def all_faults() -> list[Fault]:
     at("agreement on a step", processes + "Processes.agree", (LAST, ERROR), (MAIN, KILL), **in_round)
     at("publish", processes + "Processes.publish", (MAIN, ERROR), (MAIN, STOP), call=2, **in_round)
     at("receive", processes + "Processes.receive", (LAST, ERROR), (LAST, STOP), call=2, **in_round)
-    at("shard of the probe is written", directional + "write_array", (MAIN, FULL))
+    at("shard of the probe is written", "mates_hf.influence.shards:write_array", (MAIN, FULL), goes_on=True)
     at("labels are written", rounds + "write_labels", (MAIN, FULL), (MAIN, KILL))
-    at("stage is recorded", "mates_hf.training.run:write_json", (MAIN, FULL))
+    at("stage is recorded", "mates_hf.training.run:write_json", (MAIN, FULL), goes_on=True)
     at("audit", measure + "_audit_labels", (MAIN, ERROR), (LAST, ERROR), (ALL, ERROR), goes_on=True)
     at("audit", measure + "_audit_labels", (LAST, KILL), (LAST, STOP))
-    at("audit is written", rounds + "write_json", (MAIN, FULL))
+    at("audit is written", audit + "write_json", (MAIN, FULL), goes_on=True)
     at("sentinel", measure + "_sentinel", (MAIN, ERROR), (LAST, ERROR), (ALL, ERROR), (LAST, KILL), (MAIN, STOP))
     at("sentinel is written", "mates_hf.training.drift:write_json", (MAIN, FULL))
     at("fit", ngram + "fit", (MAIN, ERROR), (MAIN, KILL), (MAIN, STOP))
     at("while the main process fits", processes + "Processes.receive", (LAST, ERROR), (LAST, KILL), (LAST, STOP),
-       call=5, fit_seconds=600, **in_round)  # fmt: skip
+       call=6, fit_seconds=600, **in_round)  # fmt: skip
     at("influence model is written", rounds + "write_round_model", (MAIN, FULL))
     at("guard", rounds + "decide", (MAIN, ERROR))
     at("score", ngram + "predict", (MAIN, ERROR), since="_look")
-    at("scores are written", rounds + "write_array", (MAIN, FULL), call=4)
+    at("share of the candidates is scored", scoring + "_predict", (LAST, ERROR), (LAST, KILL))
+    at("scores are written", scoring + "write_array", (MAIN, FULL), call=2)
     at("select", rounds + "select_rows", (MAIN, ERROR), (MAIN, KILL))
-    at("round is finished", "mates_hf.round_files:RoundWriter.finish", (MAIN, FULL), (MAIN, KILL))
+    at("decision is written", rounds + "write_json", (MAIN, FULL))
+    at("round is finished", "mates_hf.round_writer:RoundWriter.finish", (MAIN, FULL), (MAIN, KILL))
     at("rounds are pruned", session + "Session._prune", (MAIN, ERROR))
-    at("order is told", session + "release", (MAIN, ERROR), (MAIN, STOP))
+    at("round is released", session + "release", (MAIN, ERROR), (MAIN, STOP))
+    at("order is told", session + "share_order", (MAIN, ERROR), (MAIN, STOP))
     at("order is scheduled", session + "Session._schedule", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), **in_round)
     at("metrics are reported", callback + "MatesCallback._report", (MAIN, ERROR), (LAST, ERROR))
     at("drift check", session + "check_drift", (MAIN, ERROR))
+    # What runs beside training.
+    beside: dict[str, Any] = {"beside": True, **in_round}
+    at("fit, beside", ngram + "fit", (MAIN, ERROR), (MAIN, KILL), **beside)
+    at("candidates received, beside", processes + "Processes.receive", (LAST, ERROR), (LAST, STOP), call=5, **beside)
+    at("share of the candidates, beside", scoring + "_predict", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), **beside)
+    at("scores are written, beside", scoring + "write_array", (MAIN, FULL), call=2, **beside)
+    at("round is finished, beside", "mates_hf.round_writer:RoundWriter.finish", (MAIN, FULL), (MAIN, KILL), **beside)
+    at("order is told, beside", session + "share_order", (MAIN, ERROR), (MAIN, STOP), **beside)
+    at("round is settled", session + "Session._settle", (MAIN, ERROR), (LAST, ERROR), **beside)
     # Weights sharded by FSDP2, whose collectives are not ours.
     sharded = {"sharded": True, "call": 2, **in_round}
     at("forward pass, sharded", losses + "_batch_losses", (MAIN, ERROR), (LAST, ERROR), (MAIN, KILL), (LAST, STOP),
@@ -262,6 +280,8 @@ def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool
         save_steps=4,
     )
     config = small_config(num_probes=32, average_steps=3, drift_check_steps=3, switch_lead_steps=2, keep_rounds=2)
+    if fault is not None and fault.beside:
+        config = dataclasses.replace(config, drift_check_steps=None, switch_lead_steps=4)
     SlowModel.seconds = fault.fit_seconds if fault is not None else 0.0
     callback = MatesCallback(
         make_reference(8),
@@ -429,7 +449,7 @@ def shown(found: Result) -> str:
     if not found["happened"]:
         return "did not happen"
     if found["settings"]["goes_on"] and found["codes"] == [0] * SIZE:
-        return "the run continued, without an audit"
+        return "the run continued"
     return f"{found['seconds']:.1f} s, {'named' if found['named'] else 'NOT NAMED'}, exit codes {found['codes']}"
 
 
