@@ -115,7 +115,11 @@ class RoundsLock:
                 return False
         finally:
             temporary.unlink(missing_ok=True)
-        sync_directory(self.path.parent)
+        try:
+            sync_directory(self.path.parent)
+        except OSError:  # nobody holds what this one could not take
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _require_dead(self, found: dict[str, Any]) -> None:
