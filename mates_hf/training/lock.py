@@ -336,3 +336,20 @@ def released_on_error(lock: RoundsLock | None) -> Iterator[None]:
         if lock is not None:
             lock.release()
         raise
+
+
+@contextlib.contextmanager
+def withdrawn_on_error(lock: RoundsLock | None) -> Iterator[None]:
+    """As `released_on_error`, for what is refused before the first step: an empty folder goes as well.
+
+    Args:
+        lock: this process's; None where it has none.
+    """
+    try:
+        with released_on_error(lock):
+            yield
+    except BaseException:
+        if lock is not None:
+            with contextlib.suppress(OSError):  # there is something in it
+                lock.path.parent.rmdir()
+        raise

@@ -32,7 +32,7 @@ from mates_hf.training.beside import Beside, CheckpointState, await_order, due_s
 from mates_hf.training.clock import RowClock
 from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
-from mates_hf.training.lock import RoundsLock, released_on_error
+from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
 from mates_hf.training.opening import disk_errors_named, open_rounds
@@ -113,7 +113,8 @@ class Session:
         if sampler.unproven:
             sampler.unproven = False
             if sampler.uses_own_rows(self.clock.position(step)):
-                require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
+                with withdrawn_on_error(self.lock):
+                    require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
             if run.processes.is_main and self._next_event:
                 run.ledger.prepare()
 
