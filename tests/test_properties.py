@@ -160,6 +160,7 @@ def test_a_damaged_round_is_loaded_or_refused_and_never_verified(finished, data,
             assert f"{problem.round}/" in path.as_posix()
 
 
+@pytest.mark.slow
 @fixed(250)
 @given(data=st.data(), how=damages())
 def test_damage_with_checksums_to_match_is_verified_or_named(finished, data, how):

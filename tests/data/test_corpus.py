@@ -80,6 +80,7 @@ def test_parts_share_no_13_gram(corpus: BuiltinCorpus) -> None:
     assert [corpus.overlap[k] for k in ("pool/reference", "pool/development", "development/reference")] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_reference_is_a_scarce_kind_of_a_mixed_pool(corpus: BuiltinCorpus) -> None:
     characters: Counter[str] = Counter()
     for row in corpus.pool:

@@ -147,6 +147,7 @@ def zeros(model: Any) -> list[torch.Tensor]:
     return [torch.zeros_like(p) for p in model.parameters()]
 
 
+@pytest.mark.quick("*-0.5")
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
 @pytest.mark.parametrize("name", ANY)
 def test_one_step_equals_a_deep_copy_and_a_real_step(

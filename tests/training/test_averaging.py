@@ -50,6 +50,7 @@ class SmallMemory(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.quick("device-*32", "host-*bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
 def test_the_weights_are_put_back_wherever_the_swap_itself_fails(dtype: torch.dtype, on_host: bool) -> None:

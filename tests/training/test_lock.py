@@ -93,6 +93,7 @@ def test_a_number_that_another_process_has_by_now_is_no_life(tmp_path):
     RoundsLock(tmp_path, OWNER).release()
 
 
+@pytest.mark.quick("place0*", "place2*", "None*")
 @pytest.mark.parametrize(
     ("place", "age"),
     [

@@ -56,6 +56,7 @@ def assert_selected(result: Result, output_dir: Path, probe: str) -> None:
     np.testing.assert_array_equal(result.rows[start : start + len(selection)], selection)
 
 
+@pytest.mark.quick("adamw_torch", "adafactor", "sgd")
 @pytest.mark.parametrize("optim", by_outcome(DIRECTIONAL))
 def test_directional(optim: str, tmp_path: Path) -> None:
     result = run(arguments_of(optim, tmp_path), [callback()])
