@@ -111,9 +111,9 @@ def rows_alone(kind: Kind, trainer: Any, ids: list[int]) -> tuple[list[float], l
 @pytest.mark.quick(
     "LlamaForCausalLM", "Gemma2*", "MambaForCausalLM", "FalconForCausalLM", "GPT2*", "BertLMHeadModel*",
     "MixtralForCausalLM", "BartFor*", "BertForMaskedLM", "ModernBert*", "T5*", "Llava", "pictures*", "LoRA",
-    "GPTNeoXForC*", "LoRA of*", "prefix*", "left padding", "left*given", "padded without*", "ALiBi*",
-    "token types", "packed", "labels shifted*", "z-loss*", "a mask*", "weights*", "a loss of*", "`loss_type*", "`compute_loss_func`", "a Trainer*", "classes",
-    "label smoothing, attached", "tags*", "answers*",
+    "GPTNeoXForC*", "LoRA of*", "prefix*", "left padding", "left*given", "padded without*", "ALiBi*", "token types",
+    "packed", "labels shifted*", "z-loss*", "a mask*", "weights*", "a loss of*", "`loss_type*", "`compute_loss_func`",
+    "a Trainer*", "classes", "label smoothing, attached", "tags*", "answers*",
 )  # fmt: skip
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, id=name, marks=[pytest.mark.slow] * kind.slow) for name, kind in KINDS.items()]
