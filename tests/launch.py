@@ -34,3 +34,17 @@ def start_processes(arguments: list[str], size: int, port: str) -> list[subproce
         )
         for rank in range(size)
     ]
+
+
+def run_script(folder: Path, source: str, *arguments: str, size: int = 2) -> None:
+    """A script in several processes, all of which must end well; what they say on the way to an error is shown."""
+    script = folder / "script.py"
+    script.write_text(source, encoding="utf-8")
+    processes = start_processes([str(script), *arguments], size, free_port())
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()

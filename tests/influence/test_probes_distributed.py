@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import free_port, start_processes
+from tests.launch import run_script
 
 SCRIPT = """
 import os
@@ -92,14 +92,4 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_sharded_and_replicated_models_give_the_labels_of_one_process(tmp_path: Path) -> None:
-    port = free_port()
-    script = tmp_path / "probe.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    processes = start_processes([str(script)], 2, port)
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_script(tmp_path, SCRIPT)

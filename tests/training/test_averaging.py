@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mates_hf.training import pieces
 from mates_hf.training.averaging import WeightAverage
-from tests.launch import free_port, start_processes
+from tests.launch import run_script
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from probe_speed import peak_bytes  # noqa: E402
@@ -271,13 +271,4 @@ os._exit(0)  # gloo's threads now and then end a process that is done
 
 @pytest.mark.slow
 def test_two_processes_average_half_each_and_have_the_mean_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "shared.py"
-    script.write_text(SHARED, encoding="utf-8")
-    processes = start_processes([str(script), str(tmp_path)], 2, free_port())
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_script(tmp_path, SHARED, str(tmp_path))

@@ -12,7 +12,7 @@ from torch import nn
 
 from mates_hf.training import digest
 from mates_hf.training.digest import weight_marks, weights_digest
-from tests.launch import free_port, start_processes
+from tests.launch import run_script
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -197,13 +197,4 @@ os._exit(0)  # gloo's threads now and then end a process that is done
 
 @pytest.mark.slow
 def test_the_digest_is_the_same_for_any_sharding_of_two_processes(tmp_path: Path) -> None:
-    script = tmp_path / "digest.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    processes = start_processes([str(script)], 2, free_port())
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_script(tmp_path, SCRIPT)

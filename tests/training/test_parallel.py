@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from mates_hf.training.parallel import parallel_refusals
-from tests.launch import free_port, start_processes
+from tests.launch import run_script
 from tests.training.kit import make_model
 from tests.training.settings import NO_FILE, Setup, assert_refused, case, mates
 
@@ -174,16 +174,7 @@ os._exit(0)
 @pytest.mark.skipif(not hasattr(torch.distributed, "fsdp") or not hasattr(torch.distributed.fsdp, "fully_shard"),
                     reason="a torch older than FSDP2's public name")  # fmt: skip
 def test_real_meshes_of_two_processes(tmp_path):
-    script = tmp_path / "meshes.py"
-    script.write_text(MESHES, encoding="utf-8")
-    processes = start_processes([str(script)], 2, free_port())
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_script(tmp_path, MESHES)
 
 
 class Arranged(TrainerCallback):
