@@ -196,7 +196,7 @@ def all_faults() -> list[Fault]:
     at("scores are written, beside", scoring + "write_array", (MAIN, FULL), call=2, **beside)
     at("round is finished, beside", "mates_hf.round_writer:RoundWriter.finish", (MAIN, FULL), (MAIN, KILL), **beside)
     at("order is told, beside", session + "share_order", (MAIN, ERROR), (MAIN, STOP), **beside)
-    at("round is settled", session + "Session._settle", (MAIN, ERROR), (LAST, ERROR), **beside)
+    at("round is settled", session + "Session.settle", (MAIN, ERROR), (LAST, ERROR), **beside)
     # Weights sharded by FSDP2, whose collectives are not ours.
     sharded = {"sharded": True, "call": 2, **in_round}
     at("forward pass, sharded", losses + "_batch_losses", (MAIN, ERROR), (LAST, ERROR), (MAIN, KILL), (LAST, STOP),

@@ -63,6 +63,7 @@ class Measured(NamedTuple):
         from_position: global row position at which the selection takes effect.
         num_rows: rows to select, k.
         own_rows: (N,) the Trainer's own order of the pool.
+        beside: the rest runs beside training.
         writer: of the round's directory.
         stages: what was done, and what it cost.
         draw: which rows are candidates, and which were probed.
@@ -75,7 +76,8 @@ class Measured(NamedTuple):
     planned: PlannedRound
     from_position: int
     num_rows: int
-    own_rows: IntArray
+    own_rows: npt.NDArray[Any]
+    beside: bool
     writer: RoundWriter
     stages: Stages
     draw: RoundDraw
@@ -86,8 +88,8 @@ class Measured(NamedTuple):
 
 
 def run_round(
-    run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: npt.NDArray[Any]
-) -> Callable[..., Order]:
+    run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: npt.NDArray[Any], beside: bool
+) -> Callable[[], Order]:
     """Probe some candidates; then fit an influence model, score the others, select what is trained on next.
 
     Called in the main process; the others `assist` where it measures.
@@ -98,11 +100,12 @@ def run_round(
         from_position: global row position at which the selection takes effect.
         num_rows: rows to select, k.
         own_rows: (N,) integer, the Trainer's own order of the pool, for the case that the guard refuses to select.
+        beside: whether the rest is to run beside training; for the record.
 
     Returns:
         The rest of the round, which needs labels and texts but neither the model nor a device. Called, here or beside
-        training (with `beside=True`, for the record), it returns the rows to train on next, in order, and what led to
-        them. Until it has, nobody else may use the run's ledger and influence models.
+        training, it returns the rows to train on next, in order, and what led to them. Until it has, nobody else may
+        use the run's ledger and influence models.
 
     Raises:
         InfluenceError: influence that is not finite.
@@ -146,14 +149,14 @@ def run_round(
         **run.describe(),
     }
     measured = Measured(
-        planned, from_position, num_rows, own_rows, writer, stages, draw, labels, reason, fidelity, facts
+        planned, from_position, num_rows, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts
     )
     return functools.partial(_conclude, run, measured)
 
 
-def _conclude(run: Run, measured: Measured, *, beside: bool = False) -> Order:
+def _conclude(run: Run, measured: Measured) -> Order:
     """Fit, guard, score, select, and the record of it all."""
-    planned, _, num_rows, own_rows, writer, stages, draw, labels, reason, fidelity, facts = measured
+    planned, _, num_rows, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts = measured
     judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, planned.number, stages)
     decision, scorer = decide(run, judged)
     found: dict[str, Any] = {}
@@ -218,7 +221,7 @@ def _flop_parameters(model: Any) -> dict[str, int | None]:
     }
 
 
-def _take_over(run: Run, order: Order, *, beside: bool = False) -> Order:
+def _take_over(run: Run, order: Order) -> Order:
     """What a finished round leaves to the next ones: influence model, decision, probed rows, and the cursor."""
     path = round_path(run.rounds_dir, order.number)
     run.note_decision(order.info)

@@ -86,7 +86,7 @@ class Session:
         self._average_saved_at = -1
         self._on_host, self._first_step = starts_on_host(run.model), step + 1
         self._learning_rates: tuple[float, ...] | None = None
-        self.state = CheckpointState(self._settle)
+        self.state = CheckpointState(self.settle)
         self.state |= {
             "version": resume.STATE_VERSION,
             "step": step,
@@ -148,14 +148,14 @@ class Session:
             if self.average is not None:
                 self.average.place(on_host=self._on_host)
         if self._pending is not None and (saves or evaluates or step >= self._pending.due):
-            self._settle()
+            self.settle()
         if self._next_event and step > self._window_start:
             if self.average is not None:
                 self.average.update()
             if step == self._next_event:
                 self._look(step)
                 if self._pending is not None and (saves or evaluates):
-                    self._settle()
+                    self.settle()
             elif saves:
                 self.save_average(step)
         self.state.pop("weights", None)  # those of an earlier save do not vouch for one that is not known to follow
@@ -167,11 +167,6 @@ class Session:
         """`mates/...` metrics that were not asked for yet."""
         metrics, self._metrics = self._metrics, {}
         return metrics
-
-    def settle(self) -> None:
-        """Have the round that goes on beside training come to its end, where there is one."""
-        if self._pending is not None:
-            self._settle()
 
     def abandon(self) -> None:
         """Let go of a `train()` call that is over, once nothing of it writes any more."""
@@ -207,11 +202,12 @@ class Session:
             if not run.processes.is_main:
                 due, conclude = assist(run), functools.partial(await_order, run)
             else:
+                due = due_step(run, step, self._look_ahead_steps)
                 with released_on_error(self.lock), disk_errors_named(run.rounds_dir):
-                    rest = self._decide(step)
-                due = None if rest is None else due_step(run, step, self._look_ahead_steps)
+                    rest = self._decide(step, beside=due > step)
+                due = None if rest is None else due
                 release(run, due)
-                conclude = functools.partial(self._conclude, rest, due is not None and due > step)
+                conclude = functools.partial(self._conclude, rest)
             if due is not None and due <= step:  # with the weights that were probed still in place
                 with released_on_error(self.lock):
                     order = conclude()
@@ -223,17 +219,17 @@ class Session:
             self._next_event = 0
             self._pending = Beside(conclude, due)
 
-    def _conclude(self, rest: Callable[..., Order] | None, beside: bool) -> Order:
+    def _conclude(self, rest: Callable[[], Order] | None) -> Order:
         """In the main process: the rest of a round, whose order the other processes are told."""
         assert rest is not None
         with disk_errors_named(self.run.rounds_dir):
-            order = rest(beside=beside)
+            order = rest()
             self.run.ledger.mark_trained(np.asarray(order.rows))
         share_order(self.run, order)
         return order
 
-    def _settle(self) -> None:
-        """Wait for the order of the round that goes on beside training, and schedule it."""
+    def settle(self) -> None:
+        """Wait for the order of the round that goes on beside training, where there is one, and schedule it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             # What failed there is told to the others here, where all of them wait for it.
@@ -267,7 +263,7 @@ class Session:
         rates = self._learning_rates or tuple(float(group["lr"]) for group in run.optimizer.param_groups)
         return rate_steps(run.lr_scheduler, min(run.config.update_steps, self.plan.max_steps - step), rates)
 
-    def _decide(self, step: int) -> Callable[..., Order] | None:
+    def _decide(self, step: int, *, beside: bool) -> Callable[[], Order] | None:
         """In the main process: the rest of a new round, or None where a drift check finds none is due."""
         assert self.lock is not None
         self.lock.check()
@@ -282,9 +278,9 @@ class Session:
             planned = self.plan.round_at(self.order.number + 1, step)
             assert planned is not None
             logger.info("labels no longer hold: round %d starts early, at step %d", planned.number, step)
-        return self._run_round(planned)
+        return self._run_round(planned, beside=beside)
 
-    def _run_round(self, planned: PlannedRound) -> Callable[..., Order]:
+    def _run_round(self, planned: PlannedRound, *, beside: bool) -> Callable[[], Order]:
         """Bring the ledger up to date and run the round as far as it needs the model; returns the rest."""
         run, clock, sampler = self.run, self.clock, self.sampler
         from_position = clock.position(planned.from_step)
@@ -300,6 +296,7 @@ class Session:
             from_position=from_position,
             num_rows=num_rows,
             own_rows=sampler.own_rows,
+            beside=beside,
         )
 
     def _schedule(self, order: Order) -> None:
