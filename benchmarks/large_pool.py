@@ -29,16 +29,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from memory_meter import Meter, status
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT_BYTES = 4 * 10**9
@@ -48,7 +46,6 @@ TEMPERATURE = 0.5
 VOCABULARY = 16_384
 SHORTEST, LONGEST = 8, 16
 BATCH_ROWS, SHARDS = 500_000, 10
-MIB = 2**20
 SCOPES = ("slice", "pool")
 _WORKER = "MATES_HF_LARGE_POOL_WORKER"
 
@@ -72,40 +69,6 @@ def write_pool(work: Path, num_rows: int) -> int:
                 rows = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
                 out.write_batch(pa.record_batch([rows], schema=schema))
     return sum(path.stat().st_size for path in work.glob("*.arrow"))
-
-
-def status(*names: str) -> list[int]:
-    """Fields of this process's memory status, in bytes."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return [int(fields[name].split()[0]) * 1024 for name in names]
-
-
-class Meter:
-    """Seconds, and peak and held memory, of each stage."""
-
-    def __init__(self) -> None:
-        self.stages: list[dict[str, Any]] = []
-        self._peak = [0, 0]
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            self._peak = [max(*pair) for pair in zip(self._peak, status("RssAnon", "RssFile"), strict=True)]
-            time.sleep(0.005)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure what is done inside."""
-        self._peak = status("RssAnon", "RssFile")
-        begin = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begin
-        peak = [max(*pair) for pair in zip(self._peak, status("RssAnon", "RssFile"), strict=True)]
-        held = status("RssAnon")[0]
-        self.stages.append(
-            {"stage": name, "seconds": seconds, "peak_own": peak[0], "held_own": held, "peak_mapped": peak[1]}
-        )
-        print(f"{name}: {seconds:.1f} s, {peak[0] / MIB:.0f} MiB own at most, {held / MIB:.0f} held", file=sys.stderr)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, npt.NDArray[Any]]:

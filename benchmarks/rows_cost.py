@@ -30,14 +30,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from memory_meter import Meter, status
 
 RESULTS = Path(__file__).parent / "results"
 NUM_PROBES, NUM_SELECTED, RATIO = 2_000, 200_000, 0.2
@@ -61,43 +60,6 @@ def write_dataset(work: Path, num_rows: int) -> None:
             ones = pa.array(np.ones(ROW_TOKENS * size, np.uint8))
             parts = [pa.FixedSizeListArray.from_arrays(values, ROW_TOKENS) for values in (tokens, tokens, ones)]
             out.write_batch(pa.record_batch(parts, schema=schema))
-
-
-def status(*names: str) -> list[int]:
-    """Fields of this process's memory status, in bytes."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return [int(fields[name].split()[0]) * 1024 for name in names]
-
-
-class Meter:
-    """Seconds, and peak and held memory, of each stage."""
-
-    def __init__(self) -> None:
-        self.stages: list[dict[str, Any]] = []
-        self._peak = [0, 0]
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _look(self) -> None:
-        anon, mapped = status("RssAnon", "RssFile")
-        self._peak = [max(self._peak[0], anon), max(self._peak[1], mapped)]
-
-    def _watch(self) -> None:
-        while True:
-            self._look()
-            time.sleep(0.003)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure what is done inside."""
-        self._peak = status("RssAnon", "RssFile")
-        begin = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begin
-        self._look()
-        own, mapped = self._peak
-        held = status("RssAnon")[0]
-        self.stages.append({"stage": name, "seconds": seconds, "own": own, "held": held, "mapped": mapped})
-        print(f"{name}: {seconds:.1f} s, {own / 1e6:.0f} MB own, {mapped / 1e6:.0f} MB mapped", file=sys.stderr)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -221,8 +183,8 @@ def in_its_own_process(work: Path, num_rows: int) -> dict[str, Any]:
 def report(payload: dict[str, Any]) -> str:
     """The Markdown page."""
     settings, memory = payload["settings"], payload["memory"]
-    own = max(stage["own"] for stage in memory["stages"])
-    total = max(stage["own"] + stage["mapped"] for stage in memory["stages"])
+    own = max(stage["peak_own"] for stage in memory["stages"])
+    total = max(stage["peak_own"] + stage["peak_mapped"] for stage in memory["stages"])
     num = settings["rows"]
     lines = [
         f"# rows_cost{' (quick, not to be reported)' if settings['quick'] else ''}",
@@ -258,8 +220,8 @@ def report(payload: dict[str, Any]) -> str:
         f"{memory['start_mapped'] / 1e6:,.0f} |",
     ]
     lines += [
-        f"| {stage['stage']} | {stage['seconds']:.2f} | {stage['own'] / 1e6:,.0f} | {stage['held'] / 1e6:,.0f} | "
-        f"{stage['mapped'] / 1e6:,.0f} |"
+        f"| {stage['stage']} | {stage['seconds']:.2f} | {stage['peak_own'] / 1e6:,.0f} | "
+        f"{stage['held_own'] / 1e6:,.0f} | {stage['peak_mapped'] / 1e6:,.0f} |"
         for stage in memory["stages"]
     ]
     return "\n".join(lines) + "\n"
