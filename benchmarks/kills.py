@@ -23,7 +23,7 @@ folder was not flushed since is undone before the run is resumed. So is the last
 flushed or not, as by a file server that says more than it does.
 
 With `--processes 2` two processes train together and one of them, the main one or the other, is killed; whatever is
-left of the other is killed half a minute later, as a launcher does.
+left of the other is killed five seconds later, as a launcher does.
 
 Trade-off: importing torch and transformers takes longer than the run, so runs are forked from a process that has
 imported them and built nothing. They are real processes, with real dataloader workers, and die of a real SIGKILL.
@@ -65,7 +65,7 @@ from tests.training.kit import make_arguments, make_reference, run, small_config
 NUM_SETTINGS = 10
 FORMAT = 2
 POWER_LOSS_EVERY = 5  # points: a fifth of the kills
-PATIENCE_SECONDS = 30.0  # that a process may outlive another that was killed
+PATIENCE_SECONDS = 5.0  # that a process may outlive another that was killed
 OTHER = "in the other process: "  # begins the phases of a process that is not the main one
 # Where a line belongs: the innermost function on the stack that is listed here (None: any function of the file).
 PHASES = {
@@ -123,15 +123,19 @@ class LineKiller:
         traced = self._traced.get(code)
         if traced is None:
             traced = self._traced[code] = _is_traced(code)
-        return self._on_line if traced else None
+        return self._line_counter(self._phase_of(frame)) if traced else None
 
-    def _on_line(self, frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
-        if event == "line":
-            phase = self._phase_of(frame)
-            self.counts[phase] += 1
-            if self.kill == (phase, self.counts[phase]) and os.getpid() == self._pid:
-                self._die(frame)
-        return self._on_line
+    def _line_counter(self, phase: str) -> Callable[..., Any]:
+        """What the interpreter calls at each line of one frame: a frame stays in one phase as long as it runs."""
+
+        def on_line(frame: FrameType, event: str, arg: Any) -> Callable[..., Any]:
+            if event == "line":
+                self.counts[phase] += 1
+                if self.kill == (phase, self.counts[phase]) and os.getpid() == self._pid:
+                    self._die(frame)
+            return on_line
+
+        return on_line
 
     def _phase_of(self, frame: FrameType | None) -> str:
         while frame is not None:

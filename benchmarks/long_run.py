@@ -2,17 +2,18 @@
 # requires-python = ">=3.10"
 # dependencies = ["mates-hf"]
 # ///
-"""1,000 rounds in one run: do memory, file handles and disk stay flat?
+"""1,000 rounds in one run of two processes: do memory, threads, file handles and disk stay flat?
 
     python benchmarks/long_run.py                 # 1,000 rounds; writes benchmarks/results/long_run.{json,md}
     python benchmarks/long_run.py --quick         # 60 rounds; prints, writes nothing unless --out is given
-    python benchmarks/long_run.py --rounds 200 --out runs/long
+    python benchmarks/long_run.py --rounds 200 --processes 1 --out runs/long
+    python benchmarks/long_run.py --check         # the committed page follows from the committed JSON
 
 A small model trains two steps a round, so that the rounds are nearly all of the run; each probes, fits, scores,
-selects and saves. Checkpoints are saved now and then, the older ones deleted. After each round the process looks at
-itself: own memory (`RssAnon`), mapped file pages, file descriptors, mapped round files, round folders and their bytes.
-A slope is fitted to own memory after a warm-up of a fifth of the rounds; beside it stands what as many steps grow
-without the callback (the Trainer's log, torch's caches).
+selects and saves. Checkpoints are saved now and then, the older ones deleted. After each round every process looks at
+itself: own memory (`RssAnon`), mapped file pages, threads, file descriptors, mapped round files; and at the round
+folders and their bytes. A slope is fitted to own memory after a warm-up of a fifth of the rounds; beside it stands
+what as many steps grow without the callback (the Trainer's log, torch's caches).
 
 Trade-off: with a model this small the allocator's noise is large against what a round could leave behind, so the slope
 comes with a standard error from blocks of rounds, and needs hundreds of them to say anything.
@@ -24,7 +25,7 @@ import argparse
 import json
 import os
 import platform
-import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,10 @@ UPDATE_STEPS, BATCH_ROWS, NUM_PROBES, KEEP_ROUNDS = 2, 4, 24, 3
 LENGTH, VOCABULARY = 12, 64
 WARM_UP = 0.2
 KIB, MIB = 2**10, 2**20
-FIGURES = ("own_memory", "mapped_pages", "file_handles", "mapped_round_files", "round_folders", "rounds_bytes")
+IN_BYTES = ("own_memory", "mapped_pages", "rounds_bytes")
+FIGURES = (
+    "own_memory", "mapped_pages", "threads", "file_handles", "mapped_round_files", "round_folders", "rounds_bytes",
+)  # fmt: skip
 _WORKER = "MATES_HF_LONG_RUN_WORKER"
 
 
@@ -50,6 +54,7 @@ def look(rounds_dir: Path) -> dict[str, float]:
     return {
         "own_memory": int(status["RssAnon"].split()[0]) * KIB,
         "mapped_pages": int(status["RssFile"].split()[0]) * KIB,
+        "threads": int(status["Threads"]),
         "file_handles": len(os.listdir("/proc/self/fd")),
         "mapped_round_files": sum("/round-" in line for line in Path("/proc/self/maps").read_text().splitlines()),
         "round_folders": len(list(rounds_dir.glob("round-*"))),
@@ -63,8 +68,8 @@ def save_steps(num_rounds: int) -> int:
     return max(UPDATE_STEPS, num_rounds * UPDATE_STEPS // 20)
 
 
-def run(num_rounds: int, output_dir: Path, *, selecting: bool) -> list[dict[str, float]]:
-    """Train and look after every round; without selection, after as many steps."""
+def run(num_rounds: int, output_dir: Path, *, selecting: bool, processes: int) -> list[dict[str, float]]:
+    """Train and look after every round; without selection, after as many steps. One of the processes of a run."""
     import torch
     from datasets import Dataset
     from transformers import (
@@ -112,7 +117,7 @@ def run(num_rounds: int, output_dir: Path, *, selecting: bool) -> list[dict[str,
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=(num_rounds + 1) * UPDATE_STEPS,
-        per_device_train_batch_size=BATCH_ROWS,
+        per_device_train_batch_size=BATCH_ROWS // processes,
         learning_rate=3e-4,
         logging_strategy="no",
         save_steps=save_steps(num_rounds),
@@ -142,48 +147,63 @@ def slope(values: np.ndarray, num_warm_up: int) -> tuple[float, float]:
     return whole, float(np.std(parts, ddof=1) / np.sqrt(len(parts)))
 
 
-def in_its_own_process(num_rounds: int, *, selecting: bool) -> list[dict[str, float]]:
-    """One run in a fresh process with a folder of its own."""
-    environment = {**os.environ, _WORKER: "selecting" if selecting else "plain", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--rounds", str(num_rounds)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return list(json.loads(done.stdout.splitlines()[-1]))
+def in_their_own_processes(num_rounds: int, processes: int, *, selecting: bool) -> list[list[dict[str, float]]]:
+    """One run in fresh processes with a folder of its own: what each of them saw."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with tempfile.TemporaryDirectory(prefix="long-run-") as folder:
+        environment = {**os.environ, _WORKER: json.dumps([selecting, folder]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--rounds", str(num_rounds), "--processes", str(processes)]
+        started = []
+        for rank in range(processes):
+            more = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            more |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            more |= {"ACCELERATE_USE_CPU": "true"}
+            started.append(subprocess.Popen(command, env=environment | (more if processes > 1 else {})))
+        if any([process.wait() for process in started]):
+            raise SystemExit("a process of the run failed: see above")
+        return [json.loads((Path(folder) / f"seen-{rank}.json").read_text()) for rank in range(processes)]
 
 
-def report(settings: dict[str, Any], arms: dict[str, list[dict[str, float]]]) -> str:
+def report(payload: dict[str, Any]) -> str:
     """The Markdown page."""
+    settings, arms = payload["settings"], payload["processes"]
     num_warm_up = int(WARM_UP * settings["rounds"])
-    ours = {name: np.array([look[name] for look in arms["selecting"]]) for name in FIGURES}
-    seconds = np.diff([look["seconds"] for look in arms["selecting"]])
+    ours = [{name: np.array(columns[name]) for name in FIGURES} for columns in arms["selecting"]]
+    seconds = np.diff(arms["selecting"][0]["seconds"])
     lines = [
         f"# long_run{' (quick, not to be reported)' if settings['quick'] else ''}",
         "",
-        f"{settings['rounds']:,} rounds of {UPDATE_STEPS} steps of {BATCH_ROWS} rows, {NUM_PROBES} probes, "
-        f"`keep_rounds={KEEP_ROUNDS}`, a Llama of width 32; {settings['cpu_count']} cores, Python "
-        f"{settings['python']}, torch {settings['torch']}, transformers {settings['transformers']}.",
+        f"{settings['rounds']:,} rounds of {UPDATE_STEPS} steps of {BATCH_ROWS} rows in {len(ours)} processes "
+        f"(gloo), {NUM_PROBES} probes, `keep_rounds={KEEP_ROUNDS}`, a Llama of width 32; {settings['cpu_count']} "
+        f"cores, Python {settings['python']}, torch {settings['torch']}, transformers {settings['transformers']}.",
         "",
-        "| after round | " + " | ".join(name.replace("_", " ") for name in FIGURES) + " |",
-        "|---|" + "---|" * len(FIGURES),
+        "| process | after round | " + " | ".join(name.replace("_", " ") for name in FIGURES) + " |",
+        "|---|---|" + "---|" * len(FIGURES),
     ]
-    for i in sorted({0, num_warm_up, *(np.linspace(num_warm_up, settings["rounds"] - 1, 5).astype(int).tolist())}):
-        values = [
-            f"{ours[name][i] / MIB:.1f} MB"
-            if name in ("own_memory", "mapped_pages", "rounds_bytes")
-            else str(ours[name][i])
-            for name in FIGURES
-        ]
-        lines.append(f"| {i + 1} | " + " | ".join(values) + " |")
-    lines += ["", "| own memory after the warm-up | KB a round | standard error |", "|---|---|---|"]
+    looks = sorted({0, num_warm_up, *(np.linspace(num_warm_up, settings["rounds"] - 1, 5).astype(int).tolist())})
+    for rank, columns in enumerate(ours):
+        for i in looks:
+            values = [
+                f"{columns[name][i] / MIB:.1f} MB" if name in IN_BYTES else str(columns[name][i]) for name in FIGURES
+            ]
+            lines.append(f"| {rank} | {i + 1} | " + " | ".join(values) + " |")
+    lines += ["", "| own memory after the warm-up | process | KB a round | standard error |", "|---|---|---|---|"]
     for arm, name in (("selecting", "with the callback"), ("plain", "the same steps without it")):
-        grown, error = slope(np.array([look["own_memory"] for look in arms[arm]]), num_warm_up)
-        lines.append(f"| {name} | {grown / KIB:.2f} | {error / KIB:.2f} |")
+        for rank, columns in enumerate(arms[arm]):
+            grown, error = slope(np.array(columns["own_memory"]), num_warm_up)
+            lines.append(f"| {name} | {rank} | {grown / KIB:.2f} | {error / KIB:.2f} |")
     tenth = max(1, len(seconds) // 10)
+    most = {name: max(columns[name][num_warm_up:].max() for columns in ours) for name in FIGURES}
+    at_warm_up = {name: max(columns[name][num_warm_up] for columns in ours) for name in FIGURES}
+    every = save_steps(settings["rounds"])
     lines += [
         "",
-        f"Most at any time after the warm-up: {ours['file_handles'][num_warm_up:].max()} file handles "
-        f"({ours['file_handles'][0]} after the first round), {ours['mapped_round_files'].max()} mapped round files, "
-        f"{ours['round_folders'].max()} round folders, {ours['rounds_bytes'].max() / MIB:.1f} MB of them. Besides the "
-        f"{KEEP_ROUNDS} newest, the rounds since the last checkpoint (one in {save_steps(settings['rounds'])} steps) "
+        f"Most in any process after the warm-up: {most['threads']} threads ({at_warm_up['threads']} at its end), "
+        f"{most['file_handles']} file handles ({at_warm_up['file_handles']}), {most['mapped_round_files']} mapped "
+        f"round files, {most['round_folders']} round folders, {most['rounds_bytes'] / MIB:.1f} MB of them. Besides "
+        f"the {KEEP_ROUNDS} newest, the rounds since the last checkpoint (one in {every} steps) "
         "stay until the next one, because a resume comes through them.",
         f"Seconds a round, median of the first and of the last tenth: {np.median(seconds[:tenth]):.3f} and "
         f"{np.median(seconds[-tenth:]):.3f}.",
@@ -195,20 +215,25 @@ def main() -> None:
     """Run both arms and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=None, help="rounds (1,000; quick: 60)")
+    parser.add_argument("--processes", type=int, default=2, help="that train together")
     parser.add_argument("--quick", action="store_true", help="few rounds; too short to report")
+    parser.add_argument("--check", action="store_true", help="only: does the page follow from the JSON")
     parser.add_argument(
         "--out", type=Path, default=None, help="folder of the results; a quick run has none of its own"
     )
     arguments = parser.parse_args()
     num_rounds = arguments.rounds or (60 if arguments.quick else 1_000)
+    out = arguments.out or (None if arguments.quick else RESULTS)
     if worker := os.environ.get(_WORKER):
-        folder = Path(tempfile.mkdtemp(prefix="long-run-"))
-        try:
-            print(json.dumps(run(num_rounds, folder, selecting=worker == "selecting")))
-        finally:
-            shutil.rmtree(folder)
+        selecting, folder = json.loads(worker)
+        seen = run(num_rounds, Path(folder) / "run", selecting=selecting, processes=arguments.processes)
+        (Path(folder) / f"seen-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
         return
-    arms = {arm: in_its_own_process(num_rounds, selecting=arm == "selecting") for arm in ("selecting", "plain")}
+    if arguments.check:
+        payload = json.loads(((out or RESULTS) / "long_run.json").read_text(encoding="utf-8"))
+        if ((out or RESULTS) / "long_run.md").read_text(encoding="utf-8") != report(payload):
+            raise SystemExit("long_run.md does not follow from long_run.json: run the benchmark again")
+        return
     from importlib.metadata import version
 
     settings = {
@@ -218,13 +243,19 @@ def main() -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
     }
-    text = report(settings, arms)
+    arms = {
+        arm: [
+            {name: [look[name] for look in looks] for name in looks[0]}
+            for looks in in_their_own_processes(num_rounds, arguments.processes, selecting=arm == "selecting")
+        ]
+        for arm in ("selecting", "plain")
+    }
+    payload = {"settings": settings, "processes": arms}
+    text = report(payload)
     print(text)
-    out = arguments.out or (None if arguments.quick else RESULTS)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        columns = {arm: {name: [look[name] for look in looks] for name in looks[0]} for arm, looks in arms.items()}
-        (out / "long_run.json").write_text(json.dumps({"settings": settings, **columns}) + "\n", encoding="utf-8")
+        (out / "long_run.json").write_text(json.dumps(payload) + "\n", encoding="utf-8")
         (out / "long_run.md").write_text(text, encoding="utf-8")
 
 

@@ -123,6 +123,11 @@ class Beside(Generic[T]):
         except BaseException as error:
             self._error = error
 
+    @property
+    def failed(self) -> bool:
+        """Whether the work has ended by an error already, which `result` will raise."""
+        return self._error is not None
+
     def result(self) -> T:
         """Wait for the work.
 

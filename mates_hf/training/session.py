@@ -147,7 +147,8 @@ class Session:
             self._on_host = place_average(self.run)
             if self.average is not None:
                 self.average.place(on_host=self._on_host)
-        if self._pending is not None and (saves or evaluates or step >= self._pending.due):
+        pending = self._pending
+        if pending is not None and (saves or evaluates or step >= pending.due or pending.failed):
             self.settle()
         if self._next_event and step > self._window_start:
             if self.average is not None:

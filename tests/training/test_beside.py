@@ -8,6 +8,7 @@ import gc
 import json
 import pickle
 import threading
+import time
 import types
 import weakref
 from pathlib import Path
@@ -127,11 +128,19 @@ def test_what_fails_beside_training_ends_it_by_its_own_name(tmp_path, monkeypatc
     count = At(0, None)
     monkeypatch.setattr(count, "on_step_end", lambda args, state, control, **kwargs: steps.append(state.global_step))
     callback = mates()
+
+    def until_it_failed(control: Any) -> None:
+        pending = callback._session._pending
+        for _ in range(2_000):
+            if pending.failed:
+                return
+            time.sleep(0.01)
+
     with monkeypatch.context() as patch:
         patch.setattr(rounds, "score_candidates", full)
         with pytest.raises(MatesError, match="No space left"):
-            run(make_arguments(tmp_path), [callback, count])
-    assert steps[-1] == DUE - 1
+            run(make_arguments(tmp_path), [At(BOUNDARY + 1, until_it_failed), callback, count])
+    assert steps[-1] == BOUNDARY, "it is told at the next step and not when the order is due"
     assert not (tmp_path / "_mates/round-0001").exists()
     again = run(make_arguments(tmp_path), [callback])  # the callback, and the folder, are fit for another run
     assert len(again.rows) == 80

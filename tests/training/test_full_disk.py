@@ -1,7 +1,8 @@
 """A disk that is full, or fails, at each write of a round: the run ends by name, and a resume does the round again.
 
 Each of the calls that write (open, write, flush, rename, make a folder) below the folder of the rounds fails once, one
-in each run, with ENOSPC or EIO; a second kind of run has a real limit.
+in each run, with ENOSPC or EIO; a second kind of run has a real limit on the size of a file, a third one a file system
+of its own that another program fills up, where the tests may mount one.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import TrainerCallback
 
 from mates_hf import MatesCallback
 from mates_hf.training.lock import LOCK_FILE
@@ -204,3 +207,52 @@ def test_a_real_limit_on_files_ends_the_run_by_name(tmp_path, whole, limit):
     rest = train(tmp_path, checkpoint)
     assert rest.losses == expected.losses
     assert rest.rows == expected.rows[20:]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 256 MB, more than a round takes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 4_096, 16_384, 65_536])
+def test_a_file_system_that_fills_up_ends_the_run_by_name(small_disk, whole, left):
+    checkpoint = before_the_round(whole[0], small_disk)
+    filler = small_disk / "filler"
+
+    class Fills(Stop):
+        """At step 6, before the round, another program takes all but a few bytes."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                    while file.write(bytes(4_096)):
+                        pass
+                os.truncate(filler, max(0, filler.stat().st_size - left))
+
+    with pytest.raises(DiskError, match="No space left on device"):
+        run(make_arguments(small_disk, **SETTINGS), [Fills(99), mates()], dropout=0.1, resume=str(checkpoint))
+    assert not (small_disk / "_mates" / LOCK_FILE).exists()
+    filler.unlink()
+    rest = train(small_disk, checkpoint)
+    assert rest.losses == whole[1].losses
+    assert rest.rows == whole[1].rows[20:]
+
+
+@pytest.mark.slow
+def test_a_file_system_without_room_for_a_round_is_refused_before_the_first_step(small_disk):
+    (small_disk / "filler").write_bytes(bytes(240 << 20))
+
+    class Never(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise AssertionError("it began to train")
+
+    with pytest.raises(DiskError, match="must have .* free for a round"):
+        run(make_arguments(small_disk, **SETTINGS), [Never(), mates()])
