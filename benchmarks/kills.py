@@ -58,7 +58,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from mates_hf import MatesCallback  # noqa: E402
-from mates_hf.influence.ngram import NgramInfluenceModel  # noqa: E402, F401  (imported before forking)
+from mates_hf.prediction.ngram_model import NgramInfluenceModel  # noqa: E402, F401  (imported before forking)
 from mates_hf.training.checkpoints import last_complete_checkpoint  # noqa: E402
 from tests.training.kit import make_arguments, make_reference, run, small_config  # noqa: E402
 
@@ -71,7 +71,7 @@ OTHER = "in the other process: "  # begins the phases of a process that is not t
 PHASES = {
     ("mates_hf/disk.py", None): "write of a file",
     ("mates_hf/training/lock.py", None): "lock",
-    ("mates_hf/training/averaging.py", None): "averaging window",
+    ("mates_hf/engine/averaging.py", None): "averaging window",
     ("mates_hf/training/rounds.py", "_probe"): "probe",
     ("mates_hf/training/audit.py", None): "audit",
     ("mates_hf/training/rounds.py", "_fit"): "fit",
