@@ -16,6 +16,7 @@ from mates_hf.moved import install as _keep_old_paths
 if TYPE_CHECKING:
     from mates_hf.config import MatesConfig
     from mates_hf.data.reference import ReferenceTask
+    from mates_hf.engine.combined_optimizer import CombinedOptimizer
     from mates_hf.errors import MatesError
     from mates_hf.influence.probe_directional import DirectionalProbe
     from mates_hf.influence.probe_one_step import OneStepProbe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CombinedOptimizer",
     "DirectionalProbe",
     "EncoderInfluenceModel",
     "MatesCallback",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "CombinedOptimizer": "mates_hf.engine.combined_optimizer",
     "DirectionalProbe": "mates_hf.influence.probe_directional",
     "EncoderInfluenceModel": "mates_hf.prediction.encoder_model",
     "MatesCallback": "mates_hf.training.callback",

@@ -157,8 +157,9 @@ def _probe_memory(probe: Any, optimizer: Any, size: int) -> int:
         return (3 if probe.second_moment == "batches" else 2) * size
     if isinstance(probe, OneStepProbe):
         # Those whose step is not known step for real, and then all of their state is copied.
-        copied = not all(stepped_alone(part) for part in optimizer_parts(optimizer))
-        return 2 * size + (_state_memory(optimizer.state) if copied else 0)
+        parts = optimizer_parts(optimizer)
+        copied = not all(stepped_alone(part) for part in parts)
+        return 2 * size + (_state_memory([part.state for part in parts]) if copied else 0)
     return 0
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import Trainer, default_data_collator
 
-from mates_hf import DirectionalProbe, MatesCallback, OneStepProbe, load_round
+from mates_hf import CombinedOptimizer, DirectionalProbe, MatesCallback, OneStepProbe, load_round
 from mates_hf.influence.preconditioner import UnsupportedOptimizerError
-from tests.influence.test_optimizers import DIRECTIONAL, ONE_STEP, OPTIM_VALUES, REFUSED, Together, hf_adafactor
+from tests.influence.test_optimizers import DIRECTIONAL, ONE_STEP, OPTIM_VALUES, REFUSED, hf_adafactor
 from tests.training.kit import Result, Watch, make_arguments, make_model, make_pool, make_reference, run, small_config
 
 STEPS, UPDATE_STEPS, BATCH = 12, 5, 4
@@ -109,7 +109,7 @@ def run_with(optimizer_of: Any, output_dir: Path, probe: Any = None, resume: Any
 def muon_and_adamw(model: Any) -> torch.optim.Optimizer:
     hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    return Together(torch.optim.Muon(hidden, lr=0.01), torch.optim.AdamW(rest, lr=1e-3))
+    return CombinedOptimizer(torch.optim.Muon(hidden, lr=0.01), torch.optim.AdamW(rest, lr=1e-3))
 
 
 def test_muon_and_adamw_with_a_schedule_and_a_resume(tmp_path: Path) -> None:
