@@ -20,7 +20,10 @@ from mates_hf.errors import MatesError as MatesError  # where it was imported fr
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+_NO_NUMBERS = ("interval", "calibration", "ranking", "probe")  # of a fit report
 _LABEL_COLUMNS = ("candidate_id", "influence", "influence_per_token", "loss", "num_tokens", "probe")
+
+PATH_LABELS = "path"  # `InfluenceLabels.kind` of a `DirectionalProbe` that read several points
 
 STATE_KEY = "mates_hf"  # of the run's state in `TrainerState.stateful_callbacks`
 
@@ -32,7 +35,7 @@ class InfluenceLabels:
     Attributes:
         candidate_id: (N,) int64, row of the candidate in the pool.
         influence: (N,) float32, nats/token of reference loss that one optimizer step on the candidate alone takes off,
-            relative to the null step.
+            relative to the null step. Path labels (see `kind`) are an order: their zero and scale mean nothing.
         influence_per_token: (N,) float32, mean over the candidate's trained tokens of the directional derivative.
             `influence = influence_per_token * step_size`.
         loss: (N,) float32, the candidate's own loss, nats/token; of a `DirectionalProbe` the mean of the losses at
@@ -92,6 +95,17 @@ class InfluenceLabels:
                 "`InfluenceLabels.to_pandas` must have pandas, which is not installed: `pip install pandas`."
             ) from error
         return pandas.DataFrame({name: np.asarray(getattr(self, name)) for name in _LABEL_COLUMNS})
+
+    @property
+    def kind(self) -> str:
+        """What the labels are: "path", "directional" (a derivative at one point), "one_step", or a probe's own name.
+
+        Several are joined by commas. Labels of a `DirectionalProbe` that do not say how many points it read are taken
+        for path labels, its default.
+        """
+        names = [str(name) for name in np.unique(self.probe)]
+        is_path = self.info.get("path_points", 2) != 1
+        return ", ".join(PATH_LABELS if name == "directional" and is_path else name for name in names)
 
     @property
     def offsets(self) -> IntArray:
@@ -160,6 +174,7 @@ class FitReport:
         flops_per_token: of a prediction, for each trained token of a candidate, likewise.
         ranking: what rank correlations and overlap are of: "worth", what a row of its length adds to a batch, which is
             what a round selects by; "influence" where all rows have one length and both rank alike.
+        probe: what the labels are, as `InfluenceLabels.kind` says; None where it was not recorded.
     """
 
     num_labels: int
@@ -175,6 +190,7 @@ class FitReport:
     flops: float | None = None
     flops_per_token: float | None = None
     ranking: Literal["influence", "worth"] = "influence"
+    probe: str | None = None
 
     def __repr__(self) -> str:
         return card(_fit_title(self), _fit_facts(self))
@@ -195,7 +211,7 @@ class FitReport:
         """Inverse of `to_dict`; keys of a newer version are ignored, and what is no number is a `ValueError`."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in values.items() if key in known}
-        numbers = [value for key, value in kept.items() if key not in ("interval", "calibration", "ranking")]
+        numbers = [value for key, value in kept.items() if key not in _NO_NUMBERS]
         pairs: list[Any] = [kept.get("interval"), *(kept.get("calibration") or ())]
         if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
             raise ValueError(f"A fit report must have an `interval` and a `calibration` of pairs, got {pairs}.")
@@ -205,6 +221,8 @@ class FitReport:
             raise ValueError(f"A fit report must hold numbers, got {kept}.")
         if kept.get("ranking", "influence") not in ("influence", "worth"):
             raise ValueError(f"`ranking` of a fit report must be 'influence' or 'worth', got {kept['ranking']!r}.")
+        if not isinstance(kept.get("probe"), (str, type(None))):
+            raise ValueError(f"`probe` of a fit report must be a name or None, got {kept['probe']!r}.")
         kept["interval"], *calibration = (tuple(pair) for pair in pairs)
         kept["calibration"] = tuple(calibration)
         return cls(**kept)

@@ -175,10 +175,14 @@ def test_fit_report_is_read_back_from_json_and_ignores_keys_of_a_newer_version()
         calibration=((-1.0, -0.8), (1.0, 1.1)),
         label_std=0.01,
         seconds=1.5,
+        probe="path",
     )
     values = json.loads(json.dumps(report.to_dict()))
     assert FitReport.from_dict(values) == report
     assert FitReport.from_dict({**values, "from_a_newer_version": 1}) == report
+    assert FitReport.from_dict({key: values[key] for key in values if key != "probe"}).probe is None  # of an older one
+    with pytest.raises(ValueError, match="`probe` of a fit report must be a name or None, got 3"):
+        FitReport.from_dict({**values, "probe": 3})
     least = FitReport(num_labels=8, num_held_out=2, spearman=0.1, interval=(-0.5, 0.5))
     again = FitReport.from_dict(json.loads(json.dumps(least.to_dict())))
     assert np.isnan(again.slope)

@@ -54,7 +54,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self.optimizers = tuple(parts)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all parts, one part after the other; the parts' own dicts."""
         return [group for part in self.optimizers for group in part.param_groups]
 
@@ -64,7 +64,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
             part.param_groups = own
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+    def state(self) -> dict[Any, Any]:
         """The state of every parameter; the parts' own dicts. A parameter without state is not in it."""
         return {key: value for part in self.optimizers for key, value in part.state.items()}
 
@@ -102,7 +102,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         for part in self.optimizers:
             part.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Each part's step, on the gradients that are there.
 
         Args:
@@ -153,7 +153,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
                 other[number] = rest
         return {_STATE: state, _GROUPS: groups, **({_OTHER: other} if other else {})}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned into the parts.
 
         Args:
@@ -199,8 +199,8 @@ def _parts_of(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
         return optimizer.optimizers
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"`optimizers` must each be a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass them one by one: "
-            "`CombinedOptimizer(first, second)`."
+            f"`optimizers` must each be a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass them one by "
+            "one: `CombinedOptimizer(first, second)`."
         )
     name = type(optimizer).__name__
     if type(optimizer).__module__.startswith("accelerate."):

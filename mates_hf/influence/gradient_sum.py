@@ -52,7 +52,7 @@ def add_gradient_of_sum(
     parts: list[float] = []
 
     def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
-        values = passes._batch_losses(model, rows, batch, loss)
+        values = passes.batch_losses(model, rows, batch, loss)
         values.backward(torch.full_like(values, 1.0 if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
@@ -64,7 +64,7 @@ def add_gradient_of_sum(
     lost = False
     try:
         with torch.enable_grad():
-            passes._run_batches(
+            passes.run_batches(
                 model,
                 rows,
                 accumulate,

@@ -87,7 +87,7 @@ def token_losses(
     losses: npt.NDArray[np.floating[Any]] = np.zeros(int(ends[-1]) if len(rows) else 0, dtype)
 
     def measure(batch: npt.NDArray[np.int64], counts: bool) -> None:
-        values = _batch_losses(model, rows, batch, loss).detach().cpu().numpy()
+        values = batch_losses(model, rows, batch, loss).detach().cpu().numpy()
         if not counts:
             return
         position = 0
@@ -97,7 +97,7 @@ def token_losses(
             position += count
 
     with torch.no_grad(), tqdm(total=len(rows), desc="probe", unit="row", disable=not progress) as bar:
-        _run_batches(
+        run_batches(
             model,
             rows,
             measure,
@@ -164,14 +164,14 @@ def mean_loss_gradient(
             parameter.grad = None
 
     def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
-        values = _batch_losses(model, rows, batch, loss)
+        values = batch_losses(model, rows, batch, loss)
         values.backward(torch.full_like(values, power / num_targets if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
 
     forget()
     with torch.enable_grad():
-        _run_batches(
+        run_batches(
             model,
             rows,
             accumulate,
@@ -197,7 +197,7 @@ def _require_targets(rows: Candidates) -> int:
     return num_targets
 
 
-def _run_batches(
+def run_batches(
     model: nn.Module,
     rows: Candidates,
     work: Callable[[npt.NDArray[np.int64], bool], None],
@@ -213,6 +213,20 @@ def _run_batches(
     Which process runs which row depends on the rows alone. Where weights are sharded, or the loss is the run's own,
     every process runs every micro-batch: one without a row of its own runs the first row of all, and is told (False)
     that it does not count.
+
+    Args:
+        model: The live model.
+        rows: N rows, the same in every process.
+        work: Runs the micro-batch of these row numbers; its second argument is False where the batch does not count.
+        tokens_per_batch: Padded tokens in one micro-batch of a process at most.
+        one_row: Run one row at a time.
+        restart: Called before everything starts again with smaller micro-batches; None tries the failed one alone.
+        bar: Progress bar, updated by rows.
+        processes: Those that share the rows and call this together.
+
+    Raises:
+        ProbeMemoryError: One row alone does not fit into memory, or memory ran out where weights are sharded.
+        ProcessError: Another process failed.
     """
     if isinstance(rows, TokenRows):  # all at once; other rows as they are collated
         require_known_tokens(model, rows.values)
@@ -277,10 +291,23 @@ def _plan(
     return batches
 
 
-def _batch_losses(
+def batch_losses(
     model: nn.Module, rows: Candidates, index: npt.NDArray[np.int64], loss: LossFunction | None
 ) -> Tensor:
-    """Losses of the trained tokens of a micro-batch, row after row; float32, or float64 for float64 logits."""
+    """Losses of the trained tokens of a micro-batch, row after row; float32, or float64 for float64 logits.
+
+    Args:
+        model: The live model.
+        rows: What the row numbers point into.
+        index: Row numbers of the micro-batch.
+        loss: The run's own loss of one row, or None for the likelihood.
+
+    Returns:
+        (T,) nats, with a graph where gradients are on.
+
+    Raises:
+        TypeError: `loss` returned no scalar.
+    """
     batch = rows.batch(index, input_device(model))
     ids = batch.inputs.get("input_ids")
     if not isinstance(rows, TokenRows) and ids is not None and not batch.inputs.keys() - _TEXT_INPUTS:

@@ -126,7 +126,8 @@ def require_steps(optimizer: torch.optim.Optimizer) -> None:
     if [id(group) for part in parts for group in part.param_groups] != [id(g) for g in optimizer.param_groups]:
         raise UnsupportedOptimizerError(
             f"`optimizer.param_groups` of a container must be those of its `optimizers`, one after the other, got "
-            f"{type(optimizer).__name__} with others. Use `mates_hf.CombinedOptimizer`, or build the container as it does."
+            f"{type(optimizer).__name__} with others. Use `mates_hf.CombinedOptimizer`, or build the container "
+            "as it does."
         )
     for part in parts:
         kind, reason = type(part), None

@@ -80,12 +80,6 @@ def shares_of_path(rows: Candidates, path_steps: int, seed: int) -> list[IntArra
     return [np.sort(part) for part in np.array_split(order, num_points)]
 
 
-def parts_of_path(rows: Candidates, path_steps: int, seed: int) -> list[Candidates]:
-    """What each point of a path reads: the rows of `shares_of_path`."""
-    shares = shares_of_path(rows, path_steps, seed)
-    return [rows] if len(shares) == 1 else [rows.take(share) for share in shares]
-
-
 class ReferencePath:
     """A path over the passages of the reference task, to be walked inside `preserved`.
 

@@ -31,6 +31,7 @@ from mates_hf.evaluation.agreement import (
     top_precision,
     within_group,
 )
+from mates_hf.prediction.worth import row_worth
 from mates_hf.records import FitReport, InfluenceLabels
 
 logger = logging.getLogger(__name__)
@@ -117,18 +118,6 @@ def tell_few(num_labels: int, num_held_out: int) -> None:
         )  # fmt: skip
 
 
-def worth_of(influence: npt.NDArray[Any], num_tokens: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """(N,) float64 what rows of several lengths add to a batch: `n (d - mean)`, as `selection.choose.row_worth` ranks.
-
-    The mean is the token-weighted one of these rows: another one would make predictions and labels agree, or not, by
-    length alone.
-    """
-    counts = np.asarray(num_tokens, np.float64)
-    values = np.asarray(influence, np.float64)
-    total = counts.sum()
-    return np.asarray(counts * (values - (counts @ values / total if total else 0.0)))
-
-
 def fit_report(
     predicted: npt.NDArray[Any],
     actual: npt.NDArray[Any],
@@ -140,6 +129,7 @@ def fit_report(
     seconds: float = 0.0,
     num_tokens: npt.NDArray[Any] | None = None,
     documents: npt.NDArray[Any] | None = None,
+    probe: str | None = None,
 ) -> FitReport:
     """Compare predictions with labels they were not fitted on.
 
@@ -154,6 +144,7 @@ def fit_report(
         num_tokens: (N,) trained tokens of each. Where they differ, rank correlations and overlap are of what rows are
             worth, because rounds rank by that; None, or equal: of influence.
         documents: (N,) document of each, for the bootstrap; None: each is its own.
+        probe: What the labels are, `InfluenceLabels.kind`.
 
     Returns:
         The report, in the unit of `actual`.
@@ -164,7 +155,7 @@ def fit_report(
     predicted, actual = check_pair(predicted, actual)
     ranked, truth, ranking = predicted, actual, "influence"
     if num_tokens is not None and len(np.unique(num_tokens)) > 1:
-        ranked, truth, ranking = worth_of(predicted, num_tokens), worth_of(actual, num_tokens), "worth"
+        ranked, truth, ranking = row_worth(predicted, num_tokens), row_worth(actual, num_tokens), "worth"
     within = None if groups is None else within_group(ranked, truth, groups)
     return FitReport(
         num_labels=num_labels,
@@ -178,6 +169,7 @@ def fit_report(
         label_std=float(actual.std()) if label_std is None else float(label_std),
         seconds=seconds,
         ranking="worth" if ranking == "worth" else "influence",
+        probe=probe,
     )
 
 
@@ -290,6 +282,7 @@ def fresh_report(
         seed=seed,
         num_tokens=labels.num_tokens,
         documents=documents,
+        probe=labels.kind,
     )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 

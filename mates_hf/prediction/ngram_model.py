@@ -161,7 +161,6 @@ class NgramInfluenceModel:
         documents = document_codes(rows) if documents is None else documents
         held_out = split_held_out(len(labels), held_out_fraction, seed, documents)
         tell_few(len(labels), int(held_out.sum()))
-
         per_token = labels.influence_per_token.astype(np.float64)
         centre, scale = require_spread(per_token)
         derivatives = None
@@ -200,8 +199,8 @@ class NgramInfluenceModel:
             label_std=float(labels.influence.std(dtype=np.float64)),
             num_tokens=labels.num_tokens[held_out],
             documents=documents[held_out],
+            probe=labels.kind,
         )
-
         everyone = np.ones(len(labels), bool)
         token_part = np.where(held_out, design.score(token), choice.token_part)
         token, document = design.solve(everyone, dataclasses.replace(choice, token_part=token_part))

@@ -107,6 +107,7 @@ class FitTarget:
             seconds=seconds,
             num_tokens=self.labels.num_tokens[self.held_out],
             documents=None if self.documents is None else self.documents[self.held_out],
+            probe=self.labels.kind,
         )
 
 

@@ -1,53 +1,138 @@
 """The model card of a published influence model, made from its fit.
 
-Place in the flow: `MatesSelector.save_pretrained` writes it as `README.md`. Trade-off: it says only what was recorded,
-so that a card never claims more than the fit shows; what is not known is said not to be.
+`MatesSelector.save_pretrained` writes it as `README.md`. Trade-off: it says only what was recorded, so that a card
+never claims more than the fit shows; what is not known is said not to be. Names come from anywhere: in front they go
+through the Hub's own `ModelCardData`, and in the text they stand as code, where neither HTML nor a link means
+anything.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from mates_hf.display import interval, number
+from huggingface_hub import EvalResult, ModelCardData
+
+from mates_hf.display import cut, interval, number
 from mates_hf.prediction.artifacts import model_digest
-from mates_hf.records import FitReport
+from mates_hf.records import PATH_LABELS, FitReport
 
 logger = logging.getLogger(__name__)
 
-TAGS = ["data-selection", "mates", "pretraining"]
+TAGS = ("data-selection", "mates", "pretraining")
 _UNKNOWN = "not recorded"
+_MAX_NAME = 200  # characters of a name in the text
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # identifiers of the Hub; anything else is `other` there
+
+# What predictions are, by `FitReport.probe`.
+_ORDER = "an order: higher is better, and neither zero nor scale means anything"
+_SINGLE_STEP = "nats/token of reference loss that an optimizer step on the row takes off; > 0 helps"
+_MEASURED_BY = {
+    PATH_LABELS: f"`DirectionalProbe`, path labels: {_ORDER}",
+    "directional": "`DirectionalProbe` at one point: the first-order value of one optimizer step",
+    "one_step": "`OneStepProbe`: real optimizer steps",
+}
 
 
 def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], tokenizer_name: str | None) -> str:
     """The text of the card.
 
     Args:
-        kind: class name of the influence model.
-        report: of its fit, or None where the model keeps none.
-        origin: where the fit comes from, as `round_origin` gives it or as passed to `MatesSelector`.
-        tokenizer_name: of the tokenizer saved with it, or None without one.
+        kind: Class name of the influence model.
+        report: Of its fit, or None where the model keeps none.
+        origin: Where the fit comes from, as `round_origin` gives it or as passed to `MatesSelector`.
+        tokenizer_name: Class of the tokenizer saved with it, or None without one.
 
     Returns:
         Markdown with the metadata of the Hub in front.
     """
-    head = {"library_name": "mates_hf", "tags": TAGS}
+    probe = None if report is None else report.probe
     facts = [
-        ("Influence model", f"`{kind}`"),
+        ("Influence model", _code(kind)),
+        ("Labels measured by", _measured_by(probe)),
         ("Reference task", _reference(origin.get("reference"))),
         ("Base model", _named(origin.get("model"))),
         ("Optimizer steps at the fit", _number(origin.get("step"))),
         ("Candidates probed", _number(origin.get("num_probed"))),
         ("Fidelity of the labels", _fidelity(origin.get("fidelity"))),
-        ("Tokenizer", _UNKNOWN if tokenizer_name is None else f"`{tokenizer_name}` (in `tokenizer/`)"),
+        ("Tokenizer", _UNKNOWN if tokenizer_name is None else f"{_code(tokenizer_name)} (in `tokenizer/`)"),
         *_fit(report),
     ]
-    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
-    lines += ["# Data influence model", "", _INTRODUCTION, "", "| | |", "|---|---|"]
+    lines = ["---", _metadata(kind, report, origin).to_yaml(), "---", ""]
+    lines += ["# Data influence model", "", _introduction(probe), "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts]
     return "\n".join([*lines, "", _USE])
+
+
+def _metadata(kind: str, report: FitReport | None, origin: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads: only names that it can take for its own, and the held-out rank correlation."""
+    base, datasets, terms = (origin.get(name) for name in ("model", "datasets", "license"))
+    base = base.get("name") if isinstance(base, Mapping) else base
+    datasets = [datasets] if isinstance(datasets, str) else datasets if isinstance(datasets, (list, tuple)) else []
+    results = []
+    if report is not None and math.isfinite(report.spearman):
+        reference = ", ".join(_reference_names(origin.get("reference"))) or _UNKNOWN
+        results.append(
+            EvalResult(
+                task_type="data-selection",
+                dataset_type="held-out-labels",
+                dataset_name=cut(f"{report.num_held_out} held-out labels, reference {reference}", _MAX_NAME),
+                metric_type="spearmanr",
+                metric_name="Held-out Spearman",
+                metric_value=round(report.spearman, 4),
+            )
+        )
+    return ModelCardData(
+        library_name="mates_hf",
+        tags=list(TAGS),
+        # A bare name is the class of a model that came from a folder.
+        base_model=base if _is_hub_name(base) and "/" in str(base) else None,
+        datasets=[name for name in datasets if _is_hub_name(name)] or None,
+        license=None if not isinstance(terms, str) else terms if _LICENSE.fullmatch(terms) else "other",
+        metrics=[one.metric_type for one in results] or None,
+        model_name=kind if results else None,
+        eval_results=results or None,
+    )
+
+
+def _is_hub_name(name: Any) -> bool:
+    return isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None
+
+
+def influence_unit(report: Any) -> str:
+    """What a prediction is, by the labels that were fitted.
+
+    Args:
+        report: Of the fit, or None.
+
+    Returns:
+        A few words.
+    """
+    probe = getattr(report, "probe", None)
+    if probe is None:
+        return f"probe {_UNKNOWN}; of one step: {_SINGLE_STEP}"
+    return _ORDER if PATH_LABELS in probe.split(", ") else _SINGLE_STEP
+
+
+def _measured_by(probe: str | None) -> str:
+    if probe is None:
+        return f"probe {_UNKNOWN}"
+    return "; ".join(_MEASURED_BY.get(name, _code(name)) for name in probe.split(", "))
+
+
+def _introduction(probe: str | None) -> str:
+    """What is predicted. Where the probe is not known, both readings are named."""
+    step = f"**data influence, in {_SINGLE_STEP}.**"
+    order = f"**path influence, which is {_ORDER}.** Choose by `ratio`, `k` or `num_tokens`, not by a threshold at 0"
+    if probe is None:
+        what = f"{step} If its labels are path labels, which was not recorded, predictions are {_ORDER}."
+    else:
+        what = f"{order}." if PATH_LABELS in probe.split(", ") else step
+    return f"{_INTRODUCTION}\n{what}"
 
 
 def selector_facts(selector: Any) -> dict[str, str]:
@@ -81,8 +166,8 @@ def selector_facts(selector: Any) -> dict[str, str]:
     if made:
         facts["fitted at"] = ", ".join(made)
     if origin.get("reference"):
-        facts["reference"] = _reference(origin["reference"]).replace("`", "")
-    facts["influence"] = "nats/token of reference loss that a step on the row takes off; > 0 helps"
+        facts["reference"] = ", ".join(_reference_names(origin["reference"]))
+    facts["influence"] = influence_unit(report)
     return facts
 
 
@@ -102,16 +187,21 @@ def _fit(report: FitReport | None) -> list[tuple[str, str]]:
 
 
 def _reference(value: Any) -> str:
+    return ", ".join(map(_code, _reference_names(value))) or _UNKNOWN
+
+
+def _reference_names(value: Any) -> list[str]:
+    """What is known of a reference task, as it is."""
     if not isinstance(value, Mapping):
-        return _named(value)
+        return [] if value in (None, "") else [str(value)]
     said = {name: found for name, found in value.items() if name != "digest" and isinstance(found, (str, int, float))}
-    return ", ".join(f"{name} {_cell(found)}" for name, found in said.items()) or _UNKNOWN
+    return [f"{name}: {found}" for name, found in said.items()]
 
 
 def _named(value: Any) -> str:
     if isinstance(value, Mapping):
         value = value.get("name") or value.get("name_or_path") or value.get("class")
-    return _UNKNOWN if value in (None, "") else f"`{_cell(value)}`"
+    return _UNKNOWN if value in (None, "") else _code(value)
 
 
 def _number(value: Any) -> str:
@@ -122,19 +212,20 @@ def _fidelity(value: Any) -> str:
     if not isinstance(value, Mapping) or not isinstance(value.get("spearman"), (int, float)):
         return _UNKNOWN
     bounds = value.get("interval")
-    interval = f" (95 % interval {bounds[0]:.2f} to {bounds[1]:.2f})" if isinstance(bounds, list) else ""
-    return f"Spearman {value['spearman']:.3f}{interval}, truth: {_cell(value.get('truth', _UNKNOWN))}"
+    ends = [end for end in bounds if isinstance(end, (int, float))] if isinstance(bounds, list) else []
+    within = f" (95 % interval {ends[0]:.2f} to {ends[1]:.2f})" if len(ends) == 2 else ""
+    return f"Spearman {value['spearman']:.3f}{within}, truth: {_code(value.get('truth', _UNKNOWN))}"
 
 
-def _cell(value: Any) -> str:
-    """A value that breaks neither the table nor the metadata."""
-    return str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
+def _code(value: Any) -> str:
+    """A name as code in a cell: one line, no backtick and no bare pipe, so that it ends neither."""
+    line = cut(str(value), _MAX_NAME).replace("`", "'").replace("|", "\\|").strip()
+    return f"`{line}`" if line else _UNKNOWN
 
 
 _INTRODUCTION = """\
-It predicts how much one pretraining candidate helps one model, at one moment of its training, on one reference task:
-**data influence, in nats/token of reference loss that an optimizer step on the candidate takes off; above 0 helps,
-higher is better.**"""
+It predicts how much one pretraining candidate helps one model, at one moment of its training, on one reference
+task:"""
 
 _USE = """\
 ## Use
@@ -154,6 +245,7 @@ Intended use: to choose what the base model is trained on next, near the step it
 - Influence follows the model. It was measured at one step of one run, and says less the further a model is from it.
 - It is about the reference task alone. What it ranks high need not help other tasks, and can hurt them.
 - It is no judgement of quality, truth, safety or licence of a text, and no filter for any of these.
+- Predictions of path labels are an order. Their zero and scale mean nothing, so no threshold parts help from harm.
 - The held-out Spearman above is agreement with measured labels, not the gain of a training run.
 - Tokens that none of the labelled candidates had add nothing; an empty document gets the intercept.
 - An n-gram model holds counts of the token pairs in the candidates it was fitted on: publish it only if those may be

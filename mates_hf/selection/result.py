@@ -20,8 +20,9 @@ import numpy.typing as npt
 from mates_hf.data.rows import TokenRows
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import Predictions, Scorer
-from mates_hf.records import IntArray
-from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked, row_worth
+from mates_hf.prediction.worth import row_worth
+from mates_hf.records import PATH_LABELS, IntArray
+from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Budget:
     Attributes:
         ratio: share of the rows, in (0, 1]; rounded to whole rows, at least one.
         k: number of rows.
-        threshold: keep rows whose `influence` is at least this.
+        threshold: keep rows whose `influence` is at least this. Of path labels only the order means anything.
         num_tokens: keep rows, from the highest influence down, that together have at most this many trained tokens; a
             row that does not fit into what is left is skipped.
         temperature: of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
@@ -84,6 +85,23 @@ class Budget:
     def ranking(self) -> Ranking:
         """What rows are ranked by: `influence` where tokens are counted, `row_worth` where rows are."""
         return "row_worth" if self.threshold is None and self.num_tokens is None else "influence"
+
+
+def tell_order(budget: Budget, model: Any) -> None:
+    """Warn of a threshold where predictions are an order, whose zero and scale mean nothing.
+
+    Args:
+        budget: What to keep.
+        model: What predicts. One whose `report` does not say what its labels are is taken at its word.
+    """
+    report = getattr(model, "report", None)
+    if budget.threshold is not None and PATH_LABELS in (getattr(report, "probe", None) or "").split(", "):
+        logger.warning(
+            "`threshold=%s` is compared with predictions of path labels (`DirectionalProbe`), which are an order: "
+            "zero does not part rows that help from those that harm, and the scale is not that of an optimizer step. "
+            "Use `ratio`, `k` or `num_tokens`, or take the threshold from these predictions themselves (a quantile).",
+            budget.threshold,
+        )
 
 
 _SEEDS = "a whole number from 0 to below 2**64"
@@ -227,6 +245,7 @@ class Selection:
     @classmethod
     def make(cls, dataset: Any, scored: Predictions, budget: Budget, scorer: Scorer, label_std: float) -> Selection:
         """Choose by a budget."""
+        tell_order(budget, scorer.model)
         rows = keep_rows(scored, budget, label_std)
         return cls(
             dataset=dataset,

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.errors import InfluenceError
+from mates_hf.prediction.worth import row_worth
 from mates_hf.records import FloatArray, InfluenceLabels, IntArray
-from mates_hf.selection.choose import Seed, check_temperature, largest, noisy, nth_true, row_worth, stage_seed
+from mates_hf.selection.choose import Seed, check_temperature, largest, noisy, nth_true, stage_seed
 from mates_hf.selection.copies import Hashes, find_copies
 
 

@@ -48,7 +48,7 @@ _STREAMED = "a stream is scored in the process that reads it, as it is read"
 _NO_LENGTH = 10**9  # a tokenizer without a maximum says 10**30
 
 
-class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
+class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
     """Predict the influence of any dataset's rows, and keep those that help.
 
     A text becomes exactly `tokenizer(text)`, truncated, never packed; every token but the first is a target. A
@@ -61,7 +61,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         tokenizer: of the tokens the model was fitted on; None takes the model's own where it has one, and otherwise
             leaves token columns only.
         max_length: tokens a text is cut to; None takes the tokenizer's maximum where it has one.
-        origin: plain JSON values for the model card: `model`, `step`, `reference`, `num_probed`, `fidelity`.
+        origin: JSON values for the card: `model`, `step`, `reference`, `num_probed`, `fidelity`, `datasets`, `license`
 
     Raises:
         MatesError: the influence model is not fitted.
@@ -273,7 +273,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             dataset: as in `filter`.
             ratio: share of the rows (of each split), in (0, 1].
             k: number of rows (of each split).
-            threshold: lowest `influence` to keep.
+            threshold: Lowest `influence` to keep. A warning says where predictions are an order (of path labels).
             num_tokens: trained tokens to keep (of each split), at most; a row that does not fit into what is left is
                 skipped, and a warning says so where less than 90 % of the budget is used.
             temperature: of Gumbel noise in standard deviations of the labels; 0 takes the highest.

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.selection.inputs import names_of, unformatted
-from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
+from mates_hf.selection.result import Budget, Ranking, share_of, tell_order, temperature_unit
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +248,7 @@ def select_stream(
         ValueError: the budget needs the whole dataset, or the stream is empty.
     """
     plain, had = unformatted(stream)
+    tell_order(budget, scorer.model)
     if budget.threshold is not None:
         rule = Rule("influence", float(np.float32(budget.threshold)))
         return StreamSelection(

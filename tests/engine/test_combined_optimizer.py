@@ -209,7 +209,10 @@ def test_what_a_part_has_of_its_own_is_told_and_kept() -> None:
     optimizer.optimizers[0].step()
     resumed = make(model)
     resumed.load_state_dict(optimizer.state_dict())
-    assert [(part.state["steps"], part.counted) for part in resumed.optimizers] == [({"taken": 3}, 0), ({"taken": 2}, 5)]
+    assert [(part.state["steps"], part.counted) for part in resumed.optimizers] == [
+        ({"taken": 3}, 0),
+        ({"taken": 2}, 5),
+    ]
     resumed.eval()
     assert [part.mode for part in resumed.optimizers] == ["eval"] * 2
     two_kinds(model).eval()  # parts without modes are left alone

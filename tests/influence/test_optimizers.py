@@ -483,7 +483,9 @@ def live(make_tiny_model: Callable[..., Any]) -> tuple[Any, torch.optim.Optimize
     model = make_tiny_model()
     hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    optimizer = CombinedOptimizer(torch.optim.Muon(hidden, lr=0.02), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95)))
+    optimizer = CombinedOptimizer(
+        torch.optim.Muon(hidden, lr=0.02), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95))
+    )
     for seed in range(150):
         rows = [chain_rows(1, seed + 1000 * stride, stride).values for stride in (1, 7, 3)]
         ids = torch.from_numpy(np.stack([*rows, random_rows(1, seed, 12, 13).values]))

@@ -174,7 +174,7 @@ def test_memory_that_runs_out_along_a_path_changes_nothing(
     model, optimizer = at_large_batch("adamw")
     reference, probe = task(chain_rows(32, 9, 1)), DirectionalProbe(path_steps=4)
     expected = probe.compute_direction(model, optimizer, reference)
-    losses = gradient_sum.passes._batch_losses
+    losses = gradient_sum.passes.batch_losses
     sizes: list[int] = []
 
     def small_memory(model: Any, rows: Any, batch: Any, loss: Any) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_memory_that_runs_out_along_a_path_changes_nothing(
             raise torch.OutOfMemoryError("out of memory")
         return losses(model, rows, batch, loss)
 
-    monkeypatch.setattr(gradient_sum.passes, "_batch_losses", small_memory)
+    monkeypatch.setattr(gradient_sum.passes, "batch_losses", small_memory)
     found = dataclasses.replace(probe, tokens_per_batch=48).compute_direction(model, optimizer, reference)
     assert max(sizes) > 2
     assert sizes[-4:] != sizes[:4]

@@ -25,7 +25,7 @@ from mates_hf.influence.preconditioner import (
 from mates_hf.influence.probe import RunSettings
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
-from mates_hf.influence.reference_path import parts_of_path
+from mates_hf.influence.reference_path import shares_of_path
 from mates_hf.records import InfluenceLabels
 from tests.engine.test_preserve import assert_same, everything
 from tests.influence.test_passes import gpt2
@@ -693,7 +693,7 @@ def test_a_path_reads_where_its_own_steps_lead(make_live: Callable[..., Live]) -
     for make_optimizer in (lambda model: adamw(model, weight_decay=0.0), lambda model: sgd(model, momentum=0.5), sgd):
         model, optimizer = make_live(make_optimizer)
         reference = task(random_rows(8, 7))
-        parts = parts_of_path(reference.rows, 2, seed=3)
+        parts = [reference.rows.take(share) for share in shares_of_path(reference.rows, 2, seed=3)]
         assert [len(part) for part in parts] == [4, 4]
         probe = DirectionalProbe(path_steps=2, path_rate=0.5, seed=3)
         found = probe.compute_direction(model, optimizer, reference)
@@ -736,9 +736,9 @@ def test_a_path_goes_down(trained: Live) -> None:
 
 def test_a_path_has_as_many_points_as_passages_allow(make_live: Callable[..., Live]) -> None:
     rows = random_rows(13, 5)
-    assert len(parts_of_path(rows, 1, 0)) == 1
-    assert len(parts_of_path(rows.take(np.arange(7)), 32, 0)) == 1
-    parts = parts_of_path(rows, 32, 0)
+    assert len(shares_of_path(rows, 1, 0)) == 1
+    assert len(shares_of_path(rows.take(np.arange(7)), 32, 0)) == 1
+    parts = [rows.take(share) for share in shares_of_path(rows, 32, 0)]
     assert sorted(len(part) for part in parts) == [4, 4, 5]
     read = sorted(tuple(part.row(i)[0]) for part in parts for i in range(len(part)))
     assert read == sorted(tuple(rows.row(i)[0]) for i in range(len(rows)))

@@ -17,8 +17,8 @@ from mates_hf.errors import UnrankableError
 from mates_hf.evaluation.agreement import number_by_appearance, rank_correlation, slope_of
 from mates_hf.prediction.judge import fit_report, labels_needed, split_held_out, times_needed
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.prediction.worth import row_worth
 from mates_hf.records import FitReport, InfluenceLabels
-from mates_hf.selection.choose import row_worth
 
 ROUNDING = 1e-9
 

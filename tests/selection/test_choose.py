@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mates_hf.errors import InfluenceError
+from mates_hf.prediction import worth
+from mates_hf.prediction.worth import row_worth
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection import choose
-from mates_hf.selection.choose import gumbel_top_k, row_worth, top_k, uniform
+from mates_hf.selection.choose import gumbel_top_k, top_k, uniform
 from mates_hf.selection.select_stage import select_rows
 
 NUM_SEEDS = 4_000
@@ -394,5 +396,5 @@ def test_worth_in_blocks_is_the_worth(monkeypatch):
     rng = np.random.default_rng(0)
     influence, num = rng.normal(size=1000).astype(np.float32), rng.integers(0, 50, 1000)
     whole = row_worth(influence, num)
-    monkeypatch.setattr(choose, "BLOCK", 7)
+    monkeypatch.setattr(worth, "BLOCK", 7)
     assert np.allclose(row_worth(influence, num), whole, rtol=1e-6, atol=0)

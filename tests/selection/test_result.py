@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.prediction.score import Predictions
-from mates_hf.selection.choose import row_worth
+from mates_hf.prediction.worth import row_worth
 from mates_hf.selection.result import SPAN_TARGETS, Budget, Selection, keep_rows, temperature_unit
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import BAD, GOOD, MeanId, fit_model, make_lists

@@ -554,7 +554,7 @@ def test_what_is_pushed(selector: MatesSelector, tmp_path: Path, monkeypatch: py
     report = selector.influence_model.report
     for fact in (
         "`my-model`",
-        "task a \\| b 'c'",
+        "`task: a \\| b 'c'`",
         f"{report.num_labels} / {report.num_held_out}",
         f"{report.spearman:.3f} (95 % interval {report.interval[0]:.3f} to {report.interval[1]:.3f})",
         "arXiv:2406.06046",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 
-from mates_hf.selection.choose import row_worth
+from mates_hf.prediction.worth import row_worth
 from mates_hf.selection.selector import MatesSelector
 from mates_hf.selection.streaming import StreamSelection
 from tests.selection.selector_kit import MeanId, fit_model, make_lists

@@ -16,7 +16,8 @@ from mates_hf.evaluation.agreement import calibration_bins, check_pair, check_va
 _INPUTS = """
 Args:
     predictions: predicted influence of N candidates, nats/token, > 0 helps.
-    references: their measured influence, same sign and unit, not fitted on.
+    references: their measured influence, same sign and unit, not fitted on. Path labels (DirectionalProbe) are an
+        order: with them the line says how far predictions shrink the labels, not what an optimizer step would do.
     num_bins: parts of equal size that the candidates are put in, by prediction.
 Returns:
     slope: least-squares slope of references on predictions; 1 is calibrated, below 1 they are too far apart.

@@ -25,7 +25,8 @@ from mates_hf.evaluation.agreement import (
 _INPUTS = """
 Args:
     predictions: predicted influence of N candidates, nats/token, > 0 helps.
-    references: their measured influence, same sign and unit, not fitted on.
+    references: their measured influence, same sign and unit, not fitted on. Only the order counts, which is all that
+        path labels (DirectionalProbe) have.
     groups: group of each candidate (a domain, a source), or None.
     num_resamples: bootstrap draws of N candidates.
     seed: of the bootstrap.

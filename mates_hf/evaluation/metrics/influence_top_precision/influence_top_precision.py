@@ -16,7 +16,8 @@ from mates_hf.evaluation.agreement import check_pair, num_best, top_precision
 _INPUTS = """
 Args:
     predictions: predicted influence of N candidates, nats/token, > 0 helps.
-    references: their measured influence, same sign and unit, not fitted on.
+    references: their measured influence, same sign and unit, not fitted on. Only the order counts, which is all that
+        path labels (DirectionalProbe) have.
     fraction: of the candidates that counts as the best, in (0, 1].
 Returns:
     top_precision: share of the predicted best fraction that is truly in the best fraction, in [0, 1]; where candidates
