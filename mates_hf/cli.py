@@ -23,12 +23,11 @@ from mates_hf.errors import MatesError
 
 _PACKAGES = (
     "mates-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface_hub",
-    "numpy", "scipy", "scikit-learn", "numba", "llvmlite", "pyarrow", "tqdm", "lm-eval", "evaluate", "matplotlib",
-    "jinja2",
+    "numpy", "scipy", "numba", "llvmlite", "pyarrow", "tqdm", "lm-eval", "evaluate", "matplotlib",
 )  # fmt: skip
 _IF_THERE = (
     "peft", "trl", "deepspeed", "bitsandbytes", "flash-attn", "kernels", "liger-kernel", "torchao", "triton",
-    "xformers", "apex", "datatrove", "optuna", "wandb", "tensorboard", "trackio",
+    "xformers", "apex", "datatrove", "optuna", "wandb", "tensorboard", "trackio", "scikit-learn", "jinja2",
 )  # fmt: skip
 # Only whether they are set: values may name hosts, users and keys.
 _VARIABLES = (

@@ -46,6 +46,34 @@ def test_the_oldest_lane_installs_the_floors() -> None:
         assert set(pins[name].removeprefix(floor)) <= {".", "0"}, f"{name}: the lane must install the floor itself"
 
 
+def imports_of(folder: Path) -> set[str]:
+    """Top-level packages that the modules of a folder import, anywhere in them."""
+    line = re.compile(r"^ *(?:from (\w+)[\w.]* import |import (\w+)[\w.]*(?: as \w+)?$)", re.MULTILINE)
+    found = [line.findall(path.read_text(encoding="utf-8")) for path in folder.rglob("*.py")]
+    return (
+        {name for pairs in found for pair in pairs for name in pair if name} - sys.stdlib_module_names - {"mates_hf"}
+    )
+
+
+def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    own, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in requirements}
+
+    package = imports_of(PACKAGE)
+    assert names(own) <= package, "a dependency that nothing imports is one that users install for nothing"
+    assert names(extras["eval"]) <= package
+    assert names(extras["report"]) <= package | imports_of(ROOT / "examples") | imports_of(ROOT / "benchmarks")
+    # What comes with a declared one, and what is imported only where the user has it.
+    beside = {"llvmlite", "pandas", "typing_extensions"}
+    assert package - names(own + extras["eval"] + extras["report"]) <= beside
+    patterns = project["tool"]["setuptools"]["package-data"]["mates_hf"]
+    assert [pattern for pattern in patterns if not any(PACKAGE.glob(pattern))] == []
+
+
 def too_new(package: str, minor: int) -> list[str]:
     """Syntax and names of the standard library that the Python this runs in does not have. Stands alone."""
     import ast

@@ -63,7 +63,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         for part, own in zip(self.optimizers, self._by_part(groups), strict=True):
             part.param_groups = own
 
-    @property
+    @property  # type: ignore[override,unused-ignore]
     def state(self) -> dict[Any, Any]:
         """The state of every parameter; the parts' own dicts. A parameter without state is not in it."""
         return {key: value for part in self.optimizers for key, value in part.state.items()}

@@ -92,6 +92,10 @@ def _centred_ranks(values: npt.NDArray[Any], weights_RN: npt.NDArray[np.float64]
     return np.asarray(rank_RU[:, group], np.float64)
 
 
+# `scipy.stats.bootstrap` draws the same candidates and returns the same interval (a test holds the two together to
+# 1e-12), and is not called. Given the two arrays, it ranks each resample anew (400 candidates: 0.30 s against 0.06 s;
+# 16: 9 ms against 2 ms) and cannot draw whole documents. Given row numbers and the weights below, it is as fast and
+# saves no line, for 1 s and 70 MB of import, and its argument for the seed has two names in the versions we support.
 def bootstrap_interval(
     predicted: npt.NDArray[Any],
     actual: npt.NDArray[Any],

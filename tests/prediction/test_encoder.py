@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeCV
 
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import IGNORED, TokenRows
@@ -34,6 +34,7 @@ VOCAB = 64
 WORDS = [f"w{i}" for i in range(3, VOCAB)]
 # Padding changes the order in which float32 attention sums; states are of size 1, and so are z-scored predictions.
 BATCHING = 1e-5
+SAME = 1e-9  # two closed forms of one thing, in float64
 CONVERGED = 1e-8
 MODES = ("head_only", "fine_tuned")
 
@@ -400,6 +401,24 @@ def test_leave_one_out_errors_are_those_of_refitting() -> None:
             assert got == pytest.approx(np.mean(expected), rel=1e-6)
             whole = Ridge(alpha=penalty * unit).fit(states, target)
             np.testing.assert_allclose(ridge.ridge_coefficients(states, target, penalty), whole.coef_, atol=CONVERGED)
+
+
+@pytest.mark.parametrize(("num", "width"), [(40, 7), (7, 40), (60, 60), (90, 3)])
+@pytest.mark.parametrize("signal", [0.0, 0.3, 5.0])
+def test_the_ridge_is_that_of_scikit_learn(num: int, width: int, signal: float) -> None:
+    """Penalty and coefficients are `RidgeCV`'s, also of states that are not independent."""
+    rng = np.random.default_rng(num)
+    states = rng.normal(size=(num, width)) * np.logspace(-1, 1, width)
+    states[:, 1] = states[:, 0]
+    states -= states.mean(0)
+    target = signal * states[:, 0] + rng.normal(size=num) + 3
+    unit = (states**2).sum() / num
+    theirs = RidgeCV(alphas=np.array(ridge.PENALTIES) * unit).fit(states, target)
+    errors = ridge.leave_one_out_errors(states, target, ridge.PENALTIES)
+    assert ridge.PENALTIES[int(np.argmin(errors))] == pytest.approx(theirs.alpha_ / unit)
+    assert min(errors) == pytest.approx(-theirs.best_score_)
+    mine = ridge.ridge_coefficients(states, target, theirs.alpha_ / unit)
+    np.testing.assert_allclose(mine, theirs.coef_, rtol=SAME, atol=SAME * np.abs(theirs.coef_).max())
 
 
 def test_ridge_finds_a_line_and_shrinks_noise_away() -> None:

@@ -14,13 +14,14 @@ from mates_hf.data.documents import document_codes
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.errors import UnrankableError
-from mates_hf.evaluation.agreement import number_by_appearance, rank_correlation, slope_of
+from mates_hf.evaluation.agreement import bootstrap_interval, number_by_appearance, rank_correlation, slope_of
 from mates_hf.prediction.judge import fit_report, labels_needed, split_held_out, times_needed
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.prediction.worth import row_worth
 from mates_hf.records import FitReport, InfluenceLabels
 
 ROUNDING = 1e-9
+LAST_DIGITS = 1e-12  # the same sums in another order
 
 
 def correlated(num: int, rho: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,16 +40,38 @@ def test_rank_correlation_is_scipys_with_average_ranks(pairs: list[tuple[int, in
         assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=ROUNDING)
 
 
-def test_bootstrap_resamples_whole_candidates() -> None:
-    x, y = correlated(40, 0.6)
-    report = fit_report(x, y, num_labels=1, seed=3)
-    rng = np.random.default_rng(11)
-    resampled = []
-    for _ in range(2000):
-        drawn = rng.integers(40, size=40)
-        resampled.append(stats.spearmanr(x[drawn], y[drawn]).statistic)
-    # Two independent bootstraps of 2,000 resamples differ by the Monte Carlo error of a percentile.
-    np.testing.assert_allclose(report.interval, np.percentile(resampled, [2.5, 97.5]), atol=0.04)
+def ranks_agree(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+    """Spearman along an axis, as the books have it."""
+    a, b = (stats.rankdata(values, axis=axis) for values in (x, y))
+    a, b = (ranks - ranks.mean(axis, keepdims=True) for ranks in (a, b))
+    return np.asarray((a * b).sum(axis) / np.sqrt((a * a).sum(axis) * (b * b).sum(axis)))
+
+
+@pytest.mark.parametrize("decimals", [9, 0])
+def test_the_interval_is_that_of_scipy(decimals: int) -> None:
+    """The same draws from the same seed, with ties and without, over candidates and over whole documents."""
+    x, y = (values.round(decimals) for values in correlated(40, 0.6))
+    settings = {"n_resamples": 300, "method": "percentile", "vectorized": True}
+    found = stats.bootstrap(
+        (x, y), ranks_agree, paired=True, **settings, random_state=np.random.default_rng(3)
+    ).confidence_interval
+    np.testing.assert_allclose(bootstrap_interval(x, y, 3, 300), [found.low, found.high], atol=LAST_DIGITS)
+
+    documents = np.repeat(np.arange(13), [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 4, 3, 3])
+    rows = [np.flatnonzero(documents == number) for number in range(13)]
+
+    def of_documents(drawn: np.ndarray, axis: int) -> np.ndarray:
+        picked = [np.concatenate([rows[number] for number in row]) for row in np.atleast_2d(drawn).astype(int)]
+        return np.array([float(ranks_agree(x[one], y[one], 0)) for one in picked])
+
+    drawn_from = (np.arange(13),)
+    found = stats.bootstrap(
+        drawn_from, of_documents, **settings, random_state=np.random.default_rng(3)
+    ).confidence_interval
+    got = bootstrap_interval(x, y, 3, 300, documents=documents)
+    np.testing.assert_allclose(got, [found.low, found.high], atol=LAST_DIGITS)
+    report = fit_report(x, y, num_labels=1, seed=3, documents=documents)
+    assert report.interval == bootstrap_interval(x, y, 3, documents=documents)
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
