@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 import mates_hf
@@ -53,6 +54,11 @@ def report(**changes: Any) -> FitReport:
     return FitReport(**{**given, **changes})
 
 
+def optimizer(num: int) -> torch.optim.Optimizer:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 3))], "lr": 0.1 / (i + 1)} for i in range(num + 1)]
+    return torch.optim.SGD(groups) if num % 2 else torch.optim.AdamW(groups)
+
+
 def objects(folder: Path) -> list[Any]:
     """One or more of every public class, plain and extreme."""
     rows = TokenRows.from_lists([list(range(500))] * 400)
@@ -69,7 +75,7 @@ def objects(folder: Path) -> list[Any]:
         labels(9, probe=EVIL[:900]), report(), report(spearman_within_group=0.1),
         report(spearman=float("nan"), interval=(float("nan"),) * 2, calibration=()),
         record(folder / "a", {}), record(folder / "b", strange), record(folder / "c", {"number": 3, "guard": None}),
-        mates_hf.MatesError("what is wrong"),
+        mates_hf.MatesError("what is wrong"), mates_hf.CombinedOptimizer(*(optimizer(i) for i in range(30))),
     ]  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from mates_hf.display import card, html_card
+
 _GROUPS, _STATE, _OTHER = "param_groups", "state", "other"
 
 
@@ -73,6 +75,24 @@ class CombinedOptimizer(torch.optim.Optimizer):
         for part in self.optimizers:
             own = [parameter for group in part.param_groups for parameter in group["params"] if parameter in state]
             part.state = defaultdict(dict, {parameter: state[parameter] for parameter in own})
+
+    def __repr__(self) -> str:
+        return card(*self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_card(*self._facts())
+
+    def _facts(self) -> tuple[str, dict[str, str]]:
+        """Title and a line for each part."""
+        facts = {}
+        for number, part in enumerate(self.optimizers, 1):
+            sizes = [parameter.numel() for group in part.param_groups for parameter in group["params"]]
+            rates = ", ".join(
+                f"{float(group['lr']):.3g}" for group in part.param_groups if group.get("lr") is not None
+            )
+            rates = rates or "of its own"
+            facts[f"{number} {type(part).__name__}"] = f"{len(sizes)} tensors, {sum(sizes):,} numbers, rate {rates}"
+        return f"CombinedOptimizer: {len(self.optimizers)} optimizers, one after the other", facts
 
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "optimizers": self.optimizers}
