@@ -215,8 +215,9 @@ def fit_ridge(states_ND: npt.NDArray[Any], target: FloatVector, previous: StateL
 
 # `sklearn.linear_model.RidgeCV` finds the same penalty and the same coefficients (a test holds the two together to
 # 1e-9), and is not called for what it costs. A fit would call it twice. One call on one thread, ours first:
-# 1,600 x 768 states 0.2 and 1.3 s, 30 and 48 MB; 16,000 x 768 states 1.6 and 7.9 s, 226 and 330 MB; 1,600 x 4,096 states 1.2 and
-# 1.0 s, 104 and 155 MB. Its import takes another 1.3 s and 160 MB, and nothing else here needs the package.
+# 1,600 x 768 states 0.2 and 1.3 s, 30 and 48 MB; 16,000 x 768 states 1.6 and 7.9 s, 226 and 330 MB;
+# 1,600 x 4,096 states 1.2 and 1.0 s, 104 and 155 MB. Its import takes another 1.3 s and 160 MB, and nothing else here
+# needs the package.
 def _decomposed(states: FloatVector) -> tuple[FloatVector, FloatVector]:
     """Left singular vectors (N, R) and squared singular values (R,) of (N, D) states, from the smaller side."""
     num, width = states.shape
