@@ -158,7 +158,7 @@ def all_faults() -> list[Fault]:
     at("labels", measure + "_labels", (MAIN, ERROR), (LAST, ERROR), (ALL, ERROR), (MAIN, KILL), (LAST, KILL),
        (MAIN, STOP), (LAST, STOP))  # fmt: skip
     at("gradient of a share", directional + "add_gradient_of_sum", (LAST, ERROR), (MAIN, ERROR))
-    at("forward pass", losses + "batch_losses", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), call=2, **in_round)
+    at("forward pass", losses + "_batch_losses", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), call=2, **in_round)
     at("gradients are added up", processes + "Processes.sum_gradients", (LAST, ERROR), (MAIN, KILL), **in_round)
     at("sum", processes + "Processes.sum", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), (MAIN, STOP), (LAST, STOP),
        call=4, **in_round)  # fmt: skip
@@ -201,9 +201,9 @@ def all_faults() -> list[Fault]:
     at("round is settled", session + "Session.settle", (MAIN, ERROR), (LAST, ERROR), **beside)
     # Weights sharded by FSDP2, whose collectives are not ours.
     sharded = {"sharded": True, "call": 2, **in_round}
-    at("forward pass, sharded", losses + "batch_losses", (MAIN, ERROR), (LAST, ERROR), (MAIN, KILL), (LAST, STOP),
+    at("forward pass, sharded", losses + "_batch_losses", (MAIN, ERROR), (LAST, ERROR), (MAIN, KILL), (LAST, STOP),
        **sharded)  # fmt: skip
-    at("audit, sharded", losses + "batch_losses", (LAST, ERROR), sharded=True, call=2, since="_audit")
+    at("audit, sharded", losses + "_batch_losses", (LAST, ERROR), sharded=True, call=2, since="_audit")
     at("audit, sharded", measure + "_audit_labels", (ALL, ERROR), sharded=True, goes_on=True)
     return found
 

@@ -37,7 +37,7 @@ from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.preconditioner import parameter_steps
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
-from mates_hf.prediction.worth import row_worth
+from mates_hf.selection.choose import row_worth
 
 TUNED_STEPS = 10  # of the perplexity difference
 ORACLE = "one_step"
