@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mates_hf.selection.selector import MatesSelector
     from mates_hf.training.callback import MatesCallback
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "DirectionalProbe",

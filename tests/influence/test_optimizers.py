@@ -69,7 +69,7 @@ def hf_adafactor(**settings: Any) -> Make:
 CLASSES: dict[str, Known] = {
     "torch.optim.AdamW": Known(
         DIRECTIONAL,
-        "foreach, fused, capturable, amsgrad and maximize alike",
+        "foreach, fused, capturable, amsgrad and maximize too",
         {
             "plain": of("AdamW"),
             "foreach": of("AdamW", foreach=True),
