@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 TAGS = ["data-selection", "mates", "pretraining"]
 _UNKNOWN = "not recorded"
+_UNITS = {
+    "step": "nats/token of reference loss that one optimizer step on the row takes off; > 0 helps, higher is better",
+    "order": "path labels give an order: higher is better, and zero and scale are not those of a step",
+}
 
 
 def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], tokenizer_name: str | None) -> str:
@@ -40,7 +44,8 @@ def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], t
         ("Base model", _named(origin.get("model"))),
         ("Optimizer steps at the fit", _number(origin.get("step"))),
         ("Candidates probed", _number(origin.get("num_probed"))),
-        ("Fidelity of the labels", _fidelity(origin.get("fidelity"))),
+        ("Labels", _UNITS.get(str(origin.get("label_unit")), _UNKNOWN)),
+        ("Probe against real steps", _fidelity(origin.get("fidelity"))),
         ("Tokenizer", _UNKNOWN if tokenizer_name is None else f"`{tokenizer_name}` (in `tokenizer/`)"),
         *_fit(report),
     ]
@@ -82,7 +87,7 @@ def selector_facts(selector: Any) -> dict[str, str]:
         facts["fitted at"] = ", ".join(made)
     if origin.get("reference"):
         facts["reference"] = _reference(origin["reference"]).replace("`", "")
-    facts["influence"] = "nats/token of reference loss that a step on the row takes off; > 0 helps"
+    facts["influence"] = _UNITS.get(str(origin.get("label_unit")), "in the unit of the labels; higher is better")
     return facts
 
 
@@ -133,8 +138,8 @@ def _cell(value: Any) -> str:
 
 _INTRODUCTION = """\
 It predicts how much one pretraining candidate helps one model, at one moment of its training, on one reference task:
-**data influence, in nats/token of reference loss that an optimizer step on the candidate takes off; above 0 helps,
-higher is better.**"""
+**data influence, higher is better.** The row "Labels" says whether it prices an optimizer step or gives an order. Only
+what prices a step can be compared with a `threshold`."""
 
 _USE = """\
 ## Use

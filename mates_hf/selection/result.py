@@ -43,6 +43,7 @@ class Budget:
             row that does not fit into what is left is skipped.
         temperature: of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
         seed: of the noise and of the order among ties, from 0 to below 2**64.
+        order_only: Whether the labels give an order and price no step, so that a threshold means nothing; warns.
 
     Raises:
         ValueError: none or several are given, or one is out of range.
@@ -54,6 +55,7 @@ class Budget:
     num_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    order_only: bool = False
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in ("ratio", "k", "threshold", "num_tokens")}
@@ -79,6 +81,15 @@ class Budget:
                 f"`temperature` must be 0 with `threshold`, which asks for all rows above it, got {self.temperature}. "
                 "Use `ratio` or `k` with a temperature."
             )
+        if self.threshold is not None and self.order_only:
+            logger.warning(
+                "`threshold` has no meaning here: the influence model was fitted on path labels, which give an order "
+                "and whose zero and scale are not those of a step. Use `ratio`, `k` or `num_tokens`."
+            )
+
+    def of_labels(self, label_unit: Any) -> Budget:
+        """The budget where the labels price a step (`"step"`) or give an order (`"order"`); None is not known."""
+        return dataclasses.replace(self, order_only=label_unit == "order")
 
     @property
     def ranking(self) -> Ranking:
@@ -207,8 +218,8 @@ class Selection:
 
     Attributes:
         dataset: the dataset as it was given.
-        influence: (N,) float32 predicted influence, nats/token of reference loss that a step on the row takes off, > 0
-            helps; the intercept where a row has no target.
+        influence: (N,) float32 predicted influence in the unit of the labels, higher is better; the intercept where a
+            row has no target.
         num_targets: (N,) int32 trained tokens of each row.
         rows: (k,) int64 kept rows, ascending.
         budget: what they were kept by.
@@ -305,7 +316,7 @@ class Selection:
         """The same scored rows under another budget, without scoring again; arguments as in `MatesSelector.filter`."""
         budget = Budget(
             ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
-        )
+        ).of_labels("order" if self.budget.order_only else None)
         scored = Predictions(self.influence, self.num_targets)
         return Selection.make(self.dataset, scored, budget, self.scorer, self.label_std)
 

@@ -278,7 +278,23 @@ def _names(path: Path) -> list[str]:
 def round_origin(info: Mapping[str, Any]) -> dict[str, Any]:
     """What the card says of a round, from its `round.json`; facts that it does not record are left out."""
     names = ("number", "step", "model", "reference", "num_probed", "num_candidates", "fidelity", "guard", "step_size")
-    return {("round" if name == "number" else name): info[name] for name in names if info.get(name) not in (None, {})}
+    found = {("round" if name == "number" else name): info[name] for name in names if info.get(name) not in (None, {})}
+    unit = _label_unit(info)
+    return found | ({} if unit is None else {"label_unit": unit})
+
+
+def _label_unit(info: Mapping[str, Any]) -> str | None:
+    """`"step"` where a round's labels price one step, `"order"` where they are of a path; None for another's probe."""
+    probe = info.get("probe")
+    if isinstance(probe, Mapping):
+        losses = probe.get("path_losses")  # of rounds before `path_points` was recorded
+        points = probe.get("path_points", len(losses) if isinstance(losses, list) else None)
+        if isinstance(points, int):
+            return "order" if points > 1 else "step"
+    measured = info.get("measured_with")
+    probe = measured.get("probe") if isinstance(measured, Mapping) else None
+    name = str(probe.get("class", "")) if isinstance(probe, Mapping) else ""
+    return "step" if name.startswith("mates_hf.") and name.endswith(".OneStepProbe") else None
 
 
 def _read_tokenizer(folder: Path, recorded: Any) -> Any:

@@ -110,7 +110,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         shard_rows: int = SHARD_ROWS,
         **kwargs: Any,
     ) -> Any:
-        """The dataset with a float32 `influence` column: nats/token of reference loss, > 0 helps, higher is better.
+        """The dataset with a float32 `influence` column, in the unit of the labels: higher is better.
 
         Rows keep their order, columns and format; a column of that name is replaced, with a warning where it is not
         this selector's. A row without a target gets the model's intercept; these are counted in the log. The cache of
@@ -273,7 +273,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             dataset: as in `filter`.
             ratio: share of the rows (of each split), in (0, 1].
             k: number of rows (of each split).
-            threshold: lowest `influence` to keep.
+            threshold: lowest `influence` to keep; means nothing for path labels, with a warning.
             num_tokens: trained tokens to keep (of each split), at most; a row that does not fit into what is left is
                 skipped, and a warning says so where less than 90 % of the budget is used.
             temperature: of Gumbel noise in standard deviations of the labels; 0 takes the highest.
@@ -295,7 +295,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
         """
         budget = Budget(
             ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
-        )
+        ).of_labels(self.origin.get("label_unit"))
         column = one_column(column, text_column)
         check_sizes(batch_size, num_proc, calibration_rows=calibration_rows)
         options: dict[str, Any] = {"column": column, "batch_size": batch_size, "num_proc": num_proc}
