@@ -204,8 +204,8 @@ class FitReport:
         calibration: (mean predicted, mean label) for each tenth of the predictions, in the labels' unit.
         label_std: standard deviation of the labels, in the labels' unit.
         seconds: wall-clock of the fit.
-        flops: of the fit, by the rule of `mates_hf.influence.flops`; None where the influence model does not say.
-        flops_per_token: of a prediction, for each trained token of a candidate, likewise.
+        flops: FLOPs of the fit, by the rule of `mates_hf.influence.flops`; None where the model does not say.
+        flops_per_token: FLOPs of a prediction, for each trained token of a candidate, by the same rule.
         ranking: what rank correlations and overlap are of: "worth", what a row of its length adds to a batch, which is
             what a round selects by; "influence" where all rows have one length and both rank alike.
     """

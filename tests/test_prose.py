@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,3 +87,27 @@ def test_the_checks_see_what_they_are_for(tmp_path: Path) -> None:
     test_sentences_are_short(page)
     test_sentences_have_few_numbers(page)
     test_words_are_those_of_everybody(page)
+
+
+FRAGMENT = re.compile(r"^\s+(\*{0,2}\w+): ((?:of|as in|as for|as there|likewise)\b.*)$")
+
+
+def fragments(source: str) -> list[str]:
+    """Arguments that a docstring documents by a fragment: in a tooltip it stands alone and says nothing."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            _, _, sections = (ast.get_docstring(node) or "").partition("\n\n")
+            found += [line.strip() for line in sections.splitlines() if FRAGMENT.match(line)]
+    return found
+
+
+def test_arguments_are_documented_by_sentences() -> None:
+    found = {str(path.relative_to(ROOT)): fragments(path.read_text(encoding="utf-8")) for path in MODULES}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_a_fragment_is_seen() -> None:
+    lines = ("Draw.", "", "Args:", "    seed: of the folds.", "    k: as in `f`.", "    n: Number of rows.")
+    source = 'def f(seed, k, n):\n    """' + "\n    ".join(lines) + '\n    """\n'
+    assert fragments(source) == ["seed: of the folds.", "k: as in `f`."]

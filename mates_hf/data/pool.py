@@ -287,7 +287,7 @@ def open_candidates(candidates: Any) -> tuple[CandidatePool, TokenRows | None]:
     """Candidates of any accepted kind as a pool, and as token rows where that is what was given.
 
     Args:
-        candidates: as in `read_candidates`.
+        candidates: The candidates, in any form that `read_candidates` takes.
 
     Returns:
         A pool whose ids are the candidates' ids, and the rows or None.
@@ -325,7 +325,7 @@ def rows_of(candidates: Any, candidate_ids: Sequence[int] | IntArray) -> TokenRo
     """The rows with these candidate ids, in that order, of whatever `read_candidates` accepts.
 
     Args:
-        candidates: as in `read_candidates`.
+        candidates: The candidates, in any form that `read_candidates` takes.
         candidate_ids: (M,) pool rows.
 
     Returns:

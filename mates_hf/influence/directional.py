@@ -107,7 +107,7 @@ class DirectionalProbe:
             log-likelihood.
         reference_loss: the same for the reference task, whose loss should fall. None is the negative log-likelihood,
             whatever the candidates' is; for a model without logits.
-        seed: of the candidates that choose ε and make up batches, and of which passages a point of the path reads;
+        seed: Random seed of the candidates that choose ε and make up batches, and of which passages a point reads;
             None takes the run's, alone 0.
         progress: show a progress bar; None takes the run's, alone False.
         processes: those that call `measure` together on the same candidates and share the work; None takes the run's,

@@ -61,7 +61,7 @@ class NgramInfluenceModel:
             0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (`benchmarks/results/fidelity.md`);
             rounds so long that influence itself changes may want less. With document labels it only switches pooling
             on: earlier rounds' weight is then the slope of the new labels on their prediction, held to [0, 1].
-        seed: of the held-out split and the folds.
+        seed: Random seed of the held-out split and the folds.
         labels: what is fitted. `"token"`: the derivative at each token; `"document"`: each candidate's
             `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
             token labels where the probe measured derivatives, else document labels. `"both"` predicts a round's own
@@ -142,7 +142,7 @@ class NgramInfluenceModel:
             groups: (N,) group of each label (domain, source), for the report only.
             documents: (N,) document of each label; split and bootstrap take whole ones. None: equal tokens are one.
             previous: the influence model of the round before, for its labels; not changed.
-            seed: of the split and the folds; None takes the constructor's.
+            seed: Random seed of the held-out split and the folds. Defaults to the constructor's seed.
 
         Returns:
             self, fitted.
@@ -313,7 +313,7 @@ class NgramInfluenceModel:
             labels: fresh labels, of this round or a later one.
             groups: (N,) group of each label, or None.
             documents: (N,) document of each label, for the bootstrap; None: equal tokens are one.
-            seed: of the bootstrap.
+            seed: Random seed of the bootstrap.
 
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.

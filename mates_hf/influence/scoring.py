@@ -124,7 +124,7 @@ class Scorer:
         model: fitted; anything with `predict(TokenRows)`. One whose class says `reads_spans = True` gets `TokenSpans`.
         column: name of the column, with dots where it is nested.
         is_text: True where the column holds texts or conversations.
-        tokenizer: of the tokens the model was fitted on; None where it is not known.
+        tokenizer: Tokenizer of the tokens the model was fitted on; None where it is not known.
         max_length: tokens a text is cut to; None leaves it whole.
         num_threads: at most; None is one a core.
         is_chat: True where the column holds conversations.

@@ -30,9 +30,9 @@ def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], t
 
     Args:
         kind: class name of the influence model.
-        report: of its fit, or None where the model keeps none.
+        report: Report of its fit, or None where the model keeps none.
         origin: where the fit comes from, as `round_origin` gives it or as passed to `MatesSelector`.
-        tokenizer_name: of the tokenizer saved with it, or None without one.
+        tokenizer_name: Name of the tokenizer saved with it, or None without one.
 
     Returns:
         Markdown with the metadata of the Hub in front.

@@ -41,8 +41,8 @@ class Budget:
         threshold: keep rows whose `influence` is at least this.
         num_tokens: keep rows, from the highest influence down, that together have at most this many trained tokens; a
             row that does not fit into what is left is skipped.
-        temperature: of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
-        seed: of the noise and of the order among ties, from 0 to below 2**64.
+        temperature: Temperature of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
+        seed: Random seed of the noise and of the order among ties, from 0 to below 2**64.
         order_only: Whether the labels give an order and price no step, so that a threshold means nothing; warns.
 
     Raises:

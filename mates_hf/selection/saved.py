@@ -45,7 +45,7 @@ class Saved(NamedTuple):
 
     Attributes:
         model: the fitted influence model.
-        tokenizer: of its tokens, or None where none was saved.
+        tokenizer: Tokenizer of its tokens, or None where none was saved.
         max_length: tokens a text is cut to, or None.
         origin: plain JSON values that say where the fit comes from.
     """
@@ -65,8 +65,8 @@ def download(name: str, **options: Any) -> Path:
     """Folder of a repository's files in the Hub's cache.
 
     Args:
-        name: of the repository.
-        **options: of `huggingface_hub.snapshot_download`.
+        name: Name of the repository.
+        **options: Options of `huggingface_hub.snapshot_download`.
 
     Returns:
         The folder.
@@ -89,8 +89,8 @@ def open_selector(name: str | Path, tokenizer: Any, **options: Any) -> Saved:
 
     Args:
         name: a directory, `~` included, or a repository on the Hub.
-        tokenizer: of the model's tokens, or None for the saved one.
-        **options: of the download.
+        tokenizer: Tokenizer of the model's tokens, or None for the saved one.
+        **options: Options of the download.
 
     Returns:
         What it holds, with the tokenizer to use.
@@ -123,7 +123,7 @@ def write_selector(
     Args:
         directory: created where missing.
         model: fitted.
-        tokenizer: of its tokens, or None.
+        tokenizer: Tokenizer of its tokens, or None.
         max_length: tokens a text is cut to, or None.
         origin: plain JSON values.
     """
@@ -236,7 +236,7 @@ def _newest_model(path: Path) -> Path:
     """The newest finished round of a run that kept its influence model.
 
     Args:
-        path: of the run, or of its rounds.
+        path: Path of the run, or of its rounds.
 
     Returns:
         The round's directory.

@@ -84,9 +84,9 @@ class Rule:
     Attributes:
         ranking: what rows are ranked by.
         threshold: lowest value that is kept, in its unit, noise included.
-        mean: of influence over the trained tokens of the first rows; `row_worth` is counted from it.
+        mean: Mean influence over the trained tokens of the first rows; `row_worth` is counted from it.
         noise: scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
-        seed: of the noise.
+        seed: Random seed of the noise.
     """
 
     ranking: Ranking

@@ -189,7 +189,7 @@ def own_memory(hook: Callable[..., None]) -> Callable[..., None]:
     What goes wrong in the hook in one process ends it in all of them.
 
     Args:
-        hook: of the callback.
+        hook: Hook of the callback.
 
     Returns:
         The hook; it raises `ProbeMemoryError` in place of torch's error, by whose text accelerate knows it.

@@ -31,7 +31,7 @@ def saved_state(state: Any) -> dict[str, Any] | None:
     """This library's state in the checkpoint that a `TrainerState` comes from, or None where there is none.
 
     Args:
-        state: as the Trainer resumed it, or fresh.
+        state: The state as the Trainer resumed it, or a fresh one.
 
     Returns:
         What `Session.state` was when the checkpoint was saved.
@@ -129,7 +129,7 @@ def config_to_resume(saved: Mapping[str, Any] | None, config: MatesConfig) -> Ma
 
     Args:
         saved: this library's state in the checkpoint, or None.
-        config: as it was given.
+        config: The config as it was given.
 
     Returns:
         `config`; with `max_copies=None` where the checkpoint is older than that field and its default was given.

@@ -64,10 +64,10 @@ class Measured(NamedTuple):
         num_rows: rows to select, k.
         own_rows: (N,) the Trainer's own order of the pool.
         beside: the rest runs beside training.
-        writer: of the round's directory.
+        writer: Writer of the round's directory.
         stages: what was done, and what it cost.
         draw: which rows are candidates, and which were probed.
-        labels: of the probed ones.
+        labels: Labels of the probed candidates.
         reason: why they rank no candidate; empty where they do.
         fidelity: what the audit found.
         facts: what `round.json` says of the model as it was measured.
