@@ -1,6 +1,6 @@
 """Model-aware pretraining data selection (MATES, arXiv:2406.06046) inside an unmodified `transformers.Trainer`.
 
-Influence is > 0 where a candidate helps, higher is better, in nats/token of reference loss, everywhere.
+Influence is higher is better, everywhere. One-step labels price a step in nats/token; path labels give an order.
 
 Public names are loaded when first used, so `import mates_hf` is light: a script that only reads finished rounds never
 imports torch. Trade-off: a missing dependency is reported at first use, not at import.

@@ -75,12 +75,12 @@ class RoundMismatchError(MatesError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InfluenceLabels:
-    """Measured influence of N candidates; sign: > 0 helps, higher is better.
+    """Measured influence of N candidates; higher is better, and the probe says what its zero means.
 
     Attributes:
         candidate_id: (N,) int64, row of the candidate in the pool.
-        influence: (N,) float32, nats/token of reference loss that one optimizer step on the candidate alone takes off,
-            relative to the null step.
+        influence: (N,) float32, relative to the null step. One-step labels: nats/token of reference loss that one
+            optimizer step on the candidate takes off. Path labels: an order; zero and scale are not those of a step.
         influence_per_token: (N,) float32, mean over the candidate's trained tokens of the directional derivative.
             `influence = influence_per_token * step_size`.
         loss: (N,) float32, the candidate's own loss, nats/token; of a `DirectionalProbe` the mean of the losses at

@@ -310,7 +310,7 @@ class EncoderInfluenceModel:
             dataset: `TokenRows`, a candidate pool, or a dataset with `input_ids` or a text column.
 
         Returns:
-            (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
+            (N,) float32 predicted influence in the unit of the labels, higher is better; the intercept where
             a row has no text or no target (`num_empty` counts them).
         """
         return (self._predicted(*self._read(dataset)) * self._fitted()[1].step_size).astype(np.float32)

@@ -219,7 +219,7 @@ class HiddenStateInfluenceModel:
             model: the model to read with, as the fit has seen it; None takes the constructor's.
 
         Returns:
-            (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
+            (N,) float32 predicted influence in the unit of the labels, higher is better; the intercept where
             a row has no target.
 
         Raises:

@@ -55,8 +55,8 @@ class Predictions(NamedTuple):
     """What was predicted of N rows.
 
     Attributes:
-        influence: (N,) float32 predicted influence, nats/token of reference loss that one optimizer step on the row
-            alone takes off, > 0 helps; the model's intercept where a row has no target.
+        influence: (N,) float32 predicted influence in the unit of the labels, higher is better; the model's intercept
+            where a row has no target.
         num_targets: (N,) int32 trained tokens of each row.
     """
 

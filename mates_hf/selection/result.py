@@ -266,7 +266,7 @@ class Selection:
             "trained tokens": f"{tokens[0]:,} of {tokens[1]:,} ({tokens[0] / max(1, tokens[1]):.1%})",
             "asked for": asked_for(self.budget),
             "ranked by": f"{self.ranked_by}, threshold {number(self.threshold)}",
-            "mean influence": f"kept {_mean(kept)}, others {_mean(rest)} nats/token (> 0 helps)",
+            "mean influence": f"kept {_mean(kept)}, others {_mean(rest)} nats/token (higher is better)",
             "columns": ", ".join(self.dataset.column_names),
             "see": ".selected, .rejected, .explain(row), .rethreshold(ratio=...)",
         }
