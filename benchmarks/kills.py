@@ -499,6 +499,11 @@ def run_point(
     before: dict[str, int] = {}
     line = int(generator.integers(1, lines[number][phase] + 1))
     code = train(setting, folder, resume=False, kill=(phase, line), size=size)
+    while code == 0 and line > 1:  # threads that wait execute now more lines, now fewer
+        shutil.rmtree(folder)
+        folder.mkdir()
+        line //= 2
+        code = train(setting, folder, resume=False, kill=(phase, line), size=size)
     if code == -signal.SIGKILL:
         before = note_death(phase)
     if point % 3 == 2:  # again, anywhere in the first half of what a whole run does

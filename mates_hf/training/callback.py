@@ -36,6 +36,7 @@ from mates_hf.records import STATE_KEY
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
+from mates_hf.training.checkpoints import num_random_states
 from mates_hf.training.checks import (
     check_pool,
     check_run,
@@ -195,6 +196,8 @@ class MatesCallback(TrainerCallback):
             saved=saved,
         )
         self._restore_sampler = install(dataloader, sampler)
+        written = num_random_states(args.world_size, args.save_on_each_node)
+        self._session.state["num_random_states"] = written
         state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
         processes.meet()  # none trains while another one may still be refusing
