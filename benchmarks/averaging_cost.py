@@ -38,9 +38,9 @@ from boundary_memory import make_model, measure
 from probe_speed import RESULTS, figure, page_of, start, write_results
 from torch.profiler import ProfilerActivity, profile
 
-from mates_hf.processes import Processes
-from mates_hf.training.averaging import WeightAverage
-from mates_hf.training.pieces import HostMemory
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.engine.pieces import HostMemory
+from mates_hf.engine.processes import Processes
 
 NAME = "averaging_cost"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

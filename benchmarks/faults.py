@@ -57,9 +57,10 @@ from units import (  # noqa: E402
     write_results,
 )
 
-from mates_hf import MatesCallback, watch  # noqa: E402
-from mates_hf.influence.directional import DirectionalProbe  # noqa: E402
-from mates_hf.influence.ngram import NgramInfluenceModel  # noqa: E402
+from mates_hf import MatesCallback  # noqa: E402
+from mates_hf.engine import watch  # noqa: E402
+from mates_hf.influence.probe_directional import DirectionalProbe  # noqa: E402
+from mates_hf.prediction.ngram_model import NgramInfluenceModel  # noqa: E402
 from mates_hf.training.session import Session  # noqa: E402
 from tests.launch import free_port  # noqa: E402
 from tests.training.kit import make_arguments, make_reference, run, small_config  # noqa: E402
@@ -125,10 +126,11 @@ def all_faults() -> list[Fault]:
         found.extend(Fault(place=place, target=target, who=who, what=what, **details) for who, what in faults)
 
     callback, session, rounds = (f"mates_hf.training.{name}:" for name in ("callback", "session", "rounds"))
-    disk, measure, average = (f"mates_hf.training.{name}:" for name in ("rounds_on_disk", "measure", "averaging"))
+    disk, measure = (f"mates_hf.training.{name}:" for name in ("rounds_on_disk", "measure"))
+    average = "mates_hf.engine.averaging:"
     opening, scoring, audit = (f"mates_hf.training.{name}:" for name in ("opening", "scoring", "audit"))
-    processes, ngram = "mates_hf.processes:", "mates_hf.influence.ngram:NgramInfluenceModel."
-    directional, losses = "mates_hf.influence.directional:", "mates_hf.influence.losses:"
+    processes, ngram = "mates_hf.engine.processes:", "mates_hf.prediction.ngram_model:NgramInfluenceModel."
+    directional, losses = "mates_hf.influence.probe_directional:", "mates_hf.influence.passes:"
     in_round = {"since": "_look"}
     # The start.
     at("run is checked", callback + "check_run", (MAIN, ERROR), (LAST, ERROR), (ALL, ERROR))

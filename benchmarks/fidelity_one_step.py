@@ -30,13 +30,13 @@ from torch import nn
 
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.engine.preserve import preserved
+from mates_hf.flops import PATH_STEPS
 from mates_hf.influence.difference import Direction, norm_of, row_means
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.flops import PATH_STEPS
-from mates_hf.influence.losses import mean_loss_gradient, token_losses
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.preconditioner import parameter_steps
-from mates_hf.preserve import preserved
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.selection.choose import row_worth
 
 TUNED_STEPS = 10  # of the perplexity difference

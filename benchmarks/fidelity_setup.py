@@ -19,9 +19,9 @@ from filelock import FileLock
 from lab import TOKENS_PER_BATCH, Averager, Lab, build_model, build_optimizer, task_losses, train_steps
 from torch import nn
 
-from mates_hf.influence.directional import DirectionalProbe
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.records import InfluenceLabels
-from mates_hf.training.averaging import WeightAverage
 
 Ids = npt.NDArray[np.int64]
 

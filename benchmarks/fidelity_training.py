@@ -16,11 +16,11 @@ from lab import TOKENS_PER_BATCH, Averager, Lab, spearman, without_group_means
 
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.flops import PATH_STEPS
 from mates_hf.influence.difference import row_means
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.flops import PATH_STEPS
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k, uniform
 

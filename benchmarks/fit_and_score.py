@@ -47,9 +47,9 @@ from probe_speed import (
 
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.kernels import score_rows
-from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.prediction.ngram.kernels import score_rows
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 
 NUM_LABELS = 2000

@@ -25,13 +25,13 @@ from static_rivals import FASTTEXT, cosines, dsir, fasttext, mean_direction, pie
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
 from mates_hf.evaluation.agreement import rank_correlation
-from mates_hf.influence.encoder import EncoderInfluenceModel
-from mates_hf.influence.fit import split_held_out
-from mates_hf.influence.folding import FoldingEncoder, load_encoder
-from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
-from mates_hf.influence.losses import token_losses
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.influence.ridge import FitTarget, fit_ridge
+from mates_hf.influence.passes import token_losses
+from mates_hf.prediction.encoder.folding import FoldingEncoder, load_encoder
+from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
+from mates_hf.prediction.judge import split_held_out
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.prediction.ridge import FitTarget, fit_ridge
 
 Scorer = Callable[[TokenRows], Values]
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.evaluation.agreement import rank_correlation
-from mates_hf.influence.fit import split_held_out
-from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.prediction.judge import split_held_out
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from mates_hf import MatesCallback  # noqa: E402
-from mates_hf.influence.ngram import NgramInfluenceModel  # noqa: E402, F401  (imported before forking)
+from mates_hf.prediction.ngram_model import NgramInfluenceModel  # noqa: E402, F401  (imported before forking)
 from mates_hf.training.checkpoints import last_complete_checkpoint  # noqa: E402
 from tests.training.kit import make_arguments, make_reference, run, small_config  # noqa: E402
 
@@ -71,7 +71,7 @@ OTHER = "in the other process: "  # begins the phases of a process that is not t
 PHASES = {
     ("mates_hf/disk.py", None): "write of a file",
     ("mates_hf/training/lock.py", None): "lock",
-    ("mates_hf/training/averaging.py", None): "averaging window",
+    ("mates_hf/engine/averaging.py", None): "averaging window",
     ("mates_hf/training/rounds.py", "_probe"): "probe",
     ("mates_hf/training/audit.py", None): "audit",
     ("mates_hf/training/rounds.py", "_fit"): "fit",
@@ -499,6 +499,11 @@ def run_point(
     before: dict[str, int] = {}
     line = int(generator.integers(1, lines[number][phase] + 1))
     code = train(setting, folder, resume=False, kill=(phase, line), size=size)
+    while code == 0 and line > 1:  # threads that wait execute now more lines, now fewer
+        shutil.rmtree(folder)
+        folder.mkdir()
+        line //= 2
+        code = train(setting, folder, resume=False, kill=(phase, line), size=size)
     if code == -signal.SIGKILL:
         before = note_death(phase)
     if point % 3 == 2:  # again, anywhere in the first half of what a whole run does

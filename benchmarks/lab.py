@@ -32,9 +32,9 @@ from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.overlap import find_overlap
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.fit import fit_report
-from mates_hf.influence.losses import mean_loss_gradient, token_losses
-from mates_hf.training.averaging import WeightAverage
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.influence.passes import mean_loss_gradient, token_losses
+from mates_hf.prediction.judge import fit_report
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -110,8 +110,8 @@ def measure_rounds(work: Path) -> dict[str, Any]:
 
     from mates_hf.config import MatesConfig
     from mates_hf.data.pool import CandidatePool
-    from mates_hf.influence.ngram import NgramInfluenceModel
-    from mates_hf.processes import ALONE
+    from mates_hf.engine.processes import ALONE
+    from mates_hf.prediction.ngram_model import NgramInfluenceModel
     from mates_hf.selection.ledger import Ledger
     from mates_hf.selection.select_stage import select_rows
     from mates_hf.training.scoring import score_candidates

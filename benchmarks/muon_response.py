@@ -32,10 +32,10 @@ from torch import Tensor
 
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence import muon_step
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import mean_loss, mean_loss_gradient
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.optimizer import muon_step
+from mates_hf.influence.passes import mean_loss, mean_loss_gradient
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.influence.test_optimizers import frozen_change  # noqa: E402

@@ -31,8 +31,8 @@ from torch import nn
 
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import mean_loss, mean_loss_gradient
+from mates_hf.influence.passes import mean_loss, mean_loss_gradient
+from mates_hf.influence.probe_directional import DirectionalProbe
 
 LENGTH, BATCH, ROUND = 32, 128, 100
 

@@ -39,9 +39,9 @@ from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.difference import choose_epsilon
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import mean_loss
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.influence.passes import mean_loss
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB = 4096

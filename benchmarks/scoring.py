@@ -53,8 +53,8 @@ from probe_speed import RESULTS, alternate, hardware
 from scoring_tables import TYPES, Result, column_lines, map_lines, memory_lines, rate_lines, report
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.kernels import at_most_threads
-from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.prediction.threads import at_most_threads
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.selector import MatesSelector
 
@@ -322,7 +322,7 @@ def measure_encoder(folder: Path, arguments: argparse.Namespace) -> Result:
     from datasets import load_from_disk
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-    from mates_hf.influence.encoder import EncoderInfluenceModel
+    from mates_hf.prediction.encoder_model import EncoderInfluenceModel
 
     weights = encoder_folder()
     if weights is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from mates_hf.influence.flops import PATH_STEPS
+from mates_hf.flops import PATH_STEPS
 
 Rank = Literal[
     "random", "stratified", "influence", "domain means", "best domain", "low loss", "DSIR", "fastText", "similarity"

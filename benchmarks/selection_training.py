@@ -24,15 +24,15 @@ from static_rivals import cosines, dsir, fasttext, mean_direction, pieces_of, st
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.flops import directional_flops, forward_flops, gradient_flops, one_step_flops
-from mates_hf.influence.losses import mean_loss, token_losses
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.flops import directional_flops, forward_flops, gradient_flops, one_step_flops
+from mates_hf.influence.passes import mean_loss, token_losses
 from mates_hf.influence.probe import count_multiplied_parameters
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k
-from mates_hf.training.averaging import WeightAverage
 
 SHAPE = {"width": 128, "layers": 4}  # of the model: 1.05 million parameters
 POOL_DECAY = 0.9

@@ -119,8 +119,8 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> tuple[str, fl
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from mates_hf import ReferenceTask
-    from mates_hf.influence.losses import mean_loss
-    from mates_hf.training.averaging import WeightAverage
+    from mates_hf.engine.averaging import WeightAverage
+    from mates_hf.influence.passes import mean_loss
 
     torch.set_num_threads(1)
     begin = time.perf_counter()

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
-from mates_hf.influence.folding import FoldingEncoder
+from mates_hf.prediction.encoder.folding import FoldingEncoder
 
 Values = npt.NDArray[np.float64]
 TextScorer = Callable[[Sequence[str]], Values]

@@ -40,10 +40,10 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation import Evaluator
 from mates_hf.paths import expand_path
-from mates_hf.processes import Processes
-from mates_hf.records import EvaluationError
 from mates_hf.training.checkpoints import find_fault
 
 RESULTS, PLOT = "evaluation.json", "evaluation.png"

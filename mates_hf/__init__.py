@@ -11,14 +11,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mates_hf.moved import install as _keep_old_paths
+
 if TYPE_CHECKING:
     from mates_hf.config import MatesConfig
     from mates_hf.data.reference import ReferenceTask
-    from mates_hf.influence.directional import DirectionalProbe
-    from mates_hf.influence.encoder import EncoderInfluenceModel
-    from mates_hf.influence.ngram import NgramInfluenceModel
-    from mates_hf.influence.one_step import OneStepProbe
-    from mates_hf.records import MatesError
+    from mates_hf.errors import MatesError
+    from mates_hf.influence.probe_directional import DirectionalProbe
+    from mates_hf.influence.probe_one_step import OneStepProbe
+    from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+    from mates_hf.prediction.ngram_model import NgramInfluenceModel
     from mates_hf.round_files import load_round
     from mates_hf.selection.choose import gumbel_top_k
     from mates_hf.selection.selector import MatesSelector
@@ -41,18 +43,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "DirectionalProbe": "mates_hf.influence.directional",
-    "EncoderInfluenceModel": "mates_hf.influence.encoder",
+    "DirectionalProbe": "mates_hf.influence.probe_directional",
+    "EncoderInfluenceModel": "mates_hf.prediction.encoder_model",
     "MatesCallback": "mates_hf.training.callback",
     "MatesConfig": "mates_hf.config",
-    "MatesError": "mates_hf.records",
+    "MatesError": "mates_hf.errors",
     "MatesSelector": "mates_hf.selection.selector",
-    "NgramInfluenceModel": "mates_hf.influence.ngram",
-    "OneStepProbe": "mates_hf.influence.one_step",
+    "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
+    "OneStepProbe": "mates_hf.influence.probe_one_step",
     "ReferenceTask": "mates_hf.data.reference",
     "gumbel_top_k": "mates_hf.selection.choose",
     "load_round": "mates_hf.round_files",
 }
+
+
+_keep_old_paths()
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from mates_hf.errors import MatesError
+
 _PACKAGES = (
     "mates-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface_hub",
     "numpy", "scipy", "scikit-learn", "numba", "llvmlite", "pyarrow", "tqdm", "lm-eval", "evaluate", "matplotlib",
@@ -103,8 +105,7 @@ def _own_version() -> str:
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """What is said in one line; anything else is a fault of this program and keeps its traceback."""
-    records = sys.modules.get("mates_hf.records")  # without it, none of its errors was raised
-    return (OSError, ValueError, *([records.MatesError] if records is not None else []))
+    return (OSError, ValueError, MatesError)
 
 
 def _print(lines: Iterable[str]) -> None:

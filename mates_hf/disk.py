@@ -1,8 +1,9 @@
 """Files and folders that are there whole or not at all, also after a power cut, and what to do where a disk is full.
 
-Place in the flow: left of every folder; `records` and `round_files` write through it, and so does everything that a
+Place in the flow: left of every folder; `round_files` writes and reads through it, and so does everything that a
 killed run must find again. A rename is on disk only once the folder that holds the name was flushed as well: until
-then a power cut, or a file server that crashes, takes it back.
+then a power cut, or a file server that crashes, takes it back. What is read is distrusted: a damaged file is a
+`MatesError` that names it.
 
 Trade-off: two flushes a file, some milliseconds each, for a few dozen files a round.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +23,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.errors import MatesError
+
 logger = logging.getLogger(__name__)
+
+COPY_AGAIN = "Copy the directory again from where it was written."
 
 # A platform or a file system that cannot flush a folder, or a folder that may be written to and not read.
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
@@ -169,3 +175,84 @@ def write_array(path: Path, value: npt.NDArray[Any]) -> None:
     """Write a `.npy` file, whole or not at all."""
     with written_whole(path) as file:
         np.save(file, value, allow_pickle=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MatesError: it is damaged or holds something else.
+    """
+    require_file(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise MatesError(f"`{path}` must be a whole JSON object, and is damaged ({error}). {COPY_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise MatesError(f"`{path}` must be a JSON object, got {type(value).__name__}. {COPY_AGAIN}")
+    return value
+
+
+def read_array(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any] | None:
+    """Memory-map a `.npy` file read-only. Never unpickles.
+
+    Args:
+        path: the file.
+        dtype: with it, the array must be one-dimensional and of this type.
+
+    Returns:
+        The array, or None where there is no file.
+
+    Raises:
+        MatesError: the file is damaged, or holds another type or shape.
+    """
+    if not path.exists():
+        return None
+    require_file(path)
+    try:
+        with np.errstate(all="ignore"):
+            array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header ends in any of a dozen kinds, `tokenize`'s among them
+        raise MatesError(f"`{path}` must be a whole .npy file, and is damaged ({error}). {COPY_AGAIN}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise MatesError(f"`{path}` must be a .npy file, got a zip archive. {COPY_AGAIN}")
+    if dtype is not None and (array.dtype != dtype or array.ndim != 1):
+        raise MatesError(
+            f"`{path}` must hold {np.dtype(dtype)} in one dimension, got {array.dtype} of shape {array.shape}. "
+            f"{COPY_AGAIN}"
+        )
+    return array
+
+
+def require_file(path: Path) -> None:
+    """Raise unless `path` is a plain file: opening a pipe or a device could wait for ever.
+
+    Args:
+        path: what is to be opened.
+
+    Raises:
+        FileNotFoundError: there is nothing there.
+        MatesError: it is something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"`{path}` is not there.")
+    if not path.is_file():
+        raise MatesError(f"`{path}` must be a plain file, and is none. {COPY_AGAIN}")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, a piece in memory at a time."""
+    require_file(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -7,13 +7,18 @@ name and a few facts as text. Trade-off: what is cut off is marked by an ellipsi
 from __future__ import annotations
 
 import dataclasses
+import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 MAX_LINES = 10
 MAX_WIDTH = 100
 _MAX_VALUE = 60  # characters of one value among others
+_MOST_READ = 1 << 20  # values that a summary of an array looks at
 
 
 def cut(text: str, width: int) -> str:
@@ -129,3 +134,30 @@ def interval(values: Any) -> str:
         return ""
     bounds = [f"{bound:.2f}" if isinstance(bound, (int, float)) else "-" for bound in values]
     return f"[{bounds[0]}, {bounds[1]}]"
+
+
+def some_of(values_N: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """All values, or of very many an even sample."""
+    return values_N[:: max(1, math.ceil(len(values_N) / _MOST_READ))]
+
+
+def spread(values_N: npt.NDArray[Any]) -> dict[str, float]:
+    """Mean, standard deviation and quantiles of the finite values; empty where there is none."""
+    values = np.asarray(some_of(values_N), np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {}
+    with np.errstate(all="ignore"):
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
+        return {"mean": float(values.mean()), "std": float(values.std()), "q10": low, "median": middle, "q90": high}
+
+
+def spread_text(values_N: npt.NDArray[Any]) -> str:
+    """The same in half a line."""
+    found = spread(values_N)
+    if not found:
+        return "none that is finite" if len(values_N) else "none"
+    return (
+        f"mean {found['mean']:+.2e}, sd {found['std']:.1e}, "
+        f"10% {found['q10']:+.1e}, median {found['median']:+.1e}, 90% {found['q90']:+.1e}"
+    )

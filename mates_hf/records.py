@@ -1,76 +1,28 @@
-"""What crosses folder borders: the errors, influence labels, the fit report, and how plain files are kept.
+"""What crosses folder borders: influence labels, and the report of a fit.
 
-Place in the flow: left of every folder, so every stage can import it and it imports none. It needs numpy only, so
-what a run left on disk can be read on a machine without torch; `round_files` builds round directories of it.
-
-Trade-off: files are written whole or not at all and read with distrust, which costs a flush to disk and a look at
-each; in exchange a killed run leaves no half file, and a damaged one is a `MatesError` that names it.
+Both are plain data with numpy arrays, and need numpy only: what a run left on disk can be read on a machine without
+torch. `round_files` keeps them on disk. Everything to the right may import this module, which imports no folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.disk import json_bytes as json_bytes
-from mates_hf.disk import write_array as write_array
-from mates_hf.disk import write_json as write_json
-from mates_hf.disk import written_whole as written_whole
-from mates_hf.display import card, html_card
-from mates_hf.summaries import fit_facts, fit_title, labels_facts, labels_title
-
-if TYPE_CHECKING:
-    from mates_hf.processes import Processes
+from mates_hf.display import card, html_card, interval, number, some_of, spread, spread_text
+from mates_hf.errors import InfluenceError, UnrankableError
+from mates_hf.errors import MatesError as MatesError  # where it was imported from before
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-COPY_AGAIN = "Copy the directory again from where it was written."
-
 _LABEL_COLUMNS = ("candidate_id", "influence", "influence_per_token", "loss", "num_tokens", "probe")
 
 STATE_KEY = "mates_hf"  # of the run's state in `TrainerState.stateful_callbacks`
-
-
-class MatesError(RuntimeError):
-    """Root of the errors this library raises about state (wrong input raises `ValueError` or `TypeError`)."""
-
-
-class UnsupportedSettingError(MatesError):
-    """A setting of the run that would bypass or break the data order; raised before the first optimizer step."""
-
-
-class InfluenceError(MatesError):
-    """Influence that must not be selected on: non-finite, all zero or all equal."""
-
-
-class UnrankableError(InfluenceError):
-    """Finite influence that ranks nothing: all zero, all equal, or of a single document.
-
-    Attributes:
-        labels: those measured, where labels are what ranks nothing; else None.
-    """
-
-    labels: InfluenceLabels | None = None
-
-
-class EvaluationError(MatesError):
-    """A model that cannot be evaluated as it is: it gives NaN, or its context is too short for a task's items."""
-
-
-class WeakSignalError(MatesError):
-    """The guard refused a round and `on_weak_signal="error"`."""
-
-
-class RoundMismatchError(MatesError):
-    """A round directory belongs to another config, pool or file layout than the run that asks for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,10 +70,10 @@ class InfluenceLabels:
         return len(self.candidate_id)
 
     def __repr__(self) -> str:
-        return card(labels_title(self), labels_facts(self))
+        return card(_labels_title(self), _labels_facts(self))
 
     def _repr_html_(self) -> str:
-        return html_card(labels_title(self), labels_facts(self))
+        return html_card(_labels_title(self), _labels_facts(self))
 
     def to_pandas(self) -> Any:
         """The labels as a table, one row a candidate.
@@ -204,7 +156,7 @@ class FitReport:
         calibration: (mean predicted, mean label) for each tenth of the predictions, in the labels' unit.
         label_std: standard deviation of the labels, in the labels' unit.
         seconds: wall-clock of the fit.
-        flops: FLOPs of the fit, by the rule of `mates_hf.influence.flops`; None where the model does not say.
+        flops: FLOPs of the fit, by the rule of `mates_hf.flops`; None where the influence model does not say.
         flops_per_token: FLOPs of a prediction, for each trained token of a candidate, by the same rule.
         ranking: what rank correlations and overlap are of: "worth", what a row of its length adds to a batch, which is
             what a round selects by; "influence" where all rows have one length and both rank alike.
@@ -225,10 +177,10 @@ class FitReport:
     ranking: Literal["influence", "worth"] = "influence"
 
     def __repr__(self) -> str:
-        return card(fit_title(self), fit_facts(self))
+        return card(_fit_title(self), _fit_facts(self))
 
     def _repr_html_(self) -> str:
-        return html_card(fit_title(self), fit_facts(self))
+        return html_card(_fit_title(self), _fit_facts(self))
 
     def passes(self, min_spearman: float) -> bool:
         """True where the guard lets a round select: rank correlation large enough and its interval above 0."""
@@ -258,110 +210,48 @@ class FitReport:
         return cls(**kept)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a probe must know of the run that only the training loop can tell it.
-
-    Attributes:
-        learning_rates: one a parameter group, of the step to come; None reads the optimizer's own.
-        max_grad_norm: clipping threshold of the run; None or 0 is off.
-        batch_rows: rows in one optimizer step, over all devices and accumulation.
-        rate_steps: the optimizer steps of the coming round, counted in steps at `learning_rates`: the sum of the
-            learning rates scheduled for them over the present ones; None where no round is known.
-        tokens_per_batch: padded tokens in one forward pass of a probe.
-        seed: for whatever a probe draws.
-        progress: show a progress bar.
-        processes: those that train the model together and measure at the same time; None is one process.
-        shards_dir: where a probe keeps what it has measured so far; None keeps nothing.
-    """
-
-    learning_rates: tuple[float, ...] | None = None
-    max_grad_norm: float | None = None
-    batch_rows: int = 1
-    rate_steps: float | None = None
-    tokens_per_batch: int = 8192
-    seed: int = 0
-    progress: bool = False
-    processes: Processes | None = None
-    shards_dir: Path | None = None
+def _labels_title(labels: InfluenceLabels) -> str:
+    """First line of labels."""
+    probes = ", ".join(sorted({str(name) for name in np.unique(some_of(labels.probe))})) if len(labels) else ""
+    return f"InfluenceLabels: {len(labels):,} candidates ({probes or 'no probe'})"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that `write_json` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        MatesError: it is damaged or holds something else.
-    """
-    require_file(path)
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise MatesError(f"`{path}` must be a whole JSON object, and is damaged ({error}). {COPY_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise MatesError(f"`{path}` must be a JSON object, got {type(value).__name__}. {COPY_AGAIN}")
-    return value
+def _labels_facts(labels: InfluenceLabels) -> dict[str, str]:
+    """Facts of labels; arrays are read by a sample."""
+    tokens = int(np.sum(labels.num_tokens, dtype=np.int64)) if len(labels) else 0
+    each = "with" if labels.token_derivatives is not None else "without"
+    facts = {
+        "influence": f"{spread_text(labels.influence)} nats/token",
+        "loss": f"mean {number(spread(labels.loss).get('mean'))} nats/token",
+        "tokens": f"{tokens:,} trained, {each} a derivative for each",
+    }
+    if labels.info:
+        known = ("epsilon", "epsilon_agreement", "reference_loss", "num_skipped", "seconds", "flops")
+        kept = [f"{name} {number(labels.info[name])}" for name in known if name in labels.info]
+        facts["info"] = ", ".join(kept) or f"{len(labels.info)} values"
+    return facts
 
 
-def read_array(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any] | None:
-    """Memory-map a `.npy` file read-only. Never unpickles.
-
-    Args:
-        path: the file.
-        dtype: with it, the array must be one-dimensional and of this type.
-
-    Returns:
-        The array, or None where there is no file.
-
-    Raises:
-        MatesError: the file is damaged, or holds another type or shape.
-    """
-    if not path.exists():
-        return None
-    require_file(path)
-    try:
-        with np.errstate(all="ignore"):
-            array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header ends in any of a dozen kinds, `tokenize`'s among them
-        raise MatesError(f"`{path}` must be a whole .npy file, and is damaged ({error}). {COPY_AGAIN}") from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise MatesError(f"`{path}` must be a .npy file, got a zip archive. {COPY_AGAIN}")
-    if dtype is not None and (array.dtype != dtype or array.ndim != 1):
-        raise MatesError(
-            f"`{path}` must hold {np.dtype(dtype)} in one dimension, got {array.dtype} of shape {array.shape}. "
-            f"{COPY_AGAIN}"
-        )
-    return array
+def _fit_title(report: FitReport) -> str:
+    """First line of a fit report."""
+    return (
+        f"FitReport: held-out Spearman {report.spearman:.3f}, 95% interval {interval(report.interval)}, "
+        f"{report.num_held_out:,} held out"
+    )
 
 
-def require_file(path: Path) -> None:
-    """Raise unless `path` is a plain file: opening a pipe or a device could wait for ever.
-
-    Args:
-        path: what is to be opened.
-
-    Raises:
-        FileNotFoundError: there is nothing there.
-        MatesError: it is something else.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"`{path}` is not there.")
-    if not path.is_file():
-        raise MatesError(f"`{path}` must be a plain file, and is none. {COPY_AGAIN}")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, a piece in memory at a time."""
-    require_file(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def _fit_facts(report: FitReport) -> dict[str, str]:
+    """Facts of a fit report."""
+    facts = {
+        "labels": f"{report.num_labels:,} fitted, standard deviation {number(report.label_std)}",
+        "slope": f"{number(report.slope)} (1 is calibrated)",
+        "best fifth": f"{number(report.top_fifth_overlap)} of it found (0.2 is chance)",
+    }
+    if report.spearman_within_group is not None:
+        facts["in groups"] = f"Spearman {number(report.spearman_within_group)}"
+    if report.calibration:
+        (low, low_label), (high, high_label) = report.calibration[0], report.calibration[-1]
+        facts["lowest tenth"] = f"predicted {number(low)}, labels {number(low_label)}"
+        facts["highest tenth"] = f"predicted {number(high)}, labels {number(high_label)}"
+    facts["cost"] = f"{report.seconds:.2g} s, {number(report.flops)} FLOPs"
+    return facts

@@ -9,7 +9,6 @@ handles and can be opened by anything, `sha256sum -c SHA256SUMS` included.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -21,21 +20,20 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.disk import json_bytes, write_array, written_whole
-from mates_hf.display import card, html_card
-from mates_hf.paths import expand_path
-from mates_hf.records import (
+from mates_hf.disk import (
     COPY_AGAIN,
-    FloatArray,
-    InfluenceLabels,
-    IntArray,
-    MatesError,
+    json_bytes,
     read_array,
     read_json,
     require_file,
     sha256_of,
+    write_array,
+    written_whole,
 )
-from mates_hf.summaries import round_facts, round_title
+from mates_hf.errors import MatesError
+from mates_hf.paths import expand_path
+from mates_hf.records import InfluenceLabels
+from mates_hf.round_record import RoundRecord
 
 ROUND_FILE = "round.json"
 KEY_FILE = "key.json"
@@ -51,33 +49,6 @@ _COLUMNS = {
     "num_tokens": "int32",
     "probe": "string",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundRecord:
-    """A finished round as read from its directory.
-
-    Attributes:
-        path: the round directory.
-        info: `round.json`.
-        labels: `probes.parquet`, with the per-token derivatives of `token_derivatives.npy`.
-        candidates: (M,) int64 pool rows that were scored, or None.
-        scores: (M,) float32 predicted influence of `candidates`, or None.
-        selection: (k,) int64 pool rows in training order, or None where the guard kept the Trainer's own order.
-    """
-
-    path: Path
-    info: Mapping[str, Any]
-    labels: InfluenceLabels
-    candidates: IntArray | None
-    scores: FloatArray | None
-    selection: IntArray | None
-
-    def __repr__(self) -> str:
-        return card(f"RoundRecord: {round_title(self)}", round_facts(self))
-
-    def _repr_html_(self) -> str:
-        return html_card(f"RoundRecord: {round_title(self)}", round_facts(self))
 
 
 def write_labels(path: Path, labels: InfluenceLabels) -> None:

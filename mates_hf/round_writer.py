@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.disk import make_directory, replace_path, write_json
-from mates_hf.records import MatesError, RoundMismatchError, read_array, read_json, sha256_of
+from mates_hf.disk import make_directory, read_array, read_json, replace_path, sha256_of, write_json
+from mates_hf.errors import MatesError, RoundMismatchError
 from mates_hf.round_files import KEY_FILE, ROUND_FILE, read_checksums, round_path, write_checksums
 
 _STALE = re.compile(r"\.stale-(\d+)$")

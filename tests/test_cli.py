@@ -13,7 +13,8 @@ import pytest
 
 import mates_hf
 from mates_hf.cli import main
-from mates_hf.records import InfluenceLabels, write_array, write_json
+from mates_hf.disk import write_array, write_json
+from mates_hf.records import InfluenceLabels
 from mates_hf.round_files import load_round, write_labels
 from mates_hf.round_writer import RoundWriter
 

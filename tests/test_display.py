@@ -14,8 +14,9 @@ from datasets import Dataset
 import mates_hf
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
+from mates_hf.disk import write_array
 from mates_hf.display import brief, call, card, html_card
-from mates_hf.records import FitReport, InfluenceLabels, write_array
+from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.round_files import load_round, write_labels
 from mates_hf.round_writer import RoundWriter
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mates_hf import load_round
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation.benchmarks import BENCHMARKS
-from mates_hf.records import EvaluationError
 
 ROOT = Path(__file__).parent.parent
 LOCAL_TASKS = ["--tasks", "mates_zero_shot_local"]

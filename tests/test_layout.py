@@ -1,4 +1,4 @@
-"""Ratchets: import direction, public names, light import, who prints, how long a module is."""
+"""Ratchets: import direction, circles, closed rooms, public names, light import, who prints, length of modules."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from pathlib import Path
 import pytest
 
 import mates_hf
+from mates_hf import moved
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mates_hf"
 FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py")))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEFT_OF_ALL = {
-    "config", "disk", "display", "model_traits", "paths", "preserve", "processes", "records", "round_files",
-    "round_writer", "summaries", "watch",
+    "config", "disk", "display", "errors", "flops", "moved", "paths", "records", "round_files", "round_record",
+    "round_writer",
 }  # fmt: skip
 RIGHT_OF_ALL = {"cli", "__init__", "__main__"}
+DOORS = {  # closed rooms, and the module beside each that opens it
+    "influence.optimizer": ["mates_hf.influence.preconditioner"],
+    "prediction.encoder": ["mates_hf.prediction.encoder_model"],
+    "prediction.ngram": ["mates_hf.prediction.ngram_model"],
+}
 MAX_MODULE_LINES = 400
 HEAVY = ("torch", "transformers", "datasets", "lm_eval", "evaluate", "matplotlib", "sklearn", "numba")
 
@@ -52,7 +58,7 @@ def imported(source: str, module: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             found = [".".join([*base, *([node.module] if node.module else [])])]
-            if found[0] in {"mates_hf", *(f"mates_hf.{folder}" for folder in FOLDERS)}:
+            if found[0] in {"mates_hf", *(f"mates_hf.{folder}" for folder in (*FOLDERS, *DOORS))}:
                 # `from mates_hf.data import rows` imports a module, `from mates_hf import X` asks the root for X.
                 found += [f"{found[0]}.{alias.name}" for alias in node.names if found[0] != "mates_hf"]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
@@ -68,7 +74,54 @@ def violations(source: str, module: str) -> list[str]:
             found.append(f"{module} imports the package root")
         elif rank(name) > rank(module):
             found.append(f"{module} imports {name}, which is right of it")
+        elif (room := room_of(name)) and room != room_of(module) and module not in DOORS[room]:
+            found.append(f"{module} imports {name}, which only {DOORS[room]} may open")
     return found
+
+
+def room_of(module: str) -> str | None:
+    """The closed room that a module lies in: a folder inside of one of the flow's folders."""
+    parts = module.split(".")
+    return ".".join(parts[1:3]) if len(parts) > 3 and ".".join(parts[1:3]) in DOORS else None
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import one another, by whatever way round."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found: set[str] = set()
+        todo = [start]
+        while todo:
+            for name in graph.get(todo.pop(), set()) - found:
+                found.add(name)
+                todo.append(name)
+        reached[start] = found
+    return sorted({tuple(sorted(b for b in found if a in reached.get(b, ()))) for a, found in reached.items()} - {()})
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which module imports which, imports for type checkers included."""
+    known = {name_of(path).removesuffix(".__init__"): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for module, path in known.items():
+        if module == "mates_hf":  # it only looks names up
+            continue
+        found = set(imported(path.read_text(encoding="utf-8"), name_of(path)))
+        graph[module] = {name for name in found if name in known and name != module}
+    return graph
+
+
+def test_no_module_imports_itself_by_a_way_round() -> None:
+    assert circles(import_graph()) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [("a", "b", "c")]
+
+
+def test_every_room_has_its_door() -> None:
+    inner = {".".join(path.relative_to(PACKAGE).parts[:2]) for path in PACKAGE.glob("*/*/*.py")}
+    assert inner - {"evaluation.metrics", "evaluation.tasks"} == set(DOORS)  # those two hold other libraries' files
+    for room, doors in DOORS.items():
+        for door in doors:
+            assert (ROOT / Path(*door.split("."))).with_suffix(".py").exists(), room
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -80,14 +133,17 @@ def test_imports_go_left(path: Path) -> None:
     ("source", "module"),
     [
         ("from mates_hf.training.rounds import run_round", "mates_hf.selection.choose"),
-        ("def f():\n    import mates_hf.influence.ngram", "mates_hf.data.pool"),
-        ("from ..selection import choose", "mates_hf.influence.fit"),
+        ("def f():\n    import mates_hf.prediction.ngram_model", "mates_hf.data.pool"),
+        ("from ..selection import choose", "mates_hf.prediction.judge"),
         ("from mates_hf import MatesConfig", "mates_hf.training.rounds"),
         ("import mates_hf", "mates_hf.training.rounds"),
         ("from .. import records", "mates_hf.training.rounds"),
         ("from mates_hf.data.rows import TokenRows", "mates_hf.records"),
         ("import importlib\nimportlib.import_module('mates_hf.training.rounds')", "mates_hf.data.pool"),
         ("from mates_hf.cli import main", "mates_hf.training.rounds"),
+        ("from mates_hf.prediction.ngram import tables", "mates_hf.prediction.judge"),
+        ("from mates_hf.prediction.ngram.tables import Tables", "mates_hf.training.rounds"),
+        ("from mates_hf.influence.optimizer.muon_step import MuonStep", "mates_hf.influence.difference"),
     ],
 )
 def test_the_check_sees_a_wrong_import(source: str, module: str) -> None:
@@ -109,7 +165,9 @@ def test_the_check_lets_a_right_import_pass(source: str, module: str) -> None:
 
 
 def test_flow_is_the_folder_list() -> None:
-    assert FOLDERS == ["data", "evaluation", "influence", "reporting", "selection", "training"]
+    assert FOLDERS == [
+        "data", "engine", "evaluation", "influence", "prediction", "reporting", "selection", "training",
+    ]  # fmt: skip
     tops = {path.stem for path in PACKAGE.glob("*.py")}
     assert tops == LEFT_OF_ALL | RIGHT_OF_ALL
 
@@ -124,6 +182,23 @@ def test_public_names_exist() -> None:
     assert set(mates_hf.__all__) <= set(dir(mates_hf))
     with pytest.raises(AttributeError, match="no attribute 'MatesCalback'"):
         _ = mates_hf.MatesCalback
+
+
+def test_old_import_paths_of_public_names_work() -> None:
+    for old, new in moved.NEW_HOME.items():
+        with pytest.warns(DeprecationWarning, match=new.replace(".", r"\.")):
+            found = importlib.import_module(old)
+        names = [
+            name
+            for name in vars(importlib.import_module(new))
+            if name in (*mates_hf.__all__, "HiddenStateInfluenceModel")
+        ]
+        assert names
+        assert all(getattr(found, name) is getattr(importlib.import_module(new), name) for name in names)
+        del sys.modules[old]
+    from mates_hf.records import MatesError
+
+    assert MatesError is mates_hf.MatesError
 
 
 def test_import_is_light() -> None:

@@ -26,8 +26,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from mates_hf import MatesCallback, MatesConfig, MatesSelector, NgramInfluenceModel
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE
-from mates_hf.records import FitReport, MatesError, read_json, sha256_of, write_json
+from mates_hf.disk import read_json, sha256_of, write_json
+from mates_hf.errors import MatesError
+from mates_hf.prediction.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE
+from mates_hf.records import FitReport
 from mates_hf.round_files import load_round, write_checksums
 from mates_hf.selection.saved import SELECTOR_FILE
 from mates_hf.training.run import load_order

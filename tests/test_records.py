@@ -17,16 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mates_hf.records
-from mates_hf.records import (
-    FitReport,
-    InfluenceError,
-    InfluenceLabels,
-    MatesError,
-    RoundMismatchError,
-    read_array,
-    write_array,
-    write_json,
-)
+from mates_hf.disk import read_array, write_array, write_json
+from mates_hf.errors import InfluenceError, MatesError, RoundMismatchError
+from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.round_files import load_round, read_labels, write_labels
 from mates_hf.round_writer import RoundWriter, is_whole, set_aside
 

@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 
 import mates_hf
-from mates_hf.influence.artifacts import read_artifact, write_artifact
-from mates_hf.records import (
-    FitReport,
-    InfluenceLabels,
-    MatesError,
-    read_array,
-    read_json,
-    sha256_of,
-    write_array,
-    write_json,
-)
+from mates_hf.disk import read_array, read_json, sha256_of, write_array, write_json
+from mates_hf.errors import MatesError
+from mates_hf.prediction.artifacts import read_artifact, write_artifact
+from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.round_files import load_round, read_labels, round_path, write_labels
 from mates_hf.round_writer import RoundWriter, set_aside
 
@@ -273,8 +266,9 @@ import os, sys
 from pathlib import Path
 import numpy as np
 os.umask(int(sys.argv[2], 8))
-from mates_hf.influence.artifacts import write_artifact
-from mates_hf.records import FitReport, InfluenceLabels, write_array
+from mates_hf.prediction.artifacts import write_artifact
+from mates_hf.records import FitReport, InfluenceLabels
+from mates_hf.disk import write_array
 from mates_hf.round_files import write_labels
 from mates_hf.round_writer import RoundWriter
 values = np.array([0.25, -0.5], np.float32)

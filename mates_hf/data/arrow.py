@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.rows import IGNORED, Piece, TokenRows, TokenSpans
-from mates_hf.records import IntArray, UnsupportedSettingError
+from mates_hf.errors import UnsupportedSettingError
+from mates_hf.records import IntArray
 
 if TYPE_CHECKING:
     import pyarrow as pa

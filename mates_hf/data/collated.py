@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mates_hf.data.arrow import assemble
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.token_columns import as_array, length_refusal, one_value_refusal, whole_numbers
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.errors import UnsupportedSettingError
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 

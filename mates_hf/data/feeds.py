@@ -22,7 +22,8 @@ import numpy.typing as npt
 from mates_hf.data.batches import IGNORED, ModelBatch, Reading
 from mates_hf.data.collated import Collator, collate, name_of
 from mates_hf.data.rows import TokenRows
-from mates_hf.records import IntArray, MatesError
+from mates_hf.errors import MatesError
+from mates_hf.records import IntArray
 
 if TYPE_CHECKING:
     import torch

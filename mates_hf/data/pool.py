@@ -25,7 +25,8 @@ from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, st
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows
 from mates_hf.display import card
-from mates_hf.records import IntArray, UnsupportedSettingError
+from mates_hf.errors import UnsupportedSettingError
+from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
 

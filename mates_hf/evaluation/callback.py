@@ -17,11 +17,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.engine.model_traits import unwrap
+from mates_hf.engine.preserve import undisturbed
+from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.evaluation.contamination import check_contamination
 from mates_hf.evaluation.evaluator import Evaluator
-from mates_hf.model_traits import unwrap
-from mates_hf.preserve import undisturbed
-from mates_hf.processes import ALONE, Processes
 from mates_hf.records import STATE_KEY
 
 logger = logging.getLogger(__name__)

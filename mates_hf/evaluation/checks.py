@@ -15,7 +15,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from mates_hf.data.harness import name_of
-from mates_hf.records import EvaluationError
+from mates_hf.errors import EvaluationError
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mates_hf.model_traits import is_out_of_memory, logits_of, require_known_tokens, unwrap
-from mates_hf.processes import ALONE, Processes
-from mates_hf.records import EvaluationError
+from mates_hf.engine.model_traits import is_out_of_memory, logits_of, require_known_tokens, unwrap
+from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.errors import EvaluationError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

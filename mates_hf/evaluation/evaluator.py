@@ -22,6 +22,10 @@ import numpy as np
 from torch import nn
 
 from mates_hf.data.harness import OTHER_SEED, as_lm_eval_seeds, random_streams, spec_of, task_manager
+from mates_hf.engine.model_traits import unwrap
+from mates_hf.engine.preserve import undisturbed
+from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation.checks import (
     check_labels,
     check_requests,
@@ -32,10 +36,6 @@ from mates_hf.evaluation.checks import (
     warn_of_redraws,
 )
 from mates_hf.evaluation.continuations import Continuations, answer, assist, longest
-from mates_hf.model_traits import unwrap
-from mates_hf.preserve import undisturbed
-from mates_hf.processes import ALONE, Processes
-from mates_hf.records import EvaluationError
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import EvaluationError
+from mates_hf.errors import EvaluationError
 
 Result = tuple[
     float, bool

@@ -18,10 +18,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 
+from mates_hf.engine.model_traits import context_length
+from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation.continuations import Continuations, answer
-from mates_hf.model_traits import context_length
-from mates_hf.processes import ALONE, Processes
-from mates_hf.records import EvaluationError
 
 _CONFIGURED = ("n_positions", "max_position_embeddings", "n_ctx")  # where lm-eval looks, in its order
 _UNSET = int(1e30)  # a tokenizer's longest input where it knows none

@@ -1,7 +1,7 @@
-"""How much a candidate helps: measured on a few by a probe, then predicted for all by a data influence model.
+"""Measured: what training on a candidate does to the reference loss. Read `probe.py` first.
 
-Measured: `probe` (what a probe is), `directional` and `one_step` (the two), `preconditioner` with its `*_step` modules
-(how the optimizer would use a gradient), `losses` (running the live model), `flops` (what that costs). Predicted:
-`ngram` with `additive`, `tables` and `kernels`; `encoder` with `folding` and `fine_tune`; `hidden_states`; the last
-two with `pooling` and `ridge`. `fit` judges all of them, `artifacts` saves them, `scoring` runs them over datasets.
+`probe_directional` and `probe_one_step` are the two probes. `passes` runs the live model and gives one loss a row;
+`reading`, with `compared_rows`, finds how the run's own loss follows from a row. `difference`, `gradient_sum`,
+`usual_batches` and `reference_path`, with `path_length`, are the parts of the directional probe. `preconditioner`
+says how the run's optimizer would use a gradient, and opens the room `optimizer/`. `shards` keep what was measured.
 """

@@ -18,8 +18,8 @@ from mates_hf.data.batches import IGNORED, Reading
 from mates_hf.data.collated import collate, drew_random
 from mates_hf.data.columns import fixed_positions
 from mates_hf.data.pool import CandidatePool
-from mates_hf.model_traits import accepts
-from mates_hf.records import InfluenceError
+from mates_hf.engine.model_traits import accepts
+from mates_hf.errors import InfluenceError
 
 NUM_LOOKED_AT = 64
 _TEXT_KEYS = ("input_ids", "labels", "attention_mask", "shift_labels")

@@ -22,11 +22,11 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from mates_hf.data.batches import Candidates
-from mates_hf.influence.flops import NUM_EPSILON_CANDIDATES
-from mates_hf.influence.parameter_step import add_up, sum_of_squares
-from mates_hf.model_traits import is_low_precision, unwrap
-from mates_hf.preserve import local_shard, preserved
-from mates_hf.processes import ALONE, Processes
+from mates_hf.engine.model_traits import is_low_precision, unwrap
+from mates_hf.engine.preserve import local_shard, preserved
+from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.flops import NUM_EPSILON_CANDIDATES
+from mates_hf.influence.preconditioner import add_up, sum_of_squares
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from mates_hf.data.batches import Candidates
-from mates_hf.influence import losses as passes
-from mates_hf.influence.losses import LossFunction
-from mates_hf.processes import Processes
+from mates_hf.engine.processes import Processes
+from mates_hf.influence import passes as passes
+from mates_hf.influence.passes import LossFunction
 
 
 class _MemoryRanOutError(Exception):

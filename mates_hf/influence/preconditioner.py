@@ -18,12 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mates_hf.influence import adaptive_state, factored_step
-from mates_hf.influence.muon_step import MuonStep
-from mates_hf.influence.parameter_step import ParameterStep as ParameterStep
-from mates_hf.influence.sgd_step import SgdStep
-from mates_hf.preserve import optimizer_parts
-from mates_hf.records import MatesError
+from mates_hf.engine.preserve import optimizer_parts
+from mates_hf.errors import MatesError
+from mates_hf.influence.optimizer import adaptive_state, factored_step
+from mates_hf.influence.optimizer.muon_step import MuonStep
+from mates_hf.influence.optimizer.parameter_step import ParameterStep as ParameterStep
+from mates_hf.influence.optimizer.parameter_step import add_up as add_up
+from mates_hf.influence.optimizer.parameter_step import sum_of_squares as sum_of_squares
+from mates_hf.influence.optimizer.sgd_step import SgdStep
 
 # `make(parameter, state, group, lr)`: the parameter's next step; None where no step has been taken with it.
 _MakeStep = Callable[[nn.Parameter, Mapping[str, Any], Mapping[str, Any], float], ParameterStep | None]

@@ -6,6 +6,8 @@ passed to `MatesCallback(probe=...)`.
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import nn
@@ -15,12 +17,42 @@ from mates_hf.data.feeds import TextRows
 from mates_hf.data.pool import CandidatePool, open_candidates
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import InfluenceError, UnsupportedSettingError
 from mates_hf.influence.reading import find_reading
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, counted_tokens
-from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, RunSettings, UnsupportedSettingError
+from mates_hf.records import InfluenceLabels, IntArray
 
 Self = TypeVar("Self", bound="Probe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a probe must know of the run that only the training loop can tell it.
+
+    Attributes:
+        learning_rates: one a parameter group, of the step to come; None reads the optimizer's own.
+        max_grad_norm: clipping threshold of the run; None or 0 is off.
+        batch_rows: rows in one optimizer step, over all devices and accumulation.
+        rate_steps: the optimizer steps of the coming round, counted in steps at `learning_rates`: the sum of the
+            learning rates scheduled for them over the present ones; None where no round is known.
+        tokens_per_batch: padded tokens in one forward pass of a probe.
+        seed: for whatever a probe draws.
+        progress: show a progress bar.
+        processes: those that train the model together and measure at the same time; None is one process.
+        shards_dir: where a probe keeps what it has measured so far; None keeps nothing.
+    """
+
+    learning_rates: tuple[float, ...] | None = None
+    max_grad_norm: float | None = None
+    batch_rows: int = 1
+    rate_steps: float | None = None
+    tokens_per_batch: int = 8192
+    seed: int = 0
+    progress: bool = False
+    processes: Processes | None = None
+    shards_dir: Path | None = None
 
 
 class Probe(Protocol):

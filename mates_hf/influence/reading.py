@@ -24,12 +24,13 @@ from torch import nn
 from mates_hf.data.batches import IGNORED, Feed, Likelihood, Reading
 from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
+from mates_hf.engine.model_traits import input_device, is_low_precision
+from mates_hf.engine.preserve import local_shard, preserved, undisturbed
+from mates_hf.errors import InfluenceError, UnsupportedSettingError
 from mates_hf.influence.compared_rows import ComparedRows
-from mates_hf.influence.losses import likelihood, likelihood_of, logits_of_batch, needs_labels, token_losses
+from mates_hf.influence.passes import likelihood, likelihood_of, logits_of_batch, needs_labels, token_losses
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
-from mates_hf.model_traits import input_device, is_low_precision
-from mates_hf.preserve import local_shard, preserved, undisturbed
-from mates_hf.records import InfluenceError, IntArray, UnsupportedSettingError
+from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mates_hf.engine.preserve import local_shard, optimizer_parts
 from mates_hf.influence.preconditioner import stepped_alone
-from mates_hf.preserve import local_shard, optimizer_parts
 
 _MAX_PIECE = 2**22  # elements; of a small model a 64th, so that what a piece needs is small beside the model
 _MIN_PIECE = 2**12

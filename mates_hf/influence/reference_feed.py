@@ -22,12 +22,12 @@ from mates_hf.data.feeds import CollatedRows, StackedColumns, TextRows
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.losses import likelihood
+from mates_hf.engine.model_traits import input_device, is_low_precision
+from mates_hf.engine.preserve import undisturbed
+from mates_hf.errors import UnsupportedSettingError
+from mates_hf.influence.passes import likelihood
 from mates_hf.influence.reading import CANNOT_RUN, WAY_OUT
 from mates_hf.influence.run_loss import model_loss
-from mates_hf.model_traits import input_device, is_low_precision
-from mates_hf.preserve import undisturbed
-from mates_hf.records import UnsupportedSettingError
 
 
 def fed_reference(

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.batches import Candidates
+from mates_hf.engine.preserve import Snapshot, local_shard
+from mates_hf.flops import checked_passages, num_path_points
 from mates_hf.influence.difference import Direction, FloatArray, joint_norm, norm_of, row_means
-from mates_hf.influence.flops import checked_passages, num_path_points
-from mates_hf.influence.parameter_step import ParameterStep, sum_of_squares
-from mates_hf.preserve import Snapshot, local_shard
+from mates_hf.influence.preconditioner import ParameterStep, sum_of_squares
 from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mates_hf.data.batches import LossFunction
-from mates_hf.model_traits import accepts, named_output, takes_labels
+from mates_hf.engine.model_traits import accepts, named_output, takes_labels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.batches import Candidates
-from mates_hf.disk import make_directory, write_array, write_json
+from mates_hf.disk import make_directory, read_array, read_json, write_array, write_json
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import MatesError
 from mates_hf.influence.difference import Direction, EpsilonChoice, FloatArray
-from mates_hf.processes import Processes
-from mates_hf.records import IntArray, MatesError, read_array, read_json
+from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
 

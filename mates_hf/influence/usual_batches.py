@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.batches import Candidates
+from mates_hf.engine.preserve import local_shard
+from mates_hf.flops import NUM_SECOND_MOMENT_BATCHES
 from mates_hf.influence.difference import norm_of
-from mates_hf.influence.flops import NUM_SECOND_MOMENT_BATCHES
-from mates_hf.influence.parameter_step import ParameterStep, sum_of_squares
-from mates_hf.preserve import local_shard
+from mates_hf.influence.preconditioner import ParameterStep, sum_of_squares
 
 
 class UsualBatches:

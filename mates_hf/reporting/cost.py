@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mates_hf.influence.flops import forward_flops
+from mates_hf.disk import COPY_AGAIN, read_json
+from mates_hf.errors import MatesError
+from mates_hf.flops import forward_flops
 from mates_hf.paths import expand_path
-from mates_hf.records import COPY_AGAIN, MatesError, read_json
 from mates_hf.round_files import ROUND_FILE, find_rounds
 
 STATE_FILE = "trainer_state.json"
@@ -37,7 +38,7 @@ class StageCost:
 
     Attributes:
         seconds: wall-clock.
-        flops: by the rule of `mates_hf.influence.flops`.
+        flops: by the rule of `mates_hf.flops`.
         share_of_seconds: Share of the run's wall-clock.
         share_of_training_flops: relative to the FLOPs of training, which are 1.
         complete: False where a part was not recorded and the FLOPs are a lower bound.

@@ -1,7 +1,7 @@
 """What selection would cost a run, predicted before it starts: FLOPs, and shares of its wall-clock.
 
 Place in the flow: before a run; it needs the run's size and its `MatesConfig`, neither torch nor data. The formulas
-are those that rounds record with (`mates_hf.influence.flops`); a test holds them against a run.
+are those that rounds record with (`mates_hf.flops`); a test holds them against a run.
 
 Trade-off: one number a stage from the rule of 2 and 6 FLOPs a parameter and token, so attention scores are left out on
 both sides of every share. Wall-clock needs speeds, which are the caller's assumption. Rounds that a drift check starts
@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Literal
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, SENTINEL_SHARE, MatesConfig
-from mates_hf.influence.flops import (
+from mates_hf.flops import (
     NGRAM_FIT_FLOPS,
     NGRAM_SCORE_FLOPS,
     NUM_SECOND_MOMENT_BATCHES,

@@ -10,9 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mates_hf.display import interval
-from mates_hf.round_files import RoundRecord
-from mates_hf.summaries import decision_text, mean_of_selected, round_facts, round_seconds, round_title, spread
+from mates_hf.display import interval, spread
+from mates_hf.round_record import RoundRecord, decision_text, mean_of_selected, round_facts, round_seconds, round_title
 
 
 def round_line(info: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mates_hf.display import interval, number
-from mates_hf.influence.artifacts import model_digest
+from mates_hf.prediction.artifacts import model_digest
 from mates_hf.records import FitReport
 
 logger = logging.getLogger(__name__)

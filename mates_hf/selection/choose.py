@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import InfluenceError, InfluenceLabels, IntArray
+from mates_hf.errors import InfluenceError
+from mates_hf.records import InfluenceLabels, IntArray
 
 BLOCK = 1 << 20  # candidates handled at once; also the noise's unit, so changing it changes every noisy selection
 NOISE, TIES, UNIFORM = 0x6E6F, 0x7469, 0x756E  # keep the streams of one seed apart; never 0, which seeds like no word

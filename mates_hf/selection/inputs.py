@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.text_columns import check_chat_template, field_path, is_conversation, type_at
-from mates_hf.influence.scoring import Scorer, find_column
+from mates_hf.errors import UnsupportedSettingError
 from mates_hf.paths import expand_path
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.prediction.score import Scorer, find_column
 
 NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
 _ALL_ROWS = "The selector scores in batches; for few large ones take a large number."

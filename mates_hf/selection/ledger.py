@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import InfluenceLabels, IntArray, MatesError
+from mates_hf.errors import MatesError
+from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.selection.choose import nth_true
 from mates_hf.selection.plan import num_candidates
 

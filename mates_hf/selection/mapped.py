@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.columns import fixed_positions, physical_rows
-from mates_hf.influence.kernels import num_threads
-from mates_hf.influence.scoring import Predictions, Scorer
-from mates_hf.records import MatesError, read_array, write_array
+from mates_hf.disk import read_array, write_array
+from mates_hf.errors import MatesError
+from mates_hf.prediction.score import Predictions, Scorer
+from mates_hf.prediction.threads import num_threads
 from mates_hf.selection.inputs import names_of, refuse_unknown
 from mates_hf.selection.streaming import INFLUENCE_COLUMN
 

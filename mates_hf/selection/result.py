@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.display import card, html_card, number
-from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.records import IntArray
 from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked, row_worth
 

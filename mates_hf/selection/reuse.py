@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.columns import physical_rows
-from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.selection.mapped import AHEAD_ROWS, SHARD_ROWS, scores_key
 from mates_hf.selection.streaming import INFLUENCE_COLUMN
 

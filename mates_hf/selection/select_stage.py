@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import FloatArray, InfluenceError, InfluenceLabels, IntArray
+from mates_hf.errors import InfluenceError
+from mates_hf.records import FloatArray, InfluenceLabels, IntArray
 from mates_hf.selection.choose import Seed, check_temperature, largest, noisy, nth_true, row_worth, stage_seed
 from mates_hf.selection.copies import Hashes, find_copies
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelHubMixin
 
+from mates_hf.data.arguments import check_influence_model
 from mates_hf.display import card, html_card
-from mates_hf.influence.arguments import check_influence_model
-from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.records import FitReport
 from mates_hf.selection.card import TAGS, selector_facts, write_card
 from mates_hf.selection.inputs import (

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.display import card, html_card, number
-from mates_hf.influence.scoring import Predictions, Scorer
+from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.selection.inputs import names_of, unformatted
 from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
-from mates_hf.disk import unless_disk_fails
+from mates_hf.disk import read_json, unless_disk_fails, write_json
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.records import FloatArray, InfluenceLabels, read_json, write_json
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.records import FloatArray, InfluenceLabels
 from mates_hf.selection.choose import stage_seed
 from mates_hf.training.measure import measure_audit
 from mates_hf.training.run import Run

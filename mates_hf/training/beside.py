@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from mates_hf.processes import ProcessError
+from mates_hf.engine.processes import ProcessError
 from mates_hf.training.run import Order, Run
 from mates_hf.training.scoring import help_to_score
 

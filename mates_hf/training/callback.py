@@ -18,23 +18,25 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mates_hf.config import MatesConfig
+from mates_hf.data.arguments import check_influence_model, check_probe
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.display import card
-from mates_hf.influence.arguments import check_influence_model, check_probe
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.flops import PATH_STEPS
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.engine.model_traits import context_length, unwrap, vocabulary_size
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import MatesError, UnsupportedSettingError
+from mates_hf.flops import PATH_STEPS
 from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
-from mates_hf.influence.probe import Probe, read_given
+from mates_hf.influence.probe import Probe, RunSettings, read_given
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.influence.reference_feed import fed_reference
-from mates_hf.model_traits import context_length, unwrap, vocabulary_size
-from mates_hf.processes import Processes
-from mates_hf.records import STATE_KEY, MatesError, RunSettings, UnsupportedSettingError
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.records import STATE_KEY
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
+from mates_hf.training.checkpoints import num_random_states
 from mates_hf.training.checks import (
     check_pool,
     check_run,
@@ -194,6 +196,8 @@ class MatesCallback(TrainerCallback):
             saved=saved,
         )
         self._restore_sampler = install(dataloader, sampler)
+        written = num_random_states(args.world_size, args.save_on_each_node)
+        self._session.state["num_random_states"] = written
         state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
         processes.meet()  # none trains while another one may still be refusing

@@ -20,11 +20,11 @@ from torch.utils.data import IterableDataset
 from mates_hf.config import MatesConfig
 from mates_hf.data.collated import TRL_WITHOUT_PACKING, forked_rng, name_of, read_row
 from mates_hf.data.pool import CandidatePool
-from mates_hf.influence.losses import ProbeMemoryError
-from mates_hf.model_traits import vocabulary_size
+from mates_hf.engine.model_traits import vocabulary_size
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import UnsupportedSettingError
+from mates_hf.influence.passes import ProbeMemoryError
 from mates_hf.paths import expand_path
-from mates_hf.processes import Processes
-from mates_hf.records import UnsupportedSettingError
 from mates_hf.training.own_order import find_sampler
 from mates_hf.training.parallel import parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

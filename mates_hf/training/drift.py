@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from mates_hf.config import NUM_SENTINELS
+from mates_hf.disk import read_json, write_json
+from mates_hf.errors import InfluenceError
 from mates_hf.evaluation.agreement import rank_correlation
-from mates_hf.records import InfluenceError, InfluenceLabels, read_json, write_json
+from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import stage_seed
 from mates_hf.training.measure import measure_sentinel
 from mates_hf.training.run import Run

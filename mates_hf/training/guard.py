@@ -22,8 +22,9 @@ import dataclasses
 import logging
 from typing import Any
 
-from mates_hf.influence.fit import times_needed
-from mates_hf.records import FitReport, WeakSignalError
+from mates_hf.errors import WeakSignalError
+from mates_hf.prediction.judge import times_needed
+from mates_hf.records import FitReport
 from mates_hf.training.run import InfluenceModel, Run
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mates_hf.disk import sync_directory
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
 
 logger = logging.getLogger(__name__)
 

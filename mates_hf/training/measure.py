@@ -24,13 +24,14 @@ import numpy.typing as npt
 import torch
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import ProbeMemoryError
-from mates_hf.influence.one_step import OneStepProbe
-from mates_hf.model_traits import is_out_of_memory, is_sharded
-from mates_hf.processes import ProcessError, Processes
-from mates_hf.records import InfluenceError, InfluenceLabels, IntArray, UnrankableError
-from mates_hf.training.digest import weights_digest
+from mates_hf.engine.digest import weights_digest
+from mates_hf.engine.model_traits import is_out_of_memory, is_sharded
+from mates_hf.engine.processes import ProcessError, Processes
+from mates_hf.errors import InfluenceError, UnrankableError
+from mates_hf.influence.passes import ProbeMemoryError
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
+from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.training.run import Run
 
 _MEETING_SECONDS = 8.0  # in which all come to a meeting, or sit in a collective of the model's own
@@ -125,7 +126,8 @@ def _labels(run: Run, ids: IntArray, shards_dir: Path | None) -> InfluenceLabels
     except UnrankableError as error:
         if error.labels is None:
             raise
-        return error.labels  # the round sees that they rank nothing, and stays in the own order
+        labels: InfluenceLabels = error.labels
+        return labels  # the round sees that they rank nothing, and stays in the own order
 
 
 class _OtherFailedError(Exception):

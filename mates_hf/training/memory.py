@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import DEFAULT_TOKENS_PER_BATCH, ProbeMemoryError
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.engine.averaging import trainable_parameters
+from mates_hf.engine.model_traits import is_low_precision, is_sharded, vocabulary_size
+from mates_hf.engine.pieces import MAX_PIECE, mean_dtype
+from mates_hf.engine.preserve import local_shard, optimizer_parts
+from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH, ProbeMemoryError
 from mates_hf.influence.preconditioner import stepped_alone
-from mates_hf.model_traits import is_low_precision, is_sharded, vocabulary_size
-from mates_hf.preserve import local_shard, optimizer_parts
-from mates_hf.training.averaging import trainable_parameters
-from mates_hf.training.pieces import MAX_PIECE, mean_dtype
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training.run import Run
 
 logger = logging.getLogger(__name__)

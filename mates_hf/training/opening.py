@@ -22,8 +22,8 @@ from typing import Any
 from mates_hf.config import MatesConfig
 from mates_hf.data.columns import fixed_positions
 from mates_hf.disk import make_directory, written_whole
+from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
-from mates_hf.records import MatesError
 from mates_hf.selection.plan import RunPlan, num_candidates
 from mates_hf.training.lock import RoundsLock
 from mates_hf.training.rounds_on_disk import newest_checkpoint, set_earlier_run_aside

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mates_hf.engine.preserve import remember
+from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
-from mates_hf.preserve import remember
-from mates_hf.records import UnsupportedSettingError
 
 
 class OwnLoss:

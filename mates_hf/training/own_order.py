@@ -24,8 +24,8 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler, RandomSampler
 
-from mates_hf.processes import Processes
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import UnsupportedSettingError
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import InfluenceLabels, IntArray, MatesError, UnrankableError, sha256_of
+from mates_hf.disk import sha256_of
+from mates_hf.errors import MatesError, UnrankableError
+from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.round_files import (
     CHECKSUMS_FILE,
     KEY_FILE,

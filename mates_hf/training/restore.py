@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mates_hf.records import MatesError, read_array
+from mates_hf.disk import read_array
+from mates_hf.errors import MatesError
 from mates_hf.round_files import PROBES_FILE, read_labels, round_path
 from mates_hf.selection.ledger import Ledger, probed_rows
 from mates_hf.training import rounds_on_disk

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import STATE_KEY, MatesError, RoundMismatchError
-from mates_hf.training.digest import MARK, weight_marks
+from mates_hf.engine.digest import MARK, weight_marks
+from mates_hf.errors import MatesError, RoundMismatchError
+from mates_hf.records import STATE_KEY
 
 logger = logging.getLogger(__name__)
 

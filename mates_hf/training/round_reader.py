@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import MatesError, read_array, read_json
+from mates_hf.disk import read_array, read_json
+from mates_hf.errors import MatesError
 
 
 class WrongError(Exception):

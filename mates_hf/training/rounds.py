@@ -25,15 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.disk import replace_path, sync_tree
+from mates_hf.disk import replace_path, sync_tree, write_array, write_json
+from mates_hf.errors import UnrankableError
 from mates_hf.influence.probe import count_multiplied_parameters
-from mates_hf.records import (
-    InfluenceLabels,
-    IntArray,
-    UnrankableError,
-    write_array,
-    write_json,
-)
+from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.reporting.lines import round_line
 from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path, write_labels
 from mates_hf.round_writer import RoundWriter

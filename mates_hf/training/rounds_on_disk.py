@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mates_hf.disk import replace_path
-from mates_hf.records import STATE_KEY, MatesError, read_json
+from mates_hf.disk import read_json, replace_path
+from mates_hf.errors import MatesError
+from mates_hf.records import STATE_KEY
 from mates_hf.round_files import ROUND_FILE, round_path
 from mates_hf.round_writer import is_set_aside, is_whole, set_aside
 from mates_hf.training.checkpoints import last_complete_checkpoint

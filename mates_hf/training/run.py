@@ -24,22 +24,12 @@ from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.token_overlap import TokenNgramIndex
-from mates_hf.disk import unless_disk_fails
-from mates_hf.influence.probe import Probe, count_parameters
-from mates_hf.model_traits import hub_name
-from mates_hf.processes import ALONE, Processes
-from mates_hf.records import (
-    COPY_AGAIN,
-    FitReport,
-    FloatArray,
-    InfluenceLabels,
-    IntArray,
-    MatesError,
-    RunSettings,
-    read_array,
-    read_json,
-    write_json,
-)
+from mates_hf.disk import COPY_AGAIN, read_array, read_json, unless_disk_fails, write_json
+from mates_hf.engine.model_traits import hub_name
+from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.errors import MatesError
+from mates_hf.influence.probe import Probe, RunSettings, count_parameters
+from mates_hf.records import FitReport, FloatArray, InfluenceLabels, IntArray
 from mates_hf.round_files import ROUND_FILE
 from mates_hf.selection.ledger import Ledger
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler
 
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
 from mates_hf.training.clock import RowClock
 from mates_hf.training.own_order import OrderHash, Rows, draw_pass
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.records import FloatArray, IntArray, read_array, write_array
+from mates_hf.disk import read_array, write_array
+from mates_hf.records import FloatArray, IntArray
 from mates_hf.selection.copies import Hashes
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.run import InfluenceModel, Run

@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.engine.digest import weight_marks
 from mates_hf.influence.path_length import rate_steps
 from mates_hf.reporting.metrics import round_metrics
 from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import resume, rounds_on_disk
-from mates_hf.training.averaging import WeightAverage
 from mates_hf.training.beside import Beside, CheckpointState, await_order, due_step, share_order
 from mates_hf.training.clock import RowClock
-from mates_hf.training.digest import weight_marks
 from mates_hf.training.drift import check_drift
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release

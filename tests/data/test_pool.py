@@ -26,7 +26,7 @@ from transformers import (
 from mates_hf.data.collated import stack_rows
 from mates_hf.data.pool import CandidatePool, read_candidates, rows_of
 from mates_hf.data.rows import TokenRows
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.errors import UnsupportedSettingError
 
 EOS = 1
 NUM_ROWS = 90

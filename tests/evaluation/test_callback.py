@@ -18,8 +18,8 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from mates_hf import MatesCallback, ReferenceTask
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation import Evaluator, LmEvalCallback
-from mates_hf.records import EvaluationError
 from tests.evaluation.kit import LENGTH, make_model, make_pool, make_tokenizer, text, write_local
 from tests.training.kit import Stop, make_arguments, small_config
 

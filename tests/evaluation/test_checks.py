@@ -12,9 +12,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation import Evaluator, LmEvalCallback
 from mates_hf.evaluation.checks import check_task
-from mates_hf.records import EvaluationError
 from tests.evaluation.kit import END, make_model, make_tokenizer
 
 SPECIALS = [("<end>", END), ("<begin>", 257), ("<sep>", 258)]

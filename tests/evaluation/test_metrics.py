@@ -19,7 +19,7 @@ from scipy import stats
 
 from mates_hf.evaluation.agreement import calibration_bins, num_best, rank_correlation, top_precision
 from mates_hf.evaluation.metrics import metrics_dir
-from mates_hf.influence.fit import fit_report
+from mates_hf.prediction.judge import fit_report
 
 ROUNDING = 1e-9
 MODULES = ("influence_calibration", "influence_spearman", "influence_top_precision")

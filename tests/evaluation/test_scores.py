@@ -16,9 +16,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from mates_hf.data.harness import task_manager
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation import Evaluator
 from mates_hf.evaluation.continuations import Continuations, log_likelihoods
-from mates_hf.records import EvaluationError
 from tests.evaluation.kit import NINE, make_model, make_tokenizer, write_local
 
 SAME_SUM = 1e-9  # of float64 log-likelihoods, summed in another order

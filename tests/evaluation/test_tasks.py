@@ -24,9 +24,9 @@ from lm_eval.tasks.logiqa import utils_logiqa
 
 from mates_hf.data.harness import TASKS_DIR, task_manager
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.errors import EvaluationError
 from mates_hf.evaluation import Evaluator, benchmarks, item_metrics
 from mates_hf.evaluation.local_files import load
-from mates_hf.records import EvaluationError
 from tests.evaluation.kit import (
     NINE,
     local_rows,

@@ -20,9 +20,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.muon_step import orthogonalise, orthogonalise_change
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.engine.preserve import preserved
+from mates_hf.influence.optimizer.muon_step import orthogonalise, orthogonalise_change
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
     UnsupportedOptimizerError,
@@ -30,10 +29,11 @@ from mates_hf.influence.preconditioner import (
     require_known,
     require_steps,
 )
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.influence.real_step import RealStep
-from mates_hf.preserve import preserved
+from tests.engine.test_preserve import assert_same, everything
 from tests.influence.test_probes import chain_rows, join, random_rows, task, train_on_four_kinds
-from tests.test_preserve import assert_same, everything
 
 DIRECTIONAL, ONE_STEP, REFUSED = "directional", "one step", "refused"
 CURVATURE = 1e-5  # of central differences of real steps, relative; the perturbation is 1e-5 of a usual gradient
@@ -566,7 +566,7 @@ def test_the_whole_derivative_of_muon_ranks_better_than_the_frozen_one(
     oracle = OneStepProbe(learning_rates=(2e-3, 0.0)).measure(model, optimizer, reference, candidates).influence
     probe = DirectionalProbe(learning_rates=(2e-3, 0.0))
     whole = probe.measure(model, optimizer, reference, candidates).influence
-    monkeypatch.setattr("mates_hf.influence.muon_step.orthogonalise_change", frozen_change)
+    monkeypatch.setattr("mates_hf.influence.optimizer.muon_step.orthogonalise_change", frozen_change)
     frozen = probe.measure(model, optimizer, reference, candidates).influence
     assert spearmanr(whole, oracle).statistic > spearmanr(frozen, oracle).statistic + 0.02
 

@@ -17,14 +17,15 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence import gradient_sum, parameter_step, reference_path
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import mean_loss_gradient
+from mates_hf.influence import gradient_sum, reference_path
+from mates_hf.influence.optimizer import parameter_step
+from mates_hf.influence.passes import mean_loss_gradient
 from mates_hf.influence.path_length import MAX_STEPS, rate_steps, steps_per_stride
 from mates_hf.influence.preconditioner import parameter_steps, rarely_reached_parameters
+from mates_hf.influence.probe import RunSettings
+from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.reference_path import MAX_RISE, shares_of_path
 from mates_hf.influence.usual_batches import UsualBatches
-from mates_hf.records import RunSettings
 from tests.influence.test_optimizers import hf_adafactor
 from tests.influence.test_probes import chain_rows, join, task
 
@@ -144,7 +145,7 @@ def test_a_direction_that_raises_the_loss_is_told(
 
     DirectionalProbe(path_steps=2).compute_direction(model, optimizer, reference)
     assert "must fall along the direction" not in caplog.text
-    monkeypatch.setattr("mates_hf.influence.directional.add_gradient_of_sum", reversed_gradient)
+    monkeypatch.setattr("mates_hf.influence.probe_directional.add_gradient_of_sum", reversed_gradient)
     found = DirectionalProbe(path_steps=2, path_rate=0.01).compute_direction(model, optimizer, reference)
     assert found.path_check is not None
     assert found.path_check[1] > found.path_check[0]
@@ -361,7 +362,7 @@ def test_only_tables_heads_and_experts_have_rows_that_batches_leave_out(
     calls: list[int] = []
     rarely = parameter_step.rarely_reached
     monkeypatch.setattr(
-        "mates_hf.influence.adaptive_step.rarely_reached", lambda *a, **k: calls.append(1) or rarely(*a, **k)
+        "mates_hf.influence.optimizer.adaptive_step.rarely_reached", lambda *a, **k: calls.append(1) or rarely(*a, **k)
     )
     DirectionalProbe(path_steps=8).compute_direction(model, optimizer, task(chain_rows(64, 9, 1)))
     assert len(calls) == 2

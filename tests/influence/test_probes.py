@@ -15,18 +15,20 @@ from torch import nn
 
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.errors import InfluenceError
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
     UnsupportedOptimizerError,
     ZeroLearningRateError,
     parameter_steps,
 )
+from mates_hf.influence.probe import RunSettings
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.influence.reference_path import parts_of_path
-from mates_hf.records import InfluenceError, InfluenceLabels, RunSettings
-from tests.influence.test_losses import gpt2
-from tests.test_preserve import assert_same, everything
+from mates_hf.records import InfluenceLabels
+from tests.engine.test_preserve import assert_same, everything
+from tests.influence.test_passes import gpt2
 
 FLOAT32 = 3e-6  # labels are float32; relative to the largest
 # Of the central difference, relative to the largest label: Llama's norm computes in float32 even in a float64 model.

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mates_hf import DirectionalProbe, OneStepProbe, ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.processes import Processes
-from mates_hf.records import MatesError
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import MatesError
 
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])

@@ -37,10 +37,10 @@ from mates_hf.data.batches import PLAIN
 from mates_hf.data.collated import forked_rng
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.losses import mean_loss_gradient, token_losses
+from mates_hf.errors import InfluenceError, UnsupportedSettingError
+from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.reading import find_reading
 from mates_hf.influence.run_loss import RunLoss
-from mates_hf.records import InfluenceError, UnsupportedSettingError
 
 ROUNDING = 1e-5
 CURVATURE = 1e-3  # labels' losses are means of those at θ + ε u and θ − ε u

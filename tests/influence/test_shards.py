@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mates_hf.engine.processes import ALONE
 from mates_hf.influence import shards as module
 from mates_hf.influence.difference import Direction, EpsilonChoice
 from mates_hf.influence.shards import SHARDS_FILE, Shards
-from mates_hf.processes import ALONE
 
 U = Direction(by_parameter={}, step_size=1.0, norm=3.0, parameter_norm=1.0, reference_loss=2.0, flops=0.0)
 CHOICE = EpsilonChoice(epsilon=1e-3, agreement=0.999, num_rows=4, num_tokens=44)

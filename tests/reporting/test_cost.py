@@ -26,15 +26,17 @@ from transformers import (
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.disk import write_json
+from mates_hf.errors import MatesError
 from mates_hf.evaluation.evaluator import Evaluator
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.encoder import EncoderInfluenceModel
-from mates_hf.influence.flops import NGRAM_FIT_FLOPS, forward_flops, gradient_flops, one_step_flops
-from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.flops import NGRAM_FIT_FLOPS, forward_flops, gradient_flops, one_step_flops
 from mates_hf.influence.probe import count_multiplied_parameters, count_parameters
-from mates_hf.records import FitReport, InfluenceLabels, MatesError, write_json
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
+from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.reporting.cost import RunCost, StageCost, run_cost
 from mates_hf.reporting.forecast import Encoder, RunSize, predict_cost
 from mates_hf.selection.plan import RunPlan, num_candidates

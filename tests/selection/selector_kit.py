@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 
 VOCAB = 64

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mates_hf.records import InfluenceError, InfluenceLabels
+from mates_hf.errors import InfluenceError
+from mates_hf.records import InfluenceLabels
 from mates_hf.selection import choose
 from mates_hf.selection.choose import gumbel_top_k, row_worth, top_k, uniform
 from mates_hf.selection.select_stage import select_rows

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from mates_hf.influence.encoder import EncoderInfluenceModel
-from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
+from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
 from mates_hf.selection.selector import MatesSelector
-from tests.influence.test_encoder import make_labels, make_rows
+from tests.prediction.test_encoder import make_labels, make_rows
 from tests.training.test_influence_models import make_encoder
 
 CLOSE = 1e-2  # of the predictions' standard deviation: passes hold other rows, in bf16 where the processor has it

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 
-from mates_hf.influence.artifacts import model_digest
+from mates_hf.prediction.artifacts import model_digest
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import DigestedMeanId, MeanId, NoDigest, fit_model, make_lists, with_template
 

@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.influence.scoring import Predictions
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.prediction.score import Predictions
 from mates_hf.selection.choose import row_worth
 from mates_hf.selection.result import SPAN_TARGETS, Budget, Selection, keep_rows, temperature_unit
 from mates_hf.selection.selector import MatesSelector

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from mates_hf.data.columns import fixed_positions
-from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import Counted, CountedMean, MeanId, fit_model, make_lists, with_template
 

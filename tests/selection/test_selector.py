@@ -17,8 +17,8 @@ import pytest
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.records import MatesError, UnsupportedSettingError
+from mates_hf.errors import MatesError, UnsupportedSettingError
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import BAD, GOOD, MeanId, fit_model, in_child, make_lists, truth
 

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler, SequentialSampler, SubsetRandomSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
 from tests.training.kit import Stop
 from tests.training.settings import Setup, mates, pad, ragged_pool
 from tests.training.worker import shard_with_fsdp2

@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from mates_hf import MatesCallback, load_round
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.errors import UnsupportedSettingError
 from tests.training.kit import (
     DIGITS,
     Result,

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mates_hf import MatesCallback, load_round
-from mates_hf.influence.one_step import OneStepProbe
-from mates_hf.processes import Processes
+from mates_hf.engine.processes import Processes
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training import measure
 from tests.training.kit import make_arguments, make_pool, make_reference, run, small_config
 
@@ -51,7 +51,7 @@ def test_an_audit_leaves_the_state_of_the_optimizer_alone(tmp_path: Path, monkey
         found.append(True)
         raise AssertionError("the optimizer's state was copied")
 
-    monkeypatch.setattr("mates_hf.preserve._remember_optimizer", refuse)
+    monkeypatch.setattr("mates_hf.engine.preserve._remember_optimizer", refuse)
     run(make_arguments(tmp_path, max_steps=10), [MatesCallback(make_reference(), small_config())], make_pool())
     fidelity = load_round(tmp_path / "_mates" / "round-0001").info["fidelity"]
     assert not found

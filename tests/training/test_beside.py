@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 
 from mates_hf import DirectionalProbe, MatesCallback, NgramInfluenceModel, load_round
 from mates_hf.data.pool import CandidatePool
-from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
+from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
 from mates_hf.training import rounds, scoring
 from mates_hf.training.beside import Beside, CheckpointState, may_run_beside
 from tests.training.kit import Stop, assert_same, make_arguments, make_pool, make_reference, run, small_config

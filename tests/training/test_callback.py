@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from mates_hf import MatesCallback, load_round
 from mates_hf.config import MatesConfig
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.records import MatesError, RoundMismatchError, UnsupportedSettingError
+from mates_hf.errors import MatesError, RoundMismatchError, UnsupportedSettingError
+from mates_hf.influence.probe_directional import DirectionalProbe
 from tests.training.kit import (
     LENGTH,
     VOCAB,

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from mates_hf.data.pool import CandidatePool
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.one_step import OneStepProbe
-from mates_hf.model_traits import unwrap
-from mates_hf.preserve import undisturbed
-from mates_hf.training.averaging import WeightAverage
-from mates_hf.training.digest import weight_marks, weights_digest
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.engine.digest import weight_marks, weights_digest
+from mates_hf.engine.model_traits import unwrap
+from mates_hf.engine.preserve import undisturbed
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from tests.training.kit import make_model, make_pool, make_reference
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6 cannot")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mates_hf import MatesCallback, load_round
-from mates_hf.records import InfluenceError
+from mates_hf.errors import InfluenceError
 from mates_hf.training import drift, measure
 from tests.training.kit import Result, Stop, make_arguments, make_pool, make_reference, run, small_config
 

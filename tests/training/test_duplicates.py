@@ -17,7 +17,8 @@ from datasets import Dataset
 from mates_hf import MatesCallback, NgramInfluenceModel
 from mates_hf.config import MatesConfig
 from mates_hf.data.token_overlap import shared_rows
-from mates_hf.records import RoundMismatchError, read_json, write_json
+from mates_hf.disk import read_json, write_json
+from mates_hf.errors import RoundMismatchError
 from mates_hf.round_files import write_checksums
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.resume import config_to_resume

@@ -14,8 +14,9 @@ import torch
 from datasets import Dataset
 
 from mates_hf import DirectionalProbe, MatesCallback, NgramInfluenceModel, load_round
+from mates_hf.errors import InfluenceError, WeakSignalError
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation
-from mates_hf.records import FitReport, InfluenceError, InfluenceLabels, WeakSignalError
+from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.verify import verify_run
 from tests.training.kit import Result, make_arguments, make_pool, make_reference, run, small_config

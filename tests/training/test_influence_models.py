@@ -12,9 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from mates_hf import MatesCallback, MatesError, MatesSelector, load_round
-from mates_hf.influence.encoder import EncoderInfluenceModel
-from mates_hf.influence.hidden_states import HiddenStateInfluenceModel
-from mates_hf.model_traits import hub_name
+from mates_hf.engine.model_traits import hub_name
+from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
 from tests.training.kit import (
     VOCAB,
     Stop,

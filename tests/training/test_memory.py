@@ -14,11 +14,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from mates_hf import MatesCallback, load_round
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.losses import ProbeMemoryError
-from mates_hf.influence.one_step import OneStepProbe
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.influence.passes import ProbeMemoryError
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training import memory
-from mates_hf.training.averaging import WeightAverage
 from mates_hf.training.memory import DeviceMemory, RoundMemory, place_on_host
 from tests.training.kit import Result, make_arguments, make_model, make_pool, make_reference, run, small_config
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from mates_hf.data.batches import ModelBatch
 from mates_hf.data.pool import CandidatePool
-from mates_hf.influence.losses import likelihood_of
+from mates_hf.engine.model_traits import input_device
+from mates_hf.errors import UnsupportedSettingError
+from mates_hf.influence.passes import likelihood_of
 from mates_hf.influence.probe import read_given
-from mates_hf.model_traits import input_device
-from mates_hf.records import UnsupportedSettingError
 from tests.training.kit import VOCAB, make_pool
 
 

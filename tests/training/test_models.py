@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, default_data_collator
 
 from mates_hf import MatesCallback, load_round
-from tests.influence.test_models import FAMILIES
+from tests.prediction.test_models import FAMILIES
 from tests.training.kit import Result, Watch, assert_same, make_arguments, make_pool, make_reference, small_config
 from tests.training.settings import ORDER, proves
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from mates_hf import load_round
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
 from mates_hf.training.verify import verify_run
 from tests.training.kit import OLD_TRAINER, Stop, make_pool, run
 from tests.training.kit import make_arguments as arguments

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mates_hf.config import MatesConfig
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training.clock import RowClock

@@ -17,10 +17,10 @@ import torch
 from transformers import TrainerCallback
 
 from mates_hf import DirectionalProbe, MatesCallback, OneStepProbe, load_round
-from mates_hf.influence import directional
+from mates_hf.errors import MatesError
+from mates_hf.influence import probe_directional as directional
 from mates_hf.influence import shards as shards_module
-from mates_hf.influence.ngram import NgramInfluenceModel
-from mates_hf.records import MatesError
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from tests.training.kit import OLD_TRAINER, Result, make_arguments, make_pool, make_reference, run, small_config
 
 batch_may_change = pytest.mark.skipif(

@@ -17,7 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from mates_hf import MatesCallback, MatesConfig, load_round
-from mates_hf.records import MatesError, write_json
+from mates_hf.disk import write_json
+from mates_hf.errors import MatesError
 from mates_hf.training import rounds_on_disk
 from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
 from mates_hf.training.opening import DiskError, run_folders

@@ -22,8 +22,8 @@ from torch.utils.data import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from mates_hf.processes import Processes
-from mates_hf.records import MatesError, UnsupportedSettingError
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.training import own_order, sampler
 from mates_hf.training.clock import RowClock
 from mates_hf.training.own_order import (

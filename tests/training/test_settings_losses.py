@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from mates_hf import DirectionalProbe, OneStepProbe
-from mates_hf.records import MatesError
+from mates_hf.errors import MatesError
 from mates_hf.training.callback import PATH_STEPS
 from tests.training.kit import OLD_TRAINER, make_model, make_pool, make_reference
 from tests.training.settings import (

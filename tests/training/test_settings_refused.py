@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 from transformers import DataCollatorWithFlattening, Trainer
 
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.errors import UnsupportedSettingError
 from tests.training.kit import VOCAB, make_pool
 from tests.training.settings import MODULES, NO_FILE, ROWS, Setup, assert_refused, case, mates, proves, read_table
 

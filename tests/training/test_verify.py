@@ -18,7 +18,7 @@ import pytest
 import mates_hf
 from mates_hf import MatesCallback, NgramInfluenceModel
 from mates_hf.cli import main
-from mates_hf.records import read_json, write_array, write_json
+from mates_hf.disk import read_json, write_array, write_json
 from mates_hf.round_files import read_labels, write_checksums, write_labels
 from mates_hf.training.verify import Problem, report_lines, verify_run
 from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config

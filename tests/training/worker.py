@@ -17,8 +17,8 @@ import torch
 from transformers import Trainer
 
 from mates_hf import MatesCallback
-from mates_hf.influence.directional import DirectionalProbe
-from mates_hf.influence.ngram import NgramInfluenceModel
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
 
 torch.set_num_threads(1)

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.model_traits import accepts
-from mates_hf.records import UnsupportedSettingError
+from mates_hf.engine.model_traits import accepts
+from mates_hf.errors import UnsupportedSettingError
 
 VOCAB, PAD, BOS, EOS, MASK = 64, 0, 1, 2, 3
 IMAGE = VOCAB - 1

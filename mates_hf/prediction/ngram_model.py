@@ -1,0 +1,401 @@
+"""The default data influence model: additive n-gram tables over the training tokens.
+
+Place in the flow: between a probe and selection; `fit` takes its labels, `predict` ranks the pool. Trade-off: it sees
+a token and the one before it, nothing longer. For that it needs no download and no GPU, is fitted in about a second,
+reads the pool at memory speed, and says which n-grams raise and lower influence.
+
+The room `ngram/` holds the parts, `judge` judges the fit. All tables are in units of `influence_per_token`;
+`influence` is that times the labels' `step_size`. Shape suffix: N candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.arguments import check_fit, fitted_repr
+from mates_hf.data.documents import document_codes
+from mates_hf.data.pool import rows_to_predict
+from mates_hf.data.rows import TokenRows, TokenSpans
+from mates_hf.errors import MatesError
+from mates_hf.evaluation.agreement import slope_of
+from mates_hf.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
+from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
+from mates_hf.prediction.judge import (
+    SLOPE_RANGE,
+    fit_report,
+    fresh_report,
+    measured_rows,
+    require_spread,
+    split_held_out,
+    tell_few,
+    usable_labels,
+)  # fmt: skip
+from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
+from mates_hf.prediction.ngram.explain import strongest_ngrams
+from mates_hf.prediction.ngram.tables import Statistics, Tables
+from mates_hf.records import FitReport, FloatArray, InfluenceLabels
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+LabelKind = Literal["auto", "token", "document", "both"]
+
+_ARGUMENTS = ("num_buckets", "pool_decay", "seed", "labels")
+_AUTO_KIND: LabelKind = "token"
+
+
+class NgramInfluenceModel:
+    """Predict a candidate's influence from shrunken effects of its tokens, the tokens before them and its bigrams.
+
+    Args:
+        num_buckets: hash buckets of the bigram table, a power of two; 4 bytes each in memory and on disk.
+        pool_decay: weight of the previous round's token labels against this round's, compounding with age, in [0, 1];
+            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (`benchmarks/results/fidelity.md`);
+            rounds so long that influence itself changes may want less. With document labels it only switches pooling
+            on: earlier rounds' weight is then the slope of the new labels on their prediction, held to [0, 1].
+        seed: Random seed of the held-out split and the folds.
+        labels: what is fitted. `"token"`: the derivative at each token; `"document"`: each candidate's
+            `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
+            token labels where the probe measured derivatives, else document labels. `"both"` predicts a round's own
+            labels a little better, but what it adds follows this round alone and undoes the pooling of rounds.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    __repr__ = fitted_repr
+    runs_beside_training = True  # numpy and kernels on texts and labels: no model, no device, no random stream
+    reads_spans = True  # `predict` scores rows in the buffers of others, without a copy
+
+    def __init__(
+        self, *, num_buckets: int = 2**20, pool_decay: float = 0.9, seed: int = 0, labels: LabelKind = "auto"
+    ) -> None:
+        if num_buckets < 2 or num_buckets & (num_buckets - 1):
+            raise ValueError(f"`num_buckets` must be a power of two of at least 2, got {num_buckets!r}.")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
+        if not 0 <= pool_decay <= 1:
+            raise ValueError(f"`pool_decay` must be in [0, 1], got {pool_decay!r}.")
+        if labels not in ("auto", "token", "document", "both"):
+            raise ValueError(f"`labels` must be 'auto', 'token', 'document' or 'both', got {labels!r}.")
+        self.num_buckets = num_buckets
+        self.pool_decay = pool_decay
+        self.seed = seed
+        self.labels: LabelKind = labels
+        self._tables: Tables | None = None  # float32, units of influence_per_token
+        self._document: Tables | None = None  # float32, standardised: what document labels of later rounds build on
+        self._statistics = Statistics.empty()
+        self._intercept = 0.0
+        self._step_size = 1.0
+        self._penalties = Penalties()
+        self._report: FitReport | None = None
+
+    @property
+    def report(self) -> FitReport:
+        """Held-out agreement of the last fit, in the unit of `influence`.
+
+        Raises:
+            MatesError: the model is not fitted.
+        """
+        self._fitted()
+        assert self._report is not None
+        return self._report
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of this and above were never seen and have no effect."""
+        return len(self._fitted().token)
+
+    def _fitted(self) -> Tables:
+        if self._tables is None:
+            raise MatesError("The influence model must be fitted first: call `fit(candidates, labels)`.")
+        return self._tables
+
+    def fit(
+        self,
+        candidates: Any,
+        labels: InfluenceLabels,
+        *,
+        held_out_fraction: float = 0.2,
+        groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
+        previous: NgramInfluenceModel | None = None,
+        seed: int | None = None,
+    ) -> Self:
+        """Fit on most candidates, report on the rest, then fit on all.
+
+        Penalties and calibration come from folds within the fitted part, so the report has seen none of its labels.
+        About a second for 2,000 candidates of 256 tokens, after compilation.
+
+        Args:
+            candidates: the candidate pool, or the rows the labels' `candidate_id` point into.
+            labels: measured influence, > 0 helps.
+            held_out_fraction: share of the candidates to report on, in (0, 1).
+            groups: (N,) group of each label (domain, source), for the report only.
+            documents: (N,) document of each label; split and bootstrap take whole ones. None: equal tokens are one.
+            previous: the influence model of the round before, for its labels; not changed.
+            seed: Random seed of the held-out split and the folds. Defaults to the constructor's seed.
+
+        Returns:
+            self, fitted.
+
+        Raises:
+            InfluenceError: labels are non-finite, all zero, all equal, or all of one document.
+            ValueError: labels do not belong to the candidates, too few, or `previous` is of another kind.
+        """
+        started = time.perf_counter()
+        check_fit(candidates, labels)
+        seed = self.seed if seed is None else seed
+        kind = self._kind_for(labels)
+        labels, groups, documents = usable_labels(labels, groups, documents, labels.num_tokens > 0)
+        rows = measured_rows(candidates, labels)
+        documents = document_codes(rows) if documents is None else documents
+        held_out = split_held_out(len(labels), held_out_fraction, seed, documents)
+        tell_few(len(labels), int(held_out.sum()))
+
+        per_token = labels.influence_per_token.astype(np.float64)
+        centre, scale = require_spread(per_token)
+        derivatives = None
+        if kind != "document":
+            assert labels.token_derivatives is not None
+            derivatives = labels.token_derivatives.astype(np.float64)
+            derivatives = (derivatives - derivatives.mean()) / scale
+            if not np.isfinite(derivatives).all():
+                raise ValueError("`labels.token_derivatives` must be finite. Look for NaN in the probed losses.")
+        earlier, prior = self._earlier(previous, kind)
+        design = TokenDesign(
+            rows,
+            self.num_buckets,
+            (per_token - centre) / scale,
+            derivatives,
+            earlier=earlier,
+            prior=prior,
+            document=kind != "token",
+        )
+        penalties = None
+        if derivatives is not None and len(labels) > SEARCH_CANDIDATES:
+            penalties = self._search(rows, (per_token - centre) / scale, derivatives, earlier, ~held_out, seed)
+        choice = design.choose(~held_out, seed, penalties)
+        token, document = design.solve(~held_out, choice)
+        score = design.score(token if document is None else token.plus(document))
+        fitted = ~held_out
+        slope = _calibration(design.labels[fitted], choice.predicted[fitted], choice.fold[fitted])
+        predicted = slope * (score - score[fitted].mean()) + design.labels[fitted].mean()
+        unit = scale * labels.step_size
+        report = fit_report(
+            unit * predicted[held_out] + centre * labels.step_size,
+            labels.influence[held_out],
+            groups=None if groups is None else groups[held_out],
+            num_labels=int(fitted.sum()),
+            seed=seed,
+            label_std=float(labels.influence.std(dtype=np.float64)),
+            num_tokens=labels.num_tokens[held_out],
+            documents=documents[held_out],
+        )
+
+        everyone = np.ones(len(labels), bool)
+        token_part = np.where(held_out, design.score(token), choice.token_part)
+        token, document = design.solve(everyone, dataclasses.replace(choice, token_part=token_part))
+        both = token if document is None else token.plus(document)
+        slope = _calibration(design.labels, np.where(held_out, score, choice.predicted), choice.fold)
+        self._tables = both.scaled(slope * scale)
+        self._document = None if document is None else document.scaled(1.0)
+        self._intercept = centre - slope * scale * float(design.score(both).mean())
+        self._statistics = design.statistics()
+        self._step_size = float(labels.step_size)
+        self._penalties = choice.penalties
+        self._report = dataclasses.replace(
+            report,
+            seconds=time.perf_counter() - started,
+            flops=NGRAM_FIT_FLOPS * float(labels.num_tokens.sum()),
+            flops_per_token=NGRAM_SCORE_FLOPS,
+        )
+        logger.info(
+            "Fitted an n-gram influence model on %d candidates (%d held out, %s labels) in %.1f s: Spearman %.3f.",
+            len(labels), report.num_held_out, kind, self._report.seconds, report.spearman,
+        )  # fmt: skip
+        return self
+
+    def _search(
+        self,
+        rows: TokenRows,
+        values: npt.NDArray[np.float64],
+        derivatives: npt.NDArray[np.float64],
+        earlier: Statistics,
+        members: npt.NDArray[np.bool_],
+        seed: int,
+    ) -> Penalties:
+        """Penalties of the token tables, from as many of the candidates as tell them; earlier rounds weigh as much."""
+        drawn = np.random.default_rng(seed).permutation(np.flatnonzero(members))[:SEARCH_CANDIDATES]
+        few = np.zeros(len(members), bool)
+        few[drawn] = True
+        share = np.float32(len(drawn) / len(members))
+        design = TokenDesign(
+            rows.take(few),
+            self.num_buckets,
+            values[few],
+            derivatives[np.repeat(few, rows.num_targets)],
+            earlier=Statistics(earlier.keys, earlier.counts * share, earlier.sums * share),
+            prior=None,
+            document=False,
+        )
+        return design.choose(np.ones(len(drawn), bool), seed).penalties
+
+    def _kind_for(self, labels: InfluenceLabels) -> LabelKind:
+        """What to fit on these labels."""
+        if self.labels == "auto":
+            return "document" if labels.token_derivatives is None else _AUTO_KIND
+        if self.labels != "document" and labels.token_derivatives is None:
+            raise ValueError(
+                f"`labels={self.labels!r}` needs the derivative at each token, and the probe measured none. Use a "
+                "probe that does (`DirectionalProbe`), or `labels='document'`."
+            )
+        return self.labels
+
+    def _earlier(self, previous: NgramInfluenceModel | None, kind: LabelKind) -> tuple[Statistics, Tables | None]:
+        """What earlier rounds contribute: decayed statistics, and the document tables to build on."""
+        if previous is None or self.pool_decay == 0:
+            return Statistics.empty(), None
+        previous._fitted()
+        if previous.num_buckets != self.num_buckets:
+            raise ValueError(
+                f"`previous` must have the same `num_buckets` ({self.num_buckets}), got {previous.num_buckets}."
+            )
+        decay = np.float32(self.pool_decay)
+        found = previous._statistics
+        if kind != "document" and not found.sums.any():
+            found = Statistics.empty()  # fitted on document labels: counts without derivatives would count as zeros
+        return Statistics(found.keys, found.counts * decay, found.sums * decay), previous._document
+
+    def predict(self, dataset: Any) -> FloatArray:
+        """Predicted `influence` of each row.
+
+        Args:
+            dataset: `TokenRows`, `TokenSpans`, a candidate pool, or a dataset with `input_ids` (and `labels`).
+
+        Returns:
+            (N,) float32, > 0 helps, higher is better, in the unit of the labels; the intercept where a row has no
+            target. Labels of one step are nats/token of reference loss that a step on the row takes off. Of path
+            labels (`DirectionalProbe(path_steps=...)`, the default of a run) only the order has a meaning: they are a
+            mean over the gradients of many steps, and neither their zero nor their scale is that of a real one.
+        """
+        return (self._score(dataset) * self._step_size).astype(np.float32)
+
+    def predict_per_token(self, dataset: Any) -> FloatArray:
+        """Predicted `influence_per_token` of each row, (N,) float32, > 0 helps; arguments as in `predict`."""
+        return self._score(dataset).astype(np.float32)
+
+    def _score(self, dataset: Any) -> npt.NDArray[np.float64]:
+        rows = dataset if isinstance(dataset, TokenSpans) else rows_to_predict(dataset)
+        return self._fitted().score(rows) + self._intercept
+
+    def evaluate(
+        self,
+        candidates: Any,
+        labels: InfluenceLabels,
+        *,
+        groups: npt.NDArray[Any] | None = None,
+        documents: npt.NDArray[Any] | None = None,
+        seed: int = 0,
+    ) -> FitReport:
+        """Compare predictions with labels of candidates the model was not fitted on.
+
+        Args:
+            candidates: the candidate pool, or the rows the labels' `candidate_id` point into.
+            labels: fresh labels, of this round or a later one.
+            groups: (N,) group of each label, or None.
+            documents: (N,) document of each label, for the bootstrap; None: equal tokens are one.
+            seed: Random seed of the bootstrap.
+
+        Returns:
+            The report, in the unit of `labels.influence`; `seconds` is the time this took.
+        """
+        rows = measured_rows(candidates, labels)
+        documents = document_codes(rows) if documents is None else documents
+        return fresh_report(
+            lambda: self._score(rows), labels, self.report, groups=groups, documents=documents, seed=seed
+        )
+
+    def explain(self, k: int = 20, tokenizer: Any = None) -> dict[str, list[dict[str, Any]]]:
+        """The n-grams that raise and lower predicted influence most.
+
+        Args:
+            k: entries in each list.
+            tokenizer: decodes ids to text where given.
+
+        Returns:
+            `{"raises": [...], "lowers": [...]}`, strongest first. An entry has `kind` (`"token"`, `"previous"`: every
+            target after this token, or `"bigram"`: on top of its two tokens), `ids`, `text` (None without tokenizer),
+            `effect` (influence_per_token it adds at each such target, > 0 helps) and `count` (labelled targets,
+            earlier rounds decayed). Of bigrams in one hash bucket the most frequent is named.
+        """
+        return strongest_ngrams(self._fitted(), self._statistics, k, tokenizer)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write `config.json`, `model.safetensors` and `fit.json` into a directory.
+
+        Args:
+            path: created where missing. The bigrams of the labelled candidates are among what is written.
+        """
+        tables = self._fitted()
+        parts = {"tables": tables, "document": self._document, "statistics": self._statistics}
+        tensors = {
+            f"{name}.{field}": tensor
+            for name, part in parts.items()
+            if part is not None
+            for field, tensor in vars(part).items()
+        }
+        settings = {name: getattr(self, name) for name in _ARGUMENTS} | {
+            "intercept": self._intercept,
+            "step_size": self._step_size,
+            "penalties": dataclasses.asdict(self._penalties),
+        }
+        write_artifact(path, type(self).__name__, settings, tensors, self.report)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save_pretrained` wrote; predictions are equal to the bit. Nothing is unpickled.
+
+        Args:
+            path: the directory.
+
+        Returns:
+            The fitted model; later rounds can pool its statistics.
+
+        Raises:
+            FileNotFoundError: the directory holds no influence model.
+            ValueError: it holds another kind of model, or was written in a newer format.
+            MatesError: a file is damaged or was changed after it was written.
+        """
+        names = (*_ARGUMENTS, "intercept", "step_size", "penalties")
+        config, tensors, report = read_artifact(path, cls.__name__, names)
+        try:
+            model = cls(**{name: config[name] for name in _ARGUMENTS})
+            model._tables = Tables.read(tensors, "tables", model.num_buckets)
+            if "document.token" in tensors:
+                model._document = Tables.read(tensors, "document", model.num_buckets)
+            model._statistics = Statistics.read(tensors, model.vocab_size)
+            model._intercept, model._step_size = float(config["intercept"]), float(config["step_size"])
+            if not np.isfinite([model._intercept, model._step_size]).all():
+                raise ValueError("`intercept` and `step_size` must be finite, and are not")
+            model._penalties = Penalties(**config["penalties"])
+        except (TypeError, ValueError, OverflowError) as error:  # damaged along with its checksum
+            raise damaged(path, error) from error
+        model._report = report
+        return model
+
+
+def _calibration(
+    labels: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], fold: npt.NDArray[np.int64]
+) -> float:
+    """Slope of labels on out-of-sample predictions, kept positive; both about the mean of what one fit predicts."""
+    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *SLOPE_RANGE))

@@ -1,0 +1,171 @@
+"""A finished round in memory, and what there is to say of it in a few facts: for `repr` and the command line.
+
+`round_files.load_round` makes it from a directory. Large labels are summarised from an even sample of a million, so
+that printing never costs a pass over all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mates_hf.display import card, html_card, interval, number, spread
+from mates_hf.records import FloatArray, InfluenceLabels, IntArray
+
+_DECISIONS = {
+    "select": "OK",
+    "keep_previous": "OK, by the previous influence model",
+    "own_order": "kept the Trainer's own order",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """A finished round as read from its directory.
+
+    Attributes:
+        path: the round directory.
+        info: `round.json`.
+        labels: `probes.parquet`, with the per-token derivatives of `token_derivatives.npy`.
+        candidates: (M,) int64 pool rows that were scored, or None.
+        scores: (M,) float32 predicted influence of `candidates`, or None.
+        selection: (k,) int64 pool rows in training order, or None where the guard kept the Trainer's own order.
+    """
+
+    path: Path
+    info: Mapping[str, Any]
+    labels: InfluenceLabels
+    candidates: IntArray | None
+    scores: FloatArray | None
+    selection: IntArray | None
+
+    def __repr__(self) -> str:
+        return card(f"RoundRecord: {round_title(self)}", round_facts(self))
+
+    def _repr_html_(self) -> str:
+        return html_card(f"RoundRecord: {round_title(self)}", round_facts(self))
+
+
+def _part(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A mapping inside of `round.json`, or an empty one."""
+    found = info.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def round_seconds(info: Mapping[str, Any]) -> float | None:
+    """Wall-clock of a round's stages, or None where none was recorded."""
+    stages = [stage.get("seconds") for stage in _part(info, "stages").values() if isinstance(stage, Mapping)]
+    known = [float(seconds) for seconds in stages if isinstance(seconds, (int, float))]
+    return sum(known) if known else None
+
+
+def decision_text(info: Mapping[str, Any]) -> str:
+    """What came of a round, in a few words."""
+    decision = _part(info, "guard").get("decision")
+    text = _DECISIONS.get(str(decision), str(decision or "no decision recorded"))
+    return "selected below the guard" if decision == "select" and not _passes(info) else text
+
+
+def _passes(info: Mapping[str, Any]) -> bool:
+    """True where the guard's condition holds, or was not recorded."""
+    guard, least = _part(info, "guard"), _part(info, "config").get("min_spearman")
+    if guard.get("decision") in ("own_order", "keep_previous"):
+        return False
+    bounds, spearman = guard.get("interval"), guard.get("spearman")
+    if not isinstance(bounds, (list, tuple)) or not isinstance(spearman, (int, float)):
+        return True
+    return bool(spearman >= (least if isinstance(least, (int, float)) else -1) and (bounds[0] or 0) > 0)
+
+
+def round_title(record: RoundRecord) -> str:
+    """First line of a round: which, when, how many rows, and what came of it."""
+    info = record.info
+    which = info.get("number", record.path.name.removeprefix("round-").lstrip("0") or "0")
+    step = f" · step {info['step']}" if "step" in info else ""
+    if record.selection is None:
+        chosen = "selected nothing"
+    elif isinstance(num := info.get("num_candidates"), int) and num >= len(record.selection) > 0:
+        share = 100 * len(record.selection) / num
+        chosen = f"selected {len(record.selection):,} of {num:,} candidates ({share:.3g}%)"
+    else:
+        chosen = f"selected {len(record.selection):,} rows"
+    return f"round {which}{step} · {chosen} · {decision_text(info)}"
+
+
+def round_facts(record: RoundRecord) -> dict[str, str]:
+    """Signal, labels, machinery check, cost and chosen rows of a round, each with what is good."""
+    return {
+        "signal": _signal(record),
+        "labels": _labels(record),
+        "cost": _cost(record),
+        "chosen": _chosen(record),
+    }
+
+
+def _signal(record: RoundRecord) -> str:
+    """Held-out rank correlation, and the guard's view of it."""
+    info = record.info
+    guard = _part(info, "guard")
+    if not isinstance(guard.get("spearman"), (int, float)):
+        return "not recorded"
+    held_out = _part(info, "fit").get("num_held_out")
+    on = f" on {held_out:,} held out" if isinstance(held_out, int) else ""
+    least = _part(info, "config").get("min_spearman")
+    rule = f"({least}, interval above 0)" if isinstance(least, (int, float)) else ""
+    side = "above" if _passes(info) else "below"
+    return f"Spearman {guard['spearman']:.2f} {interval(guard.get('interval'))}{on}: {side} the guard {rule}".rstrip()
+
+
+def _labels(record: RoundRecord) -> str:
+    """How many labels, their standard deviation, and whether derivatives agree with real steps."""
+    labels, fidelity = record.labels, _part(record.info, "fidelity")
+    probed = f"{len(labels):,} probed, sd {number(spread(labels.influence).get('std'))} nats/token"
+    if not isinstance(fidelity.get("spearman"), (int, float)):
+        return probed
+    bounds = fidelity.get("interval")
+    low = bounds[0] if isinstance(bounds, (list, tuple)) and bounds and isinstance(bounds[0], (int, float)) else 0.0
+    verdict = "fine" if fidelity["spearman"] >= 0.5 and low > 0 else "low"
+    few = fidelity.get("num_candidates", "few")
+    return f"{probed}; {few} real steps agree at {fidelity['spearman']:.2f} {interval(bounds)}: {verdict}"
+
+
+def _cost(record: RoundRecord) -> str:
+    """Seconds, and FLOPs as a share of the training that follows."""
+    info = record.info
+    seconds = round_seconds(info)
+    text = "seconds not recorded" if seconds is None else f"{seconds:.1f} s"
+    stages = [stage for stage in _part(info, "stages").values() if isinstance(stage, Mapping)]
+    flops = sum(float(stage["flops"]) for stage in stages if isinstance(stage.get("flops"), (int, float)))
+    parameters = _part(info, "flop_parameters").get("stages")
+    rows = 0 if record.selection is None else len(record.selection)
+    if not flops or not isinstance(parameters, int) or not rows or not len(record.labels):
+        return text
+    # Six FLOPs a parameter and token: two of them forward, four backward; rows as long as those that were probed.
+    training = 6.0 * parameters * rows * float(np.mean(record.labels.num_tokens, dtype=np.float64))
+    if not training:
+        return text
+    share = 100 * flops / training
+    return f"{text}, {f'about {share:,.0f}' if share >= 1 else 'below 1'}% of the training FLOPs of its rows"
+
+
+def _chosen(record: RoundRecord) -> str:
+    """Mean predicted influence of the chosen rows against that of all candidates."""
+    if record.selection is None:
+        return "nothing; the run went on in the Trainer's own order"
+    mean = mean_of_selected(record)
+    if mean is None or record.scores is None:
+        return f"{len(record.selection):,} rows, not scored in this round"
+    every = float(np.mean(record.scores, dtype=np.float64))
+    return f"predicted influence {mean:+.2e} nats/token on average, {every:+.2e} over all candidates"
+
+
+def mean_of_selected(record: RoundRecord) -> float | None:
+    """Mean predicted influence of the selection, or None where its rows were not scored in this round."""
+    if record.selection is None or record.candidates is None or record.scores is None or not len(record.selection):
+        return None
+    selected = np.isin(record.candidates, record.selection)
+    return float(np.mean(record.scores[selected], dtype=np.float64)) if selected.any() else None
