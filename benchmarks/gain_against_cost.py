@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "selection.json"
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("selection*.json"))[-1]  # the newest, by its month
 PICTURE = ROOT / "docs" / "gain_against_cost.svg"
 
 Unit = dict[str, Any]
