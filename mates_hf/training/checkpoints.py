@@ -83,9 +83,9 @@ def find_fault(path: Path, step: int) -> str | None:
         missing = set(weight_map.values()) - names
         if missing:
             return f"{', '.join(sorted(missing))} missing"
-    missing = _missing_random_states(state, names)
-    if missing:
-        return f"{', '.join(missing)} missing: a process was stopped before it had written its random state"
+    unwritten = _missing_random_states(state, names)
+    if unwritten:
+        return f"{', '.join(unwritten)} missing: a process was stopped before it had written its random state"
     sharded = any(
         entry.is_dir() for entry in path.iterdir()
     )  # FSDP, DeepSpeed and further adapters: their own folders
