@@ -26,17 +26,8 @@ from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.errors import MatesError
 from mates_hf.evaluation.agreement import slope_of
 from mates_hf.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
+from mates_hf.prediction import judge
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
-from mates_hf.prediction.judge import (
-    SLOPE_RANGE,
-    fit_report,
-    fresh_report,
-    measured_rows,
-    require_spread,
-    split_held_out,
-    tell_few,
-    usable_labels,
-)  # fmt: skip
 from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
 from mates_hf.prediction.ngram.explain import strongest_ngrams
 from mates_hf.prediction.ngram.tables import Statistics, Tables
@@ -156,14 +147,14 @@ class NgramInfluenceModel:
         check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         kind = self._kind_for(labels)
-        labels, groups, documents = usable_labels(labels, groups, documents, labels.num_tokens > 0)
-        rows = measured_rows(candidates, labels)
+        labels, groups, documents = judge.usable_labels(labels, groups, documents, labels.num_tokens > 0)
+        rows = judge.measured_rows(candidates, labels)
         documents = document_codes(rows) if documents is None else documents
-        held_out = split_held_out(len(labels), held_out_fraction, seed, documents)
-        tell_few(len(labels), int(held_out.sum()))
+        held_out = judge.split_held_out(len(labels), held_out_fraction, seed, documents)
+        judge.tell_few(len(labels), int(held_out.sum()))
 
         per_token = labels.influence_per_token.astype(np.float64)
-        centre, scale = require_spread(per_token)
+        centre, scale = judge.require_spread(per_token)
         derivatives = None
         if kind != "document":
             assert labels.token_derivatives is not None
@@ -191,7 +182,7 @@ class NgramInfluenceModel:
         slope = _calibration(design.labels[fitted], choice.predicted[fitted], choice.fold[fitted])
         predicted = slope * (score - score[fitted].mean()) + design.labels[fitted].mean()
         unit = scale * labels.step_size
-        report = fit_report(
+        report = judge.fit_report(
             unit * predicted[held_out] + centre * labels.step_size,
             labels.influence[held_out],
             groups=None if groups is None else groups[held_out],
@@ -319,9 +310,9 @@ class NgramInfluenceModel:
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
-        rows = measured_rows(candidates, labels)
+        rows = judge.measured_rows(candidates, labels)
         documents = document_codes(rows) if documents is None else documents
-        return fresh_report(
+        return judge.fresh_report(
             lambda: self._score(rows), labels, self.report, groups=groups, documents=documents, seed=seed
         )
 
@@ -398,4 +389,4 @@ def _calibration(
     labels: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], fold: npt.NDArray[np.int64]
 ) -> float:
     """Slope of labels on out-of-sample predictions, kept positive; both about the mean of what one fit predicts."""
-    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *SLOPE_RANGE))
+    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *judge.SLOPE_RANGE))
