@@ -263,8 +263,8 @@ def _compare(probe: Probe, loop: Loop, reference: ReferenceTask) -> ReferenceTas
     if not is_given and (pool.reading.compared or {}).get("loss", "") is None:
         raise UnsupportedSettingError(
             f"The loss that the run trains with must be known to be measured, but {type(module).__name__} returns "
-            "none for a batch with labels. Pass it to the probe, as `DirectionalProbe(loss=...)`, or in a loop of your "
-            "own as `MatesRounds.order(..., compute_loss=...)`: a function of the model and a collated batch."
+            "none for a batch with labels. Pass it to the probe, as `DirectionalProbe(loss=...)`, or to "
+            "`MatesRounds.order(..., compute_loss=...)`: a function of the model and a collated batch."
         )
     logger.info("Loss: %s", pool.reading.to_dict())
     if pool.reading.loss is not None and not is_given:

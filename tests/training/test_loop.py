@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mates_hf import MatesCallback, MatesConfig, MatesRounds, load_round
 from mates_hf.cli import main
 from mates_hf.errors import MatesError, RoundMismatchError, UnsupportedSettingError
 from mates_hf.training.lock import LOCK_FILE
+from tests.launch import free_port, start_processes
 from tests.training.kit import make_arguments, make_model, make_pool, make_reference, run, small_config
 
 BATCH, STEPS = 4, 20  # rounds at steps 6 and 12, in effect 3 steps later; the averaging window is 3 steps
@@ -83,12 +85,17 @@ def whole(tmp_path_factory) -> tuple[Path, Training, dict[int, Path]]:
     """A run, and a checkpoint of each of its steps in a file."""
     folder = tmp_path_factory.mktemp("whole")
     training, rounds, saved = Training(folder), make_rounds(folder), {}
+    assert "not begun, step 0" in repr(rounds)
+    assert rounds.state_dict() == {"version": 2, "step": 0}
 
     def save(step: int) -> None:
+        assert ("mates/round" in rounds.new_metrics()) == (step in (7, 13))  # of a checkpoint's step, told at the next
         saved[step] = folder / f"{step}.pt"
         torch.save({"rounds": json.loads(json.dumps(rounds.state_dict())), "rest": training.state()}, saved[step])
 
     training.train(rounds, save)
+    assert "step 20" in repr(rounds)
+    assert rounds.state_dict()["step"] == STEPS
     return folder, training, saved
 
 
@@ -132,6 +139,7 @@ def test_it_resumes_bit_for_bit(tmp_path, whole, step):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("_mates/round-*/round.json")} == before
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_left_lets_go_and_a_new_one_continues(tmp_path, whole):
     _, first, _ = whole
     training, rounds, kept = Training(tmp_path), make_rounds(tmp_path), {}
@@ -168,7 +176,6 @@ def test_a_loop_that_is_never_asked_or_fails_lets_go(tmp_path):
     order = training.order(rounds)
     assert (tmp_path / "_mates" / LOCK_FILE).exists()
     del order
-    gc.collect()
     assert not (tmp_path / "_mates" / LOCK_FILE).exists()
     rounds = make_rounds(tmp_path)
     with pytest.raises(ZeroDivisionError):
@@ -216,7 +223,11 @@ def _other(model: nn.Module) -> torch.optim.Optimizer:
         ({"optimizer": lambda model: "adam"}, MatesError, "`optimizer` must be a torch.optim.Optimizer"),
         ({"model": nn.DataParallel}, UnsupportedSettingError, "nn.DataParallel splits a batch"),
         ({"model": lambda model: "llama"}, TypeError, "`model` must be a torch module"),
-        ({"compute_loss": lambda model, batch: model(**batch).logits.mean() ** 2}, UnsupportedSettingError, "mean"),
+        (
+            {"compute_loss": lambda m, batch: m(**batch).loss * len(batch["labels"])},
+            UnsupportedSettingError,
+            "be a mean",
+        ),
     ],
 )
 def test_what_is_refused_before_the_first_step_leaves_no_file_and_order_may_be_called_again(
@@ -261,8 +272,7 @@ def test_a_loss_that_nobody_knows_is_refused_and_one_that_is_given_is_measured(t
         optimizer.step()
         optimizer.zero_grad()
     found = load_round(tmp_path / "_mates" / "round-0001").info["loss"]
-    assert found["compared"]["loss"] == "`compute_loss`"
-    assert found["likelihood"] == "shifted"
+    assert (found["loss"], found["candidates"]) == ("`compute_loss`", "shifted")
 
 
 def test_a_model_that_does_not_train_is_refused_at_the_first_boundary(tmp_path):
@@ -318,6 +328,7 @@ def test_a_resume_of_another_run_is_refused_by_name(tmp_path, whole, caplog):
     assert "the optimizer has none now" in caplog.text
 
 
+@pytest.mark.slow
 def test_with_keep_rounds_the_last_two_checkpoints_can_be_resumed(tmp_path):
     config = small_config(switch_lead_steps=3, keep_rounds=2)
     training, rounds, saved = Training(tmp_path, 40), make_rounds(tmp_path, config=config), {}
@@ -329,7 +340,7 @@ def test_with_keep_rounds_the_last_two_checkpoints_can_be_resumed(tmp_path):
 
     training.train(rounds, save, max_steps=40)
     mates = tmp_path / "_mates"
-    assert sorted(path.name for path in mates.glob("round-????")) == [f"round-000{i}" for i in (2, 3, 4, 5)]
+    assert sorted(path.name for path in mates.glob("round-????")) == [f"round-000{i}" for i in range(2, 7)]
     assert sorted(path.name for path in mates.glob("average-*")) == [
         "average-23.safetensors",
         "average-29.safetensors",
@@ -343,13 +354,44 @@ def test_with_keep_rounds_the_last_two_checkpoints_can_be_resumed(tmp_path):
         assert_same_weights(rest.model, training.model)
 
 
-def test_metrics_and_repr(tmp_path):
-    training, rounds = Training(tmp_path), make_rounds(tmp_path)
-    assert "not begun, step 0" in repr(rounds)
-    assert rounds.state_dict() == {"version": 2, "step": 0}
-    seen: dict[int, dict[str, float]] = {}
-    training.train(rounds, lambda step: seen.update({step: rounds.new_metrics()}))
-    assert [step for step, found in seen.items() if "mates/round" in found] == [9, 15]
-    assert "step 20" in repr(rounds)
-    assert rounds.state_dict()["step"] == STEPS
-    assert isinstance(rounds.state_dict()["config"], dict)
+def start(folder: Path, size: int, **settings: Any) -> tuple[list[int], list[str], list[Any]]:
+    """Exit codes, errors and results of a loop in real processes."""
+    port = free_port()
+    given = {"output_dir": str(folder / "run"), "result": str(folder / port), **settings}
+    processes = start_processes(["tests/training/loop_worker.py", json.dumps(given)], size, port)
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    paths = [folder / f"{port}-{rank}.json" for rank in range(size)]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [process.returncode for process in processes], errors, found
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batches_of_one_and_go_on_after_a_kill(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    codes, errors, (one,) = start(tmp_path / "one", 1)
+    assert codes == [0], errors
+    codes, errors, _ = start(tmp_path / "two", 2, kill_at=11)  # inside the averaging window of round 2
+    assert codes == [-signal.SIGKILL] * 2, errors
+    codes, errors, found = start(tmp_path / "two", 2, resume=11)
+    assert codes == [0, 0], errors
+    assert found[0] == found[1]
+    assert found[0]["rows"] == one["rows"][11:]
+    assert main(["verify", str(tmp_path / "two" / "run")]) == 0
+    codes, errors, (again,) = start(tmp_path / "one", 1, resume=7)
+    assert again == {"rows": one["rows"][7:], "weights": one["weights"]}
+
+
+@pytest.mark.slow
+def test_in_two_processes_what_is_wrong_in_one_ends_both(tmp_path):
+    codes, errors, _ = start(tmp_path, 2, batch_size=7)
+    assert codes == [1, 1]
+    assert all("`batch_size` must be the rows of an optimizer step over all processes" in error for error in errors)
+    codes, errors, _ = start(tmp_path, 2, fail_at=5)  # the main one waits for it at the boundary
+    assert codes == [1, 1]
+    assert "RuntimeError: this process fails" in errors[1]
+    assert "ProcessError" in errors[0] or "onnection" in errors[0]
