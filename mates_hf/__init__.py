@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mates_hf.selection.choose import gumbel_top_k
     from mates_hf.selection.selector import MatesSelector
     from mates_hf.training.callback import MatesCallback
+    from mates_hf.training.loop import MatesRounds
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "MatesCallback",
     "MatesConfig",
     "MatesError",
+    "MatesRounds",
     "MatesSelector",
     "NgramInfluenceModel",
     "OneStepProbe",
@@ -48,6 +50,7 @@ _HOME = {
     "MatesCallback": "mates_hf.training.callback",
     "MatesConfig": "mates_hf.config",
     "MatesError": "mates_hf.errors",
+    "MatesRounds": "mates_hf.training.loop",
     "MatesSelector": "mates_hf.selection.selector",
     "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
     "OneStepProbe": "mates_hf.influence.probe_one_step",

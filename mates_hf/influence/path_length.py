@@ -73,8 +73,8 @@ def steps_per_stride(
 
 def _sum_of_rates(scheduler: Any, num_steps: int) -> float:
     calls = 1
-    if hasattr(scheduler, "split_batches"):  # accelerate's, which steps once for each process
-        if not scheduler.split_batches:
+    if hasattr(scheduler, "split_batches"):  # accelerate's, which steps once for each process unless told otherwise
+        if getattr(scheduler, "step_with_optimizer", True) and not scheduler.split_batches:
             from accelerate.state import AcceleratorState
 
             calls = AcceleratorState().num_processes

@@ -244,6 +244,11 @@ class Order:
     rows: npt.NDArray[Any]
     info: Mapping[str, Any]
 
+    def rows_from(self, position: int) -> npt.NDArray[Any]:
+        """The rows at and after a global position."""
+        rows: npt.NDArray[Any] = self.rows[max(0, position - self.from_position) :]
+        return rows
+
 
 def load_order(path: Path) -> Order:
     """The order a finished round decided, in memory: its file may be deleted while it is trained on."""
