@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
 from mates_hf.disk import replace_path, sync_tree, write_array, write_json
 from mates_hf.errors import UnrankableError
@@ -197,7 +198,10 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "weights": writer.key["weights"],
     }
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
-    logger.info("%s", round_line(info))
+    if run.settings.progress:
+        tqdm.write(round_line(info))  # above the bars, as the Trainer writes its logs
+    else:
+        logger.info("%s", round_line(info))
     return _take_over(run, load_order(writer.finish(info)))
 
 
