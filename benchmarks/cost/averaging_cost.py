@@ -1,12 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """What the averaging window costs a training step in memory, and what a boundary takes, in one process and in two.
-
-    python benchmarks/averaging_cost.py            # writes benchmarks/results/averaging_cost.{json,md}
-    python benchmarks/averaging_cost.py --quick    # prints, writes nothing unless --out is given
-    python benchmarks/averaging_cost.py --check    # the committed page follows from the committed JSON
 
 - **held**: bytes a trainable parameter that stay between two steps of the window.
 - **update**: the most that is held while the weights of a step are taken in.
@@ -22,40 +14,25 @@ Trade-off: bytes are counted on the CPU, temporaries of kernels included; what a
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import functools
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from boundary_memory import make_model, measure
-from probe_speed import RESULTS, figure, page_of, start, write_results
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.lab.boundary import make_model, measure
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import in_processes
+from benchmarks.lab.memory import levels
+from benchmarks.lab.tables import figure, figures_page
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.pieces import HostMemory
 from mates_hf.engine.processes import Processes
 
-NAME = "averaging_cost"
+page = functools.partial(figures_page, "averaging_cost")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST = 4.1  # bytes a trainable parameter
-WORKER = "MATES_AVERAGING_COST"
-
-
-def levels(work: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of tensor memory that `work` held at most and at its end, beyond what was there."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    found = np.cumsum([0, *(change for _, change in changes)])
-    return int(found.max()), int(found[-1])
 
 
 def window(width: int, dtype: torch.dtype, processes: Processes, on_host: bool) -> dict[str, float]:
@@ -110,53 +87,18 @@ def measure_all(quick: bool) -> dict[str, Any]:
     return found
 
 
-def in_two_processes(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """The same in each of two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        port = str(20_000 + os.getpid() % 20_000)
-        shared = {
-            **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "ACCELERATE_USE_CPU": "true", WORKER: json.dumps({"folder": folder, "quick": quick}),
-            "OMP_NUM_THREADS": str(max(1, threads // 2)),
-        }  # fmt: skip
-        workers = [
-            subprocess.Popen([sys.executable, __file__], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)
-        ]
-        if any([worker.wait(timeout=600) for worker in workers]):
-            raise RuntimeError("a process failed")
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def work(settings: dict[str, Any]) -> None:
-    """One of two processes."""
-    torch.set_num_threads(1)
+def one_of_two(quick: bool) -> dict[str, Any]:
+    """What one of two processes sees."""
     torch.distributed.init_process_group("gloo")
-    found = measure_all(settings["quick"])
-    rank = torch.distributed.get_rank()
-    (Path(settings["folder"]) / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    found = measure_all(quick)
     torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then end a process that is done
+    return found
 
 
-def check() -> None:
-    """Raise where the page is not that of the JSON."""
-    payload = json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
-    if page_of(NAME, payload) != (RESULTS / f"{NAME}.md").read_text(encoding="utf-8"):
-        raise SystemExit(f"{NAME}.md does not follow from {NAME}.json")
-    print(f"{NAME}.md follows from {NAME}.json")
-
-
-def main() -> None:
-    """Measure, print and write."""
-    if WORKER in os.environ:
-        work(json.loads(os.environ[WORKER]))
-    if "--check" in sys.argv:
-        check()
-        return
-    arguments = start(__doc__ or "")
-    raw = {"one": [measure_all(arguments.quick)], "two": in_two_processes(arguments.quick, arguments.threads)}
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure."""
+    torch.set_num_threads(bench.options.threads)
+    raw = {"one": [measure_all(bench.quick)], "two": in_processes(one_of_two, bench.quick, size=2)}
     figures = []
     for size, (name, ranks) in enumerate(raw.items(), start=1):
         for dtype in DTYPES:
@@ -178,13 +120,9 @@ def main() -> None:
                     figure(f"{what}: boundary, beside the run", worst["boundary"], "copies", most=worst["limit"])
                 )
     settings = {
-        "width": 128 if arguments.quick else 256,
+        "width": 128 if bench.quick else 256,
         "parameters": int(raw["one"][0]["float32"]["window"]["parameters"]),
         "a micro-batch of a boundary is allowed on top of": "3.2 copies",
         "not measured": "a GPU (time and memory of its copies to and from the host)",
     }
-    write_results(NAME, arguments, settings, figures, raw)
-
-
-if __name__ == "__main__":
-    main()
+    return bench.figures(settings, figures, raw)

@@ -1,11 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """How long training waits at a boundary for what needs no device: fit, score and select, beside training and not.
-
-    python benchmarks/boundary_wait.py            # a million; writes benchmarks/results/boundary_wait.{json,md}
-    python benchmarks/boundary_wait.py --quick    # 20,000; prints, writes nothing unless --out is given
 
 Two runs of a real `Trainer` on the same pool, one with rounds beside training and one whose influence model says that
 it must be waited for, as all were before. Both train on the same rows, which is checked. What the probe takes is in
@@ -17,19 +10,22 @@ the library's own at its full size.
 
 from __future__ import annotations
 
-import tempfile
+import functools
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from probe_speed import figure, start, write_results
 
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import temporary_folder
+from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.tables import figure, figures_page
 from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, NgramInfluenceModel, ReferenceTask, load_round
 
 LENGTH, VOCAB, NUM_PROBES, UPDATE, LEAD, BATCH = 64, 512, 2_000, 128, 32, 2
 MOST = 0.25
+page = functools.partial(figures_page, "boundary_wait")
 
 
 class Attended(NgramInfluenceModel):
@@ -49,34 +45,24 @@ def make_pool(num_rows: int) -> Dataset:
 
 def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str, Any]:
     """One run of one round; seconds that its stages took and that training waited for them, and what it selected."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
     class Slower(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             time.sleep(step_seconds)
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        )
-    )  # fmt: skip
+    model = llama(VOCAB, width=16, inner=32, layers=1, heads=2, length=LENGTH, tied=False)
     config = MatesConfig(
         update_steps=UPDATE, num_probes=NUM_PROBES, candidate_scope="pool", on_weak_signal="select", average_steps=0,
         switch_lead_steps=LEAD,
     )  # fmt: skip
     reference = ReferenceTask.from_dataset(make_pool(32).remove_columns("labels"), input_ids_column="input_ids")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=UPDATE + LEAD + UPDATE, per_device_train_batch_size=BATCH, report_to=[],
-            save_strategy="no", disable_tqdm=True, use_cpu=True, logging_strategy="no",
-        )  # fmt: skip
+    with temporary_folder(None) as folder:
+        arguments = quiet_arguments(folder, UPDATE + LEAD + UPDATE, BATCH)
         trainer = Trainer(model=model, args=arguments, train_dataset=pool, callbacks=[Slower()])
         MatesCallback(reference, config, probe=DirectionalProbe(), influence_model=influence_model).attach(trainer)
         trainer.train()
-        record = load_round(Path(folder) / "_mates" / "round-0001")
+        record = load_round(folder / "_mates" / "round-0001")
         stages = {name: stage["seconds"] for name, stage in record.info["stages"].items()}
         log, waited = trainer.state.log_history, "mates/waited_seconds"
         waits = [entry[waited] for entry in log if waited in entry]
@@ -90,10 +76,9 @@ def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str,
         }
 
 
-def main() -> None:
-    """Measure, print and write."""
-    arguments = start(__doc__ or "")
-    num_rows, step_seconds = (24_000, 0.02) if arguments.quick else (1_003_000, 0.2)
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure."""
+    num_rows, step_seconds = (24_000, 0.02) if bench.quick else (1_003_000, 0.2)
     pool = make_pool(num_rows)
     train(make_pool(8_000), Attended(), 0.0)  # kernels are compiled, and kept
     raw = {
@@ -113,8 +98,4 @@ def main() -> None:
     settings = {
         "tokens a row": LENGTH, "probes": NUM_PROBES, "switch_lead_steps": LEAD, "least seconds a step": step_seconds,
     }  # fmt: skip
-    write_results("boundary_wait", arguments, settings, figures, raw)
-
-
-if __name__ == "__main__":
-    main()
+    return bench.figures(settings, figures, raw)

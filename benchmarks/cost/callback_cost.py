@@ -1,11 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """What `MatesCallback` costs a run between its rounds, and where the time of its rounds goes.
-
-    python benchmarks/callback_cost.py            # writes benchmarks/results/callback_cost.{json,md}
-    python benchmarks/callback_cost.py --quick    # prints, writes nothing unless --out is given
 
 Every figure comes from a real `Trainer`: `on_step_end` is timed in place, tensor operations inside it are counted by a
 dispatch mode, and whole runs with and without the callback take turns.
@@ -18,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,28 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from probe_speed import (
-    alternate,
-    as_reference,
-    figure,
-    make_model,
-    median_ratio,
-    start,
-    text_rows,
-    trainer_arguments,
-    write_results,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, default_data_collator
 
+from benchmarks.lab.corpus import as_dataset, as_reference, text_rows
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
+from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.tables import figure, figures_page
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.data.rows import TokenRows
 from mates_hf.round_files import load_round
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training.callback import MatesCallback
 
 LENGTH = 128
+page = functools.partial(figures_page, "callback_cost")
 _VIEWS = ("aten.detach.default", "aten.alias.default")  # no memory is read or written
 
 
@@ -154,12 +140,11 @@ class Timed(TrainerCallback):
         self.seconds = time.perf_counter() - (self.begin or 0.0)
 
 
-def train(rows: Dataset, folder: str, steps: int, batch: int, callbacks: Sequence[TrainerCallback]) -> float:
+def train(rows: Dataset, folder: Path, steps: int, batch: int, callbacks: Sequence[TrainerCallback]) -> float:
     """Seconds of `trainer.train()`, same model and data order every time."""
-    arguments = trainer_arguments(folder, steps, batch)
     trainer = Trainer(
-        model=make_model(),
-        args=arguments,
+        model=llama(),
+        args=quiet_arguments(folder, steps, batch),
         train_dataset=rows,
         data_collator=default_data_collator,
         callbacks=list(callbacks),
@@ -169,21 +154,15 @@ def train(rows: Dataset, folder: str, steps: int, batch: int, callbacks: Sequenc
     return time.perf_counter() - begin
 
 
-def as_dataset(rows: TokenRows) -> Dataset:
-    """The rows as a pool that every collator reads."""
-    ids = rows.values.reshape(-1, LENGTH)
-    return Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
 def watch(
     rows: Dataset, reference: ReferenceTask, config: MatesConfig, steps: int, batch: int, *, count: bool
 ) -> dict[str, Any]:
     """One selecting run, its callback watched; and what its rounds recorded."""
     plan = RunPlan(num_rows=len(rows), batch_rows=batch, max_steps=steps, config=config)
     callback = WatchedCallback(reference, config, plan, count=count)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder(None) as folder:
         seconds = train(rows, folder, steps, batch, [callback])
-        records = [load_round(path) for path in sorted(Path(folder, "_mates").glob("round-????"))]
+        records = [load_round(path) for path in sorted((folder / "_mates").glob("round-????"))]
         infos = [dict(record.info) for record in records]
     stages: dict[str, float] = {}
     for info in infos:
@@ -222,7 +201,7 @@ def paired_runs(
         own: dict[str, TrainerCallback] = {"never selects": MatesCallback(reference, never), "scheduled": watched}
         clock = Timed()
         torch.set_num_threads(threads)  # for the case that a round changes them
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder(None) as folder:
             whole = train(rows, folder, steps, batch, [*([own[name]] if name in own else []), clock])
         left_out = sum(watched.seconds_at("round")) + sum(watched.lerp_seconds.values())
         found[name].append({"run": whole, "steps": clock.seconds - left_out})
@@ -233,10 +212,10 @@ def paired_runs(
     return found
 
 
-def main() -> None:
-    """Measure, print and write."""
-    arguments = start(__doc__ or "")
-    quick = arguments.quick
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure."""
+    torch.set_num_threads(bench.options.threads)
+    quick = bench.quick
     pool, reference_rows = text_rows(LENGTH)
     rows, reference = as_dataset(pool), as_reference(reference_rows, 16 if quick else 64)
     config = MatesConfig(
@@ -280,35 +259,25 @@ def main() -> None:
         "on_step_end inside windows": inside,
         "on_step_end outside": outside,
     }
+    quantile = float(np.quantile(callback.seconds_at("outside"), 0.99))
+    one_lerp = "`on_step_end` inside a window / one `torch._foreach_lerp_` over the parameters"
+    operations_inside = f"most tensor operations but views in a step inside a window ({', '.join(names)})"
+    median = statistics.median(callback.seconds_at("outside"))
     figures = [
-        figure(
-            "`on_step_end` outside of windows, median",
-            micro * statistics.median(callback.seconds_at("outside")),
-            "µs",
-            most=50.0,
-        ),
-        figure("the same, 99th percentile", micro * float(np.quantile(callback.seconds_at("outside"), 0.99)), "µs"),
-        figure("most tensor operations in a step outside of windows", most["outside"], "", most=0),
-        figure(
-            f"most tensor operations but views in a step inside a window ({', '.join(names)})",
-            most["window"],
-            "",
-            most=1,
-        ),
-        figure(
-            "`on_step_end` inside a window / one `torch._foreach_lerp_` over the parameters",
-            median_ratio(window, lerp),
-            "x",
-        ),
+        figure("`on_step_end` outside of windows, median", micro * median, "µs", most=50.0),
+        figure("the same, 99th percentile", micro * quantile, "µs"),
+        figure("most tensor operations in a step outside of windows", most["outside"], most=0),
+        figure(operations_inside, most["window"], most=1),
+        figure(one_lerp, median_ratio(window, lerp), "x"),
         figure("`on_step_end` inside a window, median", micro * statistics.median(window), "µs"),
         figure("wall-clock of a run that never selects / plain", ratio("never selects", "run"), "x"),
         figure("steps with the schedule and a window, rounds left out / plain", ratio("scheduled", "steps"), "x"),
-        figure("threads of torch that a selecting run changes", changed, "", most=0),
+        figure("threads of torch that a selecting run changes", changed, most=0),
         *(figure(f"share of a selecting run: {name}", share(seconds), "%") for name, seconds in shares.items()),
         figure("share of a selecting run: all of MatesCallback", share(sum(shares.values())), "%"),
-    ]
+    ]  # fmt: skip
     settings = {
-        "parameters": sum(p.numel() for p in make_model().parameters()),
+        "parameters": sum(p.numel() for p in llama().parameters()),
         "selecting run": f"{steps} steps of {batch} x {LENGTH} tokens, {timed['num_rounds']} rounds",
         "update_steps": config.update_steps,
         "average_steps": config.window_steps,
@@ -327,8 +296,4 @@ def main() -> None:
         "operations": {place: [dict(counts) for counts in found] for place, found in where.items()},
         "paired": paired,
     }
-    write_results("callback_cost", arguments, settings, figures, raw)
-
-
-if __name__ == "__main__":
-    main()
+    return bench.figures(settings, figures, raw)

@@ -1,17 +1,11 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf[eval]"]
-# ///
 """What evaluating the live model takes, all included, against the model time alone of the plain `lm_eval` command.
-
-    python benchmarks/evaluation_cost.py                          # made-up items; writes benchmarks/results/
-    python benchmarks/evaluation_cost.py --data_dir data/eval     # the nine benchmarks themselves
-    python benchmarks/evaluation_cost.py --quick                  # prints, writes nothing unless --out is given
 
 The rival is `lm_eval.models.huggingface.HFLM` under `lm_eval.evaluate`, on the same model in memory, with the same
 requests, batch size and threads. Counted of it is only what passes inside `_loglikelihood_tokens`; tokenising, which
 it repeats at every evaluation, and making metrics are left out. Counted of `Evaluator.run` is everything. The two take
 turns within one process, and the ratio is the median over turns of ratios within a turn.
+
+With `--data` the nine benchmarks themselves are read, else made-up items of their shapes.
 
 Trade-off: a model of 1.3 M parameters, for which everything that is not a forward pass weighs most.
 """
@@ -19,30 +13,33 @@ Trade-off: a model of 1.3 M parameters, for which everything that is not a forwa
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import numpy as np
-from datasets import Dataset
+import torch
 from lm_eval import tasks as lm_eval_tasks
 from lm_eval.models.huggingface import HFLM
-from probe_speed import VOCAB, alternate, figure, make_model, median_ratio, start, train_some, write_results
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, default_data_collator
+from transformers import PreTrainedTokenizerFast, Trainer, default_data_collator
 
+from benchmarks.lab.corpus import END, VOCAB, as_dataset, as_rows, byte_bpe
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
+from benchmarks.lab.models import llama, quiet_arguments, trained
+from benchmarks.lab.tables import figure, figures_page
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.rows import TokenRows
 from mates_hf.evaluation import Evaluator, LmEvalCallback
 from mates_hf.evaluation.evaluator import flat_metrics
 
+page = functools.partial(figures_page, "evaluation_cost")
 GROUP = "mates_zero_shot_local"
 BATCH = 8
 CONTEXT = 1024  # of the model: the benchmarks' longest items almost fit
@@ -75,29 +72,9 @@ class TimedHFLM(HFLM):
             self.seconds += time.perf_counter() - begin
 
 
-def arguments_of() -> argparse.Namespace:
-    """The arguments of all benchmarks, and which items this one reads."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--data_dir", type=Path, default=None)
-    parser.add_argument("--limit", type=int, default=None)
-    own, others = parser.parse_known_args()
-    sys.argv[1:] = others
-    return argparse.Namespace(**vars(own), **vars(start(__doc__ or "")))
-
-
-def make_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE of the model's vocabulary, trained on the texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How much is read."""
+    parser.add_argument("--limit", type=int, help="items of each task (100; quick: 10)")
 
 
 def write_items(folder: Path, texts: list[str], num_items: int) -> Path:
@@ -158,22 +135,14 @@ def count_managers(model: Any, rows: TokenRows, tokenizer: Any, metadata: Mappin
             counts["loads"] += 1
             return super().load(*args, **kwargs)
 
-    lists = [rows.row(i)[0].tolist() for i in range(24)]
     lm_eval_tasks.TaskManager = Counted
     try:
         callback = LmEvalCallback(GROUP, tokenizer, every_steps=1, limit=4, metadata=metadata, truncate=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder(None) as folder:
             trainer = Trainer(
                 model=model,
-                args=TrainingArguments(
-                    output_dir=folder,
-                    max_steps=3,
-                    report_to="none",
-                    save_strategy="no",
-                    use_cpu=True,
-                    disable_tqdm=True,
-                ),
-                train_dataset=Dataset.from_dict({"input_ids": lists, "labels": lists}),
+                args=quiet_arguments(folder, 3, 8, logging_strategy="steps", logging_steps=500),
+                train_dataset=as_dataset(rows.take(np.arange(24))),
                 data_collator=default_data_collator,
                 callbacks=[callback],
             )
@@ -184,25 +153,12 @@ def count_managers(model: Any, rows: TokenRows, tokenizer: Any, metadata: Mappin
     return counts
 
 
-def token_rows(tokenizer: Any, texts: list[str], length: int) -> TokenRows:
-    """The texts as rows of one length."""
-
-    def ids() -> Iterator[int]:
-        for text in texts:
-            yield from tokenizer(text)["input_ids"]
-
-    values = np.fromiter(ids(), np.int32)
-    num = len(values) // length
-    return TokenRows(values=values[: num * length], offsets=np.arange(num + 1, dtype=np.int64) * length)
-
-
-def measure(arguments: argparse.Namespace, data_dir: Path, limit: int, texts: list[str]) -> dict[str, Any]:
+def measure(quick: bool, data_dir: Path, limit: int, texts: list[str]) -> dict[str, Any]:
     """Seconds of both paths in turns, metrics of both, seconds of `prepare`, and how often tasks are built."""
-    tokenizer = make_tokenizer(texts)
-    rows = token_rows(tokenizer, texts[:500], 128)
-    model = make_model()
-    model.config.max_position_embeddings = CONTEXT  # rotary positions: there is no table that would end
-    train_some(model, rows, 20)  # choices of a model that has learnt nothing are all alike
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_bpe(texts, VOCAB), eos_token=END)
+    rows = as_rows(np.concatenate(tokenizer(texts[:500], return_tensors="np")["input_ids"]), 128)
+    # Choices of a model that has learnt nothing are all alike.
+    model, _ = trained(rows, 20, llama(length=CONTEXT))
     metadata = {"data_dir": str(data_dir)}
     evaluator = Evaluator(GROUP, tokenizer, limit=limit, batch_size=BATCH, metadata=metadata, truncate=True)
     begin = time.perf_counter()
@@ -227,7 +183,7 @@ def measure(arguments: argparse.Namespace, data_dir: Path, limit: int, texts: li
 
     theirs()  # once for nothing: threads start, memory is taken
     model_seconds.clear()
-    seconds = alternate({"HFLM": theirs, "Evaluator.run": ours}, 2 if arguments.quick else 7)
+    seconds = alternate({"HFLM": theirs, "Evaluator.run": ours}, 2 if quick else 7)
     num_requests = sum(len(task.instances) for task in tasks["tasks"].values())
     seconds["HFLM, model time"] = model_seconds
     return {
@@ -241,15 +197,15 @@ def measure(arguments: argparse.Namespace, data_dir: Path, limit: int, texts: li
     }
 
 
-def main() -> None:
-    """Measure, print and write."""
-    arguments = arguments_of()
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure."""
+    torch.set_num_threads(bench.options.threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     texts = [row["text"] for row in builtin_corpus(seed=0).pool]
-    limit = arguments.limit or (10 if arguments.quick else 100)
-    with tempfile.TemporaryDirectory() as temporary:
-        data_dir = arguments.data_dir or write_items(Path(temporary), texts, limit)
-        measured = measure(arguments, data_dir, limit, texts)
+    limit = bench.options.limit or (10 if bench.quick else 100)
+    given = bench.options.data and bench.options.data / "eval"
+    with temporary_folder(None) as temporary:
+        measured = measure(bench.quick, given or write_items(temporary, texts, limit), limit, texts)
     seconds, compared, managers = measured["seconds"], measured["compared"], measured["managers"]
     ratios = [a / b for a, b in zip(seconds["Evaluator.run"], seconds["HFLM, model time"], strict=True)]
     figures = [
@@ -280,14 +236,10 @@ def main() -> None:
         ),
     ]  # fmt: skip
     settings = {
-        "items": f"{'the benchmarks' if arguments.data_dir else 'made up'}, {limit} of each of {len(SHAPES)} tasks",
+        "items": f"{'the benchmarks' if given else 'made up'}, {limit} of each of {len(SHAPES)} tasks",
         "requests": measured["requests"],
         "context": CONTEXT,
         "batch": BATCH,
         "turns": len(ratios),
     }
-    write_results("evaluation_cost", arguments, settings, figures, measured)
-
-
-if __name__ == "__main__":
-    main()
+    return bench.figures(settings, figures, measured)

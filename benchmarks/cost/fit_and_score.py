@@ -1,14 +1,7 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """How long `NgramInfluenceModel` takes to fit, against probing its labels, and how fast it scores an Arrow column.
 
-    python benchmarks/fit_and_score.py            # writes benchmarks/results/fit_and_score.{json,md}
-    python benchmarks/fit_and_score.py --quick    # prints, writes nothing unless --out is given
-
 Fitting is timed on the labels of a round, and on 40,000 made-up ones, nearer to what a large run has, where sorting no
-longer fits a cache: `overhead.py` predicts with that. A full run probes all 2,000 candidates. A quick one probes some,
+longer fits a cache: `overhead` predicts with that. A full run probes all 2,000 candidates. A quick one probes some,
 scales what each costs, and makes up the labels, whose values the fit's time does not depend on. Scoring runs in
 processes of its own that take turns, because the number of threads is fixed once the kernel has been compiled;
 compilation is timed apart.
@@ -19,74 +12,42 @@ text; the kernel is also timed on uniform ids of a large vocabulary, where every
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import functools
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from probe_speed import (
-    LENGTH,
-    alternate,
-    as_reference,
-    figure,
-    make_model,
-    median_ratio,
-    probe_arms,
-    start,
-    text_rows,
-    train_some,
-    write_results,
-)
+import torch
 
+from benchmarks.lab.corpus import as_reference, made_up_labels, text_rows
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import alternate, in_its_own_process, median_ratio, temporary_folder
+from benchmarks.lab.models import probe_parts, trained
+from benchmarks.lab.tables import figure, figures_page
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram.kernels import score_rows
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
-from mates_hf.records import InfluenceLabels
 
+page = functools.partial(figures_page, "fit_and_score")
+LENGTH = 256
 NUM_LABELS = 2000
 NUM_MANY = 40_000
 MANY = "fitting many candidates"
 CHUNK = 65_536  # candidates read and scored at a time, as in a round
-_WORKER = "MATES_HF_SCORE_WORKER"
-
-
-def made_up_labels(rows: TokenRows) -> InfluenceLabels:
-    """Labels of a made-up effect of each token and much noise, as the fit gets them from a probe."""
-    rng = np.random.default_rng(0)
-    effects = rng.normal(size=int(rows.values.max()) + 1)
-    values = effects[rows.values[rows.target_mask]]
-    derivatives = (values + rng.normal(0, 3, len(values))).astype(np.float32)
-    means = derivatives.reshape(len(rows), -1).mean(axis=1)
-    return InfluenceLabels(
-        candidate_id=np.arange(len(rows)),
-        influence=1e-3 * means,
-        influence_per_token=means,
-        loss=np.full(len(rows), 5.0, np.float32),
-        num_tokens=rows.num_targets,
-        probe=np.full(len(rows), "directional"),
-        step_size=1e-3,
-        token_derivatives=derivatives,
-    )
 
 
 def measure_fit(quick: bool) -> dict[str, Any]:
     """Seconds of probing and of fitting 2,000 candidates, and the fitted model."""
     pool, reference_rows = text_rows()
     reference, rows = as_reference(reference_rows), pool.take(np.arange(200, 200 + NUM_LABELS))
-    model = make_model()
-    optimizer = train_some(model, pool, 4 if quick else 20)
+    model, optimizer = trained(pool, 4 if quick else 20)
     num_probed = 64 if quick else NUM_LABELS
     if quick:
-        parts = alternate(probe_arms(model, optimizer, reference, rows.take(np.arange(num_probed))), 1)
+        parts = alternate(probe_parts(model, optimizer, reference, rows.take(np.arange(num_probed))), 1)
         once = parts["direction"][0] + parts["epsilon"][0]
         probing = once + parts["derivatives"][0] * NUM_LABELS / num_probed
         labels = made_up_labels(rows)
@@ -131,10 +92,11 @@ def write_column(pool: TokenRows, folder: Path, num_tokens: int) -> None:
     Dataset(InMemoryTable(pa.table({"input_ids": column}))).save_to_disk(str(folder))
 
 
-def score_worker(folder: Path, repeats: int) -> dict[str, Any]:
+def score_worker(place: str, repeats: int) -> dict[str, Any]:
     """Seconds of scoring the column whole and in parts, in this process's number of threads."""
     from datasets import load_from_disk
 
+    folder = Path(place)
     dataset = load_from_disk(str(folder / "column"))
     predictor = NgramInfluenceModel.from_pretrained(folder / "model")
     rows = CandidatePool(dataset).token_rows()
@@ -168,10 +130,7 @@ def run_workers(folder: Path, turns: int, repeats: int) -> dict[int, dict[str, A
     found: dict[int, dict[str, Any]] = {}
     for turn in range(turns):
         for threads in (1, 2)[:: -1 if turn % 2 else 1]:
-            environment = {**os.environ, "NUMBA_NUM_THREADS": str(threads), _WORKER: f"{folder}:{repeats}"}
-            command = [sys.executable, str(Path(__file__).resolve())]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            result = json.loads(done.stdout.splitlines()[-1])
+            result = in_its_own_process(score_worker, str(folder), repeats, threads=threads)
             if threads not in found:
                 found[threads] = result
             else:
@@ -180,18 +139,13 @@ def run_workers(folder: Path, turns: int, repeats: int) -> dict[int, dict[str, A
     return found
 
 
-def main() -> None:
-    """Measure, print and write."""
-    if _WORKER in os.environ:
-        place, _, repeats = os.environ[_WORKER].rpartition(":")
-        print(json.dumps(score_worker(Path(place), int(repeats))))
-        return
-    arguments: argparse.Namespace = start(__doc__ or "")
-    quick = arguments.quick
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure."""
+    torch.set_num_threads(bench.options.threads)
+    quick = bench.quick
     fitted = measure_fit(quick)
     num_tokens = 8_000_000 if quick else 64_000_000
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with temporary_folder(bench.work) as folder:
         write_column(fitted["pool"], folder / "column", num_tokens)
         fitted["predictor"].save_pretrained(folder / "model")
         scored = run_workers(folder, *((1, 3) if quick else (2, 5)))
@@ -204,31 +158,25 @@ def main() -> None:
         seconds = scored[threads]["seconds"]
         return median_ratio(seconds["sum"], seconds[arm])
 
-    fit_seconds = statistics.median(fitted["fits"])
+    fit_seconds, probing = statistics.median(fitted["fits"]), fitted["probing"]
     how = "measured" if fitted["num_probed"] == NUM_LABELS else f"scaled from {fitted['num_probed']}"
+    arms = (
+        ("column", "Arrow column through CandidatePool and `predict`", 100.0),
+        ("predict", "`predict` of rows in memory", None),
+        ("kernel", "kernel alone, text", 100.0),
+        ("uniform", "kernel alone, uniform ids of 50,257", None),
+        ("sum", "`numpy.sum` of the ids", None),
+    )
     figures = [
-        figure(
-            f"seconds of fitting / of probing 2,000 candidates ({how})", fit_seconds / fitted["probing"], "", most=0.1
-        ),
+        figure(f"seconds of fitting / of probing 2,000 candidates ({how})", fit_seconds / probing, most=0.1),
         figure("fitting 2,000 candidates", fit_seconds, "s"),
-        figure(f"probing 2,000 candidates, {how}", fitted["probing"], "s"),
-        figure(f"M labelled tokens/s, {MANY}", fitted["many"] / 1e6, ""),
+        figure(f"probing 2,000 candidates, {how}", probing, "s"),
+        figure(f"M labelled tokens/s, {MANY}", fitted["many"] / 1e6),
         figure("first fit of a process (100 candidates), compilation included", fitted["compiling"], "s"),
         *(
-            figure(
-                f"M tokens/s, {label}, {threads} thread{'s' if threads > 1 else ''}",
-                rate(threads, arm),
-                "",
-                least=goal,
-            )
-            for threads in (2, 1)
-            for arm, label, goal in (
-                ("column", "Arrow column through CandidatePool and `predict`", 100.0 if threads == 2 else None),
-                ("predict", "`predict` of rows in memory", None),
-                ("kernel", "kernel alone, text", 100.0 if threads == 2 else None),
-                ("uniform", "kernel alone, uniform ids of 50,257", None),
-                ("sum", "`numpy.sum` of the ids", None),
-            )
+            figure(f"M tokens/s, {label}, {name}", rate(threads, arm), least=goal if threads == 2 else None)
+            for threads, name in ((2, "2 threads"), (1, "1 thread"))
+            for arm, label, goal in arms
         ),
         figure("tokens/s of the kernel, text, 2 threads / `numpy.sum`", against_sum(2, "kernel"), "x"),
         figure("tokens/s of the kernel, text, 1 thread / `numpy.sum`", against_sum(1, "kernel"), "x"),
@@ -247,8 +195,4 @@ def main() -> None:
         "fits": fitted["fits"],
         "scored": {str(threads): result for threads, result in scored.items()},
     }
-    write_results("fit_and_score", arguments, settings, figures, raw)
-
-
-if __name__ == "__main__":
-    main()
+    return bench.figures(settings, figures, raw)

@@ -1,34 +1,19 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """Score and select from 100 million candidates in 4 GB: seconds and memory of every stage of a round.
-
-    python benchmarks/large_pool.py            # 100 million; writes benchmarks/results/large_pool.{json,md}
-    python benchmarks/large_pool.py --quick    # 2 million; prints, writes nothing unless --out is given
 
 The candidates are made up (8 to 16 token ids of a Zipf-like vocabulary) and lie as Arrow files, 30 bytes each, in a
 temporary folder under `--work` that is deleted at the end. The stages are the library's own (`CandidatePool`,
 `Ledger`, `score_candidates`, `select_rows`), in a process whose private writable memory the system limits
 (`RLIMIT_DATA`) to 4 GB beyond what it had reserved without using it (thread stacks, allocators), so a run that ends
 has proved the figure. Labels are made up too: probes cost the same in any pool.
+Ten minutes on two cores and 5 GB of disk.
 
-Trade-off: memory is read from the system every few milliseconds, not at each allocation. Own memory is `RssAnon`.
-Pages of mapped files (`RssFile`: the Arrow files, and what the round wrote) are counted apart, because the system
-drops them when it needs the room.
+Trade-off: rows are read in the shuffled order of the pool, which is cheap while the files fit the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,9 +21,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from memory_meter import Meter, status
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import in_its_own_process, num_cores, temporary_folder, versions
+from benchmarks.lab.memory import Meter, stage_lines, status
+from benchmarks.lab.tables import table_lines, title
+
 LIMIT_BYTES = 4 * 10**9
 NUM_PROBES = 2_000
 RATIO = 0.2
@@ -47,7 +35,6 @@ VOCABULARY = 16_384
 SHORTEST, LONGEST = 8, 16
 BATCH_ROWS, SHARDS = 500_000, 10
 SCOPES = ("slice", "pool")
-_WORKER = "MATES_HF_LARGE_POOL_WORKER"
 
 
 def write_pool(work: Path, num_rows: int) -> int:
@@ -82,32 +69,11 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, npt.NDArray[Any]]:
     return batch
 
 
-def made_up_labels(pool: Any, probes: npt.NDArray[np.int64]) -> Any:
-    """Labels of a made-up effect of each token, with noise, as a probe would have measured them."""
-    from mates_hf.records import InfluenceLabels
-
-    rng = np.random.default_rng(1)
-    effects = rng.normal(size=VOCABULARY)
-    rows = pool.token_rows(probes)
-    derivatives = effects[rows.values[rows.target_mask]] + rng.normal(size=int(rows.num_targets.sum()))
-    starts = np.concatenate([[0], np.cumsum(rows.num_targets)[:-1]])
-    means = (np.add.reduceat(derivatives, starts) / rows.num_targets).astype(np.float32)
-    return InfluenceLabels(
-        candidate_id=probes,
-        influence=1e-3 * means,
-        influence_per_token=means,
-        loss=np.full(len(rows), 5.0, np.float32),
-        num_tokens=rows.num_targets,
-        probe=np.full(len(rows), "directional"),
-        step_size=1e-3,
-        token_derivatives=derivatives.astype(np.float32),
-    )
-
-
-def measure_rounds(work: Path) -> dict[str, Any]:
+def measure_rounds(folder: str) -> dict[str, Any]:
     """The stages of a round for both scopes, under the limit."""
     import datasets
 
+    from benchmarks.lab.corpus import made_up_labels
     from mates_hf.config import MatesConfig
     from mates_hf.data.pool import CandidatePool
     from mates_hf.engine.processes import ALONE
@@ -116,6 +82,7 @@ def measure_rounds(work: Path) -> dict[str, Any]:
     from mates_hf.selection.select_stage import select_rows
     from mates_hf.training.scoring import score_candidates
 
+    work = Path(folder)
     data, used = status("VmData", "RssAnon")
     limit = data - used + LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -138,7 +105,7 @@ def measure_rounds(work: Path) -> dict[str, Any]:
                 candidate_scope=scope,
                 num_probes=NUM_PROBES,
             )
-        labels = made_up_labels(pool, draw.probes)
+        labels = made_up_labels(pool.token_rows(draw.probes), draw.probes, noise=1.0)
         with meter.stage(f"{scope}: fit"):
             model = NgramInfluenceModel().fit(pool, labels)
         config = MatesConfig(candidate_scope=scope, selection_ratio=RATIO, temperature=TEMPERATURE)
@@ -192,106 +159,56 @@ def measure_sampler(num_rows: int) -> dict[str, Any]:
     return {"stages": meter.stages}
 
 
-def in_its_own_process(what: str, work: Path, num_rows: int) -> dict[str, Any]:
-    """Run one of the measurements in a fresh process."""
-    environment = {**os.environ, _WORKER: what, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, __file__, "--work", str(work), "--candidates", str(num_rows)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def table(stages: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of a Markdown table."""
-    head = ["| stage | seconds | own memory at most, MB | held after, MB | mapped file pages at most, MB |"]
-    rows = [
-        f"| {stage['stage']} | {stage['seconds']:.1f} | "
-        + " | ".join(f"{stage[name] / 1e6:,.0f}" for name in ("peak_own", "held_own", "peak_mapped"))
-        + " |"
-        for stage in stages
-    ]
-    return [*head, "|---|---|---|---|---|", *rows]
-
-
-def report(settings: dict[str, Any], measured: dict[str, Any], sampler: dict[str, Any]) -> str:
+def page(document: dict[str, Any]) -> str:
     """The Markdown page."""
-    peak = max(stage["peak_own"] for stage in measured["stages"])
+    settings, stages = document["settings"], document["stages"]
     lines = [
-        f"# large_pool{' (quick, not to be reported)' if settings['quick'] else ''}",
+        title("large_pool", settings["quick"]),
         "",
         f"{settings['candidates']:,} candidates, {settings['arrow_bytes'] / 1e9:.1f} GB of Arrow files, "
         f"{settings['probes']:,} probes, ratio {RATIO}, temperature {TEMPERATURE}, {settings['cpu_count']} cores, "
         f"Python {settings['python']}.",
         "",
-        f"Own memory at most: **{peak / 1e9:.2f} GB**; limit set for the process: {LIMIT_BYTES / 1e9:.2f} GB.",
+        f"Own memory at most: **{max(stage['peak_own'] for stage in stages) / 1e9:.2f} GB**; limit set for the "
+        f"process: {LIMIT_BYTES / 1e9:.2f} GB.",
         "",
-        *table(measured["stages"]),
+        *stage_lines(stages),
         "",
         "What was selected, of how many, and predicted influence of the selected against all (> 0 helps):",
         "",
-        "| scope | candidates | selected | mean of the selected | mean of all |",
-        "|---|---|---|---|---|",
     ]
-    for scope, check in measured["checks"].items():
-        means = (check["mean_predicted_influence_selected"], check["mean_predicted_influence_candidates"])
-        lines.append(
-            f"| {scope} | {check['candidates']:,} | {check['selected']:,} | {means[0]:.3g} | {means[1]:.3g} |"
-        )
+    means = [f"mean_predicted_influence_{of}" for of in ("selected", "candidates")]
+    lines += table_lines(
+        ["scope", "candidates", "selected", "mean of the selected", "mean of all"],
+        [
+            [scope, f"{found['candidates']:,}", f"{found['selected']:,}", *(f"{found[mean]:.3g}" for mean in means)]
+            for scope, found in document["checks"].items()
+        ],
+    )
     lines += [
         "",
         "Not in these figures: the Trainer's own sampler. `RandomSampler` (and accelerate's `SeedableRandomSampler`, "
         "which derives from it) makes a Python list of all rows, with or without this library, in every process:",
         "",
-        *table(sampler["stages"]),
+        *stage_lines(document["sampler"]["stages"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the pool, measure, report, delete the pool."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--candidates", type=int, default=None, help="rows of the pool (100 million; quick: 2 million)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a small pool; too short to report")
-    parser.add_argument("--work", type=Path, default=None, help="where the temporary folder of the pool goes")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the results; a quick run has none of its own"
-    )
-    arguments = parser.parse_args()
-    worker = os.environ.get(_WORKER)
-    if worker == "rounds":
-        print(json.dumps(measure_rounds(arguments.work)))
-        return
-    if worker == "sampler":
-        print(json.dumps(measure_sampler(arguments.candidates)))
-        return
-    num_rows = arguments.candidates or (2_000_000 if arguments.quick else 100_000_000)
-    work = Path(tempfile.mkdtemp(prefix="large-pool-", dir=arguments.work))
-    try:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How large the pool is."""
+    parser.add_argument("--candidates", type=int, help="rows of the pool (100 million; quick: 2 million)")
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Write the pool, measure, delete the pool."""
+    num_rows = bench.options.candidates or (2_000_000 if bench.quick else 100_000_000)
+    with temporary_folder(bench.work) as work:
         settings = {
-            "quick": arguments.quick,
-            "candidates": num_rows,
-            "arrow_bytes": write_pool(work, num_rows),
-            "probes": NUM_PROBES,
-            "ratio": RATIO,
-            "temperature": TEMPERATURE,
-            "limit_bytes": LIMIT_BYTES,
-            "cpu_count": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-        }
-        measured = in_its_own_process("rounds", work, num_rows)
-        sampler = in_its_own_process("sampler", work, num_rows)
-    finally:
-        shutil.rmtree(work)
-    text = report(settings, measured, sampler)
-    print(text)
-    out = arguments.out or (None if arguments.quick else RESULTS)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        payload = {"settings": settings, **measured, "sampler": sampler}
-        (out / "large_pool.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-        (out / "large_pool.md").write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+            "quick": bench.quick, "candidates": num_rows, "arrow_bytes": write_pool(work, num_rows),
+            "probes": NUM_PROBES, "ratio": RATIO, "temperature": TEMPERATURE, "limit_bytes": LIMIT_BYTES,
+            "cpu_count": num_cores(), **versions(),
+        }  # fmt: skip
+        measured = in_its_own_process(measure_rounds, str(work), steady=False)
+        sampler = in_its_own_process(measure_sampler, num_rows, steady=False)
+    return {"settings": settings, **measured, "sampler": sampler}

@@ -1,11 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """Is the cost ledger right, what does selection cost a small run, and what would it cost Pythia models?
-
-    python benchmarks/overhead.py            # writes benchmarks/results/overhead.{json,md}
-    python benchmarks/overhead.py --quick    # prints, writes nothing unless --out is given
 
 Measured: a real `Trainer` with `MatesCallback`, once for each of two models under torch's `FlopCounterMode`, stage by
 stage, and once without it for seconds; the ledger of `mates-hf cost` stands beside both. Predicted, and only that: the
@@ -13,36 +6,27 @@ overhead at the paper's schedule (arXiv:2406.06046), ours and the paper's own wa
 
 Trade-off: the runs are small, so that anyone can repeat them, and their rounds are close together, which makes every
 share look large. Shares of wall-clock in the predicted table rest on speeds measured at small size
-(`probe_speed.json`, `fit_and_score.json`) and on the devices' speeds that the table states.
+(`probe_speed`, `fit_and_score`) and on the devices' speeds that the table states.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from datasets import Dataset
-from probe_speed import LENGTH as CORPUS_LENGTH
-from probe_speed import (
-    RESULTS,
-    VOCAB,
-    as_reference,
-    figure,
-    make_model,
-    start,
-    text_rows,
-    trainer_arguments,
-    write_results,
-)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, default_data_collator
 
+from benchmarks.lab.corpus import VOCAB, as_dataset, as_reference, text_rows
+from benchmarks.lab.harness import Bench, newest
+from benchmarks.lab.machine import temporary_folder
+from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.tables import figure, figures_page, table_lines
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.influence.probe import count_multiplied_parameters, count_parameters
@@ -73,13 +57,13 @@ def make_neox() -> Any:
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=CORPUS_LENGTH, bos_token_id=None, eos_token_id=None,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return GPTNeoXForCausalLM(config)
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "Llama, tied": lambda: make_model(width=64, layers=2),
+    "Llama, tied": lambda: llama(width=64, layers=2, heads=2),
     "GPT-NeoX, untied": make_neox,
 }
 
@@ -106,15 +90,17 @@ def train(
     """Train from fresh weights and read the ledger."""
     model = make()
     model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = trainer_arguments(folder, steps, batch=8)
-        callbacks = [MatesCallback(reference, config)]
+    with temporary_folder(None) as folder:
         trainer = Trainer(
-            model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=callbacks
+            model=model,
+            args=quiet_arguments(folder, steps, 8),
+            train_dataset=rows,
+            data_collator=default_data_collator,
+            callbacks=[MatesCallback(reference, config)],
         )
         trainer.train()
         trainer.save_state()
-        return dataclasses.replace(run_cost(folder), run_dir="")
+        return dataclasses.replace(run_cost(str(folder)), run_dir="")
 
 
 def measure(
@@ -166,7 +152,7 @@ def speeds() -> dict[str, float]:
     """What the wall-clock of the prediction assumes, from the committed results of two other benchmarks."""
 
     def value(name: str, what: str) -> float:
-        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["figures"]
+        found = newest(name)["figures"]
         (line,) = [line for line in found if line["what"] == what]
         return float(line["value"])
 
@@ -295,11 +281,12 @@ def predicted_table(table: dict[str, Any], assumed: dict[str, float]) -> list[st
         f"{assumed['score_tokens_per_second'] / 1e6:.0f} M tokens a second on 2 cores, while the devices wait. "
         "Training at 3.2e14 FLOP/s over all devices (8 A6000, if 410M takes two days) or 3.2e15 (8 H100 at 40 %).",
         "",
-        "| model | way | rounds | FLOPs of rounds / training | probes | fit, score | of all FLOPs | paper reports | "
-        + " | ".join(f"seconds / training at {name} (idle)" for name in DEVICES)
-        + " |",
-        "|---|---|---|---|---|---|---|---|" + "---|" * len(DEVICES),
     ]
+    heads = [
+        "model", "way", "rounds", "FLOPs of rounds / training", "probes", "fit, score", "of all FLOPs",
+        "paper reports", *(f"seconds / training at {name} (idle)" for name in DEVICES),
+    ]  # fmt: skip
+    found = []
     for model, rows in table.items():
         for way, cost in rows.items():
             flops = {name: value / cost["training_flops"] for name, value in cost["stages"].items()}
@@ -310,27 +297,31 @@ def predicted_table(table: dict[str, Any], assumed: dict[str, float]) -> list[st
                 "" if cost["seconds"] is None else f"{of['together']:.2%} ({of['idle']:.2%})"
                 for of in (cost["seconds"] or dict.fromkeys(DEVICES)).values()
             ]
-            cells = (
+            found.append([
                 model, way, str(cost["num_rounds"]), f"{cost['share_of_training']:.3%}", f"{probes:.3%}",
                 f"{model_part:.2g}" if model_part < 1e-5 else f"{model_part:.2%}", f"{cost['share_of_all']:.3%}",
                 "" if reported is None else f"{reported:.1%}", *seconds,
-            )  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            ])  # fmt: skip
+    return lines + table_lines(heads, found)
 
 
-def main() -> None:
-    """Measure, predict, print and write."""
-    arguments = start(__doc__ or "")
+def page(document: dict[str, Any]) -> str:
+    """Figures, then the prediction."""
+    raw = document["raw"]
+    return f"{figures_page('overhead', document)}\n{chr(10).join(predicted_table(raw['predicted'], raw['assumed']))}\n"
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure and predict."""
+    torch.set_num_threads(bench.options.threads)
     pool, reference_rows = text_rows(LENGTH)
-    ids = pool.values.reshape(-1, LENGTH)
-    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    reference = as_reference(reference_rows, 4 if arguments.quick else 16)
+    rows = as_dataset(pool)
+    reference = as_reference(reference_rows, 4 if bench.quick else 16)
     config = MatesConfig(
-        update_steps=8 if arguments.quick else 24, num_probes=20 if arguments.quick else 40, selection_ratio=0.25,
+        update_steps=8 if bench.quick else 24, num_probes=20 if bench.quick else 40, selection_ratio=0.25,
         average_steps=0, on_weak_signal="select",
     )  # fmt: skip
-    steps = 14 if arguments.quick else 40
+    steps = 14 if bench.quick else 40
     found = {name: measure(make, rows, reference, config, steps) for name, make in MODELS.items()}
     assumed = speeds()
     table = predict(assumed)
@@ -345,13 +336,4 @@ def main() -> None:
         **{f"of these multiplied, {name}": run["multiplied"] for name, run in found.items()},
     }
     raw = {"runs": found, "assumed": assumed, "devices": DEVICES, "reported": REPORTED, "predicted": table}
-    write_results("overhead", arguments, settings, [*figures, *predicted_figures(assumed)], raw)
-    text = "\n" + "\n".join(predicted_table(table, assumed)) + "\n"
-    print(text)
-    if arguments.out is not None:
-        with open(arguments.out / "overhead.md", "a", encoding="utf-8") as file:
-            file.write(text)
-
-
-if __name__ == "__main__":
-    main()
+    return bench.figures(settings, [*figures, *predicted_figures(assumed)], raw)

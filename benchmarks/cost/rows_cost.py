@@ -1,12 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """What the order of rows costs a run: time of each row that the sampler hands out, and memory of a very large pool.
-
-    python benchmarks/rows_cost.py            # 100 million rows; writes benchmarks/results/rows_cost.{json,md}
-    python benchmarks/rows_cost.py --quick    # 2 million rows; prints, writes nothing unless --out is given
-    python benchmarks/rows_cost.py --check    # the committed page follows from the committed JSON
 
 Times are of draining the sampler as the dataloader does, in every process of a run and for the rows of all of them:
 rows of the Trainer's own order, rows of a selection that lies in a memory-mapped file, and rows that a resumed run
@@ -14,36 +6,29 @@ skips; beside them torch's own `RandomSampler`. Memory is of a process that open
 columns, draws the Trainer's own order, compares its hash and draws a round, one step after the other. The dataset is
 made up (four tokens a row) and lies in a temporary folder under `--work` that is deleted at the end.
 
-Trade-off: memory is read from the system every few milliseconds. Own memory is `RssAnon`; pages of mapped files
-(`RssFile`: the dataset and its shuffled indices) are counted apart, because the system drops them when it needs the
-room.
+Trade-off: a dataset on a fast disk that fits the page cache; three minutes on two cores and 3 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import json
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from memory_meter import Meter, status
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import in_its_own_process, num_cores, temporary_folder, versions
+from benchmarks.lab.memory import Meter, stage_lines, status
+from benchmarks.lab.tables import table_lines, title
+
 NUM_PROBES, NUM_SELECTED, RATIO = 2_000, 200_000, 0.2
 TIMED_ROWS, REPEATS, BATCH = 2_000_000, 5, 512
 COLUMNS = ("input_ids", "labels", "attention_mask")
 CHUNK, ROW_TOKENS = 2_000_000, 4
-_WORKER = "MATES_HF_ROWS_COST_WORKER"
 
 
 def write_dataset(work: Path, num_rows: int) -> None:
@@ -67,7 +52,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: np.array([row[name] for row in rows], np.int64) for name in COLUMNS}
 
 
-def measure_memory(work: Path, num_rows: int) -> dict[str, Any]:
+def measure_memory(folder: str, num_rows: int) -> dict[str, Any]:
     """The steps in which a run holds something for each row of its pool."""
     import datasets
     from accelerate.data_loader import SeedableRandomSampler
@@ -77,6 +62,7 @@ def measure_memory(work: Path, num_rows: int) -> dict[str, Any]:
     from mates_hf.training.clock import RowClock
     from mates_hf.training.sampler import ScheduledSampler
 
+    work = Path(folder)
     datasets.disable_progress_bars()
     base = status("RssAnon", "RssFile")
     meter = Meter()
@@ -172,22 +158,24 @@ def measure_times(work: Path, num_rows: int) -> dict[str, list[float]]:
     return times | {f"{name}, in batches": drained(make, num_rows, batched=True) for name, make in kinds.items()}
 
 
-def in_its_own_process(work: Path, num_rows: int) -> dict[str, Any]:
-    """Measure memory in a fresh process."""
-    environment = {**os.environ, _WORKER: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, __file__, "--work", str(work), "--rows", str(num_rows)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def report(payload: dict[str, Any]) -> str:
+def page(document: dict[str, Any]) -> str:
     """The Markdown page."""
-    settings, memory = payload["settings"], payload["memory"]
+    settings, memory, times = document["settings"], document["memory"], document["microseconds"]
     own = max(stage["peak_own"] for stage in memory["stages"])
     total = max(stage["peak_own"] + stage["peak_mapped"] for stage in memory["stages"])
     num = settings["rows"]
+    rows = [
+        [name] + [
+            f"{float(np.median(found)):.3f} ({min(found):.3f} to {max(found):.3f})"
+            for found in (times[name], times[f"{name}, in batches"])
+        ]
+        for name in times
+        if not name.endswith(", in batches")
+    ]  # fmt: skip
+    start = {"stage": "imports", "seconds": 0.0, "peak_own": memory["start_own"], "held_own": memory["start_own"],
+             "peak_mapped": memory["start_mapped"]}  # fmt: skip
     lines = [
-        f"# rows_cost{' (quick, not to be reported)' if settings['quick'] else ''}",
+        title("rows_cost", settings["quick"]),
         "",
         f"{settings['cpu_count']} cores shared with other work, Python {settings['python']}, torch "
         f"{settings['torch']}.",
@@ -196,91 +184,33 @@ def report(payload: dict[str, Any]) -> str:
         "(least to most). The draw of the order is part of it. In batches: through torch's `BatchSampler` of "
         f"{BATCH} rows, as a dataloader does.",
         "",
-        "| rows | one by one | in batches |",
-        "|---|---|---|",
-    ]
-    times = payload["microseconds"]
-    for name in [name for name in times if not name.endswith(", in batches")]:
-        cells = [
-            f"{float(np.median(found)):.3f} ({min(found):.3f} to {max(found):.3f})"
-            for found in (times[name], times[f"{name}, in batches"])
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
+        *table_lines(["rows", "one by one", "in batches"], rows),
         "",
         f"Memory with {num:,} rows, a shuffled dataset of {len(COLUMNS)} columns. Own memory at most "
         f"**{own / 1e9:.2f} GB**, {(own - memory['start_own']) / num:.1f} bytes a row beyond what the imports hold; "
         "with the mapped pages of the dataset and its indices that were touched (8 bytes a row and more, which the "
-        "system may drop) "
-        f"{total / 1e9:.2f} GB.",
+        f"system may drop) {total / 1e9:.2f} GB.",
         "",
-        "| step | seconds | own memory at most, MB | held after, MB | mapped file pages at most, MB |",
-        "|---|---|---|---|---|",
-        f"| imports | | {memory['start_own'] / 1e6:,.0f} | {memory['start_own'] / 1e6:,.0f} | "
-        f"{memory['start_mapped'] / 1e6:,.0f} |",
-    ]
-    lines += [
-        f"| {stage['stage']} | {stage['seconds']:.2f} | {stage['peak_own'] / 1e6:,.0f} | "
-        f"{stage['held_own'] / 1e6:,.0f} | {stage['peak_mapped'] / 1e6:,.0f} |"
-        for stage in memory["stages"]
+        *stage_lines([start, *memory["stages"]]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Make the dataset, measure, report, delete the dataset."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=None, help="rows of the pool (100 million; quick: 2 million)")
-    parser.add_argument("--quick", action="store_true", help="a small pool; too short to report")
-    parser.add_argument("--check", action="store_true", help="only: does the page follow from the JSON")
-    parser.add_argument("--work", type=Path, default=None, help="where the temporary folder of the dataset goes")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the results; a quick run has none of its own"
-    )
-    arguments = parser.parse_args()
-    out = arguments.out or (None if arguments.quick else RESULTS)
-    if arguments.check:
-        payload = json.loads((out or RESULTS).joinpath("rows_cost.json").read_text(encoding="utf-8"))
-        page = (out or RESULTS).joinpath("rows_cost.md").read_text(encoding="utf-8")
-        if page != report(payload):
-            raise SystemExit("rows_cost.md does not follow from rows_cost.json: run the benchmark again")
-        return
-    if os.environ.get(_WORKER):
-        print(json.dumps(measure_memory(arguments.work, arguments.rows)))
-        return
-    import torch
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How large the pool is."""
+    parser.add_argument("--rows", type=int, help="rows of the pool (100 million; quick: 2 million)")
 
-    num_rows = arguments.rows or (2_000_000 if arguments.quick else 100_000_000)
-    if num_rows < 10 * NUM_SELECTED and not arguments.quick:
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Make the dataset, measure, delete the dataset."""
+    num_rows = bench.options.rows or (2_000_000 if bench.quick else 100_000_000)
+    if num_rows < 10 * NUM_SELECTED and not bench.quick:
         raise SystemExit(f"`--rows` must be at least {10 * NUM_SELECTED}, got {num_rows}")
-    work = Path(tempfile.mkdtemp(prefix="rows-cost-", dir=arguments.work))
-    try:
-        timed = 200_000 if arguments.quick else TIMED_ROWS
+    timed = 200_000 if bench.quick else TIMED_ROWS
+    with temporary_folder(bench.work) as work:
         microseconds = measure_times(work, timed)
         write_dataset(work, num_rows)
         write_indices(work, num_rows)
-        memory = in_its_own_process(work, num_rows)
-    finally:
-        shutil.rmtree(work)
-    payload = {
-        "settings": {
-            "quick": arguments.quick,
-            "rows": num_rows,
-            "timed_rows": timed,
-            "cpu_count": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "microseconds": microseconds,
-        "memory": memory,
-    }
-    text = report(payload)
-    print(text)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "rows_cost.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-        (out / "rows_cost.md").write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+        memory = in_its_own_process(measure_memory, str(work), num_rows, steady=False)
+    settings = {"quick": bench.quick, "rows": num_rows, "timed_rows": timed, "cpu_count": num_cores()}
+    return {"settings": {**settings, **versions("torch")}, "microseconds": microseconds, "memory": memory}

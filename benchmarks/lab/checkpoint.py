@@ -1,7 +1,7 @@
-"""What the parts of `fidelity.py` share: its sizes, its constants, and the checkpoint that training branches from.
+"""The checkpoint that trainings branch from: a small model after some random steps, and what goes on from there.
 
-Place in the flow: between `lab` and the parts. Trade-off: the checkpoint is trained once and read back from disk by
-every unit, so units can run in any process and in any order.
+Trade-off: the checkpoint is trained once and read back from disk by every unit, so units can run in any process and in
+any order.
 """
 
 from __future__ import annotations
@@ -13,59 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from filelock import FileLock
-from lab import TOKENS_PER_BATCH, Averager, Lab, build_model, build_optimizer, task_losses, train_steps
 from torch import nn
 
+from benchmarks.lab.corpus import Lab
+from benchmarks.lab.models import (
+    LR,
+    TOKENS_PER_BATCH,
+    Averager,
+    build_model,
+    build_optimizer,
+    task_losses,
+    train_steps,
+)
+from benchmarks.lab.statistics import Ids
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.records import InfluenceLabels
 
-Ids = npt.NDArray[np.int64]
-
 LOSSES = ("all", "completion")
-LR = 1e-3
 BATCH_ROWS = 16
 WINDOW = 32  # steps of averaged weights before a boundary
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much is measured; the defaults are the full run."""
-
-    documents: int | None = None
-    early: int = 40
-    long: int = 1_000
-    warm: int = 300
-    per_domain: int = 7
-    truth_batches: int = 3
-    truth_passages: int = 48
-    large_batch: int = 128
-    large_batch_steps: int = 60
-    horizons: tuple[int, ...] = (10, 100, 1000)
-    set_probes: int = 1200
-    round_steps: int = 40
-    rounds: int = 5
-    oracle_probes: int = 600
-    oracle_passages: int = 64
-    round_probes: int = 500
-    fixed: int = 300
-    fit_sizes: tuple[int, ...] = (250, 500, 1000, 2000)
-    fit_test: int = 1000
-    fit_repeats: int = 3
-    cost_candidates: int = 1000
-    cost_oracle: int = 40
-    everything: bool = True
-
-
-QUICK = Sizes(
-    documents=3000, early=20, long=80, warm=60, per_domain=3, truth_batches=2, truth_passages=16, large_batch=32,
-    large_batch_steps=20, horizons=(5, 20, 40), set_probes=300, round_steps=10, rounds=2, oracle_probes=50,
-    oracle_passages=8, round_probes=150, fixed=60, fit_sizes=(100, 250), fit_test=200, fit_repeats=1,
-    cost_candidates=50, cost_oracle=4, everything=False,
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,18 +86,18 @@ class Point:
         return task_losses(self.model, self.lab.development)
 
 
-def warm_point(lab: Lab, sizes: Sizes, paths: Paths, seed: int, **shape: int) -> Point:
-    """The state after `sizes.warm` random steps; trained once and read back from then on. `shape` is the model's."""
+def warm_point(lab: Lab, warm: int, work: Path, seed: int, **shape: int) -> Point:
+    """The state after `warm` random steps; trained once and read back from then on. `shape` is the model's."""
     order = np.random.default_rng([seed, 2]).permutation(len(lab.rows))
-    used = sizes.warm * BATCH_ROWS
+    used = warm * BATCH_ROWS
     model = build_model(lab.vocab_size, seed=seed, **shape)
     optimizer = build_optimizer(model, lr=LR)
     point = Point(model=model, optimizer=optimizer, average=WeightAverage(model), rest=order[used:], lab=lab)
-    path = paths.work / f"warm-{seed}-{sizes.warm}.pt"
+    path = work / f"warm-{seed}-{warm}.pt"
     mean_path = path.with_suffix(".safetensors")
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            averager = Averager(model, sizes.warm, WINDOW)
+            averager = Averager(model, warm, WINDOW)
             point.train(order[:used], warm_up=20, on_step=averager.update)
             averager.average.save(mean_path)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -139,3 +108,21 @@ def warm_point(lab: Lab, sizes: Sizes, paths: Paths, seed: int, **shape: int) ->
     optimizer.load_state_dict(state["optimizer"])
     point.average.load(mean_path)
     return point
+
+
+def losses_along(point: Point, ids: Ids, horizons: list[int]) -> dict[int, dict[str, dict[str, float]]]:
+    """Development losses after each of `horizons` steps, at the live weights and averaged over the last third."""
+    averagers = {h: Averager(point.model, h, max(1, h // 3)) for h in horizons}
+    losses: dict[int, dict[str, dict[str, float]]] = {}
+
+    def on_step(step: int) -> None:
+        for h, averager in averagers.items():
+            if step <= h:
+                averager.update(step)
+        if step in averagers:
+            live = point.development()
+            with averagers[step].average.swapped_in():
+                losses[step] = {"live": live, "averaged": point.development()}
+
+    point.train(ids, on_step=on_step)
+    return losses

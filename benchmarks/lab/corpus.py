@@ -1,10 +1,7 @@
-"""A small laboratory for the benchmarks: real text in domains, a small model, and a plain training loop.
+"""Text for the benchmarks: rows of a corpus with domains, reference and development passages, and made-up labels.
 
-Place in the flow: `benchmarks/*.py` import it and nothing else of one another; it composes the public parts of
-`mates_hf` and knows no Trainer, so that a benchmark of a label or of a selection measures just that.
-
-Trade-off: models of half a million parameters on rows of 64 tokens. What is found here is a lead for larger ones, and
-is cheap enough to repeat over seeds and to check against brute force.
+Trade-off: rows of 64 tokens, cheap enough to repeat over seeds and to check against brute force. What is found on them
+is a lead for larger ones.
 
 The data folder holds `corpus.jsonl.gz` (rows with `text` and `domain`) and `eval/`, of which a reference task reads
 its own files: `lambada/test_a.jsonl` (rows with `context` and `target`), or `arc_easy` and `boolq`, `train.jsonl` and
@@ -17,31 +14,26 @@ import dataclasses
 import gzip
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.overlap import find_overlap
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.engine.averaging import WeightAverage
-from mates_hf.influence.passes import mean_loss_gradient, token_losses
-from mates_hf.prediction.judge import fit_report
-
-FloatArray = npt.NDArray[np.float64]
+from mates_hf.records import InfluenceLabels
 
 CHARACTERS_PER_TOKEN = 5  # read of a document, to be sure of its tokens
 TOKENIZER_DOCUMENTS = 4_000
 PASSAGE_TOKENS = 128
-TOKENS_PER_BATCH = 512  # 8 rows of 64: larger batches fall out of the cache of a processor
+VOCAB = 4096  # of the built-in corpus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,141 +220,76 @@ def _tasks(passages: Sequence[dict[str, Any]], tokenizer: Any, name: str) -> dic
 
 def _tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> PreTrainedTokenizerFast:
     if not path.exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts[:TOKENIZER_DOCUMENTS], trainer)
         temporary = path.with_suffix(f".{os.getpid()}.json")
-        tokenizer.save(str(temporary))
+        byte_bpe(texts[:TOKENIZER_DOCUMENTS], vocab_size).save(str(temporary))
         temporary.replace(path)
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END)
 
 
-# --- model and training ---
+END = "<|endoftext|>"
 
 
-def build_model(
-    vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0, family: str = "gpt_neox"
-) -> PreTrainedModel:
-    """A GPT-NeoX (Pythia's architecture), or a Llama, with fresh weights, embedding and head tied, without dropout."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=4 * width,
-        max_position_embeddings=2 * PASSAGE_TOKENS,
-        tie_word_embeddings=True,
-        use_cache=False,
+def byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE trained on texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
-    return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
-def build_optimizer(model: nn.Module, *, lr: float, beta2: float = 0.95) -> torch.optim.AdamW:
-    """AdamW with the paper's momentum and weight decay."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.1)
+# --- without a data folder ---
 
 
-def train_steps(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rows: TokenRows,
-    order: npt.NDArray[np.int64],
-    *,
-    batch_rows: int,
-    lr: float,
-    max_grad_norm: float | None = 1.0,
-    warm_up: int = 0,
-    on_step: Callable[[int], None] | None = None,
-) -> None:
-    """Train on `order`, `batch_rows` rows a step: token-weighted loss, clipping, constant rate after a linear warm-up.
-
-    Args:
-        model: trained in place, in the mode it is in.
-        optimizer: stepped in place.
-        rows: the pool.
-        order: pool rows in training order; a remainder below one batch is not trained on.
-        batch_rows: rows in one step.
-        lr: learning rate.
-        max_grad_norm: clipping threshold; None is off.
-        warm_up: steps over which the rate rises from 0.
-        on_step: called after each step with the number of steps taken.
-    """
-    for step in range(len(order) // batch_rows):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / max(1, warm_up))
-        batch = rows.take(order[step * batch_rows : (step + 1) * batch_rows])
-        mean_loss_gradient(model, batch, tokens_per_batch=TOKENS_PER_BATCH)
-        if max_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if on_step is not None:
-            on_step(step + 1)
+def as_rows(values: npt.NDArray[Any], length: int) -> TokenRows:
+    """Token ids, one after the other, as rows of one length; a remainder is dropped."""
+    num = values.size // length
+    return TokenRows(values=values.reshape(-1)[: num * length], offsets=np.arange(num + 1, dtype=np.int64) * length)
 
 
-class Averager:
-    """Mean of the weights over the last `window` of `num_steps` steps: pass `update` as `on_step`."""
+def text_rows(length: int = 256) -> tuple[TokenRows, TokenRows]:
+    """The built-in corpus in a byte-level BPE of its own, cut to rows of one length: candidates, reference rows."""
+    corpus = builtin_corpus(seed=0)
+    texts = [row["text"] for row in corpus.pool]
+    tokenizer = byte_bpe(texts, VOCAB)
 
-    def __init__(self, model: nn.Module, num_steps: int, window: int) -> None:
-        self.average = WeightAverage(model)
-        self._start = num_steps - window
+    def cut(parts: list[str]) -> TokenRows:
+        ids = [np.asarray(found.ids, np.int32) for found in tokenizer.encode_batch(parts)]
+        return as_rows(np.concatenate(ids), length)
 
-    def update(self, step: int) -> None:
-        """Take the weights in where the step is inside the window."""
-        if step > self._start:
-            self.average.update()
-
-
-def task_losses(model: nn.Module, tasks: dict[str, ReferenceTask]) -> dict[str, float]:
-    """Mean loss over all tokens and over the last words, nats/token, from one pass over the passages."""
-    losses = token_losses(model, tasks["all"].rows, tokens_per_batch=TOKENS_PER_BATCH)
-    last_word = tasks["completion"].rows.target_mask[tasks["all"].rows.target_mask]
-    return {"all": float(losses.mean(dtype=np.float64)), "completion": float(losses[last_word].mean(dtype=np.float64))}
+    return cut(texts), cut(corpus.reference)
 
 
-# --- statistics ---
+def as_reference(rows: TokenRows, num: int = 64) -> ReferenceTask:
+    """The first `num` rows as a reference task."""
+    return ReferenceTask(name="built-in text", rows=rows.take(np.arange(min(num, len(rows)))))
 
 
-def spearman(label: npt.ArrayLike, truth: npt.ArrayLike, seed: int = 0) -> dict[str, Any]:
-    """Rank correlation of two (N,) arrays with a 95 % bootstrap interval over candidates."""
-    report = fit_report(np.asarray(label), np.asarray(truth), num_labels=0, seed=seed)
-    return {"spearman": report.spearman, "interval": list(report.interval)}
+def as_dataset(rows: TokenRows | npt.NDArray[Any]) -> Dataset:
+    """Rows of one length as a pool that every collator reads."""
+    ids = rows if isinstance(rows, np.ndarray) else rows.values.reshape(len(rows), -1)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 
 
-def without_group_means(values: npt.ArrayLike, group: npt.NDArray[np.int64]) -> FloatArray:
-    """(N,) values minus the mean of their group: what is left to rank within groups."""
-    values = np.asarray(values, np.float64)
-    counts = np.bincount(group)
-    return values - (np.bincount(group, weights=values) / np.maximum(counts, 1))[group]
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of a few paired values and half the width of its 95 % t interval; nan for a single one."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return float(np.mean(values)), float("nan")
-    width = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(width)
-
-
-def rounded(value: Any, digits: int = 5) -> Any:
-    """Plain JSON with floats of a few significant digits."""
-    if isinstance(value, dict):
-        return {key: rounded(entry, digits) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(entry, digits) for entry in value]
-    if isinstance(value, np.ndarray):
-        return rounded(value.tolist(), digits)
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.{digits}g}")
-    return int(value) if isinstance(value, np.integer) else value
+def made_up_labels(rows: TokenRows, ids: npt.NDArray[np.int64] | None = None, noise: float = 3.0) -> InfluenceLabels:
+    """Labels of a made-up effect of each token and much noise, as a fit gets them from a probe."""
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=int(rows.values.max()) + 1)
+    values = effects[rows.values[rows.target_mask]]
+    derivatives = (values + rng.normal(0, noise, len(values))).astype(np.float32)
+    starts = np.cumsum(rows.num_targets) - rows.num_targets
+    means = (np.add.reduceat(derivatives, starts) / rows.num_targets).astype(np.float32)
+    return InfluenceLabels(
+        candidate_id=np.arange(len(rows)) if ids is None else ids,
+        influence=1e-3 * means,
+        influence_per_token=means,
+        loss=np.full(len(rows), 5.0, np.float32),
+        num_tokens=rows.num_targets,
+        probe=np.full(len(rows), "directional"),
+        step_size=1e-3,
+        token_derivatives=derivatives,
+    )

@@ -1,11 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """Which linear response of Muon ranks candidates as training does: the whole derivative, the frozen form, or none.
-
-    python benchmarks/muon_response.py            # writes benchmarks/results/muon_response.{json,md}
-    python benchmarks/muon_response.py --quick    # prints, writes nothing unless --out is given
 
 The truth is brute force: a candidate replaces one row of a real batch of 16, Muon (matrices of the blocks) and AdamW
 (the rest) take a step, and the reference loss falls by so much more or less, averaged over batches. Beside it the
@@ -18,18 +11,20 @@ are rank correlations; they hold for the learning rates stated.
 from __future__ import annotations
 
 import copy
-import sys
+import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from probe_speed import VOCAB, figure, start, text_rows, write_results
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.lab.corpus import VOCAB, text_rows
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.models import llama, train_on
+from benchmarks.lab.tables import figure, figures_page
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.optimizer import muon_step
@@ -37,9 +32,7 @@ from mates_hf.influence.passes import mean_loss, mean_loss_gradient
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.influence.test_optimizers import frozen_change  # noqa: E402
-
+page = functools.partial(figures_page, "muon_response")
 LENGTH, BATCH = 32, 16
 MUON_LR, ADAM_LR = 0.02, 1e-3
 RATES = {"both at the training rates": (MUON_LR, ADAM_LR), "Muon alone, a quarter of its rate": (MUON_LR / 4, 0.0)}
@@ -67,6 +60,20 @@ def identity(matrix: Tensor, change: Tensor, coefficients: Any, num_steps: int, 
     return change / matrix.norm()
 
 
+def frozen_change(matrix: Tensor, change: Tensor, coefficients: Any, num_steps: int, eps: float) -> Tensor:
+    """OPUS's form: the polynomial in A = XXᵀ as it is at the momentum, from the left."""
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    x, tangent = (matrix.T, change.T) if tall else (matrix, change)
+    norm = x.norm().clamp(min=eps)
+    x = x / norm
+    for _ in range(num_steps):
+        gram = x @ x.T
+        polynomial = a * torch.eye(len(gram), dtype=gram.dtype) + b * gram + c * gram @ gram
+        x, tangent = polynomial @ x, polynomial @ tangent
+    return (tangent.T if tall else tangent) / norm
+
+
 RESPONSES: dict[str, Callable[..., Tensor]] = {
     "whole derivative": muon_step.orthogonalise_change,
     "frozen": frozen_change,
@@ -76,25 +83,13 @@ RESPONSES: dict[str, Callable[..., Tensor]] = {
 
 def train(pool: TokenRows, seed: int, num_steps: int) -> tuple[Any, Together]:
     """A small Llama after some steps on random rows."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=LENGTH, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None,
-            eos_token_id=None,
-        )
-    )  # fmt: skip
+    model = llama(VOCAB, width=64, inner=128, layers=2, length=LENGTH, seed=seed)
     hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     optimizer = Together(
         torch.optim.Muon(hidden, lr=MUON_LR), torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.1)
     )
-    generator = np.random.default_rng(seed)
-    for _ in range(num_steps):
-        mean_loss_gradient(model, pool.take(generator.integers(len(pool), size=BATCH)))
-        optimizer.step()
+    train_on(model, optimizer, pool, num_steps, batch=BATCH, seed=seed)
     return model, optimizer
 
 
@@ -115,11 +110,11 @@ def swapped_in(
     return -losses
 
 
-def main() -> None:
-    """Run and report."""
-    arguments = start(__doc__ or "")
-    seeds = range(1 if arguments.quick else 4)
-    num_steps, num_candidates, num_batches = (40, 12, 1) if arguments.quick else (300, 48, 8)
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure."""
+    torch.set_num_threads(bench.options.threads)
+    seeds = range(1 if bench.quick else 4)
+    num_steps, num_candidates, num_batches = (40, 12, 1) if bench.quick else (300, 48, 8)
     pool, passages = text_rows(LENGTH)
     reference = passages.take(np.arange(16))
     found: dict[str, dict[str, list[float]]] = {name: {} for name in RATES}
@@ -153,8 +148,4 @@ def main() -> None:
         "batches averaged": num_batches,
         "seeds": len(seeds),
     }
-    write_results("muon_response", arguments, settings, figures, found)
-
-
-if __name__ == "__main__":
-    main()
+    return bench.figures(settings, figures, found)

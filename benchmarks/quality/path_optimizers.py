@@ -1,11 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """Whether a path stays down under every optimizer at a large batch, and how its labels agree with one real step.
-
-    python benchmarks/path_optimizers.py            # writes benchmarks/results/path_optimizers.{json,md}
-    python benchmarks/path_optimizers.py --quick    # prints, writes nothing unless --out is given
 
 Each optimizer trains the same small model on batches of 128 rows, the last of them in a decay to a fiftieth of its
 rate as well. Then a path of 32 points is walked, as long as a round of 100 steps at that rate. What is reported of it
@@ -20,20 +13,25 @@ of a one-step label; a path label is meant for many, so its agreement is lower b
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from probe_speed import VOCAB, figure, start, text_rows, write_results
 from scipy.stats import spearmanr
 from torch import nn
 
+from benchmarks.lab.corpus import VOCAB, text_rows
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.models import llama, train_on
+from benchmarks.lab.tables import figure, figures_page
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.passes import mean_loss, mean_loss_gradient
 from mates_hf.influence.probe_directional import DirectionalProbe
 
+page = functools.partial(figures_page, "path_optimizers")
 LENGTH, BATCH, ROUND = 32, 128, 100
 
 
@@ -56,22 +54,9 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 def train(name: str, pool: TokenRows, seed: int, num_steps: int) -> tuple[Any, torch.optim.Optimizer]:
     """A small Llama after some steps on batches of 128 random rows."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=LENGTH, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None,
-            eos_token_id=None,
-        )
-    )  # fmt: skip
+    model = llama(VOCAB, width=64, inner=128, layers=2, length=LENGTH, seed=seed)
     optimizer = OPTIMIZERS[name](list(model.parameters()))
-    generator = np.random.default_rng(seed)
-    for _ in range(num_steps):
-        mean_loss_gradient(model, pool.take(generator.integers(len(pool), size=BATCH)))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    train_on(model, optimizer, pool, num_steps, batch=BATCH, seed=seed, max_grad_norm=1.0)
     return model, optimizer
 
 
@@ -104,10 +89,10 @@ def joined(
     return found
 
 
-def main() -> None:
-    """Run and report."""
-    arguments = start(__doc__ or "")
-    num_steps, num_candidates, seeds = (8, 12, 1) if arguments.quick else (30, 64, 2)
+def run(bench: Bench) -> dict[str, Any]:
+    """Measure."""
+    torch.set_num_threads(bench.options.threads)
+    num_steps, num_candidates, seeds = (8, 12, 1) if bench.quick else (30, 64, 2)
     pool, passages = text_rows(LENGTH)
     reference = passages.take(np.arange(min(len(passages), 256)))
     task = ReferenceTask(name="held-out text", rows=reference)
@@ -163,13 +148,9 @@ def main() -> None:
         "passages": len(reference),
         "seeds": seeds,
     }
-    write_results("path_optimizers", arguments, settings, figures, raw)
+    return bench.figures(settings, figures, raw)
 
 
 def _late(runs: list[dict[str, Any]]) -> float:
     """Mean change of the last quarter of the points, over seeds."""
     return float(np.mean([np.mean(run["changes"][-max(1, len(run["changes"]) // 4) :]) for run in runs]))
-
-
-if __name__ == "__main__":
-    main()

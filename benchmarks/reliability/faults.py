@@ -1,13 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """Break one of two processes anywhere in a run: do all of them end, how soon, and by a message that names it?
-
-    python benchmarks/faults.py                 # writes benchmarks/results/faults.{json,md}
-    python benchmarks/faults.py --minutes 3     # begins nothing after three minutes; the same command continues
-    python benchmarks/faults.py --only forward  # faults whose name has this, printed with the processes' logs
-    python benchmarks/faults.py --check         # the page follows from the JSON, and the limits hold
 
 A fault is a place (a function of this library that is wrapped in the process under test), who meets it (the main
 process, the last one, or all), and what happens there: an error is raised, a disk is full, the process gets SIGKILL,
@@ -15,12 +6,15 @@ or SIGSTOP. Two real processes train a small model over gloo, and one of them is
 the time until every other process has ended (after an error: every process), and whether the output of each says which
 process it was. A frozen process is thawed once the others have ended, and must then end by itself.
 
+`--only forward` plants the faults whose name has this, and prints the processes' logs.
+
 Trade-off: importing torch and transformers takes longer than the run, so processes are forked from one that has
-imported them and built nothing. They end as any Python process does.
+imported them and built nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import errno
@@ -29,42 +23,22 @@ import importlib
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from units import (  # noqa: E402
-    Opened,
-    Result,
-    end,
-    keep,
-    opened,
-    parser_of,
-    plain,
-    read_results,
-    read_units,
-    say,
-    take_over,
-    unit_path,
-    write_results,
-)
-
-from mates_hf import MatesCallback  # noqa: E402
-from mates_hf.engine import watch  # noqa: E402
-from mates_hf.influence.probe_directional import DirectionalProbe  # noqa: E402
-from mates_hf.prediction.ngram_model import NgramInfluenceModel  # noqa: E402
-from mates_hf.training.session import Session  # noqa: E402
-from tests.launch import free_port  # noqa: E402
-from tests.training.kit import make_arguments, make_reference, run, small_config  # noqa: E402
-from tests.training.worker import shard_with_fsdp2  # noqa: E402
+from benchmarks.lab.harness import Bench, say
+from benchmarks.lab.machine import as_launched, free_port
+from benchmarks.lab.small_run import fork, make_reference, shard_with_fsdp2, small_config
+from benchmarks.lab.small_run import run as train_small
+from benchmarks.lab.tables import table_lines
+from benchmarks.lab.units import Result, keep, plain, read_units, take_over, unit_path
+from mates_hf import MatesCallback
+from mates_hf.engine import watch
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.training.session import Session
 
 SIZE = 2
 LIMITS = {"error": 30.0, "full disk": 30.0, "SIGKILL": 90.0, "SIGSTOP": 90.0}
@@ -72,6 +46,7 @@ GIVE_UP_SECONDS = 150.0
 PLANTED = "planted here"
 MAIN, LAST, ALL = "main", "last", "all"
 ERROR, FULL, KILL, STOP = LIMITS
+DIGITS = 3
 QUICK = {"rounds set aside: main, error", "labels: last, error", "audit: last, error", "labels: last, SIGKILL",
          "sum: main, SIGSTOP"}  # fmt: skip
 
@@ -274,13 +249,6 @@ class SlowModel(NgramInfluenceModel):
 
 def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool) -> None:
     """One process of the run."""
-    arguments = make_arguments(
-        output_dir,
-        max_steps=10 if fault is None else 16,
-        per_device_train_batch_size=2,
-        save_strategy="steps",
-        save_steps=4,
-    )
     config = small_config(num_probes=32, average_steps=3, drift_check_steps=3, switch_lead_steps=2, keep_rounds=2)
     if fault is not None and fault.beside:
         config = dataclasses.replace(config, drift_check_steps=None, switch_lead_steps=4)
@@ -291,11 +259,15 @@ def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool
         probe=DirectionalProbe(path_steps=2),
         influence_model=SlowModel() if SlowModel.seconds else None,
     )
-    run(
-        arguments,
-        [callback],
+    train_small(
+        output_dir,
+        callback,
         resume=str(output_dir / "checkpoint-8") if resumes else None,
         prepare=shard_with_fsdp2 if sharded else lambda trainer: None,
+        max_steps=10 if fault is None else 16,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=4,
     )
 
 
@@ -319,23 +291,12 @@ class Running:
         folder.mkdir(parents=True)
         self.pids: list[int] = []
 
-    def start(self, body: Callable[[int], None]) -> bool:
-        """Fork the processes; true in each of them, when `body` has ended well."""
+    def start(self, body: Callable[[int], None]) -> None:
+        """Fork the processes."""
         port = free_port()
         for rank in range(SIZE):
-            pid = os.fork()
-            if pid == 0:
-                log = os.open(self.folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                size = {"WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
-                where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-                os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), **size, **where})
-                torch.set_num_threads(1)
-                body(rank)
-                return True
-            self.pids.append(pid)
-        return False
+            log = self.folder / f"log-{rank}"
+            self.pids.append(fork(functools.partial(body, rank), log, as_launched(rank, SIZE, port)))
 
     def look(self) -> bool:
         """Take note of the processes that have ended; true when there is nothing more to wait for."""
@@ -379,26 +340,22 @@ class Running:
         return found
 
 
-def whole_run(bench: Opened) -> Path | None:
-    """A run with a checkpoint inside the averaging window, that others resume; None in its own processes."""
+def whole_run(bench: Bench) -> Path:
+    """A run with a checkpoint inside the averaging window, that others resume."""
     folder = bench.work / "whole"
     if not (folder / "run" / "checkpoint-8").exists():
         fault = Fault(place="whole", target="", who=ALL, what=ERROR)
         running = Running(fault, folder)
-        if running.start(lambda rank: train(folder / "run", fault=None, resumes=False, sharded=False)):
-            return None
+        running.start(lambda rank: train(folder / "run", fault=None, resumes=False, sharded=False))
         while not running.look():
             time.sleep(0.1)
         assert not any(code for code, _ in running.ended.values()), (folder / "log-0").read_text()
     return folder / "run"
 
 
-def break_all(bench: Opened, faults: list[Fault]) -> int | None:
-    """Run the faults that are not kept yet, some side by side; how many are left. None in a forked process."""
+def break_all(bench: Bench, faults: list[Fault]) -> int:
+    """Run the faults that are not kept yet, some side by side; how many are left."""
     whole = whole_run(bench) if any(fault.resumes for fault in faults) else bench.work
-    if whole is None:
-        return None
-    deadline = time.monotonic() + 60 * bench.options.minutes
     todo = [fault for fault in faults if not unit_path(bench.work, fault.name).exists()]
     places = [fault.place for fault in faults]
     turn = {fault.name: places[:number].count(fault.place) for number, fault in enumerate(faults)}
@@ -406,16 +363,15 @@ def break_all(bench: Opened, faults: list[Fault]) -> int | None:
     todo.sort(key=lambda fault: (fault.what != STOP, turn[fault.name]))
     running: list[Running] = []
     say(f"{len(todo)} faults to plant")
-    while running or (todo and time.monotonic() < deadline):
+    while running or (todo and time.monotonic() < bench.deadline):
         busy = sum(each.fault.what != STOP for each in running)
         free = len(running) < 4 * bench.options.workers and busy < bench.options.workers
-        if todo and free and time.monotonic() < deadline:
+        if todo and free and time.monotonic() < bench.deadline:
             fault = todo.pop(0)
             each = Running(fault, bench.work / f"fault-{faults.index(fault)}")
             if fault.resumes:
                 shutil.copytree(whole, each.folder / "run")
-            if each.start(functools.partial(under_test, fault, each.folder)):
-                return None
+            each.start(functools.partial(under_test, fault, each.folder))
             running.append(each)
         for each in [each for each in running if each.look()]:
             running.remove(each)
@@ -455,7 +411,7 @@ def shown(found: Result) -> str:
     return f"{found['seconds']:.1f} s, {'named' if found['named'] else 'NOT NAMED'}, exit codes {found['codes']}"
 
 
-def page_of(document: Result) -> str:
+def page(document: Result) -> str:
     """The page."""
     units = document["units"]
     num_places = len({found["settings"]["place"] for found in units.values()})
@@ -463,37 +419,33 @@ def page_of(document: Result) -> str:
     lines = [
         "# A fault anywhere ends every process, by name",
         "",
-        f"`python benchmarks/faults.py`: {len(units)} faults at {num_places} places. Two real processes (gloo, CPU, a "
+        f"`python -m benchmarks faults`: {len(units)} faults at {num_places} places. Two real processes (gloo, CPU, a "
         'model of two layers), one of them broken ("all": both). Seconds from the fault until the others have ended; '
         'after an error, until all have. "Named": the output of each of them says which process it was, and after an '
         "error what happened there. A process is taken for frozen after a minute. When the others have ended it is "
         'thawed; "thawed" is how long it then takes to end by itself.',
         "",
-        "| what happens | faults | limit, s | slowest, s | median, s | named | within its limit |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    rows: list[list[Any]] = []
     for what, limit in LIMITS.items():
         here = [found for found in ends if found["settings"]["what"] == what]
         if here:
             seconds = sorted(found["seconds"] or 0.0 for found in here)
-            lines.append(
-                f"| {what} | {len(here)} | {limit:.0f} | {seconds[-1]:.1f} | {seconds[len(seconds) // 2]:.1f} "
-                f"| {sum(found['named'] for found in here)} | {sum(is_well(found) for found in here)} |"
-            )
-    lines += [
-        "",
-        "| place | process | what happens | seconds | named | thawed, s |",
-        "| --- | --- | --- | ---: | --- | ---: |",
-    ]
+            slowest, median = f"{seconds[-1]:.1f}", f"{seconds[len(seconds) // 2]:.1f}"
+            named, well = sum(found["named"] for found in here), sum(map(is_well, here))
+            rows.append([what, len(here), f"{limit:.0f}", slowest, median, named, well])
+    heads = ["what happens", "faults", "limit, s", "slowest, s", "median, s", "named", "within its limit"]
+    lines += [*table_lines(heads, rows), ""]
+    rows = []
     for found in units.values():
         settings, thawed = found["settings"], found.get("thawed_seconds")
         went_on = settings["goes_on"] and is_well(found)
-        lines.append(
-            f"| {settings['place']} | {settings['who']} | {settings['what']} | "
-            + ("the run continues | " if went_on else f"{found['seconds'] or 0.0:.1f} | ")
-            + ("" if went_on else "yes" if found["named"] else "**no**")
-            + f" | {'' if thawed is None else f'{thawed:.1f}'} |"
-        )
+        rows.append([
+            settings["place"], settings["who"], settings["what"],
+            "the run continues" if went_on else f"{found['seconds'] or 0.0:.1f}",
+            "" if went_on else "yes" if found["named"] else "**no**", "" if thawed is None else f"{thawed:.1f}",
+        ])  # fmt: skip
+    lines += table_lines(["place", "process", "what happens", "seconds", "named", "thawed, s"], rows)
     return "\n".join([*lines, ""])
 
 
@@ -502,45 +454,38 @@ def differences(document: Result) -> list[str]:
     return [f"{name}: {shown(found)}" for name, found in document["units"].items() if not is_well(found)]
 
 
-def main() -> None:
-    """Plant the faults that are not in the results yet."""
-    parser = parser_of(__doc__, workers=3, data=False)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which faults."""
+    parser.set_defaults(workers=3)
     parser.add_argument("--only", help="faults whose name has this, printed and not recorded")
-    bench = opened(parser, "faults", page_of, differences)
-    options = bench.options
-    faults = all_faults()
-    if options.quick:
+
+
+def run(bench: Bench) -> Result | None:
+    """Plant the faults that are not in the results yet."""
+    only, faults = bench.options.only, all_faults()
+    if bench.quick:
         # A minute of silence is what the full run is for.
         watch.FROZEN_SECONDS = 12.0
         faults = [fault for fault in faults if fault.name in QUICK]
         assert len(faults) == len(QUICK)
-    if options.only:
-        faults = [fault for fault in faults if options.only in fault.name]
+    if only:
+        faults = [fault for fault in faults if only in fault.name]
         for fault in faults:
             unit_path(bench.work, fault.name).unlink(missing_ok=True)
     settings = {fault.name: {**dataclasses.asdict(fault)} for fault in faults}
     assert len(settings) == len(faults)
-    recorded = read_results(bench.page)
-    if recorded is not None and not options.only:
+    recorded = bench.earlier()
+    if recorded is not None and not only:
         well = {name: found for name, found in recorded["units"].items() if is_well(found)}
         take_over(bench.work, well, settings)
-    left = break_all(bench, faults)
-    if left is None:  # a process under test, which ends as any other
-        return
+    bench.left = break_all(bench, faults)
     found = read_units(bench.work, settings)
-    if options.only:
-        for number, _ in enumerate(faults):
-            for path in sorted((bench.work / f"fault-{number}").glob("log-*")):
-                say(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}")
-        return
-    document = write_results(
-        bench.page, {"units": {name: found[name] for name in settings if name in found}}, page_of, 3
-    )
-    end(left)
+    if only:
+        for path in sorted(bench.work.glob("fault-*/log-*")):
+            say(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}")
+        return None
+    document: Result = {"units": {name: found[name] for name in settings if name in found}}
     wrong = differences(document)
     say("\n".join(wrong) if wrong else f"{len(found)} faults: every process ended in time, by name")
-    sys.exit(1 if wrong else 0)
-
-
-if __name__ == "__main__":
-    main()
+    bench.wrong = bool(wrong)
+    return document

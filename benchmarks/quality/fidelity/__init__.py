@@ -1,20 +1,13 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """What an influence label agrees with: one real batch, and 10 to 1,000 steps on the rows it prefers.
 
-    python benchmarks/fidelity.py --data DATA_DIR             # about an hour on two cores
-    python benchmarks/fidelity.py --quick                     # two minutes, on text of the Python installation
-    python benchmarks/fidelity.py --check                     # recompute the page from the JSON
+Five parts, in units that run in processes of their own and are kept one by one; about an hour on two cores.
 
-Place in the flow: it freezes the definition of the label and the selection defaults on evidence. Five parts, in units
-that run in processes of their own and are kept one by one, so that a killed run goes on where it stopped:
-
-- `in_batch`: labels against the change of the reference loss when a candidate replaces one row of a real batch.
-- `cost`: seconds that each kind of label takes for 1,000 candidates.
-- `horizon`: development loss after training on sets of rows chosen by predicted influence.
-- `rounds`: labels of the same candidates from round to round (what selecting by them gains is in `selection.py`).
+- `in_batch`: labels against the change of the reference loss when a candidate replaces one row of a real batch. The
+  truth is brute force, in several configurations of step, rate, clipping, batch, lengths, model and precision.
+- `cost`: seconds that each kind of label takes for 1,000 candidates, one thread, in turns.
+- `horizon`: development loss after training on sets of rows chosen by predicted influence. A label that predicts one
+  step well can still choose badly.
+- `rounds`: labels of the same candidates from round to round (what selecting by them gains is in `selection`).
 - `fit`: held-out rank correlation of the n-gram influence model by kind and number of labels.
 
 Trade-off: one small model on one corpus; every figure has its learning rate, seed and interval beside it.
@@ -22,34 +15,24 @@ Trade-off: one small model on one corpus; every figure has its learning rate, se
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
-import logging
-import time
-from pathlib import Path
 from typing import Any
 
-import torch
-from fidelity_one_step import cost, in_batch
-from fidelity_setup import BATCH_ROWS, LR, QUICK, WINDOW, Paths, Sizes
-from fidelity_tables import write_tables
-from fidelity_training import ARMS, LABEL_KINDS, SETS, fit, horizon, rounds
-from lab import Lab, build_model, load_lab, rounded
-from units import (
-    end,
-    keep,
-    opened,
-    parser_of,
-    plain,
-    read_results,
-    read_units,
-    run_units,
-    say,
-    take_over,
-    unit_path,
-    write_results,
-)
+from benchmarks.lab.checkpoint import BATCH_ROWS, LR, WINDOW, Paths
+from benchmarks.lab.corpus import Lab, load_lab
+from benchmarks.lab.harness import Bench, say
+from benchmarks.lab.machine import versions
+from benchmarks.lab.models import build_model
+from benchmarks.lab.units import plain, read_units, run_units, take_over
+from benchmarks.quality.fidelity.one_step import cost, in_batch
+from benchmarks.quality.fidelity.page import page
+from benchmarks.quality.fidelity.setup import QUICK, Sizes
+from benchmarks.quality.fidelity.training import ARMS, LABEL_KINDS, SETS, fit, horizon, rounds
 
+__all__ = ["add_options", "page", "run"]
+DATA = True
 DIGITS = 5
 FUNCTIONS = {"in_batch": in_batch, "cost": cost, "horizon": horizon, "rounds": rounds, "fit": fit}
 Unit = tuple[str, str, dict[str, Any], float]
@@ -101,60 +84,39 @@ def settings_of(unit: Unit) -> dict[str, Any]:
     return {"part": part, **arguments, "label": LABEL_KINDS.get(arguments.get("kind", ""), {})}
 
 
-def recover(paths: Paths, sizes: Sizes, page: Path, units: list[Unit]) -> int:
-    """Take over units of an earlier JSON, if it was made at these sizes and with settings as they are now.
-
-    A size that the JSON does not know is of a part that it does not have.
-    """
-    document, now = read_results(page), plain(dataclasses.asdict(sizes))
-    if document is None or any(document["settings"].get(name, value) != value for name, value in now.items()):
-        return 0
-    return take_over(paths.work, document["units"], {unit[0]: settings_of(unit) for unit in units})
-
-
-def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> tuple[str, float]:
-    """Run one unit and keep its result; name and seconds."""
-    name, part, arguments, _ = unit
-    torch.set_num_threads(1)
-    logging.getLogger("mates_hf").setLevel(logging.ERROR)
-    started = time.perf_counter()
-    lab = open_lab(paths, sizes)
-    result = FUNCTIONS[part](lab, sizes, paths, **arguments)
-    seconds = time.perf_counter() - started
-    keep(unit_path(paths.work, name), rounded({**result, "settings": settings_of(unit), "seconds": seconds}, DIGITS))
-    return name, seconds
-
-
-def main() -> None:
-    """Run what is missing, then write the JSON and the tables."""
-    parser = parser_of(__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which units to run."""
     parser.add_argument("--only", nargs="+", default=[""], help="units whose names begin with one of these")
-    bench = opened(parser, "fidelity", write_tables)
-    sizes = QUICK if bench.options.quick else Sizes()
-    paths = Paths(data=bench.data, work=bench.work)
+
+
+def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
+    """Run one unit; its result."""
+    _, part, arguments, _ = unit
+    return {**FUNCTIONS[part](open_lab(paths, sizes), sizes, paths, **arguments), "settings": settings_of(unit)}
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Run what is missing; the JSON document of what is done so far."""
+    sizes, paths = QUICK if bench.quick else Sizes(), bench.paths
     lab = open_lab(paths, sizes)
     say(f"{len(lab.rows)} rows in {len(lab.domain_names)} domains; {lab.overlap}")
-
     units = all_units(sizes)
-    say(f"{recover(paths, sizes, bench.page, units)} of {len(units)} units taken over from the JSON")
-    calls = {unit[0]: (paths, sizes, unit) for unit in units if unit[0].startswith(tuple(bench.options.only))}
-    left = run_units(bench, run_unit, calls, {unit[0]: unit[3] for unit in units})
-
-    results = read_units(paths.work, (unit[0] for unit in units))
-    model = build_model(lab.vocab_size)
-    document = {
+    document, now = bench.earlier(), plain(dataclasses.asdict(sizes))
+    # A size that the JSON does not know is of a part that it does not have.
+    if document is not None and all(document["settings"].get(name, value) == value for name, value in now.items()):
+        take_over(bench.work, document["units"], {unit[0]: settings_of(unit) for unit in units})
+    only = tuple(bench.options.only)
+    calls = {unit[0]: (paths, sizes, unit) for unit in units}
+    weights = {unit[0]: unit[3] for unit in units}
+    run_units(bench, run_unit, {name: call for name, call in calls.items() if name.startswith(only)}, cost=weights)
+    results = read_units(bench.work, calls)
+    return {
         "settings": {
             **dataclasses.asdict(sizes), "learning_rate": LR, "batch_rows": BATCH_ROWS, "window": WINDOW,
-            "parameters": sum(p.numel() for p in model.parameters()), "vocab_size": lab.vocab_size,
+            "parameters": build_model(lab.vocab_size).num_parameters(), "vocab_size": lab.vocab_size,
             "row_tokens": int(lab.rows.lengths[0]), "pool_rows": len(lab.rows), "domains": lab.domain_names,
             "reference_passages": len(lab.reference["all"]), "development_passages": len(lab.development["all"]),
-            "torch": torch.__version__, "missing": len(units) - len(results), **lab.overlap,
+            **versions("torch"), "missing": len(units) - len(results), **lab.overlap,
         },
         "units": results,
     }  # fmt: skip
-    write_results(bench.page, document, write_tables, DIGITS)
-    end(left)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Labels against one real step: what a candidate is worth in the place of one row of a real batch.
 
-Place in the flow: the parts `in_batch` and `cost` of `fidelity.py`. Trade-off: brute force, an optimizer step and a
+The parts `in_batch` and `cost` of `fidelity`. Trade-off: brute force, an optimizer step and a
 pass over the reference passages for each candidate and batch, so there are a hundred candidates and not thousands.
 """
 
@@ -14,20 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from fidelity_setup import BATCH_ROWS, LOSSES, LR, Ids, Paths, Sizes, one_a_document, warm_point
-from lab import (
-    TOKENS_PER_BATCH,
-    FloatArray,
-    Lab,
-    build_model,
-    build_optimizer,
-    spearman,
-    task_losses,
-    train_steps,
-    without_group_means,
-)
 from torch import nn
 
+from benchmarks.lab.checkpoint import BATCH_ROWS, LOSSES, Paths, one_a_document, warm_point
+from benchmarks.lab.corpus import Lab
+from benchmarks.lab.models import LR, TOKENS_PER_BATCH, build_model, build_optimizer, task_losses, train_steps
+from benchmarks.lab.statistics import FloatArray, Ids, spearman, without_group_means
+from benchmarks.quality.fidelity.setup import Sizes
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.preserve import preserved
@@ -171,7 +164,7 @@ def cost(lab: Lab, sizes: Sizes, paths: Paths, *, seed: int = 0) -> dict[str, An
 
     The oracle, which reads the passages again for each candidate, gets few; all others begin by reading them once.
     """
-    point = warm_point(lab, sizes, paths, seed)
+    point = warm_point(lab, sizes.warm, paths.work, seed)
     probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, batch_rows=BATCH_ROWS)
     kinds = label_kinds(probe, point.model, point.optimizer, lab.reference["all"], 1.0, [])
     nums = {name: sizes.cost_oracle if name == ORACLE else sizes.cost_candidates for name in kinds}

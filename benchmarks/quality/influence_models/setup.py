@@ -1,6 +1,6 @@
-"""What the parts of `influence_models.py` share: sizes, the labelled candidates, and what judges a prediction.
+"""What the parts of `influence_models` share: sizes, the labelled candidates, and what judges a prediction.
 
-Place in the flow: between `fidelity_setup`, whose checkpoint it takes, and the contenders. Trade-off: all labels are
+Trade-off: all labels are
 measured once, at one checkpoint, and read back from disk by every unit; so they answer for one moment of one run.
 
 Shape suffix: E evaluated candidates, the test candidates before the slice.
@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fidelity_setup import Paths, Point, one_a_document, warm_point
-from fidelity_setup import Sizes as WarmSizes
-from lab import Lab, load_lab
 
+from benchmarks.lab.checkpoint import Paths, Point, one_a_document, warm_point
+from benchmarks.lab.corpus import Lab, load_lab
+from benchmarks.lab.statistics import Ids
 from mates_hf.data.rows import TokenRows
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation, top_precision, within_group
 from mates_hf.records import InfluenceLabels
 
-Ids = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
 RATIO = 0.2  # of a slice that is trained on, and of the test candidates that `precision` looks at
@@ -55,7 +54,7 @@ QUICK = Sizes(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bench:
+class Labelled:
     """Labelled candidates at one checkpoint.
 
     Attributes:
@@ -103,19 +102,19 @@ class Bench:
 
     def point(self) -> Point:
         """The checkpoint, with the optimizer's state."""
-        return warm_point(self.lab, WarmSizes(warm=self.sizes.warm), self.paths, SEED)
+        return warm_point(self.lab, self.sizes.warm, self.paths.work, SEED)
 
 
-def open_bench(paths: Paths, sizes: Sizes) -> Bench:
+def open_labelled(paths: Paths, sizes: Sizes) -> Labelled:
     """The candidates with their labels, measured where they are not on disk."""
     lab = load_lab(paths.data, paths.work, num_documents=sizes.documents)
-    point = warm_point(lab, WarmSizes(warm=sizes.warm), paths, SEED)
+    point = warm_point(lab, sizes.warm, paths.work, SEED)
     first = one_a_document(lab, point.rest)[: sizes.labels + sizes.test]
     others = point.rest[~np.isin(lab.document[point.rest], lab.document[first])]
     ids = np.concatenate([first, others[: sizes.slice_rows]])
     if len(ids) < sizes.labels + sizes.test + sizes.slice_rows:
         raise ValueError(f"The corpus must have enough rows for all parts, got {len(first)} and {len(others)}.")
-    return Bench(lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work / "labels.npz"))
+    return Labelled(lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work / "labels.npz"))
 
 
 def _labels(point: Point, ids: Ids, path: Path) -> InfluenceLabels:

@@ -1,6 +1,6 @@
 """Two influence models that the package does not have: a plain n-gram ridge, and token tables with trigrams on top.
 
-Place in the flow: contenders of `influence_models.py`, to see what longer n-grams would add. Trade-off: written to be
+Contenders of `influence_models`, to see what longer n-grams would add. Trade-off: written to be
 read, not to be fast; trigrams are fitted on what the token tables leave over, out of fold, so that a trigram is not
 credited with what its tokens explain.
 

@@ -1,6 +1,6 @@
-"""The units of `influence_models.py`: fits judged on test candidates, training on what they pick, and what they cost.
+"""The units of `influence_models`: fits judged on test candidates, training on what they pick, and what they cost.
 
-Place in the flow: between the contenders and the tables. Trade-off: a unit is small and kept on its own, so that a
+Trade-off: a unit is small and kept on its own, so that a
 killed run goes on where it stopped; each one reads the labels and the checkpoint back from disk.
 """
 
@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fidelity_setup import BATCH_ROWS
-from fidelity_training import losses_along
-from influence_models_contenders import (
-    Contender,
-    Scorer,
-    contenders,
-    encoder_states,
-    folding_encoder,
-    states_paths,
-)
-from influence_models_setup import RATIO, Bench, Ids, best, judge, packed_ranks
-from lab import Averager, task_losses
+
+from benchmarks.lab import rivals
+from benchmarks.lab.checkpoint import BATCH_ROWS, losses_along
+from benchmarks.lab.models import Averager, task_losses
+from benchmarks.lab.statistics import Ids
+from benchmarks.quality.influence_models.contenders import Contender, Scorer, contenders, encoder_states, states_paths
+from benchmarks.quality.influence_models.setup import RATIO, Labelled, best, judge, packed_ranks
 
 RANDOM = "random"
 READ_ON_REFERENCE = (
@@ -58,7 +53,7 @@ class Unit:
         return f"{self.part}--{slug}--{self.num}--{self.draw}"
 
 
-def num_draws(bench: Bench, contender: Contender, num: int) -> int:
+def num_draws(bench: Labelled, contender: Contender, num: int) -> int:
     """Draws of `num` labels: one of all of them, and at the main number one for each seed of training."""
     sizes = bench.sizes
     if not contender.labelled:
@@ -69,7 +64,7 @@ def num_draws(bench: Bench, contender: Contender, num: int) -> int:
     return min(wanted, contender.draws or wanted)
 
 
-def all_units(bench: Bench, parts: tuple[str, ...]) -> list[Unit]:
+def all_units(bench: Labelled, parts: tuple[str, ...]) -> list[Unit]:
     """What there is to do, in the order of worth."""
     rows = [contender for contender in contenders(bench.sizes) if contender.installed]
     units = []
@@ -102,7 +97,7 @@ def all_units(bench: Bench, parts: tuple[str, ...]) -> list[Unit]:
     return [unit for unit in units if unit.part in parts]
 
 
-def run_unit(bench: Bench, unit: Unit) -> dict[str, Any]:
+def do_unit(bench: Labelled, unit: Unit) -> dict[str, Any]:
     """Do one piece of work; its result, in plain values and arrays."""
     if unit.part == "states":
         return write_states(bench, unit.name)
@@ -117,22 +112,22 @@ def run_unit(bench: Bench, unit: Unit) -> dict[str, Any]:
     return fit(bench, contender, unit)
 
 
-def predictions_path(bench: Bench, name: str, num: int, draw: int) -> Path:
+def predictions_path(bench: Labelled, name: str, num: int, draw: int) -> Path:
     """Where a fit leaves its (E,) predictions."""
     return bench.paths.work / "predictions" / f"{Unit(part='fit', name=name, num=num, draw=draw).file}.npy"
 
 
-def write_states(bench: Bench, name: str) -> dict[str, Any]:
+def write_states(bench: Labelled, name: str) -> dict[str, Any]:
     """States of the frozen encoder for one part of the candidates."""
     paths = states_paths(bench)
     path = next(path for path in paths if path.stem == name)
     positions = np.array_split(np.arange(len(bench.ids)), len(paths))[paths.index(path)]
-    states = encoder_states(bench, folding_encoder(), bench.rows.take(positions))
+    states = encoder_states(bench, rivals.folding_encoder(), bench.rows.take(positions))
     np.save(path, states)
     return {"rows": len(states)}
 
 
-def fit(bench: Bench, contender: Contender, unit: Unit) -> dict[str, Any]:
+def fit(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Predictions for test candidates and slice, and how well the former agree with their labels."""
     seconds = None
     if contender.rank is not None:
@@ -156,7 +151,7 @@ def fit(bench: Bench, contender: Contender, unit: Unit) -> dict[str, Any]:
     }
 
 
-def picked(bench: Bench, contender: Contender | None, seed: int) -> Ids:
+def picked(bench: Labelled, contender: Contender | None, seed: int) -> Ids:
     """Positions of the best fifth of the slice in training order; None picks at random."""
     sizes = bench.sizes
     in_slice = np.arange(sizes.labels + sizes.test, len(bench.ids))
@@ -169,7 +164,7 @@ def picked(bench: Bench, contender: Contender | None, seed: int) -> Ids:
     return np.random.default_rng([seed, 11]).permutation(chosen)
 
 
-def gain(bench: Bench, contender: Contender | None, unit: Unit) -> dict[str, Any]:
+def gain(bench: Labelled, contender: Contender | None, unit: Unit) -> dict[str, Any]:
     """Development losses after training on what a contender picks."""
     horizons, order = bench.sizes.horizons, picked(bench, contender, unit.draw)
     point = bench.point()
@@ -184,7 +179,7 @@ def gain(bench: Bench, contender: Contender | None, unit: Unit) -> dict[str, Any
     }
 
 
-def on_reference(bench: Bench, contender: Contender | None, unit: Unit) -> dict[str, Any]:
+def on_reference(bench: Labelled, contender: Contender | None, unit: Unit) -> dict[str, Any]:
     """Losses on the reference passages after the training of `gain`, at the weights averaged over the last third."""
     steps, order = bench.sizes.horizons[-1], picked(bench, contender, unit.draw)
     point = bench.point()
@@ -194,7 +189,7 @@ def on_reference(bench: Bench, contender: Contender | None, unit: Unit) -> dict[
         return dict(task_losses(point.model, bench.lab.reference))
 
 
-def same(bench: Bench, contender: Contender, unit: Unit) -> dict[str, Any]:
+def same(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Whether the short cut of `rank` predicts what `fit` does: the largest difference, in standard deviations."""
     assert contender.fit is not None
     scorer = contender.fit(bench, unit.num, unit.draw)
@@ -204,7 +199,7 @@ def same(bench: Bench, contender: Contender, unit: Unit) -> dict[str, Any]:
     return {"largest_difference": float(np.abs(difference).max() / predicted.std())}
 
 
-def cost(bench: Bench, contender: Contender) -> dict[str, Any]:
+def cost(bench: Labelled, contender: Contender) -> dict[str, Any]:
     """Seconds of a fit, tokens scored a second on one core, and FLOPs a scored token."""
     assert contender.fit is not None
     result: dict[str, Any] = {"flops": contender.flops(bench)}
@@ -220,7 +215,7 @@ def cost(bench: Bench, contender: Contender) -> dict[str, Any]:
     return result
 
 
-def tokens_a_second(bench: Bench, scorer: Scorer) -> float:
+def tokens_a_second(bench: Labelled, scorer: Scorer) -> float:
     """Median of three timings of about `TIMED_SECONDS` each."""
     few = bench.evaluated[:200]
     scorer(bench.rows.take(few))

@@ -1,7 +1,4 @@
-"""The page and the plot of `selection.py`, made from its JSON and nothing else.
-
-Place in the flow: right of the trainings. Trade-off: every figure is recomputed from curves and costs in the JSON, so
-that a reader can recompute it too.
+"""The page and the plot of `selection`, made from its JSON and nothing else.
 
 Signs: a difference of losses below 0 means that the arm named first is better. Multiples are of what the arm took from
 the warm start on: above 1, random needs more.
@@ -15,25 +12,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lab import mean_interval
-from selection_arms import ABLATIONS, ARMS, FRUGAL, OURS, PUBLISHED, RANDOM, STATIC
+
+from benchmarks.lab import plots
+from benchmarks.lab.statistics import mean_interval
+from benchmarks.lab.tables import interval, table_lines, title
+from benchmarks.quality.selection.arms import (
+    ABLATIONS,
+    ARMS,
+    DEFAULTS_CHOSEN_ON,
+    EVERY_ARM,
+    FRUGAL,
+    ORACLE_TABLES,
+    OURS,
+    RANDOM,
+    SETTINGS,
+    STATIC,
+    TUNING,
+    TUNING_SEEDS,
+)  # fmt: skip
 
 Document = dict[str, Any]
 Result = dict[str, Any]
 LOSSES = ("all", "completion")
 TITLES = {"lambada": "LAMBADA", "arc_easy": "ARC-Easy", "boolq": "passages of BoolQ"}
+NOTES = {
+    "cheap labels, n-gram tables": "labels of one step by the directional probe, of the last word at live weights, "
+    "whole documents in n-gram tables, temperature 1, rounds of 40 steps",
+    ORACLE_TABLES: "the same with 200 labels by the paper's one-step oracle on 64 passages",
+    "one-step oracle, small encoder": "the oracle's labels on 64 passages, 500 a round; a fine-tuned MiniLM, "
+    "temperature 1, rounds of 100 steps",
+    "ours, labels of the one-step oracle": "ours with the oracle's labels instead of those along a path; an oracle "
+    "has labels of documents only, so it is to be read beside the change `document labels` as well",
+}
 
 
 class Setting:
-    """The trainings of one reference task and pool, by arm and seed."""
+    """The trainings of one reference task and pool, by arm and seed; of some seeds where they are given."""
 
-    def __init__(self, document: Document, task: str, filtered: bool) -> None:
-        self.task, self.filtered = task, filtered
+    def __init__(self, document: Document, task: str, filtered: bool, seeds: Sequence[int] | None = None) -> None:
+        self.task, self.filtered, self.given = task, filtered, seeds
         self.num_steps = document["settings"]["sizes"]["steps"]
         self.results: dict[tuple[str, int], Result] = {
             (result["arm"], result["seed"]): result
             for result in document["units"]
-            if (result["task"], result["filtered"]) == (task, filtered)
+            if (result["task"], result["filtered"]) == (task, filtered) and (seeds is None or result["seed"] in seeds)
         }
 
     def seeds(self, *arms: str) -> list[int]:
@@ -56,6 +78,17 @@ class Setting:
     def paired(self, arm: str, other: str, value: Callable[[str, int], float]) -> list[float]:
         """Arm minus other, seed by seed."""
         return [value(arm, seed) - value(other, seed) for seed in self.seeds(arm, other)]
+
+    def curves(self, arm: str) -> tuple[list[int], list[list[float]]]:
+        """Steps, and at each the losses on all tokens minus random's, seed by seed."""
+        steps = [entry["step"] for entry in self.results[arm, self.seeds(arm, RANDOM)[0]]["curve"]]
+        steps = [step for step in steps if step <= self.num_steps]
+
+        def losses(name: str, seed: int) -> dict[int, float]:
+            return {entry["step"]: entry["all"] for entry in self.results[name, seed]["curve"]}
+
+        pairs = [(losses(arm, seed), losses(RANDOM, seed)) for seed in self.seeds(arm, RANDOM)]
+        return steps, [[ours[step] - theirs[step] for ours, theirs in pairs] for step in steps]
 
     def development(self, key: str) -> Callable[[str, int], float]:
         """Reads a development loss at the end."""
@@ -108,15 +141,28 @@ class Setting:
         return found
 
 
-def write_page(document: Document) -> str:
+def page(document: Document) -> str:
     """The Markdown page."""
-    settings = document["settings"]
-    lines = ["# selection" + (" (quick, not to be reported)" if settings["quick"] else ""), "", *_about(document)]
-    for task, filtered in (("lambada", False), ("arc_easy", False), ("boolq", False), ("lambada", True)):
-        setting = Setting(document, task, filtered)
-        if setting.results:
-            lines += ["", *_setting_lines(setting, document)]
+    lines = [title("selection", document["settings"]["quick"]), "", *_about(document)]
+    used = {unit["seed"] for unit in document["units"]} - {*DEFAULTS_CHOSEN_ON, *TUNING_SEEDS}
+    for task, filtered in SETTINGS:
+        for seeds in (DEFAULTS_CHOSEN_ON, sorted(used)):
+            setting = Setting(document, task, filtered, seeds)
+            if setting.results:
+                lines += ["", *_setting_lines(setting, document)]
+        lines += _tuning(Setting(document, task, filtered, TUNING_SEEDS))
     return "\n".join(lines) + "\n"
+
+
+def _tuning(setting: Setting) -> list[str]:
+    """Losses of the settings that were tried of each static filter."""
+    rows = []
+    for arm in TUNING:
+        losses = [setting.at_end(arm, seed)["all"] for seed in setting.seeds(arm)]
+        if losses:
+            rows.append([arm, f"{len(losses)}", f"{np.mean(losses):.4f}"])
+    about = ["", f"### Settings of static filters, tried on seeds {TUNING_SEEDS}", ""]
+    return [*about, *table_lines(["filter: setting", "seeds", "all tokens"], rows)] if rows else []
 
 
 def _about(document: Document) -> list[str]:
@@ -138,6 +184,15 @@ def _about(document: Document) -> list[str]:
             f"and {lab['test']} test passages; dropped for a shared 13-gram: {lab['documents_dropped']} documents, "
             f"{lab['development_passages_dropped']} development passages."
         )
+    seeds = sorted({unit["seed"] for unit in document["units"]} & {*DEFAULTS_CHOSEN_ON})
+    lines += ["", f"The library's defaults were chosen by looking at seeds {', '.join(map(str, seeds))}."]
+    probed = [unit for unit in document["units"] if "probe" in unit["costs"] and unit["settings"]["probes"]]
+    without = sum("audit" not in unit["costs"] and unit["settings"]["probe"] == "directional" for unit in probed)
+    if without:
+        lines[-1] += (
+            f" FLOPs of {without} of {len(probed)} trainings that probe leave out the audit that the library makes "
+            "each round; they were measured before it was counted."
+        )
     if settings["missing"]:
         lines += ["", f"**Not finished: {settings['missing']} trainings are left.**"]
     return lines
@@ -146,8 +201,9 @@ def _about(document: Document) -> list[str]:
 def _setting_lines(setting: Setting, document: Document) -> list[str]:
     pool = "the half of the pool that a fastText quality filter keeps" if setting.filtered else "the mixed pool"
     arms = [arm for arm in ARMS if setting.seeds(arm, RANDOM) and arm != RANDOM]
-    lines = [f"## {TITLES[setting.task]}, {pool}", "", "### Against random", ""]
-    lines += _table(
+    others = "" if setting.given is DEFAULTS_CHOSEN_ON else ", seeds on which nothing was chosen"
+    lines = [f"## {TITLES[setting.task]}, {pool}{others}", "", "### Against random", ""]
+    lines += table_lines(
         [
             "arm", "seeds", "all tokens", "last word", "test, all tokens", "test, last word", "pool",
             "random needs: tokens", "random needs: tokens, last word", "FLOPs of the arm", "random needs: FLOPs",
@@ -155,14 +211,16 @@ def _setting_lines(setting: Setting, document: Document) -> list[str]:
         ],
         [_against_random(setting, arm) for arm in arms],
     )  # fmt: skip
-    for one, title, rivals in (
+    notes = [f"- {arm}: {note}." for arm, note in NOTES.items() if arm in arms]
+    lines += ["", *notes] if notes else []
+    for one, heading, rivals in (
         (OURS, "Ours minus each other arm", [arm for arm in arms if arm != OURS]),
         (FRUGAL, "Ours, frugal, minus static filters", [arm for arm in arms if arm in STATIC]),
     ):
         others = [arm for arm in rivals if setting.seeds(one, arm)]
         if others:
-            lines += ["", f"### {title}", ""]
-            lines += _table(
+            lines += ["", f"### {heading}", ""]
+            lines += table_lines(
                 ["other arm", "seeds", "all tokens", "last word", "test, all tokens", "test, last word"],
                 [
                     [arm, str(len(setting.seeds(one, arm))), *(
@@ -177,7 +235,7 @@ def _setting_lines(setting: Setting, document: Document) -> list[str]:
     ablations = [arm for arm in ABLATIONS if setting.seeds(arm, OURS)]
     if ablations:
         lines += ["", "### One thing changed", "", "Difference to `ours`; above 0 the change is worse.", ""]
-        lines += _table(
+        lines += table_lines(
             [
                 "change", "seeds", "all tokens", "last word", "pool", "FLOPs of the arm", "random needs: tokens",
                 "random needs: tokens, last word",
@@ -236,7 +294,7 @@ def _zero_shot(setting: Setting, arms: Sequence[str]) -> list[str]:
     if not rows:
         return []
     heads = ["arm", "seeds", "probability of the right choice (> 0 better)", "nats/byte of it (< 0 better)"]
-    return ["", "### Nine zero-shot tasks, minus random", "", *_table(heads, rows)]
+    return ["", "### Nine zero-shot tasks, minus random", "", *table_lines(heads, rows)]
 
 
 def group_mean(setting: Setting, arm: str, seed: int, metric: str) -> float:
@@ -262,14 +320,14 @@ def _costs(setting: Setting, arms: Sequence[str]) -> list[str]:
             cells.append(f"{seconds:.1f}{share}" if seconds else "")
         idle = [sum(cost.get(stage, {"seconds": 0.0})["seconds"] for stage in waiting) for cost in costs]
         whole = [sum(entry["seconds"] for entry in cost.values()) for cost in costs]
-        probed = {**ARMS, **ABLATIONS}[arm].probed
+        probed = EVERY_ARM[arm].probed
         rows.append([arm, *cells, f"{np.mean(idle) / np.mean(whole):.1%}" if probed else ""])
     heads = [
         "arm", "train, s", "train, FLOPs", *(f"{stage}, s (FLOPs of training)" for stage in stages),
         "devices idle, of all seconds",
     ]  # fmt: skip
     about = "Means over seeds, from the warm start on. Idle: fit, score and select, which run on the CPU."
-    return ["", "### What it cost", "", about, "", *_table(heads, rows)]
+    return ["", "### What it cost", "", about, "", *table_lines(heads, rows)]
 
 
 def _rounds(setting: Setting, document: Document) -> list[str]:
@@ -285,15 +343,7 @@ def _rounds(setting: Setting, document: Document) -> list[str]:
         chosen = ", ".join(f"{names[i]} {entry['domains'][i]:.0%}" for i in best)
         rows.append([str(entry["step"]), f"{entry['held_out_spearman']:.3f}", chosen])
     heads = ["step", "held-out Spearman", "domains chosen most"]
-    return ["", f"### What `ours` chose (seed {seeds[0]})", "", *_table(heads, rows)]
-
-
-def interval(values: Sequence[float], digits: int = 4) -> str:
-    """Mean of paired differences and half its interval."""
-    if not len(values):
-        return ""
-    mean, half = mean_interval(values)
-    return f"{mean:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    return ["", f"### What `ours` chose (seed {seeds[0]})", "", *table_lines(heads, rows)]
 
 
 def multiple(values: Sequence[float], reached: bool) -> str:
@@ -307,36 +357,18 @@ def multiple(values: Sequence[float], reached: bool) -> str:
     return f"{'' if reached else '> '}{math.exp(mean):.2f} x{bounds}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
-
-
 def plot(document: Document, path: Path) -> None:
-    """Development loss over steps: mean of the seeds that all drawn arms of a setting have."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = [Setting(document, *key) for key in (("lambada", False), ("arc_easy", False), ("boolq", False))]
+    """Development loss minus random's at the same step, over the steps that all arms have, with intervals."""
+    settings = [Setting(document, task, filtered, DEFAULTS_CHOSEN_ON) for task, filtered in SETTINGS if not filtered]
     settings = [setting for setting in settings if setting.seeds(RANDOM)]
-    if not settings:
-        return
-    figure, axes = plt.subplots(1, len(settings), figsize=(5 * len(settings), 4), squeeze=False)
-    for axis, setting in zip(axes[0], settings, strict=True):
-        arms = [arm for arm in (RANDOM, OURS, FRUGAL, PUBLISHED, *STATIC) if setting.seeds(arm, RANDOM)]
-        for arm in arms:
-            seeds = setting.seeds(arm, RANDOM)
-            curves = [setting.results[arm, seed]["curve"] for seed in seeds]
-            steps = [entry["step"] for entry in curves[0]]
-            loss = np.mean([[entry["all"] for entry in curve] for curve in curves], axis=0)
-            axis.plot(steps, loss, label=f"{arm} ({len(seeds)})", linewidth=2 if arm == OURS else 1)
-        axis.set_title(TITLES[setting.task])
-        axis.set_xlabel("steps after the warm start")
-        axis.set_ylabel("development loss, nats/token")
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    with plots.panels(path, max(1, len(settings))) as axes:
+        for axis, setting in zip(axes, settings, strict=False):
+            axis.axhline(0, color=plots.COLOURS[RANDOM], linewidth=1.2, label=RANDOM)
+            for arm in (arm for arm in ARMS if arm in plots.COLOURS and arm != RANDOM and setting.seeds(arm, RANDOM)):
+                steps, differences = setting.curves(arm)
+                mean, half = zip(*(mean_interval(values) for values in differences), strict=True)
+                plots.curve(axis, arm, steps, np.array(mean), np.nan_to_num(np.array(half)))
+            axis.set_title(f"{TITLES[setting.task]}, {len(setting.seeds(OURS, RANDOM))} seeds")
+            axis.set_xlabel("steps after the warm start")
+        axes[0].set_ylabel("development loss minus random, nats/token")
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

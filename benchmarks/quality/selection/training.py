@@ -1,7 +1,7 @@
-"""One training of `selection.py`: from the warm start of its seed on, rounds that choose as one arm does.
+"""One training of `selection`: from the warm start of its seed on, rounds that choose as one arm does.
 
-Place in the flow: between the arms and the tables. Trade-off: a plain loop instead of the Trainer, with the library's
-own probes, influence models and selection: what differs between two arms of a seed is the choice of rows alone.
+Trade-off: a plain loop instead of the Trainer, with the library's own probes, influence models and selection: what
+differs between two arms of a seed is the choice of rows alone.
 
 Signs: influence > 0 helps; losses in nats/token.
 """
@@ -15,12 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from fidelity_setup import BATCH_ROWS, WINDOW, Ids, Paths, Point, one_a_document, warm_point
-from fidelity_setup import Sizes as WarmSizes
-from lab import TOKENS_PER_BATCH, Averager, Lab, load_lab, task_losses
-from selection_arms import ABLATIONS, ARMS, RANDOM, Arm
-from static_rivals import cosines, dsir, fasttext, mean_direction, pieces_of, states_of, texts_of
 
+from benchmarks.lab import rivals
+from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths, Point, one_a_document, warm_point
+from benchmarks.lab.corpus import Lab, load_lab
+from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, task_losses
+from benchmarks.lab.statistics import Ids
+from benchmarks.lab.units import read_units
+from benchmarks.quality.selection.arms import ARMS, EVERY_ARM, RANDOM, TUNING, TUNING_SEEDS, Arm, Unit
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
@@ -76,28 +78,6 @@ QUICK = Sizes(
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One training.
-
-    Attributes:
-        task: reference task.
-        filtered: whether the pool is what a quality filter keeps.
-        arm: its name.
-        seed: of weights, warm-up, order and draws.
-    """
-
-    task: str
-    filtered: bool
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """In messages and file names."""
-        return f"{self.task}{' filtered' if self.filtered else ''}/{self.arm}/{self.seed}"
-
-
 @functools.lru_cache(maxsize=2)
 def open_lab(paths: Paths, sizes: Sizes, task: str, filtered: bool) -> Lab:
     """The laboratory of a setting; a process keeps two, a pool and what the filter leaves of it."""
@@ -114,10 +94,10 @@ def filtered_lab(lab: Lab) -> Lab:
     sides = []
     for names in (EDITED, UNEDITED):
         rows = np.flatnonzero(np.isin(lab.domain, [lab.domain_names.index(name) for name in names]))
-        sides.append(texts_of(lab.rows.take(rng.permutation(rows)[:3_000]), lab.tokenizer))
-    score = fasttext(*sides, seed=0)
+        sides.append(rivals.texts_of(lab.rows.take(rng.permutation(rows)[:3_000]), lab.tokenizer))
+    score = rivals.fasttext(*sides, seed=0)
     blocks = np.array_split(np.arange(len(lab.rows)), max(1, len(lab.rows) // 5_000))
-    quality = np.concatenate([score(texts_of(lab.rows.take(block), lab.tokenizer)) for block in blocks])
+    quality = np.concatenate([score(rivals.texts_of(lab.rows.take(block), lab.tokenizer)) for block in blocks])
     kept = np.sort(np.argsort(-quality, kind="stable")[: len(lab.rows) // 2])
     return dataclasses.replace(lab, rows=lab.rows.take(kept), domain=lab.domain[kept], document=lab.document[kept])
 
@@ -134,12 +114,10 @@ class Run:
 
     def __init__(self, lab: Lab, sizes: Sizes, paths: Paths, unit: Unit) -> None:
         self.lab, self.sizes, self.paths, self.unit = lab, sizes, paths, unit
-        self.arm: Arm = {**ARMS, **ABLATIONS}[unit.arm]
+        self.arm: Arm = EVERY_ARM[unit.arm]
         work = paths.work / (unit.task + ("-filtered" if unit.filtered else ""))
         work.mkdir(parents=True, exist_ok=True)
-        self.point: Point = warm_point(
-            lab, WarmSizes(warm=sizes.warm), dataclasses.replace(paths, work=work), unit.seed, **SHAPE
-        )
+        self.point: Point = warm_point(lab, sizes.warm, work, unit.seed, **SHAPE)
         by_document = one_a_document(lab, self.point.rest)
         self.held, self.reserved, _ = np.split(by_document, [sizes.held, sizes.held + sizes.reserved])
         closed = np.concatenate([self.held, self.reserved])
@@ -149,9 +127,17 @@ class Run:
         self.curve: list[dict[str, float]] = []
         self.final: dict[str, Any] = {}
         self.rounds: list[dict[str, Any]] = []
-        self._fitted: dict[str, NgramInfluenceModel] = {}  # by reference loss
+        self._fitted: dict[str, Any] = {}  # influence models by reference loss
         self._domain_sums = np.zeros((2, len(lab.domain_names)))
         self._static: StaticFilter | None = None
+        self._setting = self.arm.setting
+        if self._setting == "tuned":
+            self._setting = tuned_setting(paths, unit, self.arm.rank)
+        self._passages = np.arange(0)  # rows of the pool that are reference passages
+        if self.arm.mixed == "passages":
+            pieces = rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0]))
+            self._passages = np.arange(len(lab.rows), len(lab.rows) + len(pieces))
+            self.point.lab = dataclasses.replace(lab, rows=together(lab.rows, pieces))
         self._average = WeightAverage(self.point.model)  # what evaluations look at: first that of the warm start
         self._average.load(work / f"warm-{unit.seed}-{sizes.warm}.safetensors")
         self._seconds_evaluating = 0.0
@@ -184,12 +170,12 @@ class Run:
             self.point.train(chosen, on_step=on_step)
             seconds = time.perf_counter() - started - (self._seconds_evaluating - before)
             if self._step <= self.sizes.steps:
-                num_tokens = int(self.lab.rows.lengths[chosen].sum())
+                num_tokens = int(self.point.lab.rows.lengths[chosen].sum())
                 self.cost("train", seconds, gradient_flops(self.num_parameters, num_tokens))
             self.point.average = averager.average
             number += 1
         return {
-            **dataclasses.asdict(self.unit), "settings": dataclasses.asdict(self.arm),
+            **dataclasses.asdict(self.unit), "settings": dataclasses.asdict(self.arm), "setting": self._setting,
             "parameters": self.num_parameters, "curve": self.curve, "final": self.final, "rounds": self.rounds,
             "costs": self.costs,
         }  # fmt: skip
@@ -218,7 +204,7 @@ class Run:
         model = self.point.model
         final: dict[str, Any] = {"test": task_losses(model, self.lab.test)} if self.lab.test else {}
         final["pool"] = mean_loss(model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
-        if self.sizes.items and self.unit.arm in ARMS:  # an ablation's are not looked at
+        if self.sizes.items and self.unit.arm in ARMS:  # those of other arms are not looked at
             found = open_evaluator(self.paths, self.sizes, self.unit.task).run(model)
             keys = ("choice_prob", "nll_per_byte", "accuracy")
             final["zero_shot"] = {name: value for name, value in found.items() if name.endswith(keys)}
@@ -229,9 +215,10 @@ class Run:
     def _choose(self, number: int, k: int) -> Ids:
         """The (k,) rows of a round."""
         arm, seed = self.arm, (self.unit.seed, number)
+        num_mixed = round(arm.share * k)
         if arm.rank == "random":
-            chosen, self.open_rows = np.split(self.open_rows, [k])
-            return chosen
+            chosen, self.open_rows = np.split(self.open_rows, [k - num_mixed])
+            return np.concatenate([chosen, np.resize(np.roll(self._passages, -number * num_mixed), num_mixed)])
         candidates = self.open_rows
         if arm.again:
             candidates = np.random.default_rng([self.unit.seed, 5, number]).permutation(candidates)
@@ -250,7 +237,9 @@ class Run:
                 beside = self._like_reference(arm.beside, rows)
             values = values / values.std() + beside / beside.std()
         started = time.perf_counter()
-        chosen = candidates[gumbel_top_k(values, k, arm.temperature, seed=seed)]
+        chosen = candidates[gumbel_top_k(values, k - num_mixed, arm.temperature, seed=seed)]
+        if num_mixed:  # the pool is in a random order
+            chosen = np.concatenate([chosen, candidates[~np.isin(candidates, chosen)][:num_mixed]])
         self.cost("select", time.perf_counter() - started, 0.0)
         if not arm.again:
             gone = chosen if arm.scope == "pool" else candidates
@@ -326,7 +315,7 @@ class Run:
         """(N,) what a static filter, fitted once, ranks rows by."""
         started = time.perf_counter()
         if self._static is None:
-            self._static = static_filter(self.lab, rank, self.unit.seed)
+            self._static = static_filter(self.lab, rank, self._setting, self.unit.seed)
             self.cost("fit", time.perf_counter() - started, 0.0)
             started = time.perf_counter()
         values = self._static.rank(rows)
@@ -335,21 +324,29 @@ class Run:
 
     def _predicted(self, rows: TokenRows, labels: InfluenceLabels | None, record: dict[str, Any], key: str) -> Any:
         """(N,) predictions by the influence model of a reference loss, fitted on these labels where there are any."""
-        arm = self.arm
         if labels is not None:
             started = time.perf_counter()
-            self._fitted[key] = NgramInfluenceModel(seed=self.unit.seed, labels=arm.labels, pool_decay=POOL_DECAY).fit(
-                self.lab.rows.take(self._probed),
-                labels,
-                groups=self.lab.domain[self._probed],
-                previous=self._fitted.get(key) if arm.pooled else None,
-            )
-            self.cost("fit", time.perf_counter() - started, 0.0)
+            self._fitted[key], flops = self._fit(labels, self._fitted.get(key) if self.arm.pooled else None)
+            self.cost("fit", time.perf_counter() - started, flops)
             record["held_out_spearman"] = self._fitted[key].report.spearman
         started = time.perf_counter()
         values = self._fitted[key].predict(rows) / self._fitted[key].report.label_std
-        self.cost("score", time.perf_counter() - started, NGRAM_FLOPS * len(rows.values))
+        flops = NGRAM_FLOPS * len(rows.values)
+        if self.arm.labels == "encoder":
+            flops = encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
+        self.cost("score", time.perf_counter() - started, flops)
         return values
+
+    def _fit(self, labels: InfluenceLabels, previous: Any) -> tuple[Any, float]:
+        """An influence model of the probed rows, and the FLOPs of its fit; tables are fitted without any."""
+        rows, groups = self.lab.rows.take(self._probed), self.lab.domain[self._probed]
+        if self.arm.labels == "encoder":
+            model = rivals.encoder_model(self.lab.tokenizer, self.unit.seed)
+            read = encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
+            numbered = dataclasses.replace(labels, candidate_id=np.arange(len(rows)))
+            return model.fit(rows, numbered, groups=groups), 3 * model.num_epochs * read
+        tables = NgramInfluenceModel(seed=self.unit.seed, labels=self.arm.labels, pool_decay=POOL_DECAY)
+        return tables.fit(rows, labels, groups=groups, previous=previous), 0.0
 
     def _by_domain(self, candidates: Ids, labels: InfluenceLabels | None) -> Any:
         """Mean label of each candidate's domain, earlier rounds decayed as the n-gram model has them; or the best."""
@@ -376,29 +373,60 @@ class StaticFilter:
     flops: Callable[[TokenRows], float] = lambda rows: 0.0
 
 
-def static_filter(lab: Lab, rank: str, seed: int) -> StaticFilter:
+def static_filter(lab: Lab, rank: str, setting: str, seed: int) -> StaticFilter:
     """The filter of a name, fitted on the reference passages, which are cut as long as a row."""
 
     def texts(rows: TokenRows) -> list[str]:
-        return texts_of(rows, lab.tokenizer)
+        return rivals.texts_of(rows, lab.tokenizer)
 
-    target = texts(pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0])))
+    target = texts(rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0])))
     drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))
+    settings = dict(rivals.SETTINGS_TRIED[rank][setting])
     if rank == "similarity":
-        from influence_models_contenders import folding_encoder
-
-        encoder = folding_encoder()
-        direction = mean_direction(states_of(encoder, target))
-        num_parameters = count_multiplied_parameters(encoder.module)
+        encoder = rivals.folding_encoder()
+        states = rivals.states_of(encoder, target)
+        like, given = (rivals.nearest, states) if settings else (rivals.cosines, rivals.mean_direction(states))
         return StaticFilter(
-            lambda rows: cosines(states_of(encoder, texts(rows)), direction),
-            lambda rows: forward_flops(num_parameters, encoder.num_tokens(encoder.read(texts(rows)))),
+            lambda rows: like(rivals.states_of(encoder, texts(rows)), given), lambda rows: encoder_flops(texts(rows))
         )
     if rank == "DSIR":
-        score = dsir(texts(lab.rows.take(drawn[:16_000])), target)
+        score = rivals.dsir(texts(lab.rows.take(drawn[:16_000])), target, **settings)
     else:
-        score = fasttext(target, texts(lab.rows.take(drawn[: len(target)])), seed)
+        negatives = texts(lab.rows.take(drawn[: settings.pop("negatives", len(target))]))
+        score = rivals.fasttext(target, negatives, seed, **settings)
     return StaticFilter(lambda rows: score(texts(rows)))
+
+
+def tuned_setting(paths: Paths, unit: Unit, rank: str) -> str:
+    """The setting of a static filter that ended lowest, mean over the seeds of the tuning; they are run before."""
+    loss = {}
+    for arm in [arm for arm in TUNING if TUNING[arm].rank == rank]:
+        names = [dataclasses.replace(unit, arm=arm, seed=seed).name for seed in TUNING_SEEDS]
+        found = read_units(paths.work, names)
+        if len(found) < len(names):
+            raise RuntimeError(f"`{arm}` must have been tried on seeds {TUNING_SEEDS} before `{unit.name}`.")
+        loss[TUNING[arm].setting] = np.mean([result["curve"][-1]["all"] for result in found.values()])
+    return min(loss, key=lambda setting: loss[setting])
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder() -> tuple[Any, int]:
+    encoder = rivals.folding_encoder()
+    return encoder, count_multiplied_parameters(encoder.module)
+
+
+def encoder_flops(texts: list[str]) -> float:
+    """What the small encoder takes to read texts."""
+    encoder, num_parameters = _encoder()
+    return forward_flops(num_parameters, encoder.num_tokens(encoder.read(texts)))
+
+
+def together(rows: TokenRows, more: TokenRows) -> TokenRows:
+    """Rows, then more rows."""
+    return TokenRows(
+        values=np.concatenate([rows.values, more.values]),
+        offsets=np.concatenate([rows.offsets, rows.offsets[-1] + more.offsets[1:]]),
+    )
 
 
 @functools.lru_cache(maxsize=1)

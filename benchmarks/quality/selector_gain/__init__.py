@@ -1,13 +1,7 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["mates-hf"]
-# ///
 """Does a selector carry over: to a corpus the run never saw, and to a model that starts from nothing?
 
-    python benchmarks/selector_gain.py                          # about 40 minutes on two cores; needs no data
-    python benchmarks/selector_gain.py --quick --out runs/quick
-    python benchmarks/selector_gain.py --corpus corpus.jsonl.gz                       # the demo's selector on a file
-    python benchmarks/selector_gain.py --corpus corpus.jsonl.gz --reference ref.jsonl # demo on one half of the file
+About 40 minutes on two cores; needs no data. With `--corpus` the demo's selector filters that file; with `--reference`
+as well, the demo runs on one half of the file.
 
 1. A demo run, `examples/pretrain.py` as a user starts it, MATES alone, one seed. Its last round that selected is the
    selector.
@@ -20,7 +14,7 @@
    after a warm-up), epochs and points of evaluation, where the mean of the last weights is judged.
 
 Trade-off: models of a million parameters and minutes of training. The learning rate and the corpora stand in the
-table. A killed run goes on where it stopped: finished parts are kept under `--work`; delete that after a change.
+table.
 """
 
 from __future__ import annotations
@@ -35,9 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from selector_gain_corpus import builtin_texts, file_texts
-from selector_gain_tables import RANDOM, SAME_KINDS, SELECTED, write_page
-from selector_gain_training import (
+
+from benchmarks.lab.harness import Bench, say
+from benchmarks.lab.machine import ROOT, versions
+from benchmarks.lab.units import run_units
+from benchmarks.quality.selector_gain.page import RANDOM, SAME_KINDS, SELECTED, page
+from benchmarks.quality.selector_gain.texts import builtin_texts, file_texts
+from benchmarks.quality.selector_gain.training import (
     BATCH_ROWS,
     BLOCK,
     EPOCHS,
@@ -49,10 +47,10 @@ from selector_gain_training import (
     read_tokens,
     steps_of,
     train,
-)
-from units import Opened, end, opened, parser_of, read_units, run_units, say, write_results
+)  # fmt: skip
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
+__all__ = ["add_options", "page", "run", "variant"]
+EXAMPLE = ROOT / "examples" / "pretrain.py"
 RATIO = 0.2
 DIGITS = 7
 
@@ -159,18 +157,24 @@ def filter_corpus(work: Path, selector: Path) -> Path:
 # --- results ---
 
 
-def name_of(options: argparse.Namespace) -> str:
-    """The benchmark's name: pages of different corpora are beside each other."""
-    return "selector_gain" + ("_reference" if options.reference else "_file" if options.corpus else "")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is filtered, and how often models are trained."""
+    parser.add_argument("--corpus", type=Path, help="JSON lines of `text` (and `domain`) to filter")
+    parser.add_argument("--reference", type=Path, help="JSON lines; the demo then trains on one half of --corpus")
+    parser.add_argument("--seeds", type=int, help="fresh models of each arm (5; quick: 2)")
+
+
+def variant(options: argparse.Namespace) -> str:
+    """Pages of different corpora are beside each other."""
+    if options.reference and not options.corpus:
+        raise SystemExit("`--reference` must come with the `--corpus` that has text for it")
+    return "reference" if options.reference else "file" if options.corpus else ""
 
 
 def collected(
-    bench: Opened, sizes: Sizes, selector: Path, tokens: Tokens, units: list[dict[str, Any]]
+    bench: Bench, sizes: Sizes, selector: Path, tokens: Tokens, units: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The JSON document of what is done so far."""
-    import torch
-    import transformers
-
     from mates_hf import load_round
 
     lengths = tokens.lengths
@@ -193,7 +197,7 @@ def collected(
             "held_out_passages": len(about["held_out"]), "own_passages": len(about["own"]),
             "dropped": about["dropped"], "corpus_rows": len(tokens.ids), "corpus_tokens": int(lengths.sum()),
             "kept_rows": int(tokens.kept.sum()), "kept_tokens": int(lengths[tokens.kept].sum()),
-            "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+            **versions("torch", "transformers"),
         },
         "selector": {"number": info["number"], "step": info["step"], **info["guard"]},
         "kinds": kinds,
@@ -201,23 +205,13 @@ def collected(
     }  # fmt: skip
 
 
-def main() -> None:
-    """Run what is missing, then write the JSON and the page."""
-    parser = parser_of(__doc__, data=False)
-    parser.add_argument("--corpus", type=Path, help="JSON lines of `text` (and `domain`) to filter")
-    parser.add_argument("--reference", type=Path, help="JSON lines; the demo then trains on one half of --corpus")
-    parser.add_argument("--seeds", type=int, help="fresh models of each arm (5; quick: 2)")
-    bench = opened(parser, name_of, write_page)
-    given = bench.options
-    if given.reference and not given.corpus:
-        parser.error("--reference must come with the --corpus that has text for it")
-    sizes = QUICK if given.quick else Sizes()
-    sizes = dataclasses.replace(sizes, seeds=given.seeds or sizes.seeds)
-    work = bench.work
-    work.mkdir(parents=True, exist_ok=True)
-
+def run(bench: Bench) -> dict[str, Any]:
+    """Run what is missing; the JSON document of what is done so far."""
     from transformers import AutoTokenizer
 
+    given, sizes, work = bench.options, QUICK if bench.quick else Sizes(), bench.work
+    sizes = dataclasses.replace(sizes, seeds=given.seeds or sizes.seeds)
+    work.mkdir(parents=True, exist_ok=True)
     write_texts(work, given, sizes)
     demo = run_demo(work, sizes, own_pool=given.reference is not None)
     selector = last_selector(demo)
@@ -229,11 +223,5 @@ def main() -> None:
     arms = [(arm, seed) for seed in range(sizes.seeds) for arm in (SELECTED, RANDOM)]
     arms += [(SAME_KINDS, seed) for seed in range(sizes.seeds)]
     units = [Unit(arm=arm, seed=seed) for arm, seed in arms]
-    left = run_units(bench, train, {unit.file: (work, kept, checkpoint, unit) for unit in units})
-    found = list(read_units(work, sorted(unit.file for unit in units)).values())
-    write_results(bench.page, collected(bench, sizes, selector, tokens, found), write_page, DIGITS)
-    end(left)
-
-
-if __name__ == "__main__":
-    main()
+    found = run_units(bench, train, {unit.file: (work, kept, checkpoint, unit) for unit in units})
+    return collected(bench, sizes, selector, tokens, [found[name] for name in sorted(found)])

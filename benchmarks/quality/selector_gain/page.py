@@ -1,7 +1,4 @@
-"""The page of `selector_gain.py`, made from its JSON and nothing else.
-
-Place in the flow: right of the trainings. Trade-off: none; a figure that the page shows can be recomputed from the
-curves in the JSON.
+"""The page of `selector_gain`, made from its JSON and nothing else.
 
 Sign: a difference below 0 means that the arm named first has the lower loss.
 """
@@ -10,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab import mean_interval
+from benchmarks.lab.statistics import mean_interval
+from benchmarks.lab.tables import table_lines, title
 
 SELECTED, RANDOM, SAME_KINDS = "selected", "random", "random, same kinds"
 PAIRS = ((SELECTED, RANDOM), (SELECTED, SAME_KINDS), (SAME_KINDS, RANDOM))
@@ -20,7 +18,7 @@ Document = dict[str, Any]
 Units = dict[tuple[str, int], dict[str, Any]]
 
 
-def write_page(document: Document) -> str:
+def page(document: Document) -> str:
     """The Markdown page."""
     units = {(unit["arm"], unit["seed"]): unit for unit in document["units"]}
     lines = [*_settings(document), "", *_losses(units), "", *_differences(units), "", *_kinds(document)]
@@ -55,7 +53,7 @@ def steps_to_reach(curve: list[dict[str, float]], loss: float) -> float | None:
 def _settings(document: Document) -> list[str]:
     settings, selector = document["settings"], document["selector"]
     return [
-        f"# selector_gain{' (quick, not to be reported)' if settings['quick'] else ''}",
+        title("selector_gain", settings["quick"]),
         "",
         f"Demo: {settings['demo_steps']} steps, pool {settings['demo_pool']}, reference {settings['reference']}. "
         f"Selector: its round {selector['number']} (of step {selector['step']}), held-out Spearman "
@@ -76,12 +74,12 @@ def _settings(document: Document) -> list[str]:
 def _losses(units: Units) -> list[str]:
     arms = [arm for arm in (SELECTED, RANDOM, SAME_KINDS) if any(name == arm for name, _ in units)]
     heads = [f"{arm}: {key.replace('_', '-')}" for key in LOSSES for arm in arms]
-    lines = ["| seed | " + " | ".join([*heads, "selected needs"]) + " |", "|---|" + "---|" * (len(heads) + 1)]
+    rows = []
     for seed in sorted({seed for _, seed in units}):
         ends = [at_end(units[arm, seed]) if (arm, seed) in units else {} for arm in arms]
         cells = [f"{end[key]:.4f}" if end else "" for key in LOSSES for end in ends]
-        lines.append(f"| {seed} | " + " | ".join([*cells, _catch_up(units, seed)]) + " |")
-    return lines
+        rows.append([str(seed), *cells, _catch_up(units, seed)])
+    return table_lines(["seed", *heads, "selected needs"], rows)
 
 
 def _catch_up(units: Units, seed: int) -> str:
@@ -93,7 +91,7 @@ def _catch_up(units: Units, seed: int) -> str:
 
 
 def _differences(units: Units) -> list[str]:
-    lines = ["| paired difference | seeds | held-out (95 % interval) | own (95 % interval) |", "|---|---|---|---|"]
+    rows = []
     for arm, other in PAIRS:
         cells = []
         for key in LOSSES:
@@ -102,12 +100,10 @@ def _differences(units: Units) -> list[str]:
                 mean, half = mean_interval(values)
                 cells.append(f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})")
         if cells:
-            lines.append(f"| {arm} minus {other} | {len(values)} | " + " | ".join(cells) + " |")
-    return lines
+            rows.append([f"{arm} minus {other}", str(len(values)), *cells])
+    return table_lines(["paired difference", "seeds", "held-out (95 % interval)", "own (95 % interval)"], rows)
 
 
 def _kinds(document: Document) -> list[str]:
-    lines = ["| kind | share of the corpus | share of what was kept |", "|---|---|---|"]
-    for name, shares in document["kinds"].items():
-        lines.append(f"| {name} | {shares['corpus']:.1%} | {shares['kept']:.1%} |")
-    return lines
+    rows = [[name, f"{of['corpus']:.1%}", f"{of['kept']:.1%}"] for name, of in document["kinds"].items()]
+    return table_lines(["kind", "share of the corpus", "share of what was kept"], rows)

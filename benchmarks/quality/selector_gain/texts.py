@@ -1,6 +1,6 @@
-"""The corpora of `selector_gain.py`: what the demo run saw, another corpus without it, and rows of equal length.
+"""The corpora of `selector_gain`: what the demo run saw, another corpus without it, and rows of equal length.
 
-Place in the flow: left of the stages in `selector_gain.py`. Trade-off: the built-in other corpus is whatever this
+Trade-off: the built-in other corpus is whatever this
 Python installation holds besides the demo's text, mostly the installed packages: no download, and other figures on
 another installation. Files are read, never imported.
 """
@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex
-from mates_hf.data.rows import TokenRows
 from mates_hf.data.words import words_of
 
 Row = dict[str, str]
@@ -145,12 +144,6 @@ def pack(rows_ids: Sequence[npt.NDArray[Any]], order: IntArray, end: int, block:
     """(B, `block`) token ids: the rows in `order`, each followed by `end`, one after the other; a rest is dropped."""
     flat = np.concatenate([part for i in order for part in (rows_ids[i], [end])])
     return flat[: len(flat) - len(flat) % block].reshape(-1, block)
-
-
-def as_rows(blocks: npt.NDArray[Any]) -> TokenRows:
-    """Rows of equal length from a (B, L) array."""
-    num, block = blocks.shape
-    return TokenRows(values=blocks.ravel(), offsets=np.arange(num + 1, dtype=np.int64) * block)
 
 
 def _divide(demo_pool: list[Row], reference: list[str], held_out: list[str], candidates: list[Row]) -> Texts:

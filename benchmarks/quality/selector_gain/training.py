@@ -1,6 +1,6 @@
-"""Stage 3 of `selector_gain.py`: the rows of each arm, and one fresh model trained on them.
+"""Stage 3 of `selector_gain`: the rows of each arm, and one fresh model trained on them.
 
-Place in the flow: between the filtered corpus on disk and the page. Trade-off: a unit reads and tokenises the corpus
+Trade-off: a unit reads and tokenises the corpus
 again, so that it needs nothing but folders, and a killed run goes on where it stopped.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lab import build_optimizer, train_steps
-from selector_gain_corpus import as_rows, pack
-from selector_gain_tables import SAME_KINDS, SELECTED
-from units import keep, unit_path
+
+from benchmarks.lab.corpus import as_rows
+from benchmarks.lab.models import build_optimizer, train_steps
+from benchmarks.quality.selector_gain.page import SAME_KINDS, SELECTED
+from benchmarks.quality.selector_gain.texts import pack
 
 LR, BATCH_ROWS, WARM_UP, BLOCK = 2e-3, 16, 20, 128
 EVERY, WINDOW = 30, 10  # steps between two evaluations, and of weights that one averages
@@ -110,11 +110,11 @@ def own_rows(work: Path, tokenizer: Any) -> Any:
     texts = json.loads((work / "texts.json").read_text(encoding="utf-8"))["own"]
     ids = [np.array(row, np.int64) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     blocks = pack(ids, np.arange(len(ids)), tokenizer.eos_token_id, BLOCK)
-    return as_rows(blocks[np.random.default_rng(0).permutation(len(blocks))[:MOST_OWN_ROWS]])
+    return as_rows(blocks[np.random.default_rng(0).permutation(len(blocks))[:MOST_OWN_ROWS]], BLOCK)
 
 
-def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> tuple[str, float]:
-    """Train one fresh model and keep its curve; name and seconds."""
+def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> dict[str, Any]:
+    """Train one fresh model; its curve."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -122,8 +122,6 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> tuple[str, fl
     from mates_hf.engine.averaging import WeightAverage
     from mates_hf.influence.passes import mean_loss
 
-    torch.set_num_threads(1)
-    begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokens = read_tokens(work, kept, tokenizer)
     blocks = tokens.blocks(unit.arm, unit.seed, EPOCHS)
@@ -158,9 +156,6 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> tuple[str, fl
     optimizer = build_optimizer(model, lr=LR)
     order = np.arange(num_steps * BATCH_ROWS)
     train_steps(
-        model, optimizer, as_rows(blocks), order, batch_rows=BATCH_ROWS, lr=LR, warm_up=WARM_UP, on_step=on_step
+        model, optimizer, as_rows(blocks, BLOCK), order, batch_rows=BATCH_ROWS, lr=LR, warm_up=WARM_UP, on_step=on_step
     )
-    seconds = time.perf_counter() - begin
-    result = {"arm": unit.arm, "seed": unit.seed, "num_steps": num_steps, "curve": curve, "seconds": seconds}
-    keep(unit_path(work, unit.file), result)
-    return unit.file, seconds
+    return {"arm": unit.arm, "seed": unit.seed, "num_steps": num_steps, "curve": curve}
