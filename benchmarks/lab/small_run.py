@@ -102,8 +102,8 @@ def run(
     """
     leave_modules_to_themselves()
     settings: dict[str, Any] = {
-        "max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "lr_scheduler_type": "linear", "logging_strategy": "steps",
-        "logging_steps": 1, **arguments,
+        "max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "lr_scheduler_type": "linear",
+        "logging_strategy": "steps", "logging_steps": 1, **arguments,
     }  # fmt: skip
     steps, batch = settings.pop("max_steps"), settings.pop("per_device_train_batch_size")
     model = llama(VOCAB, width=32, inner=64, layers=2, heads=2, length=32, tied=False, attention_dropout=dropout)
