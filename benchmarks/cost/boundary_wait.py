@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import temporary_folder
-from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.models import llama, trainer_of
 from benchmarks.lab.tables import figure, figures_page
 from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, NgramInfluenceModel, ReferenceTask, load_round
 
@@ -45,7 +45,7 @@ def make_pool(num_rows: int) -> Dataset:
 
 def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str, Any]:
     """One run of one round; seconds that its stages took and that training waited for them, and what it selected."""
-    from transformers import Trainer, TrainerCallback
+    from transformers import TrainerCallback
 
     class Slower(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -58,8 +58,7 @@ def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str,
     )  # fmt: skip
     reference = ReferenceTask.from_dataset(make_pool(32).remove_columns("labels"), input_ids_column="input_ids")
     with temporary_folder(None) as folder:
-        arguments = quiet_arguments(folder, UPDATE + LEAD + UPDATE, BATCH)
-        trainer = Trainer(model=model, args=arguments, train_dataset=pool, callbacks=[Slower()])
+        trainer = trainer_of(model, pool, folder, UPDATE + LEAD + UPDATE, BATCH, [Slower()])
         MatesCallback(reference, config, probe=DirectionalProbe(), influence_model=influence_model).attach(trainer)
         trainer.train()
         record = load_round(folder / "_mates" / "round-0001")

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import TrainerCallback
 
 from benchmarks.lab.corpus import as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
-from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.models import llama, trainer_of
 from benchmarks.lab.tables import figure, figures_page
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
@@ -142,13 +142,7 @@ class Timed(TrainerCallback):
 
 def train(rows: Dataset, folder: Path, steps: int, batch: int, callbacks: Sequence[TrainerCallback]) -> float:
     """Seconds of `trainer.train()`, same model and data order every time."""
-    trainer = Trainer(
-        model=llama(),
-        args=quiet_arguments(folder, steps, batch),
-        train_dataset=rows,
-        data_collator=default_data_collator,
-        callbacks=list(callbacks),
-    )
+    trainer = trainer_of(llama(), rows, folder, steps, batch, callbacks)
     begin = time.perf_counter()
     trainer.train()
     return time.perf_counter() - begin

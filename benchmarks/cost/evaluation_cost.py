@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from lm_eval import tasks as lm_eval_tasks
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedTokenizerFast, Trainer, default_data_collator
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.lab.corpus import END, VOCAB, as_dataset, as_rows, byte_bpe
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
-from benchmarks.lab.models import llama, quiet_arguments, trained
+from benchmarks.lab.models import llama, trained, trainer_of
 from benchmarks.lab.tables import figure, figures_page
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.rows import TokenRows
@@ -139,13 +139,8 @@ def count_managers(model: Any, rows: TokenRows, tokenizer: Any, metadata: Mappin
     try:
         callback = LmEvalCallback(GROUP, tokenizer, every_steps=1, limit=4, metadata=metadata, truncate=True)
         with temporary_folder(None) as folder:
-            trainer = Trainer(
-                model=model,
-                args=quiet_arguments(folder, 3, 8, logging_strategy="steps", logging_steps=500),
-                train_dataset=as_dataset(rows.take(np.arange(24))),
-                data_collator=default_data_collator,
-                callbacks=[callback],
-            )
+            few = as_dataset(rows.take(np.arange(24)))
+            trainer = trainer_of(model, few, folder, 3, 8, [callback], logging_strategy="steps", logging_steps=500)
             trainer.train()
     finally:
         lm_eval_tasks.TaskManager = original

@@ -20,12 +20,12 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, default_data_collator
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.lab.corpus import VOCAB, as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench, newest
 from benchmarks.lab.machine import temporary_folder
-from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.models import llama, trainer_of
 from benchmarks.lab.tables import figure, figures_page, table_lines
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
@@ -91,13 +91,7 @@ def train(
     model = make()
     model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
     with temporary_folder(None) as folder:
-        trainer = Trainer(
-            model=model,
-            args=quiet_arguments(folder, steps, 8),
-            train_dataset=rows,
-            data_collator=default_data_collator,
-            callbacks=[MatesCallback(reference, config)],
-        )
+        trainer = trainer_of(model, rows, folder, steps, 8, [MatesCallback(reference, config)])
         trainer.train()
         trainer.save_state()
         return dataclasses.replace(run_cost(str(folder)), run_dir="")

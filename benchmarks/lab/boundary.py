@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.lab.corpus import as_dataset
 from benchmarks.lab.machine import temporary_folder
 from benchmarks.lab.memory import micro_batch_bytes
-from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.models import llama, trainer_of
 from mates_hf import MatesCallback, MatesConfig, ReferenceTask
 
 LENGTH, VOCAB, ROWS_PER_BATCH = 32, 1024, 2
@@ -72,8 +72,6 @@ def measure(
 
     In each of several processes that call it together, those of the process.
     """
-    from transformers import Trainer
-
     model = make_model(width, dtype, layers)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     config = MatesConfig(
@@ -82,8 +80,7 @@ def measure(
     )  # fmt: skip
     reference = ReferenceTask.from_dataset(rows(16, 1).remove_columns("labels"), input_ids_column="input_ids")
     with temporary_folder(None) as folder:
-        arguments = quiet_arguments(folder, 5, ROWS_PER_BATCH, optim=optim)
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows(200, 0))
+        trainer = trainer_of(model, rows(200, 0), folder, 5, ROWS_PER_BATCH, optim=optim)
         MatesCallback(reference, config).attach(trainer)
         with stages_recorded(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             trainer.train()

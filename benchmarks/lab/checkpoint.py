@@ -52,21 +52,13 @@ def one_a_document(lab: Lab, ids: Ids) -> Ids:
 
 @dataclasses.dataclass(kw_only=True)
 class Point:
-    """A model in training.
+    """A model in training."""
 
-    Attributes:
-        model: at its live weights.
-        optimizer: with its state.
-        average: mean of the weights over the last steps.
-        rest: pool rows not trained on, in a random order.
-        lab: the laboratory.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: WeightAverage
-    rest: Ids
-    lab: Lab
+    model: nn.Module  # at its live weights
+    optimizer: torch.optim.Optimizer  # with its state
+    average: WeightAverage  # mean of the weights over the last steps
+    rest: Ids  # pool rows not trained on, in a random order
+    lab: Lab  # the laboratory
 
     def train(self, ids: Ids, **settings: Any) -> None:
         """Train on these pool rows at the constant learning rate."""

@@ -38,30 +38,20 @@ VOCAB = 4096  # of the built-in corpus
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lab:
-    """What every experiment reads.
+    """What every experiment reads."""
 
-    Attributes:
-        rows: N rows of the candidate pool, all of one length.
-        domain: (N,) int64, index into `domain_names`; for reports only.
-        document: (N,) int64, the document each row is a piece of.
-        domain_names: names of the domains.
-        tokenizer: byte-level BPE, trained on the corpus.
-        reference: passages that influence is measured on, by `loss_on`: `"all"` tokens, or the last word
-            (`"completion"`). Both have the same rows.
-        development: disjoint passages that results are read from, alike.
-        test: passages disjoint from both, to be read once, at the end; empty unless asked for.
-        overlap: how many documents of the pool were dropped for sharing a 13-gram with a passage, and how many
-            development passages for sharing one with a reference passage.
-    """
-
-    rows: TokenRows
-    domain: npt.NDArray[np.int64]
-    document: npt.NDArray[np.int64]
-    domain_names: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerFast
+    rows: TokenRows  # N rows of the candidate pool, all of one length
+    domain: npt.NDArray[np.int64]  # (N,) int64, index into `domain_names`; for reports only
+    document: npt.NDArray[np.int64]  # (N,) int64, the document each row is a piece of
+    domain_names: tuple[str, ...]  # names of the domains
+    tokenizer: PreTrainedTokenizerFast  # byte-level BPE, trained on the corpus
+    # passages that influence is measured on, by `loss_on`: `"all"` tokens, or the last word (`"completion"`). Both
+    # have the same rows.
     reference: dict[str, ReferenceTask]
-    development: dict[str, ReferenceTask]
-    test: dict[str, ReferenceTask]
+    development: dict[str, ReferenceTask]  # disjoint passages that results are read from, alike
+    test: dict[str, ReferenceTask]  # passages disjoint from both, to be read once, at the end; empty unless asked for
+    # how many documents of the pool were dropped for sharing a 13-gram with a passage, and how many development
+    # passages for sharing one with a reference passage
     overlap: dict[str, int]
 
     @property

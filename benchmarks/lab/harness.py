@@ -38,17 +38,11 @@ UNITS_LEFT = 3  # exit code
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """A benchmark, before it is imported.
+    """A benchmark, before it is imported."""
 
-    Attributes:
-        name: on the command line and of its results.
-        room: `quality`, `cost` or `reliability`.
-        asks: the first line of its docstring.
-    """
-
-    name: str
-    room: str
-    asks: str
+    name: str  # on the command line and of its results
+    room: str  # `quality`, `cost` or `reliability`
+    asks: str  # the first line of its docstring
 
     def module(self) -> Any:
         """Its code."""

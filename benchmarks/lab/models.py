@@ -5,7 +5,7 @@ Trade-off: models of half a million parameters, so that a figure can be repeated
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 from benchmarks.lab.corpus import PASSAGE_TOKENS, VOCAB
@@ -31,7 +33,7 @@ from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.probe_directional import DirectionalProbe
 
 TOKENS_PER_BATCH = 512  # 8 rows of 64: larger batches fall out of the cache of a processor
-LR = 1e-3  # of `train_some`, and of arguments of the Trainer
+LR = 1e-3  # unless said otherwise
 
 
 def llama(
@@ -75,14 +77,41 @@ def llama(
     )
 
 
-def quiet_arguments(folder: str | Path, steps: int, batch: int, **changes: Any) -> TrainingArguments:
-    """`TrainingArguments` of a quiet run at a constant rate, without checkpoints, on the CPU."""
+def trainer_of(
+    model: Any,
+    rows: Any,
+    folder: Path,
+    steps: int,
+    batch: int,
+    callbacks: Sequence[Any] = (),
+    *,
+    tokenizer: Any = None,
+    **changes: Any,
+) -> Trainer:
+    """A Trainer of a quiet run at a constant rate, without checkpoints, on the CPU.
+
+    Args:
+        model: to train.
+        rows: the dataset.
+        folder: of the run.
+        steps: optimizer steps.
+        batch: rows of a step.
+        callbacks: of the run.
+        tokenizer: of the run, where it has one.
+        **changes: other `TrainingArguments`.
+    """
     settings: dict[str, Any] = {
         "learning_rate": LR, "lr_scheduler_type": "constant", "logging_strategy": "no", "save_strategy": "no",
         "report_to": [], "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
-    return TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, **{**settings, **changes}
+    settings |= {"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": batch, **changes}
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
     )
 
 

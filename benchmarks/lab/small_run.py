@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import Trainer, TrainerCallback
 
 from benchmarks.lab.corpus import as_dataset
-from benchmarks.lab.models import llama, quiet_arguments
+from benchmarks.lab.models import llama, trainer_of
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 
@@ -109,13 +109,7 @@ def run(
     model = llama(VOCAB, width=32, inner=64, layers=2, heads=2, length=32, tied=False, attention_dropout=dropout)
     watch = Watch()
     watch.watch(model)
-    trainer = Trainer(
-        model=model,
-        args=quiet_arguments(output_dir, steps, batch, **settings),
-        train_dataset=make_pool(),
-        data_collator=default_data_collator,
-        callbacks=[callback, watch],
-    )
+    trainer = trainer_of(model, make_pool(), output_dir, steps, batch, [callback, watch], **settings)
     prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return {

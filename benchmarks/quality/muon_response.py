@@ -10,7 +10,6 @@ are rank correlations; they hold for the learning rates stated.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.corpus import VOCAB, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.models import llama, train_on
@@ -28,7 +28,7 @@ from benchmarks.lab.tables import figure, figures_page
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.optimizer import muon_step
-from mates_hf.influence.passes import mean_loss, mean_loss_gradient
+from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 
@@ -93,23 +93,6 @@ def train(pool: TokenRows, seed: int, num_steps: int) -> tuple[Any, Together]:
     return model, optimizer
 
 
-def swapped_in(
-    model: Any, optimizer: Together, pool: TokenRows, reference: TokenRows, candidates: TokenRows, num_batches: int
-) -> np.ndarray:
-    """(N,) minus the reference loss after a step on a batch in which the candidate replaces a row."""
-    losses = np.zeros(len(candidates))
-    generator = np.random.default_rng(99)
-    for _ in range(num_batches):
-        others = pool.take(generator.integers(len(pool), size=BATCH - 1))
-        kept = [others.row(i)[0] for i in range(len(others))]
-        for i in range(len(candidates)):
-            copied, stepper = copy.deepcopy((model, optimizer))
-            mean_loss_gradient(copied, TokenRows.from_lists([candidates.row(i)[0], *kept]))
-            stepper.step()
-            losses[i] += mean_loss(copied, reference) / num_batches
-    return -losses
-
-
 def run(bench: Bench) -> dict[str, Any]:
     """Measure."""
     torch.set_num_threads(bench.options.threads)
@@ -124,7 +107,11 @@ def run(bench: Bench) -> dict[str, Any]:
         for name, rates in RATES.items():
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            truth = swapped_in(model, optimizer, pool, reference, candidates, num_batches)
+            drawn = np.random.default_rng(99).integers(len(pool), size=(num_batches, BATCH))
+            worth = worth_in_batch(
+                model, optimizer, lambda copied: [mean_loss(copied, reference)], candidates, [*map(pool.take, drawn)]
+            )
+            truth = worth[:, 0].mean(0)
             task = ReferenceTask(name="held-out text", rows=reference)
             labels = {"one-step oracle": OneStepProbe().measure(model, optimizer, task, candidates).influence}
             for response, change in RESPONSES.items():

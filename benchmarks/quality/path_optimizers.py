@@ -12,7 +12,6 @@ of a one-step label; a path label is meant for many, so its agreement is lower b
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +21,14 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.corpus import VOCAB, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.models import llama, train_on
 from benchmarks.lab.tables import figure, figures_page
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.influence.passes import mean_loss, mean_loss_gradient
+from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 
 page = functools.partial(figures_page, "path_optimizers")
@@ -60,33 +60,9 @@ def train(name: str, pool: TokenRows, seed: int, num_steps: int) -> tuple[Any, t
     return model, optimizer
 
 
-def joined(
-    model: Any, optimizer: torch.optim.Optimizer, pool: TokenRows, reference: TokenRows, candidates: TokenRows
-) -> np.ndarray:
-    """(N,) reference loss after a step on a batch, less that after the same step with the candidate in it as well."""
-    others = pool.take(np.random.default_rng(99).integers(len(pool), size=BATCH - 1))
-    parameters = list(model.parameters())
-
-    def gradient(rows: TokenRows) -> list[torch.Tensor]:
-        mean_loss_gradient(model, rows)
-        return [parameter.grad.clone() for parameter in parameters]
-
-    batch, count = gradient(others), int(others.num_targets.sum())
-
-    def after_step(own: list[torch.Tensor], num_own: int) -> float:
-        copied, stepper = copy.deepcopy((model, optimizer))
-        for parameter, a, b in zip(copied.parameters(), batch, own, strict=True):
-            parameter.grad = (a * count + b * num_own) / (count + num_own)
-        nn.utils.clip_grad_norm_(copied.parameters(), 1.0)
-        stepper.step()
-        return mean_loss(copied, reference)
-
-    without = after_step(batch, 0)
-    found = np.zeros(len(candidates))
-    for i in range(len(candidates)):
-        row = candidates.take(np.array([i]))
-        found[i] = without - after_step(gradient(row), int(row.num_targets[0]))
-    return found
+def reference_losses(model: Any, rows: TokenRows) -> list[float]:
+    """What the truth is read from."""
+    return [mean_loss(model, rows)]
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -102,7 +78,9 @@ def run(bench: Bench) -> dict[str, Any]:
             model, optimizer = train(name, pool, seed, num_steps)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
             candidates = pool.take(np.random.default_rng(1000 + seed).choice(len(pool), num_candidates, replace=False))
-            truth = joined(model, optimizer, pool, reference, candidates)
+            others = pool.take(np.random.default_rng(99).integers(len(pool), size=BATCH - 1))
+            losses = functools.partial(reference_losses, rows=reference)
+            truth = worth_in_batch(model, optimizer, losses, candidates, [others], clip=1.0, joins=True)[0, 0]
             one = DirectionalProbe().measure(model, optimizer, task, candidates)
             for label, share in (("full rate", 1.0), ("a fiftieth of the rate", 0.02)):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -53,34 +53,21 @@ QUICK = {"rounds set aside: main, error", "labels: last, error", "audit: last, e
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault.
+    """One fault."""
 
-    Attributes:
-        place: what the page calls it.
-        target: `module:function` or `module:Class.method` that is wrapped.
-        who: meets it.
-        what: happens there.
-        call: the number of the call it happens at, from 1, counted once the run is in `since`.
-        since: `start`, or the function of `Session` or `measure` that must have been entered.
-        resumes: whether the run resumes from the checkpoint of an earlier one.
-        sharded: whether weights are sharded by FSDP2.
-        fit_seconds: how long the main process fits.
-        goes_on: whether the run is to continue, because an audit is never fatal, and a file that only speeds up a
-            rerun is not either.
-        beside: whether fit, score and select run beside training.
-    """
-
-    place: str
-    target: str
-    who: str
-    what: str
-    call: int = 1
-    since: str = "start"
-    resumes: bool = False
-    sharded: bool = False
-    fit_seconds: float = 0.0
+    place: str  # what the page calls it
+    target: str  # `module:function` or `module:Class.method` that is wrapped
+    who: str  # meets it
+    what: str  # happens there
+    call: int = 1  # the number of the call it happens at, from 1, counted once the run is in `since`
+    since: str = "start"  # `start`, or the function of `Session` or `measure` that must have been entered
+    resumes: bool = False  # whether the run resumes from the checkpoint of an earlier one
+    sharded: bool = False  # whether weights are sharded by FSDP2
+    fit_seconds: float = 0.0  # how long the main process fits
+    # whether the run is to continue, because an audit is never fatal, and a file that only speeds up a rerun is not
+    # either
     goes_on: bool = False
-    beside: bool = False
+    beside: bool = False  # whether fit, score and select run beside training
 
     @property
     def name(self) -> str:

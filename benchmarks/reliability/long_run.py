@@ -61,10 +61,10 @@ def train(num_rounds: int, folder: str, selecting: bool, processes: int) -> list
     """Train and look after every round; without selection, after as many steps. One of the processes of a run."""
     import torch
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback, default_data_collator
+    from transformers import TrainerCallback
 
     from benchmarks.lab.corpus import as_dataset
-    from benchmarks.lab.models import llama, quiet_arguments
+    from benchmarks.lab.models import llama, trainer_of
     from mates_hf import MatesCallback, MatesConfig, ReferenceTask
 
     torch.set_num_threads(1)
@@ -89,18 +89,12 @@ def train(num_rounds: int, folder: str, selecting: bool, processes: int) -> list
             if state.global_step % UPDATE_STEPS == 0 and state.global_step < state.max_steps:
                 seen.append(look(output_dir / "_mates"))
 
-    arguments = quiet_arguments(
-        output_dir, (num_rounds + 1) * UPDATE_STEPS, BATCH_ROWS // processes, learning_rate=3e-4,
-        lr_scheduler_type="linear", save_strategy="steps", save_steps=save_steps(num_rounds), save_total_limit=2,
-    )  # fmt: skip
     callbacks = [MatesCallback(reference, config)] if selecting else []
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=pool,
-        data_collator=default_data_collator,
-        callbacks=[*callbacks, Look()],
-    )
+    trainer = trainer_of(
+        model, pool, output_dir, (num_rounds + 1) * UPDATE_STEPS, BATCH_ROWS // processes, [*callbacks, Look()],
+        learning_rate=3e-4, lr_scheduler_type="linear", save_strategy="steps", save_steps=save_steps(num_rounds),
+        save_total_limit=2,
+    )  # fmt: skip
     trainer.train()
     assert len(seen) == num_rounds
     return seen

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.checkpoint import BATCH_ROWS, LOSSES, Paths, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab
 from benchmarks.lab.models import LR, TOKENS_PER_BATCH, build_model, build_optimizer, task_losses, train_steps
@@ -80,9 +81,16 @@ def in_batch(
         model, optimizer, rows, trained, batch_rows=batch_rows, lr=lr, max_grad_norm=clip, warm_up=20,
         on_step=keep_direction,
     )  # fmt: skip
-    truth, between = in_batch_truth(
-        model, optimizer, references, candidates, np.split(batches, sizes.truth_batches), rows, clip
-    )
+    worth = worth_in_batch(
+        model, optimizer, lambda copied: [*task_losses(copied, references).values()], candidates,
+        [rows.take(batch) for batch in np.split(batches, sizes.truth_batches)], clip=clip,
+    )  # fmt: skip
+    truth = {loss_on: worth[:, j].mean(0) for j, loss_on in enumerate(LOSSES)}
+    pairs = [(i, k) for i in range(len(worth)) for k in range(i)]
+    between = {
+        loss_on: float(np.mean([spearman(worth[i, j], worth[k, j])["spearman"] for i, k in pairs]))
+        for j, loss_on in enumerate(LOSSES)
+    }
     result: dict[str, Any] = {
         "steps": steps, "beta2": beta2, "clip": clip, "many_lengths": many_lengths, "batch_rows": batch_rows,
         "learning_rate": lr, "seed": seed, "bf16": bf16, "family": model.config.model_type,
@@ -262,62 +270,6 @@ def mean_direction(directions: list[Direction]) -> Direction:
         for parameter in last.by_parameter
     }
     return dataclasses.replace(last, by_parameter=mean, norm=norm_of(mean.values()))
-
-
-def in_batch_truth(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    references: dict[str, ReferenceTask],
-    candidates: TokenRows,
-    batches: list[Ids],
-    rows: TokenRows,
-    clip: float | None,
-) -> tuple[dict[str, FloatArray], dict[str, float]]:
-    """What a candidate is worth in a real batch, by brute force.
-
-    The first row of a batch gives way to the candidate, the optimizer steps on the clipped, token-weighted gradient,
-    and the reference loss is read; all is then put back.
-
-    Returns:
-        By reference loss: (N,) loss after the step on the batch as it was minus loss after the step with the
-        candidate, mean over batches, > 0 helps; and the mean rank correlation between batches.
-    """
-    parameters = list(model.parameters())
-
-    def gradient_sum(part: TokenRows) -> list[torch.Tensor]:
-        mean_loss_gradient(model, part, tokens_per_batch=TOKENS_PER_BATCH)
-        num = float(part.num_targets.sum())
-        return [num * parameter.grad for parameter in parameters if parameter.grad is not None]
-
-    def change(part: TokenRows, others: list[torch.Tensor], num_others: int, own: list[torch.Tensor]) -> list[float]:
-        snapshot.restore()
-        num = num_others + int(part.num_targets.sum())
-        for parameter, a, b in zip(parameters, others, own, strict=True):
-            parameter.grad = (a + b) / num
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        losses = task_losses(model, references)
-        return [losses[loss_on] for loss_on in LOSSES]
-
-    worth = np.zeros((len(batches), len(LOSSES), len(candidates)))
-    with preserved(model, optimizer) as snapshot:
-        singles = [candidates.take(np.array([i])) for i in range(len(candidates))]
-        own = [gradient_sum(single) for single in singles]
-        for b, batch in enumerate(batches):
-            first, rest = rows.take(batch[:1]), rows.take(batch[1:])
-            snapshot.restore()
-            first_gradient, others, num_others = gradient_sum(first), gradient_sum(rest), int(rest.num_targets.sum())
-            as_it_was = np.array(change(first, others, num_others, first_gradient))
-            for i, single in enumerate(singles):
-                worth[b, :, i] = as_it_was - change(single, others, num_others, own[i])
-    between = {
-        loss_on: float(
-            np.mean([spearman(worth[i, j], worth[k, j])["spearman"] for i in range(len(worth)) for k in range(i)])
-        )
-        for j, loss_on in enumerate(LOSSES)
-    }
-    return {loss_on: worth[:, j].mean(0) for j, loss_on in enumerate(LOSSES)}, between
 
 
 def shortened(rows: TokenRows, lengths: npt.NDArray[np.int64]) -> TokenRows:

@@ -41,37 +41,23 @@ PIECE = 64  # tokens of a piece of a reference passage, as long as a candidate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A way to rank candidates.
+    """A way to rank candidates."""
 
-    Attributes:
-        name: in the tables.
-        fit: (bench, number of labels, draw) to a scorer; None where nothing is to be timed.
-        rank: (bench, number of labels, draw) to (E,) values of the evaluated candidates; None fits and scores.
-        labelled: whether it is fitted on labels.
-        flops: (bench) to FLOPs a scored token.
-        package: what must be installed.
-        numbers: of labels that it is fitted on; None is all.
-        draws: of the labels at most.
-        gain: whether it is trained on what it picks.
-        slow: a fit takes minutes, so it is timed where it is fitted.
-        curve: whether it has a row by number of labels.
-        ours: whether it is an influence model of the package.
-        note: what a reader must know.
-    """
-
-    name: str
+    name: str  # in the tables
+    # (bench, number of labels, draw) to a scorer; None where nothing is to be timed
     fit: Callable[[Labelled, int, int], Scorer] | None = None
+    # (bench, number of labels, draw) to (E,) values of the evaluated candidates; None fits and scores
     rank: Callable[[Labelled, int, int], Values] | None = None
-    labelled: bool = True
-    flops: Callable[[Labelled], float] = lambda bench: 0.0
-    package: str | None = None
-    numbers: tuple[int, ...] | None = None
-    draws: int | None = None
-    gain: bool = True
-    slow: bool = False
-    curve: bool = True
-    ours: bool = False
-    note: str = ""
+    labelled: bool = True  # whether it is fitted on labels
+    flops: Callable[[Labelled], float] = lambda bench: 0.0  # (bench) to FLOPs a scored token
+    package: str | None = None  # what must be installed
+    numbers: tuple[int, ...] | None = None  # of labels that it is fitted on; None is all
+    draws: int | None = None  # of the labels at most
+    gain: bool = True  # whether it is trained on what it picks
+    slow: bool = False  # a fit takes minutes, so it is timed where it is fitted
+    curve: bool = True  # whether it has a row by number of labels
+    ours: bool = False  # whether it is an influence model of the package
+    note: str = ""  # what a reader must know
 
     @property
     def installed(self) -> bool:

@@ -55,21 +55,13 @@ QUICK = Sizes(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """Labelled candidates at one checkpoint.
+    """Labelled candidates at one checkpoint."""
 
-    Attributes:
-        lab: the corpus, reference and development passages.
-        sizes: of the run.
-        paths: data and work folders.
-        ids: (P,) pool rows: those to fit on, then the test candidates, then the slice; no document is in two parts.
-        labels: of all P, > 0 helps; `candidate_id` is the position among them.
-    """
-
-    lab: Lab
-    sizes: Sizes
-    paths: Paths
-    ids: Ids
-    labels: InfluenceLabels
+    lab: Lab  # the corpus, reference and development passages
+    sizes: Sizes  # of the run
+    paths: Paths  # data and work folders
+    ids: Ids  # (P,) pool rows: those to fit on, then the test candidates, then the slice; no document is in two parts
+    labels: InfluenceLabels  # of all P, > 0 helps; `candidate_id` is the position among them
 
     @functools.cached_property
     def rows(self) -> TokenRows:

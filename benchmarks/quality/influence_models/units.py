@@ -32,19 +32,12 @@ MOST_TIMED_ROWS = 100_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One piece of work.
+    """One piece of work."""
 
-    Attributes:
-        part: states, same, fit, gain, reference or cost.
-        name: of the contender, or of the part of the states.
-        num: labels.
-        draw: of the labels; the seed of training.
-    """
-
-    part: str
-    name: str
-    num: int = 0
-    draw: int = 0
+    part: str  # states, same, fit, gain, reference or cost
+    name: str  # of the contender, or of the part of the states
+    num: int = 0  # labels
+    draw: int = 0  # of the labels; the seed of training
 
     @property
     def file(self) -> str:

@@ -20,55 +20,37 @@ Rank = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """How a round chooses its rows.
+    """How a round chooses its rows."""
 
-    Attributes:
-        rank: what candidates are ranked by. `domain means` and `best domain` are told the domain, and use the same
-            probes as `influence` does; `stratified` takes as many of each domain; the last three are static.
-        probe: how labels are measured.
-        path_steps: points at which the directional probe takes the reference gradient; 1 is a single step.
-        path_rate: length of a stride from one to the next, in steps of the run.
-        loss_on: the reference tokens that labels are about.
-        averaged: whether labels are of weights averaged over the last steps, else of the live ones.
-        labels: what the n-gram influence model is fitted on; `encoder` fine-tunes a small encoder on documents.
-        pooled: whether earlier rounds' labels count.
-        once: whether the first round's influence model serves all rounds.
-        probes: candidates probed in a round; None probes those to choose from and ranks them by their labels.
-        passages: of the reference, drawn anew each round.
-        temperature: in standard deviations of the labels; 0 is top-k.
-        ratio: of the slice that is chosen.
-        scope: `slice`, or `pool`: all rows not trained on yet.
-        again: whether rows come back: every round draws its slice from all rows.
-        round_steps: optimizer steps of a round.
-        beside: what is added to this ranking, both in their standard deviations: a static one, or that by labels of
-            the passages' last words, which cost a probe more.
-        package: what must be installed.
-        setting: of a static filter; `tuned` is the one that ended lowest on the seeds of the tuning.
-        mixed: what the rows of a round have among them: the reference `passages` themselves, or `random` rows.
-        share: of a round's rows that are mixed in.
-    """
-
+    # what candidates are ranked by. `domain means` and `best domain` are told the domain, and use the same probes as
+    # `influence` does; `stratified` takes as many of each domain; the last three are static.
     rank: Rank = "influence"
-    probe: Literal["directional", "one-step"] = "directional"
+    probe: Literal["directional", "one-step"] = "directional"  # how labels are measured
+    # points at which the directional probe takes the reference gradient; 1 is a single step
     path_steps: int = PATH_STEPS
-    path_rate: float = 0.5
-    loss_on: Literal["all", "completion"] = "all"
-    averaged: bool = True
+    path_rate: float = 0.5  # length of a stride from one to the next, in steps of the run
+    loss_on: Literal["all", "completion"] = "all"  # the reference tokens that labels are about
+    averaged: bool = True  # whether labels are of weights averaged over the last steps, else of the live ones
+    # what the n-gram influence model is fitted on; `encoder` fine-tunes a small encoder on documents
     labels: Literal["token", "document", "both", "encoder"] = "token"
-    pooled: bool = True
-    once: bool = False
+    pooled: bool = True  # whether earlier rounds' labels count
+    once: bool = False  # whether the first round's influence model serves all rounds
+    # candidates probed in a round; None probes those to choose from and ranks them by their labels
     probes: int | None = 500
-    passages: int = 256
-    temperature: float = 0.0
-    ratio: float = 0.2
-    scope: Literal["slice", "pool"] = "slice"
-    again: bool = False
-    round_steps: int = 100
+    passages: int = 256  # of the reference, drawn anew each round
+    temperature: float = 0.0  # in standard deviations of the labels; 0 is top-k
+    ratio: float = 0.2  # of the slice that is chosen
+    scope: Literal["slice", "pool"] = "slice"  # `slice`, or `pool`: all rows not trained on yet
+    again: bool = False  # whether rows come back: every round draws its slice from all rows
+    round_steps: int = 100  # optimizer steps of a round
+    # what is added to this ranking, both in their standard deviations: a static one, or that by labels of the
+    # passages' last words, which cost a probe more
     beside: Literal["fastText", "last word"] | None = None
-    package: str | None = None
-    setting: str = "common"
+    package: str | None = None  # what must be installed
+    setting: str = "common"  # of a static filter; `tuned` is the one that ended lowest on the seeds of the tuning
+    # what the rows of a round have among them: the reference `passages` themselves, or `random` rows
     mixed: Literal["passages", "random"] | None = None
-    share: float = 0.0
+    share: float = 0.0  # of a round's rows that are mixed in
 
     @property
     def probed(self) -> bool:
@@ -190,19 +172,12 @@ TUNING_SEEDS = (10, 11)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One training.
+    """One training."""
 
-    Attributes:
-        task: reference task.
-        filtered: whether the pool is what a quality filter keeps.
-        arm: its name.
-        seed: of weights, warm-up, order and draws.
-    """
-
-    task: str
-    filtered: bool
-    arm: str
-    seed: int
+    task: str  # reference task
+    filtered: bool  # whether the pool is what a quality filter keeps
+    arm: str  # its name
+    seed: int  # of weights, warm-up, order and draws
 
     @property
     def name(self) -> str:

@@ -45,31 +45,18 @@ UNEDITED = ("forum", "legal_terms", "spam", "web_cc")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is run; the defaults are the full run.
+    """How much is run; the defaults are the full run."""
 
-    Attributes:
-        documents: read of the corpus; None is all.
-        warm: random steps before the first round, the same for every arm of a seed.
-        steps: that every arm goes on for.
-        random_steps: that the random arm goes on for, to see when it gets as far.
-        every: steps between two evaluations.
-        passages: reference passages, and development passages.
-        test: test passages at most.
-        reserved: rows, one a document, that probes are drawn from and no arm trains on.
-        held: rows of the pool that no arm trains on, to see what choosing unlearns.
-        items: of each zero-shot task; 0 leaves them out, and ablations do without.
-    """
-
-    documents: int | None = None
-    warm: int = 300
-    steps: int = 200
-    random_steps: int = 1_000
-    every: int = 40
-    passages: int = 256
-    test: int = 512
-    reserved: int = 5_000
-    held: int = 300
-    items: int = 100
+    documents: int | None = None  # read of the corpus; None is all
+    warm: int = 300  # random steps before the first round, the same for every arm of a seed
+    steps: int = 200  # that every arm goes on for
+    random_steps: int = 1_000  # that the random arm goes on for, to see when it gets as far
+    every: int = 40  # steps between two evaluations
+    passages: int = 256  # reference passages, and development passages
+    test: int = 512  # test passages at most
+    reserved: int = 5_000  # rows, one a document, that probes are drawn from and no arm trains on
+    held: int = 300  # rows of the pool that no arm trains on, to see what choosing unlearns
+    items: int = 100  # of each zero-shot task; 0 leaves them out, and ablations do without
 
 
 QUICK = Sizes(
@@ -362,15 +349,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class StaticFilter:
-    """A ranking that no model in training has a part in.
+    """A ranking that no model in training has a part in."""
 
-    Attributes:
-        rank: (N,) how like the reference passages rows are.
-        flops: what ranking rows takes; 0 for those that look words up.
-    """
-
-    rank: Callable[[TokenRows], Any]
-    flops: Callable[[TokenRows], float] = lambda rows: 0.0
+    rank: Callable[[TokenRows], Any]  # (N,) how like the reference passages rows are
+    flops: Callable[[TokenRows], float] = lambda rows: 0.0  # what ranking rows takes; 0 for those that look words up
 
 
 def static_filter(lab: Lab, rank: str, setting: str, seed: int) -> StaticFilter:

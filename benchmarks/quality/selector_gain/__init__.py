@@ -3,7 +3,7 @@
 About 40 minutes on two cores; needs no data. With `--corpus` the demo's selector filters that file; with `--reference`
 as well, the demo runs on one half of the file.
 
-1. A demo run, `examples/pretrain.py` as a user starts it, MATES alone, one seed. Its last round that selected is the
+1. A demo run: a small Llama and `MatesCallback`, a round each 40 steps, one seed. Its last round that selected is the
    selector.
 2. Another corpus, free of every text that shares a 13-gram with the demo's pool, reference or held-out passages:
    installed packages and a second draw of the built-in corpus, or a file. A fresh process reads the selector, filters
@@ -22,19 +22,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.lab.corpus import END, as_dataset, byte_bpe
 from benchmarks.lab.harness import Bench, say
-from benchmarks.lab.machine import ROOT, versions
+from benchmarks.lab.machine import in_its_own_process, versions
+from benchmarks.lab.models import llama, trainer_of
 from benchmarks.lab.units import run_units
 from benchmarks.quality.selector_gain.page import RANDOM, SAME_KINDS, SELECTED, page
-from benchmarks.quality.selector_gain.texts import builtin_texts, file_texts
+from benchmarks.quality.selector_gain.texts import builtin_texts, file_texts, pack
 from benchmarks.quality.selector_gain.training import (
     BATCH_ROWS,
     BLOCK,
@@ -47,70 +47,57 @@ from benchmarks.quality.selector_gain.training import (
     read_tokens,
     steps_of,
     train,
-)  # fmt: skip
+)
 
 __all__ = ["add_options", "page", "run", "variant"]
-EXAMPLE = ROOT / "examples" / "pretrain.py"
-RATIO = 0.2
+RATIO, VOCAB = 0.2, 2048
 DIGITS = 7
 
-# What the demo would set by itself, for a pool that it is given.
-OWN_POOL = f"""--dataset json --text_column text --group_column kind --update_steps 40 --random_rounds 4
- --num_probes 400 --candidate_scope slice --per_device_train_batch_size {BATCH_ROWS} --learning_rate {LR}
- --adam_beta2 0.95 --weight_decay 0.1 --warmup_steps {WARM_UP} --lr_scheduler_type constant_with_warmup
- --logging_strategy no --report_to none --block_size {BLOCK} --vocab_size 2048 --hidden_size 128 --num_layers 3
- --evaluate_steps 30 --disable_tqdm true --log_level error --dataloader_pin_memory false""".split()
-
-FILTER = """
-import sys
-from datasets import load_from_disk
-from mates_hf import MatesSelector
-
-round_dir, corpus_dir, kept_dir, ratio = sys.argv[1:]
-selector = MatesSelector.from_pretrained(round_dir)
-selector.filter(load_from_disk(corpus_dir), ratio=float(ratio)).save_to_disk(kept_dir)
-"""
+DEMO = {"update_steps": 40, "random_rounds": 4, "num_probes": 400, "candidate_scope": "slice"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is run.
+    """How much is run."""
 
-    Attributes:
-        seeds: fresh models of each arm.
-        share: of the other corpus to read.
-        demo_steps: of the demo run.
-        demo: arguments of the demo run besides.
-    """
-
-    seeds: int = 5
-    share: float = 1.0
-    demo_steps: int = 330
-    demo: tuple[str, ...] = ()
+    seeds: int = 5  # fresh models of each arm
+    share: float = 1.0  # of the other corpus to read
+    demo_steps: int = 330  # of the demo run
+    demo: dict[str, Any] = dataclasses.field(default_factory=dict)  # other settings of its rounds
 
 
 QUICK = Sizes(
-    seeds=2,
-    share=0.1,
-    demo_steps=60,
-    demo=tuple("--update_steps 20 --random_rounds 1 --num_probes 100 --on_weak_signal select".split()),
-)
+    seeds=2, share=0.1, demo_steps=60,
+    demo={"update_steps": 20, "random_rounds": 1, "num_probes": 100, "on_weak_signal": "select"},
+)  # fmt: skip
 
 
 # --- stages 1 and 2 ---
 
 
-def run_demo(work: Path, sizes: Sizes, own_pool: bool) -> Path:
-    """Make the demo run as a user would; its folder. A finished one is kept."""
-    folder = work / "demo"
-    if (folder / "results.json").exists():
+def run_demo(work: Path, sizes: Sizes) -> Path:
+    """The run that leaves a selector; its folder, where `shape` has tokenizer and config. A finished one is kept."""
+    from transformers import PreTrainedTokenizerFast
+
+    from mates_hf import MatesCallback, MatesConfig, ReferenceTask
+
+    folder, texts = work / "demo", json.loads((work / "texts.json").read_text(encoding="utf-8"))
+    if (folder / "shape").exists():
         return folder
-    steps = str(sizes.demo_steps)
-    given = [*OWN_POOL, "--data_files", str(work / "pool.jsonl"), "--reference", str(work / "reference.jsonl"),
-             "--held_out", str(work / "held_out.jsonl")] if own_pool else []  # fmt: skip
-    given += ["--output_dir", str(folder), "--arms", "mates", "--max_steps", steps, *sizes.demo]
-    saving = ["--save_strategy", "steps", "--save_steps", steps]  # a checkpoint has the tokenizer
-    subprocess.run([sys.executable, str(EXAMPLE), *given, *saving], check=True)
+    pool = [row["text"] for row in texts["demo_pool"]]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_bpe(pool, VOCAB), eos_token=END)
+    ids = [np.array(row, np.int64) for row in tokenizer(pool)["input_ids"]]
+    rows = as_dataset(pack(ids, np.random.default_rng(0).permutation(len(ids)), tokenizer.eos_token_id, BLOCK))
+    passages = [{"text": text} for text in texts["reference"]]
+    reference = ReferenceTask.from_dataset(passages, tokenizer, text_column="text", max_length=BLOCK)
+    model = llama(len(tokenizer), layers=3, length=BLOCK)
+    callback = MatesCallback(reference, MatesConfig(**{**DEMO, **sizes.demo}))
+    trainer_of(
+        model, rows, folder, sizes.demo_steps, BATCH_ROWS, [callback], tokenizer=tokenizer, learning_rate=LR,
+        adam_beta2=0.95, weight_decay=0.1, warmup_steps=WARM_UP, lr_scheduler_type="constant_with_warmup",
+    ).train()  # fmt: skip
+    tokenizer.save_pretrained(folder / "shape")
+    model.config.save_pretrained(folder / "shape")
     return folder
 
 
@@ -118,30 +105,25 @@ def last_selector(demo: Path) -> Path:
     """The round folder of the last round that selected by a model of its own."""
     from mates_hf import load_round
 
-    for folder in sorted((demo / "mates-0" / "_mates").glob("round-????"), reverse=True):
+    for folder in sorted((demo / "_mates").glob("round-????"), reverse=True):
         if load_round(folder).info["guard"]["decision"] == "select":
             return folder
     raise SystemExit("No round of the demo run selected, so there is no selector to try.")
 
 
 def write_texts(work: Path, arguments: argparse.Namespace, sizes: Sizes) -> None:
-    """Read all texts and keep them under `work`: files for the demo, the other corpus as a dataset."""
+    """Read all texts and keep them under `work`: the other corpus as a dataset."""
     from datasets import Dataset
 
     if (work / "texts.json").exists():
         return
-    texts = (
-        file_texts(arguments.corpus, arguments.reference, sizes.share)
-        if arguments.corpus
-        else builtin_texts(sizes.share)
-    )
-    named = {"pool": texts.demo_pool, "reference": texts.reference, "held_out": texts.held_out}
-    for name, rows in named.items():
-        lines = [json.dumps({"text": row} if isinstance(row, str) else row) for row in rows]
-        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if arguments.corpus:
+        texts = file_texts(arguments.corpus, arguments.reference, sizes.share)
+    else:
+        texts = builtin_texts(sizes.share)
     other = [{**row, "row": i} for i, row in enumerate(texts.other)]
     Dataset.from_list(other).save_to_disk(str(work / "corpus"))
-    about = {"held_out": texts.held_out, "own": texts.own, "dropped": texts.dropped}
+    about = {name: value for name, value in vars(texts).items() if name != "other"}
     (work / "texts.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -149,9 +131,17 @@ def filter_corpus(work: Path, selector: Path) -> Path:
     """Filter in a process that knows the round's folder and the corpus alone."""
     kept = work / "kept"
     if not (kept / "state.json").exists():
-        command = [selector, work / "corpus", kept, RATIO]
-        subprocess.run([sys.executable, "-c", FILTER, *map(str, command)], check=True)
+        in_its_own_process(filter_to, *map(str, (selector, work / "corpus", kept)))
     return kept
+
+
+def filter_to(selector: str, corpus: str, kept: str) -> None:
+    """What that process does."""
+    from datasets import load_from_disk
+
+    from mates_hf import MatesSelector
+
+    MatesSelector.from_pretrained(selector).filter(load_from_disk(corpus), ratio=RATIO).save_to_disk(kept)
 
 
 # --- results ---
@@ -213,9 +203,8 @@ def run(bench: Bench) -> dict[str, Any]:
     sizes = dataclasses.replace(sizes, seeds=given.seeds or sizes.seeds)
     work.mkdir(parents=True, exist_ok=True)
     write_texts(work, given, sizes)
-    demo = run_demo(work, sizes, own_pool=given.reference is not None)
-    selector = last_selector(demo)
-    checkpoint = demo / "mates-0" / f"checkpoint-{sizes.demo_steps}"
+    demo = run_demo(work, sizes)
+    selector, checkpoint = last_selector(demo), demo / "shape"
     kept = filter_corpus(work, selector)
     tokens = read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
     counts = Counter(np.array(tokens.kinds)[tokens.kind[tokens.kept]].tolist())

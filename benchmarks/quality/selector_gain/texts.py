@@ -40,23 +40,15 @@ SKIPPED_FOLDERS = {"__pycache__", "_vendor", "mates_hf", "test", "tests", "testi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Texts:
-    """All that is read.
+    """All that is read."""
 
-    Attributes:
-        demo_pool: what the demo run chose from; only to keep the other corpus free of it.
-        reference: passages that the demo measured influence on.
-        held_out: passages like them that the fresh models are judged by.
-        other: the other corpus, rows of `text` and `kind`, shuffled. None shares a 13-gram with the three above.
-        own: passages of the other corpus that are not in it and share no 13-gram with it.
-        dropped: candidates of the other corpus left out for a shared 13-gram.
-    """
-
-    demo_pool: list[Row]
-    reference: list[str]
-    held_out: list[str]
+    demo_pool: list[Row]  # what the demo run chose from; only to keep the other corpus free of it
+    reference: list[str]  # passages that the demo measured influence on
+    held_out: list[str]  # passages like them that the fresh models are judged by
+    # the other corpus, rows of `text` and `kind`, shuffled. None shares a 13-gram with the three above.
     other: list[Row]
-    own: list[str]
-    dropped: int
+    own: list[str]  # passages of the other corpus that are not in it and share no 13-gram with it
+    dropped: int  # candidates of the other corpus left out for a shared 13-gram
 
 
 def builtin_texts(share: float) -> Texts:

@@ -27,15 +27,10 @@ MOST_OWN_ROWS = 150
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One training.
+    """One training."""
 
-    Attributes:
-        arm: what it is trained on.
-        seed: of the weights, the draw and the order.
-    """
-
-    arm: str
-    seed: int
+    arm: str  # what it is trained on
+    seed: int  # of the weights, the draw and the order
 
     @property
     def file(self) -> str:
@@ -45,21 +40,13 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The other corpus as tokens.
+    """The other corpus as tokens."""
 
-    Attributes:
-        ids: token ids of each of the N rows.
-        kind: (N,) number of its kind, into `kinds`.
-        kinds: names.
-        kept: (N,) bool, True where the selector kept the row.
-        end: the token that ends a row.
-    """
-
-    ids: list[npt.NDArray[np.int64]]
-    kind: npt.NDArray[np.int64]
-    kinds: list[str]
-    kept: npt.NDArray[np.bool_]
-    end: int
+    ids: list[npt.NDArray[np.int64]]  # token ids of each of the N rows
+    kind: npt.NDArray[np.int64]  # (N,) number of its kind, into `kinds`
+    kinds: list[str]  # names
+    kept: npt.NDArray[np.bool_]  # (N,) bool, True where the selector kept the row
+    end: int  # the token that ends a row
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
