@@ -21,13 +21,13 @@ MODULES = sorted(path for path in BENCHMARKS.rglob("*.py") if path.parent != BEN
 RESULT = re.compile(r"(?P<name>[a-z_]+)_(cpu\d+|[a-z0-9]+)_20\d\d-(0[1-9]|1[0-2])")
 
 
-def run(*arguments: str, code: int = 0) -> str:
+def run(*arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         capture_output=True, text=True, env=environment, timeout=1_200, check=False, cwd=ROOT,
     )  # fmt: skip
-    assert done.returncode == code, done.stdout[-2_000:] + done.stderr[-4_000:]
+    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
     return done.stdout
 
 
@@ -68,8 +68,10 @@ def test_the_rule_sees_a_wrong_import(source: str, module: str) -> None:
     assert list(strays(source, module))
 
 
-def test_help_lists_every_question_and_the_readme_answers_it() -> None:
-    listed, readme = run("--help"), (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+def test_help_lists_every_question_and_the_readme_answers_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        harness.main(["--help"])
+    listed, readme = capsys.readouterr().out, (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     rooms = [*BENCHMARKS.glob("*/*.py"), *BENCHMARKS.glob("*/*/__init__.py")]
     names = {
         path.parent.name if path.name == "__init__.py" else path.stem for path in rooms if "lab" not in path.parts
@@ -91,20 +93,23 @@ def test_every_result_is_named_by_question_hardware_and_month() -> None:
     assert {path.stem for path in results if path.suffix == ".md"} == {p.stem for p in results if p.suffix == ".json"}
 
 
-def test_an_unknown_question_and_a_result_of_none_are_told(tmp_path: Path) -> None:
-    run("nothing", code=1)
+def test_an_unknown_question_and_a_result_of_none_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="no question `nothing`"):
+        harness.main(["nothing"])
+    assert harness.check_all(tmp_path, None) == 1  # nothing to check is no good news
     (tmp_path / "nothing_cpu2_2026-11.json").write_text("{}")
-    assert "no such question" in run("--check", "--out", str(tmp_path), code=1)
+    assert harness.check_all(tmp_path, None) == 1
+    assert "no such question" in capsys.readouterr().out
 
 
 def test_a_page_that_does_not_follow_is_told(tmp_path: Path) -> None:
-    for path in (BENCHMARKS / "results").glob("selector_gain_cpu2_*.[jm]*"):
-        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8").replace("Fresh models", "Old models"))
-    module = harness.questions()["selector_gain"].module()
+    for path in (BENCHMARKS / "results").glob("large_pool_*.[jm]*"):
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8").replace("Not in these", "Also in these"))
+    assert harness.check_all(tmp_path, "large_pool") == 1
+    assert harness.check_all(tmp_path, "rows_cost") == 1  # there is none
     (path,) = tmp_path.glob("*.json")
-    assert len(list(harness.check(path, module))) == 1
-    harness.write_page(module, path)
-    assert list(harness.check(path, module)) == []
+    harness.write_page(harness.questions()["large_pool"].module(), path)
+    assert harness.check_all(tmp_path, "large_pool") == 0
 
 
 def test_json_is_what_was_given_with_a_line_for_each_entry() -> None:

@@ -548,7 +548,7 @@ def differences(document: Mapping[str, Any]) -> list[str]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which points."""
-    parser.add_argument("--points", type=int, default=100, help="how many (quick: 3)")
+    parser.add_argument("--points", type=int, default=100, help="how many (quick: 2)")
     parser.add_argument("--seed", type=int, default=0, help="decides the points")
     parser.add_argument("--only", type=int, help="one point, printed and not recorded; its folder is kept")
     parser.add_argument("--power-loss", action="store_true", help="cut the power with every fifth kill")
@@ -566,7 +566,7 @@ def run(bench: Bench) -> None:
     """Run the points that are not in the results yet; write after each; say how many runs differ."""
     options, work = bench.options, bench.work
     if bench.quick:
-        options.points, options.settings = min(options.points, 3), min(options.settings, 2)
+        options.points, options.settings = min(options.points, 2), min(options.settings, 2)
     generator = np.random.default_rng(options.seed)
     settings = [draw_setting(generator, number, options.processes) for number in range(options.settings)]
     sources = hashlib.sha256()

@@ -137,11 +137,7 @@ def fit(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     np.save(path, predicted)
     on_test = predicted[: bench.sizes.test]
     truth = bench.labels.influence[bench.test]
-    return {
-        **judge(on_test, truth, bench.domain[bench.test]),
-        "ranks": packed_ranks(on_test),
-        "fit_seconds": seconds,
-    }
+    return {**judge(on_test, truth, bench.domain[bench.test]), "ranks": packed_ranks(on_test), "fit_seconds": seconds}
 
 
 def picked(bench: Labelled, contender: Contender | None, seed: int) -> Ids:
