@@ -55,8 +55,8 @@ STYLES = {
     "domain means": Style("#7d8590", "triangle", "domain means of our labels"),
     "stratified by domain": Style("#8c8377", "triangle", "equal share of each domain"),
     "top-k of labels, every step": Style("#c46fd6", "triangle", "every candidate, every step"),
-    "MATES as published": Style("#e5534b", "cross", "one-step oracle, last word"),
-    "MATES, cheap labels": Style("#b3636b", "cross", "the same labels, cheap probe"),
+    "one-step oracle, n-gram tables": Style("#e5534b", "cross", "one-step oracle, last word"),
+    "cheap labels, n-gram tables": Style("#b3636b", "cross", "the same labels, cheap probe"),
 }
 PANELS = (
     ("lambada", False, "LAMBADA passages, mixed pool"),
