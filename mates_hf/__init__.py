@@ -1,6 +1,6 @@
 """Model-aware pretraining data selection (MATES, arXiv:2406.06046) inside an unmodified `transformers.Trainer`.
 
-Influence is > 0 where a candidate helps, higher is better, in nats/token of reference loss, everywhere.
+Influence is higher is better, everywhere. One-step labels price a step in nats/token; path labels give an order.
 
 Public names are loaded when first used, so `import mates_hf` is light: a script that only reads finished rounds never
 imports torch. Trade-off: a missing dependency is reported at first use, not at import.
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from mates_hf.selection.choose import gumbel_top_k
     from mates_hf.selection.selector import MatesSelector
     from mates_hf.training.callback import MatesCallback
+    from mates_hf.training.loop import MatesRounds
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CombinedOptimizer",
@@ -36,6 +37,7 @@ __all__ = [
     "MatesCallback",
     "MatesConfig",
     "MatesError",
+    "MatesRounds",
     "MatesSelector",
     "NgramInfluenceModel",
     "OneStepProbe",
@@ -51,6 +53,7 @@ _HOME = {
     "MatesCallback": "mates_hf.training.callback",
     "MatesConfig": "mates_hf.config",
     "MatesError": "mates_hf.errors",
+    "MatesRounds": "mates_hf.training.loop",
     "MatesSelector": "mates_hf.selection.selector",
     "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
     "OneStepProbe": "mates_hf.influence.probe_one_step",

@@ -47,7 +47,7 @@ class MatesConfig:
         metadata={
             "help": "Where a round chooses from: `slice`, the next k / selection_ratio unused rows of the shuffled "
             "pool (the paper's way), or `pool`, all unused rows. The best of very many rows use up their influence "
-            "within a round, and the next labels are then reversed (docs/results.md)."
+            "within a round, and the next labels are then reversed (docs/ablations.md)."
         },
     )
     temperature: float = field(

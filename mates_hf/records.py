@@ -30,12 +30,13 @@ STATE_KEY = "mates_hf"  # of the run's state in `TrainerState.stateful_callbacks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InfluenceLabels:
-    """Measured influence of N candidates; sign: > 0 helps, higher is better.
+    """Measured influence of N candidates; higher is better, and the probe says what its zero means.
 
     Attributes:
         candidate_id: (N,) int64, row of the candidate in the pool.
-        influence: (N,) float32, nats/token of reference loss that one optimizer step on the candidate alone takes off,
-            relative to the null step. Path labels (see `kind`) are an order: their zero and scale mean nothing.
+        influence: (N,) float32, relative to the null step. One-step labels: nats/token of reference loss that one
+            optimizer step on the candidate takes off. Path labels (see `kind`): an order, whose zero and scale are not
+            those of a step.
         influence_per_token: (N,) float32, mean over the candidate's trained tokens of the directional derivative.
             `influence = influence_per_token * step_size`.
         loss: (N,) float32, the candidate's own loss, nats/token; of a `DirectionalProbe` the mean of the losses at
@@ -170,8 +171,8 @@ class FitReport:
         calibration: (mean predicted, mean label) for each tenth of the predictions, in the labels' unit.
         label_std: standard deviation of the labels, in the labels' unit.
         seconds: wall-clock of the fit.
-        flops: of the fit, by the rule of `mates_hf.flops`; None where the influence model does not say.
-        flops_per_token: of a prediction, for each trained token of a candidate, likewise.
+        flops: FLOPs of the fit, by the rule of `mates_hf.flops`; None where the influence model does not say.
+        flops_per_token: FLOPs of a prediction, for each trained token of a candidate, by the same rule.
         ranking: what rank correlations and overlap are of: "worth", what a row of its length adds to a batch, which is
             what a round selects by; "influence" where all rows have one length and both rank alike.
         probe: what the labels are, as `InfluenceLabels.kind` says; None where it was not recorded.

@@ -70,7 +70,9 @@ def objects(folder: Path) -> list[Any]:
     return [
         rows, task, task.rows.take(np.arange(0)), CandidatePool(dataset), CandidatePool(dataset).select([1]), config,
         mates_hf.MatesConfig(), mates_hf.MatesConfig.paper(), *probes, mates_hf.DirectionalProbe(),
-        mates_hf.MatesCallback(task, config, probe=probes[0]), mates_hf.NgramInfluenceModel(pool_decay=0.5),
+        mates_hf.MatesCallback(task, config, probe=probes[0]),
+        mates_hf.MatesRounds(task, dataset, config, output_dir=folder / EVIL[:900], probe=probes[0]),
+        mates_hf.NgramInfluenceModel(pool_decay=0.5),
         labels(0), labels(1), labels(300), labels(9, float("nan")), labels(9, float("inf")),
         labels(9, probe=EVIL[:900]), report(), report(spearman_within_group=0.1),
         report(spearman=float("nan"), interval=(float("nan"),) * 2, calibration=()),

@@ -17,7 +17,12 @@ from mates_hf import moved
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mates_hf"
-FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py")))
+FILES_FOR_OTHERS = {"configs"}  # data that accelerate reads; no part of the flow
+FOLDERS = sorted(
+    path.name
+    for path in PACKAGE.iterdir()
+    if path.is_dir() and any(path.glob("*.py")) and path.name not in FILES_FOR_OTHERS
+)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEFT_OF_ALL = {
     "config", "disk", "display", "errors", "flops", "moved", "paths", "records", "round_files", "round_record",
@@ -43,7 +48,7 @@ def rank(module: str) -> int:
     top = module.split(".")[1]
     if top in LEFT_OF_ALL:
         return 0
-    if top in RIGHT_OF_ALL:
+    if top in RIGHT_OF_ALL | FILES_FOR_OTHERS:
         return len(FOLDERS) + 1
     return FOLDERS.index(top) + 1
 

@@ -29,7 +29,7 @@ def document_codes(
         rows: N rows.
         pool: the `CandidatePool` they are of; needed with a column.
         ids: (N,) their pool rows; needed with a column.
-        column: of the pool's dataset, with the document of each row (text or numbers); None tells documents by their
+        column: Column of the pool with the document of each row (text or numbers); None tells documents by their
             tokens, so that copies of a text are one.
 
     Returns:

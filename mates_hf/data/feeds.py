@@ -107,7 +107,7 @@ class TextRows:
 
     Attributes:
         rows: the passages; label t is predicted from the tokens before it.
-        reading: of the model. A causal one whose loss does not shift gets tokens 0 to L - 2 with the labels of tokens
+        reading: How it is read. A causal model whose loss does not shift gets tokens 0 to L - 2 with labels of tokens
             1 to L - 1; one that looks ahead gets tokens and labels as they are. Constant inputs are added.
     """
 
@@ -204,7 +204,7 @@ def as_text(
         ids: (L,) the row's token ids, without padding.
         labels: its labels: (L,) at the positions that predict them, another length for an encoder-decoder, (1,) or ()
             for a class; None where every token is its own.
-        reading: of the model.
+        reading: How the model reads a batch and shifts its labels.
 
     Returns:
         Ids and labels of one length in the layout of `TokenRows`, which never trains a row's first token. As many

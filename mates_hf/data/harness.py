@@ -70,9 +70,9 @@ def read_passages(
     """The passages of a task: what a reference task is made of.
 
     Args:
-        task: as for `load_task`.
+        task: The task, in any form that `load_task` takes.
         metadata: for lm-eval's `TaskManager`.
-        split: as for `documents`.
+        split: The split to read, in the form that `documents` takes.
         limit: the first documents only.
 
     Returns:

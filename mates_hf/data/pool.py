@@ -288,7 +288,7 @@ def open_candidates(candidates: Any) -> tuple[CandidatePool, TokenRows | None]:
     """Candidates of any accepted kind as a pool, and as token rows where that is what was given.
 
     Args:
-        candidates: as in `read_candidates`.
+        candidates: The candidates, in any form that `read_candidates` takes.
 
     Returns:
         A pool whose ids are the candidates' ids, and the rows or None.
@@ -326,7 +326,7 @@ def rows_of(candidates: Any, candidate_ids: Sequence[int] | IntArray) -> TokenRo
     """The rows with these candidate ids, in that order, of whatever `read_candidates` accepts.
 
     Args:
-        candidates: as in `read_candidates`.
+        candidates: The candidates, in any form that `read_candidates` takes.
         candidate_ids: (M,) pool rows.
 
     Returns:

@@ -104,7 +104,7 @@ def is_conversation(kind: Any, name: str) -> bool:
 
     Args:
         kind: type of the column.
-        name: of the column, which decides where every value is null.
+        name: Name of the column, which decides where every value is null.
 
     Returns:
         True or False.

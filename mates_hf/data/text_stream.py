@@ -24,7 +24,7 @@ def texts_of(source: Any, argument: str, *, tokenizer: Any = None, text_column: 
             target.
         argument: what the caller calls it, for the errors.
         tokenizer: decodes token ids, special tokens left out.
-        text_column: of rows.
+        text_column: Column of the rows that holds the text.
 
     Returns:
         An iterator over the texts; a row that is wrong raises when it is reached.

@@ -217,7 +217,7 @@ def read_batch(batch: Mapping[str, Any], column: str) -> TokenRows:
 
     Args:
         batch: the column of token ids and, beside `input_ids`, `labels` and `attention_mask` where they are given.
-        column: of token ids.
+        column: Column of token ids.
 
     Returns:
         The rows, without padding.
@@ -292,7 +292,7 @@ class TokenColumns:
 
     Args:
         table: `pyarrow.Table` or that of a `datasets.Dataset`.
-        column: of token ids; beside `input_ids`, `labels` and `attention_mask` count as in training.
+        column: Column of token ids. Next to `input_ids`, `labels` and `attention_mask` count as in training.
         indices: (R,) physical row of each visible row, or None where they are the same.
 
     Raises:

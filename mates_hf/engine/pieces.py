@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     """Part of the entries of a parameter, or of this process's shard of it.
 
     Attributes:
-        number: of the parameter.
+        number: Number of the parameter.
         start: first entry of the flattened tensor; None where the piece is all of a tensor that cannot be flattened.
         stop: behind the last entry.
         owner: the process that averages it for all; None where each process has entries of its own.
@@ -55,7 +55,7 @@ def cut(shards: Sequence[Tensor], shared: Sequence[bool], size: int) -> list[Pie
 
     Args:
         shards: what this process holds of each parameter.
-        shared: of each, whether all processes hold the whole of it.
+        shared: For each, whether all processes hold the whole of it.
         size: how many processes there are.
 
     Returns:

@@ -123,7 +123,7 @@ class Processes:
         """Add up an array of all processes, in place; where one process has the value and the others 0, exact.
 
         Args:
-            values: of the same shape and dtype in every process.
+            values: Values of the same shape and dtype in every process.
 
         Returns:
             `values`.

@@ -57,7 +57,7 @@ class Watch:
     Args:
         connect: opens a connection to the store that all processes share, under a prefix of this watch's own.
         rank: number of this process.
-        hosts: of all processes, by rank.
+        hosts: Hosts of all processes, by rank.
         store: a connection that is there already; None opens one.
     """
 
@@ -89,7 +89,7 @@ class Watch:
         Args:
             rank: number of this process.
             size: how many there are.
-            name: of this meeting, the same in all processes and used once.
+            name: Name of this meeting, the same in all processes and used once.
 
         Returns:
             The watch, at work.

@@ -108,7 +108,7 @@ def bootstrap_interval(
     Args:
         predicted: (N,) predicted influence.
         actual: (N,) labels.
-        seed: of the resampling; the caller's random streams are left alone.
+        seed: Random seed of the resampling; the caller's random streams are left alone.
         num_resamples: draws of N candidates with replacement; one in which a side is constant counts as 0.
         documents: (N,) document of each candidate, whose candidates are drawn together; None: each is its own.
 
@@ -211,7 +211,7 @@ def top_precision(predicted: npt.NDArray[Any], actual: npt.NDArray[Any], fractio
     Args:
         predicted: (N,) predicted influence, higher is better.
         actual: (N,) labels, higher is better.
-        fraction: of the candidates, in (0, 1]; k = max(1, floor(fraction * N)) of each side are compared.
+        fraction: Share of the candidates, in (0, 1]; k = max(1, floor(fraction * N)) of each side are compared.
 
     Returns:
         Expected share in [0, 1]; k / N is chance.

@@ -213,8 +213,8 @@ def check_contamination(
         reference: a reference task, or its passages.
         evaluation: for each task's name its texts, or an lm-eval task, whose evaluated documents are read as context
             and gold target (`TaskManager().load("sciq")["tasks"]` is such a mapping).
-        tokenizer: of the token ids, where there are any.
-        text_column: of rows that are dicts.
+        tokenizer: Tokenizer that made the token ids, where there are any.
+        text_column: Column of the text, in rows that are dicts.
         max_pool_rows: read the first rows only; None reads all.
 
     Returns:

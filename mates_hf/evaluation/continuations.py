@@ -75,7 +75,7 @@ class Continuations:
 
         Args:
             pairs: token ids of both, none empty.
-            max_tokens: of the model's input; contexts are cut from the left to it, as lm-eval does (the last token of
+            max_tokens: Most input tokens; contexts are cut from the left to it, as lm-eval does (the last token of
                 a continuation is no input).
 
         Returns:
@@ -103,7 +103,7 @@ def log_likelihoods(
 
     Args:
         model: a causal language model: ids (B, L) in, logits (B, L, V) out.
-        requests: the same in every process.
+        requests: The requests, the same in every process.
         batch_rows: rows of a micro-batch.
         progress: show a progress bar.
         processes: those that share the micro-batches and call this together.
@@ -153,7 +153,7 @@ def answer(
         requests: what is asked.
         batch_rows: rows of a micro-batch.
         progress: show a progress bar.
-        processes: of the run.
+        processes: The processes of the run.
 
     Returns:
         (N,) log-likelihoods and (N,) flags.
@@ -177,7 +177,7 @@ def assist(model: nn.Module, processes: Processes) -> dict[str, float]:
 
     Args:
         model: the live model.
-        processes: of the run.
+        processes: The processes of the run.
 
     Returns:
         The metrics the main process made.

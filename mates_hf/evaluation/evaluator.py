@@ -134,7 +134,7 @@ class Evaluator:
 
         Args:
             model: the live model.
-            processes: of the run.
+            processes: The processes of the run.
             progress: show progress bars.
 
         Raises:
@@ -165,7 +165,7 @@ class Evaluator:
 
         Args:
             model: the live model, in every process.
-            processes: of the run; all call it together, and share the requests.
+            processes: The processes of the run; all call it together, and share the requests.
             progress: show progress bars.
 
         Returns:

@@ -35,7 +35,7 @@ def of_choices(document: Mapping[str, Any], results: Sequence[Result]) -> dict[s
 
     Args:
         document: `choices` and `label`.
-        results: of each choice after the prompt.
+        results: The result of each choice after the prompt.
 
     Returns:
         Values by metric; `accuracy` is `acc_norm`.
@@ -56,7 +56,7 @@ def of_plain_choices(document: Mapping[str, Any], results: Sequence[Result]) -> 
 
     Args:
         document: `choices` and `label`, and `continuation` where that is the text scored after each choice.
-        results: of each choice.
+        results: The result of each choice.
 
     Returns:
         Values by metric; `accuracy` is `acc`.
@@ -74,7 +74,7 @@ def of_last_word(document: Mapping[str, Any], results: Sequence[Result]) -> dict
 
     Args:
         document: `target`, with the space before it.
-        results: of the target after its context; one.
+        results: The one result, of the target after its context.
 
     Returns:
         Values by metric; lm-eval makes `perplexity` of the mean log-likelihood.

@@ -58,7 +58,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     Args:
         tokenizer: the model's; encoded with, never changed.
         batch_rows: rows of a micro-batch.
-        max_tokens: of the model's input; longer contexts are cut from the left. None cuts nothing.
+        max_tokens: Most tokens the model takes; longer contexts are cut from the left. None cuts nothing.
         progress: show progress bars.
         processes: those that answer together.
     """

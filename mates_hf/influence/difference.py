@@ -145,7 +145,7 @@ def choose_epsilon(
         direction: u.
         rows: N candidates; up to 16 of them are measured.
         either_side: losses of some rows at an ε, as `losses_on_either_side` gives them.
-        seed: of the candidates drawn.
+        seed: Random seed of the candidates drawn.
         processes: those that call this together; the main one decides, so that all try the same steps.
 
     Returns:

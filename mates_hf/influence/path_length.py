@@ -55,7 +55,7 @@ def steps_per_stride(
     """Length of a stride in the run's own steps, so that all strides together are as long as the round.
 
     Args:
-        num_points: of the path.
+        num_points: Points of the path.
         rates_ahead: `rate_steps` of the coming round; None where there is no round.
         optimizer: the live one; a scheduler has left the peak rate in its groups.
         learning_rates: the present ones, one a parameter group.
@@ -73,8 +73,8 @@ def steps_per_stride(
 
 def _sum_of_rates(scheduler: Any, num_steps: int) -> float:
     calls = 1
-    if hasattr(scheduler, "split_batches"):  # accelerate's, which steps once for each process
-        if not scheduler.split_batches:
+    if hasattr(scheduler, "split_batches"):  # accelerate's, which steps once for each process unless told otherwise
+        if getattr(scheduler, "step_with_optimizer", True) and not scheduler.split_batches:
             from accelerate.state import AcceleratorState
 
             calls = AcceleratorState().num_processes

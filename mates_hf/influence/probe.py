@@ -151,7 +151,7 @@ def text_rows(rows: TokenRows, reading: Reading) -> Candidates:
 
     Args:
         rows: candidates.
-        reading: of the model.
+        reading: How the model reads a batch and shifts its labels.
 
     Returns:
         The rows themselves for a model whose loss shifts.

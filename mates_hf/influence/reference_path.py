@@ -67,7 +67,7 @@ def shares_of_path(rows: Candidates, path_steps: int, seed: int) -> list[IntArra
     Args:
         rows: the reference task's.
         path_steps: points asked for; fewer where they would read less than four passages.
-        seed: of who reads what.
+        seed: Random seed of which passages a point reads.
 
     Returns:
         Numbers that have all trained rows once.
@@ -84,7 +84,7 @@ class ReferencePath:
     """A path over the passages of the reference task, to be walked inside `preserved`.
 
     Args:
-        snapshot: of the model, to go back to.
+        snapshot: Snapshot of the model, to return to.
         steps: the optimizer's next step of each parameter.
         rows: the reference task's.
         reading: how it is read.
@@ -130,7 +130,7 @@ class ReferencePath:
         Args:
             num_points: asked for; fewer where there are few passages.
             rate: length of a stride in the run's own steps.
-            seed: of which passages a point reads.
+            seed: Random seed of which passages a point reads.
 
         Returns:
             The mean over the tokens of the task of (c_p / step_size) Pᵀ ∇L, each where it was read.

@@ -50,7 +50,7 @@ class Shards:
     Args:
         folder: where they are kept; None keeps nothing.
         direction: u.
-        settings: of the probe, JSON values.
+        settings: Settings of the probe, JSON values.
         ids: (N,) candidates, in the order they are measured.
         processes: those that measure together.
     """

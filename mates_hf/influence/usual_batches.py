@@ -29,7 +29,7 @@ class UsualBatches:
         candidates: rows that batches are drawn from, or None.
         batch_rows: rows in one optimizer step, or None.
         max_grad_norm: to what the run clips the gradient of a batch; None and 0 are off.
-        seed: of what is drawn.
+        seed: Random seed of what is drawn.
         mean_gradient: leaves the gradient of the mean loss of some rows in `.grad`.
 
     Attributes:

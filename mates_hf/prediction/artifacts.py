@@ -51,7 +51,7 @@ def write_artifact(
         kind: class name of the model.
         settings: plain JSON values.
         tensors: arrays by name.
-        report: of the last fit.
+        report: The report of the last fit.
     """
     from safetensors.numpy import save
 

@@ -66,13 +66,13 @@ class EncoderInfluenceModel:
         head_only: fit a ridge on the states of the encoder as it is, instead of fine-tuning it.
         max_tokens: tokens of a candidate that are read, of the encoder's tokenizer.
         chunk_tokens: longer candidates are folded into chunks of at most this many, and pooled.
-        learning_rate: of the first step of fine-tuning.
-        num_epochs: of fine-tuning; the one with the best Spearman on the validation candidates is kept.
+        learning_rate: Learning rate of the first step of fine-tuning.
+        num_epochs: Epochs of fine-tuning; the one with the best Spearman on the validation candidates is kept.
         batch_rows: candidates in an optimizer step.
         tokens_per_batch: padded tokens in one pass; less memory, not other results.
         validation_fraction: share of the candidates fitted on to choose the epoch by and to calibrate on.
-        text_column: of datasets that are read as texts.
-        seed: of splits, order of candidates, and dropout.
+        text_column: Column of the text, in datasets that are read as texts.
+        seed: Random seed of splits, order of candidates, and dropout.
         device: where to run; None is the GPU where there is one. Between calls the weights are on the CPU.
         progress: show progress bars.
 
@@ -196,7 +196,7 @@ class EncoderInfluenceModel:
             documents: (N,) document of each label; split and bootstrap take whole ones. None: equal texts are one.
             previous: the influence model of the round before; not changed. Fine-tuning starts at its weights, a ridge
                 builds on its coefficients as far as they fit the new labels.
-            seed: of splits and fine-tuning; None takes the constructor's.
+            seed: Random seed of splits and fine-tuning. Defaults to the constructor's seed.
 
         Returns:
             self, fitted.
@@ -306,7 +306,7 @@ class EncoderInfluenceModel:
             dataset: `TokenRows`, a candidate pool, or a dataset with `input_ids` or a text column.
 
         Returns:
-            (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
+            (N,) float32 predicted influence in the unit of the labels, higher is better; the intercept where
             a row has no text or no target (`num_empty` counts them).
         """
         return (self._predicted(*self._read(dataset)) * self._fitted()[1].step_size).astype(np.float32)
@@ -338,7 +338,7 @@ class EncoderInfluenceModel:
             labels: fresh labels, of this round or a later one.
             groups: (N,) group of each label, or None.
             documents: (N,) document of each label, for the bootstrap; None: equal texts are one.
-            seed: of the bootstrap.
+            seed: Random seed of the bootstrap.
 
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.

@@ -67,7 +67,7 @@ class HiddenStateInfluenceModel:
         layers: indices into the model's `hidden_states`, whose means are put side by side: 0 is the embedding, -1 what
             the output head reads. None takes the first, the middle and the last, which ranked better than any one.
         tokens_per_batch: padded tokens in one pass; less memory, not other results.
-        seed: of the held-out split.
+        seed: Random seed of the held-out split.
         progress: show progress bars.
 
     Raises:
@@ -166,7 +166,7 @@ class HiddenStateInfluenceModel:
             documents: (N,) document of each label; split and bootstrap take whole ones. None: equal tokens are one.
             previous: the influence model of the round before, to build on as far as its coefficients fit the new
                 labels; not changed.
-            seed: of the split; None takes the constructor's.
+            seed: Random seed of the split. Defaults to the constructor's seed.
 
         Returns:
             self, fitted.
@@ -220,7 +220,7 @@ class HiddenStateInfluenceModel:
             model: the model to read with, as the fit has seen it; None takes the constructor's.
 
         Returns:
-            (N,) float32, nats/token of reference loss that a step on the row takes off, > 0 helps; the intercept where
+            (N,) float32 predicted influence in the unit of the labels, higher is better; the intercept where
             a row has no target.
 
         Raises:
@@ -254,7 +254,7 @@ class HiddenStateInfluenceModel:
             model: the model to read with; None takes the constructor's.
             groups: (N,) group of each label, or None.
             documents: (N,) document of each label, for the bootstrap; None: equal tokens are one.
-            seed: of the bootstrap.
+            seed: Random seed of the bootstrap.
 
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.

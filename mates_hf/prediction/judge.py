@@ -54,7 +54,7 @@ def split_held_out(
     Args:
         num: number of labelled candidates, at least 4.
         fraction: share to hold out, in (0, 1).
-        seed: of the draw.
+        seed: Random seed of the draw.
         documents: (num,) document of each candidate; None: each is its own.
 
     Returns:
@@ -108,7 +108,7 @@ def tell_few(num_labels: int, num_held_out: int) -> None:
 
     Args:
         num_labels: fitted and held-out ones.
-        num_held_out: of these, held out.
+        num_held_out: How many of these are held out.
     """
     if num_labels < FEW_LABELS or num_held_out < FEW_HELD_OUT:
         logger.warning(
@@ -138,7 +138,7 @@ def fit_report(
         actual: (N,) their labels, same sign and unit.
         groups: (N,) group of each (a domain, a source), or None.
         num_labels: labels the model was fitted on.
-        seed: of the bootstrap.
+        seed: Random seed of the bootstrap.
         label_std: standard deviation of the labels in their unit; None takes that of `actual`.
         seconds: wall-clock of the fit.
         num_tokens: (N,) trained tokens of each. Where they differ, rank correlations and overlap are of what rows are
@@ -185,8 +185,8 @@ def times_needed(report: FitReport, min_spearman: float) -> float | None:
     root of their number; nothing better is known of a single fit.
 
     Args:
-        report: of the fit that did not pass.
-        min_spearman: of the guard.
+        report: Report of the fit that did not pass.
+        min_spearman: The guard's lowest Spearman.
 
     Returns:
         A factor of at least 2; None where no number of labels is known to do: the correlation is not above 0, or the
@@ -211,8 +211,8 @@ def labels_needed(report: FitReport, min_spearman: float = 0.0) -> int | None:
     """How many labels, fitted and held out, `times_needed` comes to; None where no number is known to do.
 
     Args:
-        report: of the weak fit.
-        min_spearman: of the guard.
+        report: Report of the weak fit.
+        min_spearman: The guard's lowest Spearman.
 
     Returns:
         Number of labels, at least twice those of the report.
@@ -230,7 +230,7 @@ def usable_labels(
     """The labels that can be fitted on, their groups and their documents.
 
     Args:
-        labels: of M candidates.
+        labels: Labels of M candidates.
         groups: (M,) group of each, or None.
         documents: (M,) document of each, or None.
         usable: (M,) bool.
@@ -265,7 +265,7 @@ def fresh_report(
         fitted: the report of the fit.
         groups: (N,) group of each label, or None.
         documents: (N,) document of each label, for the bootstrap; None: each is its own.
-        seed: of the bootstrap.
+        seed: Random seed of the bootstrap.
 
     Returns:
         The report, in the unit of `labels.influence`; `seconds` is the time this took.

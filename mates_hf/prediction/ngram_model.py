@@ -26,17 +26,8 @@ from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.errors import MatesError
 from mates_hf.evaluation.agreement import slope_of
 from mates_hf.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
+from mates_hf.prediction import judge
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
-from mates_hf.prediction.judge import (
-    SLOPE_RANGE,
-    fit_report,
-    fresh_report,
-    measured_rows,
-    require_spread,
-    split_held_out,
-    tell_few,
-    usable_labels,
-)  # fmt: skip
 from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
 from mates_hf.prediction.ngram.explain import strongest_ngrams
 from mates_hf.prediction.ngram.tables import Statistics, Tables
@@ -59,10 +50,10 @@ class NgramInfluenceModel:
     Args:
         num_buckets: hash buckets of the bigram table, a power of two; 4 bytes each in memory and on disk.
         pool_decay: weight of the previous round's token labels against this round's, compounding with age, in [0, 1];
-            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (`benchmarks/results/fidelity.md`);
+            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (benchmark `fidelity`);
             rounds so long that influence itself changes may want less. With document labels it only switches pooling
             on: earlier rounds' weight is then the slope of the new labels on their prediction, held to [0, 1].
-        seed: of the held-out split and the folds.
+        seed: Random seed of the held-out split and the folds.
         labels: what is fitted. `"token"`: the derivative at each token; `"document"`: each candidate's
             `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
             token labels where the probe measured derivatives, else document labels. `"both"` predicts a round's own
@@ -143,7 +134,7 @@ class NgramInfluenceModel:
             groups: (N,) group of each label (domain, source), for the report only.
             documents: (N,) document of each label; split and bootstrap take whole ones. None: equal tokens are one.
             previous: the influence model of the round before, for its labels; not changed.
-            seed: of the split and the folds; None takes the constructor's.
+            seed: Random seed of the held-out split and the folds. Defaults to the constructor's seed.
 
         Returns:
             self, fitted.
@@ -156,13 +147,14 @@ class NgramInfluenceModel:
         check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         kind = self._kind_for(labels)
-        labels, groups, documents = usable_labels(labels, groups, documents, labels.num_tokens > 0)
-        rows = measured_rows(candidates, labels)
+        labels, groups, documents = judge.usable_labels(labels, groups, documents, labels.num_tokens > 0)
+        rows = judge.measured_rows(candidates, labels)
         documents = document_codes(rows) if documents is None else documents
-        held_out = split_held_out(len(labels), held_out_fraction, seed, documents)
-        tell_few(len(labels), int(held_out.sum()))
+        held_out = judge.split_held_out(len(labels), held_out_fraction, seed, documents)
+        judge.tell_few(len(labels), int(held_out.sum()))
+
         per_token = labels.influence_per_token.astype(np.float64)
-        centre, scale = require_spread(per_token)
+        centre, scale = judge.require_spread(per_token)
         derivatives = None
         if kind != "document":
             assert labels.token_derivatives is not None
@@ -190,7 +182,7 @@ class NgramInfluenceModel:
         slope = _calibration(design.labels[fitted], choice.predicted[fitted], choice.fold[fitted])
         predicted = slope * (score - score[fitted].mean()) + design.labels[fitted].mean()
         unit = scale * labels.step_size
-        report = fit_report(
+        report = judge.fit_report(
             unit * predicted[held_out] + centre * labels.step_size,
             labels.influence[held_out],
             groups=None if groups is None else groups[held_out],
@@ -313,14 +305,14 @@ class NgramInfluenceModel:
             labels: fresh labels, of this round or a later one.
             groups: (N,) group of each label, or None.
             documents: (N,) document of each label, for the bootstrap; None: equal tokens are one.
-            seed: of the bootstrap.
+            seed: Random seed of the bootstrap.
 
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
-        rows = measured_rows(candidates, labels)
+        rows = judge.measured_rows(candidates, labels)
         documents = document_codes(rows) if documents is None else documents
-        return fresh_report(
+        return judge.fresh_report(
             lambda: self._score(rows), labels, self.report, groups=groups, documents=documents, seed=seed
         )
 
@@ -397,4 +389,4 @@ def _calibration(
     labels: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], fold: npt.NDArray[np.int64]
 ) -> float:
     """Slope of labels on out-of-sample predictions, kept positive; both about the mean of what one fit predicts."""
-    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *SLOPE_RANGE))
+    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *judge.SLOPE_RANGE))

@@ -76,7 +76,7 @@ def collect(
     """Run the passes without gradient and put what each row gives where it belongs; half a pass if memory runs out.
 
     Args:
-        batches: of `length_buckets`.
+        batches: Batches that `length_buckets` made.
         pooled: row numbers to their (B, D) pooled states.
         of: what to keep of (B, D) float32 states; all of them by default.
         width: D where states are kept, None where `of` gives one number a row.

@@ -33,7 +33,7 @@ class FitTarget:
     """Labels made ready for a fit: without those that cannot be fitted, split by document, then z-scored.
 
     Attributes:
-        labels: of N candidates.
+        labels: Labels of N candidates.
         groups: (N,) group of each, or None.
         documents: (N,) document of each, or None.
         held_out: (N,) bool, True where the fit must not look.
@@ -69,7 +69,7 @@ class FitTarget:
             groups: (M,) group of each label, or None.
             documents: (M,) document of each label, none of which is on both sides; None: each label is its own.
             held_out_fraction: share of the usable candidates to hold out, in (0, 1).
-            seed: of the split.
+            seed: Random seed of the split.
 
         Returns:
             The target of the usable candidates, in their order.
@@ -91,7 +91,7 @@ class FitTarget:
         Args:
             predicted: (H,) float64 in the unit of `values`.
             num_labels: labels that the fit has looked at.
-            seed: of the bootstrap.
+            seed: Random seed of the bootstrap.
             seconds: wall-clock of the fit.
 
         Returns:

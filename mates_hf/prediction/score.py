@@ -56,8 +56,8 @@ class Predictions(NamedTuple):
     """What was predicted of N rows.
 
     Attributes:
-        influence: (N,) float32 predicted influence, nats/token of reference loss that one optimizer step on the row
-            alone takes off, > 0 helps; the model's intercept where a row has no target.
+        influence: (N,) float32 predicted influence in the unit of the labels, higher is better; the model's intercept
+            where a row has no target.
         num_targets: (N,) int32 trained tokens of each row.
     """
 
@@ -125,7 +125,7 @@ class Scorer:
         model: fitted; anything with `predict(TokenRows)`. One whose class says `reads_spans = True` gets `TokenSpans`.
         column: name of the column, with dots where it is nested.
         is_text: True where the column holds texts or conversations.
-        tokenizer: of the tokens the model was fitted on; None where it is not known.
+        tokenizer: Tokenizer of the tokens the model was fitted on; None where it is not known.
         max_length: tokens a text is cut to; None leaves it whole.
         num_threads: at most; None is one a core.
         is_chat: True where the column holds conversations.

@@ -39,7 +39,7 @@ class StageCost:
     Attributes:
         seconds: wall-clock.
         flops: by the rule of `mates_hf.flops`.
-        share_of_seconds: of the run's wall-clock.
+        share_of_seconds: Share of the run's wall-clock.
         share_of_training_flops: relative to the FLOPs of training, which are 1.
         complete: False where a part was not recorded and the FLOPs are a lower bound.
     """
@@ -67,7 +67,7 @@ class RunCost:
         idle_seconds: at most so many seconds did devices wait for the CPU in rounds: fit and score of an influence
             model that runs there, and select, in full, or as far as training had to wait for what ran beside it.
             Several devices each wait that long.
-        idle_share: of the run's wall-clock.
+        idle_share: Idle share of the run's wall-clock.
         notes: what the reader must know of these figures.
     """
 

@@ -36,8 +36,8 @@ class RunSize:
     """The run whose cost is asked for.
 
     Attributes:
-        num_parameters: of the model, tied ones once.
-        num_looked_up: of these, parameters of tables that ids are looked up in: the input embedding, 0 where the
+        num_parameters: Parameters of the model, tied ones once.
+        num_looked_up: How many of these are in tables that ids are looked up in: the input embedding, 0 where the
             output head is tied to it, and learned positions.
         tokens_per_row: tokens of a row of the pool.
         batch_rows: rows in one optimizer step, over all devices and accumulation.
@@ -104,7 +104,7 @@ class PredictedCost:
 
     Attributes:
         num_rounds: rounds that select.
-        training_flops: of the optimizer steps.
+        training_flops: FLOPs of the optimizer steps.
         stages: FLOPs by stage of the rounds.
         trained_tokens: tokens trained on.
         labelled_tokens: tokens of all probed candidates, which the influence model is fitted on.
@@ -154,7 +154,7 @@ class PredictedCost:
         """Seconds that devices wait for fit and score on the CPU, relative to the seconds of training.
 
         Args:
-            training_tokens_per_second: of the whole run, over all devices: the faster they are, the more waiting
+            training_tokens_per_second: Speed of the whole run, over all devices: the faster they are, the more waiting
                 costs.
             fit_tokens_per_second: labelled tokens a second that the influence model is fitted on.
             score_tokens_per_second: tokens a second that it scores.
@@ -181,12 +181,12 @@ def predict_cost(
     """FLOPs of training and of each stage of the rounds.
 
     Args:
-        size: of the run.
-        config: of the rounds.
+        size: Size of the run.
+        config: Config of the rounds.
         probe: `DirectionalProbe`, or `OneStepProbe`, the paper's, which reads the reference task for each candidate
             and is not audited.
-        second_moment: of the directional probe.
-        path_steps: of the directional probe.
+        second_moment: Where the directional probe takes the second moment from.
+        path_steps: Points of the directional probe's path.
         epsilon_steps: steps the directional probe tries to find ε; 0 where it is given.
         encoder: the influence model; None is the n-gram one, on the CPU.
 

@@ -28,13 +28,14 @@ _MAX_NAME = 200  # characters of a name in the text
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # identifiers of the Hub; anything else is `other` there
 
-# What predictions are, by `FitReport.probe`.
-_ORDER = "an order: higher is better, and neither zero nor scale means anything"
-_SINGLE_STEP = "nats/token of reference loss that an optimizer step on the row takes off; > 0 helps"
-_MEASURED_BY = {
-    PATH_LABELS: f"`DirectionalProbe`, path labels: {_ORDER}",
-    "directional": "`DirectionalProbe` at one point: the first-order value of one optimizer step",
-    "one_step": "`OneStepProbe`: real optimizer steps",
+_UNITS = {  # what predictions are, by `label_unit`
+    "step": "nats/token of reference loss that one optimizer step on the row takes off; > 0 helps, higher is better",
+    "order": "path labels give an order: higher is better, and zero and scale are not those of a step",
+}
+_MEASURED_BY = {  # by `FitReport.probe`
+    PATH_LABELS: "`DirectionalProbe` along a path",
+    "directional": "`DirectionalProbe` at one point",
+    "one_step": "`OneStepProbe`",
 }
 
 
@@ -50,20 +51,21 @@ def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], t
     Returns:
         Markdown with the metadata of the Hub in front.
     """
-    probe = None if report is None else report.probe
+    unit = _UNITS.get(str(label_unit(report, origin)), _UNKNOWN)
     facts = [
         ("Influence model", _code(kind)),
-        ("Labels measured by", _measured_by(probe)),
+        ("Labels", unit),
+        ("Labels measured by", _measured_by(report)),
         ("Reference task", _reference(origin.get("reference"))),
         ("Base model", _named(origin.get("model"))),
         ("Optimizer steps at the fit", _number(origin.get("step"))),
         ("Candidates probed", _number(origin.get("num_probed"))),
-        ("Fidelity of the labels", _fidelity(origin.get("fidelity"))),
+        ("Probe against real steps", _fidelity(origin.get("fidelity"))),
         ("Tokenizer", _UNKNOWN if tokenizer_name is None else f"{_code(tokenizer_name)} (in `tokenizer/`)"),
         *_fit(report),
     ]
     lines = ["---", _metadata(kind, report, origin).to_yaml(), "---", ""]
-    lines += ["# Data influence model", "", _introduction(probe), "", "| | |", "|---|---|"]
+    lines += ["# Data influence model", "", _INTRODUCTION, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts]
     return "\n".join([*lines, "", _USE])
 
@@ -103,36 +105,26 @@ def _is_hub_name(name: Any) -> bool:
     return isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None
 
 
-def influence_unit(report: Any) -> str:
-    """What a prediction is, by the labels that were fitted.
+def label_unit(report: Any, origin: Mapping[str, Any]) -> Any:
+    """What the labels of a fit are: `"step"` where they price a step, `"order"` where they only rank.
 
     Args:
-        report: Of the fit, or None.
+        report: Of the fit, or None. It counts where the origin says nothing: for a fit outside of a round.
+        origin: Where the fit comes from.
 
     Returns:
-        A few words.
+        One of the two, or None where it is not known.
     """
-    probe = getattr(report, "probe", None)
-    if probe is None:
-        return f"probe {_UNKNOWN}; of one step: {_SINGLE_STEP}"
-    return _ORDER if PATH_LABELS in probe.split(", ") else _SINGLE_STEP
+    if origin.get("label_unit") is not None:
+        return origin["label_unit"]
+    kinds = set((getattr(report, "probe", None) or "").split(", "))
+    return "order" if PATH_LABELS in kinds else "step" if kinds <= {"directional", "one_step"} else None
 
 
-def _measured_by(probe: str | None) -> str:
-    if probe is None:
+def _measured_by(report: FitReport | None) -> str:
+    if report is None or report.probe is None:
         return f"probe {_UNKNOWN}"
-    return "; ".join(_MEASURED_BY.get(name, _code(name)) for name in probe.split(", "))
-
-
-def _introduction(probe: str | None) -> str:
-    """What is predicted. Where the probe is not known, both readings are named."""
-    step = f"**data influence, in {_SINGLE_STEP}.**"
-    order = f"**path influence, which is {_ORDER}.** Choose by `ratio`, `k` or `num_tokens`, not by a threshold at 0"
-    if probe is None:
-        what = f"{step} If its labels are path labels, which was not recorded, predictions are {_ORDER}."
-    else:
-        what = f"{order}." if PATH_LABELS in probe.split(", ") else step
-    return f"{_INTRODUCTION}\n{what}"
+    return ", ".join(_MEASURED_BY.get(name, _code(name)) for name in report.probe.split(", "))
 
 
 def selector_facts(selector: Any) -> dict[str, str]:
@@ -167,7 +159,8 @@ def selector_facts(selector: Any) -> dict[str, str]:
         facts["fitted at"] = ", ".join(made)
     if origin.get("reference"):
         facts["reference"] = ", ".join(_reference_names(origin["reference"]))
-    facts["influence"] = influence_unit(report)
+    unit = label_unit(report, origin)
+    facts["influence"] = _UNITS.get(str(unit), "in the unit of the labels; higher is better (probe not recorded)")
     return facts
 
 
@@ -224,8 +217,9 @@ def _code(value: Any) -> str:
 
 
 _INTRODUCTION = """\
-It predicts how much one pretraining candidate helps one model, at one moment of its training, on one reference
-task:"""
+It predicts how much one pretraining candidate helps one model, at one moment of its training, on one reference task:
+**data influence, higher is better.** The row "Labels" says whether it prices an optimizer step or gives an order. Only
+what prices a step can be compared with a `threshold`."""
 
 _USE = """\
 ## Use
@@ -245,7 +239,6 @@ Intended use: to choose what the base model is trained on next, near the step it
 - Influence follows the model. It was measured at one step of one run, and says less the further a model is from it.
 - It is about the reference task alone. What it ranks high need not help other tasks, and can hurt them.
 - It is no judgement of quality, truth, safety or licence of a text, and no filter for any of these.
-- Predictions of path labels are an order. Their zero and scale mean nothing, so no threshold parts help from harm.
 - The held-out Spearman above is agreement with measured labels, not the gain of a training run.
 - Tokens that none of the labelled candidates had add nothing; an empty document gets the intercept.
 - An n-gram model holds counts of the token pairs in the candidates it was fitted on: publish it only if those may be

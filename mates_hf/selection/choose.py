@@ -66,8 +66,8 @@ def ranked(influence: npt.ArrayLike, temperature: float = 0.0, seed: Seed = 0) -
 
     Args:
         influence: (N,) finite numbers, > 0 helps, higher is better.
-        temperature: as in `gumbel_top_k`.
-        seed: of the noise, and of the one random order in which equals stand.
+        temperature: Temperature of the noise in the unit of the values; 0 takes the highest.
+        seed: Random seed of the noise, and of the one random order in which equals stand.
 
     Returns:
         (N,) int64 positions.
@@ -107,7 +107,7 @@ def top_k(influence: npt.ArrayLike, k: int, seed: Seed = 0) -> IntArray:
     Args:
         influence: (N,) finite numbers, > 0 helps, higher is better.
         k: how many to choose, from 0 to N.
-        seed: of the order among ties.
+        seed: Random seed of the order among ties.
 
     Returns:
         (k,) int64 positions in `influence`, ascending.
@@ -127,7 +127,7 @@ def uniform(num: int, k: int, seed: Seed = 0) -> IntArray:
     Args:
         num: how many there are.
         k: how many to choose, from 0 to `num`.
-        seed: of the draw.
+        seed: Random seed of the draw.
 
     Returns:
         (k,) int64 positions, ascending.

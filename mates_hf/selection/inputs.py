@@ -111,9 +111,9 @@ def make_scorer(
 
     Args:
         schema: `pyarrow.Schema` of the dataset.
-        column: as in `MatesSelector.map`.
+        column: Column to score, as `MatesSelector.map` takes it.
         model: fitted influence model.
-        tokenizer: of its tokens, or None.
+        tokenizer: Tokenizer of its tokens, or None.
         max_length: tokens a text is cut to, or None.
         num_threads: at most, or None.
 

@@ -57,11 +57,11 @@ class Ledger:
 
     Args:
         num_rows: rows in the pool.
-        seed: of the pool's shuffle and of the probes.
+        seed: Random seed of the pool's shuffle and of the probes.
 
     Attributes:
         num_rows: rows in the pool.
-        seed: of the pool's shuffle and of the probes.
+        seed: Random seed of the pool's shuffle and of the probes.
         consumed: (num_rows,) bool, True where the row was trained on, or assigned to be, in this pass.
         probed: (num_rows,) bool, True where an earlier round probed the row, in whatever pass.
         cursor: position in `shuffled` where the next slice begins.
@@ -275,7 +275,7 @@ class Ledger:
         Args:
             bits: (ceil(num_rows / 8),) uint8 as from `to_bits`.
             num_rows: rows in the pool.
-            seed: of the pool's shuffle and of the probes.
+            seed: Random seed of the pool's shuffle and of the probes.
             cursor: position in `shuffled` where the next slice begins.
             probed: (ceil(num_rows / 8),) uint8 as from `probed_to_bits`; None: no row was probed.
 

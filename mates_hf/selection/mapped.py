@@ -48,7 +48,7 @@ class Ahead:
 
     Args:
         dataset: with the column.
-        scorer: of a token column and a model that `reads_spans`.
+        scorer: Scorer of a token column and a model that `reads_spans`.
     """
 
     def __init__(self, dataset: Any, scorer: Scorer) -> None:
@@ -124,7 +124,7 @@ def map_rows(
         num_proc: worker processes, or None.
         shards_dir: folder of finished parts, or None.
         shard_rows: rows of a part.
-        digest: of the scorer.
+        digest: Digest of the scorer.
         info: `DatasetInfo` of the result.
         remove_columns: one name or several.
         **kwargs: others of `Dataset.map`.

@@ -21,7 +21,7 @@ from mates_hf.data.rows import TokenRows
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.prediction.worth import row_worth
-from mates_hf.records import PATH_LABELS, IntArray
+from mates_hf.records import IntArray
 from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ class Budget:
         threshold: keep rows whose `influence` is at least this. Of path labels only the order means anything.
         num_tokens: keep rows, from the highest influence down, that together have at most this many trained tokens; a
             row that does not fit into what is left is skipped.
-        temperature: of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
-        seed: of the noise and of the order among ties, from 0 to below 2**64.
+        temperature: Temperature of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
+        seed: Random seed of the noise and of the order among ties, from 0 to below 2**64.
+        order_only: Whether the labels give an order and price no step, so that a threshold means nothing; warns.
 
     Raises:
         ValueError: none or several are given, or one is out of range.
@@ -55,6 +56,7 @@ class Budget:
     num_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    order_only: bool = False
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in ("ratio", "k", "threshold", "num_tokens")}
@@ -80,28 +82,20 @@ class Budget:
                 f"`temperature` must be 0 with `threshold`, which asks for all rows above it, got {self.temperature}. "
                 "Use `ratio` or `k` with a temperature."
             )
+        if self.threshold is not None and self.order_only:
+            logger.warning(
+                "`threshold` has no meaning here: the influence model was fitted on path labels, which give an order "
+                "and whose zero and scale are not those of a step. Use `ratio`, `k` or `num_tokens`."
+            )
+
+    def of_labels(self, label_unit: Any) -> Budget:
+        """The budget where the labels price a step (`"step"`) or give an order (`"order"`); None is not known."""
+        return dataclasses.replace(self, order_only=label_unit == "order")
 
     @property
     def ranking(self) -> Ranking:
         """What rows are ranked by: `influence` where tokens are counted, `row_worth` where rows are."""
         return "row_worth" if self.threshold is None and self.num_tokens is None else "influence"
-
-
-def tell_order(budget: Budget, model: Any) -> None:
-    """Warn of a threshold where predictions are an order, whose zero and scale mean nothing.
-
-    Args:
-        budget: What to keep.
-        model: What predicts. One whose `report` does not say what its labels are is taken at its word.
-    """
-    report = getattr(model, "report", None)
-    if budget.threshold is not None and PATH_LABELS in (getattr(report, "probe", None) or "").split(", "):
-        logger.warning(
-            "`threshold=%s` is compared with predictions of path labels (`DirectionalProbe`), which are an order: "
-            "zero does not part rows that help from those that harm, and the scale is not that of an optimizer step. "
-            "Use `ratio`, `k` or `num_tokens`, or take the threshold from these predictions themselves (a quantile).",
-            budget.threshold,
-        )
 
 
 _SEEDS = "a whole number from 0 to below 2**64"
@@ -225,8 +219,8 @@ class Selection:
 
     Attributes:
         dataset: the dataset as it was given.
-        influence: (N,) float32 predicted influence, nats/token of reference loss that a step on the row takes off, > 0
-            helps; the intercept where a row has no target.
+        influence: (N,) float32 predicted influence in the unit of the labels, higher is better; the intercept where a
+            row has no target.
         num_targets: (N,) int32 trained tokens of each row.
         rows: (k,) int64 kept rows, ascending.
         budget: what they were kept by.
@@ -245,7 +239,6 @@ class Selection:
     @classmethod
     def make(cls, dataset: Any, scored: Predictions, budget: Budget, scorer: Scorer, label_std: float) -> Selection:
         """Choose by a budget."""
-        tell_order(budget, scorer.model)
         rows = keep_rows(scored, budget, label_std)
         return cls(
             dataset=dataset,
@@ -274,7 +267,7 @@ class Selection:
             "trained tokens": f"{tokens[0]:,} of {tokens[1]:,} ({tokens[0] / max(1, tokens[1]):.1%})",
             "asked for": asked_for(self.budget),
             "ranked by": f"{self.ranked_by}, threshold {number(self.threshold)}",
-            "mean influence": f"kept {_mean(kept)}, others {_mean(rest)} nats/token (> 0 helps)",
+            "mean influence": f"kept {_mean(kept)}, others {_mean(rest)} nats/token (higher is better)",
             "columns": ", ".join(self.dataset.column_names),
             "see": ".selected, .rejected, .explain(row), .rethreshold(ratio=...)",
         }
@@ -324,7 +317,7 @@ class Selection:
         """The same scored rows under another budget, without scoring again; arguments as in `MatesSelector.filter`."""
         budget = Budget(
             ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
-        )
+        ).of_labels("order" if self.budget.order_only else None)
         scored = Predictions(self.influence, self.num_targets)
         return Selection.make(self.dataset, scored, budget, self.scorer, self.label_std)
 

@@ -42,7 +42,7 @@ class Scored:
         Args:
             dataset: what was scored; what is kept goes when this object does.
             scorer: what predicted.
-            digest: of the scorer; None keeps nothing.
+            digest: Digest of the scorer; None keeps nothing.
             scored: `Predictions`, or a dataset with their columns, which may lie on disk.
         """
         if digest is None or not len(dataset):
@@ -76,7 +76,7 @@ def record(dataset: Any, scorer: Scorer, digest: str) -> None:
     Args:
         dataset: with the column, and with an info that is its own.
         scorer: what predicted.
-        digest: of it.
+        digest: Digest of the scorer.
     """
     whose = {"num_bytes": None, "checksum": digest, "num_rows": len(dataset), "rows": _digest_of_rows(dataset, scorer)}
     dataset.info.download_checksums = {**(dataset.info.download_checksums or {}), _RECORD: whose}
@@ -93,7 +93,7 @@ def read_own(dataset: Any, scorer: Scorer, digest: str | None, batch_size: int) 
     Args:
         dataset: a `Dataset`.
         scorer: what would predict.
-        digest: of it.
+        digest: Digest of the scorer.
         batch_size: texts tokenised at once.
 
     Returns:

@@ -46,7 +46,7 @@ class Saved(NamedTuple):
 
     Attributes:
         model: the fitted influence model.
-        tokenizer: of its tokens, or None where none was saved.
+        tokenizer: Tokenizer of its tokens, or None where none was saved.
         max_length: tokens a text is cut to, or None.
         origin: plain JSON values that say where the fit comes from.
     """
@@ -66,8 +66,8 @@ def download(name: str, **options: Any) -> Path:
     """Folder of a repository's files in the Hub's cache.
 
     Args:
-        name: of the repository.
-        **options: of `huggingface_hub.snapshot_download`.
+        name: Name of the repository.
+        **options: Options of `huggingface_hub.snapshot_download`.
 
     Returns:
         The folder.
@@ -90,8 +90,8 @@ def open_selector(name: str | Path, tokenizer: Any, **options: Any) -> Saved:
 
     Args:
         name: a directory, `~` included, or a repository on the Hub.
-        tokenizer: of the model's tokens, or None for the saved one.
-        **options: of the download.
+        tokenizer: Tokenizer of the model's tokens, or None for the saved one.
+        **options: Options of the download.
 
     Returns:
         What it holds, with the tokenizer to use.
@@ -124,7 +124,7 @@ def write_selector(
     Args:
         directory: created where missing.
         model: fitted.
-        tokenizer: of its tokens, or None.
+        tokenizer: Tokenizer of its tokens, or None.
         max_length: tokens a text is cut to, or None.
         origin: plain JSON values.
     """
@@ -237,7 +237,7 @@ def _newest_model(path: Path) -> Path:
     """The newest finished round of a run that kept its influence model.
 
     Args:
-        path: of the run, or of its rounds.
+        path: Path of the run, or of its rounds.
 
     Returns:
         The round's directory.
@@ -279,7 +279,23 @@ def _names(path: Path) -> list[str]:
 def round_origin(info: Mapping[str, Any]) -> dict[str, Any]:
     """What the card says of a round, from its `round.json`; facts that it does not record are left out."""
     names = ("number", "step", "model", "reference", "num_probed", "num_candidates", "fidelity", "guard", "step_size")
-    return {("round" if name == "number" else name): info[name] for name in names if info.get(name) not in (None, {})}
+    found = {("round" if name == "number" else name): info[name] for name in names if info.get(name) not in (None, {})}
+    unit = _label_unit(info)
+    return found | ({} if unit is None else {"label_unit": unit})
+
+
+def _label_unit(info: Mapping[str, Any]) -> str | None:
+    """`"step"` where a round's labels price one step, `"order"` where they are of a path; None for another's probe."""
+    probe = info.get("probe")
+    if isinstance(probe, Mapping):
+        losses = probe.get("path_losses")  # of rounds before `path_points` was recorded
+        points = probe.get("path_points", len(losses) if isinstance(losses, list) else None)
+        if isinstance(points, int):
+            return "order" if points > 1 else "step"
+    measured = info.get("measured_with")
+    probe = measured.get("probe") if isinstance(measured, Mapping) else None
+    name = str(probe.get("class", "")) if isinstance(probe, Mapping) else ""
+    return "step" if name.startswith("mates_hf.") and name.endswith(".OneStepProbe") else None
 
 
 def _read_tokenizer(folder: Path, recorded: Any) -> Any:

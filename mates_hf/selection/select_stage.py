@@ -61,8 +61,8 @@ def select_rows(
         num_targets: (M,) int32 trained tokens of each; rows without any come last.
         labels: measured influence of the round's probes.
         num_rows: k, how many to choose.
-        temperature: of the Gumbel noise; 0 takes the best.
-        selection_seed: of the run.
+        temperature: Temperature of the Gumbel noise; 0 takes the best.
+        selection_seed: Selection seed of the run.
         round_number: with `selection_seed` it seeds noise, ties and training order.
         hashes: (M,) uint64 of `copies.row_hashes`, equal for copies of a text; None where they are not known.
         max_copies: how often a text is chosen at most; needs `hashes`. Where the texts do not suffice for k rows,

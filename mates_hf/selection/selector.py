@@ -21,7 +21,7 @@ from mates_hf.data.arguments import check_influence_model
 from mates_hf.display import card, html_card
 from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.records import FitReport
-from mates_hf.selection.card import TAGS, selector_facts, write_card
+from mates_hf.selection.card import TAGS, label_unit, selector_facts, write_card
 from mates_hf.selection.inputs import (
     check_sizes,
     check_tokenizer,
@@ -58,7 +58,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
     Args:
         influence_model: fitted; anything with `predict`, `report` and `save_pretrained` (see "Adding an influence
             model" in CONTRIBUTING.md). One whose predictions depend on more than what it saves needs a `digest()`.
-        tokenizer: of the tokens the model was fitted on; None takes the model's own where it has one, and otherwise
+        tokenizer: Tokenizer of the tokens the model was fitted on; None takes its own where it has one, and otherwise
             leaves token columns only.
         max_length: tokens a text is cut to; None takes the tokenizer's maximum where it has one.
         origin: JSON values for the card: `model`, `step`, `reference`, `num_probed`, `fidelity`, `datasets`, `license`
@@ -110,7 +110,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         shard_rows: int = SHARD_ROWS,
         **kwargs: Any,
     ) -> Any:
-        """The dataset with a float32 `influence` column: nats/token of reference loss, > 0 helps, higher is better.
+        """The dataset with a float32 `influence` column, in the unit of the labels: higher is better.
 
         Rows keep their order, columns and format; a column of that name is replaced, with a warning where it is not
         this selector's. A row without a target gets the model's intercept; these are counted in the log. The cache of
@@ -123,7 +123,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
 
         Args:
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; streams are scored as read.
-            column: of texts, of token ids or of conversations (lists of `role` and `content`); `meta.text` names one
+            column: Column of texts, token ids or conversations (lists of `role` and `content`); `meta.text` names one
                 inside of a struct. None takes `input_ids`, else `text`, else `messages`.
             text_column: another name for `column`.
             batch_size: rows scored at once.
@@ -182,7 +182,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
 
         Args:
             dataset: a `Dataset`.
-            column: as in `map`.
+            column: Column to score, in any form that `map` takes.
             text_column: another name for `column`.
             batch_size: texts tokenised at once.
             num_proc: worker processes; None scores in this process on all cores, which token columns want.
@@ -225,12 +225,12 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
 
         Args:
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; each split by itself.
-            ratio: as in `select`.
-            k: as in `select`.
-            threshold: as in `select`.
-            num_tokens: as in `select`.
-            temperature: as in `select`.
-            seed: as in `select`.
+            ratio: Share of the rows to keep (of each split), in (0, 1].
+            k: Number of rows to keep (of each split).
+            threshold: Lowest `influence` to keep; means nothing for path labels, with a warning.
+            num_tokens: Trained tokens to keep (of each split), at most.
+            temperature: Temperature of Gumbel noise in standard deviations of the labels; 0 takes the highest.
+            seed: Random seed of the noise and of the order among equals.
             **options: other arguments of `select`.
 
         Returns:
@@ -270,19 +270,19 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         that name from elsewhere, or beside changed rows, is not, with a warning.
 
         Args:
-            dataset: as in `filter`.
+            dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; each split by itself.
             ratio: share of the rows (of each split), in (0, 1].
             k: number of rows (of each split).
-            threshold: Lowest `influence` to keep. A warning says where predictions are an order (of path labels).
+            threshold: lowest `influence` to keep; means nothing for path labels, with a warning.
             num_tokens: trained tokens to keep (of each split), at most; a row that does not fit into what is left is
                 skipped, and a warning says so where less than 90 % of the budget is used.
-            temperature: of Gumbel noise in standard deviations of the labels; 0 takes the highest.
-            seed: of the noise and of the order among equals, from 0 to below 2**64.
-            column: as in `map`.
+            temperature: Temperature of Gumbel noise in standard deviations of the labels; 0 takes the highest.
+            seed: Random seed of the noise and of the order among equals, from 0 to below 2**64.
+            column: Column to score, in any form that `map` takes.
             text_column: another name for `column`.
             batch_size: rows scored at once.
-            num_proc: as in `score`.
-            shards_dir: as in `score`.
+            num_proc: Number of processes that score; None scores in this one.
+            shards_dir: Folder that keeps finished shards, so that scoring that was killed continues.
             calibration_rows: first rows of a stream, from which the threshold for `ratio` is taken.
 
         Returns:
@@ -295,7 +295,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         """
         budget = Budget(
             ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
-        )
+        ).of_labels(label_unit(self._report, self.origin))
         column = one_column(column, text_column)
         check_sizes(batch_size, num_proc, calibration_rows=calibration_rows)
         options: dict[str, Any] = {"column": column, "batch_size": batch_size, "num_proc": num_proc}
@@ -358,14 +358,14 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         Args:
             pretrained_model_name_or_path: a directory that `save_pretrained` wrote, a run's `output_dir` or `_mates`,
                 whose newest finished round is read, a round's directory, or a repository on the Hub.
-            tokenizer: of the tokens the model was fitted on; where one is recorded, it must be the same. A round has
+            tokenizer: Tokenizer of the tokens the model was fitted on; a recorded one must be the same. A round has
                 its Trainer's `processing_class`.
             max_length: tokens a text is cut to; None takes what was saved.
             force_download: download again what is in the Hub's cache.
             token: for private repositories.
-            cache_dir: of the Hub's files.
+            cache_dir: Folder where files of the Hub are kept.
             local_files_only: do not ask the Hub.
-            revision: of the repository.
+            revision: Revision of the repository.
 
         Returns:
             The selector.

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.selection.inputs import names_of, unformatted
-from mates_hf.selection.result import Budget, Ranking, share_of, tell_order, temperature_unit
+from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,9 @@ class Rule:
     Attributes:
         ranking: what rows are ranked by.
         threshold: lowest value that is kept, in its unit, noise included.
-        mean: of influence over the trained tokens of the first rows; `row_worth` is counted from it.
+        mean: Mean influence over the trained tokens of the first rows; `row_worth` is counted from it.
         noise: scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
-        seed: of the noise.
+        seed: Random seed of the noise.
     """
 
     ranking: Ranking
@@ -248,7 +248,6 @@ def select_stream(
         ValueError: the budget needs the whole dataset, or the stream is empty.
     """
     plain, had = unformatted(stream)
-    tell_order(budget, scorer.model)
     if budget.threshold is not None:
         rule = Rule("influence", float(np.float32(budget.threshold)))
         return StreamSelection(

@@ -1,4 +1,6 @@
-"""The only folder that knows `transformers.Trainer`: the data order, the rounds, and the callback that drives both.
+"""The training loop: the only folder that knows `transformers.Trainer`. See `rounds.run_round`, which is the method.
 
-Read `rounds.py` first: `run_round` is the method.
+Of its modules these know objects of the Trainer: `callback` (the hooks), `own_loss` (its loss), `preference` (its
+kinds), `checks`, `parallel` and `opening.run_folders` (its arguments), `resume.saved_state` (its state), and
+`checkpoints` and `rounds_on_disk` (the names of its files). `loop` is the same without it, and `start` opens either.
 """

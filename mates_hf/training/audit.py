@@ -33,7 +33,7 @@ def audit_round(run: Run, path: Path, labels: InfluenceLabels, number: int) -> d
         run: the run's state; the model has the weights that the round probes.
         path: the round's directory.
         labels: the round's.
-        number: of the round.
+        number: Number of the round.
 
     Returns:
         JSON values: `spearman` of derivatives with real steps and its `interval`, `labels_spearman` of the round's

@@ -103,7 +103,7 @@ class Beside(Generic[T]):
         due: the optimizer step at whose end the result is needed.
 
     Attributes:
-        due: as given.
+        due: The step at which it is due, as given.
         waited: seconds that `result` waited; 0 before.
     """
 

@@ -1,7 +1,8 @@
 """`MatesCallback`: model-aware data selection in an unmodified `transformers.Trainer`.
 
-Place in the flow: the Trainer calls the hooks; `on_train_begin` checks the run and puts a `ScheduledSampler` into its
-dataloader, `on_step_end` runs a round at each boundary (`rounds.run_round`) and appends its order.
+Place in the flow: the Trainer calls the hooks; `on_train_begin` checks the run (`start`) and puts a `ScheduledSampler`
+into its dataloader, `on_step_end` runs a round at each boundary (`rounds.run_round`) and appends its order. A loop
+without the Trainer has the same of `loop.MatesRounds`.
 
 Trade-off: no subclass and no patched method, so the callback sees only what hooks are given. `attach(trainer)` is
 optional and adds what they are not: metrics to every reporter, and the Trainer's own loss.
@@ -10,6 +11,7 @@ optional and adds what they are not: metrics to every reporter, and the Trainer'
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,40 +20,24 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mates_hf.config import MatesConfig
-from mates_hf.data.arguments import check_influence_model, check_probe
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.display import card
-from mates_hf.engine.model_traits import context_length, unwrap, vocabulary_size
-from mates_hf.engine.processes import Processes
 from mates_hf.errors import MatesError, UnsupportedSettingError
-from mates_hf.flops import PATH_STEPS
-from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
-from mates_hf.influence.probe import Probe, RunSettings, read_given
-from mates_hf.influence.probe_directional import DirectionalProbe
-from mates_hf.influence.probe_one_step import OneStepProbe
-from mates_hf.influence.reference_feed import fed_reference
-from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.influence.probe import Probe
+from mates_hf.influence.run_loss import RunLoss
 from mates_hf.records import STATE_KEY
-from mates_hf.selection.ledger import Ledger
-from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
-from mates_hf.training.checks import (
-    check_pool,
-    check_run,
-    look_ahead_steps,
-    own_memory,
-    resume_caveats,
-)
+from mates_hf.training.checkpoints import num_random_states
+from mates_hf.training.checks import check_run, look_ahead_steps, own_memory, resume_caveats
 from mates_hf.training.clock import RowClock
-from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.opening import run_folders
 from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
-from mates_hf.training.own_order import check_rows_once, find_sampler, install, require_one_clock, warn_of_own_streams
+from mates_hf.training.own_order import check_rows_once, find_sampler, install
 from mates_hf.training.preference import preference_refusal
-from mates_hf.training.run import InfluenceModel, Run, bound_to_run
-from mates_hf.training.sampler import ScheduledSampler
+from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
+from mates_hf.training.start import Loop, Parts, checked_parts, open_session, tell_opened
 
 logger = logging.getLogger(__name__)
 
@@ -82,28 +68,19 @@ class MatesCallback(TrainerCallback):
         probe: Probe | None = None,
         influence_model: InfluenceModel | None = None,
     ) -> None:
-        if not isinstance(reference, ReferenceTask):
-            raise TypeError(
-                f"`reference` must be a ReferenceTask, got {type(reference).__name__}. Make one with "
-                "`ReferenceTask.from_dataset(...)` or `ReferenceTask.from_lm_eval(...)`."
-            )
-        if config is not None and not isinstance(config, MatesConfig):
-            raise TypeError(f"`config` must be a MatesConfig or None, got {type(config).__name__}.")
-        self.reference = reference
-        self.config = config or MatesConfig()
-        self.probe = probe or DirectionalProbe(path_steps=PATH_STEPS)
-        self.influence_model = influence_model or NgramInfluenceModel()
-        check_probe(self.probe)
-        check_influence_model(self.influence_model, "fit", "predict", "save_pretrained")
+        parts = checked_parts(reference, config, probe, influence_model)
+        self.reference, self.config, self.probe, self.influence_model = parts
         self._trainer: Any = None
         self._session: Session | None = None
         self._proven = True
         self._restore_sampler: Callable[[], None] | None = None  # gives a dataloader the sampler it had
 
     def __repr__(self) -> str:
-        parts = {"config": self.config, "probe": self.probe, "influence_model": self.influence_model}
-        shown = {name: " ".join(repr(part).split()) for name, part in parts.items()}
-        return card("MatesCallback", {"reference": f"{self.reference.name}, {len(self.reference):,} passages"} | shown)
+        return card("MatesCallback", self._parts.facts())
+
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.reference, self.config, self.probe, self.influence_model)
 
     def attach(self, trainer: Any) -> MatesCallback:
         """Optional: let metrics reach every reporter and have the Trainer's own `compute_loss` probed.
@@ -123,85 +100,21 @@ class MatesCallback(TrainerCallback):
         self._refuse_unsupported(args, dataloader, model)
         for caveat in resume_caveats():
             logger.warning("%s", caveat)
-        saved = resume.saved_state(state)
-        clock = _make_clock(args, state, dataloader, saved)
-        pool = CandidatePool(dataloader.dataset, dataloader.collate_fn)
-        origin_step = int(saved["origin_step"]) if saved else state.global_step
-        plan = RunPlan(
-            num_rows=len(pool),
-            batch_rows=clock.batch_rows * clock.accumulation,
-            max_steps=state.max_steps,
-            config=self.config,
-            first_step=origin_step,
-            clock=clock,
-        )
-        has_selected = bool(saved and saved["last_round"])
-        if not plan.rounds and not has_selected:
+        loop = self._describe(args, state, dataloader, kwargs)
+        plan = loop.plan(self.config)
+        if not plan.rounds and not loop.has_selected:
             logger.warning(
                 "No round takes effect before step %d: this run stays in the Trainer's own order.", state.max_steps
             )
             return
-        if not has_selected:  # else the ledger says what is left, once the rounds are read back
-            plan.check()
-        optimizer = unwrap_optimizer(kwargs["optimizer"])
-        if isinstance(self.probe, DirectionalProbe):
-            require_known(optimizer)
-        elif isinstance(self.probe, OneStepProbe):
-            require_steps(optimizer)
-        check_pool(pool, model)
-        reference = self.reference.fit_to_model(vocabulary_size(model), context_length(model))
-        reference = self._compare(model, pool, reference)
-        processes = Processes.of_run()
-        require_one_clock(processes, dataclasses.asdict(clock))
-        tokenizer = kwargs.get("processing_class")
-        output_dir, rounds_dir = run_folders(args, state, self.config, self._trainer or find_trainer(self))
-        run = Run(
-            model=model,
-            optimizer=optimizer,
-            reference=reference,
-            pool=pool,
-            pool_identity=pool.identity(),
-            probe=self.probe,
-            lr_scheduler=kwargs.get("lr_scheduler"),
-            loss_reading={} if pool.reading is None else pool.reading.to_dict(),
-            influence_model=bound_to_run(self.influence_model, model, tokenizer),
-            tokenizer=tokenizer,
-            config=resume.config_to_resume(saved, self.config),
-            settings=self._settings(args, clock, processes),
-            ledger=Ledger(len(pool), self.config.selection_seed),
-            rounds_dir=rounds_dir,
-            processes=processes,
-            side=Processes.of_run(beside_training=True),
-        )
-        run.copy_marks = CopyMarks(run)  # here, because it tries the collator, whose random streams are training's
-        processes.require_same("config, pool, reference and position", [run.identity(), clock.start_position])
-        if saved:
-            resume.check_same_run(saved, run.identity())
-            checkpoint = _find_checkpoint(args, output_dir, state.global_step)
-            resume.check_weights(model, saved.get("weights", {}), checkpoint)
-            resume.warn_without_optimizer(checkpoint)
-        finished = state.global_step >= state.max_steps
-        own = find_sampler(dataloader)
-        warn_of_own_streams(processes, own, -(-clock.position(plan.first_from_step) // clock.rows_per_epoch))
-        sampler = ScheduledSampler(own, clock, saved, num_rows=len(pool), finished=finished)
-        self._session = Session(
-            run,
-            clock,
-            sampler,
-            plan,
-            output_dir=output_dir,
-            step=state.global_step,
-            look_ahead_steps=look_ahead_steps(dataloader, args.gradient_accumulation_steps),
-            saved=saved,
-        )
-        self._restore_sampler = install(dataloader, sampler)
+        self._session = open_session(self._parts, loop, plan)
+        self._restore_sampler = install(dataloader, self._session.sampler)
+        written = num_random_states(args.world_size, args.save_on_each_node)
+        self._session.state["num_random_states"] = written
         state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
-        processes.meet()  # none trains while another one may still be refusing
-        logger.info(
-            "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
-            len(plan.rounds), len(pool), plan.first_boundary_step, run.reference.num_targets, processes.size,
-        )  # fmt: skip
+        self._session.run.processes.meet()  # none trains while another one may still be refusing
+        tell_opened(self._session)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on with the next row where another callback ended the epoch before (`control.should_epoch_stop`)."""
@@ -292,36 +205,37 @@ class MatesCallback(TrainerCallback):
                     "callback to this Trainer, or make a new callback for it."
                 )
 
-    def _compare(self, model: Any, pool: CandidatePool, reference: ReferenceTask) -> ReferenceTask:
-        """Hold what the probe would read of pool and reference against the run's own loss of it.
-
-        A probe of the user's own reads token rows as they are.
-        """
-        if not isinstance(self.probe, (DirectionalProbe, OneStepProbe)):
-            return reference
-        is_given = self.probe.loss is not None
+    def _describe(self, args: Any, state: Any, dataloader: Any, given: dict[str, Any]) -> Loop:
+        """The Trainer's loop, from what its hook is given."""
+        saved = resume.saved_state(state)
         trainer = self._trainer or find_trainer(self)
-        if trainer is None and not is_given:
-            refuse_unknown_loss()
-        module = unwrap(model)
-        pool.reading = read_given(module, pool, self.probe.loss, self.probe.reference_loss, run_loss_of(trainer))
-        logger.info("Loss: %s", pool.reading.to_dict())
-        if pool.reading.loss is not None and not is_given:
-            logger.info(
-                "Candidates are measured by %s, which no likelihood of their tokens equals: a row at a time, which is "
-                "slower, and without token detail.", pool.reading.loss_name,
-            )  # fmt: skip
-        return reference if self.probe.reference_loss else fed_reference(module, reference, pool.reading, pool)
-
-    def _settings(self, args: Any, clock: RowClock, processes: Processes) -> RunSettings:
-        return RunSettings(
-            max_grad_norm=args.max_grad_norm or None,
-            batch_rows=clock.batch_rows * clock.accumulation,
-            tokens_per_batch=self.config.probe_tokens_per_batch,
-            seed=self.config.selection_seed,
-            progress=not args.disable_tqdm and processes.is_main,
-            processes=processes,
+        output_dir, rounds_dir = run_folders(args, state, self.config, trainer)
+        return Loop(
+            model=given["model"],
+            optimizer=given["optimizer"],
+            lr_scheduler=given.get("lr_scheduler"),
+            tokenizer=given.get("processing_class"),
+            pool=CandidatePool(dataloader.dataset, dataloader.collate_fn),
+            clock=_make_clock(args, state, dataloader, saved),
+            own_sampler=find_sampler(dataloader),
+            max_steps=state.max_steps,
+            step=state.global_step,
+            max_grad_norm=args.max_grad_norm,
+            run_loss=functools.partial(_loss_of, trainer),
+            output_dir=output_dir,
+            rounds_dir=rounds_dir,
+            saved=saved,
+            checkpoint=_find_checkpoint(args, output_dir, state.global_step),
+            look_ahead_steps=look_ahead_steps(dataloader, args.gradient_accumulation_steps),
+            progress=not args.disable_tqdm,
         )
+
+
+def _loss_of(trainer: Any) -> RunLoss:
+    """What the Trainer trains with; a run of an unknown one is refused."""
+    if trainer is None:
+        refuse_unknown_loss()
+    return run_loss_of(trainer)
 
 
 def _make_clock(args: Any, state: Any, dataloader: Any, saved: dict[str, Any] | None) -> RowClock:

@@ -18,7 +18,11 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from mates_hf.records import STATE_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +83,42 @@ def find_fault(path: Path, step: int) -> str | None:
         missing = set(weight_map.values()) - names
         if missing:
             return f"{', '.join(sorted(missing))} missing"
+    unwritten = _missing_random_states(state, names)
+    if unwritten:
+        return f"{', '.join(unwritten)} missing: a process was stopped before it had written its random state"
     sharded = any(
         entry.is_dir() for entry in path.iterdir()
     )  # FSDP, DeepSpeed and further adapters: their own folders
     if not (sharded or names.intersection(_WEIGHTS + _INDEXES)):
         return "it has no weights"
     return None
+
+
+def num_random_states(world_size: int, save_on_each_node: bool) -> int:
+    """How many processes write their random state into a checkpoint's folder, for this library's state in it.
+
+    Args:
+        world_size: Processes of the run.
+        save_on_each_node: Whether each node writes a checkpoint of its own, on a disk of its own.
+
+    Returns:
+        The number, at least 1.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return min(local, world_size) if save_on_each_node else world_size
+
+
+def _missing_random_states(state: Mapping[str, Any], names: set[str]) -> list[str]:
+    """Files that other processes than the main one, which writes `trainer_state.json` last, should have written."""
+    callbacks = state.get("stateful_callbacks")
+    ours = callbacks.get(STATE_KEY) if isinstance(callbacks, Mapping) else None
+    num = ours.get("num_random_states", 1) if isinstance(ours, Mapping) else 1
+    if not isinstance(num, int) or num < 2 or "scheduler.pt" not in names:  # one process, or the model alone
+        return []
+    there = {name for name in names if re.fullmatch(r"rng_state_\d+\.pth", name)}
+    wanted = [f"rng_state_{rank}.pth" for rank in range(num)]
+    # On a node of its own the processes have other numbers than from 0 on.
+    return [] if len(there) >= num else [name for name in wanted if name not in there]
 
 
 def _numbered(output_dir: Path) -> list[tuple[Path, re.Match[str]]]:

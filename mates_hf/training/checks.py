@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from accelerate.utils.memory import should_reduce_batch_size
@@ -28,6 +28,9 @@ from mates_hf.paths import expand_path
 from mates_hf.training.own_order import find_sampler
 from mates_hf.training.parallel import parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def look_ahead_batches(dataloader: Any) -> int:
@@ -183,23 +186,23 @@ def resume_caveats() -> list[str]:
     ]
 
 
-def own_memory(hook: Callable[..., None]) -> Callable[..., None]:
+def own_memory(hook: Callable[P, T]) -> Callable[P, T]:
     """What runs out of memory in a hook is told as this library's: `auto_find_batch_size` must not start again.
 
     What goes wrong in the hook in one process ends it in all of them.
 
     Args:
-        hook: of the callback.
+        hook: Hook of the callback, or what stands for one in a loop without a Trainer.
 
     Returns:
-        The hook; it raises `ProbeMemoryError` in place of torch's error, by whose text accelerate knows it.
+        The same; it raises `ProbeMemoryError` in place of torch's error, by whose text accelerate knows it.
     """
 
     @functools.wraps(hook)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         with Processes.of_run().together():
             try:
-                hook(*args, **kwargs)
+                return hook(*args, **kwargs)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise

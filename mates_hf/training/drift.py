@@ -36,7 +36,7 @@ def set_sentinel(run: Run, path: Path, labels: InfluenceLabels, number: int) -> 
     Args:
         run: the run's state; the model has the weights that the round probes.
         path: the round's directory.
-        labels: of the round.
+        labels: Labels of the round.
         number: the round.
 
     Returns:

@@ -53,9 +53,9 @@ def measure_audit(
 
     Args:
         run: the run's state.
-        ids: of the candidates.
+        ids: Pool rows of the candidates.
         epsilon: that the round's labels were measured with.
-        seed: of which passages are read.
+        seed: Random seed of which passages are read.
 
     Returns:
         Both labels, or in one line why there are none.

@@ -58,7 +58,7 @@ class RoundMemory:
         mean: the running mean of the weights, during the averaging window.
         live: the model's own weights, kept while it has the averaged ones.
         probe: copies of parameters, and of the optimizer's state, that the probe holds.
-        logits: of the smallest micro-batch that the probe can run, with their gradient.
+        logits: Bytes of the logits of the smallest micro-batch that the probe can run, with their gradient.
         num_tokens: in that micro-batch.
         longest_row: tokens of the reference task's longest passage, which no micro-batch can be smaller than.
     """

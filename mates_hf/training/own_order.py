@@ -208,9 +208,9 @@ def require_one_order(processes: Processes, sampler: Any, sha256: str) -> None:
     """Refuse a sampler that draws another order in each process: rows would be trained on twice, and others never.
 
     Args:
-        processes: of the run; all must call it at the same point.
+        processes: The processes of the run; all must call it at the same point.
         sampler: the Trainer's own.
-        sha256: of the order that this process drew.
+        sha256: SHA-256 of the order that this process drew.
 
     Raises:
         UnsupportedSettingError: names the sampler, the processes that differ, and the way out.
@@ -232,7 +232,7 @@ def warn_of_own_streams(processes: Processes, sampler: Any, num_passes: int) -> 
     In the first one torch's stream is the same in all of them. Dropout on rows of several lengths moves it otherwise.
 
     Args:
-        processes: of the run.
+        processes: The processes of the run.
         sampler: the Trainer's own.
         num_passes: how many passes of it are begun before the first selection.
     """
@@ -250,7 +250,7 @@ def require_one_clock(processes: Processes, counts: dict[str, Any]) -> None:
     """Refuse a run whose processes count steps and rows differently.
 
     Args:
-        processes: of the run; all must call it at the same point.
+        processes: The processes of the run; all must call it at the same point.
         counts: batches an epoch, accumulation, rows a batch, and where the run starts.
 
     Raises:

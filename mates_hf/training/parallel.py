@@ -26,7 +26,7 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
     """Reasons why a probe could not run in this arrangement of processes and devices, each with the way out.
 
     Args:
-        args: the run's `TrainingArguments`.
+        args: the run's `TrainingArguments`; None in a loop without a Trainer.
         model: the model that trains, unwrapped.
 
     Returns:
@@ -35,9 +35,10 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
     from accelerate.state import AcceleratorState
 
     found = []
-    if args.n_gpu > 1:
+    num_gpus = getattr(args, "n_gpu", 1)
+    if num_gpus > 1:
         found.append(
-            f"nn.DataParallel (`n_gpu` is {args.n_gpu}) splits each batch behind the sampler: make one GPU visible, "
+            f"nn.DataParallel (`n_gpu` is {num_gpus}) splits each batch behind the sampler: make one GPU visible, "
             "or start one process a GPU with `accelerate launch`"
         )
     state = AcceleratorState._shared_state

@@ -91,7 +91,7 @@ def restore_models(run: Run, number: int) -> None:
 
     Args:
         run: the run's state.
-        number: of the last finished round.
+        number: Number of the last finished round.
     """
     passed = rounds_on_disk.last_passed(run.rounds_dir, number)
     fitted = rounds_on_disk.last_fitted(run.rounds_dir, number)

@@ -32,7 +32,7 @@ def saved_state(state: Any) -> dict[str, Any] | None:
     """This library's state in the checkpoint that a `TrainerState` comes from, or None where there is none.
 
     Args:
-        state: as the Trainer resumed it, or fresh.
+        state: The state as the Trainer resumed it, or a fresh one.
 
     Returns:
         What `Session.state` was when the checkpoint was saved.
@@ -41,11 +41,8 @@ def saved_state(state: Any) -> dict[str, Any] | None:
         MatesError: another version of this library wrote it.
     """
     saved = state.stateful_callbacks.get(STATE_KEY) if state.global_step else None
-    if saved is not None and saved.get("version") != STATE_VERSION:
-        raise MatesError(
-            f"The checkpoint's MatesCallback state must be of version {STATE_VERSION}, got {saved.get('version')!r}: "
-            "resume with the mates_hf version that wrote it."
-        )
+    if saved is not None:
+        require_version(saved)
     if saved is not None and saved["step"] == state.global_step:
         return dict(saved)
     if state.global_step:
@@ -54,6 +51,22 @@ def saved_state(state: Any) -> dict[str, Any] | None:
             state.global_step,
         )
     return None
+
+
+def require_version(saved: Mapping[str, Any]) -> None:
+    """Refuse the state that another version of this library saved.
+
+    Args:
+        saved: this library's state in a checkpoint.
+
+    Raises:
+        MatesError: names both versions.
+    """
+    if saved.get("version") != STATE_VERSION:
+        raise MatesError(
+            f"The checkpoint's state of mates_hf must be of version {STATE_VERSION}, got {saved.get('version')!r}: "
+            "resume with the mates_hf version that wrote it."
+        )
 
 
 def check_weights(model: torch.nn.Module, marks: Mapping[str, str], checkpoint: Path | None) -> None:
@@ -130,7 +143,7 @@ def config_to_resume(saved: Mapping[str, Any] | None, config: MatesConfig) -> Ma
 
     Args:
         saved: this library's state in the checkpoint, or None.
-        config: as it was given.
+        config: The config as it was given.
 
     Returns:
         `config`; with `max_copies=None` where the checkpoint is older than that field and its default was given.
@@ -166,8 +179,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
             continue
         if not isinstance(old, Mapping):
             raise MatesError(
-                f"The checkpoint's MatesCallback state must have the {name} of its run, got {old!r}: its "
-                "trainer_state.json was changed. Resume from another checkpoint."
+                f"The checkpoint's state of mates_hf must have the {name} of its run, got {old!r}: the checkpoint was "
+                "changed (its trainer_state.json, where a Trainer wrote it). Resume from another checkpoint."
             )
         if name == "config":  # fields that a later version added changed nothing in an older checkpoint
             old = {**MatesConfig(max_copies=None).to_dict(), **old}

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
 from mates_hf.disk import replace_path, sync_tree, write_array, write_json
 from mates_hf.errors import UnrankableError
@@ -59,10 +60,10 @@ class Measured(NamedTuple):
         num_rows: rows to select, k.
         own_rows: (N,) the Trainer's own order of the pool.
         beside: the rest runs beside training.
-        writer: of the round's directory.
+        writer: Writer of the round's directory.
         stages: what was done, and what it cost.
         draw: which rows are candidates, and which were probed.
-        labels: of the probed ones.
+        labels: Labels of the probed candidates.
         reason: why they rank no candidate; empty where they do.
         fidelity: what the audit found.
         facts: what `round.json` says of the model as it was measured.
@@ -197,7 +198,10 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "weights": writer.key["weights"],
     }
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
-    logger.info("%s", round_line(info))
+    if run.settings.progress:
+        tqdm.write(round_line(info))  # above the bars, as the Trainer writes its logs
+    else:
+        logger.info("%s", round_line(info))
     return _take_over(run, load_order(writer.finish(info)))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,9 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return Path(found) if isinstance(callbacks, Mapping) and STATE_KEY in callbacks else None
 
 
-def prune_rounds(rounds_dir: Path, output_dir: Path, number: int, keep: int) -> None:
+def prune_rounds(
+    rounds_dir: Path, output_dir: Path, number: int, keep: int, saved: Sequence[int] | None = None
+) -> None:
     """Delete rounds that are neither among the newest nor asked for by a resume; what cannot be deleted stays.
 
     Those that were set aside go as well, unless a checkpoint that is still there was trained on one of them.
@@ -155,9 +157,11 @@ def prune_rounds(rounds_dir: Path, output_dir: Path, number: int, keep: int) -> 
         output_dir: where its checkpoints are.
         number: the last finished round.
         keep: how many of the newest stay.
+        saved: the rounds that the last checkpoints of a loop without a Trainer were trained on; None where the
+            Trainer's checkpoints tell. Running means that are older than all rounds that stay are deleted as well.
     """
     try:
-        needed = rounds_needed(rounds_dir, output_dir, number)
+        needed = rounds_needed(rounds_dir, output_dir, number, saved)
         old = [path for path in sorted(rounds_dir.glob("round-*")) if _number(path) in range(number - keep + 1)]
         old = [path for path in old if _number(path) not in needed]
         aside = [path for path in old if is_set_aside(path)]
@@ -168,6 +172,18 @@ def prune_rounds(rounds_dir: Path, output_dir: Path, number: int, keep: int) -> 
         return
     for path in [*rounds_dir.glob(f"round-*{_DELETED}"), *old]:
         _delete(path)
+    if saved is not None:
+        _prune_old_averages(rounds_dir, min(number - keep + 1, *needed))
+
+
+def _prune_old_averages(rounds_dir: Path, first: int) -> None:
+    """Delete running means of checkpoints that are older than a round: its boundary is behind them all."""
+    path = round_before(rounds_dir, first + 1)
+    since = 0 if path is None else int(read_json(path / ROUND_FILE)["step"])
+    for average in rounds_dir.glob("average-*.safetensors"):
+        step = average.name.removeprefix("average-").split(".")[0]
+        if step.isdigit() and int(step) < since:
+            _unlink(average)
 
 
 def _delete(path: Path) -> None:
@@ -207,7 +223,7 @@ def _orders_of_checkpoints(output_dir: Path) -> Iterator[str]:
             yield str(last_round["order_sha256"])
 
 
-def rounds_needed(rounds_dir: Path, output_dir: Path, number: int) -> set[int]:
+def rounds_needed(rounds_dir: Path, output_dir: Path, number: int, saved: Sequence[int] | None = None) -> set[int]:
     """Rounds that a resume would ask for, from the last complete checkpoint or from the next one.
 
     A resume needs the round in training, the one before it (its rows are trained on until the switch), the last one
@@ -217,16 +233,18 @@ def rounds_needed(rounds_dir: Path, output_dir: Path, number: int) -> set[int]:
         rounds_dir: where the run's rounds are.
         output_dir: where its checkpoints are.
         number: the last finished round.
+        saved: Numbers of the last rounds that saved states of a loop of one's own name. None: a Trainer's checkpoints
+            in `output_dir` say it.
 
     Returns:
         Their numbers.
     """
-    last = [number]
-    checkpoint = last_complete_checkpoint(output_dir)
+    last = [number, *(saved or ())[-2:]]  # a loop may be killed while it writes the last checkpoint
+    checkpoint = last_complete_checkpoint(output_dir) if saved is None else None
     if checkpoint is not None:
         callbacks = read_json(Path(checkpoint) / "trainer_state.json").get("stateful_callbacks", {})
-        saved = callbacks.get(STATE_KEY, {}).get("last_round")
-        last += [saved["number"]] if saved else []
+        last_round = callbacks.get(STATE_KEY, {}).get("last_round")
+        last += [last_round["number"]] if last_round else []
     needed = set(range(min(last), number + 1))
     for latest in last:
         before = round_before(rounds_dir, latest)
@@ -254,10 +272,15 @@ def prune_averages(rounds_dir: Path, output_dir: Path, step: int | None = None) 
         saved_step = path.name.removeprefix("average-").split(".")[0]
         if saved_step == str(step) or (path.suffix != ".tmp" and _has_checkpoint(path, saved_step, output_dir)):
             continue
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("`%s` cannot be deleted now, and the run does not need it: %s", path, error)
+        _unlink(path)
+
+
+def _unlink(path: Path) -> None:
+    """Delete a file, as far as that goes."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("`%s` cannot be deleted now, and the run does not need it: %s", path, error)
 
 
 def _has_checkpoint(path: Path, step: str, output_dir: Path) -> bool:

@@ -113,8 +113,8 @@ class Run:
         tokenizer: the Trainer's `processing_class`, for influence models that read text; None where it has none.
         latest_model: the last round's fit, whose labels are pooled into the next; None before the first.
         trusted_model: the last fit that passed the guard; None if none did.
-        trusted_step_size: of the labels it was fitted on.
-        last_decision: of the guard in the last round; None before the first.
+        trusted_step_size: Step size of the labels it was fitted on.
+        last_decision: The guard's decision in the last round; None before the first.
         last_reversed: whether the last round found its labels reversed.
         lr_scheduler: the run's, to see how far the rates of a round go; None is a constant rate.
         loss_reading: which reading of the run's loss the probes take, for the record.
@@ -243,6 +243,11 @@ class Order:
     from_position: int
     rows: npt.NDArray[Any]
     info: Mapping[str, Any]
+
+    def rows_from(self, position: int) -> npt.NDArray[Any]:
+        """The rows at and after a global position."""
+        rows: npt.NDArray[Any] = self.rows[max(0, position - self.from_position) :]
+        return rows
 
 
 def load_order(path: Path) -> Order:

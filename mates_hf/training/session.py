@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weight_marks
@@ -57,6 +56,7 @@ class Session:
         step: the optimizer step the call starts after.
         look_ahead_steps: optimizer steps whose rows the dataloader has fetched at the end of a step.
         saved: this library's state in the checkpoint that is resumed; None where there is none.
+        saved_rounds: the rounds that the loop's checkpoints need, which it adds to; None where the Trainer's tell.
     """
 
     def __init__(
@@ -70,18 +70,20 @@ class Session:
         step: int,
         look_ahead_steps: int,
         saved: Mapping[str, Any] | None,
+        saved_rounds: list[int] | None = None,
     ) -> None:
         self.run, self.clock, self.sampler, self.plan = run, clock, sampler, plan
         sampler.keeps_own_rows = run.processes.is_main
         self.output_dir = output_dir
         self.average: WeightAverage | None = None
         self.order: Order | None = None  # the last round's
+        self.saved_rounds = saved_rounds
         self._look_ahead_steps = look_ahead_steps
         self._pending: Beside[Order] | None = None  # a round that has its labels
         self._metrics: dict[str, float] = {}  # not reported yet
         self._next_round: PlannedRound | None = None
-        self._next_event = 0
-        self.last_look = -1  # the step of the last round or drift check
+        self.next_look = 0  # the step of the next round or drift check; 0 where none is known
+        self.last_look = -1  # of the last one
         self._window_start = 0
         self._average_saved_at = -1
         self._on_host, self._first_step = starts_on_host(run.model), step + 1
@@ -115,7 +117,7 @@ class Session:
             if sampler.uses_own_rows(self.clock.position(step)):
                 with withdrawn_on_error(self.lock):
                     require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
-            if run.processes.is_main and self._next_event:
+            if run.processes.is_main and self.next_look:
                 run.ledger.prepare()
 
     def begin_epoch(self, step: int) -> None:
@@ -150,10 +152,10 @@ class Session:
         pending = self._pending
         if pending is not None and (saves or evaluates or step >= pending.due or pending.failed):
             self.settle()
-        if self._next_event and step > self._window_start:
+        if self.next_look and step > self._window_start:
             if self.average is not None:
                 self.average.update()
-            if step == self._next_event:
+            if step == self.next_look:
                 self._look(step)
                 if self._pending is not None and (saves or evaluates):
                     self.settle()
@@ -183,7 +185,7 @@ class Session:
             with released_on_error(self.lock), disk_errors_named(self.run.rounds_dir):
                 self.average.save(path, self.run.processes, output_dir=self.output_dir)
             self._average_saved_at = step
-            if self.run.processes.is_main:
+            if self.run.processes.is_main and self.saved_rounds is None:
                 rounds_on_disk.prune_averages(self.run.rounds_dir, self.output_dir, step)
             self.run.processes.meet()  # a disk that is full fails the main process alone
 
@@ -217,7 +219,7 @@ class Session:
         elif due is None:
             self._plan_next(step)
         else:
-            self._next_event = 0
+            self.next_look = 0
             self._pending = Beside(conclude, due)
 
     def _conclude(self, rest: Callable[[], Order] | None) -> Order:
@@ -288,7 +290,7 @@ class Session:
         if self.order is None:
             self._mark_own_order(from_position)
         else:  # what an early start cuts off
-            run.ledger.release(np.asarray(_rows_from(self.order, from_position)))
+            run.ledger.release(np.asarray(self.order.rows_from(from_position)))
         num_rows = clock.position(planned.to_step) - from_position
         run.ledger.make_room(num_rows, run.config)
         return run_round(
@@ -323,11 +325,11 @@ class Session:
         check = self._next_check(step)
         if check is not None and (planned is None or check < planned.boundary_step):
             events.append(check)
-        self._next_event = min(events, default=0)
+        self.next_look = min(events, default=0)
         self.average = None
         window = self.run.config.window_steps
-        self._window_start = self._next_event - max(window, 1)
-        if window and self._next_event:
+        self._window_start = self.next_look - max(window, 1)
+        if window and self.next_look:
             self.average = WeightAverage(self.run.model, self.run.processes, on_host=self._on_host)
             path = rounds_on_disk.average_path(self.run.rounds_dir, step)
             if step > self._window_start and not self.average.load(path, self.run.processes):
@@ -339,7 +341,11 @@ class Session:
     def _planned_after(self, order: Order | None, step: int) -> PlannedRound | None:
         """The round planned after `order`, or the first one, whose boundary is behind `step`."""
         plan, length = self.plan, self.run.config.update_steps
-        planned = plan.rounds[0] if order is None else plan.round_at(order.number + 1, order.info["step"] + length)
+        planned = (
+            next(iter(plan.rounds), None)
+            if order is None
+            else plan.round_at(order.number + 1, order.info["step"] + length)
+        )
         while planned is not None and planned.boundary_step <= step:
             planned = plan.round_at(planned.number + 1, planned.boundary_step + length)
         return planned
@@ -376,21 +382,15 @@ class Session:
         self.order = orders[-1]
         for order in orders:
             if order.from_position + len(order.rows) > start:
-                self.sampler.append(max(order.from_position, start), _rows_from(order, start))
+                self.sampler.append(max(order.from_position, start), order.rows_from(start))
 
     def _prune(self, number: int) -> None:
         """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""
         keep = self.run.config.keep_rounds
         if keep is not None and self.run.processes.is_main:
-            rounds_on_disk.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep)
+            rounds_on_disk.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep, self.saved_rounds)
 
     def close(self) -> None:
         """Let other runs write to the folder of the rounds."""
         if self.lock is not None:
             self.lock.release()
-
-
-def _rows_from(order: Order, position: int) -> npt.NDArray[Any]:
-    """The rows of an order at and after a global position."""
-    rows: npt.NDArray[Any] = order.rows[max(0, position - order.from_position) :]
-    return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.lab.memory import peak_bytes
 from mates_hf.engine import pieces
 from mates_hf.engine.averaging import WeightAverage
 from tests.launch import run_script
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from probe_speed import peak_bytes  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -177,6 +174,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mates_hf.engine.processes import Processes
 from mates_hf.engine import averaging
+from benchmarks.lab.memory import peak_bytes
 from mates_hf.engine import pieces
 from mates_hf.engine.averaging import WeightAverage
 from tests.engine.test_averaging import Odd, move

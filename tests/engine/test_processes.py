@@ -1,6 +1,7 @@
 """What processes know of one another: failures that travel, silence that is noticed, work that is left in peace.
 
-Most tests are of threads that share a store; `benchmarks/faults.py` breaks real processes, and its quick run is here.
+Most tests are of threads that share a store; `python -m benchmarks faults` breaks real processes, its quick run is
+here.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from benchmarks.lab.memory import peak_bytes
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.combined_optimizer import CombinedOptimizer
 from mates_hf.engine.preserve import preserved
@@ -39,9 +39,6 @@ from tests.influence.test_probes import chain_rows, join, random_rows, task, tra
 DIRECTIONAL, ONE_STEP, REFUSED = "directional", "one step", "refused"
 CURVATURE = 1e-5  # of central differences of real steps, relative; the perturbation is 1e-5 of a usual gradient
 ROOT = Path(__file__).resolve().parents[2]
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from probe_speed import peak_bytes  # noqa: E402
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -70,7 +67,7 @@ def hf_adafactor(**settings: Any) -> Make:
 CLASSES: dict[str, Known] = {
     "torch.optim.AdamW": Known(
         DIRECTIONAL,
-        "foreach, fused, capturable, amsgrad and maximize alike",
+        "foreach, fused, capturable, amsgrad and maximize too",
         {
             "plain": of("AdamW"),
             "foreach": of("AdamW", foreach=True),
@@ -537,7 +534,7 @@ def frozen_change(matrix: Tensor, change: Tensor, coefficients: Any, num_steps: 
 def test_the_whole_derivative_of_muon_ranks_better_than_the_frozen_one(
     live: tuple[Any, torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against real steps; benchmarks/muon_response.py has the figures against a swap in a batch."""
+    """Against real steps; `python -m benchmarks muon_response` has the figures against a swap in a batch."""
     model, optimizer = live
     reference, candidates = task(chain_rows(24, 9, 1)), candidates_of_all_kinds()
     oracle = OneStepProbe(learning_rates=(2e-3, 0.0)).measure(model, optimizer, reference, candidates).influence

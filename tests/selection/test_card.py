@@ -67,7 +67,7 @@ def test_a_name_that_means_harm_is_text(name: str) -> None:
     assert len(text.split("\n---\n")) == 2  # the front matter ends once
     table = rows_of(text)
     assert table.keys() == rows_of(plain).keys()
-    for row in ("Influence model", "Base model", "Reference task", "Tokenizer", "Fidelity of the labels"):
+    for row in ("Influence model", "Base model", "Reference task", "Tokenizer", "Probe against real steps"):
         outside = re.sub(r"`[^`]*`", "", table[row])
         assert re.fullmatch(r"[\w ,:.()/]*", outside), (row, outside)
         assert len(table[row]) < 1_000
@@ -93,23 +93,25 @@ def test_the_hub_reads_what_the_model_was_made_of_and_how_well_it_predicts() -> 
 
 
 @pytest.mark.parametrize(
-    ("probe", "said", "unsaid"),
+    ("probe", "unit", "labels", "measured"),
     [
-        ("path", ["`DirectionalProbe`, path labels: an order", "**path influence, which is an order"], ["takes off"]),
-        ("directional", ["first-order value of one optimizer step", "nats/token of reference"], ["path influence"]),
-        ("one_step", ["`OneStepProbe`: real optimizer steps", "takes off; > 0 helps"], ["path influence"]),
-        ("mine", ["| Labels measured by | `mine` |"], ["path influence"]),
-        ("one_step, path", ["real optimizer steps; `DirectionalProbe`", "**path influence"], ["takes off"]),
-        (None, ["| Labels measured by | probe not recorded |", "If its labels are path labels"], ["**path influence"]),
+        ("path", None, "path labels give an order", "`DirectionalProbe` along a path"),
+        ("one_step, path", None, "path labels give an order", "`OneStepProbe`, `DirectionalProbe` along a path"),
+        ("directional", None, "one optimizer step", "`DirectionalProbe` at one point"),
+        ("one_step", None, "one optimizer step", "`OneStepProbe`"),
+        ("mine", None, "not recorded", "`mine`"),
+        (None, None, "not recorded", "probe not recorded"),
+        (None, "order", "path labels give an order", "probe not recorded"),
+        ("one_step", "order", "path labels give an order", "`OneStepProbe`"),  # what the round recorded counts
     ],
-)  # fmt: skip
-def test_what_a_prediction_means_is_said_for_the_probe_of_its_labels(
-    probe: str | None, said: list[str], unsaid: list[str]
+)
+def test_what_a_prediction_means_follows_from_the_probe_of_its_labels(
+    probe: str | None, unit: str | None, labels: str, measured: str
 ) -> None:
-    text = write_card("Kind", dataclasses.replace(REPORT, probe=probe), {"model": "a", "step": 1}, "Tokenizer")
-    assert [words for words in said if words not in text] == []
-    assert [words for words in unsaid if words in text] == []
-    assert "Predictions of path labels are an order." in text
+    origin = {} if unit is None else {"label_unit": unit}
+    table = rows_of(write_card("Kind", dataclasses.replace(REPORT, probe=probe), origin, "Tokenizer"))
+    assert labels in table["Labels"]
+    assert table["Labels measured by"] == measured
 
 
 def labels_of(rows: TokenRows, probe: str, **info: Any) -> InfluenceLabels:
@@ -182,11 +184,10 @@ def test_a_threshold_on_an_order_is_warned_of(
     for name, keep in ways.items():
         caplog.clear()
         keep(threshold=0.0)
-        told = [record.getMessage() for record in caplog.records if "path labels" in record.getMessage()]
+        told = [record.getMessage() for record in caplog.records if "`threshold` has no" in record.getMessage()]
         assert len(told) == int(warns), name
-        assert all("`threshold=0.0`" in message and "`ratio`, `k`" in message for message in told)
         caplog.clear()
         keep(ratio=0.5)
-        assert "path labels" not in caplog.text
+        assert "`threshold`" not in caplog.text
     assert ("an order" in repr(selector)) is warns
     assert ("probe not recorded" in repr(selector)) is (probe is None)

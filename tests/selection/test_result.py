@@ -220,6 +220,26 @@ def test_thresholds_change_without_scoring(dataset: Dataset) -> None:
     assert first.rethreshold(threshold=30.0).ranked_by == "influence"
 
 
+@pytest.mark.parametrize(("unit", "warned"), [("order", True), ("step", False), (None, False)])
+def test_a_threshold_of_labels_that_give_an_order_is_warned_of(
+    fitted: NgramInfluenceModel, dataset: Dataset, unit: str | None, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    selector = MatesSelector(fitted, origin={} if unit is None else {"label_unit": unit})
+    for choose in (
+        lambda: selector.select(dataset, threshold=0.0),
+        lambda: selector.filter(DatasetDict(train=dataset), threshold=0.0),
+        lambda: selector.filter(dataset.to_iterable_dataset(), threshold=0.0),
+        lambda: selector.select(dataset, ratio=0.25).rethreshold(k=3).rethreshold(threshold=0.0),
+    ):
+        caplog.clear()
+        choose()
+        said = [record.message for record in caplog.records if "`threshold` has no meaning" in record.message]
+        assert len(said) == warned
+    caplog.clear()
+    selector.select(dataset, num_tokens=100)
+    assert "`threshold`" not in caplog.text
+
+
 def test_a_row_is_explained_by_its_stretches(selection: Selection, dataset: Dataset, tiny_tokenizer: Any) -> None:
     longest = int(np.argmax(selection.num_targets))
     found = selection.explain(longest)

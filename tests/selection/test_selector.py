@@ -563,6 +563,34 @@ def test_what_is_pushed(selector: MatesSelector, tmp_path: Path, monkeypatch: py
         assert fact in card.text
 
 
+STEP = {"probe": {"class": "mates_hf.influence.one_step.OneStepProbe"}}
+
+
+@pytest.mark.parametrize(
+    ("info", "unit", "said"),
+    [
+        ({"probe": {"path_points": 26}}, "order", "give an order"),
+        ({"probe": {"path_losses": [5.0, 4.9]}}, "order", "give an order"),
+        ({"probe": {"path_points": 1}}, "step", "one optimizer step"),
+        ({"probe": {}, "measured_with": STEP}, "step", "one optimizer step"),
+        ({"probe": {}, "measured_with": {"probe": {"class": "mine.OneStepProbe"}}}, None, "not recorded"),
+        ({"probe": {"path_points": "26"}, "measured_with": None}, None, "not recorded"),
+    ],
+)
+def test_the_card_says_whether_labels_price_a_step(
+    fitted: NgramInfluenceModel, tmp_path: Path, info: dict[str, Any], unit: str | None, said: str
+) -> None:
+    write_round(tmp_path / "round-0001", fitted)
+    (tmp_path / "round-0001" / "round.json").write_text(json.dumps({"number": 1, **info}))
+    selector = MatesSelector.from_pretrained(tmp_path / "round-0001")
+    assert selector.origin.get("label_unit") == unit
+    selector.save_pretrained(tmp_path / "saved")
+    row = next(line for line in (tmp_path / "saved/README.md").read_text().splitlines() if "| Labels |" in line)
+    assert said in row
+    assert MatesSelector.from_pretrained(tmp_path / "saved").origin.get("label_unit") == unit
+    assert unit is None or said in repr(selector)
+
+
 def test_planted_influence_is_what_is_predicted(selector: MatesSelector, lists: list[list[int]]) -> None:
     scored = influence_of(selector.map(Dataset.from_dict({"input_ids": lists})))
     planted = np.array([truth(ids) for ids in lists])

@@ -114,6 +114,13 @@ def test_it_is_waited_for_before_what_starts_processes_or_writes(tmp_path, what)
     assert steps == [BOUNDARY + 1]
 
 
+def test_a_round_says_in_one_line_what_it_did_where_the_trainer_prints(tmp_path, capsys) -> None:
+    run(make_arguments(tmp_path, disable_tqdm=False), [mates(), Stop(DUE)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"round 1 at step {BOUNDARY}, 40 probed, held-out Spearman")
+
+
 def test_a_run_that_ends_before_has_the_round_and_its_metrics(tmp_path) -> None:
     result = run(make_arguments(tmp_path), [mates(), Stop(BOUNDARY + 1)])
     assert len(selection(tmp_path, 1)) > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mates_hf.training.checkpoints import last_complete_checkpoint
+from mates_hf.training.checkpoints import last_complete_checkpoint, num_random_states
 from tests.training.kit import make_arguments, run
 
 
@@ -101,3 +101,36 @@ def test_the_trainer_alone_stops_at_a_half_written_one(output_dir):
     with pytest.raises(FileNotFoundError, match="trainer_state"):
         run(args, [], resume=True)
     assert run(args, [], resume=last_complete_checkpoint(output_dir)).trainer.state.global_step == 12
+
+
+def in_two_processes(checkpoint: Path, num: int) -> None:
+    """Make a checkpoint of one process into what as many write; it says so in this library's state."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["mates_hf"] = {"num_random_states": num}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    for rank in range(1, num):
+        shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / f"rng_state_{rank}.pth")
+
+
+def test_a_random_state_that_another_process_did_not_write(output_dir, caplog):
+    checkpoint = output_dir / "checkpoint-10"
+    in_two_processes(checkpoint, 3)
+    assert last_complete_checkpoint(output_dir) == str(checkpoint)
+    (checkpoint / "rng_state_2.pth").unlink()
+    assert last_complete_checkpoint(output_dir) == str(output_dir / "checkpoint-2")
+    assert "rng_state_2.pth missing" in caplog.text
+
+
+def test_a_model_saved_alone_and_a_node_of_its_own_miss_no_random_state(output_dir, monkeypatch):
+    checkpoint = output_dir / "checkpoint-10"
+    in_two_processes(checkpoint, 2)
+    for rank in (0, 1):  # the second node of two
+        (checkpoint / f"rng_state_{rank}.pth").rename(checkpoint / f"rng_state_{rank + 2}.pth")
+    assert last_complete_checkpoint(output_dir) == str(checkpoint)
+    for name in ("rng_state_2.pth", "rng_state_3.pth", "optimizer.pt", "scheduler.pt"):  # `save_only_model`
+        (checkpoint / name).unlink()
+    assert last_complete_checkpoint(output_dir) == str(checkpoint)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert num_random_states(4, save_on_each_node=True) == 2
+    assert num_random_states(4, save_on_each_node=False) == 4

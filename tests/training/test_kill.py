@@ -1,6 +1,6 @@
 """A run that is killed outright goes on as if nothing had happened: real processes, SIGKILL, compared to the bit.
 
-`benchmarks/kills.py` does it; here are its first points, one in each phase of a run.
+`python -m benchmarks kills` does it; here are its first points, one in each phase of a run.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ NUM_PHASES = 14
 
 @pytest.mark.slow
 def test_killed_at_a_random_line_of_each_phase_and_resumed(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--points", str(NUM_PHASES), "--settings", "4"]
+    command = [sys.executable, "-m", "benchmarks", "kills", "--points", str(NUM_PHASES), "--settings", "4"]
     command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{NUM_PHASES} points, runs that differ: 0" in done.stdout
-    points = json.loads((tmp_path / "out" / "kills.json").read_text())["points"]
+    (path,) = (tmp_path / "out").glob("kills_*.json")
+    points = json.loads(path.read_text())["points"]
     assert len({point["deaths"][0]["phase"] for point in points}) == NUM_PHASES
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked")
 def test_a_power_cut_takes_back_what_was_not_flushed_and_a_rounds_name(tmp_path):
-    from benchmarks.kills import Journal, cut_power
+    from benchmarks.reliability.kills import Journal, cut_power
 
     rounds_dir, key = tmp_path / "run", {"step": 1}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from benchmarks.lab.boundary import measure
 from mates_hf import MatesCallback, load_round
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.influence.passes import ProbeMemoryError
@@ -21,9 +21,6 @@ from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training import memory
 from mates_hf.training.memory import DeviceMemory, RoundMemory, place_on_host
 from tests.training.kit import Result, make_arguments, make_model, make_pool, make_reference, run, small_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from boundary_memory import measure  # noqa: E402
 
 
 @pytest.mark.slow

@@ -45,8 +45,8 @@ class AdaptiveStep(ParameterStep):
         to_average: v times this is the average of g_B² so far.
         first: m, or None.
         beta: its decay.
-        first_rate: of m'.
-        gradient_rate: of g itself.
+        first_rate: Learning rate of the first moment m'.
+        gradient_rate: Learning rate of the gradient g itself.
         shrink: decoupled weight decay.
         l2: weight decay added to the gradient.
         beside: other state of the same shape that D reads.

@@ -82,7 +82,7 @@ class ParameterStep(abc.ABC):
         Args:
             gradient: local shard of a gradient of the parameter's shape.
             scale: any factor.
-            squares: as for `precondition`.
+            squares: Squares of a usual gradient, as `precondition` takes them.
 
         Yields:
             Matching pieces of the parameter's local shard and of the result, the latter to be used at once.

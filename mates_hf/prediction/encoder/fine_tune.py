@@ -39,12 +39,12 @@ class FineTuning:
     """How to fine-tune; AdamW without weight decay, clipped gradients, a learning rate that falls to 0 in a line.
 
     Attributes:
-        learning_rate: of the first step.
+        learning_rate: Learning rate of the first step.
         num_epochs: passes over the candidates.
         batch_rows: candidates in an optimizer step.
         tokens_per_batch: padded tokens in one pass; a step's passes add up their gradients.
         validation_fraction: share of the candidates that choose the epoch, in (0, 1).
-        seed: of the split and the order of candidates.
+        seed: Random seed of the split and the order of candidates.
         progress: show a progress bar.
     """
 

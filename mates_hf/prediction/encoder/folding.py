@@ -181,8 +181,8 @@ def load_encoder(encoder: Any, *, max_tokens: int, chunk_tokens: int) -> Folding
 
     Args:
         encoder: Hub id, path, (model, tokenizer), or a model that knows where its tokenizer is (`name_or_path`).
-        max_tokens: as in `FoldingEncoder`.
-        chunk_tokens: as in `FoldingEncoder`.
+        max_tokens: Most tokens of a document that are read, as in `FoldingEncoder`.
+        chunk_tokens: Tokens of a chunk, as in `FoldingEncoder`.
 
     Returns:
         The encoder, float32, on the CPU, in eval mode.
@@ -226,10 +226,10 @@ def rebuild(
     """The encoder of `config()` and `tensors()`; no code of a repository is run, nothing is unpickled.
 
     Args:
-        config: of the encoder.
+        config: Config of the encoder.
         tensors: weights and tokenizer, among others.
-        max_tokens: as in `FoldingEncoder`.
-        chunk_tokens: as in `FoldingEncoder`.
+        max_tokens: Most tokens of a document that are read, as in `FoldingEncoder`.
+        chunk_tokens: Tokens of a chunk, as in `FoldingEncoder`.
 
     Returns:
         The encoder.
@@ -275,7 +275,7 @@ def unpack_tokenizer(tensors: Mapping[str, npt.NDArray[Any]], name: str) -> Any:
 
     Args:
         tensors: arrays by name, its files among them.
-        name: of the tokenizer.
+        name: Name of the tokenizer.
 
     Returns:
         The tokenizer, or None where there is none.

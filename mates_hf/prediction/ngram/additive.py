@@ -206,8 +206,8 @@ class TokenDesign:
 
         Args:
             members: (N,) bool, the candidates that may be looked at.
-            seed: of the folds.
-            penalties: of the token tables, where they are chosen already.
+            seed: Random seed of the folds.
+            penalties: Penalties of the token tables, where they are chosen already.
 
         Returns:
             The penalties, and what fits without them predict for the members.
@@ -300,7 +300,7 @@ class TokenDesign:
 
         Args:
             members: (N,) bool; each must have an entry in `choice.token_part`.
-            choice: of `choose`.
+            choice: What `choose` returned.
 
         Returns:
             Token tables, and document tables (None without document labels), float64 and standardised.

@@ -225,7 +225,7 @@ def score_spans(spans: TokenSpans, tables: Tables) -> npt.NDArray[np.float64]:
 
     Args:
         spans: N rows; the tokens are read once and not copied.
-        tables: as in `score_rows`.
+        tables: The tables, as `score_rows` takes them.
 
     Returns:
         (N,) float64, as `score_rows`: to the bit what each row gives alone.

@@ -73,8 +73,8 @@ class Tables:
 
         Args:
             tensors: arrays by name.
-            name: of the tables among them.
-            num_buckets: of the model.
+            name: Name of the tables among them.
+            num_buckets: Hash buckets of the model.
 
         Returns:
             The tables, float32.

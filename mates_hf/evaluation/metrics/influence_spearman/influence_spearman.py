@@ -29,7 +29,7 @@ Args:
         path labels (DirectionalProbe) have.
     groups: group of each candidate (a domain, a source), or None.
     num_resamples: bootstrap draws of N candidates.
-    seed: of the bootstrap.
+    seed: Random seed of the bootstrap.
 Returns:
     spearman: rank correlation, in [-1, 1]; > 0 where a higher prediction goes with a higher influence.
     interval_low, interval_high: its 95 % interval; -1 and 1 below 5 candidates.

@@ -1,0 +1,1 @@
+"""What it costs: seconds, FLOPs and memory of each part."""

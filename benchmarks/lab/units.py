@@ -1,0 +1,138 @@
+"""Units of work: what a benchmark of many trainings runs side by side, keeps one by one and goes on from.
+
+Trade-off: a unit that is killed starts again from its beginning; units of minutes need nothing finer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lab.harness import Bench, say
+from benchmarks.lab.statistics import rounded
+
+Result = dict[str, Any]
+
+
+def keep(path: Path, result: Result) -> None:
+    """Write the result of a unit, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    temporary.replace(path)
+
+
+def unit_path(work: Path, name: str) -> Path:
+    """Where the result of a unit is kept."""
+    return work / "units" / (name.replace("/", "--").replace(" ", "_").replace(",", "") + ".json")
+
+
+def read_units(work: Path, names: Iterable[str]) -> dict[str, Result]:
+    """Results by name, of the units that are there."""
+    paths = {name: unit_path(work, name) for name in names}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def plain(value: Any) -> Any:
+    """A value as a JSON file gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def take_over(work: Path, results: Mapping[str, Result], wanted: Mapping[str, Result]) -> None:
+    """Keep units of an earlier JSON that are not there yet and were made as they would be made now.
+
+    Args:
+        work: folder of this run.
+        results: by name, each with the `settings` it was made with. A setting that it does not know is new since
+            then, and is the same if it has the default value, which the caller leaves out.
+        wanted: settings by name, of all units there are.
+    """
+    num = 0
+    for name, result in results.items():
+        same = name in wanted and plain(wanted[name]) == result.get("settings")
+        if same and not unit_path(work, name).exists():
+            keep(unit_path(work, name), result)
+            num += 1
+    say(f"{num} of {len(wanted)} units taken over from the JSON")
+
+
+@contextlib.contextmanager
+def single_threads(num: int) -> Iterator[ProcessPoolExecutor]:
+    """Fresh processes of one thread each: two that wait for each other on a busy machine are slower than one."""
+    os.environ.update(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
+    with ProcessPoolExecutor(num, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def side_by_side(
+    work: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int, deadline: float
+) -> Iterator[Any]:
+    """Run `work(*call)` for each call in `workers` processes, begin none after the deadline; yields what is done."""
+    todo = iter(calls)
+    with single_threads(workers) as pool:
+        running = {pool.submit(work, *call) for call in itertools.islice(todo, workers)}
+        while running:
+            done = next(as_completed(running))
+            running.remove(done)
+            if time.monotonic() < deadline:
+                running |= {pool.submit(work, *call) for call in itertools.islice(todo, 1)}
+            yield done.result()
+
+
+def kept(work: Callable[..., Result], name: str, path: Path, call: tuple[Any, ...]) -> tuple[str, float]:
+    """Run one unit in this process and keep its result with its seconds; name and seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("mates_hf").setLevel(logging.ERROR)
+    started = time.perf_counter()
+    result = work(*call)
+    seconds = time.perf_counter() - started
+    keep(path, rounded({**result, "seconds": seconds}, 7))
+    return name, seconds
+
+
+def run_units(
+    bench: Bench,
+    work: Callable[..., Result],
+    calls: Mapping[str, tuple[Any, ...]],
+    *,
+    cost: Mapping[str, float] | None = None,
+    workers: int | None = None,
+) -> dict[str, Result]:
+    """Run the units that are not kept yet, and say how far it is.
+
+    Args:
+        bench: says where they are kept, in how many processes they run, and until when one may begin; it is told how
+            many are left.
+        work: does one unit; its result as JSON values.
+        calls: its arguments, by name, in the order of worth.
+        cost: what each takes relative to the others; None takes all for the same.
+        workers: how many run side by side; None is what the command line says.
+
+    Returns:
+        Results of those that are done, by name.
+    """
+    paths = {name: unit_path(bench.work, name) for name in calls}
+    todo = [name for name, path in paths.items() if not path.exists()]
+    say(f"{len(todo)} units to do")
+    weight = {name: 1.0 if cost is None else cost[name] for name in todo}
+    started, done = time.perf_counter(), 0.0
+    arguments = ((work, name, paths[name], calls[name]) for name in todo)
+    for number, (name, seconds) in enumerate(
+        side_by_side(kept, arguments, workers or bench.options.workers, bench.deadline), 1
+    ):
+        done += weight.pop(name)
+        left = (time.perf_counter() - started) * sum(weight.values()) / done
+        say(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s, about {left / 60:.0f} min left")
+    bench.left = len(weight)
+    return read_units(bench.work, calls)

@@ -1,0 +1,1 @@
+"""Does it work: are labels right, do influence models rank, and does selecting pay?"""

@@ -1,0 +1,149 @@
+"""Does selecting pay? From one warm start, every way of choosing rows that a user might take instead.
+
+A model of a million parameters takes 300 random steps; from there each arm goes on for 200 steps at the same constant
+rate, on rows that it chooses itself from the same pool in the same order; the random arm for 1,000, to see when it
+gets as far. Losses are read at weights averaged over the last 32 steps, in every arm. Arms of one seed share weights,
+warm-up, optimizer state and the order of the pool. Reference passages (labels), development passages (curves) and test
+passages (read once, at the end) are disjoint, and documents that share a 13-gram with any are dropped from the pool.
+Settings: LAMBADA as reference, on the mixed pool and on the half that a fastText quality filter keeps; ARC-Easy and
+passages of BoolQ.
+
+Every arm and seed is a unit that is kept under `--work`: a killed run goes on where it stopped, and so does one that
+finds finished units in the newest JSON, made at the same sizes by arms as they are now. About five hours on two cores
+for all that the committed page has.
+
+Static filters are run at the settings of their packages, and tuned: two or three settings each are tried on seeds
+10 and 11, which no other table reports, and the one that ends lowest is run on the others.
+
+Trade-off: one small model and one small corpus. FLOPs are 6 (training) and 2 (reading, an encoder too) for each
+parameter and token, plus what probes say of themselves and the audit that the library makes each round; fitting
+tables, and filters that look words up, run on a CPU and count in seconds only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.lab.checkpoint import BATCH_ROWS, LR, WINDOW
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import versions
+from benchmarks.lab.units import plain, read_units, run_units, take_over
+from benchmarks.quality.selection.arms import (
+    ABLATION_SEEDS,
+    ABLATIONS,
+    ARMS,
+    EVERY_ARM,
+    OURS,
+    RANDOM,
+    SETTINGS,
+    SLOW,
+    TUNING,
+    TUNING_SEEDS,
+    Arm,
+    Unit,
+)  # fmt: skip
+from benchmarks.quality.selection.page import page, plot
+from benchmarks.quality.selection.training import QUICK, Sizes, open_lab, run_unit
+
+__all__ = ["add_options", "page", "plot", "run"]
+DATA, DIGITS = True, 7
+QUICK_ARMS = (RANDOM, OURS, "stratified by domain", "fastText", "random, passages mixed in", "ours, random mixed in")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which units to run."""
+    parser.add_argument("--arms", nargs="+", choices=[*EVERY_ARM], metavar="ARM", help="these arms only")
+    parser.add_argument("--tasks", nargs="+", choices=["lambada", "arc_easy", "boolq"], help="these references only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these only, such as 5 to 9, which chose nothing")
+
+
+def all_units(quick: bool, seeds: Sequence[int] | None) -> list[Unit]:
+    """What there is to do, in the order of worth; arms whose package is missing are left out."""
+    if quick:
+        return [Unit(task="lambada", filtered=False, arm=arm, seed=0) for arm in QUICK_ARMS if ARMS[arm].installed]
+    units = [
+        Unit(task=task, filtered=filtered, arm=arm, seed=seed)
+        for (task, filtered), (arms, num_seeds) in SETTINGS.items()
+        for seed in (seeds or range(num_seeds))
+        for arm in arms
+        if ARMS[arm].installed
+    ]
+    # What takes long comes after what does not, and ablations last.
+    units.sort(key=lambda unit: unit.arm in SLOW)
+    return units + [
+        Unit(task="lambada", filtered=False, arm=arm, seed=seed)
+        for seed in (seeds or range(ABLATION_SEEDS))
+        for arm in ABLATIONS
+    ]
+
+
+def tuning_units(units: list[Unit]) -> list[Unit]:
+    """What must be known before the tuned filters among the units are run."""
+    return [
+        Unit(task=task, filtered=filtered, arm=arm, seed=seed)
+        for task, filtered, rank in dict.fromkeys(
+            (unit.task, unit.filtered, EVERY_ARM[unit.arm].rank)
+            for unit in units
+            if EVERY_ARM[unit.arm].setting == "tuned"
+        )
+        for arm in TUNING
+        if TUNING[arm].rank == rank
+        for seed in TUNING_SEEDS
+    ]
+
+
+def recover(bench: Bench, sizes: Sizes, units: list[Unit]) -> dict[str, Any]:
+    """Take over units of the newest JSON that were made at these sizes by arms as they are now; all such, by name."""
+    document = bench.earlier()
+    if document is None or document["settings"]["sizes"] != plain(dataclasses.asdict(sizes)):
+        return {}
+    keys = [field.name for field in dataclasses.fields(Unit)]
+    defaults, found = plain(dataclasses.asdict(Arm())), {}
+    for result in document["units"]:
+        unit = Unit(**{key: result[key] for key in keys})
+        # A field that an older unit does not know has its default value there.
+        made = {**result, "settings": {**defaults, **result["settings"]}}
+        if unit.arm in EVERY_ARM and made["settings"] == plain(dataclasses.asdict(EVERY_ARM[unit.arm])):
+            found[unit.name] = made
+    take_over(bench.work, found, {unit.name: dataclasses.asdict(EVERY_ARM[unit.arm]) for unit in units})
+    return found
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Run what is missing; the JSON document of what is done so far."""
+    options, sizes = bench.options, QUICK if bench.quick else Sizes()
+    units = all_units(bench.quick, options.seeds)
+    wanted = [
+        unit
+        for unit in units
+        if unit.arm in (options.arms or [unit.arm]) and unit.task in (options.tasks or [unit.task])
+    ]
+    before = tuning_units(wanted)
+    if options.arms:
+        before += [unit for unit in tuning_units(units) if unit.arm in options.arms and unit not in before]
+    earlier = recover(bench, sizes, [*tuning_units(units), *units])
+    paths = bench.paths
+    run_units(bench, run_unit, {unit.name: (paths, sizes, unit) for unit in before})
+    if not bench.left:
+        run_units(bench, run_unit, {unit.name: (paths, sizes, unit) for unit in wanted})
+    names = dict.fromkeys([*earlier, *(unit.name for unit in [*tuning_units(units), *units])])
+    found = {**earlier, **read_units(bench.work, names)}
+    labs = {}
+    for task, filtered in dict.fromkeys((result["task"], result["filtered"]) for result in found.values()):
+        lab = open_lab(paths, sizes, task, filtered)
+        labs[f"{task}{' filtered' if filtered else ''}"] = {
+            "rows": len(lab.rows), "reference": len(lab.reference["all"]), "test": len(lab.test["all"]),
+            "development": len(lab.development["all"]), "domains": lab.domain_names, **lab.overlap,
+        }  # fmt: skip
+    return {
+        "settings": {
+            "quick": bench.quick, "sizes": dataclasses.asdict(sizes), "learning_rate": LR, "batch_rows": BATCH_ROWS,
+            "window": WINDOW, "missing": sum(unit.name not in found for unit in units),
+            **versions("torch", "transformers"),
+        },
+        "labs": labs,
+        "units": list(found.values()),
+    }  # fmt: skip

@@ -1,0 +1,275 @@
+"""What comes before the first step of a run that selects its data, whoever runs the loop.
+
+`MatesCallback` (in a Trainer) and `MatesRounds` (in a loop of one's own) describe their loop as a `Loop`, and
+`open_session` proves, in one order for both, that the run can be measured and has rows enough. This module knows no
+object of the Trainer. The trade-off: a loop has to say more of itself than it would in a constructor, so that
+everything that can be refused is refused before a step is taken or a file is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mates_hf.config import MatesConfig
+from mates_hf.data.arguments import check_influence_model, check_probe
+from mates_hf.data.pool import CandidatePool
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.engine.model_traits import context_length, unwrap, vocabulary_size
+from mates_hf.engine.processes import Processes
+from mates_hf.errors import UnsupportedSettingError
+from mates_hf.flops import PATH_STEPS
+from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
+from mates_hf.influence.probe import Probe, RunSettings, read_given
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
+from mates_hf.influence.reference_feed import fed_reference
+from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.plan import RunPlan
+from mates_hf.training import resume
+from mates_hf.training.checks import check_pool
+from mates_hf.training.clock import RowClock
+from mates_hf.training.duplicates import CopyMarks
+from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
+from mates_hf.training.run import InfluenceModel, Run, bound_to_run
+from mates_hf.training.sampler import ScheduledSampler
+from mates_hf.training.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """What a user gives to have data selected.
+
+    Attributes:
+        reference: What the model should get better at.
+        config: How data is chosen.
+        probe: Measures influence.
+        influence_model: Predicts influence.
+    """
+
+    reference: ReferenceTask
+    config: MatesConfig
+    probe: Probe
+    influence_model: InfluenceModel
+
+    def facts(self) -> dict[str, str]:
+        """One short line for each, for a `repr`."""
+        parts = {"config": self.config, "probe": self.probe, "influence_model": self.influence_model}
+        shown = {name: " ".join(repr(part).split()) for name, part in parts.items()}
+        return {"reference": f"{self.reference.name}, {len(self.reference):,} passages"} | shown
+
+
+def checked_parts(reference: Any, config: Any, probe: Any, influence_model: Any) -> Parts:
+    """The parts of a run, with defaults in place of None.
+
+    Args:
+        reference: A `ReferenceTask`.
+        config: A `MatesConfig`, or None for the default settings.
+        probe: A probe, or None for `DirectionalProbe(path_steps=32)`.
+        influence_model: An influence model, or None for `NgramInfluenceModel()`.
+
+    Returns:
+        The four parts.
+
+    Raises:
+        TypeError: One of them is of another kind, or is a class or a name.
+    """
+    if not isinstance(reference, ReferenceTask):
+        raise TypeError(
+            f"`reference` must be a ReferenceTask, got {type(reference).__name__}. Make one with "
+            "`ReferenceTask.from_dataset(...)` or `ReferenceTask.from_lm_eval(...)`."
+        )
+    if config is not None and not isinstance(config, MatesConfig):
+        raise TypeError(f"`config` must be a MatesConfig or None, got {type(config).__name__}.")
+    parts = Parts(
+        reference,
+        config or MatesConfig(),
+        probe or DirectionalProbe(path_steps=PATH_STEPS),
+        influence_model or NgramInfluenceModel(),
+    )
+    check_probe(parts.probe)
+    check_influence_model(parts.influence_model, "fit", "predict", "save_pretrained")
+    return parts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What a training loop says of itself before its first step.
+
+    Attributes:
+        model: The model that trains.
+        optimizer: Its optimizer, wrapped by accelerate or not.
+        lr_scheduler: The scheduler of its learning rates; None is a constant rate.
+        tokenizer: The tokenizer that influence models decode with; None where there is none.
+        pool: Everything that may be trained on.
+        clock: How steps relate to rows.
+        own_sampler: Gives the loop's own order of rows, in which it trains before the first selection.
+        max_steps: Optimizer steps of the run.
+        step: Optimizer steps done.
+        max_grad_norm: The clipping threshold of the gradient's norm; None or 0 is off.
+        run_loss: Finds out what the loop trains with, where the probe was not given a loss.
+        output_dir: Where checkpoints go.
+        rounds_dir: Where rounds go.
+        saved: This library's state in the checkpoint that is resumed; None where there is none.
+        checkpoint: The folder of that checkpoint, where it can be told.
+        look_ahead_steps: Optimizer steps whose rows are fetched at the end of a step.
+        progress: Whether the main process shows progress bars.
+        saved_rounds: The rounds that checkpoints need, for the loop to add to, where their files do not tell; None
+            where they are the Trainer's.
+    """
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    tokenizer: Any
+    pool: CandidatePool
+    clock: RowClock
+    own_sampler: Any
+    max_steps: int
+    step: int
+    max_grad_norm: float | None
+    run_loss: Callable[[], RunLoss]
+    output_dir: Path
+    rounds_dir: Path
+    saved: Mapping[str, Any] | None
+    checkpoint: Path | None = None
+    look_ahead_steps: int = 0
+    progress: bool = True
+    saved_rounds: list[int] | None = None
+
+    @property
+    def has_selected(self) -> bool:
+        """Whether the run that is resumed has made a selection."""
+        return bool(self.saved and self.saved["last_round"])
+
+    def plan(self, config: MatesConfig) -> RunPlan:
+        """When the rounds of the run happen."""
+        return RunPlan(
+            num_rows=len(self.pool),
+            batch_rows=self.clock.batch_rows * self.clock.accumulation,
+            max_steps=self.max_steps,
+            config=config,
+            first_step=int(self.saved["origin_step"]) if self.saved else self.step,
+            clock=self.clock,
+        )
+
+
+def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
+    """Check everything that can be known, and open the run's rounds. All processes must call it.
+
+    Args:
+        parts: What the user gave.
+        loop: The training loop.
+        plan: When its rounds happen.
+
+    Returns:
+        The session; its sampler is not installed anywhere yet.
+
+    Raises:
+        ValueError: The pool has too few rows, or token ids that the model does not know.
+        MatesError: The run cannot be measured, resumed or written down; the message names the way out.
+    """
+    if not loop.has_selected:  # else the ledger says what is left, once the rounds are read back
+        plan.check()
+    optimizer = unwrap_optimizer(loop.optimizer)
+    if isinstance(parts.probe, DirectionalProbe):
+        require_known(optimizer)
+    elif isinstance(parts.probe, OneStepProbe):
+        require_steps(optimizer)
+    check_pool(loop.pool, loop.model)
+    reference = parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model))
+    reference = _compare(parts.probe, loop, reference)
+    processes = Processes.of_run()
+    require_one_clock(processes, dataclasses.asdict(loop.clock))
+    run = _make_run(parts, loop, optimizer, reference, processes)
+    processes.require_same("config, pool, reference and position", [run.identity(), loop.clock.start_position])
+    if loop.saved:
+        resume.check_same_run(loop.saved, run.identity())
+        resume.check_weights(loop.model, loop.saved.get("weights", {}), loop.checkpoint)
+        resume.warn_without_optimizer(loop.checkpoint)
+    passes = -(-loop.clock.position(plan.first_from_step) // loop.clock.rows_per_epoch)
+    warn_of_own_streams(processes, loop.own_sampler, passes)
+    finished = loop.step >= loop.max_steps
+    sampler = ScheduledSampler(loop.own_sampler, loop.clock, loop.saved, num_rows=len(loop.pool), finished=finished)
+    return Session(
+        run,
+        loop.clock,
+        sampler,
+        plan,
+        output_dir=loop.output_dir,
+        step=loop.step,
+        look_ahead_steps=loop.look_ahead_steps,
+        saved=loop.saved,
+        saved_rounds=loop.saved_rounds,
+    )
+
+
+def tell_opened(session: Session) -> None:
+    """One line on what is ahead of a run, once it is sure to begin."""
+    run, plan = session.run, session.plan
+    logger.info(
+        "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
+        len(plan.rounds), len(run.pool), plan.first_boundary_step, run.reference.num_targets, run.processes.size,
+    )  # fmt: skip
+
+
+def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask, processes: Processes) -> Run:
+    run = Run(
+        model=loop.model,
+        optimizer=optimizer,
+        reference=reference,
+        pool=loop.pool,
+        pool_identity=loop.pool.identity(),
+        probe=parts.probe,
+        lr_scheduler=loop.lr_scheduler,
+        loss_reading={} if loop.pool.reading is None else loop.pool.reading.to_dict(),
+        influence_model=bound_to_run(parts.influence_model, loop.model, loop.tokenizer),
+        tokenizer=loop.tokenizer,
+        config=resume.config_to_resume(loop.saved, parts.config),
+        settings=RunSettings(
+            max_grad_norm=loop.max_grad_norm or None,
+            batch_rows=loop.clock.batch_rows * loop.clock.accumulation,
+            tokens_per_batch=parts.config.probe_tokens_per_batch,
+            seed=parts.config.selection_seed,
+            progress=loop.progress and processes.is_main,
+            processes=processes,
+        ),
+        ledger=Ledger(len(loop.pool), parts.config.selection_seed),
+        rounds_dir=loop.rounds_dir,
+        processes=processes,
+        side=Processes.of_run(beside_training=True),
+    )
+    run.copy_marks = CopyMarks(run)  # here, because it tries the collator, whose random streams are training's
+    return run
+
+
+def _compare(probe: Probe, loop: Loop, reference: ReferenceTask) -> ReferenceTask:
+    """Hold what the probe would read of pool and reference against the run's own loss of it.
+
+    A probe of the user's own reads token rows as they are.
+    """
+    if not isinstance(probe, (DirectionalProbe, OneStepProbe)):
+        return reference
+    is_given = probe.loss is not None
+    run_loss = MODEL_LOSS if is_given else loop.run_loss()  # a loss that was given is compared with nothing
+    module, pool = unwrap(loop.model), loop.pool
+    pool.reading = read_given(module, pool, probe.loss, probe.reference_loss, run_loss)
+    if not is_given and (pool.reading.compared or {}).get("loss", "") is None:
+        raise UnsupportedSettingError(
+            f"The loss that the run trains with must be known to be measured, but {type(module).__name__} returns "
+            "none for a batch with labels. Pass it to the probe, as `DirectionalProbe(loss=...)`, or to "
+            "`MatesRounds.order(..., compute_loss=...)`: a function of the model and a collated batch."
+        )
+    logger.info("Loss: %s", pool.reading.to_dict())
+    if pool.reading.loss is not None and not is_given:
+        logger.info(
+            "Candidates are measured by %s, which no likelihood of their tokens equals: a row at a time, which is "
+            "slower, and without token detail.", pool.reading.loss_name,
+        )  # fmt: skip
+    return reference if probe.reference_loss else fed_reference(module, reference, pool.reading, pool)
