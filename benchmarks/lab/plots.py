@@ -55,7 +55,7 @@ def curve(axis: Any, method: str, x: Any, mean: Any, half: Any = None) -> None:
 
 
 def legend(axes: Any) -> None:
-    """One legend for a row of axes, beside the last: every method that any of them shows, in the order of `COLOURS`."""
+    """One legend for a row of axes, beside the last: every method that any shows, in the order of `COLOURS`."""
     shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     names = [name for name in COLOURS if name in shown]
     axes[-1].legend([shown[name] for name in names], names, loc="upper left", bbox_to_anchor=(1.0, 1.0))
