@@ -52,3 +52,10 @@ def curve(axis: Any, method: str, x: Any, mean: Any, half: Any = None) -> None:
     axis.plot(x, mean, dashes, color=colour, label=method, linewidth=2 if ours else 1.2, zorder=3 if ours else 2)
     if half is not None:
         axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+
+
+def legend(axes: Any) -> None:
+    """One legend for a row of axes, beside the last: every method that any shows, in the order of `COLOURS`."""
+    shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names = [name for name in COLOURS if name in shown]
+    axes[-1].legend([shown[name] for name in names], names, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -80,9 +80,11 @@ def dsir(raw: Sequence[str], target: Sequence[str], *, smoothing: float = 0.0, m
             path = Path(folder) / f"{name}.jsonl"
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
             paths[name] = str(path)
-        more = {"target_laplace_smoothing": smoothing} if smoothing else {}
-        model = HashedNgramDSIR([paths["raw"]], [paths["target"]], cache_dir=folder, num_proc=1, **more)
+        model = HashedNgramDSIR([paths["raw"]], [paths["target"]], cache_dir=folder, num_proc=1)
         model.fit_importance_estimator(num_tokens_to_fit="all")
+    if smoothing:  # newer versions of the package have this as an argument
+        counts = smoothing + np.sum([model.featurizer(text) for text in target], axis=0)
+        model.log_diff = np.log(counts / counts.sum()) - np.log(model.raw_probs + 1e-8)
 
     def score(text: str) -> float:
         features = model.featurizer(text)

@@ -1,7 +1,7 @@
 """Labels against training: sets of rows over 10 to 1,000 steps, labels from round to round, and how many are needed.
 
-The parts `horizon`, `rounds` and `fit` of `fidelity`. Trade-off: a plain loop instead of the
-Trainer; the order of rows inside a selection is all that chance decides between two arms of one seed.
+The parts `horizon`, `rounds` and `fit` of `fidelity`. Trade-off: a plain loop instead of the Trainer; the order of
+rows inside a selection is all that chance decides between two arms of one seed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The contenders of `influence_models`: everything that can rank candidates, behind one interface.
 
-Place in the flow: right of `influence_models_setup`; each contender is fitted on a draw of labelled candidates (or on
+Each contender is fitted on a draw of labelled candidates (or on
 none, where it needs no labels) and gives a function from rows to values, higher is better. Trade-off: what does not
 depend on the fit (states of a frozen encoder, the losses of the probe) is taken from the bench by `rank`, so that only
 `fit` and the scorer it returns are timed.

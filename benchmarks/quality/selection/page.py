@@ -371,4 +371,4 @@ def plot(document: Document, path: Path) -> None:
             axis.set_title(f"{TITLES[setting.task]}, {len(setting.seeds(OURS, RANDOM))} seeds")
             axis.set_xlabel("steps after the warm start")
         axes[0].set_ylabel("development loss minus random, nats/token")
-        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        plots.legend(axes)
