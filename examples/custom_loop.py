@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, and say at each checkpoint what the model knows of passages of the manual that nobody trained on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/custom_loop"))
-    parser.add_argument("--max_steps", type=int, default=320)
+    parser.add_argument("--max_steps", type=int, default=240)
     parser.add_argument("--stop_at", type=int, help="End at this step, as a job's time limit does.")
-    parser.add_argument("--update_steps", type=int, default=40)
+    parser.add_argument("--update_steps", type=int, default=60)
     parser.add_argument("--batch_size", type=int, default=32, help="Rows of a step, over all processes.")
-    parser.add_argument("--num_probes", type=int, default=400)
+    parser.add_argument("--num_probes", type=int, default=300)
     parser.add_argument("--save_steps", type=int, default=60)
-    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--hidden_size", type=int, default=96)
     parser.add_argument("--rows_per_kind", type=int, help="Passages of each kind in the pool; None: all.")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(arguments)
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     corpus = builtin_corpus(max_rows_per_kind=args.rows_per_kind)
     pool = cut([row["text"] for row in corpus.pool])
     reference, held_out = (
-        ReferenceTask.from_dataset(cut(texts), input_ids_column="input_ids", limit=256)
+        ReferenceTask.from_dataset(cut(texts), input_ids_column="input_ids", limit=64)
         for texts in (corpus.reference, corpus.development)
     )
     config = LlamaConfig(
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    mates = MatesConfig(update_steps=args.update_steps, random_rounds=2, num_probes=args.num_probes)
+    mates = MatesConfig(update_steps=args.update_steps, num_probes=args.num_probes)
     rounds = MatesRounds(reference, pool, mates, output_dir=args.output_dir, progress=False)
     accelerator.register_for_checkpointing(rounds, scheduler)
     if args.resume and (checkpoint := last_checkpoint(args.output_dir)):

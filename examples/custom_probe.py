@@ -75,13 +75,15 @@ class TaughtCopy:
         return replace(self, seed=settings.seed)
 
 
-def main(output_dir: str = "runs/custom_probe", max_steps: int = 160, num_probes: int = 400) -> None:
-    """Train a small model with rounds by this probe, and say what kinds of text the last round chose."""
+def main(
+    output_dir: str = "runs/custom_probe", max_steps: int = 160, update_steps: int = 40, num_probes: int = 400
+) -> None:
+    """Train a small model with rounds by this probe, and say how well each round's labels were predicted."""
     corpus = builtin_corpus()
     pool = cut([row["text"] for row in corpus.pool])
     pool = pool.add_column("labels", pool["input_ids"])
     reference = ReferenceTask.from_dataset(cut(corpus.reference), input_ids_column="input_ids", limit=128)
-    config = MatesConfig(update_steps=40, num_probes=num_probes, average_steps=0)
+    config = MatesConfig(update_steps=update_steps, num_probes=num_probes, average_steps=0)
     args = TrainingArguments(output_dir, max_steps=max_steps, per_device_train_batch_size=16, learning_rate=2e-3,
                              report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(256, 64, 256, num_hidden_layers=2, num_attention_heads=2))

@@ -380,18 +380,8 @@ def test_two_processes_share_the_batches_of_one_and_go_on_after_a_kill(tmp_path)
     codes, errors, found = start(tmp_path / "two", 2, resume=11)
     assert codes == [0, 0], errors
     assert found[0] == found[1]
+    assert "so that each of the 2 gets as many, got 7. Set it to a multiple of 2" in found[0]["refused"]
     assert found[0]["rows"] == one["rows"][11:]
     assert main(["verify", str(tmp_path / "two" / "run")]) == 0
     codes, errors, (again,) = start(tmp_path / "one", 1, resume=7)
-    assert again == {"rows": one["rows"][7:], "weights": one["weights"]}
-
-
-@pytest.mark.slow
-def test_in_two_processes_what_is_wrong_in_one_ends_both(tmp_path):
-    codes, errors, _ = start(tmp_path, 2, batch_size=7)
-    assert codes == [1, 1]
-    assert all("`batch_size` must be the rows of an optimizer step over all processes" in error for error in errors)
-    codes, errors, _ = start(tmp_path, 2, fail_at=5)  # the main one waits for it at the boundary
-    assert codes == [1, 1]
-    assert "RuntimeError: this process fails" in errors[1]
-    assert "ProcessError" in errors[0] or "onnection" in errors[0]
+    assert again == {**one, "rows": one["rows"][7:]}
