@@ -84,12 +84,13 @@ def main(
     pool = pool.add_column("labels", pool["input_ids"])
     reference = ReferenceTask.from_dataset(cut(corpus.reference), input_ids_column="input_ids", limit=128)
     config = MatesConfig(update_steps=update_steps, num_probes=num_probes, average_steps=0)
-    args = TrainingArguments(output_dir, max_steps=max_steps, per_device_train_batch_size=16, learning_rate=2e-3,
-                             report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(256, 64, 256, num_hidden_layers=2, num_attention_heads=2))
-    callback = MatesCallback(reference, config, probe=TaughtCopy())
+    args = TrainingArguments(
+        output_dir, max_steps=max_steps, per_device_train_batch_size=16, learning_rate=2e-3, disable_tqdm=True
+    )
+    shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2))
     trainer = Trainer(model=model, args=args, train_dataset=pool, data_collator=default_data_collator)
-    callback.attach(trainer)
+    MatesCallback(reference, config, probe=TaughtCopy()).attach(trainer)
     trainer.train()
     for path in sorted(Path(output_dir, "_mates").glob("round-????")):
         info = load_round(path).info
