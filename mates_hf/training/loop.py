@@ -118,6 +118,7 @@ class MatesRounds:
         self._optimizer: Any = None
         self._began = False  # `order` was called, and did not refuse
         self._given = self._ended = 0  # the step whose rows were given last, and the last one that is accounted for
+        self._saved = self._start = 0  # the step of the last `state_dict`, and the one that `order` began after
         self._metrics: dict[str, float] = {}
         self._first_marks: dict[str, str] | None = None  # of the weights at the start, until a step was seen
 
@@ -230,8 +231,9 @@ class MatesRounds:
             self._end_step(True)
         self._keep_state()
         last = session.state["last_round"]
-        if last is not None and session.saved_rounds is not None:
+        if last is not None and session.saved_rounds is not None and self._saved != self._given:
             session.saved_rounds.append(int(last["number"]))
+        self._saved = self._given
         return copy.deepcopy(self._state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -285,13 +287,13 @@ class MatesRounds:
                     "selected are trained on, but weights and later selections differ from the uninterrupted run's. "
                     "Load the optimizer before `order`."
                 )
+            self._first_marks = weight_marks(loop.model, session.run.processes)
             session.run.processes.meet()  # none trains while another one may still be refusing
         except BaseException:
             session.close()
             raise
         self._session, self._began = session, True
-        self._given = self._ended = self._start = loop.step
-        self._first_marks = weight_marks(loop.model, session.run.processes)
+        self._given = self._ended = self._start = self._saved = loop.step
         tell_opened(session)
 
     def _steps(self) -> Generator[tuple[int, IntArray], None, None]:
