@@ -32,7 +32,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     words = ["sea", "harbour", "captain", "wave", "def", "return", "class", "self"]
 
     def text(first: int) -> str:
-        return " ".join(rng.choice(words[first : first + 4], 60))
+        return " ".join(rng.choice(words[first : first + 4], 140))
 
     def corpus(max_rows_per_kind: int | None = None) -> BuiltinCorpus:
         pool = [{"text": text(4 * int(rng.integers(2))), "kind": "any"} for _ in range(250)]
@@ -50,6 +50,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
+@pytest.mark.slow
 def test_the_loop_of_ones_own_selects_and_resumes(tmp_path, example, capsys):
     main, arguments = example("custom_loop").main, [*SMALL, "--max_steps", "7", "--output_dir", str(tmp_path)]
     main([*arguments, "--stop_at", "5"])  # two steps behind its last checkpoint, and a round since
