@@ -83,8 +83,8 @@ def main(
     passages = cut(corpus.reference, tokenizer)
     reference = ReferenceTask.from_dataset(passages, input_ids_column="input_ids", limit=128)
     config = MatesConfig(update_steps=update_steps, num_probes=num_probes)
-    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    args = TrainingArguments(output_dir, max_steps=max_steps, per_device_train_batch_size=16, **quiet)
+    settings = {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "save_strategy": "no"}
+    args = TrainingArguments(output_dir, max_steps=max_steps, report_to="none", disable_tqdm=True, **settings)
     shape = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2))
     trainer = Trainer(model=model, args=args, train_dataset=pool, data_collator=default_data_collator)

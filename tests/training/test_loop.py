@@ -118,6 +118,7 @@ def test_the_rows_and_weights_of_a_trainer_with_the_callback(tmp_path, whole, ca
         assert ours.info["fidelity"].keys() == theirs.info["fidelity"].keys()
     assert main(["verify", str(folder)]) == 0
     assert main(["round", str(folder / "_mates" / "round-0001")]) == 0
+    assert main(["cost", str(folder)]) == 0
     assert "round 2: ok, select" in capsys.readouterr().out
     assert not (folder / "_mates" / LOCK_FILE).exists()
 
