@@ -138,7 +138,7 @@ class MatesRounds:
         max_grad_norm: float | None = None,
         compute_loss: Callable[[nn.Module, dict[str, Any]], torch.Tensor] | None = None,
         seed: int = 42,
-    ) -> Iterator[tuple[int, IntArray]]:
+    ) -> Generator[tuple[int, IntArray], None, None]:
         """The rows of each optimizer step, in order. All processes must call it at the same point, with the same data.
 
         One item is one optimizer step, however many micro-batches the loop cuts it into. Asking for the next item says

@@ -22,13 +22,24 @@ from tests.training.kit import make_model, make_pool, make_reference, small_conf
 torch.set_num_threads(1)
 
 
+def named_weights(model: Any) -> Any:
+    """Names and parameters, without what wraps the model."""
+    return getattr(model, "module", model).named_parameters()
+
+
 def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Train until `kill_at`, with a checkpoint each two steps, or to the end."""
     accelerator = Accelerator(cpu=True)
     folder, pool = Path(settings["output_dir"]), make_pool()
     model = make_model()
+    if settings.get("fsdp2"):
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*model.model.layers, model):
+            fully_shard(part)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if not settings.get("fsdp2"):
+        model, optimizer = accelerator.prepare(model, optimizer)
     config = small_config(switch_lead_steps=3, **settings.get("config", {}))
     rounds = MatesRounds(make_reference(), pool, config, output_dir=folder, progress=False)
     accelerator.register_for_checkpointing(rounds)
@@ -47,11 +58,12 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         seen.append(accelerator.gather(torch.tensor(rows)).tolist())
-        if step % 2 == 1:
+        if step % 2 == 1 and not settings.get("fsdp2"):
             accelerator.save_state(str(folder / f"state-{step}"))
         if step == settings.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
-    weights = {name: value.double().sum().item() for name, value in accelerator.unwrap_model(model).named_parameters()}
+    whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in named_weights(model)}
+    weights = {name: value.double().sum().item() for name, value in whole.items()}
     return {"rows": seen, "weights": weights, "refused": refused}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch import nn
 from transformers import Trainer, default_data_collator
 
@@ -19,6 +21,7 @@ from mates_hf import MatesCallback, MatesConfig, MatesRounds, load_round
 from mates_hf.cli import main
 from mates_hf.errors import MatesError, RoundMismatchError, UnsupportedSettingError
 from mates_hf.training.lock import LOCK_FILE
+from mates_hf.training.verify import verify_run
 from tests.launch import free_port, start_processes
 from tests.training.kit import make_arguments, make_model, make_pool, make_reference, run, small_config
 
@@ -386,3 +389,30 @@ def test_two_processes_share_the_batches_of_one_and_go_on_after_a_kill(tmp_path)
     assert main(["verify", str(tmp_path / "two" / "run")]) == 0
     codes, errors, (again,) = start(tmp_path / "one", 1, resume=7)
     assert again == {**one, "rows": one["rows"][7:]}
+
+
+@pytest.mark.slow
+def test_weights_that_the_loop_shards_itself_train_on_the_rows_of_one_process(tmp_path):
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("FSDP2 is not public in this torch")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    _, errors, (one,) = start(tmp_path / "one", 1)
+    codes, errors, found = start(tmp_path / "two", 2, fsdp2=True)
+    assert codes == [0, 0], errors
+    assert found[0]["rows"] == found[1]["rows"] == one["rows"]
+    assert found[0]["weights"] == pytest.approx(one["weights"], abs=1e-2)  # sums of weights that Adam moved
+
+
+@pytest.mark.slow
+def test_another_batch_size_at_a_resume_goes_on_with_the_next_row(tmp_path, whole):
+    folder, first, saved = whole
+    shutil.copytree(folder, tmp_path / "run")
+    checkpoint = torch.load(saved[10], weights_only=True)
+    rest, rounds = Training(tmp_path), make_rounds(tmp_path / "run")
+    rest.load(checkpoint["rest"])
+    rounds.load_state_dict(checkpoint["rounds"])
+    rest.train(rounds, batch_size=2)
+    assert rest.steps == list(range(11, STEPS + 1))
+    assert rest.rows[:10] == first.rows[40:50]  # up to the selection of step 12, in effect from step 15
+    assert verify_run(tmp_path / "run").problem is None
