@@ -45,6 +45,7 @@ from mates_hf.training.loop_checks import (
     make_clock,
     refuse_unsupported,
     require_its_parameters,
+    round_in,
 )
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
@@ -197,7 +198,7 @@ class MatesRounds:
             rounds_dir=expand_path(self._parts.config.rounds_dir or self.output_dir / "_mates"),
             saved=saved,
             progress=self._progress,
-            saved_rounds=[saved["last_round"]["number"]] if saved and saved["last_round"] else [],
+            saved_rounds=[] if saved is None else [round_in(saved)],
         )
         self._open(loop, saved)
         steps = self._steps()
@@ -230,9 +231,8 @@ class MatesRounds:
         if self._given > self._ended:
             self._end_step(True)
         self._keep_state()
-        last = session.state["last_round"]
-        if last is not None and session.saved_rounds is not None and self._saved != self._given:
-            session.saved_rounds.append(int(last["number"]))
+        if session.saved_rounds is not None and self._saved != self._given:
+            session.saved_rounds.append(round_in(session.state))
         self._saved = self._given
         return copy.deepcopy(self._state)
 

@@ -401,7 +401,7 @@ def test_weights_that_the_loop_shards_itself_train_on_the_rows_of_one_process(tm
     codes, errors, found = start(tmp_path / "two", 2, fsdp2=True)
     assert codes == [0, 0], errors
     assert found[0]["rows"] == found[1]["rows"] == one["rows"]
-    assert found[0]["weights"] == pytest.approx(one["weights"], abs=1e-2)  # sums of weights that Adam moved
+    assert found[0]["weights"] == pytest.approx(one["weights"], abs=1e-4)  # sums of weights that Adam moved
 
 
 @pytest.mark.slow
