@@ -4,8 +4,8 @@
 # ///
 """A training loop of one's own, with accelerate and without the Trainer, that selects its data while it trains.
 
-The pool is the corpus that every Python installation carries, read as bytes; the reference is the language manual. A
-model of 0.5 M parameters trains 320 steps, with a round each 40 steps from step 80 on, and a checkpoint each 60.
+The pool is the text that every Python installation carries, the reference its language manual. A model of 0.5 M
+parameters trains 240 steps, with a round each 60 steps and a checkpoint each 60.
 
     python examples/custom_loop.py
     python examples/custom_loop.py --resume                     # continues from the last checkpoint
@@ -18,25 +18,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
+from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mates_hf import MatesConfig, MatesRounds, ReferenceTask
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.influence.passes import mean_loss
 
-BLOCK = 128  # bytes in a row
+BLOCK, VOCAB = 64, 2048
 
 
-def cut(texts: list[str]) -> Dataset:
-    """Rows of `BLOCK` bytes; the end of a text that is shorter is left out."""
-    data = [np.frombuffer(text.encode(), np.uint8) for text in texts]
-    rows = [each[i : i + BLOCK] for each in data for i in range(0, len(each) - BLOCK + 1, BLOCK)]
-    return Dataset.from_dict({"input_ids": np.stack(rows).astype(np.int32)})
+def train_tokenizer(texts: list[str]) -> ByteLevelBPETokenizer:
+    """A byte-level tokenizer of `VOCAB` tokens."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=VOCAB, show_progress=False)
+    return tokenizer
+
+
+def cut(texts: list[str], tokenizer: ByteLevelBPETokenizer) -> Dataset:
+    """Rows of `BLOCK` tokens; what is left over at the end of a text is left out."""
+    ids = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
+    return Dataset.from_dict(
+        {"input_ids": [each[i : i + BLOCK] for each in ids for i in range(0, len(each) - BLOCK + 1, BLOCK)]}
+    )
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -49,13 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, and say at each checkpoint what the model knows of passages of the manual that nobody trained on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/custom_loop"))
-    parser.add_argument("--max_steps", type=int, default=320)
+    parser.add_argument("--max_steps", type=int, default=240)
     parser.add_argument("--stop_at", type=int, help="End at this step, as a job's time limit does.")
-    parser.add_argument("--update_steps", type=int, default=40)
+    parser.add_argument("--update_steps", type=int, default=60)
     parser.add_argument("--batch_size", type=int, default=32, help="Rows of a step, over all processes.")
-    parser.add_argument("--num_probes", type=int, default=400)
+    parser.add_argument("--num_probes", type=int, default=300)
     parser.add_argument("--save_steps", type=int, default=60)
-    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--hidden_size", type=int, default=96)
     parser.add_argument("--rows_per_kind", type=int, help="Passages of each kind in the pool; None: all.")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(arguments)
@@ -63,39 +71,27 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator()
     set_seed(0)
     corpus = builtin_corpus(max_rows_per_kind=args.rows_per_kind)
-    pool = cut([row["text"] for row in corpus.pool])
+    texts = [row["text"] for row in corpus.pool]
+    tokenizer = train_tokenizer(texts)
+    pool = cut(texts, tokenizer)
     reference, held_out = (
-        ReferenceTask.from_dataset(cut(texts), input_ids_column="input_ids", limit=256)
+        ReferenceTask.from_dataset(cut(texts, tokenizer), input_ids_column="input_ids", limit=128)
         for texts in (corpus.reference, corpus.development)
     )
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=args.hidden_size,
-        intermediate_size=4 * args.hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=BLOCK,
-    )
-    model = LlamaForCausalLM(config)
+    shape = {"hidden_size": args.hidden_size, "intermediate_size": 4 * args.hidden_size, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **shape, num_attention_heads=4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    mates = MatesConfig(update_steps=args.update_steps, random_rounds=2, num_probes=args.num_probes)
+    mates = MatesConfig(update_steps=args.update_steps, num_probes=args.num_probes)
     rounds = MatesRounds(reference, pool, mates, output_dir=args.output_dir, progress=False)
     accelerator.register_for_checkpointing(rounds, scheduler)
     if args.resume and (checkpoint := last_checkpoint(args.output_dir)):
         accelerator.load_state(str(checkpoint))
 
-    order = rounds.order(
-        model,
-        optimizer,
-        batch_size=args.batch_size,
-        max_steps=args.max_steps,
-        lr_scheduler=scheduler,
-        max_grad_norm=1.0,
-    )
-    for step, rows in order:
+    settings = {"batch_size": args.batch_size, "max_steps": args.max_steps, "max_grad_norm": 1.0}
+    for step, rows in rounds.order(model, optimizer, lr_scheduler=scheduler, **settings):
         ids = torch.tensor(pool[rows]["input_ids"], device=accelerator.device)
         model.train()
         accelerator.backward(model(input_ids=ids, labels=ids).loss)
@@ -107,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.save_state(str(args.output_dir / f"checkpoint-{step}"))  # runs `rounds.state_dict()`
             model.eval()
             loss = mean_loss(accelerator.unwrap_model(model), held_out.rows)
-            accelerator.print(f"step {step}: held-out loss {loss:.4f} nats/byte")
+            accelerator.print(f"step {step}: held-out loss {loss:.4f} nats/token")
         for name, value in rounds.new_metrics().items():
             if name in ("mates/round", "mates/spearman"):
                 accelerator.print(f"step {step}: {name} {value:.3g}")

@@ -31,15 +31,12 @@ from mates_hf.influence.probe import RunSettings
 from mates_hf.records import InfluenceLabels
 
 sys.path.insert(0, str(Path(__file__).parent))
-from custom_loop import cut  # noqa: E402
+from custom_loop import VOCAB, cut, train_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)
 class TaughtCopy:
-    """Influence of a candidate: its loss under the live model minus that under a copy taught the reference.
-
-    What is a field is recorded with each round. A run resumes only with labels of the same fields.
-    """
+    """Influence of a candidate: its loss under the live model minus that under a copy taught the reference."""
 
     num_steps: int = 4
     learning_rate: float = 0.05
@@ -75,19 +72,23 @@ class TaughtCopy:
         return replace(self, seed=settings.seed)
 
 
-def main(output_dir: str = "runs/custom_probe", max_steps: int = 160, num_probes: int = 400) -> None:
-    """Train a small model with rounds by this probe, and say what kinds of text the last round chose."""
+def main(
+    output_dir: str = "runs/custom_probe", max_steps: int = 160, update_steps: int = 40, num_probes: int = 400
+) -> None:
+    """Train a small model with rounds by this probe, and say how well each round's labels were predicted."""
     corpus = builtin_corpus()
-    pool = cut([row["text"] for row in corpus.pool])
-    pool = pool.add_column("labels", pool["input_ids"])
-    reference = ReferenceTask.from_dataset(cut(corpus.reference), input_ids_column="input_ids", limit=128)
-    config = MatesConfig(update_steps=40, num_probes=num_probes, average_steps=0)
-    args = TrainingArguments(output_dir, max_steps=max_steps, per_device_train_batch_size=16, learning_rate=2e-3,
-                             report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(256, 64, 256, num_hidden_layers=2, num_attention_heads=2))
-    callback = MatesCallback(reference, config, probe=TaughtCopy())
+    texts = [row["text"] for row in corpus.pool]
+    tokenizer = train_tokenizer(texts)
+    pool = cut(texts, tokenizer).map(lambda row: {"labels": row["input_ids"]})
+    passages = cut(corpus.reference, tokenizer)
+    reference = ReferenceTask.from_dataset(passages, input_ids_column="input_ids", limit=128)
+    config = MatesConfig(update_steps=update_steps, num_probes=num_probes)
+    settings = {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "save_strategy": "no"}
+    args = TrainingArguments(output_dir, max_steps=max_steps, report_to="none", disable_tqdm=True, **settings)
+    shape = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2))
     trainer = Trainer(model=model, args=args, train_dataset=pool, data_collator=default_data_collator)
-    callback.attach(trainer)
+    MatesCallback(reference, config, probe=TaughtCopy()).attach(trainer)
     trainer.train()
     for path in sorted(Path(output_dir, "_mates").glob("round-????")):
         info = load_round(path).info

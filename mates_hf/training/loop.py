@@ -45,6 +45,7 @@ from mates_hf.training.loop_checks import (
     make_clock,
     refuse_unsupported,
     require_its_parameters,
+    round_in,
 )
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
@@ -118,6 +119,7 @@ class MatesRounds:
         self._optimizer: Any = None
         self._began = False  # `order` was called, and did not refuse
         self._given = self._ended = 0  # the step whose rows were given last, and the last one that is accounted for
+        self._saved = self._start = 0  # the step of the last `state_dict`, and the one that `order` began after
         self._metrics: dict[str, float] = {}
         self._first_marks: dict[str, str] | None = None  # of the weights at the start, until a step was seen
 
@@ -137,7 +139,7 @@ class MatesRounds:
         max_grad_norm: float | None = None,
         compute_loss: Callable[[nn.Module, dict[str, Any]], torch.Tensor] | None = None,
         seed: int = 42,
-    ) -> Iterator[tuple[int, IntArray]]:
+    ) -> Generator[tuple[int, IntArray], None, None]:
         """The rows of each optimizer step, in order. All processes must call it at the same point, with the same data.
 
         One item is one optimizer step, however many micro-batches the loop cuts it into. Asking for the next item says
@@ -196,7 +198,7 @@ class MatesRounds:
             rounds_dir=expand_path(self._parts.config.rounds_dir or self.output_dir / "_mates"),
             saved=saved,
             progress=self._progress,
-            saved_rounds=[saved["last_round"]["number"]] if saved and saved["last_round"] else [],
+            saved_rounds=[] if saved is None else [round_in(saved)],
         )
         self._open(loop, saved)
         steps = self._steps()
@@ -229,9 +231,9 @@ class MatesRounds:
         if self._given > self._ended:
             self._end_step(True)
         self._keep_state()
-        last = session.state["last_round"]
-        if last is not None and session.saved_rounds is not None:
-            session.saved_rounds.append(int(last["number"]))
+        if session.saved_rounds is not None and self._saved != self._given:
+            session.saved_rounds.append(round_in(session.state))
+        self._saved = self._given
         return copy.deepcopy(self._state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -285,13 +287,13 @@ class MatesRounds:
                     "selected are trained on, but weights and later selections differ from the uninterrupted run's. "
                     "Load the optimizer before `order`."
                 )
+            self._first_marks = weight_marks(loop.model, session.run.processes)
             session.run.processes.meet()  # none trains while another one may still be refusing
         except BaseException:
             session.close()
             raise
         self._session, self._began = session, True
-        self._given = self._ended = self._start = loop.step
-        self._first_marks = weight_marks(loop.model, session.run.processes)
+        self._given = self._ended = self._start = self._saved = loop.step
         tell_opened(session)
 
     def _steps(self) -> Generator[tuple[int, IntArray], None, None]:

@@ -126,3 +126,9 @@ def require_its_parameters(model: nn.Module, optimizer: Any) -> None:
 def has_state(optimizer: Any) -> bool:
     """Whether an optimizer keeps something of the steps it took."""
     return any(part.state for part in optimizer_parts(optimizer))
+
+
+def round_in(state: Mapping[str, Any]) -> int:
+    """The round that a state was trained on; -1 where it was saved before the first one."""
+    last_round = state["last_round"]
+    return -1 if last_round is None else int(last_round["number"])

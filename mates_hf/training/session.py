@@ -56,7 +56,8 @@ class Session:
         step: the optimizer step the call starts after.
         look_ahead_steps: optimizer steps whose rows the dataloader has fetched at the end of a step.
         saved: this library's state in the checkpoint that is resumed; None where there is none.
-        saved_rounds: the rounds that the loop's checkpoints need, which it adds to; None where the Trainer's tell.
+        saved_rounds: the rounds that a loop's checkpoints need (-1: none), which it adds to; None where the Trainer's
+            tell.
     """
 
     def __init__(

@@ -386,3 +386,12 @@ def test_a_small_row_of_a_matrix_keeps_its_own_size() -> None:
         results.append(whole)
     assert torch.equal(results[0][:3], results[1][:3])
     assert (results[0][3] > 2 * results[1][3]).all()
+
+
+def test_a_scheduler_of_accelerate_that_steps_by_itself_steps_once_a_step(monkeypatch):
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: SimpleNamespace(num_processes=2))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    halving = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for by_itself, expected in ((False, 1 + 0.5 + 0.25), (True, 1 + 0.25 + 0.0625)):
+        wrapped = SimpleNamespace(split_batches=False, step_with_optimizer=by_itself, scheduler=halving)
+        assert rate_steps(wrapped, 3, [1.0]) == pytest.approx(expected)

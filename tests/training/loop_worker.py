@@ -22,33 +22,49 @@ from tests.training.kit import make_model, make_pool, make_reference, small_conf
 torch.set_num_threads(1)
 
 
+def named_weights(model: Any) -> Any:
+    """Names and parameters, without what wraps the model."""
+    return getattr(model, "module", model).named_parameters()
+
+
 def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Train until `kill_at`, with a checkpoint each two steps, or to the end."""
     accelerator = Accelerator(cpu=True)
     folder, pool = Path(settings["output_dir"]), make_pool()
     model = make_model()
+    if settings.get("fsdp2"):
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*model.model.layers, model):
+            fully_shard(part)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if not settings.get("fsdp2"):
+        model, optimizer = accelerator.prepare(model, optimizer)
     config = small_config(switch_lead_steps=3, **settings.get("config", {}))
     rounds = MatesRounds(make_reference(), pool, config, output_dir=folder, progress=False)
     accelerator.register_for_checkpointing(rounds)
     if "resume" in settings:
         accelerator.load_state(str(folder / f"state-{settings['resume']}"))
     seen: list[list[int]] = []
-    for step, rows in rounds.order(model, optimizer, batch_size=settings.get("batch_size", 8), max_steps=20):
+    refused = ""
+    if accelerator.num_processes > 1:
+        try:
+            rounds.order(model, optimizer, batch_size=7, max_steps=20)
+        except ValueError as error:
+            refused = str(error)
+    for step, rows in rounds.order(model, optimizer, batch_size=8, max_steps=20):
         batch = default_data_collator([pool[int(i)] for i in rows])
         accelerator.backward(model(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
         seen.append(accelerator.gather(torch.tensor(rows)).tolist())
-        if step % 2 == 1:
+        if step % 2 == 1 and not settings.get("fsdp2"):
             accelerator.save_state(str(folder / f"state-{step}"))
         if step == settings.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == settings.get("fail_at") and not accelerator.is_main_process:
-            raise RuntimeError("this process fails")
-    weights = {name: value.double().sum().item() for name, value in accelerator.unwrap_model(model).named_parameters()}
-    return {"rows": seen, "weights": weights}
+    whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in named_weights(model)}
+    weights = {name: value.double().sum().item() for name, value in whole.items()}
+    return {"rows": seen, "weights": weights, "refused": refused}
 
 
 if __name__ == "__main__":
