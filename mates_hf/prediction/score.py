@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from mates_hf.data.scored_column import OpenRows, ScoredColumn, TokenIds
 from mates_hf.errors import InfluenceError
 from mates_hf.prediction.artifacts import model_digest
 from mates_hf.records import FloatArray
+
+logger = logging.getLogger(__name__)
 
 INFLUENCE_COLUMN = "influence"  # that predictions are written into
 _VERSION = 1  # of what a score is; raised when the same model gives other numbers, so that no cache is stale
@@ -79,6 +82,14 @@ class Scorer:
         """SHA-256 of everything but the rows that a prediction depends on."""
         parts = [_VERSION, model_digest(self.model), *self.column.depends_on()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def known_digest(self) -> str | None:
+        """The digest; None where the influence model cannot say what it depends on."""
+        try:
+            return self.digest()
+        except Exception as error:  # `save_pretrained` or `digest` of a user's class
+            logger.debug("Scores are not kept for later calls: the influence model has no digest (%s).", error)
+            return None
 
     def predict(self, rows: TokenRows | TokenSpans, first_row: int = 0) -> Predictions:
         """Predict rows of tokens.

@@ -25,14 +25,16 @@ from mates_hf.selection.mapped import log_intercepts, map_rows, score_rows
 from mates_hf.selection.opened import OpenDataset
 from mates_hf.selection.options import Options
 from mates_hf.selection.result import Budget, Selection
-from mates_hf.selection.reuse import Scored, digest_of, is_own, read_own, record
-from mates_hf.selection.streaming import StreamSelection, map_stream, select_stream, stream_schema
+from mates_hf.selection.reuse import Scored, is_own, read_own, record
+from mates_hf.selection.streaming import StreamSelection, map_stream, select_stream
 
 logger = logging.getLogger(__name__)
 
+NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
 
-class Parts(NamedTuple):
-    """What a selector is made of.
+
+class Fitted(NamedTuple):
+    """What a selector scores with.
 
     Attributes:
         model: fitted influence model.
@@ -47,7 +49,7 @@ class Parts(NamedTuple):
     memory: Scored
 
     def scorer(self, schema: Any, column: str | None) -> Scorer:
-        """What scores a dataset of this `pyarrow.Schema`, or the error that names what is missing."""
+        """What scores this column of a dataset of this `pyarrow.Schema`."""
         return Scorer(self.model, find_column(schema, column, self.tokenizer, self.max_length))
 
     @property
@@ -57,12 +59,12 @@ class Parts(NamedTuple):
         return float("nan") if report is None else float(report.label_std)
 
 
-def open_input(dataset: Any, parts: Parts, options: Options) -> Splits | StreamInput | DatasetInput:
-    """Decide what is scored, and how.
+def open_input(dataset: Any, fitted: Fitted, options: Options) -> Splits | StreamInput | DatasetInput:
+    """Decide what is scored, from which column and by what.
 
     Args:
         dataset: as `MatesSelector.map` was given it.
-        parts: of the selector.
+        fitted: what the selector scores with.
         options: how rows are scored.
 
     Returns:
@@ -74,22 +76,18 @@ def open_input(dataset: Any, parts: Parts, options: Options) -> Splits | StreamI
         UnsupportedSettingError: a transform hides the dataset's columns.
     """
     if is_splits(dataset):
-        of_splits = options.of_splits(dataset)
-        return Splits(type(dataset), {name: open_input(dataset[name], parts, of_splits[name]) for name in dataset})
+        each = options.of_splits(dataset)
+        return Splits(type(dataset), {name: open_input(dataset[name], fitted, each[name]) for name in dataset})
     if is_stream(dataset):
         options.check_for_stream()
-        schema = stream_schema(dataset)
-        return StreamInput(dataset, list(schema.names), parts.scorer(schema, options.column), options, parts.label_std)
+        stream, had = _unformatted(dataset)
+        schema = _schema_of_stream(stream)
+        scorer = fitted.scorer(schema, options.column)
+        return StreamInput(stream, had, list(schema.names), scorer, options, fitted.label_std)
     options.check_for_dataset()
-    if dataset.format["type"] == "custom":
-        raise UnsupportedSettingError(
-            "A dataset with a transform (`set_transform`) has other rows than columns, and columns are scored. "
-            "Write what the transform makes into columns with `dataset.map`, or take it off with "
-            "`dataset.with_format(None)`."
-        )
-    scorer = parts.scorer(dataset.data.schema, options.column)
-    opened = OpenDataset(dataset, scorer, digest_of(scorer), options.batch_size)
-    return DatasetInput(opened, options, parts.memory, parts.label_std)
+    scorer = fitted.scorer(_schema_of(dataset), options.column)
+    opened = OpenDataset(dataset, scorer, scorer.known_digest(), options.batch_size)
+    return DatasetInput(opened, options, fitted.memory, fitted.label_std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +106,10 @@ class Splits:
         """A dict of the same kind."""
         return self.kind({name: one.map() for name, one in self.inputs.items()})
 
+    def score(self) -> Predictions:
+        """Refused: predictions are of one dataset."""
+        raise _not_one_dataset(self.kind)
+
     def select(self, budget: Budget) -> dict[str, Any]:
         """Selections by split."""
         return {name: one.select(budget) for name, one in self.inputs.items()}
@@ -115,9 +117,19 @@ class Splits:
 
 @dataclasses.dataclass(frozen=True)
 class StreamInput:
-    """A stream, its columns, and what scores them as they are read."""
+    """A stream, and what scores its rows as they are read.
+
+    Attributes:
+        stream: handing out plain Python values.
+        had: format that it had, in which what is made of it hands rows out.
+        columns: that it has, or its first rows where it does not say.
+        scorer: what predicts.
+        options: how.
+        label_std: standard deviation of the labels' `influence`.
+    """
 
     stream: Any
+    had: str | None
     columns: list[str]
     scorer: Scorer
     options: Options
@@ -125,7 +137,11 @@ class StreamInput:
 
     def map(self) -> Any:
         """The stream with its new column."""
-        return map_stream(self.stream, self.scorer, self.options, self.columns)
+        return map_stream(self.stream, self.had, self.columns, self.scorer, self.options)
+
+    def score(self) -> Predictions:
+        """Refused: nobody has all rows of a stream."""
+        raise _not_one_dataset(type(self.stream))
 
     def select(self, budget: Budget) -> StreamSelection:
         """What a budget keeps."""
@@ -133,12 +149,19 @@ class StreamInput:
             logger.warning(
                 "The stream's column `%s` is not used: its rows are scored as they are read.", INFLUENCE_COLUMN
             )
-        return select_stream(self.stream, self.scorer, self.options, budget, self.label_std)
+        return select_stream(self.stream, self.had, self.scorer, self.options, budget, self.label_std)
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInput:
-    """A dataset that is opened, how it is scored, and what was scored before."""
+    """A dataset that is opened, and what was scored before.
+
+    Attributes:
+        opened: the dataset with what scores it.
+        options: how.
+        memory: predictions of datasets that are alive.
+        label_std: standard deviation of the labels' `influence`.
+    """
 
     opened: OpenDataset
     options: Options
@@ -178,6 +201,10 @@ class DatasetInput:
         return selection
 
 
+def _not_one_dataset(kind: type) -> TypeError:
+    return TypeError(f"`score` takes one `Dataset`, got {kind.__name__}. Pass a split, or use `map`.")
+
+
 def is_stream(dataset: Any) -> bool:
     """True for a stream, False for a `Dataset`; a `TypeError` that says the way in for anything else."""
     import datasets
@@ -205,6 +232,44 @@ def is_splits(dataset: Any) -> bool:
                 ) from None
             raise TypeError(f"Split {name!r}: {error}") from None
     return True
+
+
+def _schema_of(dataset: Any) -> Any:
+    """`pyarrow.Schema` of a dataset, or the refusal of one with a transform."""
+    if dataset.format["type"] == "custom":
+        raise UnsupportedSettingError(
+            "A dataset with a transform (`set_transform`) has other rows than columns, and columns are scored. "
+            "Write what the transform makes into columns with `dataset.map`, or take it off with "
+            "`dataset.with_format(None)`."
+        )
+    return dataset.data.schema
+
+
+def _unformatted(stream: Any) -> tuple[Any, str | None]:
+    """The stream handing out plain Python values, and the format it had."""
+    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
+    return (stream if had is None else stream.with_format(None)), had
+
+
+def _schema_of_stream(stream: Any) -> Any:
+    """`pyarrow.Schema` of a stream of plain values: its features, or what its first rows look like."""
+    import pyarrow as pa
+
+    if stream.features is not None:
+        return stream.features.arrow_schema
+    rows = list(stream.take(NUM_PEEKED))
+    names = dict.fromkeys(name for row in rows for name in row)  # a later row may have more than the first
+    return pa.schema([(name, _type_of([row.get(name) for row in rows])) for name in names])
+
+
+def _type_of(values: list[Any]) -> Any:
+    """Arrow type of one column's rows; null where Arrow cannot say, so that reading the rows has to tell."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, TypeError, ValueError):
+        return pa.null()
 
 
 def _way_in(given: Any) -> str:

@@ -137,17 +137,15 @@ def _mapped_scores(opened: OpenDataset, options: Options) -> Any:
     """A dataset of the predictions alone, in `datasets`' cache or in the files that were asked for."""
     import datasets
 
-    dataset, key = opened.dataset, opened.scores_key
+    num, key = len(opened.dataset), opened.scores_key
     if options.shards_dir is None:
         return _map(opened, key, options, **options.further)
     folder, parts = Path(options.shards_dir) / key, []
-    for begin in range(0, len(dataset), options.shard_rows):
-        end = min(begin + options.shard_rows, len(dataset))
+    for begin in range(0, num, options.shard_rows):
+        end = min(begin + options.shard_rows, num)
         name = folder / f"{begin:012d}-{end:012d}.arrow"  # `datasets` moves a file to its name when it is whole
-        part = opened.with_dataset(dataset.select(range(begin, end)))
-        parts.append(
-            _map(part, f"{key}-{begin:x}-{end:x}", options, **{**options.further, "cache_file_name": str(name)})
-        )
+        more = {**options.further, "cache_file_name": str(name)}
+        parts.append(_map(opened.part(begin, end), f"{key}-{begin:x}-{end:x}", options, **more))
     return datasets.concatenate_datasets(parts)
 
 
@@ -195,7 +193,7 @@ def score_rows(opened: OpenDataset, options: Options) -> Predictions:
 
 def _scores_by_map(opened: OpenDataset, begin: int, end: int, options: Options) -> Predictions:
     """Predictions of some rows by worker processes, which hand them over in memory: no file is left behind."""
-    part = opened.with_dataset(opened.dataset.select(range(begin, end)).with_format(None))
+    part = opened.part(begin, end)
     key = f"{part.key('scores')}-{begin:x}-{end:x}"  # of what is in memory alone: no cache finds it
     return Predictions.of(_map(part, key, options, keep_in_memory=True, load_from_cache_file=False))
 

@@ -56,6 +56,10 @@ class OpenDataset:
         """Another dataset with what scores this one."""
         return dataclasses.replace(self, dataset=dataset)
 
+    def part(self, begin: int, end: int) -> OpenDataset:
+        """The rows from `begin` to before `end` as a dataset of their own."""
+        return self.with_dataset(self.dataset.select(range(begin, end)))
+
     def predict(self, begin: int, end: int) -> Predictions:
         """Predictions of the rows from one number to before another.
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.arrow import physical_rows
-from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions, Scorer
+from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions
 from mates_hf.selection.opened import OpenDataset
 
 logger = logging.getLogger(__name__)
@@ -57,15 +57,6 @@ class Scored:
         if found is None or isinstance(found, Predictions):
             return found
         return Predictions.of(found)
-
-
-def digest_of(scorer: Scorer) -> str | None:
-    """The scorer's digest; None where the influence model cannot say what it depends on."""
-    try:
-        return scorer.digest()
-    except Exception as error:  # `save_pretrained` or `digest` of a user's class
-        logger.debug("Scores are not kept for later calls: the influence model has no digest (%s).", error)
-        return None
 
 
 def record(opened: OpenDataset) -> None:

@@ -21,7 +21,7 @@ from mates_hf.display import card, html_card
 from mates_hf.prediction.score import Predictions
 from mates_hf.records import FitReport
 from mates_hf.selection.card import TAGS, selector_facts, write_card
-from mates_hf.selection.inputs import Parts, is_splits, is_stream, open_input
+from mates_hf.selection.inputs import Fitted, open_input
 from mates_hf.selection.options import SHARD_ROWS, Options, one_column
 from mates_hf.selection.result import Budget
 from mates_hf.selection.reuse import Scored
@@ -166,9 +166,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
             column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
             shard_rows=shard_rows,
         )  # fmt: skip
-        if is_splits(dataset) or is_stream(dataset):
-            raise TypeError(f"`score` takes one `Dataset`, got {type(dataset).__name__}. Pass a split, or use `map`.")
-        return self._open(dataset, options).score()
+        found: Predictions = self._open(dataset, options).score()
+        return found
 
     # --- selection ---
 
@@ -267,8 +266,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=TAGS):
 
     def _open(self, dataset: Any, options: Options) -> Any:
         """What is scored, decided once."""
-        parts = Parts(self.influence_model, self.tokenizer, self.max_length, self._scored)
-        return open_input(dataset, parts, options)
+        fitted = Fitted(self.influence_model, self.tokenizer, self.max_length, self._scored)
+        return open_input(dataset, fitted, options)
 
     # --- on disk and on the Hub ---
 

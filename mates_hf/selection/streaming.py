@@ -27,35 +27,6 @@ from mates_hf.selection.result import Budget, Ranking, share_of, temperature_uni
 
 logger = logging.getLogger(__name__)
 
-NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
-
-
-def unformatted(stream: Any) -> tuple[Any, str | None]:
-    """The stream handing out plain Python values, and the format it had."""
-    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
-    return (stream if had is None else stream.with_format(None)), had
-
-
-def stream_schema(stream: Any) -> Any:
-    """`pyarrow.Schema` of a stream: its features, or what its first rows look like."""
-    import pyarrow as pa
-
-    if stream.features is not None:
-        return stream.features.arrow_schema
-    rows = list(unformatted(stream)[0].take(NUM_PEEKED))
-    names = dict.fromkeys(name for row in rows for name in row)  # a later row may have more than the first
-    return pa.schema([(name, _type_of([row.get(name) for row in rows])) for name in names])
-
-
-def _type_of(values: list[Any]) -> Any:
-    """Arrow type of one column's rows; null where Arrow cannot say, so that reading the rows has to tell."""
-    import pyarrow as pa
-
-    try:
-        return pa.array(values).type
-    except (pa.ArrowException, TypeError, ValueError):
-        return pa.null()
-
 
 @dataclasses.dataclass(frozen=True)
 class AddInfluence:
@@ -68,14 +39,15 @@ class AddInfluence:
         return {INFLUENCE_COLUMN: self.scorer.predict_batch(batch).influence}
 
 
-def map_stream(stream: Any, scorer: Scorer, options: Options, columns: list[str]) -> Any:
+def map_stream(stream: Any, had: str | None, columns: list[str], scorer: Scorer, options: Options) -> Any:
     """The stream with a float32 `influence` column; rows keep their order and are scored when they are read.
 
     Args:
-        stream: a `datasets.IterableDataset`.
+        stream: a `datasets.IterableDataset` of plain values.
+        had: the format to hand rows out in.
+        columns: that the stream has, or its first rows where it does not say.
         scorer: what predicts.
         options: rows scored at once, and columns to remove.
-        columns: that the stream has, or its first rows where it does not say.
 
     Returns:
         The stream.
@@ -85,7 +57,6 @@ def map_stream(stream: Any, scorer: Scorer, options: Options, columns: list[str]
     """
     import datasets
 
-    plain, had = unformatted(stream)
     features = None
     removed = options.removed_from(columns)  # `datasets` would pass over a name that is in no row
     if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in removed:
@@ -95,7 +66,7 @@ def map_stream(stream: Any, scorer: Scorer, options: Options, columns: list[str]
         kept = {name: kind for name, kind in stream.features.items() if name not in removed}
         features = datasets.Features({**kept, INFLUENCE_COLUMN: datasets.Value("float32")})
     sizes: dict[str, Any] = {"batched": True, "batch_size": options.batch_size}
-    mapped = plain.map(AddInfluence(scorer), features=features, remove_columns=removed or None, **sizes)
+    mapped = stream.map(AddInfluence(scorer), features=features, remove_columns=removed or None, **sizes)
     return mapped if had is None else mapped.with_format(had)
 
 
@@ -240,11 +211,14 @@ class _Keep:
         return self.num_kept / self.num_seen
 
 
-def select_stream(stream: Any, scorer: Scorer, options: Options, budget: Budget, label_std: float) -> StreamSelection:
+def select_stream(
+    stream: Any, had: str | None, scorer: Scorer, options: Options, budget: Budget, label_std: float
+) -> StreamSelection:
     """Find the threshold of a stream; its rows are read once here and again when the selection is.
 
     Args:
-        stream: a `datasets.IterableDataset`; shuffle it first where it is ordered by source.
+        stream: a `datasets.IterableDataset` of plain values; shuffle it first where it is ordered by source.
+        had: the format to hand rows out in.
         scorer: what predicts.
         options: rows scored at once, and first rows from which the threshold of a ratio is taken.
         budget: a `threshold`, or a `ratio` with its temperature.
@@ -256,12 +230,11 @@ def select_stream(stream: Any, scorer: Scorer, options: Options, budget: Budget,
     Raises:
         ValueError: the budget needs the whole dataset, or the stream is empty.
     """
-    plain, had = unformatted(stream)
     batch_size = options.batch_size
     if budget.threshold is not None:
         rule = Rule("influence", float(np.float32(budget.threshold)))
         return StreamSelection(
-            plain, had, scorer, rule, batch_size=batch_size, num_calibration_rows=0, calibration_ratio=math.nan
+            stream, had, scorer, rule, batch_size=batch_size, num_calibration_rows=0, calibration_ratio=math.nan
         )
     if budget.ratio is None:
         raise ValueError(
@@ -269,7 +242,7 @@ def select_stream(stream: Any, scorer: Scorer, options: Options, budget: Budget,
             "end only. Use `ratio=` and `.take(k)`, or load the dataset without streaming."
         )
     parts, content = [], []
-    for batch in plain.take(options.calibration_rows).iter(batch_size):
+    for batch in stream.take(options.calibration_rows).iter(batch_size):
         parts.append(scorer.predict_batch(batch))
         content += scorer.column.identities(batch)
     if not parts:
@@ -289,5 +262,5 @@ def select_stream(stream: Any, scorer: Scorer, options: Options, budget: Budget,
         rule.threshold, rule.ranking, len(values), share, budget.ratio,
     )  # fmt: skip
     return StreamSelection(
-        plain, had, scorer, rule, batch_size=batch_size, num_calibration_rows=len(values), calibration_ratio=share
+        stream, had, scorer, rule, batch_size=batch_size, num_calibration_rows=len(values), calibration_ratio=share
     )
