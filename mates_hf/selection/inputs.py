@@ -79,13 +79,14 @@ def open_input(dataset: Any, fitted: Fitted, options: Options) -> Splits | Strea
         each = options.of_splits(dataset)
         return Splits(type(dataset), {name: open_input(dataset[name], fitted, each[name]) for name in dataset})
     if is_stream(dataset):
-        options.check_for_stream()
         stream, had = _unformatted(dataset)
         schema = _schema_of_stream(stream)
+        options.check_for_stream(list(schema.names))
         scorer = fitted.scorer(schema, options.column)
         return StreamInput(stream, had, list(schema.names), scorer, options, fitted.label_std)
-    options.check_for_dataset()
-    scorer = fitted.scorer(_schema_of(dataset), options.column)
+    schema = _schema_of(dataset)
+    options.check_for_dataset(dataset.column_names)
+    scorer = fitted.scorer(schema, options.column)
     opened = OpenDataset(dataset, scorer, scorer.known_digest(), options.batch_size)
     return DatasetInput(opened, options, fitted.memory, fitted.label_std)
 

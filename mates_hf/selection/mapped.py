@@ -105,14 +105,11 @@ def map_rows(opened: OpenDataset, options: Options) -> tuple[Any, Any]:
 
     Returns:
         The dataset with its new column, and a dataset of the predictions alone.
-
-    Raises:
-        ValueError: a column to remove is not there.
     """
     import datasets
 
     dataset = opened.dataset
-    left_out = {INFLUENCE_COLUMN, *options.removed_from(dataset.column_names)}
+    left_out = {INFLUENCE_COLUMN, *options.removed}
     kept = dataset.with_format(None).select_columns([name for name in dataset.column_names if name not in left_out])
     features = datasets.Features({**kept.features, INFLUENCE_COLUMN: datasets.Value("float32")})
     if not len(dataset):  # which `Dataset.map` and `concatenate_datasets` leave as it is

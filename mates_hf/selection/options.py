@@ -93,8 +93,16 @@ class Options:
             found[name] = dataclasses.replace(self, shards_dir=folder, for_map={**for_map, **named})
         return found
 
-    def check_for_dataset(self) -> None:
-        """Raise where `map` was given what would change what is computed, or a file beside `shards_dir`."""
+    def check_for_dataset(self, columns: list[str]) -> None:
+        """Refuse what is not for a dataset.
+
+        Args:
+            columns: those the dataset has.
+
+        Raises:
+            TypeError: an argument is unknown, is of splits, or would change what is computed.
+            ValueError: a column to remove is not there, or a file is named beside `shards_dir`.
+        """
         import datasets
 
         refuse_arguments("this is no dict of splits", cache_file_names=self.for_map.get("cache_file_names"))
@@ -112,30 +120,32 @@ class Options:
             raise ValueError(
                 "`cache_file_name` and `keep_in_memory` must not be given with `shards_dir`, which is on disk."
             )
+        self._check_removed(columns)
 
-    def check_for_stream(self) -> None:
-        """Raise a `TypeError` where something was given that only a dataset can have."""
-        refuse_arguments("this is no dict of splits", cache_file_names=self.for_map.get("cache_file_names"))
-        refuse_arguments(_STREAMED, num_proc=self.num_proc, shards_dir=self.shards_dir, **self.further)
-
-    def removed_from(self, columns: list[str]) -> list[str]:
-        """The names in `remove_columns`.
+    def check_for_stream(self, columns: list[str]) -> None:
+        """Refuse what is not for a stream.
 
         Args:
-            columns: those the dataset has, or the first rows of a stream that does not say.
-
-        Returns:
-            The names.
+            columns: those the stream has, or its first rows where it does not say.
 
         Raises:
-            ValueError: one is not there.
+            TypeError: something was given that only a dataset can have.
+            ValueError: a column to remove is not there; `datasets` would pass over it.
         """
+        refuse_arguments("this is no dict of splits", cache_file_names=self.for_map.get("cache_file_names"))
+        refuse_arguments(_STREAMED, num_proc=self.num_proc, shards_dir=self.shards_dir, **self.further)
+        self._check_removed(columns)
+
+    @property
+    def removed(self) -> list[str]:
+        """The names in `remove_columns`."""
         given = self.for_map.get("remove_columns")
-        names = [given] if isinstance(given, str) else list(given or ())
-        missing = [name for name in names if name not in columns]
+        return [given] if isinstance(given, str) else list(given or ())
+
+    def _check_removed(self, columns: list[str]) -> None:
+        missing = [name for name in self.removed if name not in columns]
         if missing:
             raise ValueError(f"`remove_columns` must be columns of the dataset, {columns}, got {missing}.")
-        return names
 
 
 def one_column(column: str | None, text_column: str | None) -> str | None:

@@ -51,17 +51,13 @@ def map_stream(stream: Any, had: str | None, columns: list[str], scorer: Scorer,
 
     Returns:
         The stream.
-
-    Raises:
-        ValueError: a column to remove is not there.
     """
     import datasets
 
     features = None
-    removed = options.removed_from(columns)  # `datasets` would pass over a name that is in no row
-    if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in removed:
+    if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in options.removed:
         logger.warning("The stream's column `%s` is replaced by this selector's predictions.", INFLUENCE_COLUMN)
-    removed = [name for name in removed if name != INFLUENCE_COLUMN]  # which is written either way
+    removed = [name for name in options.removed if name != INFLUENCE_COLUMN]  # which is written either way
     if stream.features is not None:
         kept = {name: kind for name, kind in stream.features.items() if name not in removed}
         features = datasets.Features({**kept, INFLUENCE_COLUMN: datasets.Value("float32")})
