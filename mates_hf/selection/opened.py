@@ -77,15 +77,11 @@ class OpenDataset:
         digest = hashlib.sha256()
         parts = [self.dataset._fingerprint, len(self.dataset), str(self.dataset.features), *more]
         digest.update(json.dumps(parts).encode())
-        digest.update(self._content)
+        if num := len(self.dataset):
+            digest.update(self.rows.content(fixed_positions(num, NUM_KEY_ROWS)))
         return digest.hexdigest()[:32]
 
-    @property
+    @functools.cached_property
     def scores_key(self) -> str:
         """Fingerprint of the predictions."""
         return self.key(self.sure_digest, "scores")
-
-    @functools.cached_property
-    def _content(self) -> bytes:
-        num = len(self.dataset)
-        return self.rows.content(fixed_positions(num, NUM_KEY_ROWS)) if num else b""
