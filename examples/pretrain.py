@@ -55,9 +55,9 @@ from transformers import (
 
 from mates_hf import MatesCallback, MatesConfig, ReferenceTask, load_round
 from mates_hf.data.corpus import builtin_corpus
+from mates_hf.data.scored_column import tokenizer_digest
 from mates_hf.evaluation import LmEvalCallback, check_contamination
 from mates_hf.influence.passes import mean_loss
-from mates_hf.prediction.score import tokenizer_digest
 from mates_hf.reporting.cost import run_cost
 
 DEMO = """--output_dir runs/demo --max_steps 330 --update_steps 40 --random_rounds 4 --num_probes 400

@@ -1,6 +1,6 @@
 """List columns of an Arrow table as flat numpy arrays, and the last step that makes them `TokenRows`.
 
-Place in the flow: `token_columns`, which says what columns count, reads tables through this instead of row by row.
+Place in the flow: `token_columns` reads tables through this instead of row by row.
 Trade-off: pyarrow's own `take` on list columns copies or overflows (ARROW-9773) and the row API of `datasets` builds
 Python objects, so rows are located here by chunk with numpy. Work is per touched chunk, never per row: the more rows a
 call reads, the better.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.column_types import is_list_view
 from mates_hf.data.rows import IGNORED, Piece, TokenRows, TokenSpans
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.records import IntArray
@@ -193,6 +194,27 @@ class ListColumn:
         return found
 
 
+def physical_rows(dataset: Any) -> IntArray | None:
+    """(N,) signed table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same.
+
+    A view of what the dataset holds, where that lies in one piece. `shuffle` writes it in many: a copy then, of four
+    bytes a row where that is enough.
+    """
+    indices = getattr(dataset, "_indices", None)
+    if indices is None:
+        return None
+    chunks = indices.column(0).chunks
+    if len(chunks) == 1 and chunks[0].type.bit_width == 64:
+        return np.asarray(chunks[0].to_numpy()).view(np.int64)
+    is_short = len(dataset.data) <= 2**31
+    rows: IntArray = np.empty(len(indices), np.int32 if is_short else np.int64)
+    done = 0
+    for chunk in chunks:
+        rows[done : done + len(chunk)] = chunk.to_numpy()
+        done += len(chunk)
+    return rows
+
+
 def _open_chunk(chunk: Any) -> tuple[_Chunk, bool]:
     """A chunk's arrays, and whether they are views of its memory."""
     import pyarrow as pa
@@ -240,14 +262,6 @@ def _stretch(
         return chunk.offset * size, (chunk.offset + len(chunk)) * size
     there = (ends > begins) if valid is None else (ends > begins) & valid
     return (int(begins[there].min()), int(ends[there].max())) if there.any() else (0, 0)
-
-
-def is_list_view(column_type: Any) -> bool:
-    """True for the two list types whose rows lie anywhere in their values; older pyarrow has none."""
-    import pyarrow as pa
-
-    known = [getattr(pa.types, name, None) for name in ("is_list_view", "is_large_list_view")]
-    return any(is_kind is not None and is_kind(column_type) for is_kind in known)
 
 
 def _flat_index(starts: IntArray, lengths: IntArray) -> IntArray:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.arrow import ListColumn, Ragged, assemble, effective_labels
+from mates_hf.data.arrow import ListColumn, Ragged, assemble, effective_labels, physical_rows
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, read_row, rng_state, stack_rows
+from mates_hf.data.column_types import LABELS, MASK, TOKENS, check_types, counts
 from mates_hf.data.deciding import MAX_OTHERS, deciding_column, has_gap, made_up_of
 from mates_hf.data.rare_rows import RareRows, WatchedRow, find_rare_rows
 from mates_hf.data.rows import IGNORED, TokenRows
-from mates_hf.data.token_columns import LABELS, MASK, TOKENS, aligned, check_types, counts, read_column
+from mates_hf.data.token_columns import aligned, read_column
 from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
@@ -46,52 +46,12 @@ def visible_columns(dataset: Any) -> list[str] | None:
     return list(dataset.column_names if how["output_all_columns"] else how["columns"])
 
 
-def physical_rows(dataset: Any) -> IntArray | None:
-    """(N,) signed table row of each row of a shuffled or selected `datasets.Dataset`; None where they are the same.
-
-    A view of what the dataset holds, where that lies in one piece. `shuffle` writes it in many: a copy then, of four
-    bytes a row where that is enough.
-    """
-    indices = getattr(dataset, "_indices", None)
-    if indices is None:
-        return None
-    chunks = indices.column(0).chunks
-    if len(chunks) == 1 and chunks[0].type.bit_width == 64:
-        return np.asarray(chunks[0].to_numpy()).view(np.int64)
-    is_short = len(dataset.data) <= 2**31
-    rows: IntArray = np.empty(len(indices), np.int32 if is_short else np.int64)
-    done = 0
-    for chunk in chunks:
-        rows[done : done + len(chunk)] = chunk.to_numpy()
-        done += len(chunk)
-    return rows
-
-
 def fixed_positions(num: int, size: int) -> IntArray:
     """Up to `size` sorted positions below `num`, one in each equal stretch: a function of both, in any version."""
     if num <= size:
         return np.arange(num)
     draws = [int.from_bytes(hashlib.sha256(f"{num},{j}".encode()).digest()[:8], "big") % num for j in range(size)]
     return np.unique([(j * num + draw) // size for j, draw in enumerate(draws)]).astype(np.int64)
-
-
-def stretches(lengths: IntArray, max_tokens: int) -> Iterator[slice]:
-    """Stretches of rows with at most so many tokens together, or of one row that has more.
-
-    Args:
-        lengths: (N,) int64 tokens of each row.
-        max_tokens: tokens of a stretch, at most.
-
-    Yields:
-        Slices of the N rows, one after the other.
-    """
-    ends = np.cumsum(lengths)
-    start = 0
-    while start < len(lengths):
-        before = int(ends[start] - lengths[start])
-        stop = max(int(np.searchsorted(ends, before + max_tokens, side="right")), start + 1)
-        yield slice(start, stop)
-        start = stop
 
 
 class DatasetColumns:

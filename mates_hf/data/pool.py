@@ -21,9 +21,9 @@ import numpy as np
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import PLAIN, Candidates, Reading
 from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_packing, stack_rows
-from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, stretches, visible_columns
+from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.rows import TokenRows, stretches
 from mates_hf.display import card
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.records import IntArray

@@ -12,7 +12,7 @@ Shape suffixes: N rows, T tokens over all rows, M rows of one buffer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -127,6 +127,25 @@ class TokenRows:
                 raise ValueError("`labels` must have the lengths of `input_ids`, row by row.")
             flat_labels = np.concatenate(label_rows) if label_rows else np.zeros(0, np.int64)
         return cls(values=values, offsets=offsets, labels=flat_labels)
+
+
+def stretches(lengths: npt.NDArray[np.int64], max_tokens: int) -> Iterator[slice]:
+    """Stretches of rows with at most so many tokens together, or of one row that has more.
+
+    Args:
+        lengths: (N,) int64 tokens of each row.
+        max_tokens: tokens of a stretch, at most.
+
+    Yields:
+        Slices of the N rows, one after the other.
+    """
+    ends = np.cumsum(lengths)
+    start = 0
+    while start < len(lengths):
+        before = int(ends[start] - lengths[start])
+        stop = max(int(np.searchsorted(ends, before + max_tokens, side="right")), start + 1)
+        yield slice(start, stop)
+        start = stop
 
 
 class Piece(NamedTuple):

@@ -1,8 +1,8 @@
-"""Columns that a tokenizer turns into tokens: texts and conversations, at the top of a row or inside of a struct.
+"""Values of columns that a tokenizer reads: texts and conversations, at the top of a row or inside of a struct.
 
-Place in the flow: what scoring asks about a column before it reads it. Trade-off: a conversation becomes the text that
-the tokenizer's own chat template makes of it, every token of which counts, as TRL trains it by default; which turns
-are the assistant's is not asked, because most templates do not say.
+Place in the flow: `scored_column` reads through this; `column_types` has said what the column is. Trade-off: a
+conversation becomes the text that the tokenizer's own chat template makes of it, every token of which counts, as TRL
+trains it by default; which turns are the assistant's is not asked, because most templates do not say.
 """
 
 from __future__ import annotations
@@ -11,38 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_ROLE, _CONTENT = "role", "content"
-
-
-def field_path(schema: Any, column: str) -> tuple[str, ...] | None:
-    """Names from the row down to a column.
-
-    Args:
-        schema: `pyarrow.Schema`.
-        column: a column's name, or names of nested fields with dots between them, such as `meta.text`.
-
-    Returns:
-        The names, the first of them a column; None where there is no such column.
-    """
-    import pyarrow as pa
-
-    if column in schema.names:  # also one with dots in its name, as `Dataset.flatten` makes
-        return (column,)
-    for end in (i for i, char in enumerate(column) if char == "."):
-        root, rest = column[:end], column[end + 1 :]
-        if root in schema.names and pa.types.is_struct(schema.field(root).type):
-            below = field_path(pa.schema(list(schema.field(root).type)), rest)
-            if below is not None:
-                return (root, *below)
-    return None
-
-
-def type_at(schema: Any, path: Sequence[str]) -> Any:
-    """`pyarrow.DataType` of the column at a path."""
-    kind = schema.field(path[0]).type
-    for name in path[1:]:
-        kind = kind.field(name).type
-    return kind
+from mates_hf.data.column_types import CONTENT, ROLE, is_json, is_list
 
 
 def column_at(table: Any, path: Sequence[str]) -> Any:
@@ -61,30 +30,20 @@ def python_values(column: Any) -> list[Any]:
     return [_read_json(value, column.type) for value in values] if _has_json(column.type) else values
 
 
-def _is_list(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _is_json(kind: Any) -> bool:
-    return getattr(kind, "extension_name", None) == "arrow.json"
-
-
 def _has_json(kind: Any) -> bool:
     import pyarrow as pa
 
-    if _is_list(kind):
+    if is_list(kind):
         return _has_json(kind.value_type)
-    return _is_json(kind) or (pa.types.is_struct(kind) and any(_has_json(field.type) for field in kind))
+    return is_json(kind) or (pa.types.is_struct(kind) and any(_has_json(field.type) for field in kind))
 
 
 def _read_json(value: Any, kind: Any) -> Any:
     if value is None:
         return None
-    if _is_json(kind):
+    if is_json(kind):
         return json.loads(value) if isinstance(value, (str, bytes)) else value
-    if _is_list(kind):
+    if is_list(kind):
         return [_read_json(one, kind.value_type) for one in value]
     if isinstance(value, Mapping):
         return {field.name: _read_json(value[field.name], field.type) for field in kind}
@@ -97,28 +56,6 @@ def values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
     for name in path[1:]:
         found = [None if value is None else value.get(name) for value in found]
     return found
-
-
-def is_conversation(kind: Any, name: str) -> bool:
-    """True where an Arrow column holds lists of messages with a role and a content, in either form of `datasets`.
-
-    Args:
-        kind: type of the column.
-        name: Name of the column, which decides where every value is null.
-
-    Returns:
-        True or False.
-    """
-    import pyarrow as pa
-
-    def has_both(kind: Any) -> bool:
-        return bool(pa.types.is_struct(kind)) and {_ROLE, _CONTENT} <= {field.name for field in kind}
-
-    if pa.types.is_null(kind):
-        return name == "messages"
-    if _is_list(kind):
-        return has_both(kind.value_type) or _is_json(kind.value_type)
-    return _is_json(kind) or (has_both(kind) and all(_is_list(field.type) for field in kind))
 
 
 def check_chat_template(tokenizer: Any, column: str) -> None:
@@ -168,7 +105,7 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         num = max(map(len, columns.values()), default=0)
         value = [{name: found[i] for name, found in columns.items() if i < len(found)} for i in range(num)]
     return [
-        {name: _filled(found) for name, found in message.items() if found is not None or name in (_ROLE, _CONTENT)}
+        {name: _filled(found) for name, found in message.items() if found is not None or name in (ROLE, CONTENT)}
         for message in value or []
         if message is not None
     ]

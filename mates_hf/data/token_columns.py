@@ -1,9 +1,7 @@
-"""What counts as token ids, labels and attention mask, and how rows of them are read: one answer for every way in.
+"""Rows of token ids, labels and attention masks, read one way wherever they come from.
 
-Place in the flow: `columns` (a pool's Arrow columns), `collated` (one row, also a collated one) and
-`influence/scoring` (tables, batches inside `map`, streams) all ask here. A column called `labels` or `attention_mask`
-beside `input_ids` counts as it does in training; one that cannot count is refused by its name with one sentence,
-wherever it is met.
+Place in the flow: `columns` (a pool's Arrow columns), `collated` (one row, also a collated one) and `scored_column`
+(tables, datasets, batches of streams) all read through this; `column_types` has said what each column is.
 
 What counts: lists of whole numbers; for a mask also booleans and floats that are exactly 0 or 1. A row that is null
 in `input_ids` is empty, one that is null in `labels` trains every token but its first, one that is null in
@@ -14,94 +12,27 @@ Shape suffixes: N rows, T tokens over all rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.arrow import ListColumn, Ragged, assemble, is_list_view
-from mates_hf.data.rows import TokenRows, TokenSpans
+from mates_hf.data.arrow import ListColumn, Ragged, assemble
+from mates_hf.data.column_types import LABELS, MASK, check_types, names_beside, one_value, refusal
+from mates_hf.data.rows import TokenRows, TokenSpans, stretches
 from mates_hf.records import IntArray
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-TOKENS = "input_ids"
-LABELS = "labels"
-MASK = "attention_mask"
-BESIDE = (LABELS, MASK)  # columns that say more about `TOKENS`
+_TOKENS_AT_ONCE = 1 << 22  # 9 to 23 bytes each
 
 RowName = Callable[[int], str]
 """What errors call the row at a position."""
 
 
-def names_beside(names: Collection[str], column: str) -> list[str]:
-    """Those of the columns `names` that count beside the column of token ids `column`."""
-    return [name for name in BESIDE if column == TOKENS and name in names]
-
-
-# --- what counts ---
-
-
-def holds_tokens(column_type: pa.DataType) -> bool:
-    """True for an Arrow type that can be a column of token ids: lists of whole numbers, of any kind of list."""
-    word = _value_word(column_type.value_type) if _is_list(column_type) else ""
-    return word in ("integers", "nulls")
-
-
-def holds_texts(column_type: pa.DataType) -> bool:
-    """True for every Arrow type of strings, dictionary-encoded ones included."""
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column_type):
-        column_type = column_type.value_type
-    return _value_word(column_type) == "texts"
-
-
-def counts(name: str, column_type: pa.DataType) -> bool:
-    """True where a column of this name and Arrow type can be read as what its name says."""
-    import pyarrow as pa
-
-    if pa.types.is_null(column_type) or holds_tokens(column_type):
-        return True
-    is_mask = name == MASK and _is_list(column_type)
-    return is_mask and _value_word(column_type.value_type) in ("booleans", "floats")
-
-
-def check_types(schema: pa.Schema, names: Iterable[str]) -> None:
-    """Raise a `ValueError` for the first of the columns `names` that cannot count as what it is called."""
-    for name in names:
-        kind = schema.field(name).type
-        if not counts(name, kind):
-            inner = f"lists of {_value_word(kind.value_type)}" if _is_list(kind) else _single(_value_word(kind))
-            raise refusal(name, inner)
-
-
-def refusal(name: str, got: str, where: str = "") -> ValueError:
-    """The error for what is called like a column that counts, and cannot count.
-
-    Args:
-        name: `input_ids`, `labels` or `attention_mask`, or what the column of token ids is called.
-        got: what it holds.
-        where: which row; empty where all are so.
-
-    Returns:
-        The error, to be raised.
-    """
-    must = "0 or 1 a token" if name == MASK else "one whole number a token"
-    fix = "Tokenise the texts, or name the column that holds the token ids."
-    if name in BESIDE:
-        fix = (
-            "Beside `input_ids` it counts as it does in training: give it that form, or remove or rename the column "
-            f"(`dataset.remove_columns('{name}')`) where it is something else."
-        )
-    return ValueError(f"`{name}` must be {must}, got {got}{f' ({where})' if where else ''}. {fix}")
-
-
 def one_value_refusal(name: str, value: npt.NDArray[Any], where: str) -> ValueError:
     """The refusal of a row that has one value and not a list of them."""
-    return refusal(name, _single(_array_word(value)), where)
+    return refusal(name, one_value(_array_word(value)), where)
 
 
 def length_refusal(name: str, length: int, num_tokens: int, where: str) -> ValueError:
@@ -114,35 +45,6 @@ def length_refusal(name: str, length: int, num_tokens: int, where: str) -> Value
 
 def _null_refusal(name: str, where: str) -> ValueError:
     return ValueError(f"`{name}` must not be null at a token, got a null ({where}). Remove those rows or tokens.")
-
-
-def _single(word: str) -> str:
-    return f"one value a row ({word})"
-
-
-def _is_list(column_type: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    is_kind = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, is_list_view)
-    return any(is_one(column_type) for is_one in is_kind)
-
-
-def _value_word(value_type: pa.DataType) -> str:
-    """The plural of what values of an Arrow type are, the same word as `_array_word` has for them."""
-    import pyarrow as pa
-
-    types = pa.types
-    known = {
-        "integers": (types.is_integer,),
-        "booleans": (types.is_boolean,),
-        "floats": (types.is_floating,),
-        "texts": (types.is_string, types.is_large_string, getattr(types, "is_string_view", types.is_string)),
-        "nulls": (types.is_null,),
-        "lists": (_is_list,),
-        "dicts": (types.is_struct,),
-    }
-    found = (word for word, kinds in known.items() if any(is_kind(value_type) for is_kind in kinds))
-    return next(found, str(value_type))
 
 
 def _array_word(array: npt.NDArray[Any]) -> str:
@@ -294,20 +196,47 @@ class TokenColumns:
         table: `pyarrow.Table` or that of a `datasets.Dataset`.
         column: Column of token ids. Next to `input_ids`, `labels` and `attention_mask` count as in training.
         indices: (R,) physical row of each visible row, or None where they are the same.
+        first_row: what errors call the first row.
+        vocab_size: a reader of rows in place refuses ids of this and above; None allows any.
 
     Raises:
         ValueError: a column cannot count as what it is called.
     """
 
-    def __init__(self, table: Any, column: str, indices: IntArray | None = None) -> None:
+    def __init__(
+        self,
+        table: Any,
+        column: str,
+        indices: IntArray | None = None,
+        first_row: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
         names = names_beside(table.column_names, column)
         check_types(table.schema, [column, *names])
         self._tokens = ListColumn(table.column(column), column, indices)
         self._beside = {name: ListColumn(table.column(name), name, indices) for name in names}
+        self._first_row, self._vocab_size = first_row, vocab_size
 
     def lengths(self, ids: IntArray) -> IntArray:
         """(N,) int64 tokens of the rows `ids`, padding included."""
         return self._tokens.lengths(ids)
+
+    def parts(self, begin: int, end: int, *, in_place: bool) -> Iterator[tuple[int, TokenRows | TokenSpans]]:
+        """The rows from `begin` to before `end`, so many tokens at a time that any row length fits in memory.
+
+        Args:
+            begin: first row.
+            end: row after the last.
+            in_place: give rows where they lie, where nothing beside them says otherwise; several threads may do so.
+
+        Yields:
+            What errors call the part's first row, and the part.
+        """
+        ids = np.arange(begin, end)
+        for span in stretches(self.lengths(ids), _TOKENS_AT_ONCE):
+            part, first_row = ids[span], self._first_row + begin + span.start
+            spans = self.spans(part, first_row) if in_place else None
+            yield first_row, self.rows(part, first_row) if spans is None else spans
 
     def spans(self, ids: IntArray, first_row: int = 0) -> TokenSpans | None:
         """The rows where they lie; None where labels or padding beside them say that not every token counts.
@@ -324,10 +253,7 @@ class TokenColumns:
         """
         if LABELS in self._beside:
             return None
-
-        def row_name(i: int) -> str:
-            return f"row {i + first_row}"
-
+        row_name = _counted_from(first_row)
         if MASK in self._beside:
             mask = read_column(self._beside[MASK], ids, row_name)
             if mask.valid is not None or not mask.values.all():
@@ -336,14 +262,11 @@ class TokenColumns:
                 return None
         spans = self._tokens.spans(ids)
         refuse_unfit(self._tokens, ids, row_name)
-        return spans
+        return dataclasses.replace(spans, first_row=first_row, vocab_size=self._vocab_size)
 
     def rows(self, ids: IntArray, first_row: int = 0) -> TokenRows:
         """The rows copied, without padding and with their labels; errors call the first one `first_row`."""
-
-        def row_name(i: int) -> str:
-            return f"row {i + first_row}"
-
+        row_name = _counted_from(first_row)
         found = {name: read_column(column, ids, row_name) for name, column in self._beside.items()}
         return join(read_column(self._tokens, ids, row_name), found, row_name)
 
@@ -355,3 +278,17 @@ class TokenColumns:
             arrays = [found.values, found.offsets] if found.valid is None else [*found]
             parts += [array.astype("<i8").tobytes() for array in arrays if array is not None]
         return b"".join(parts)
+
+    def row_bytes(self, begin: int, end: int) -> list[bytes]:
+        """What each row from `begin` to before `end` holds as it is trained on, whatever integers its column has."""
+        rows = self.rows(np.arange(begin, end))
+        columns = [rows.values] if rows.labels is None else [rows.values, rows.labels]
+        is_short = all(-(2**31) <= column.min(initial=0) and column.max(initial=0) < 2**31 for column in columns)
+        kind = np.dtype("<i4" if is_short else "<i8")  # not the column's own, which a cast changes
+        flat = [column.astype(kind).tobytes() for column in columns]
+        ends = (rows.offsets * kind.itemsize).tolist()
+        return [b"".join(column[begin:end] for column in flat) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _counted_from(first_row: int) -> RowName:
+    return lambda i: f"row {i + first_row}"

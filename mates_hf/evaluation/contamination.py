@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from mates_hf.data.harness import name_of
 from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex, Overlap, find_overlaps
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.data.text_stream import is_lm_eval_task, texts_of
+from mates_hf.data.texts import is_lm_eval_task, texts_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,27 +1,209 @@
-"""What `MatesSelector` is given: datasets or what is none, sizes, columns, files of splits. Errors say the way in.
+"""What `MatesSelector` is given, opened: a dataset, a stream, or splits of either. Errors say the way in.
 
-Place in the flow: asked first by every method of the selector, before a row is read, so that `map`, `score`, `filter`
-and `select` take and refuse the same, of datasets and of streams. Trade-off: nothing is converted; a caller who has a
-data frame or a list is told the one call that makes a dataset of it.
+Place in the flow: the one place that tells these apart, refuses what is none of them, and decides which column is
+scored; what it returns maps, scores and selects without asking again. Trade-off: nothing is converted; a caller who
+has a data frame or a list is told the one call that makes a dataset of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mates_hf.data.text_columns import check_chat_template, field_path, is_conversation, type_at
+from mates_hf.data.scored_column import find_column
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.paths import expand_path
-from mates_hf.prediction.score import Scorer, find_column
+from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions, Scorer
+from mates_hf.selection.mapped import log_intercepts, map_rows, score_rows
+from mates_hf.selection.opened import OpenDataset
+from mates_hf.selection.options import Options
+from mates_hf.selection.result import Budget, Selection
+from mates_hf.selection.reuse import Scored, is_own, read_own, record
+from mates_hf.selection.streaming import StreamSelection, map_stream, select_stream
+
+logger = logging.getLogger(__name__)
 
 NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
-_ALL_ROWS = "The selector scores in batches; for few large ones take a large number."
+
+
+class Fitted(NamedTuple):
+    """What a selector scores with.
+
+    Attributes:
+        model: fitted influence model.
+        tokenizer: Tokenizer of its tokens, or None.
+        max_length: tokens a text is cut to, or None.
+        memory: what was scored before.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_length: int | None
+    memory: Scored
+
+    def scorer(self, schema: Any, column: str | None) -> Scorer:
+        """What scores this column of a dataset of this `pyarrow.Schema`."""
+        return Scorer(self.model, find_column(schema, column, self.tokenizer, self.max_length))
+
+    @property
+    def label_std(self) -> float:
+        """Standard deviation of the labels' `influence`; NaN where the model keeps no report."""
+        report = getattr(self.model, "report", None)
+        return float("nan") if report is None else float(report.label_std)
+
+
+def open_input(dataset: Any, fitted: Fitted, options: Options) -> Splits | StreamInput | DatasetInput:
+    """Decide what is scored, from which column and by what.
+
+    Args:
+        dataset: as `MatesSelector.map` was given it.
+        fitted: what the selector scores with.
+        options: how rows are scored.
+
+    Returns:
+        The dataset, the stream, or the splits of either.
+
+    Raises:
+        ValueError: there is no such column, or no tokenizer or chat template for it.
+        TypeError: this is no dataset, the column holds nothing that can be scored, or an option is not for this kind.
+        UnsupportedSettingError: a transform hides the dataset's columns.
+    """
+    if is_splits(dataset):
+        each = options.of_splits(dataset)
+        return Splits(type(dataset), {name: open_input(dataset[name], fitted, each[name]) for name in dataset})
+    if is_stream(dataset):
+        stream, had = _unformatted(dataset)
+        schema = _schema_of_stream(stream)
+        options.check_for_stream(list(schema.names))
+        scorer = fitted.scorer(schema, options.column)
+        return StreamInput(stream, had, list(schema.names), scorer, options, fitted.label_std)
+    schema = _schema_of(dataset)
+    options.check_for_dataset(dataset.column_names)
+    scorer = fitted.scorer(schema, options.column)
+    opened = OpenDataset(dataset, scorer, scorer.known_digest(), options.batch_size)
+    return DatasetInput(opened, options, fitted.memory, fitted.label_std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Datasets or streams by split, each handled by itself.
+
+    Attributes:
+        kind: class of the dict they came in.
+        inputs: by split.
+    """
+
+    kind: type
+    inputs: Mapping[str, Any]
+
+    def map(self) -> Any:
+        """A dict of the same kind."""
+        return self.kind({name: one.map() for name, one in self.inputs.items()})
+
+    def score(self) -> Predictions:
+        """Refused: predictions are of one dataset."""
+        raise _not_one_dataset(self.kind)
+
+    def select(self, budget: Budget) -> dict[str, Any]:
+        """Selections by split."""
+        return {name: one.select(budget) for name, one in self.inputs.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamInput:
+    """A stream, and what scores its rows as they are read.
+
+    Attributes:
+        stream: handing out plain Python values.
+        had: format that it had, in which what is made of it hands rows out.
+        columns: that it has, or its first rows where it does not say.
+        scorer: what predicts.
+        options: how.
+        label_std: standard deviation of the labels' `influence`.
+    """
+
+    stream: Any
+    had: str | None
+    columns: list[str]
+    scorer: Scorer
+    options: Options
+    label_std: float
+
+    def map(self) -> Any:
+        """The stream with its new column."""
+        return map_stream(self.stream, self.had, self.columns, self.scorer, self.options)
+
+    def score(self) -> Predictions:
+        """Refused: nobody has all rows of a stream."""
+        raise _not_one_dataset(type(self.stream))
+
+    def select(self, budget: Budget) -> StreamSelection:
+        """What a budget keeps."""
+        if INFLUENCE_COLUMN in self.columns:
+            logger.warning(
+                "The stream's column `%s` is not used: its rows are scored as they are read.", INFLUENCE_COLUMN
+            )
+        return select_stream(self.stream, self.had, self.scorer, self.options, budget, self.label_std)
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInput:
+    """A dataset that is opened, and what was scored before.
+
+    Attributes:
+        opened: the dataset with what scores it.
+        options: how.
+        memory: predictions of datasets that are alive.
+        label_std: standard deviation of the labels' `influence`.
+    """
+
+    opened: OpenDataset
+    options: Options
+    memory: Scored
+    label_std: float
+
+    def map(self) -> Any:
+        """The dataset with its new column."""
+        opened = self.opened
+        if INFLUENCE_COLUMN in opened.dataset.column_names and not is_own(opened):
+            logger.warning("The column `%s`, not known to be this selector's, is replaced.", INFLUENCE_COLUMN)
+        whole, scored = map_rows(opened, self.options)
+        mapped = opened.with_dataset(whole)
+        record(mapped)
+        log_intercepts(scored)
+        self.memory.keep(opened, scored)
+        if set(opened.columns) <= set(whole.column_names):
+            self.memory.keep(mapped, scored)
+        return whole
+
+    def score(self) -> Predictions:
+        """Predictions of all rows."""
+        found = score_rows(self.opened, self.options)
+        self.memory.keep(self.opened, found)
+        return found
+
+    def select(self, budget: Budget) -> Selection:
+        """What a budget keeps; nothing that is known is scored again."""
+        scored = self.memory.find(self.opened)
+        if scored is None:
+            scored = read_own(self.opened)
+            if scored is None:
+                scored = score_rows(self.opened, self.options)
+            self.memory.keep(self.opened, scored)
+        selection = Selection.make(self.opened.dataset, scored, budget, self.opened.scorer, self.label_std)
+        logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)
+        return selection
+
+
+def _not_one_dataset(kind: type) -> TypeError:
+    return TypeError(f"`score` takes one `Dataset`, got {kind.__name__}. Pass a split, or use `map`.")
 
 
 def is_stream(dataset: Any) -> bool:
@@ -53,13 +235,30 @@ def is_splits(dataset: Any) -> bool:
     return True
 
 
-def stream_schema(stream: Any) -> Any:
-    """`pyarrow.Schema` of a stream: its features, or what its first rows look like."""
+def _schema_of(dataset: Any) -> Any:
+    """`pyarrow.Schema` of a dataset, or the refusal of one with a transform."""
+    if dataset.format["type"] == "custom":
+        raise UnsupportedSettingError(
+            "A dataset with a transform (`set_transform`) has other rows than columns, and columns are scored. "
+            "Write what the transform makes into columns with `dataset.map`, or take it off with "
+            "`dataset.with_format(None)`."
+        )
+    return dataset.data.schema
+
+
+def _unformatted(stream: Any) -> tuple[Any, str | None]:
+    """The stream handing out plain Python values, and the format it had."""
+    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
+    return (stream if had is None else stream.with_format(None)), had
+
+
+def _schema_of_stream(stream: Any) -> Any:
+    """`pyarrow.Schema` of a stream of plain values: its features, or what its first rows look like."""
     import pyarrow as pa
 
     if stream.features is not None:
         return stream.features.arrow_schema
-    rows = list(unformatted(stream)[0].take(NUM_PEEKED))
+    rows = list(stream.take(NUM_PEEKED))
     names = dict.fromkeys(name for row in rows for name in row)  # a later row may have more than the first
     return pa.schema([(name, _type_of([row.get(name) for row in rows])) for name in names])
 
@@ -72,173 +271,6 @@ def _type_of(values: list[Any]) -> Any:
         return pa.array(values).type
     except (pa.ArrowException, TypeError, ValueError):
         return pa.null()
-
-
-def unformatted(stream: Any) -> tuple[Any, str | None]:
-    """The stream handing out plain Python values, and the format it had."""
-    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
-    return (stream if had is None else stream.with_format(None)), had
-
-
-def schema_of(dataset: Any) -> Any:
-    """`pyarrow.Schema` of a dataset or a stream.
-
-    Args:
-        dataset: a `Dataset` or an `IterableDataset`.
-
-    Returns:
-        The schema.
-
-    Raises:
-        TypeError: this is neither.
-        UnsupportedSettingError: a transform hides the dataset's columns.
-    """
-    if is_stream(dataset):
-        return stream_schema(dataset)
-    if dataset.format["type"] == "custom":
-        raise UnsupportedSettingError(
-            "A dataset with a transform (`set_transform`) has other rows than columns, and columns are scored. "
-            "Write what the transform makes into columns with `dataset.map`, or take it off with "
-            "`dataset.with_format(None)`."
-        )
-    return dataset.data.schema
-
-
-def make_scorer(
-    schema: Any, column: str | None, model: Any, tokenizer: Any, max_length: int | None, num_threads: int | None
-) -> Scorer:
-    """What scores a column.
-
-    Args:
-        schema: `pyarrow.Schema` of the dataset.
-        column: Column to score, as `MatesSelector.map` takes it.
-        model: fitted influence model.
-        tokenizer: Tokenizer of its tokens, or None.
-        max_length: tokens a text is cut to, or None.
-        num_threads: at most, or None.
-
-    Returns:
-        The scorer.
-
-    Raises:
-        ValueError: there is no such column, or no tokenizer or chat template for it.
-        TypeError: the column holds nothing that can be scored.
-    """
-    name, is_text = find_column(schema, column)
-    path = field_path(schema, name) or (name,)
-    is_chat = is_conversation(type_at(schema, path), name)
-    if is_text and tokenizer is None:
-        raise ValueError(
-            f"Column `{name}` holds {'conversations' if is_chat else 'texts'}, and no tokenizer is recorded with this "
-            "influence model. Pass the training tokenizer: `MatesSelector.from_pretrained(path, tokenizer=tokenizer)`."
-        )
-    if is_chat:
-        check_chat_template(tokenizer, name)
-    return Scorer(model, name, is_text, tokenizer, max_length, num_threads, is_chat, path)
-
-
-def refuse_arguments(why: str, **given: Any) -> None:
-    """Raise a `TypeError` that names the arguments which are not None, and says why they cannot be given."""
-    wrong = sorted(name for name, value in given.items() if value is not None)
-    if wrong:
-        raise TypeError(f"`{'`, `'.join(wrong)}` cannot be given: {why}.")
-
-
-def refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    """Raise a `TypeError` that names the arguments which neither `MatesSelector.map` nor `Dataset.map` has."""
-    import datasets
-
-    known = set(inspect.signature(datasets.Dataset.map).parameters)
-    wrong = sorted(set(arguments) - known)
-    if wrong:
-        raise TypeError(
-            f"`{'`, `'.join(wrong)}` cannot be given: neither `MatesSelector.map` nor `Dataset.map` of datasets "
-            f"{datasets.__version__} takes it for what it got."
-        )
-
-
-def check_sizes(batch_size: Any, num_proc: Any = None, *, shard_rows: Any = 1, calibration_rows: Any = 1) -> None:
-    """Raise a `ValueError` that names what is not a whole number of at least 1; `num_proc` may be None."""
-    given = {"batch_size": batch_size, "shard_rows": shard_rows, "calibration_rows": calibration_rows}
-    if num_proc is not None:
-        given["num_proc"] = num_proc
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            hint = f" {_ALL_ROWS}" if name == "batch_size" else ""
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.{hint}")
-
-
-def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Raise a `ValueError` where an influence model has seen ids that the tokenizer does not have."""
-    seen = getattr(model, "vocab_size", 0)
-    if isinstance(seen, int) and seen > len(tokenizer):
-        raise ValueError(
-            f"`tokenizer` must be the one the influence model was fitted with: the model has seen the id {seen - 1}, "
-            f"and the tokenizer has ids below {len(tokenizer)}."
-        )
-
-
-def one_column(column: str | None, text_column: str | None) -> str | None:
-    """The column by either of its names; a `ValueError` where both are given, a `TypeError` where it is no text."""
-    if column is not None and text_column is not None:
-        raise ValueError(
-            f"`column` and `text_column` are two names for one argument, got {column!r} and {text_column!r}. Pass one."
-        )
-    name = column if column is not None else text_column
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"`column` must be the name of one column, got {name!r}.")
-    return name
-
-
-def names_of(remove_columns: Any, columns: list[str]) -> list[str]:
-    """`remove_columns` as names.
-
-    Args:
-        remove_columns: one name, several, or None.
-        columns: those the dataset has, or the first rows of a stream that does not say.
-
-    Returns:
-        The names.
-
-    Raises:
-        ValueError: one is not there.
-    """
-    names = [remove_columns] if isinstance(remove_columns, str) else list(remove_columns or ())
-    missing = [name for name in names if name not in columns]
-    if missing:
-        raise ValueError(f"`remove_columns` must be columns of the dataset, {columns}, got {missing}.")
-    return names
-
-
-def files_of_splits(splits: Any, shards_dir: str | Path | None, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments of `map` that differ from split to split.
-
-    Args:
-        splits: dict of datasets.
-        shards_dir: folder that gets one for each split, or None.
-        kwargs: others of `map`; `cache_file_names` is taken out.
-
-    Returns:
-        `shards_dir` and, where files are named, `cache_file_name`, by split.
-
-    Raises:
-        TypeError: one file is named for all, or files of streams.
-        ValueError: a file is named for a split that is not there.
-    """
-    files = kwargs.pop("cache_file_names", None)
-    refuse_arguments(
-        "one file cannot hold several splits (`cache_file_names={split: file}` names one for each)",
-        cache_file_name=kwargs.get("cache_file_name"),
-    )
-    if files is not None and not (isinstance(files, Mapping) and set(files) <= set(splits)):
-        raise ValueError(f"`cache_file_names` must be a dict of files by split ({list(splits)}), got {files!r}.")
-    found: dict[str, dict[str, Any]] = {}
-    for name in splits:
-        found[name] = {"shards_dir": None if shards_dir is None else Path(shards_dir) / str(name)}
-        file = (files or {}).get(name)
-        if file is not None:
-            found[name]["cache_file_name"] = str(file)
-    return found
 
 
 def _way_in(given: Any) -> str:

@@ -353,12 +353,12 @@ class Selection:
 
     def _spans(self, i: int) -> list[dict[str, Any]]:
         """Predictions of the row's stretches; each begins with the token before its first target."""
-        ids, labels = self.scorer.rows_of(self.dataset, np.array([i])).row(0)
+        ids, labels = self.scorer.column.open(self.dataset).rows(np.array([i])).row(0)
         cuts = range(0, max(len(ids) - 1, 0), SPAN_TARGETS)
         parts = [slice(cut, cut + SPAN_TARGETS + 1) for cut in cuts]
         rows = TokenRows.from_lists([ids[part].tolist() for part in parts], [labels[part].tolist() for part in parts])
         influence, num_targets = self.scorer.predict(rows)
-        tokenizer = self.scorer.tokenizer
+        tokenizer = self.scorer.column.tokenizer
         return [
             {
                 "num_targets": int(num_targets[j]),

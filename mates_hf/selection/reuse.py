@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.data.columns import physical_rows
-from mates_hf.prediction.score import Predictions, Scorer
-from mates_hf.selection.mapped import AHEAD_ROWS, SHARD_ROWS, scores_key
-from mates_hf.selection.streaming import INFLUENCE_COLUMN
+from mates_hf.data.arrow import physical_rows
+from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions
+from mates_hf.selection.opened import OpenDataset
 
 logger = logging.getLogger(__name__)
 
 _RECORD = "mates_hf:influence"  # in `DatasetInfo.download_checksums`, which `save_to_disk` keeps
+_ROWS_AT_ONCE = 4096  # are hashed
 _MOST_HASHED = 32  # table rows for each visible one: of a few rows picked from a large table, scoring is the cheaper
 
 
@@ -36,73 +36,56 @@ class Scored:
     def __init__(self) -> None:
         self._found: dict[str, Any] = {}
 
-    def keep(self, dataset: Any, scorer: Scorer, digest: str | None, scored: Any) -> None:
+    def keep(self, opened: OpenDataset, scored: Any) -> None:
         """Remember predictions.
 
         Args:
-            dataset: what was scored; what is kept goes when this object does.
-            scorer: what predicted.
-            digest: Digest of the scorer; None keeps nothing.
+            opened: what was scored; what is kept goes when its dataset does. A scorer without digest keeps nothing.
             scored: `Predictions`, or a dataset with their columns, which may lie on disk.
         """
-        if digest is None or not len(dataset):
+        if opened.digest is None or not len(opened.dataset):
             return
-        key = scores_key(dataset, scorer, digest)
+        key = opened.scores_key
         self._found[key] = scored
-        weakref.finalize(dataset, self._found.pop, key, None).atexit = False
+        weakref.finalize(opened.dataset, self._found.pop, key, None).atexit = False
 
-    def find(self, dataset: Any, scorer: Scorer, digest: str | None) -> Predictions | None:
+    def find(self, opened: OpenDataset) -> Predictions | None:
         """Predictions of this dataset by this scorer, or None."""
-        if digest is None or not self._found or not len(dataset):
+        if opened.digest is None or not self._found or not len(opened.dataset):
             return None
-        found = self._found.get(scores_key(dataset, scorer, digest))
+        found = self._found.get(opened.scores_key)
         if found is None or isinstance(found, Predictions):
             return found
-        return Predictions(*(found.data.column(name).to_numpy() for name in Predictions._fields))
+        return Predictions.of(found)
 
 
-def digest_of(scorer: Scorer) -> str | None:
-    """The scorer's digest; None where the influence model cannot say what it depends on."""
-    try:
-        return scorer.digest()
-    except Exception as error:  # `save_pretrained` or `digest` of a user's class
-        logger.debug("Scores are not kept for later calls: the influence model has no digest (%s).", error)
-        return None
+def record(opened: OpenDataset) -> None:
+    """Write into a mapped dataset's info, which is its own, whose predictions its `influence` column holds."""
+    info, num = opened.dataset.info, len(opened.dataset)
+    whose = {"num_bytes": None, "checksum": opened.digest, "num_rows": num, "rows": _digest_of_rows(opened)}
+    info.download_checksums = {**(info.download_checksums or {}), _RECORD: whose}
 
 
-def record(dataset: Any, scorer: Scorer, digest: str) -> None:
-    """Write into a mapped dataset's info whose predictions its `influence` column holds, and of which rows.
-
-    Args:
-        dataset: with the column, and with an info that is its own.
-        scorer: what predicted.
-        digest: Digest of the scorer.
-    """
-    whose = {"num_bytes": None, "checksum": digest, "num_rows": len(dataset), "rows": _digest_of_rows(dataset, scorer)}
-    dataset.info.download_checksums = {**(dataset.info.download_checksums or {}), _RECORD: whose}
-
-
-def is_own(dataset: Any, digest: str | None) -> bool:
+def is_own(opened: OpenDataset) -> bool:
     """True where the `influence` column is recorded as this scorer's."""
-    return digest is not None and INFLUENCE_COLUMN in dataset.column_names and _found(dataset)["checksum"] == digest
+    is_there = INFLUENCE_COLUMN in opened.dataset.column_names
+    return opened.digest is not None and is_there and _found(opened.dataset)["checksum"] == opened.digest
 
 
-def read_own(dataset: Any, scorer: Scorer, digest: str | None, batch_size: int) -> Predictions | None:
+def read_own(opened: OpenDataset) -> Predictions | None:
     """Predictions from the dataset's `influence` column; targets are counted, which needs no model.
 
     Args:
-        dataset: a `Dataset`.
-        scorer: what would predict.
-        digest: Digest of the scorer.
-        batch_size: texts tokenised at once.
+        opened: the dataset, and what would predict.
 
     Returns:
         The predictions; None, after a warning, where the column is another's or no longer fits its rows, and None
         where there is no such column, or not every row it was written for is there to compare.
     """
+    dataset = opened.dataset
     if INFLUENCE_COLUMN not in dataset.column_names or not len(dataset):
         return None
-    if not is_own(dataset, digest):
+    if not is_own(opened):
         logger.warning(
             "The dataset's column `%s` is not known to be this selector's, so it is not used: the rows are scored "
             "anew. To choose by the column itself, use `dataset.sort` or `dataset.filter`.", INFLUENCE_COLUMN,
@@ -117,16 +100,14 @@ def read_own(dataset: Any, scorer: Scorer, digest: str | None, batch_size: int) 
         )  # fmt: skip
         return None
     is_whole = str(column.type) == "float" and not column.null_count
-    if not is_whole or _digest_of_rows(dataset, scorer) != found["rows"]:
+    if not is_whole or _digest_of_rows(opened) != found["rows"]:
         logger.warning(
             "The dataset's column `%s` no longer fits its rows, of which at least one was changed after they were "
             "scored: all are scored anew.", INFLUENCE_COLUMN,
         )  # fmt: skip
         return None
     influence = column.to_numpy()
-    step = batch_size if scorer.is_text else SHARD_ROWS
-    starts = range(0, len(dataset), step)
-    counts = [scorer.rows_of(dataset, np.arange(i, min(i + step, len(dataset)))).num_targets for i in starts]
+    counts = [part.num_targets for _, part in opened.rows.parts(0, len(dataset), in_place=True)]
     logger.info("The column `%s` of this selector is used; no row is predicted again.", INFLUENCE_COLUMN)
     influence = influence if rows is None else influence[rows]
     return Predictions(np.asarray(influence, np.float32), np.concatenate(counts))
@@ -138,19 +119,19 @@ def _found(dataset: Any) -> dict[str, Any]:
     return {name: found.get(name) for name in ("checksum", "num_rows", "rows")}
 
 
-def _digest_of_rows(dataset: Any, scorer: Scorer) -> str | None:
+def _digest_of_rows(opened: OpenDataset) -> str | None:
     """Sum over the rows of a dataset's table, in whatever order, of a hash of what is scored and its influence.
 
     None where the scored column is not there.
     """
-    table = dataset.data
-    names = scorer.columns_of(table.column_names)
-    if scorer.names[0] not in names:
+    column, table, total = opened.scorer.column, opened.dataset.data, 0
+    names = column.names_among(table.column_names)
+    if column.path[0] not in names:
         return None
-    table, total = table.select([*names, INFLUENCE_COLUMN]), 0
-    for begin in range(0, table.num_rows, AHEAD_ROWS):
-        part = table.fast_slice(begin, min(AHEAD_ROWS, table.num_rows - begin))
+    table = table.select([*names, INFLUENCE_COLUMN])
+    for begin in range(0, table.num_rows, _ROWS_AT_ONCE):
+        part = table.fast_slice(begin, min(_ROWS_AT_ONCE, table.num_rows - begin))
         values = part.column(INFLUENCE_COLUMN).to_numpy().astype("<f4").view("V4").tolist()
-        for content, value in zip(scorer.row_bytes(part), values, strict=True):
+        for content, value in zip(column.open_table(part).row_bytes(0, part.num_rows), values, strict=True):
             total += int.from_bytes(hashlib.blake2b(value + content, digest_size=8).digest(), "little")
     return f"{total % 2**64:016x}"

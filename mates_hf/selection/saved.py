@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mates_hf.data.scored_column import tokenizer_digest
 from mates_hf.disk import COPY_AGAIN, read_json, sha256_of, write_json
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.prediction.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE, library_version, load_influence_model
-from mates_hf.prediction.score import tokenizer_digest
 from mates_hf.round_files import ROUND_FILE, find_rounds
 
 SELECTOR_FILE = "selector.json"

@@ -10,7 +10,6 @@ Sign: influence > 0 helps, higher is better. Shape suffix: N rows.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,32 +18,18 @@ from huggingface_hub import ModelCard, ModelHubMixin
 
 from mates_hf.data.arguments import check_influence_model
 from mates_hf.display import card, html_card
-from mates_hf.prediction.score import Predictions, Scorer
+from mates_hf.prediction.score import Predictions
 from mates_hf.records import FitReport
 from mates_hf.selection.card import TAGS, label_unit, selector_facts, write_card
-from mates_hf.selection.inputs import (
-    check_sizes,
-    check_tokenizer,
-    files_of_splits,
-    is_splits,
-    is_stream,
-    make_scorer,
-    one_column,
-    refuse_arguments,
-    schema_of,
-)
-from mates_hf.selection.mapped import SHARD_ROWS, log_intercepts, map_rows, score_rows
-from mates_hf.selection.result import Budget, Selection
-from mates_hf.selection.reuse import Scored, digest_of, is_own, read_own, record
+from mates_hf.selection.inputs import Fitted, open_input
+from mates_hf.selection.options import SHARD_ROWS, Options, one_column
+from mates_hf.selection.result import Budget
+from mates_hf.selection.reuse import Scored
 from mates_hf.selection.saved import open_selector, write_selector
-from mates_hf.selection.streaming import INFLUENCE_COLUMN, StreamSelection, map_stream, select_stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-logger = logging.getLogger(__name__)
-
-_STREAMED = "a stream is scored in the process that reads it, as it is read"
 _NO_LENGTH = 10**9  # a tokenizer without a maximum says 10**30
 
 
@@ -86,7 +71,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         if self.tokenizer is not None:
             if max_length is None and self.tokenizer.model_max_length < _NO_LENGTH:
                 max_length = int(self.tokenizer.model_max_length)
-            check_tokenizer(self.tokenizer, influence_model)
+            _check_tokenizer(self.tokenizer, influence_model)
         self.max_length = max_length
         self._scored = Scored()
 
@@ -141,31 +126,11 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             TypeError: the column holds neither texts nor tokens, or this is no dataset.
             UnsupportedSettingError: a transform hides the dataset's columns.
         """
-        column = one_column(column, text_column)
-        check_sizes(batch_size, num_proc, shard_rows=shard_rows)
-        options: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
-        if is_splits(dataset):
-            files = files_of_splits(dataset, shards_dir, kwargs)
-            kwargs = {"column": column, **options, **kwargs}
-            return type(dataset)({name: self.map(dataset[name], **files[name], **kwargs) for name in dataset})
-        refuse_arguments("this is no dict of splits", cache_file_names=kwargs.pop("cache_file_names", None))
-        schema = schema_of(dataset)
-        if is_stream(dataset):
-            remove_columns = kwargs.pop("remove_columns", None)
-            refuse_arguments(_STREAMED, num_proc=num_proc, shards_dir=shards_dir, **kwargs)
-            return map_stream(dataset, self._scorer(schema, column), batch_size, remove_columns, list(schema.names))
-        scorer = self._scorer(schema, column, num_proc)
-        digest = scorer.digest()
-        if INFLUENCE_COLUMN in dataset.column_names and not is_own(dataset, digest):
-            logger.warning("The column `%s`, not known to be this selector's, is replaced.", INFLUENCE_COLUMN)
-        kwargs = {"digest": digest, "info": dataset.info, **options, **kwargs}
-        whole, scored = map_rows(dataset, scorer, shards_dir=shards_dir, **kwargs)
-        record(whole, scorer, digest)
-        log_intercepts(scored)
-        self._scored.keep(dataset, scorer, digest, scored)
-        if set(scorer.columns_of(dataset.column_names)) <= set(whole.column_names):
-            self._scored.keep(whole, scorer, digest, scored)
-        return whole
+        options = Options(
+            column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
+            shard_rows=shard_rows, for_map=kwargs,
+        )  # fmt: skip
+        return self._open(dataset, options).map()
 
     def score(
         self,
@@ -197,14 +162,11 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             TypeError: the column holds neither texts nor tokens, or this is no `Dataset`.
             UnsupportedSettingError: a transform hides the dataset's columns.
         """
-        column = one_column(column, text_column)
-        check_sizes(batch_size, num_proc, shard_rows=shard_rows)
-        if is_splits(dataset) or is_stream(dataset):
-            raise TypeError(f"`score` takes one `Dataset`, got {type(dataset).__name__}. Pass a split, or use `map`.")
-        scorer = self._scorer(schema_of(dataset), column, num_proc)
-        sizes: dict[str, Any] = {"batch_size": batch_size, "num_proc": num_proc, "shard_rows": shard_rows}
-        found = score_rows(dataset, scorer, shards_dir=shards_dir, **sizes)
-        self._scored.keep(dataset, scorer, digest_of(scorer), found)
+        options = Options(
+            column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
+            shard_rows=shard_rows,
+        )  # fmt: skip
+        found: Predictions = self._open(dataset, options).score()
         return found
 
     # --- selection ---
@@ -296,47 +258,16 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         budget = Budget(
             ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
         ).of_labels(label_unit(self._report, self.origin))
-        column = one_column(column, text_column)
-        check_sizes(batch_size, num_proc, calibration_rows=calibration_rows)
-        options: dict[str, Any] = {"column": column, "batch_size": batch_size, "num_proc": num_proc}
-        if not is_splits(dataset):
-            return self._select(dataset, budget, shards_dir=shards_dir, calibration_rows=calibration_rows, **options)
-        files = files_of_splits(dataset, shards_dir, {})
-        options["calibration_rows"] = calibration_rows
-        return {name: self._select(dataset[name], budget, **files[name], **options) for name in dataset}
+        options = Options(
+            column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
+            calibration_rows=calibration_rows,
+        )  # fmt: skip
+        return self._open(dataset, options).select(budget)
 
-    def _select(
-        self, dataset: Any, budget: Budget, *, batch_size: int, calibration_rows: int, **options: Any
-    ) -> Selection | StreamSelection:
-        """One split."""
-        label_std = float("nan") if self._report is None else self._report.label_std
-        schema, column = schema_of(dataset), options.pop("column")
-        if is_stream(dataset):
-            refuse_arguments(_STREAMED, num_proc=options["num_proc"], shards_dir=options["shards_dir"])
-            if INFLUENCE_COLUMN in schema.names:
-                logger.warning(
-                    "The stream's column `%s` is not used: its rows are scored as they are read.", INFLUENCE_COLUMN
-                )
-            scorer = self._scorer(schema, column)
-            sizes = {"batch_size": batch_size, "calibration_rows": calibration_rows}
-            return select_stream(dataset, scorer, budget, label_std, **sizes)
-        scorer = self._scorer(schema, column)
-        digest = digest_of(scorer)
-        scored = self._scored.find(dataset, scorer, digest)
-        if scored is None:
-            scored = read_own(dataset, scorer, digest, batch_size)
-            if scored is None:
-                worker = self._scorer(schema, column, options["num_proc"])
-                scored = score_rows(dataset, worker, batch_size=batch_size, **options)
-            self._scored.keep(dataset, scorer, digest, scored)
-        selection = Selection.make(dataset, scored, budget, scorer, label_std)
-        logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)
-        return selection
-
-    def _scorer(self, schema: Any, column: str | None, num_proc: int | None = None) -> Scorer:
-        """What scores a dataset of this schema, or an error."""
-        threads = 1 if num_proc else None
-        return make_scorer(schema, column, self.influence_model, self.tokenizer, self.max_length, threads)
+    def _open(self, dataset: Any, options: Options) -> Any:
+        """What is scored, decided once."""
+        fitted = Fitted(self.influence_model, self.tokenizer, self.max_length, self._scored)
+        return open_input(dataset, fitted, options)
 
     # --- on disk and on the Hub ---
 
@@ -398,3 +329,13 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         """
         tokenizer = None if self.tokenizer is None else type(self.tokenizer).__name__
         return ModelCard(write_card(type(self.influence_model).__name__, self._report, self.origin, tokenizer))
+
+
+def _check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Raise a `ValueError` where an influence model has seen ids that the tokenizer does not have."""
+    seen = getattr(model, "vocab_size", 0)
+    if isinstance(seen, int) and seen > len(tokenizer):
+        raise ValueError(
+            f"`tokenizer` must be the one the influence model was fitted with: the model has seen the id {seen - 1}, "
+            f"and the tokenizer has ids below {len(tokenizer)}."
+        )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -22,13 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.display import card, html_card, number
-from mates_hf.prediction.score import Predictions, Scorer
-from mates_hf.selection.inputs import names_of, unformatted
+from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions, Scorer
+from mates_hf.selection.options import Options
 from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
 
 logger = logging.getLogger(__name__)
-
-INFLUENCE_COLUMN = "influence"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,38 +39,30 @@ class AddInfluence:
         return {INFLUENCE_COLUMN: self.scorer.predict_batch(batch).influence}
 
 
-def map_stream(
-    stream: Any, scorer: Scorer, batch_size: int, remove_columns: str | list[str] | None, columns: list[str]
-) -> Any:
+def map_stream(stream: Any, had: str | None, columns: list[str], scorer: Scorer, options: Options) -> Any:
     """The stream with a float32 `influence` column; rows keep their order and are scored when they are read.
 
     Args:
-        stream: a `datasets.IterableDataset`.
-        scorer: what predicts.
-        batch_size: rows scored at once.
-        remove_columns: one name or several.
+        stream: a `datasets.IterableDataset` of plain values.
+        had: the format to hand rows out in.
         columns: that the stream has, or its first rows where it does not say.
+        scorer: what predicts.
+        options: rows scored at once, and columns to remove.
 
     Returns:
         The stream.
-
-    Raises:
-        ValueError: a column to remove is not there.
     """
     import datasets
 
-    plain, had = unformatted(stream)
     features = None
-    removed = names_of(remove_columns, columns)  # `datasets` would pass over a name that is in no row
-    if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in removed:
+    if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in options.removed:
         logger.warning("The stream's column `%s` is replaced by this selector's predictions.", INFLUENCE_COLUMN)
-    removed = [name for name in removed if name != INFLUENCE_COLUMN]  # which is written either way
+    removed = [name for name in options.removed if name != INFLUENCE_COLUMN]  # which is written either way
     if stream.features is not None:
         kept = {name: kind for name, kind in stream.features.items() if name not in removed}
         features = datasets.Features({**kept, INFLUENCE_COLUMN: datasets.Value("float32")})
-    mapped = plain.map(
-        AddInfluence(scorer), batched=True, batch_size=batch_size, features=features, remove_columns=removed or None
-    )
+    sizes: dict[str, Any] = {"batched": True, "batch_size": options.batch_size}
+    mapped = stream.map(AddInfluence(scorer), features=features, remove_columns=removed or None, **sizes)
     return mapped if had is None else mapped.with_format(had)
 
 
@@ -95,7 +84,7 @@ class Rule:
     noise: float = 0.0
     seed: int = 0
 
-    def values(self, scored: Predictions, content: list[Any]) -> npt.NDArray[np.float64]:
+    def values(self, scored: Predictions, content: list[bytes]) -> npt.NDArray[np.float64]:
         """(N,) float64 what rows are ranked by; -inf where a row budget meets a row without targets."""
         values = scored.influence.astype(np.float64)
         if self.ranking == "row_worth":
@@ -104,24 +93,14 @@ class Rule:
         return values + self.noise * _gumbel(content, self.seed) if self.noise else values
 
 
-def _gumbel(content: list[Any], seed: int) -> npt.NDArray[np.float64]:
+def _gumbel(content: list[bytes], seed: int) -> npt.NDArray[np.float64]:
     """(N,) Gumbel(0, 1) noise that depends on the seed and a row's content, not on where it stands in the stream."""
     key = int(seed).to_bytes(8, "little")
     drawn = np.empty(len(content), np.float64)
     for i, row in enumerate(content):
-        data = _bytes_of(row)
-        word = int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+        word = int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little")
         drawn[i] = -math.log(-math.log((word + 0.5) / 2.0**64))
     return drawn
-
-
-def _bytes_of(row: Any) -> bytes:
-    """What a row's text, tokens or conversation is known by."""
-    if isinstance(row, str):
-        return row.encode()
-    if isinstance(row, Mapping) or (isinstance(row, (list, tuple)) and row and isinstance(row[0], Mapping)):
-        return json.dumps(row, sort_keys=True, default=str).encode()
-    return np.asarray([] if row is None else row, np.int64).tobytes()
 
 
 class StreamSelection:
@@ -214,7 +193,7 @@ class _Keep:
         self._next_report = 10_000
 
     def __call__(self, batch: Mapping[str, Any]) -> list[bool]:
-        values = self.rule.values(self.scorer.predict_batch(batch), self.scorer.values_of(batch))
+        values = self.rule.values(self.scorer.predict_batch(batch), self.scorer.column.identities(batch))
         kept = values >= self.rule.threshold
         self.num_seen += len(kept)
         self.num_kept += int(kept.sum())
@@ -229,17 +208,17 @@ class _Keep:
 
 
 def select_stream(
-    stream: Any, scorer: Scorer, budget: Budget, label_std: float, *, batch_size: int, calibration_rows: int
+    stream: Any, had: str | None, scorer: Scorer, options: Options, budget: Budget, label_std: float
 ) -> StreamSelection:
     """Find the threshold of a stream; its rows are read once here and again when the selection is.
 
     Args:
-        stream: a `datasets.IterableDataset`; shuffle it first where it is ordered by source.
+        stream: a `datasets.IterableDataset` of plain values; shuffle it first where it is ordered by source.
+        had: the format to hand rows out in.
         scorer: what predicts.
+        options: rows scored at once, and first rows from which the threshold of a ratio is taken.
         budget: a `threshold`, or a `ratio` with its temperature.
         label_std: standard deviation of the labels' `influence`, for a temperature.
-        batch_size: rows scored at once.
-        calibration_rows: first rows from which the threshold of a ratio is taken.
 
     Returns:
         The selection.
@@ -247,11 +226,11 @@ def select_stream(
     Raises:
         ValueError: the budget needs the whole dataset, or the stream is empty.
     """
-    plain, had = unformatted(stream)
+    batch_size = options.batch_size
     if budget.threshold is not None:
         rule = Rule("influence", float(np.float32(budget.threshold)))
         return StreamSelection(
-            plain, had, scorer, rule, batch_size=batch_size, num_calibration_rows=0, calibration_ratio=math.nan
+            stream, had, scorer, rule, batch_size=batch_size, num_calibration_rows=0, calibration_ratio=math.nan
         )
     if budget.ratio is None:
         raise ValueError(
@@ -259,12 +238,12 @@ def select_stream(
             "end only. Use `ratio=` and `.take(k)`, or load the dataset without streaming."
         )
     parts, content = [], []
-    for batch in plain.take(calibration_rows).iter(batch_size):
+    for batch in stream.take(options.calibration_rows).iter(batch_size):
         parts.append(scorer.predict_batch(batch))
-        content += scorer.values_of(batch)
+        content += scorer.column.identities(batch)
     if not parts:
         raise ValueError("The stream must have rows, got none. Check its files and filters.")
-    scored = Predictions(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    scored = Predictions.joined(parts)
     noise = 0.0
     if budget.temperature:
         noise = budget.temperature * temperature_unit(scored.num_targets, budget.ranking, label_std)
@@ -279,5 +258,5 @@ def select_stream(
         rule.threshold, rule.ranking, len(values), share, budget.ratio,
     )  # fmt: skip
     return StreamSelection(
-        plain, had, scorer, rule, batch_size=batch_size, num_calibration_rows=len(values), calibration_ratio=share
+        stream, had, scorer, rule, batch_size=batch_size, num_calibration_rows=len(values), calibration_ratio=share
     )

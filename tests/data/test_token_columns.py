@@ -15,9 +15,10 @@ from transformers import default_data_collator
 
 from mates_hf.data.arrow import _NUM_CONVERTED, ListColumn
 from mates_hf.data.collated import read_row
+from mates_hf.data.column_types import counts, holds_texts, holds_tokens
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import IGNORED, TokenRows
-from mates_hf.data.token_columns import TokenColumns, counts, holds_texts, holds_tokens, read_batch
+from mates_hf.data.token_columns import TokenColumns, read_batch
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import fit_model
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.data.text_stream import texts_of
+from mates_hf.data.texts import texts_of
 from mates_hf.evaluation.contamination import ContaminationReport, check_contamination
 
 NUM_POOL, NUM_REFERENCE, NUM_SCIQ, NUM_PIQA = 60, 20, 15, 10

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import processors
 
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.data.text_stream import texts_of
+from mates_hf.data.texts import texts_of
 from mates_hf.evaluation import Evaluator, check_contamination
 from mates_hf.evaluation.evaluator import flat_metrics
 from mates_hf.evaluation.live import longest_input

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from mates_hf.data.arrow import ListColumn
 from mates_hf.data.rows import IGNORED, Piece, TokenRows, TokenSpans
+from mates_hf.data.scored_column import Conversations, ScoredColumn, Texts, TokenIds, find_column, tokenizer_digest
 from mates_hf.errors import InfluenceError, MatesError
 from mates_hf.prediction import threads
 from mates_hf.prediction.artifacts import load_influence_model, model_digest
 from mates_hf.prediction.ngram import kernels
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
-from mates_hf.prediction.score import Scorer, find_column, rows_of_lists, tokenizer_digest
+from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.selection.selector import MatesSelector
-from tests.selection.selector_kit import MeanId, fit_model, make_lists
+from tests.selection.selector_kit import MeanId, fit_model, make_lists, with_template
 
 NO_STRING_VIEWS = pytest.mark.skipif(not hasattr(pa, "string_view"), reason="this pyarrow has no string views")
 TABLES = tuple(np.random.default_rng(0).normal(size=size).astype(np.float32) for size in (50, 50, 2**8))
@@ -29,6 +30,18 @@ TABLES = tuple(np.random.default_rng(0).normal(size=size).astype(np.float32) for
 @pytest.fixture(scope="module")
 def fitted() -> NgramInfluenceModel:
     return fit_model()
+
+
+def tokens(model: Any, tokenizer: Any = None) -> Scorer:
+    return Scorer(model, TokenIds("input_ids", ("input_ids",), tokenizer))
+
+
+def texts_of(model: Any, tokenizer: Any, max_length: int | None = None) -> Scorer:
+    return Scorer(model, Texts("text", ("text",), tokenizer, max_length))
+
+
+def predicted(scorer: Scorer, table: pa.Table, first_row: int = 0) -> Predictions:
+    return scorer.predict_rows(scorer.column.open_table(table, first_row), 0, table.num_rows)
 
 
 def alone(model: Any, lists: list[list[int]]) -> np.ndarray:
@@ -119,46 +132,46 @@ def test_columns_beside_the_tokens_count_as_in_training(fitted: NgramInfluenceMo
     lists = make_lists(20, seed=3)
     labels = [[IGNORED if i % 3 else token for i, token in enumerate(ids)] for ids in lists]
     table = pa.table({"input_ids": lists, "labels": labels})
-    scorer = Scorer(fitted, "input_ids", False)
+    scorer = tokens(fitted)
     dataset = datasets.Dataset.from_dict({"input_ids": lists, "labels": labels})
-    found = scorer.predict_table(table)
+    found = predicted(scorer, table)
     assert np.array_equal(found.influence, fitted.predict(dataset))
     assert found.num_targets.tolist() == [sum(label != IGNORED for label in row[1:]) for row in labels]
-    plain = scorer.predict_table(table.select(["input_ids"])).influence
+    plain = predicted(scorer, table.select(["input_ids"])).influence
     assert not np.array_equal(found.influence, plain)
     full = pa.table({"input_ids": lists, "attention_mask": [[1] * len(ids) for ids in lists]})
-    assert np.array_equal(scorer.predict_table(full).influence, plain)
+    assert np.array_equal(predicted(scorer, full).influence, plain)
     padded = pa.table(
         {
             "input_ids": [[0, 0, *ids] for ids in lists],
             "attention_mask": [[0, 0] + [1] * len(ids) for ids in lists],
         }
     )
-    assert np.array_equal(scorer.predict_table(padded).influence, plain)
+    assert np.array_equal(predicted(scorer, padded).influence, plain)
     cut = pa.table({"input_ids": lists, "attention_mask": [[1]] * len(lists)})
     with pytest.raises(ValueError, match="`attention_mask` must be as long as `input_ids`.*row 5"):
-        scorer.predict_table(cut, first_row=5)
+        predicted(scorer, cut, first_row=5)
     batch = {"input_ids": lists, "labels": labels}
     assert np.array_equal(scorer.predict_batch(batch).influence, found.influence)
 
 
 def test_a_model_of_rows_gets_rows(tiny_tokenizer: Any) -> None:
     lists = [[3, 4, 5], [], [9]]
-    scorer = Scorer(MeanId(), "input_ids", False, tiny_tokenizer)
-    assert scorer.predict_table(pa.table({"input_ids": [*lists, None]})).influence.tolist() == [4.0, 0.0, 9.0, 0.0]
+    scorer = tokens(MeanId(), tiny_tokenizer)
+    assert predicted(scorer, pa.table({"input_ids": [*lists, None]})).influence.tolist() == [4.0, 0.0, 9.0, 0.0]
     for wrong in ([[3, 64]], [[3, -1]]):
         with pytest.raises(ValueError, match="from 0 to below 64, got .* in row 1"):
-            scorer.predict_table(pa.table({"input_ids": [[], *wrong]}))
+            predicted(scorer, pa.table({"input_ids": [[], *wrong]}))
 
 
 def test_a_text_is_exactly_its_tokens_truncated(fitted: NgramInfluenceModel, tiny_tokenizer: Any) -> None:
     texts = ["w3 w7 w9 w40", "", None, "w7 nothing w7", " ".join(["w7", "w9"] * 30)]
-    scorer = Scorer(fitted, "text", True, tiny_tokenizer, max_length=6)
+    scorer = texts_of(fitted, tiny_tokenizer, 6)
     expected = [tiny_tokenizer(text or "", truncation=True, max_length=6)["input_ids"] for text in texts]
-    found = scorer.predict_table(pa.table({"text": texts}))
+    found = predicted(scorer, pa.table({"text": texts}))
     assert np.array_equal(found.influence, alone(fitted, expected))
     assert found.num_targets.tolist() == [3, 0, 0, 2, 5]
-    whole = dataclasses.replace(scorer, max_length=None).predict_texts(texts)
+    whole = predicted(texts_of(fitted, tiny_tokenizer), pa.table({"text": texts}))
     assert whole.num_targets[-1] == 59
 
 
@@ -168,22 +181,22 @@ def test_what_is_not_finite_is_no_prediction() -> None:
             return np.where(np.arange(len(rows)) == 2, np.nan, 1.0)
 
     with pytest.raises(InfluenceError, match="1 of 4 rows is not, first row 12"):
-        Scorer(Broken(), "input_ids", False).predict(rows_of_lists([[1, 2]] * 4), first_row=10)
+        tokens(Broken()).predict(TokenRows.from_lists([[1, 2]] * 4), first_row=10)
 
 
 @pytest.mark.parametrize(
     ("columns", "column", "expected"),
     [
-        ({"text": ["a"], "input_ids": [[1]]}, None, ("input_ids", False)),
-        ({"text": ["a"]}, None, ("text", True)),
-        ({"body": pa.array(["a"], pa.large_string())}, "body", ("body", True)),
-        ({"body": pa.array(["a"]).dictionary_encode()}, "body", ("body", True)),
-        ({"ids": pa.array([[1, 2]], pa.list_(pa.uint16(), 2))}, "ids", ("ids", False)),
-        ({"input_ids": [[], None]}, None, ("input_ids", False)),
-        ({"input_ids": [None], "text": ["a"]}, None, ("input_ids", False)),
-        ({"text": [None]}, None, ("text", True)),
+        ({"text": ["a"], "input_ids": [[1]]}, None, ("input_ids", TokenIds)),
+        ({"text": ["a"]}, None, ("text", Texts)),
+        ({"body": pa.array(["a"], pa.large_string())}, "body", ("body", Texts)),
+        ({"body": pa.array(["a"]).dictionary_encode()}, "body", ("body", Texts)),
+        ({"ids": pa.array([[1, 2]], pa.list_(pa.uint16(), 2))}, "ids", ("ids", TokenIds)),
+        ({"input_ids": [[], None]}, None, ("input_ids", TokenIds)),
+        ({"input_ids": [None], "text": ["a"]}, None, ("input_ids", TokenIds)),
+        ({"text": [None]}, None, ("text", Texts)),
         ({"body": [None]}, "body", (TypeError, "or token ids .*got null")),
-        ({"ids": [[1]], "labels": [0.5]}, "ids", ("ids", False)),
+        ({"ids": [[1]], "labels": [0.5]}, "ids", ("ids", TokenIds)),
         ({"input_ids": [[1]], "labels": [[0.5]]}, None, (ValueError, "`labels` must be one whole.*lists of floats")),
         ({"input_ids": [[1]], "attention_mask": ["a"]}, None, (ValueError, "`attention_mask` must be 0 or 1 a token")),
         ({"body": ["a"]}, None, (ValueError, r"`input_ids`, `text` or `messages`.*got the columns \['body'\]")),
@@ -192,10 +205,13 @@ def test_what_is_not_finite_is_no_prediction() -> None:
         ({"n": [1]}, "n", (TypeError, r"got int64.*the columns are \['n'\]")),
     ],
 )
-def test_which_column_is_scored(columns: dict[str, Any], column: str | None, expected: tuple[Any, Any]) -> None:
+def test_which_column_is_scored(
+    columns: dict[str, Any], column: str | None, expected: tuple[Any, Any], tiny_tokenizer: Any
+) -> None:
     schema = pa.table(columns).schema
     if isinstance(expected[0], str):
-        assert find_column(schema, column) == expected
+        found = find_column(schema, column, tiny_tokenizer)
+        assert (found.name, type(found)) == expected
     else:
         with pytest.raises(expected[0], match=expected[1]):
             find_column(schema, column)
@@ -210,9 +226,9 @@ def test_every_type_of_texts_is_scored(kind: str, tiny_tokenizer: Any) -> None:
     plain = pa.array(texts)
     array = plain.dictionary_encode() if kind == "dictionary" else plain.cast(getattr(pa, kind)())
     table = pa.table({"text": array})
-    assert find_column(table.schema, None) == ("text", True)
+    assert type(find_column(table.schema, None, tiny_tokenizer)) is Texts
     expected = [19 / 3, 0.0, 0.0, 4.0, 60.0]
-    assert Scorer(MeanId(), "text", True, tiny_tokenizer).predict_table(table).influence == pytest.approx(expected)
+    assert predicted(texts_of(MeanId(), tiny_tokenizer), table).influence == pytest.approx(expected)
     if kind == "dictionary":
         return  # `datasets` has no such column
     dataset = datasets.Dataset(table)
@@ -252,21 +268,27 @@ def test_a_digest_follows_the_weights_and_nothing_else(tmp_path: Any, tiny_token
     assert isinstance(loaded, NgramInfluenceModel)
     assert model_digest(loaded) == model_digest(fitted) == model_digest(fit_model())
     assert model_digest(fit_model(seed=1)) != model_digest(fitted)
-    scorer = Scorer(loaded, "text", True, tiny_tokenizer, 8)
+    scorer = texts_of(loaded, tiny_tokenizer, 8)
     before = scorer.digest()
     tiny_tokenizer(["w3 w4"], truncation=True, max_length=1, padding="max_length")
     assert scorer.digest() == before
     assert loaded._tables is not None
     loaded._tables.token[5] += np.float32(1e-3)
     assert scorer.digest() != before
-    for change in ({"max_length": 9}, {"column": "body"}, {"is_text": False}, {"tokenizer": None}):
-        assert dataclasses.replace(scorer, **change).digest() != scorer.digest()
 
-    tokens = dataclasses.replace(scorer, is_text=False)
+    def digest(column: ScoredColumn) -> str:
+        return Scorer(loaded, column).digest()
+
+    for change in ({"max_length": 9}, {"name": "body"}, {"tokenizer": None}):
+        assert digest(dataclasses.replace(scorer.column, **change)) != scorer.digest()
+    path = ("text",)
+    kinds = [kind("text", path, tiny_tokenizer, 8) for kind in (Texts, TokenIds)]
+    kinds += [Conversations("text", path, with_template(tiny_tokenizer, template), 8) for template in ("a", "b")]
+    assert len({digest(column) for column in kinds}) == 4
     more = copy.deepcopy(tiny_tokenizer)
     more.add_tokens(["w64"])
-    for one in (scorer, tokens):  # an id that one tokenizer has and the other has not
-        assert dataclasses.replace(one, tokenizer=more).digest() != one.digest()
+    for one in kinds[:2]:  # an id that one tokenizer has and the other has not
+        assert digest(dataclasses.replace(one, tokenizer=more)) != digest(one)
 
     class Depends(MeanId):
         def digest(self) -> str:
@@ -328,19 +350,22 @@ def test_long_rows_are_read_so_many_tokens_at_a_time(
     lists[7] = [3, -1]
     for model in (Bounded(), fitted):
         dataset = datasets.Dataset.from_dict({"input_ids": [*lists[:7], *lists[8:]]})
-        whole = Scorer(model, "input_ids", False).open(dataset)(0, len(dataset))
-        monkeypatch.setattr("mates_hf.prediction.score._TOKENS_AT_ONCE", 45)
+        whole = opened(model, dataset)
+        monkeypatch.setattr("mates_hf.data.token_columns._TOKENS_AT_ONCE", 45)
         if isinstance(model, Bounded):
             model.most = 0
-        found = Scorer(model, "input_ids", False).open(dataset)(0, len(dataset))
+        found = opened(model, dataset)
         monkeypatch.undo()
         for name, expected in whole._asdict().items():
             np.testing.assert_array_equal(getattr(found, name), expected)
         if isinstance(model, Bounded):
             assert model.most == 60  # the last row is more alone
-    monkeypatch.setattr("mates_hf.prediction.score._TOKENS_AT_ONCE", 45)
+    monkeypatch.setattr("mates_hf.data.token_columns._TOKENS_AT_ONCE", 45)
     wrong = datasets.Dataset.from_dict({"input_ids": lists})
     with pytest.raises(ValueError, match="in row 107"):
-        Scorer(Bounded(), "input_ids", False)._predict_ids(
-            Scorer(Bounded(), "input_ids", False)._token_columns(wrong.data), np.arange(len(lists)), 100
-        )
+        predicted(tokens(Bounded()), wrong.data.table, 100)
+
+
+def opened(model: Any, dataset: datasets.Dataset) -> Predictions:
+    scorer = tokens(model)
+    return scorer.predict_rows(scorer.column.open(dataset), 0, len(dataset))

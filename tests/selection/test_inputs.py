@@ -128,6 +128,20 @@ def test_each_split_has_its_cache_file(tokens: MatesSelector, dataset: Dataset, 
         tokens.map(dataset, text_colum="x")
 
 
+def test_all_splits_are_decided_on_before_one_is_scored(dataset: Dataset, tmp_path: Path) -> None:
+    model = DigestedMeanId()
+    selector = MatesSelector(model)
+    without = dataset.rename_column("input_ids", "ids")
+    calls: list[Callable[..., Any]] = [CALLS["filter"], CALLS["map"]]
+    for splits in (DatasetDict(a=dataset, b=without), {"a": dataset, "b": without.to_iterable_dataset()}):
+        for call in calls:
+            with pytest.raises(ValueError, match=r"column `input_ids`.*got the columns \['ids', 'id'\]"):
+                call(selector, splits)
+    with pytest.raises(ValueError, match=r"`remove_columns` must be columns.*got \['x'\]"):
+        selector.map(DatasetDict(a=dataset.add_column("x", LISTS), b=dataset), remove_columns="x")
+    assert model.num_calls == 0
+
+
 @pytest.mark.parametrize(
     ("given", "way_in"),
     [

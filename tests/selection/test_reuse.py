@@ -13,7 +13,9 @@ import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from mates_hf.data.columns import fixed_positions
+from mates_hf.data.scored_column import OpenTexts
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.prediction.score import Scorer
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import Counted, CountedMean, MeanId, fit_model, make_lists, with_template
 
@@ -82,6 +84,27 @@ def test_other_budgets_tokenise_and_predict_nothing(
     assert counted.num_rows == 2 * 82
     MatesSelector(counted.model, counted.tokenizer, max_length=3).filter(texts, k=3)
     assert counted.num_rows == 3 * 82
+
+
+def test_a_dataset_is_looked_at_once_a_call(counted: Counted, texts: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its rows' content and of what predicts; a key asked for three times read them three times."""
+    asked: list[str] = []
+
+    def note(owner: type, name: str) -> None:
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, *args: (asked.append(name), call(self, *args))[1])
+
+    note(OpenTexts, "content")
+    note(Scorer, "digest")
+    selector = MatesSelector(counted.model, counted.tokenizer)
+    for call in (selector.score, lambda data: selector.select(data, k=3), lambda data: selector.filter(data, k=9)):
+        asked.clear()
+        call(texts)
+        assert sorted(asked) == ["content", "digest"]
+    asked.clear()
+    mapped = selector.map(texts)
+    assert sorted(asked) == ["content", "content", "digest"]  # of what was given, and of the new dataset
+    assert mapped.num_rows == 82
 
 
 def test_scores_are_held_as_long_as_their_dataset(counted: Counted, texts: Dataset) -> None:
