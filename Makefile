@@ -54,7 +54,7 @@ test-newest: pyproject.toml constraints.txt
 	$(NEWEST)/bin/python -m pytest $(FAST)
 
 demo: $(STAMP)
-	$(BIN)/python examples/pretrain.py $(if $(SEEDS),--seeds $(SEEDS))
+	$(BIN)/python examples/compare.py $(if $(SEEDS),--seeds $(SEEDS))
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
