@@ -10,8 +10,7 @@ A path is a checkpoint, a model's folder, a Hub id, or a run (an `output_dir` st
 
     python examples/evaluate.py runs/pretrain
     python examples/evaluate.py EleutherAI/pythia-410m runs/my-run --tasks mates_zero_shot lambada_openai --limit 500
-    python examples/evaluate.py runs/my-run --tasks mates_zero_shot_local --data_dir data/eval  # without a network
-    accelerate launch examples/evaluate.py runs/my-run --batch_size 32
+    accelerate launch examples/evaluate.py runs/my-run --tasks mates_zero_shot_local --data_dir data/eval  # offline
 
 Processes share the requests. What `evaluation.json` has of the same weights and settings is not evaluated again, and
 checkpoints that were not written to their end are skipped. TIME Last lines:
@@ -68,7 +67,10 @@ def find_checkpoints(given: str) -> list[dict[str, Any]]:
     """The whole checkpoints that a path stands for, by step; the others are named."""
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        commit = AutoConfig.from_pretrained(given)._commit_hash
+        try:
+            commit = AutoConfig.from_pretrained(given)._commit_hash
+        except OSError as error:
+            raise ValueError(f"A path must be a folder or a model on the Hub, got {given!r}: {error}") from error
         return [{"run": given, "path": given, "step": None, "tokens": None, "weights": {"commit": commit}}]
     numbered = [path for path in folder.glob("checkpoint-*") if step_of(path) is not None]
     found = []
@@ -118,16 +120,14 @@ def evaluate(given: argparse.Namespace, file: Path, device: Any, processes: Proc
     settings = {name: getattr(given, name) for name in ("tasks", "data_dir", "limit", "truncate", "tokenizer")}
     settings |= {name: version(name) for name in ("mates-hf", "lm-eval", "transformers", "torch")}
     checkpoints, done = [], {}
-
-    def key(checkpoint: dict[str, Any]) -> str:
-        return json.dumps([checkpoint["path"], checkpoint["weights"], checkpoint["settings"]])
-
     if processes.is_main:
         checkpoints = [{**found, "settings": settings} for path in given.paths for found in find_checkpoints(path)]
+        for found in checkpoints:
+            found["key"] = json.dumps([found["path"], found["weights"], settings])
         if not checkpoints:
             raise ValueError(f"`paths` must have a whole checkpoint, got none in {given.paths}.")
-        done = {key(old): old for old in (json.loads(file.read_text("utf-8")) if file.exists() else [])}
-        wanted = [checkpoint for checkpoint in checkpoints if key(checkpoint) not in done]
+        done = {old["key"]: old for old in (json.loads(file.read_text("utf-8")) if file.exists() else [])}
+        wanted = [checkpoint for checkpoint in checkpoints if checkpoint["key"] not in done]
         print(f"{len(checkpoints)} checkpoints, {len(checkpoints) - len(wanted)} of them evaluated before")
         processes.publish({"wanted": wanted})
     else:
@@ -143,12 +143,12 @@ def evaluate(given: argparse.Namespace, file: Path, device: Any, processes: Proc
             prepare(evaluator, model, processes)
         metrics = evaluator.run(model, processes, progress=sys.stderr.isatty())
         if processes.is_main:
-            done[key(checkpoint)] = {**checkpoint, "groups": list(evaluator.loaded["groups"]), "metrics": metrics}
+            done[checkpoint["key"]] = {**checkpoint, "groups": list(evaluator.loaded["groups"]), "metrics": metrics}
             file.parent.mkdir(parents=True, exist_ok=True)
             file.with_suffix(".tmp").write_text(json.dumps(list(done.values()), indent=1), "utf-8")
             file.with_suffix(".tmp").replace(file)
             print(f"{checkpoint['path']}: {len(metrics)} metrics")
-    return [{**done[key(checkpoint)], **checkpoint} for checkpoint in checkpoints]
+    return [{**done[checkpoint["key"]], **checkpoint} for checkpoint in checkpoints]
 
 
 def tell(results: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -90,7 +91,7 @@ def test_an_example_is_short_says_what_it_takes_and_what_it_needs(path):
     # Nothing is on an index yet: from a clone, the package is what lies next to the examples.
     assert re.search(r'dependencies = \["mates-hf(\[[a-z,]+\])?"\]', script)
     assert 'mates-hf = { path = ".." }' in script
-    told = load(path.stem).__doc__
+    told = ast.get_docstring(ast.parse(source))
     assert re.search(r"\b(minutes?|seconds)\b", told)
     assert re.search(r"\d GB\b", told)
     assert "ast lines:\n\n    " in told
@@ -234,7 +235,7 @@ def test_evaluate_says_the_way_out(run_dir, task_files, evaluate_example, make_t
 
 def test_evaluate_refuses_by_name(tmp_path, run_dir, task_files, evaluate_example, tiny_tokenizer):
     local = [*LOCAL_TASKS, "--data_dir", str(task_files), "--output_dir", str(tmp_path / "evaluation")]
-    with pytest.raises(OSError, match="no/such_model"):
+    with pytest.raises(ValueError, match="must be a folder or a model on the Hub, got 'no/such_model'"):
         evaluate_example.main(["no/such_model", *local])
     with pytest.raises(ValueError, match="whole checkpoint"):
         evaluate_example.main([str(run_dir / "checkpoint-6"), *local])
@@ -340,7 +341,7 @@ def own_data(tmp_path_factory):
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("own")
     reference, held_out = ([{"text": passage("sea", rng)} for _ in range(20)] for _ in range(2))
-    pool = [{"text": passage(kind, rng), "kind": kind} for kind in rng.choice(list(WORDS), 400)]
+    pool = [{"text": passage(kind, rng, 500), "kind": kind} for kind in rng.choice(list(WORDS), 400)]
     pool += [{"text": f"print {rows[0]['text']} print", "kind": "copy"} for rows in (reference, held_out)]
     for name, rows in {"pool": pool, "reference": reference, "held_out": held_out}.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
@@ -368,9 +369,8 @@ def test_pretrain_cuts_each_text_by_itself():
 
 
 @pytest.mark.slow
-def test_pretrain_in_two_processes_and_resumed(tmp_path, own_data, make_tiny_model, monkeypatch, capsys):
+def test_pretrain_in_two_processes_and_resumed(tmp_path, own_data, monkeypatch, capsys):
     """One process reads, tokenises, speaks and writes; alone, the run continues from its last whole checkpoint."""
-    make_tiny_model(vocab_size=2048).config.save_pretrained(tmp_path / "config")
     settings = {
         "pool": str(own_data / "pool.jsonl"), "reference": str(own_data / "reference.jsonl"),
         "held_out": str(own_data / "held_out.jsonl"), "output_dir": str(tmp_path / "run"), "block_size": 32,
@@ -380,7 +380,7 @@ def test_pretrain_in_two_processes_and_resumed(tmp_path, own_data, make_tiny_mod
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(settings))  # JSON is YAML
     printed = launch("examples/pretrain.py", file, cache=tmp_path / "cache")
-    for said in ("2 of 402 texts of the pool", "round 1 at step 3", "held_out_loss"):
+    for said in ("2 of 402 texts of the pool", "round 1 at step 3", "***** held_out metrics *****"):
         assert printed.count(said) == 1, said
     assert len(list((tmp_path / "cache").rglob("cache-*_of_*.arrow"))) == 2  # tokenised once, by `num_proc` processes
     assert load_round(tmp_path / "run" / "_mates" / "round-0001").selection is not None
@@ -396,7 +396,7 @@ def test_pretrain_in_two_processes_and_resumed(tmp_path, own_data, make_tiny_mod
     assert "held_out_loss" in capsys.readouterr().out
 
 
-COMPARE = "--max_steps 20 --update_steps 6 --random_rounds 1 --num_probes 30 --longer 2 --seeds 2".split()
+COMPARE = "--max_steps 20 --update_steps 12 --random_rounds 1 --num_probes 30 --longer 2 --seeds 2".split()
 
 
 def check_comparison(folder: Path, printed: str) -> None:
