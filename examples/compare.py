@@ -12,9 +12,10 @@
 
 The pool is text that every Python installation carries, and the reference is the language manual. Lines of your own
 files have a `text`, pool lines perhaps a `kind`, which is shown and never used to select. The pool must share no text
-with the passages (`mates_hf.evaluation.check_contamination`). TIME Last lines:
+with the passages (`mates_hf.evaluation.check_contamination`). `--max_steps 60 --update_steps 20 --random_rounds 1
+--num_probes 60 --longer 1.5`, with an untied head, took 83 CPU seconds and 1.3 GB of memory. Of its last lines:
 
-LAST_LINES
+    Difference in held-out loss, nats/token, below 0 where selecting helps: -0.119 (one seed: no interval)
 """
 
 import argparse
@@ -50,8 +51,8 @@ MODEL = {
     "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
     "vocab_size": VOCAB_SIZE, "bos_token_id": None, "eos_token_id": 0, "tie_word_embeddings": True,
 }  # fmt: skip
-MAX_STEPS, LONGER = 280, 2.0  # steps of the arm that selects; how many times longer the random arm trains
-ROUNDS = {"update_steps": 40, "random_rounds": 4, "num_probes": 400}
+MAX_STEPS, LONGER = 240, 1.75  # steps of the arm that selects; how many times longer the random arm trains
+ROUNDS = {"update_steps": 40, "random_rounds": 3, "num_probes": 300}
 TRAINING = {
     "per_device_train_batch_size": 16, "learning_rate": 2e-3, "adam_beta2": 0.95, "weight_decay": 0.1,
     "warmup_steps": 20, "lr_scheduler_type": "constant_with_warmup", "per_device_eval_batch_size": 64,
@@ -135,7 +136,7 @@ def report(results: list[dict[str, Any]], given: argparse.Namespace) -> None:
         times = steps_to(b["curve"], loss) / given.max_steps
         a["tokens_random_needs"] = times if np.isfinite(times) else None
         differences.append(loss - other)
-        told = f"{times:.2f}x" if np.isfinite(times) else f"over {given.longer:.1f}x"
+        told = f"{times:.2f}x" if np.isfinite(times) else f"over {given.longer:.2f}x"
         print(f"{a['seed']:>4} {loss:>12.3f} {other:>8.3f} {told:>20} {a['flops_share']:>19.0%}")
     print(f"Difference in held-out loss, nats/token, below 0 where selecting helps: {interval(differences)}")
     print(f"\n{'share of':<12}" + "".join(f"{name:>9}" for name in next(iter(ours[0]["chosen"].values()))))

@@ -13,9 +13,11 @@
         --model_config EleutherAI/pythia-410m --block_size 1024 --max_steps 50000 --update_steps 10000
 
 Settings are the fields of `DataArguments`, `TrainingArguments` and `MatesConfig`. `--resume_from_checkpoint last`
-takes the last whole checkpoint, or none. TIME Last lines:
+takes the last whole checkpoint, or none. With `--max_steps 60 --update_steps 20 --num_probes 80` the first
+command took 51 CPU seconds (a minute or less on two idle cores) and 1.0 GB of memory. Last lines:
 
-LAST_LINES
+    ***** held_out metrics *****
+      held_out_loss               =      6.589
 """
 
 import glob
@@ -55,10 +57,7 @@ DEFAULTS = {  # for the small model; a large one wants another learning rate and
     "per_device_train_batch_size": 16, "warmup_steps": 20, "lr_scheduler_type": "constant_with_warmup",
     "eval_strategy": "steps", "eval_steps": 100, "logging_steps": 50, "save_steps": 100, "report_to": "none",
 }  # fmt: skip
-SMALL = {
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
+SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 @dataclass
@@ -118,7 +117,8 @@ def make_model(data: DataArguments, tokenizer: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(data.model)
     if data.model_config:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(data.model_config))
-    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **SMALL))
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **SMALL, **ends))
 
 
 def make_reference(data: DataArguments, tokenizer: Any) -> tuple[ReferenceTask, ReferenceTask]:

@@ -9,6 +9,13 @@
     python examples/quickstart.py
 
 The pool is text that every Python installation carries. What the model should get better at is the language manual.
+It took 112 CPU seconds (a minute or two on two idle cores) and 1.4 GB of memory. Last lines, from a busy machine:
+
+    round 1 at step 40, 200 probed, held-out Spearman 0.87 [0.74, 0.94], selected 320 of 1,600 candidates for steps 50
+    to 90, 11 with 13 tokens of the reference, 52.9 s
+    round 2 at step 80, 200 probed, held-out Spearman 0.52 [0.20, 0.76], selected 240 of 1,200 candidates for steps 90
+    to 120, 15 with 13 tokens of the reference, 59.8 s
+    Loss on other passages of the manual: 5.619. Next: mates-hf round runs/quickstart
 """
 
 import logging
@@ -32,8 +39,8 @@ OUTPUT_DIR = "runs/quickstart"
 MAX_STEPS, UPDATE_STEPS, NUM_PROBES = 120, 40, 200
 BATCH_SIZE, MAX_LENGTH, VOCAB_SIZE = 8, 512, 2048
 MODEL = {
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 
 
