@@ -9,7 +9,7 @@
     python examples/quickstart.py
 
 The pool is text that every Python installation carries. What the model should get better at is the language manual.
-It took 112 CPU seconds (a minute or two on two idle cores) and 1.4 GB of memory. Last lines, from a busy machine:
+It took 112 CPU seconds (a minute or two on two idle cores) and 1.4 GB of memory. On a busy machine, its last lines:
 
     round 1 at step 40, 200 probed, held-out Spearman 0.87 [0.74, 0.94], selected 320 of 1,600 candidates for steps 50
     to 90, 11 with 13 tokens of the reference, 52.9 s
