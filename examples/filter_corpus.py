@@ -11,6 +11,12 @@
     python examples/filter_corpus.py --selector me/my-influence-model --corpus corpus.jsonl.gz --num_tokens 1000000000
 
 A selector is a run (its newest round), one round's folder, a folder that `save_pretrained` wrote, or a Hub id.
+The 109 paragraphs of this project's docs took 5 CPU seconds and 0.5 GB of memory. Last lines:
+
+    highest influence +4.61e-03, row 10, its best stretch: parts)}, "param_groups": parts}
+    lowest influence -1.90e-03, row 58, its best stretch: report` (plots), `dev`.
+    87 rows rejected; half the budget would keep 11
+    22 rows in runs/filtered/kept.parquet
 """
 
 import argparse
