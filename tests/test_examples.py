@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from mates_hf.errors import EvaluationError
 from mates_hf.evaluation.benchmarks import BENCHMARKS
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MOST_LINES = 200
 LOCAL_TASKS = ["--tasks", "mates_zero_shot_local"]
 RIGHT, WRONG = "w5", "w6"  # of every item of the task files here
 ROUNDING = 1e-5  # of float32 log-likelihoods, batched in another way
@@ -45,12 +49,58 @@ def write_tasks(folder: Path, num_items: int = 6) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def evaluate_example():
-    spec = importlib.util.spec_from_file_location("evaluate_example", ROOT / "examples" / "evaluate.py")
+def load(name: str):
+    """An example as a module: it does nothing before its `main()`."""
+    spec = importlib.util.spec_from_file_location(f"{name}_example", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def launch(script: Path | str, *arguments: object, cache: Path) -> str:
+    """What a script prints under `accelerate launch` with two processes."""
+    command = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
+    command += " --mixed_precision no --dynamo_backend no --main_process_port 0"
+    done = subprocess.run(
+        [sys.executable, *command.split(), str(script), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_says_what_it_takes_and_what_it_needs(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    header = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", source)
+    assert header is not None, "PEP 723: the header comes first"
+    script = re.sub(r"(?m)^# ", "", header[1])
+    # Nothing is on an index yet: from a clone, the package is what lies next to the examples.
+    assert re.search(r'dependencies = \["mates-hf(\[[a-z,]+\])?"\]', script)
+    assert 'mates-hf = { path = ".." }' in script
+    told = ast.get_docstring(ast.parse(source))
+    assert re.search(r"\b(minutes?|seconds)\b", told)
+    assert re.search(r"\d GB\b", told)
+    assert "ast lines:\n\n    " in told
+    assert f"python examples/{path.name}" in told
+
+
+@pytest.fixture(scope="module")
+def evaluate_example():
+    return load("evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +127,7 @@ def run_dir(tmp_path, make_tiny_model, tiny_tokenizer):
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
+        include_num_input_tokens_seen=True,
     )
     Trainer(
         model=make_tiny_model(),
@@ -109,7 +160,7 @@ def test_evaluate_a_run(tmp_path, run_dir, task_files, tiny_tokenizer, evaluate_
     command = [str(run_dir), *LOCAL_TASKS, "--data_dir", str(task_files), "--output_dir", str(output_dir)]
     evaluate_example.main(command)
     printed = capsys.readouterr().out
-    results = json.loads((output_dir / "evaluation.json").read_text())["results"]
+    results = json.loads((output_dir / "evaluation.json").read_text())
     assert [result["step"] for result in results] == [2, 4]
     assert f"Skipped {run_dir / 'checkpoint-6'}: it has no trainer_state.json" in printed
 
@@ -122,12 +173,10 @@ def test_evaluate_a_run(tmp_path, run_dir, task_files, tiny_tokenizer, evaluate_
         assert metrics["mates_zero_shot_local/accuracy"] == pytest.approx(np.mean(nine))
     assert after["mates_sciq_local/choice_prob"] > before["mates_sciq_local/choice_prob"] + 0.01  # it was taught that
     assert after["mates_sciq_local/accuracy"] == 1.0
-    # 2 rows of 8 tokens a step; nobody asked the Trainer to count them.
-    assert [result["tokens"] for result in results] == [2 * 16, 4 * 16]
+    assert [result["tokens"] for result in results] == [2 * 16, 4 * 16]  # 2 rows of 8 tokens a step
 
-    table = [line.split() for line in printed.splitlines() if line.startswith(str(run_dir / "checkpoint-4"))][-1]
-    assert table[1:3] == ["4", "6.4e-05"]
-    assert table[-1] == f"{after['mates_zero_shot_local/accuracy']:.4f}"  # the mean comes last
+    table = [line.split() for line in printed.splitlines() if line.startswith(str(run_dir / "checkpoint-4 "))][-1]
+    assert table[-1] == f"{after['mates_zero_shot_local/accuracy']:.3f}"  # the mean comes last
     assert (output_dir / "evaluation.png").exists()
 
 
@@ -139,7 +188,7 @@ def test_evaluate_only_what_is_not_known_yet(tmp_path, run_dir, task_files, eval
         capsys.readouterr()
         evaluate_example.main([*command, *more])
         lines = capsys.readouterr().out.splitlines()
-        return [line.split(":")[0].rpartition("-")[2] for line in lines if "metrics in" in line]
+        return [line.split(":")[0].rpartition("-")[2] for line in lines if line.endswith(" metrics")]
 
     assert evaluated() == ["2", "4"]
     first = file.read_bytes()
@@ -149,7 +198,7 @@ def test_evaluate_only_what_is_not_known_yet(tmp_path, run_dir, task_files, eval
     os.utime(weights, ns=(1, 1))
     assert evaluated() == ["4"]
     assert evaluated("--limit", "2") == ["2", "4"]
-    assert len(json.loads(file.read_text())["results"]) == 4  # both limits are kept, the old weights are not
+    assert len(json.loads(file.read_text())) == 5  # nothing that was measured is lost
     assert evaluated() == []
 
 
@@ -160,7 +209,7 @@ def test_evaluate_writes_into_the_run_that_was_given(
     monkeypatch.chdir(tmp_path)
     local = [*LOCAL_TASKS, "--data_dir", f"~/{os.path.relpath(task_files, tmp_path)}", "--limit", "2"]
     evaluate_example.main([f"~/{run_dir.name}", *local])
-    results = json.loads((run_dir / "evaluation" / "evaluation.json").read_text())["results"]
+    results = json.loads((run_dir / "evaluation" / "evaluation.json").read_text())
     assert [result["step"] for result in results] == [2, 4]
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "~").exists()
@@ -168,9 +217,9 @@ def test_evaluate_writes_into_the_run_that_was_given(
     evaluate_example.main([str(run_dir / "checkpoint-4"), *local])  # which the run may delete
     assert "1 checkpoints, 1 of them evaluated before" in capsys.readouterr().out
     parse = evaluate_example.parse
-    assert parse(["some/model", str(run_dir)]).output_dir == str(run_dir / "evaluation")
-    assert parse(["some/model"]).output_dir == "runs/evaluation"
-    assert parse([str(run_dir), "--output_dir", "~/out"]).output_dir == str(tmp_path / "out")
+    assert parse([str(run_dir), "some/model"]).output_dir == run_dir / "evaluation"
+    assert parse(["some/model"]).output_dir == Path("runs/evaluation")
+    assert parse([str(run_dir), "--output_dir", "~/out"]).output_dir == tmp_path / "out"
 
 
 def test_evaluate_says_the_way_out(run_dir, task_files, evaluate_example, make_tiny_model):
@@ -184,24 +233,11 @@ def test_evaluate_says_the_way_out(run_dir, task_files, evaluate_example, make_t
     evaluate_example.main([*long, "--truncate"])
 
 
-def test_evaluate_says_over_what_it_plots(evaluate_example):
-    def result(step, tokens, source):
-        return {"step": step, "tokens": tokens, "tokens_from": source}
-
-    counted = [result(1, 2e6, evaluate_example.COUNTED), result(2, 4e6, evaluate_example.COUNTED)]
-    derived = [result(1, 3e6, evaluate_example.DERIVED)]
-    unknown = [result(7, None, evaluate_example.STEPS)]
-    assert evaluate_example.axis(counted, None) == ([2.0, 4.0], evaluate_example.COUNTED)
-    assert evaluate_example.axis(counted + derived, None) == ([1.0, 2.0, 1.0], evaluate_example.STEPS)
-    assert evaluate_example.axis(counted + unknown, None) == ([1.0, 2.0, 7.0], evaluate_example.STEPS)
-    assert evaluate_example.axis(unknown, 10**6) == ([7.0], evaluate_example.ASKED)
-
-
 def test_evaluate_refuses_by_name(tmp_path, run_dir, task_files, evaluate_example, tiny_tokenizer):
     local = [*LOCAL_TASKS, "--data_dir", str(task_files), "--output_dir", str(tmp_path / "evaluation")]
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="must be a folder or a model on the Hub, got 'no/such_model'"):
         evaluate_example.main(["no/such_model", *local])
-    with pytest.raises(ValueError, match="complete checkpoint"):
+    with pytest.raises(ValueError, match="whole checkpoint"):
         evaluate_example.main([str(run_dir / "checkpoint-6"), *local])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (run_dir / "checkpoint-2" / name).unlink()
@@ -209,9 +245,10 @@ def test_evaluate_refuses_by_name(tmp_path, run_dir, task_files, evaluate_exampl
         evaluate_example.main([str(run_dir / "checkpoint-2"), *local])
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     evaluate_example.main([str(run_dir / "checkpoint-2"), *local, "--tokenizer", str(tmp_path / "tokenizer")])
-    (tmp_path / "evaluation" / "evaluation.json").write_text("[]")
-    with pytest.raises(ValueError, match="no other file called"):
-        evaluate_example.main([str(run_dir), *local])
+    config = run_dir / "checkpoint-4" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match="must have all weights .* without"):
+        evaluate_example.main([str(run_dir / "checkpoint-4"), *local])
 
 
 def test_evaluate_an_adapter(tmp_path, make_tiny_model, tiny_tokenizer, task_files, evaluate_example):
@@ -230,7 +267,7 @@ def test_evaluate_an_adapter(tmp_path, make_tiny_model, tiny_tokenizer, task_fil
     tiny_tokenizer.save_pretrained(tmp_path / "merged")
     local = [*LOCAL_TASKS, "--data_dir", str(task_files), "--output_dir", str(tmp_path / "evaluation")]
     evaluate_example.main([*(str(tmp_path / name) for name in ("base", "adapter", "merged")), *local])
-    results = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["results"]
+    results = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     base, adapter, merged = (result["metrics"]["mates_zero_shot_local/choice_prob"] for result in results)
     assert adapter == pytest.approx(merged, abs=ROUNDING)
     assert abs(adapter - base) > 100 * ROUNDING
@@ -240,99 +277,167 @@ def test_evaluate_an_adapter(tmp_path, make_tiny_model, tiny_tokenizer, task_fil
 def test_evaluate_in_two_processes(tmp_path, run_dir, task_files, evaluate_example):
     local = [str(run_dir), *LOCAL_TASKS, "--data_dir", str(task_files), "--output_dir"]
     evaluate_example.main([*local, str(tmp_path / "one")])
-    launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
-    launch += " --mixed_precision no --dynamo_backend no --main_process_port 0"
-    done = subprocess.run(
-        [sys.executable, *launch.split(), "examples/evaluate.py", *local, str(tmp_path / "two")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("2 checkpoints, 0 of them evaluated before") == 1  # one process speaks
-    one, two = (json.loads((tmp_path / n / "evaluation.json").read_text())["results"] for n in ("one", "two"))
+    printed = launch("examples/evaluate.py", *local, tmp_path / "two", cache=tmp_path / "cache")
+    assert printed.count("2 checkpoints, 0 of them evaluated before") == 1  # one process speaks
+    one, two = (json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("one", "two"))
     for expected, found in zip(one, two, strict=True):
         assert found["path"] == expected["path"]
         assert found["metrics"] == pytest.approx(expected["metrics"], abs=ROUNDING)
 
 
-@pytest.mark.slow
-def test_pretrain_on_local_files(tmp_path):
-    rng = np.random.default_rng(0)
-    pool = [{"body": passage(kind, rng), "domain": kind} for kind in rng.choice(list(WORDS), 500)]
-    reference = [{"text": passage("sea", rng)} for _ in range(40)]
-    evaluated = passage("code", rng)
-    copies = [reference[0]["text"], reference[1]["text"], evaluated]  # of a reference, held-out and evaluated text
-    pool += [{"body": f"print {text} print", "domain": "copy"} for text in copies]
-    (tmp_path / "tasks" / "piqa").mkdir(parents=True)
-    item = {"question": evaluated, "choices": ["sea", "harbour"], "label": 1}
-    (tmp_path / "tasks" / "piqa" / "validation.jsonl").write_text(json.dumps(item))
-    for name, rows in {"pool.jsonl": pool, "reference.jsonl": reference}.items():
-        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
-    command = f"""{ROOT}/examples/pretrain.py --output_dir {tmp_path}/run --dataset json
-        --data_files {tmp_path}/pool.jsonl --text_column body --group_column domain
-        --reference {tmp_path}/reference.jsonl --seeds 2 --max_steps 24 --update_steps 8 --num_probes 40
-        --selection_ratio 0.5 --candidate_scope pool --block_size 32 --vocab_size 300 --hidden_size 32 --num_layers 1
-        --per_device_train_batch_size 4 --learning_rate 3e-3 --evaluate_steps 8 --save_strategy no --report_to none
-        --extend_random 1.5 --on_weak_signal select --use_cpu true --disable_tqdm true --eval_tasks mates_piqa_local
-        --eval_every 12 --eval_data_dir {tmp_path}/tasks --eval_truncate true"""
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, *command.split()], capture_output=True, text=True, env=environment, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert [(r["arm"], r["seed"]) for r in results["results"]] == [
-        ("mates", 0), ("random", 0), ("mates", 1), ("random", 1)
-    ]  # fmt: skip
-    assert [r["curve"][-1]["step"] for r in results["results"]] == [24, 36, 24, 36]
-    assert len(results["summary"]["paired"]) == 3
-    assert (tmp_path / "run" / "held_out_loss.png").exists()
-    record = load_round(tmp_path / "run" / "mates-0" / "_mates" / "round-0001")
-    assert results["summary"]["rounds"][0]["spearman"] == record.info["guard"]["spearman"]
-    assert "held-out Spearman" in done.stdout
-    assert "2 of 503 pool documents dropped" in done.stdout
-    assert "1 of 501 pool documents dropped" in done.stdout
-    assert "copy" not in results["summary"]["rounds"][0]["shares"]
-    assert [[entry["step"] for entry in r["evaluations"]] for r in results["results"][:2]] == [[12, 24], [12, 24, 36]]
-    assert all("lm_eval/mates_piqa_local/accuracy" in entry for entry in results["results"][0]["evaluations"])
+# --- quickstart, filter_corpus ---
+
+SMALLEST = """
+import sys
+sys.path.insert(0, "examples")
+import quickstart
+quickstart.OUTPUT_DIR, quickstart.MAX_STEPS, quickstart.UPDATE_STEPS, quickstart.NUM_PROBES = sys.argv[1], 8, 3, 40
+quickstart.BATCH_SIZE, quickstart.MAX_LENGTH = 4, 64
+quickstart.MODEL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+quickstart.main()
+"""
 
 
 @pytest.mark.slow
-def test_pretrain_in_two_processes(tmp_path):
-    """One process reads, tokenises, speaks and writes; each seed draws its own slices and probes."""
+def test_quickstart_in_two_processes_and_its_run_filters_a_corpus(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "smallest.py"
+    script.write_text(SMALLEST)
+    printed = launch(script, tmp_path / "run", cache=tmp_path / "cache")
+    assert printed.count("held-out Spearman") >= 1
+    assert len(re.findall(r"(?m)^round 1 at step 3, 40 probed, ", printed)) == 1  # one process speaks
+    assert printed.count("Loss on other passages of the manual: ") == 1
+
     rng = np.random.default_rng(0)
-    pool = [{"text": passage(kind, rng)} for kind in rng.choice(list(WORDS), 300)]
-    reference = [{"text": passage("sea", rng)} for _ in range(20)]
-    pool.append({"text": reference[0]["text"]})
-    for name, rows in {"pool.jsonl": pool, "reference.jsonl": reference}.items():
-        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
-    launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
-    launch += " --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = f"""{launch} examples/pretrain.py --output_dir {tmp_path}/run --dataset json --arms mates
-        --data_files {tmp_path}/pool.jsonl --reference {tmp_path}/reference.jsonl --seeds 2 --max_steps 8
-        --update_steps 3 --num_probes 20 --selection_ratio 0.5 --block_size 32 --vocab_size 300 --hidden_size 32
-        --num_layers 1 --per_device_train_batch_size 2 --learning_rate 3e-3 --evaluate_steps 8 --save_strategy no
-        --report_to none --on_weak_signal select --use_cpu true --disable_tqdm true --num_proc 2"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, *command.split()],
-        cwd=ROOT,
-        env={**environment, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for said in ("1 of 301 pool documents dropped", "rows of 32 tokens", "arm ", "results.json"):
-        assert done.stdout.count(said) == 1, said
+    texts = [f"number {i}: {passage('sea', rng)}" for i in range(60)]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
+    out = tmp_path / "out" / "kept.parquet"
+    command = ["filter_corpus.py", "--selector", tmp_path / "run", "--corpus", corpus, "--ratio", "0.25", "--out", out]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    filter_corpus = load("filter_corpus")
+    monkeypatch.setenv("RANK", "1")
+    filter_corpus.main()
+    assert not out.exists()  # the first process does it all
+    monkeypatch.setenv("RANK", "0")
+    filter_corpus.main()
+    from datasets import Dataset
+
+    from mates_hf import MatesSelector
+
+    kept = Dataset.from_parquet(str(out), cache_dir=str(tmp_path / "cache"))["text"]
+    expected = MatesSelector.from_pretrained(tmp_path / "run").filter(Dataset.from_dict({"text": texts}), ratio=0.25)
+    assert list(kept) == list(expected["text"])
+    said = capsys.readouterr().out
+    assert "45 rows rejected; half the budget would keep 8" in said
+    assert "highest influence" in said
+    assert "its best stretch: " in said
+
+
+# --- pretrain, compare ---
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """A folder as `compare.py` takes it: the reference is like half of the pool, of which two texts are copies."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("own")
+    reference, held_out = ([{"text": passage("sea", rng)} for _ in range(20)] for _ in range(2))
+    pool = [{"text": passage(kind, rng, 500), "kind": kind} for kind in rng.choice(list(WORDS), 400)]
+    pool += [{"text": f"print {rows[0]['text']} print", "kind": "copy"} for rows in (reference, held_out)]
+    for name, rows in {"pool": pool, "reference": reference, "held_out": held_out}.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def test_pretrain_reads_flags_over_a_file_over_its_defaults(tmp_path):
+    pretrain = load("pretrain")
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4\nupdate_steps: 7\nnum_probes: 50\narm: random\nbf16: false\npool: a.jsonl\n")
+    data, training, config = pretrain.parse([str(file), "--num_probes", "60", "--use_cpu"])
+    assert (data.arm, data.pool, data.block_size) == ("random", "a.jsonl", 128)
+    assert (training.learning_rate, training.max_steps) == (1e-4, pretrain.DEFAULTS["max_steps"])
+    assert (config.update_steps, config.num_probes) == (7, 60)
+    file.write_text("update_step: 7\n")
+    with pytest.raises(SystemExit):
+        pretrain.parse([str(file)])
+
+
+def test_pretrain_cuts_each_text_by_itself():
+    cut = load("pretrain").cut
+    texts = [[1, 2, 3, 4, 5], [6, 7, 8], [9]]
+    assert cut(texts, 3, 0)["input_ids"] == [[1, 2, 3], [4, 5, 0], [6, 7, 8], [0, 9, 0]]
+    assert cut(texts, 3, None)["labels"] == [[1, 2, 3], [6, 7, 8], [4, 5, 9]]
+
+
+@pytest.mark.slow
+def test_pretrain_in_two_processes_and_resumed(tmp_path, own_data, monkeypatch, capsys):
+    """One process reads, tokenises, speaks and writes; alone, the run continues from its last whole checkpoint."""
+    settings = {
+        "pool": str(own_data / "pool.jsonl"), "reference": str(own_data / "reference.jsonl"),
+        "held_out": str(own_data / "held_out.jsonl"), "output_dir": str(tmp_path / "run"), "block_size": 32,
+        "max_steps": 8, "update_steps": 3, "num_probes": 20, "per_device_train_batch_size": 2, "save_steps": 4,
+        "on_weak_signal": "select", "use_cpu": True, "disable_tqdm": True, "num_proc": 2,
+    }  # fmt: skip
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    printed = launch("examples/pretrain.py", file, cache=tmp_path / "cache")
+    for said in ("2 of 402 texts of the pool", "round 1 at step 3", "***** held_out metrics *****"):
+        assert printed.count(said) == 1, said
     assert len(list((tmp_path / "cache").rglob("cache-*_of_*.arrow"))) == 2  # tokenised once, by `num_proc` processes
-    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
-    assert [result["curve"][-1]["tokens"] for result in results] == [8 * 4 * 31] * 2
-    draws = [load_round(tmp_path / "run" / f"mates-{seed}" / "_mates" / "round-0001") for seed in (0, 1)]
-    assert [record.info["seed"] for record in draws] == [0, 1]
-    assert set(draws[0].labels.candidate_id.tolist()) != set(draws[1].labels.candidate_id.tolist())
+    assert load_round(tmp_path / "run" / "_mates" / "round-0001").selection is not None
+
+    more = ["--max_steps", "10", "--resume_from_checkpoint", "last", "--per_device_train_batch_size", "4"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(file), *more])
+    (tmp_path / "run" / "checkpoint-9").mkdir()  # a killed run left it half-written
+    capsys.readouterr()
+    load("pretrain").main()
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 10
+    assert not (tmp_path / "run" / "_mates" / "round-0001.stale").exists()
+    assert "held_out_loss" in capsys.readouterr().out
+
+
+COMPARE = "--max_steps 20 --update_steps 12 --random_rounds 1 --num_probes 30 --longer 2 --seeds 2".split()
+
+
+def check_comparison(folder: Path, printed: str) -> None:
+    """The table, the JSON and the picture of `COMPARE`."""
+    results = json.loads((folder / "results.json").read_text())
+    arms = [(r["arm"], r["seed"], r["curve"][-1][0]) for r in results["results"]]
+    assert arms == [("mates", 0, 20), ("random", 0, 40), ("mates", 1, 20), ("random", 1, 40)]
+    ours, theirs = (dict(r["curve"])[20] for r in results["results"][:2])
+    assert results["differences"][0] == pytest.approx(ours - theirs)
+    assert f"{ours:>12.3f} {theirs:>8.3f}" in printed
+    assert printed.count("95% interval") == 1
+    assert results["results"][0]["flops_share"] > 0
+    record = load_round(folder / "mates-1" / "_mates" / "round-0001")
+    assert record.info["seed"] == 1  # each seed draws its own slices and probes
+    assert set(results["results"][2]["chosen"]) == {"sea", "code", "copy"}
+    assert (folder / "held_out_loss.png").exists()
+
+
+@pytest.mark.slow
+def test_compare_in_two_processes(tmp_path, own_data):
+    out = tmp_path / "two"
+    printed = launch(
+        "examples/compare.py", *COMPARE, "--data", own_data, "--output_dir", out, cache=tmp_path / "cache"
+    )
+    assert printed.count("loss: mates") == 1  # one process speaks
+    check_comparison(out, printed)
+
+
+@pytest.mark.slow
+def test_compare_alone(tmp_path, own_data, monkeypatch, capsys):
+    compare = load("compare")
+    monkeypatch.setattr(sys, "argv", ["compare.py", *COMPARE, "--data", str(own_data), "--output_dir", str(tmp_path)])
+    compare.main()
+    check_comparison(tmp_path, capsys.readouterr().out)
+
+
+def test_compare_reads_off_where_a_curve_reaches_a_loss():
+    compare = load("compare")
+    curve = [(20, 5.0), (40, 4.0), (60, 4.2), (80, 3.0)]
+    assert compare.steps_to(curve, 4.5) == 30
+    assert compare.steps_to(curve, 3.6) == 70
+    assert compare.steps_to(curve, 2.0) == float("inf")
+    assert compare.interval([-0.5]) == "-0.500 (one seed: no interval)"
+    assert compare.interval([-0.4, -0.6]) == "-0.500 (95% interval -1.771 to +0.771, 2 seeds)"  # t of 1 degree: 12.706
