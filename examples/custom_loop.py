@@ -11,6 +11,13 @@ parameters trains 240 steps, with a round each 60 steps and a checkpoint each 60
     python examples/custom_loop.py --resume                     # continues from the last checkpoint
     accelerate launch --num_processes 2 examples/custom_loop.py
     mates-hf verify runs/custom_loop
+
+One minute of one CPU core and 1.1 GB of memory. The last lines of output:
+
+    step 180: held-out loss 4.6262 nats/token
+    step 180: mates/round 3
+    step 180: mates/spearman 0.485
+    step 240: held-out loss 4.3676 nats/token
 """
 
 from __future__ import annotations
