@@ -11,6 +11,13 @@ parameters trains 240 steps, with a round each 60 steps and a checkpoint each 60
     python examples/custom_loop.py --resume                     # continues from the last checkpoint
     accelerate launch --num_processes 2 examples/custom_loop.py
     mates-hf verify runs/custom_loop
+
+One minute of one CPU core and 1.1 GB of memory. The last lines of output:
+
+    step 180: held-out loss 4.6262 nats/token
+    step 180: mates/round 3
+    step 180: mates/spearman 0.485
+    step 240: held-out loss 4.3676 nats/token
 """
 
 from __future__ import annotations
@@ -42,9 +49,8 @@ def train_tokenizer(texts: list[str]) -> ByteLevelBPETokenizer:
 def cut(texts: list[str], tokenizer: ByteLevelBPETokenizer) -> Dataset:
     """Rows of `BLOCK` tokens; what is left over at the end of a text is left out."""
     ids = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
-    return Dataset.from_dict(
-        {"input_ids": [each[i : i + BLOCK] for each in ids for i in range(0, len(each) - BLOCK + 1, BLOCK)]}
-    )
+    rows = [each[i : i + BLOCK] for each in ids for i in range(0, len(each) - BLOCK + 1, BLOCK)]
+    return Dataset.from_dict({"input_ids": rows})
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -57,13 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, and say at each checkpoint what the model knows of passages of the manual that nobody trained on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/custom_loop"))
-    parser.add_argument("--max_steps", type=int, default=240)
+    numbers = {"max_steps": 240, "update_steps": 60, "num_probes": 300, "save_steps": 60, "hidden_size": 96}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--stop_at", type=int, help="End at this step, as a job's time limit does.")
-    parser.add_argument("--update_steps", type=int, default=60)
     parser.add_argument("--batch_size", type=int, default=32, help="Rows of a step, over all processes.")
-    parser.add_argument("--num_probes", type=int, default=300)
-    parser.add_argument("--save_steps", type=int, default=60)
-    parser.add_argument("--hidden_size", type=int, default=96)
     parser.add_argument("--rows_per_kind", type=int, help="Passages of each kind in the pool; None: all.")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(arguments)

@@ -9,18 +9,24 @@ few steps on reference passages with the copy, and calls a candidate's influence
 reference gets easier. It needs one more copy of the model in memory, and it knows nothing of the optimizer.
 
     python examples/custom_probe.py
+
+Half a minute of one CPU core and 1.1 GB of memory. The last lines of output:
+
+    round-0001: select, held-out Spearman 0.98, 640 rows
+    round-0002: select, held-out Spearman 0.79, 640 rows
+    round-0003: keep_previous, held-out Spearman 0.84, 480 rows
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from custom_loop import VOCAB, cut, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from mates_hf import MatesCallback, MatesConfig, ReferenceTask, load_round
@@ -29,9 +35,6 @@ from mates_hf.data.pool import read_candidates
 from mates_hf.influence.passes import token_losses
 from mates_hf.influence.probe import RunSettings
 from mates_hf.records import InfluenceLabels
-
-sys.path.insert(0, str(Path(__file__).parent))
-from custom_loop import VOCAB, cut, train_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,14 @@ class TaughtCopy:
         return replace(self, seed=settings.seed)
 
 
-def main(
-    output_dir: str = "runs/custom_probe", max_steps: int = 160, update_steps: int = 40, num_probes: int = 400
-) -> None:
+def main(output_dir: str = "runs/custom_probe", max_steps: int = 160, update_steps: int = 40) -> None:
     """Train a small model with rounds by this probe, and say how well each round's labels were predicted."""
     corpus = builtin_corpus()
     texts = [row["text"] for row in corpus.pool]
     tokenizer = train_tokenizer(texts)
     pool = cut(texts, tokenizer).map(lambda row: {"labels": row["input_ids"]})
-    passages = cut(corpus.reference, tokenizer)
-    reference = ReferenceTask.from_dataset(passages, input_ids_column="input_ids", limit=128)
-    config = MatesConfig(update_steps=update_steps, num_probes=num_probes)
+    reference = ReferenceTask.from_dataset(cut(corpus.reference, tokenizer), input_ids_column="input_ids", limit=128)
+    config = MatesConfig(update_steps=update_steps, num_probes=10 * update_steps)
     settings = {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "save_strategy": "no"}
     args = TrainingArguments(output_dir, max_steps=max_steps, report_to="none", disable_tqdm=True, **settings)
     shape = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}

@@ -77,7 +77,7 @@ def test_the_probe_of_ones_own_ranks_what_is_like_the_reference_first_and_leaves
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(parameter.grad is None for parameter in model.parameters())
-    module.main(str(tmp_path), 10, 4, 20)
+    module.main(str(tmp_path), 10, 4)
     info = load_round(tmp_path / "_mates" / "round-0001").info
     assert info["measured_with"]["probe"]["class"].endswith("TaughtCopy")
     assert verify_run(tmp_path).problem is None
