@@ -3,7 +3,7 @@
 Place in the flow: labels at the live weights carry the noise of the last few steps; at averaged weights they agree
 better from boundary to boundary while the order is random. Once rounds select, a round of one kind of text overshoots
 and the next labels undo it, at either weights: against that, earlier rounds' labels are pooled
-(`benchmarks/results/fidelity.md`). The mean exists only inside its window.
+(the benchmark `fidelity`). The mean exists only inside its window.
 
 Trade-off: one more copy of the trainable parameters inside the window (in float32 for half-precision weights), against
 keeping it all the time. What it takes on top is a group of pieces at a time, 64 MiB. Of N processes each has an Nth of

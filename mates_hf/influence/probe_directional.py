@@ -12,7 +12,7 @@ training on it takes both down again. The derivative is (L(x; θ + ε u) − L(x
 What lowers the reference loss in one step need not be what lowers it over a round. With `path_steps` > 1, u is the
 mean of Pᵀ ∇L_ref along the way that training on the reference itself would take (`reference_path`), at a third
 more than the cost of one reading. Such labels tell less of a single step and pick better data for many: figures in
-`benchmarks/results/selection.md`; `MatesCallback` uses them. How a candidate's loss falls while a model trains on the
+the benchmark `selection`; `MatesCallback` uses them. How a candidate's loss falls while a model trains on the
 reference is also what CoLoR-Filter (arXiv:2406.10670) ranks by, from two finished models.
 
 Trade-off: two plain forward passes a candidate and one backward pass over the reference task a round, for a value of

@@ -59,7 +59,7 @@ class NgramInfluenceModel:
     Args:
         num_buckets: hash buckets of the bigram table, a power of two; 4 bytes each in memory and on disk.
         pool_decay: weight of the previous round's token labels against this round's, compounding with age, in [0, 1];
-            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (`benchmarks/results/fidelity.md`);
+            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (the benchmark `fidelity`);
             rounds so long that influence itself changes may want less. With document labels it only switches pooling
             on: earlier rounds' weight is then the slope of the new labels on their prediction, held to [0, 1].
         seed: of the held-out split and the folds.

@@ -7,7 +7,7 @@ change included. The iteration acts on singular values alone, so its derivative 
 forward beside it and then that of the norm: no graph, two matrices more.
 
 Trade-off: the form of OPUS (arXiv:2602.05400) keeps A as it is at B, a third of the products, but it treats a gradient
-along the momentum, which NS flattens, like one across it, and ranks worse (`benchmarks/muon_response.py`). Either is
+along the momentum, which NS flattens, like one across it, and ranks worse (the benchmark `muon_response`). Either is
 taken where the null step leaves the momentum; a lone candidate turns it further than a derivative tells.
 """
 
