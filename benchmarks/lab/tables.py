@@ -10,7 +10,7 @@ from benchmarks.lab.statistics import mean_interval
 
 
 def table_lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table; columns that hold numbers in all rows are not treated in another way."""
+    """Lines of a Markdown table."""
     return [f"| {' | '.join(map(str, row))} |" for row in (heads, ["---"] * len(heads), *rows)]
 
 
