@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -168,7 +167,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value, help="as in MatesConfig")
     given = parser.parse_args()
     given.max_steps -= given.max_steps % TRAINING["eval_steps"]  # both arms are compared where both are evaluated
-    is_main = PartialState().is_main_process
+    is_main = TrainingArguments(str(given.output_dir), **TRAINING).process_index == 0  # it sets the processes up
     logging.basicConfig(format="%(message)s")
     logging.getLogger("mates_hf.training.rounds").setLevel(logging.INFO if is_main else logging.WARNING)
 

