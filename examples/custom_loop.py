@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["mates-hf"]
+# [tool.uv.sources]
+# mates-hf = { path = ".." }
 # ///
 """A training loop of one's own, with accelerate and without the Trainer, that selects its data while it trains.
 
@@ -12,7 +14,7 @@ parameters trains 240 steps, with a round each 60 steps and a checkpoint each 60
     accelerate launch --num_processes 2 examples/custom_loop.py
     mates-hf verify runs/custom_loop
 
-One minute of one CPU core and 1.1 GB of memory. The last lines of output:
+One minute of one CPU core and 1.1 GB of memory. Its last lines:
 
     step 180: held-out loss 4.6262 nats/token
     step 180: mates/round 3

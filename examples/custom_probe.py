@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["mates-hf"]
+# [tool.uv.sources]
+# mates-hf = { path = ".." }
 # ///
 """A probe of one's own in the Trainer: what a copy of the model, taught the reference for a moment, finds easier.
 
@@ -10,7 +12,7 @@ reference gets easier. It needs one more copy of the model in memory, and it kno
 
     python examples/custom_probe.py
 
-Half a minute of one CPU core and 1.1 GB of memory. The last lines of output:
+Half a minute of one CPU core and 1.1 GB of memory. Its last lines:
 
     round-0001: select, held-out Spearman 0.98, 640 rows
     round-0002: select, held-out Spearman 0.79, 640 rows
@@ -26,7 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from custom_loop import VOCAB, cut, train_tokenizer
+from datasets import Dataset
+from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from mates_hf import MatesCallback, MatesConfig, ReferenceTask, load_round
@@ -35,6 +38,8 @@ from mates_hf.data.pool import read_candidates
 from mates_hf.influence.passes import token_losses
 from mates_hf.influence.probe import RunSettings
 from mates_hf.records import InfluenceLabels
+
+BLOCK, VOCAB = 64, 2048
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,19 @@ class TaughtCopy:
         return replace(self, seed=settings.seed)
 
 
+def cut(texts: list[str], tokenizer: ByteLevelBPETokenizer) -> Dataset:
+    """Rows of `BLOCK` tokens; what is left over at the end of a text is left out."""
+    ids = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
+    rows = [each[i : i + BLOCK] for each in ids for i in range(0, len(each) - BLOCK + 1, BLOCK)]
+    return Dataset.from_dict({"input_ids": rows})
+
+
 def main(output_dir: str = "runs/custom_probe", max_steps: int = 160, update_steps: int = 40) -> None:
     """Train a small model with rounds by this probe, and say how well each round's labels were predicted."""
     corpus = builtin_corpus()
     texts = [row["text"] for row in corpus.pool]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=VOCAB, show_progress=False)
     pool = cut(texts, tokenizer).map(lambda row: {"labels": row["input_ids"]})
     reference = ReferenceTask.from_dataset(cut(corpus.reference, tokenizer), input_ids_column="input_ids", limit=128)
     config = MatesConfig(update_steps=update_steps, num_probes=10 * update_steps)
