@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from mates_hf import DirectionalProbe, OneStepProbe
 from mates_hf.errors import MatesError
-from mates_hf.training.callback import PATH_STEPS
+from mates_hf.flops import PATH_STEPS
 from tests.training.kit import OLD_TRAINER, make_model, make_pool, make_reference
 from tests.training.settings import (
     NO_FILE,
