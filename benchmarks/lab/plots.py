@@ -10,19 +10,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Told apart by readers who see few colours (Okabe and Ito), random in grey, ours in the strongest.
-COLOURS = {
-    "random": "#999999",
-    "ours": "#d55e00",
-    "ours, frugal": "#e69f00",
-    "fastText": "#0072b2",
-    "fastText, tuned": "#0072b2",
-    "DSIR": "#56b4e9",
-    "DSIR, tuned": "#56b4e9",
-    "similarity": "#009e73",
-    "stratified by domain": "#000000",
-    "one-step oracle, n-gram tables": "#cc79a7",
-    "one-step oracle, small encoder": "#f0e442",
+COLOURS = {  # each can be read on white and on black
+    "random": "#7d8590",
+    "ours": "#2f81f7",
+    "ours, frugal": "#17998a",
+    "one round's influence": "#6f7df2",
+    "ours and fastText": "#5a9e1e",
+    "ours, frugal, and fastText": "#2da44e",
+    "ours, random mixed in": "#2f81f7",
+    "ours, labels of the one-step oracle": "#3a94b8",
+    "labels of one step, rounds of 40 steps": "#3a94b8",
+    "fastText": "#e0700b",
+    "fastText, tuned": "#e0700b",
+    "DSIR": "#a9713b",
+    "DSIR, tuned": "#a9713b",
+    "similarity": "#d6409f",
+    "similarity, tuned": "#d6409f",
+    "low loss": "#a58a10",
+    "domain means": "#7d8590",
+    "stratified by domain": "#8c8377",
+    "random, passages mixed in": "#8c8377",
+    "top-k of labels, every step": "#c46fd6",
+    "one-step oracle, n-gram tables": "#e5534b",
+    "one-step oracle, small encoder": "#e5534b",
+    "cheap labels, n-gram tables": "#b3636b",
 }
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,

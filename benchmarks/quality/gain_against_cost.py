@@ -1,33 +1,29 @@
-"""The picture of the README: gain against cost, every method of `selection.json`, with intervals.
+"""What does a gain cost, method by method?
 
-    python benchmarks/gain_against_cost.py            # writes docs/gain_against_cost.svg
-    python benchmarks/gain_against_cost.py --check    # fails where the committed picture is another
+The picture of the README, `docs/gain_against_cost.svg`, of every method that `selection` has measured. Up: how many
+times the trained tokens of a method random data needs for the same reference loss (geometric mean and 95% t interval
+over seeds). Right: FLOPs of a method, with everything that choosing took, as a multiple of training alone. On the
+dashed line random data does as well for the same FLOPs; above it, choosing pays.
 
-Up: how many times the trained tokens of a method random data needs for the same reference loss (geometric mean and
-95% t interval over seeds). Right: FLOPs of a method, with everything that choosing took, as a multiple of training
-alone. On the dashed line random data does as well for the same FLOPs; above it, choosing pays.
-
-Place in the flow: reads what `selection.py` committed and nothing else. Trade-off: SVG written by hand, so that the
-picture is the same to the byte whatever is installed. One colour is one method in every panel, and each colour can be
-read on white and on black.
+It reads the newest committed result of `selection` and trains nothing. SVG is written by hand, so that the picture is
+the same to the byte whatever is installed, and each colour can be read on white and on black.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("selection*.json"))[-1]  # the newest, by its month
-PICTURE = ROOT / "docs" / "gain_against_cost.svg"
+from benchmarks.lab import harness
+from benchmarks.lab.plots import COLOURS
+from benchmarks.lab.tables import table_lines
+
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "gain_against_cost.svg"
 
 Unit = dict[str, Any]
 
@@ -35,28 +31,27 @@ Unit = dict[str, Any]
 class Style(NamedTuple):
     """How a method is drawn, and what the legend calls it."""
 
-    colour: str
     marker: str
     label: str
 
 
 # By the arm's name in the JSON; the order is that of the legend.
 STYLES = {
-    "ours": Style("#2f81f7", "circle", "ours: 500 probes each 100 steps"),
-    "ours, frugal": Style("#17998a", "circle", "ours, frugal: 200 probes, once"),
-    "one round's influence": Style("#6f7df2", "circle", "ours, first round kept"),
-    "ours and fastText": Style("#5a9e1e", "diamond", "ours + fastText"),
-    "ours, frugal, and fastText": Style("#2da44e", "diamond", "frugal + fastText"),
-    "labels of one step, rounds of 40 steps": Style("#3a94b8", "diamond", "one-step labels"),
-    "fastText": Style("#e0700b", "square", "fastText, untuned"),
-    "DSIR": Style("#a9713b", "square", "DSIR, untuned"),
-    "similarity": Style("#d6409f", "square", "similarity (encoder), untuned"),
-    "low loss": Style("#a58a10", "triangle", "lowest loss"),
-    "domain means": Style("#7d8590", "triangle", "domain means of our labels"),
-    "stratified by domain": Style("#8c8377", "triangle", "equal share of each domain"),
-    "top-k of labels, every step": Style("#c46fd6", "triangle", "every candidate, every step"),
-    "one-step oracle, n-gram tables": Style("#e5534b", "cross", "one-step oracle, last word"),
-    "cheap labels, n-gram tables": Style("#b3636b", "cross", "the same labels, cheap probe"),
+    "ours": Style("circle", "ours: 500 probes each 100 steps"),
+    "ours, frugal": Style("circle", "ours, frugal: 200 probes, once"),
+    "one round's influence": Style("circle", "ours, first round kept"),
+    "ours and fastText": Style("diamond", "ours + fastText"),
+    "ours, frugal, and fastText": Style("diamond", "frugal + fastText"),
+    "labels of one step, rounds of 40 steps": Style("diamond", "one-step labels"),
+    "fastText": Style("square", "fastText, untuned"),
+    "DSIR": Style("square", "DSIR, untuned"),
+    "similarity": Style("square", "similarity (encoder), untuned"),
+    "low loss": Style("triangle", "lowest loss"),
+    "domain means": Style("triangle", "domain means of our labels"),
+    "stratified by domain": Style("triangle", "equal share of each domain"),
+    "top-k of labels, every step": Style("triangle", "every candidate, every step"),
+    "one-step oracle, n-gram tables": Style("cross", "one-step oracle, last word"),
+    "cheap labels, n-gram tables": Style("cross", "the same labels, cheap probe"),
 }
 PANELS = (
     ("lambada", False, "LAMBADA passages, mixed pool"),
@@ -131,7 +126,7 @@ def y_of(gain: float) -> float:
     return PANEL_HEIGHT * (high - min(max(math.log(gain), low), high)) / (high - low)
 
 
-def marker(style: Style, x: float, y: float) -> str:
+def marker(arm: str, x: float, y: float) -> str:
     """A mark of about 10 pixels."""
     shapes = {
         "circle": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
@@ -140,7 +135,7 @@ def marker(style: Style, x: float, y: float) -> str:
         "triangle": f'<path d="M{x:.1f} {y - 5.5:.1f}l5.5 10h-11z"/>',
         "cross": f'<path d="M{x - 4.5:.1f} {y - 4.5:.1f}l9 9m0 -9l-9 9" stroke-width="2.5"/>',
     }
-    return f'<g fill="{style.colour}" stroke="{style.colour}">{shapes[style.marker]}</g>'
+    return f'<g fill="{COLOURS[arm]}" stroke="{COLOURS[arm]}">{shapes[STYLES[arm].marker]}</g>'
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", extra: str = "") -> str:
@@ -163,16 +158,16 @@ def panel(points: dict[str, Point], title: str, place: int) -> Iterator[str]:
     yield from (text(-7, y_of(tick) + 4, f"{tick}×", anchor="end") for tick in Y_TICKS)
     yield from (text(x_of(tick), bottom + 16, f"{tick}×", anchor="middle") for tick in X_TICKS)
     for arm, point in reversed(points.items()):  # what the legend names first lies on top
-        style, x = STYLES[arm], x_of(point.cost)
+        x = x_of(point.cost)
         interval = f"M{x:.1f} {y_of(point.low):.1f}V{y_of(point.high):.1f}"
-        yield f'<path stroke="{style.colour}" stroke-width="1.5" d="{interval}"/>'
-        yield marker(style, x, y_of(point.gain))
+        yield f'<path stroke="{COLOURS[arm]}" stroke-width="1.5" d="{interval}"/>'
+        yield marker(arm, x, y_of(point.gain))
     yield "</g>"
 
 
 def draw(document: dict[str, Any]) -> str:
     """The picture as the text of an SVG file."""
-    settings = [points_of(document, task, filtered) for task, filtered, _ in PANELS]
+    settings = [{arm: Point(*point) for arm, point in found.items()} for found in document["settings"]]
     drawn = [arm for arm in STYLES if any(arm in points for points in settings)]
     legend_top = TOP + 2 * ROW + 4
     rows = math.ceil(len(drawn) / LEGEND_COLUMNS)
@@ -201,26 +196,40 @@ def draw(document: dict[str, Any]) -> str:
     for number, arm in enumerate(drawn):
         x = LEFT + number // rows * (WIDTH - LEFT) / LEGEND_COLUMNS
         y = legend_top + number % rows * LEGEND_ROW
-        lines += [marker(STYLES[arm], x, y - 4.5), text(x + 12, y, STYLES[arm].label)]
+        lines += [marker(arm, x, y - 4.5), text(x + 12, y, STYLES[arm].label)]
     lines.append(text(LEFT - 5, height - 8, NOTE, extra=' class="small"'))
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Write the picture, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail where the committed picture does not follow")
-    arguments = parser.parse_args(given)
-    picture = draw(json.loads(RESULTS.read_text(encoding="utf-8")))
-    if not arguments.check:
-        PICTURE.write_text(picture, encoding="utf-8")
-    elif not PICTURE.exists() or PICTURE.read_text(encoding="utf-8") != picture:
-        print(
-            f"{PICTURE.relative_to(ROOT)} does not follow from {RESULTS.relative_to(ROOT)}: run this without --check"
-        )
-        return 1
-    return 0
+def run(bench: harness.Bench) -> harness.Document:
+    """Points of all methods in all settings; the picture, where this is no trial."""
+    source = harness.newest("selection")
+    found = [points_of(source, task, filtered) for task, filtered, _ in PANELS]
+    document = {"settings": [{arm: list(point) for arm, point in points.items()} for points in found]}
+    if not bench.quick and bench.options.out is None:
+        PICTURE.write_text(draw(document), encoding="utf-8")
+    return document
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def page(document: harness.Document) -> str:
+    """A table for each setting."""
+    lines = ["# gain_against_cost", "", "Points of `docs/gain_against_cost.svg`, from the page of `selection`.", ""]
+    for (_, _, title), points in zip(PANELS, document["settings"], strict=True):
+        rows = [
+            [STYLES[arm].label, seeds, f"{gain:.2f} [{low:.2f}, {high:.2f}]", f"{cost:.2f}", f"{gain / cost:.2f}"]
+            for arm, (cost, gain, low, high, seeds) in points.items()
+        ]
+        head = ["method", "seeds", "tokens random needs", "FLOPs, choosing included", "gain in FLOPs"]
+        lines += [f"## {title}", "", *table_lines(head, rows), ""]
+    return "\n".join([*lines, NOTE]) + "\n"
+
+
+def differences(document: harness.Document) -> Iterator[str]:
+    """Whether points and picture are those of the committed result of `selection`."""
+    source = harness.newest("selection")
+    for (task, filtered, title), points in zip(PANELS, document["settings"], strict=True):
+        known = {arm: list(point) for arm, point in points_of(source, task, filtered).items()}
+        if known.keys() != points.keys() or any(not np.allclose(known[arm], points[arm], rtol=1e-6) for arm in known):
+            yield f"{title}: the points are not those of `selection`"
+    if PICTURE.read_text(encoding="utf-8") != draw(document):
+        yield f"docs/{PICTURE.name} is not drawn from it"
