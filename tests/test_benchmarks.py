@@ -144,3 +144,11 @@ def test_a_quick_run_ends_and_goes_on_where_it_was_stopped(name: str, unit_file:
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert page.read_text(encoding="utf-8") == before
     run(name, "--check", "--out", str(tmp_path / "out"))
+
+
+def test_every_place_of_a_fault_is_there() -> None:
+    from benchmarks.reliability import faults
+
+    for fault in faults.all_faults():
+        owner, name = faults._owner(fault.target)
+        assert callable(getattr(owner, name)), fault.target

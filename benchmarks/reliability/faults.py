@@ -88,7 +88,7 @@ def all_faults() -> list[Fault]:
         found.extend(Fault(place=place, target=target, who=who, what=what, **details) for who, what in faults)
 
     callback, session, rounds = (f"mates_hf.training.{name}:" for name in ("callback", "session", "rounds"))
-    disk, measure = (f"mates_hf.training.{name}:" for name in ("rounds_on_disk", "measure"))
+    disk, measure, start = (f"mates_hf.training.{name}:" for name in ("rounds_on_disk", "measure", "start"))
     average = "mates_hf.engine.averaging:"
     opening, scoring, audit = (f"mates_hf.training.{name}:" for name in ("opening", "scoring", "audit"))
     processes, ngram = "mates_hf.engine.processes:", "mates_hf.prediction.ngram_model:NgramInfluenceModel."
@@ -96,10 +96,10 @@ def all_faults() -> list[Fault]:
     in_round = {"since": "_look"}
     # The start.
     at("run is checked", callback + "check_run", (MAIN, ERROR), (LAST, ERROR), (ALL, ERROR))
-    at("loss is read", callback + "read_given", (MAIN, ERROR), (LAST, ERROR))
+    at("loss is read", start + "read_given", (MAIN, ERROR), (LAST, ERROR))
     at("connections are opened", processes + "_new_group", (LAST, ERROR), (LAST, KILL))
     at("config is compared", processes + "Processes.require_same", (MAIN, KILL), (LAST, ERROR))
-    at("sampler is made", callback + "ScheduledSampler", (LAST, ERROR))
+    at("sampler is made", start + "ScheduledSampler", (LAST, ERROR))
     at("lock is taken", opening + "RoundsLock", (MAIN, ERROR))
     at("folder is tried", opening + "written_whole", (MAIN, FULL))
     at("rounds set aside", opening + "set_earlier_run_aside", (MAIN, ERROR), (MAIN, KILL), (MAIN, STOP))
