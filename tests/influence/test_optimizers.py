@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.lab.memory import peak_bytes
+from benchmarks.quality.muon_response import frozen_change
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.combined_optimizer import CombinedOptimizer
 from mates_hf.engine.preserve import preserved
@@ -515,20 +516,6 @@ def test_a_container_of_muon_and_adamw_ranks_like_real_steps(live: tuple[Any, to
     muon_part = optimizer.optimizers[0].param_groups[0]["params"]
     assert all(not only_adamw.by_parameter[p].any() for p in muon_part)
     assert only_adamw.by_parameter[model.lm_head.weight].any()
-
-
-def frozen_change(matrix: Tensor, change: Tensor, coefficients: Any, num_steps: int, eps: float) -> Tensor:
-    """OPUS's form: the polynomial in A = XXᵀ as it is at the momentum, from the left."""
-    a, b, c = coefficients
-    tall = matrix.shape[0] > matrix.shape[1]
-    x, tangent = (matrix.T, change.T) if tall else (matrix, change)
-    norm = x.norm().clamp(min=eps)
-    x = x / norm
-    for _ in range(num_steps):
-        gram = x @ x.T
-        polynomial = a * torch.eye(len(gram), dtype=gram.dtype) + b * gram + c * gram @ gram
-        x, tangent = polynomial @ x, polynomial @ tangent
-    return (tangent.T if tall else tangent) / norm
 
 
 def test_the_whole_derivative_of_muon_ranks_better_than_the_frozen_one(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 
+from benchmarks.lab.small_run import shard_with_fsdp2
 from mates_hf import MatesCallback
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -41,22 +41,6 @@ class DyingProbe(DirectionalProbe):
         if os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().measure(*args, **kwargs)
-
-
-def shard_with_fsdp2(trainer: Trainer) -> None:
-    """What accelerate does for `fsdp` on an accelerator; on CPU it leaves `fsdp` out, so the test switches it on."""
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        state_dict_type="SHARDED_STATE_DICT",
-        cpu_ram_efficient_loading=False,
-    )
-    state = trainer.accelerator.state
-    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
-    trainer.is_fsdp_enabled = True
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
