@@ -18,6 +18,8 @@ NUM_AUDITED = 16  # candidates that get both probes each round
 NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
 NUM_SENTINELS = 128  # candidates of a drift check
 SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
+# What runs of versions without these fields did; their rounds and checkpoints do not name them.
+BEFORE: dict[str, Any] = {"max_copies": None, "random_share": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,13 @@ class MatesConfig:
             "help": "Where a round chooses from: `slice`, the next k / selection_ratio unused rows of the shuffled "
             "pool (the paper's way), or `pool`, all unused rows. The best of very many rows use up their influence "
             "within a round, and the next labels are then reversed (docs/ablations.md)."
+        },
+    )
+    random_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of a round's rows that is drawn at random from the rest of its candidates, in [0, 1). It "
+            "keeps most of the gain on the reference task and most of what the run would otherwise unlearn."
         },
     )
     temperature: float = field(
@@ -161,6 +170,7 @@ class MatesConfig:
         require(number("selection_ratio") and 0 < self.selection_ratio <= 1, "selection_ratio", "in (0, 1]")
         require(whole("max_passes", 1), "max_passes", "a whole number of at least 1")
         require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
+        require(number("random_share") and 0 <= self.random_share < 1, "random_share", "in [0, 1)")
         require(number("temperature") and self.temperature >= 0, "temperature", "a finite number of at least 0")
         require(
             self.max_copies is None or whole("max_copies", 1), "max_copies", "None or a whole number of at least 1"
@@ -236,6 +246,7 @@ class MatesConfig:
             "update_steps": 10_000,
             "selection_ratio": 0.2,
             "candidate_scope": "slice",
+            "random_share": 0.0,
             "temperature": 1.0,
             "max_copies": None,
             "num_probes": 80_000,

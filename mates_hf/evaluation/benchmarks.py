@@ -40,6 +40,9 @@ class Splits(Mapping[str, Any]):
             self._read[split] = self._readers[split]()
         return self._read[split]
 
+    def __contains__(self, split: object) -> bool:
+        return split in self._readers  # without reading it, as `Mapping` would
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
 

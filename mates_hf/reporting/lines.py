@@ -21,7 +21,7 @@ def round_line(info: Mapping[str, Any]) -> str:
         info: The round's `round.json`; what it lacks is left out of the line.
 
     Returns:
-        One line: step, probes, signal with its interval, decision, rows, copies and leaks if any, seconds.
+        One line: step, probes, signal with its interval, decision, rows, random ones, copies and leaks, seconds.
     """
     guard = info.get("guard") or {}
     parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
@@ -31,6 +31,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         signal = f"held-out Spearman {guard['spearman']:.2f}"
         parts.append(f"{signal} {interval(guard.get('interval'))}".rstrip())
     parts.append(_outcome(info))
+    if info.get("num_random"):
+        parts.append(f"{info['num_random']:,} of them at random")
     if info.get("num_passed_over"):
         parts.append(f"{info['num_passed_over']:,} passed over as copies")
     shared = info.get("reference_overlap") or {}

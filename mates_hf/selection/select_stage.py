@@ -28,12 +28,14 @@ class SelectedRows(NamedTuple):
     Attributes:
         rows: (k,) int64 pool rows in training order.
         num_repeated: candidates whose text an earlier candidate has too; 0 where no hashes were given.
-        num_passed_over: candidates left out as copies, though worth more than the least text that was chosen.
+        num_passed_over: candidates left out as copies, though worth more than the least text that was chosen by worth.
+        num_random: rows that were drawn at random from what was not chosen by worth.
     """
 
     rows: IntArray
     num_repeated: int
     num_passed_over: int
+    num_random: int = 0
 
 
 def select_rows(
@@ -48,6 +50,7 @@ def select_rows(
     round_number: int,
     hashes: Hashes | None = None,
     max_copies: int | None = None,
+    random_share: float = 0.0,
 ) -> SelectedRows:
     """The select stage of a round: the rows to train on next, in training order.
 
@@ -67,12 +70,14 @@ def select_rows(
         hashes: (M,) uint64 of `copies.row_hashes`, equal for copies of a text; None where they are not known.
         max_copies: how often a text is chosen at most; needs `hashes`. Where the texts do not suffice for k rows,
             further copies follow, the best first. None sets no limit.
+        random_share: share of the k rows that is drawn at random, each candidate alike, from those that are not chosen
+            by their worth; rounded to whole rows.
 
     Returns:
         The rows, and what was found of copies.
 
     Raises:
-        ValueError: k or temperature out of range, arrays of different lengths, or a limit without hashes.
+        ValueError: k, temperature or share out of range, arrays of different lengths, or a limit without hashes.
         InfluenceError: influence is not finite, or the labels rank no row.
     """
     if not len(candidates) == len(influence) == len(num_targets) >= num_rows >= 0:
@@ -86,6 +91,8 @@ def select_rows(
             f"{'none' if hashes is None else len(hashes)}."
         )
     check_temperature(temperature)
+    if not 0 <= random_share <= 1:
+        raise ValueError(f"`random_share` must be in [0, 1], got {random_share!r}.")
     finite = np.isfinite(influence)
     if not finite.all():
         raise InfluenceError(
@@ -106,7 +113,8 @@ def select_rows(
     seed = stage_seed(selection_seed, round_number, "select")
     if num_trainable < len(values):
         values = values[trainable]
-    k = min(num_rows, num_trainable)
+    num_random = round(random_share * num_rows)
+    k = min(num_rows - num_random, num_trainable)
     if temperature and 0 < k < num_trainable:
         values = noisy(values, temperature, seed)
     num_repeated = 0 if hashes is None else len(find_copies(hashes))
@@ -114,13 +122,16 @@ def select_rows(
     if num_repeated and hashes is not None and max_copies is not None:
         copies = find_copies(hashes if num_trainable == len(hashes) else hashes[trainable], values, max_copies)
     chosen, num_passed_over = _largest_without(values, k, seed, copies)
+    if num_random:
+        share_seed = stage_seed(selection_seed, round_number, "random_share")
+        chosen = _with_others(values, chosen, copies, min(num_rows, num_trainable), share_seed)
     del values
     if num_trainable < len(trainable):
         chosen = nth_true(trainable, chosen)
     if len(chosen) < num_rows:
         chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
     order = np.random.default_rng(stage_seed(selection_seed, round_number, "order")).permutation(len(chosen))
-    return SelectedRows(candidates[chosen[order]].astype(np.int64), num_repeated, num_passed_over)
+    return SelectedRows(candidates[chosen[order]].astype(np.int64), num_repeated, num_passed_over, num_random)
 
 
 def _largest_without(values_N: npt.NDArray[Any], k: int, seed: Seed, copies: IntArray) -> tuple[IntArray, int]:
@@ -137,3 +148,17 @@ def _largest_without(values_N: npt.NDArray[Any], k: int, seed: Seed, copies: Int
         in_the_way[more] = False
         chosen = np.sort(np.concatenate([chosen, copies[more]]))
     return chosen, int(np.count_nonzero(in_the_way))
+
+
+def _with_others(values_N: npt.NDArray[Any], chosen: IntArray, copies: IntArray, num: int, seed: Seed) -> IntArray:
+    """Some positions and random other ones, `num` in all; copies only where the rest does not suffice."""
+    free = np.ones(len(values_N), np.bool_)
+    free[chosen] = False
+    free[copies] = False
+    num_free = int(np.count_nonzero(free))
+    drawn = np.random.default_rng(seed).choice(num_free, min(num - len(chosen), num_free), replace=False)
+    found = np.concatenate([chosen, nth_true(free, drawn)])
+    if len(found) < num:
+        further = np.setdiff1d(copies, chosen)
+        found = np.concatenate([found, further[: num - len(found)]])
+    return np.sort(found)

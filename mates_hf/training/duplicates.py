@@ -59,10 +59,10 @@ def selection_facts(run: Run, selected: SelectedRows, num_candidates: int, numbe
         number: the round.
 
     Returns:
-        `repeated_share`, of the candidates whose text an earlier candidate has too; `num_passed_over`, copies left out
-        that are worth more than the least selected row; and `reference_overlap`: how many selected rows share a run of
-        tokens with a passage, their share, the length of the run, a few of the rows, and how many passages are too
-        short to be looked for.
+        `num_random`, selected rows that were drawn at random; `repeated_share`, of the candidates whose text an
+        earlier candidate has too; `num_passed_over`, copies left out that are worth more than the least row selected
+        by worth; and `reference_overlap`: how many selected rows share a run of tokens with a passage, their share,
+        the length of the run, a few of the rows, and how many passages are too short to be looked for.
     """
     if run.reference_overlap is None:
         run.reference_overlap = TokenNgramIndex(run.reference.rows)
@@ -81,6 +81,7 @@ def selection_facts(run: Run, selected: SelectedRows, num_candidates: int, numbe
     return {
         "repeated_share": selected.num_repeated / max(1, num_candidates),
         "num_passed_over": selected.num_passed_over,
+        "num_random": selected.num_random,
         "reference_overlap": {
             "rows": len(shared),
             "share": share,

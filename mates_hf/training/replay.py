@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.config import MatesConfig
+from mates_hf.config import BEFORE, MatesConfig
 from mates_hf.disk import sha256_of
 from mates_hf.errors import MatesError, UnrankableError
 from mates_hf.records import InfluenceLabels, IntArray
@@ -65,8 +65,7 @@ class FinishedRound(RoundReader):
         self.require(self.decision in DECISIONS, ROUND_FILE, what, repr(self.decision))
         self.order_file = "own_order.npy" if self.decision == "own_order" else "selection.npy"
         try:
-            # Rounds of versions without `max_copies` set no limit; `hashes.npy` came with it.
-            self.config = MatesConfig(**{"max_copies": None, **info["config"]})
+            self.config = MatesConfig(**{**BEFORE, **info["config"]})
         except (TypeError, ValueError) as error:
             raise WrongError(ROUND_FILE, "`config` of this version of mates-hf", str(error)) from error
         self.num_pool_rows = info["pool"].get("num_rows")
@@ -349,6 +348,7 @@ class FinishedRound(RoundReader):
                 round_number=self.number,
                 hashes=None if hashes is None else np.asarray(hashes),
                 max_copies=self.config.max_copies,
+                random_share=self.config.random_share,
             )
         except (MatesError, ValueError) as error:
             raise WrongError("scores.npy", "predicted influence that can be selected on", str(error)) from error
@@ -357,6 +357,7 @@ class FinishedRound(RoundReader):
             facts = {
                 "repeated_share": selected.num_repeated / max(1, len(candidates)),
                 "num_passed_over": selected.num_passed_over,
+                **({"num_random": selected.num_random} if "num_random" in self.info else {}),
             }
             self.same(ROUND_FILE, {name: self.info.get(name) for name in facts}, facts, "hashes.npy gives")
 

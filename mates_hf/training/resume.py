@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mates_hf.config import MatesConfig
+from mates_hf.config import BEFORE, MatesConfig
 from mates_hf.engine.digest import MARK, weight_marks
 from mates_hf.errors import MatesError, RoundMismatchError
 from mates_hf.records import STATE_KEY
@@ -139,24 +139,29 @@ def warn_without_optimizer(checkpoint: Path | None) -> None:
 
 
 def config_to_resume(saved: Mapping[str, Any] | None, config: MatesConfig) -> MatesConfig:
-    """The config that a resumed run goes on with: a run that began without a limit on copies stays without one.
+    """The config that a resumed run goes on with: what a version did without a field, its runs go on with.
 
     Args:
         saved: this library's state in the checkpoint, or None.
         config: The config as it was given.
 
     Returns:
-        `config`; with `max_copies=None` where the checkpoint is older than that field and its default was given.
+        `config`; with the value of `config.BEFORE` for each field that the checkpoint is older than, where its default
+        was given.
     """
     began_with = (saved or {}).get("config")
-    is_default = config.max_copies == MatesConfig().max_copies
-    if not is_default or not isinstance(began_with, Mapping) or "max_copies" in began_with:
+    if not isinstance(began_with, Mapping):
         return config
-    logger.warning(
-        "The checkpoint is of a version without `max_copies`: the run goes on as it began, with `max_copies=None`. A "
-        "new run chooses each text once a round."
-    )
-    return dataclasses.replace(config, max_copies=None)
+    default, kept = MatesConfig(), {}
+    for name, value in BEFORE.items():
+        given = getattr(config, name)
+        if name not in began_with and given == getattr(default, name) != value:
+            logger.warning(
+                "The checkpoint is of a version without `%s`: the run goes on as it began, with `%s=%s`. A new run "
+                "has `%s=%s`.", name, name, value, name, given,
+            )  # fmt: skip
+            kept[name] = value
+    return dataclasses.replace(config, **kept)
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -183,7 +188,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None
                 "changed (its trainer_state.json, where a Trainer wrote it). Resume from another checkpoint."
             )
         if name == "config":  # fields that a later version added changed nothing in an older checkpoint
-            old = {**MatesConfig(max_copies=None).to_dict(), **old}
+            old = {**MatesConfig(**BEFORE).to_dict(), **old}
             old = {key: old[key] for key in {*saved[name], *new}}
         if old != new:
             shown = _differences(old, new)

@@ -310,5 +310,6 @@ def _select(
         round_number=number,
         hashes=scored.hashes,
         max_copies=run.config.max_copies,
+        random_share=run.config.random_share,
     )
     return selected.rows, selection_facts(run, selected, len(scored.candidates), number)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.config import MatesConfig
+from mates_hf.config import BEFORE, MatesConfig
 from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
@@ -302,8 +302,8 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
         name: value
         for name, value in config.to_dict().items()
         if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch")
-        # Left out where it changes nothing, so that runs of versions without it go on.
-        and (name, value) != ("max_passes", 1)
+        # Left out where they change nothing, so that runs of versions without them go on.
+        and (name, value) not in (("max_passes", 1), ("random_share", BEFORE["random_share"]))
     }
 
 

@@ -204,6 +204,17 @@ def test_a_local_folder_gives_each_split_its_role(tmp_path) -> None:
     assert {role: len(chosen[role]) for role in chosen} == {"test": 4, "train": 3}
 
 
+def test_a_split_that_is_not_asked_for_is_not_read(tmp_path) -> None:
+    write_local(tmp_path)
+    (tmp_path / "sciq" / "train.jsonl").write_text('{"question": "only half a row"}\n', encoding="utf-8")
+    assert {"train", "test"} <= set(load(benchmark="sciq", data_dir=tmp_path))
+    metadata = {"data_dir": str(tmp_path)}
+    task = ReferenceTask.from_lm_eval("mates_sciq_local", make_tokenizer(), metadata=metadata, split="test")
+    assert len(task) == 6
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1 must have"):
+        ReferenceTask.from_lm_eval("mates_sciq_local", make_tokenizer(), metadata=metadata, split="train")
+
+
 def test_gzipped_files_are_read(tmp_path) -> None:
     (tmp_path / "piqa").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in local_rows("piqa"))

@@ -166,6 +166,39 @@ def test_further_copies_come_before_rows_without_a_target():
     assert sorted(select([3, 2, 1, 9], 3, [7, 7, 8, 8], 1, [8, 8, 8, 0]).rows.tolist()) == [0, 1, 2]
 
 
+@settings(max_examples=80, deadline=None)
+@given(groups, st.integers(0, 2**32), st.sampled_from([None, 1, 2]), st.floats(0, 1), st.floats(0, 1))
+def test_a_random_share_is_of_what_worth_did_not_choose(numbers, seed, most, part, share):
+    hashes, k = spread[np.array(numbers, int)], round(part * len(numbers))
+    influence = np.random.default_rng(seed).normal(size=len(hashes)).astype(np.float32)
+    found = select(influence, k, hashes, most, random_share=share)
+    assert found.num_random == round(share * k)
+    assert len(found.rows) == len(set(found.rows.tolist())) == k
+    by_worth = select(influence, k - found.num_random, hashes, most).rows.tolist()
+    assert set(by_worth) <= set(found.rows.tolist())
+    beyond = set() if most is None else set(left_out(hashes, influence, most))
+    if k <= len(numbers) - len(beyond):
+        assert not beyond & set(found.rows.tolist())  # a text is not chosen once more by chance
+
+
+def test_random_rows_are_others_each_round_uniform_and_of_the_rest():
+    influence = np.arange(200, dtype=np.float32)
+    drawn = np.zeros(200)
+    for number in range(300):
+        rows = select(influence, 40, None, None, random_share=0.25, round_number=number).rows
+        assert set(range(170, 200)) <= set(rows.tolist())
+        drawn[rows] += 1
+    assert not drawn[170:].std()
+    assert drawn[:170].sum() == 3_000
+    assert drawn[:170].min() > 2  # of 17.6 each
+    assert drawn[:170].max() < 40
+    plain = select(influence, 40, None, None)
+    assert plain.num_random == 0
+    assert select(influence, 40, None, None, random_share=0.01).rows.tolist() == plain.rows.tolist()  # rounds to none
+    with pytest.raises(ValueError, match=r"`random_share` must be in \[0, 1\], got 1.5"):
+        select(influence, 40, None, None, random_share=1.5)
+
+
 def test_a_limit_needs_a_hash_of_each_candidate():
     with pytest.raises(ValueError, match=r"`hashes` must have one entry a candidate \(2\).*got none"):
         select([1, 2], 1, None, 1)

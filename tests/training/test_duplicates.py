@@ -110,6 +110,30 @@ def test_a_text_is_chosen_once_a_round_and_what_it_shares_with_the_reference_is_
     assert verify_run(unlimited[0]).problem is None
 
 
+def test_a_random_share_is_recorded_told_and_verified(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "mates_hf"):
+        train(tmp_path / "run", random_share=0.25)
+    path = tmp_path / "run" / "_mates" / ROUNDS[0]
+    info = read_json(path / "round.json")
+    assert (info["num_rows"], info["num_random"], info["config"]["random_share"]) == (24, 6, 0.25)
+    assert "6 of them at random" in caplog.text
+    rows, candidates = selected(tmp_path / "run", ROUNDS[0]), np.load(path / "candidates.npy")
+    assert most_copies(rows) == 1
+    order = candidates[np.argsort(-np.load(path / "scores.npy"), kind="stable")].tolist()
+    assert max(order.index(row) for row in rows) > 30  # of 48: none by worth is that far down
+    assert verify_run(tmp_path / "run").problem is None
+    for name, changed, file in (
+        ("num_random", 5, "round.json"),
+        ("config", {**info["config"], "random_share": 0.5}, "key.json"),
+    ):
+        wrong = {**info, name: changed}
+        write_json(path / "round.json", wrong)
+        write_checksums(path, wrong)
+        problem = verify_run(tmp_path / "run").problem
+        assert problem is not None
+        assert problem.file == file
+
+
 @pytest.mark.parametrize(
     ("change", "file"),
     [
