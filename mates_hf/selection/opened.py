@@ -1,14 +1,21 @@
-"""Scoring a `datasets.Dataset`: through `Dataset.map` with its cache and processes, or in place; in parts that stay.
+"""A `datasets.Dataset` opened for scoring: who scores it, from which column, and how all its rows are scored.
 
-Place in the flow: what `MatesSelector.map`, `score` and `select` do with a dataset that is `opened`. Trade-off: `map`
-writes the predictions alone (influence, and the number of targets that a later `filter` needs) and sets the first
-beside the other columns, as `concatenate_datasets(axis=1)` does, so a corpus is not copied, and the result needs the
-files that the dataset had (`save_to_disk` writes one that does not).
+Place in the flow: made once a call by `inputs`; `dataset_input` asks it for a new column (`map_rows`) or for
+predictions (`score_rows`). Trade-off: `map_rows` writes the predictions alone (influence, and the number of targets
+that a later `filter` needs) and sets the first next to the other columns, as `concatenate_datasets(axis=1)` does. So a
+corpus is not copied, and the result needs the files that the dataset had (`save_to_disk` writes one that does not).
+
+The key of scores is made here instead of by `datasets`, which would hash the live model by pickling it and find
+another hash after each call of a tokenizer. It holds the dataset's fingerprint and the content of 1,024 rows, so that
+a dataset that was changed under its old fingerprint is scored anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +25,196 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.arrow import physical_rows
+from mates_hf.data.columns import fixed_positions
+from mates_hf.data.scored_column import OpenRows
 from mates_hf.disk import read_array, write_array
 from mates_hf.errors import MatesError
 from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions, Scorer
 from mates_hf.prediction.threads import at_most_threads, num_threads
-from mates_hf.selection.opened import OpenDataset
 from mates_hf.selection.options import Options
 
 logger = logging.getLogger(__name__)
 
+NUM_KEY_ROWS = 1024
 _AHEAD_ROWS = 4096  # scored at a time while others are written
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenDataset:
+    """A dataset with what scores it.
+
+    Attributes:
+        dataset: with the column; a format of it is not applied.
+        scorer: what predicts.
+        digest: Digest of the scorer; None where the model cannot say what it depends on.
+        options: how rows are scored, and what `Dataset.map` is given.
+    """
+
+    dataset: Any
+    scorer: Scorer
+    digest: str | None
+    options: Options
+
+    @functools.cached_property
+    def rows(self) -> OpenRows:
+        """The scored column's rows."""
+        return self.scorer.column.open(self.dataset, self.options.batch_size)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a prediction may read."""
+        return self.scorer.column.names_among(self.dataset.column_names)
+
+    @property
+    def sure_digest(self) -> str:
+        """The digest, or the influence model's own error where it has none."""
+        return self.scorer.digest() if self.digest is None else self.digest
+
+    def with_dataset(self, dataset: Any) -> OpenDataset:
+        """Another dataset with what scores this one."""
+        return dataclasses.replace(self, dataset=dataset)
+
+    def part(self, begin: int, end: int) -> OpenDataset:
+        """The rows from `begin` to before `end` as a dataset of their own."""
+        return self.with_dataset(self.dataset.select(range(begin, end)))
+
+    def predict(self, begin: int, end: int) -> Predictions:
+        """Predictions of the rows from one number to before another.
+
+        Args:
+            begin: first row.
+            end: row after the last.
+
+        Returns:
+            The predictions. For token columns and a model that `reads_spans`, several threads may ask.
+        """
+        return self.scorer.predict_rows(self.rows, begin, end)
+
+    def key(self, *more: str) -> str:
+        """Fingerprint of a result: of the data, its scored columns' content, and what else it depends on."""
+        digest = hashlib.sha256()
+        parts = [self.dataset._fingerprint, len(self.dataset), str(self.dataset.features), *more]
+        digest.update(json.dumps(parts).encode())
+        if num := len(self.dataset):
+            digest.update(self.rows.content(fixed_positions(num, NUM_KEY_ROWS)))
+        return digest.hexdigest()[:32]
+
+    @functools.cached_property
+    def scores_key(self) -> str:
+        """Fingerprint of the predictions."""
+        return self.key(self.sure_digest, "scores")
+
+
+# --- into a column ---
+
+
+def map_rows(opened: OpenDataset) -> tuple[Any, Any]:
+    """`MatesSelector.map` of a `Dataset`.
+
+    Args:
+        opened: the dataset.
+
+    Returns:
+        The dataset with its new column, and a dataset of the predictions alone.
+    """
+    import datasets
+
+    dataset, options = opened.dataset, opened.options
+    left_out = {INFLUENCE_COLUMN, *options.removed}
+    kept = dataset.with_format(None).select_columns([name for name in dataset.column_names if name not in left_out])
+    features = datasets.Features({**kept.features, INFLUENCE_COLUMN: datasets.Value("float32")})
+    if not len(dataset):  # which `Dataset.map` and `concatenate_datasets` leave as it is
+        nothing: dict[str, list[Any]] = {name: [] for name in features}
+        empty = datasets.Dataset.from_dict(nothing, features=features, split=dataset.split)
+        return _with_format_of(dataset, empty), empty
+    scored = _mapped_scores(opened)
+    column = scored.select_columns([INFLUENCE_COLUMN])
+    if not kept.column_names:
+        return _with_format_of(dataset, column), scored
+    if physical_rows(kept) is not None:  # a column beside a table needs its order: the rows are written in theirs
+        in_memory = bool(options.for_map.get("keep_in_memory"))
+        rows_key = opened.key("rows", *kept.column_names)
+        kept = kept.flatten_indices(keep_in_memory=in_memory, num_proc=options.num_proc, new_fingerprint=rows_key)
+    info = dataset.info.copy()
+    info.features = features
+    whole = datasets.concatenate_datasets([kept, column], info=info, split=dataset.split, axis=1)
+    return _with_format_of(dataset, whole), scored
+
+
+def _with_format_of(dataset: Any, mapped: Any) -> Any:
+    """The mapped dataset in the format that the dataset has; the new column is shown."""
+    had = dataset.format
+    hidden = set(dataset.column_names) - set(had["columns"]) - {INFLUENCE_COLUMN}
+    columns = [name for name in mapped.column_names if name not in hidden] if hidden else None
+    return mapped.with_format(
+        had["type"], columns=columns, output_all_columns=had["output_all_columns"], **had["format_kwargs"]
+    )
+
+
+def _mapped_scores(opened: OpenDataset) -> Any:
+    """A dataset of the predictions alone, in `datasets`' cache or in the files that were asked for."""
+    import datasets
+
+    num, key, options = len(opened.dataset), opened.scores_key, opened.options
+    if options.shards_dir is None:
+        return _map(opened, key, **options.further)
+    folder, parts = Path(options.shards_dir) / key, []
+    for begin in range(0, num, options.shard_rows):
+        end = min(begin + options.shard_rows, num)
+        name = folder / f"{begin:012d}-{end:012d}.arrow"  # `datasets` moves a file to its name when it is whole
+        more = {**options.further, "cache_file_name": str(name)}
+        parts.append(_map(opened.part(begin, end), f"{key}-{begin:x}-{end:x}", **more))
+    return datasets.concatenate_datasets(parts)
+
+
+def _map(opened: OpenDataset, key: str, **more: Any) -> Any:
+    """`Dataset.map` over Arrow tables of the columns that scoring reads."""
+    import datasets
+
+    options = opened.options
+    features = {INFLUENCE_COLUMN: datasets.Value("float32"), "num_targets": datasets.Value("int32")}
+    more = {
+        "batched": True,
+        "with_indices": True,
+        "batch_size": options.batch_size,
+        "num_proc": options.num_proc,
+        "features": datasets.Features(features),
+        "desc": "Scoring",
+        "new_fingerprint": key,
+        **more,
+    }
+    tables = opened.dataset.with_format("arrow").select_columns(opened.columns)
+    if options.num_proc or not opened.scorer.reads_in_place:
+        return tables.map(OnlyScores(opened.scorer, 1 if options.num_proc else None), **more)
+    with Ahead(opened) as ahead:
+        return tables.map(OnlyScores(opened.scorer, ahead=ahead), **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyScores:
+    """What `Dataset.map` runs on a batch: the predictions alone.
+
+    Attributes:
+        scorer: what predicts.
+        num_threads: at most; None is one a core.
+        ahead: has the predictions where they are made while `datasets` writes; None in worker processes.
+    """
+
+    scorer: Scorer
+    num_threads: int | None = None
+    ahead: Ahead | None = None
+
+    def __call__(self, table: Any, indices: list[int]) -> Any:
+        """The predictions of a batch."""
+        import pyarrow as pa
+
+        if self.ahead is None:
+            opened = self.scorer.column.open_table(table, indices[0])
+            with at_most_threads(self.num_threads):
+                scored = self.scorer.predict_rows(opened, 0, table.num_rows)
+        else:
+            scored = self.ahead.predictions(indices[0], indices[-1] + 1)
+        return pa.table({name: pa.array(values) for name, values in scored._asdict().items()})
 
 
 class Ahead:
@@ -69,110 +256,14 @@ class Ahead:
             return self._scorer.predict_rows(self._rows, begin, end)
 
 
-@dataclasses.dataclass(frozen=True)
-class OnlyScores:
-    """What `Dataset.map` runs on a batch: the predictions alone.
-
-    Attributes:
-        scorer: what predicts.
-        num_threads: at most; None is one a core.
-        ahead: has the predictions where they are made while `datasets` writes; None in worker processes.
-    """
-
-    scorer: Scorer
-    num_threads: int | None = None
-    ahead: Ahead | None = None
-
-    def __call__(self, table: Any, indices: list[int]) -> Any:
-        """The predictions of a batch."""
-        import pyarrow as pa
-
-        if self.ahead is None:
-            opened = self.scorer.column.open_table(table, indices[0])
-            with at_most_threads(self.num_threads):
-                scored = self.scorer.predict_rows(opened, 0, table.num_rows)
-        else:
-            scored = self.ahead.predictions(indices[0], indices[-1] + 1)
-        return pa.table({name: pa.array(values) for name, values in scored._asdict().items()})
+# --- in memory ---
 
 
-def map_rows(opened: OpenDataset, options: Options) -> tuple[Any, Any]:
-    """`MatesSelector.map` of a `Dataset`.
-
-    Args:
-        opened: the dataset.
-        options: how it is scored, and what `Dataset.map` is given.
-
-    Returns:
-        The dataset with its new column, and a dataset of the predictions alone.
-    """
-    import datasets
-
-    dataset = opened.dataset
-    left_out = {INFLUENCE_COLUMN, *options.removed}
-    kept = dataset.with_format(None).select_columns([name for name in dataset.column_names if name not in left_out])
-    features = datasets.Features({**kept.features, INFLUENCE_COLUMN: datasets.Value("float32")})
-    if not len(dataset):  # which `Dataset.map` and `concatenate_datasets` leave as it is
-        nothing: dict[str, list[Any]] = {name: [] for name in features}
-        empty = datasets.Dataset.from_dict(nothing, features=features, split=dataset.split)
-        return _with_format_of(dataset, empty), empty
-    scored = _mapped_scores(opened, options)
-    column = scored.select_columns([INFLUENCE_COLUMN])
-    if not kept.column_names:
-        return _with_format_of(dataset, column), scored
-    if physical_rows(kept) is not None:  # a column beside a table needs its order: the rows are written in theirs
-        in_memory = bool(options.for_map.get("keep_in_memory"))
-        rows_key = opened.key("rows", *kept.column_names)
-        kept = kept.flatten_indices(keep_in_memory=in_memory, num_proc=options.num_proc, new_fingerprint=rows_key)
-    info = dataset.info.copy()
-    info.features = features
-    whole = datasets.concatenate_datasets([kept, column], info=info, split=dataset.split, axis=1)
-    return _with_format_of(dataset, whole), scored
-
-
-def _mapped_scores(opened: OpenDataset, options: Options) -> Any:
-    """A dataset of the predictions alone, in `datasets`' cache or in the files that were asked for."""
-    import datasets
-
-    num, key = len(opened.dataset), opened.scores_key
-    if options.shards_dir is None:
-        return _map(opened, key, options, **options.further)
-    folder, parts = Path(options.shards_dir) / key, []
-    for begin in range(0, num, options.shard_rows):
-        end = min(begin + options.shard_rows, num)
-        name = folder / f"{begin:012d}-{end:012d}.arrow"  # `datasets` moves a file to its name when it is whole
-        more = {**options.further, "cache_file_name": str(name)}
-        parts.append(_map(opened.part(begin, end), f"{key}-{begin:x}-{end:x}", options, **more))
-    return datasets.concatenate_datasets(parts)
-
-
-def _map(opened: OpenDataset, key: str, options: Options, **more: Any) -> Any:
-    """`Dataset.map` over Arrow tables of the columns that scoring reads."""
-    import datasets
-
-    features = {INFLUENCE_COLUMN: datasets.Value("float32"), "num_targets": datasets.Value("int32")}
-    more = {
-        "batched": True,
-        "with_indices": True,
-        "batch_size": options.batch_size,
-        "num_proc": options.num_proc,
-        "features": datasets.Features(features),
-        "desc": "Scoring",
-        "new_fingerprint": key,
-        **more,
-    }
-    tables = opened.dataset.with_format("arrow").select_columns(opened.columns)
-    if options.num_proc or not opened.scorer.reads_in_place:
-        return tables.map(OnlyScores(opened.scorer, 1 if options.num_proc else None), **more)
-    with Ahead(opened) as ahead:
-        return tables.map(OnlyScores(opened.scorer, ahead=ahead), **more)
-
-
-def score_rows(opened: OpenDataset, options: Options) -> Predictions:
+def score_rows(opened: OpenDataset) -> Predictions:
     """`MatesSelector.score`: predictions of all rows, part by part."""
     from tqdm import tqdm
 
-    num = len(opened.dataset)
+    num, options = len(opened.dataset), opened.options
     folder = None if options.shards_dir is None else Path(options.shards_dir) / opened.key(opened.sure_digest)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,42 +272,18 @@ def score_rows(opened: OpenDataset, options: Options) -> Predictions:
         end = min(begin + options.shard_rows, num)
 
         def compute(begin: int = begin, end: int = end) -> Predictions:
-            return _scores_by_map(opened, begin, end, options) if options.num_proc else opened.predict(begin, end)
+            return _scores_by_map(opened, begin, end) if options.num_proc else opened.predict(begin, end)
 
         scored = compute() if folder is None else _kept(folder / f"{begin:012d}-{end:012d}", end - begin, compute)
         influence[begin:end], num_targets[begin:end] = scored
     return Predictions(influence, num_targets)
 
 
-def _scores_by_map(opened: OpenDataset, begin: int, end: int, options: Options) -> Predictions:
+def _scores_by_map(opened: OpenDataset, begin: int, end: int) -> Predictions:
     """Predictions of some rows by worker processes, which hand them over in memory: no file is left behind."""
     part = opened.part(begin, end)
     key = f"{part.key('scores')}-{begin:x}-{end:x}"  # of what is in memory alone: no cache finds it
-    return Predictions.of(_map(part, key, options, keep_in_memory=True, load_from_cache_file=False))
-
-
-def log_intercepts(scored: Any) -> None:
-    """Count the rows that say nothing, from a dataset of predictions; the model is not asked about an empty row."""
-    if not len(scored):
-        return
-    empty = scored.data.column("num_targets").to_numpy() == 0
-    num = int(np.count_nonzero(empty))
-    if num:
-        intercept = scored.data.column(INFLUENCE_COLUMN)[int(np.argmax(empty))].as_py()
-        logger.info(
-            "%d of %d rows have no trained token (empty documents among them); their influence is the model's "
-            "intercept, %.3g.", num, len(empty), intercept,
-        )  # fmt: skip
-
-
-def _with_format_of(dataset: Any, mapped: Any) -> Any:
-    """The mapped dataset in the format that the dataset has; the new column is shown."""
-    had = dataset.format
-    hidden = set(dataset.column_names) - set(had["columns"]) - {INFLUENCE_COLUMN}
-    columns = [name for name in mapped.column_names if name not in hidden] if hidden else None
-    return mapped.with_format(
-        had["type"], columns=columns, output_all_columns=had["output_all_columns"], **had["format_kwargs"]
-    )
+    return Predictions.of(_map(part, key, keep_in_memory=True, load_from_cache_file=False))
 
 
 def _kept(path: Path, num: int, compute: Callable[[], Predictions]) -> Predictions:

@@ -3,7 +3,7 @@
 Place in the flow: right of every influence model, for people who choose data before a run or outside of a Trainer; a
 round inside the Trainer selects by `select_stage` instead. Trade-off: `map` goes through `datasets`, its cache
 and its processes, and writes a column; `filter` and `select` score in place and write nothing, and score nothing that
-this selector has scored before (see `reuse`).
+this selector has scored before (see `dataset_input`).
 
 Sign: influence > 0 helps, higher is better. Shape suffix: N rows.
 """
@@ -21,11 +21,12 @@ from mates_hf.display import card, html_card
 from mates_hf.prediction.score import Predictions
 from mates_hf.records import FitReport
 from mates_hf.selection.card import TAGS, label_unit, selector_facts, write_card
-from mates_hf.selection.inputs import Fitted, open_input
+from mates_hf.selection.dataset_input import DatasetInput, Scored
+from mates_hf.selection.inputs import Fitted, Splits, open_input
 from mates_hf.selection.options import SHARD_ROWS, Options, one_column
 from mates_hf.selection.result import Budget
-from mates_hf.selection.reuse import Scored
 from mates_hf.selection.saved import open_selector, write_selector
+from mates_hf.selection.streaming import StreamInput
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -166,8 +167,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
             shard_rows=shard_rows,
         )  # fmt: skip
-        found: Predictions = self._open(dataset, options).score()
-        return found
+        return self._open(dataset, options).score()
 
     # --- selection ---
 
@@ -264,7 +264,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         )  # fmt: skip
         return self._open(dataset, options).select(budget)
 
-    def _open(self, dataset: Any, options: Options) -> Any:
+    def _open(self, dataset: Any, options: Options) -> Splits | StreamInput | DatasetInput:
         """What is scored, decided once."""
         fitted = Fitted(self.influence_model, self.tokenizer, self.max_length, self._scored)
         return open_input(dataset, fitted, options)
