@@ -1,6 +1,6 @@
 """Conversations as texts, by the tokenizer's own chat template.
 
-Place in the flow: `scored_column` makes texts of conversations through this, before it tokenises them. Trade-off:
+Where it is used: `scored_column` makes texts of conversations through this, before it tokenises them. Trade-off:
 every token of the text counts, as TRL trains it by default; which turns are the assistant's is not asked, because most
 templates do not say.
 """
@@ -30,9 +30,9 @@ def render_conversations(
 
     Args:
         conversations: N lists of messages; None, or a list without any, has no text.
-        tokenizer: with a chat template.
-        column: what the errors call it.
-        first_row: what the errors call the first row.
+        tokenizer: A tokenizer with a chat template.
+        column: Name of the column, for errors.
+        first_row: Number of the first row, for errors.
 
     Returns:
         N texts, None where there are no messages.

@@ -1,9 +1,9 @@
 """The one column of a dataset that is scored: which it is, what it holds, and how its rows become tokens.
 
-Place in the flow: decided once from a dataset's schema (`find_column`), then carried on; from there on nobody asks
-again what the column holds. A dataset, an Arrow table of a batch and a batch of a stream are all read through it.
-Trade-off: a text becomes exactly `tokenizer(text)`, truncated, never packed, so a score says what the text alone is
-worth, and nothing of where a run that packs its texts would cut it.
+Where it is used: scoring decides once, from a dataset's schema, which column counts (`find_column`). After that
+nothing asks again what the column holds. A dataset, an Arrow table of a batch and a batch of a stream are all read
+through it. Trade-off: a text becomes exactly `tokenizer(text)`, truncated, never packed, so a score says what the text
+alone is worth, and nothing of where a run that packs its texts would cut it.
 
 Shape suffix: N rows.
 """
@@ -46,17 +46,17 @@ def find_column(schema: Any, column: str | None, tokenizer: Any = None, max_leng
 
     Args:
         schema: `pyarrow.Schema` of the dataset.
-        column: its name, that of a nested one with dots (`meta.text`); None takes `input_ids`, else `text`, else
-            `messages`.
+        column: Name of the column, with dots where it is nested (`meta.text`); None takes `input_ids`, else `text`,
+            else `messages`.
         tokenizer: Tokenizer of the influence model's tokens, or None.
-        max_length: tokens a text is cut to, or None.
+        max_length: Number of tokens that a text is cut to, or None.
 
     Returns:
         The column.
 
     Raises:
         ValueError: there is no such column (names those there are), or no tokenizer or chat template for it; or
-            `labels` or `attention_mask` beside `input_ids` cannot count as what they are called.
+            `labels` or `attention_mask` next to `input_ids` cannot count as what they are called.
         TypeError: the column holds neither texts, nor conversations, nor integer tokens.
     """
     names = list(schema.names)
@@ -111,9 +111,9 @@ class ScoredColumn(abc.ABC):
 
     Attributes:
         name: Name of the column, with dots where it is nested.
-        path: names from the row down to it.
+        path: Names from the row down to the column.
         tokenizer: Tokenizer of the tokens that the model was fitted on; None where it is not known.
-        max_length: tokens a text is cut to; None leaves it whole.
+        max_length: Number of tokens that a text is cut to; None leaves it whole.
     """
 
     name: str
@@ -149,8 +149,8 @@ class ScoredColumn(abc.ABC):
         """Refuse ids outside the vocabulary, for models that would look them up unchecked.
 
         Args:
-            rows: that were read from this column.
-            first_row: what the error calls the first of them.
+            rows: Rows that were read from this column.
+            first_row: Number of the first of them, for errors.
 
         Raises:
             ValueError: an id is negative, or not one of the tokenizer's.
@@ -171,10 +171,10 @@ class ScoredColumn(abc.ABC):
 
 
 class TokenIds(ScoredColumn):
-    """Lists of token ids; beside `input_ids`, columns `labels` and `attention_mask` count as in training."""
+    """Lists of token ids; next to `input_ids`, columns `labels` and `attention_mask` count as in training."""
 
     def depends_on(self) -> list[Any]:
-        """As said at the base; a tokenizer only bounds the ids, and a large one takes 0.3 s to read."""
+        """See `ScoredColumn`; a tokenizer only bounds the ids, and a large one takes 0.3 s to read."""
         return [self.name, False, self._num_tokens, self.max_length]
 
     def open(self, dataset: Any, batch_size: int = 1000) -> TokenColumns:
@@ -182,11 +182,11 @@ class TokenIds(ScoredColumn):
         return self._columns(dataset.data, physical_rows(dataset))
 
     def open_table(self, table: Any, first_row: int = 0) -> TokenColumns:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return self._columns(table, None, first_row)
 
     def read_batch(self, batch: Mapping[str, Any]) -> TokenRows:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return read_batch({**batch, self.name: _values_at(batch, self.path)}, self.name)
 
     def _columns(self, table: Any, indices: IntArray | None, first_row: int = 0) -> TokenColumns:
@@ -208,19 +208,19 @@ class Texts(ScoredColumn):
     """Texts; each becomes exactly `tokenizer(text)`, truncated, and None an empty row."""
 
     def depends_on(self) -> list[Any]:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return [self.name, True, None if self.tokenizer is None else tokenizer_digest(self.tokenizer), self.max_length]
 
     def open(self, dataset: Any, batch_size: int = 1000) -> OpenTexts:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return OpenTexts(self, dataset.with_format("arrow", columns=[self.path[0]]), batch_size)
 
     def open_table(self, table: Any, first_row: int = 0) -> OpenTexts:
-        """As said at the base; the table is a batch."""
+        """See `ScoredColumn`; the table is a batch."""
         return OpenTexts(self, table, max(1, table.num_rows), first_row)
 
     def read_batch(self, batch: Mapping[str, Any]) -> TokenRows:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return self.tokens_of(_values_at(batch, self.path))
 
     def tokens_of(self, values: Sequence[Any], first_row: int = 0) -> TokenRows:
@@ -255,7 +255,7 @@ class Conversations(Texts):
     """Lists of messages; each becomes the text that the tokenizer's chat template makes of it."""
 
     def depends_on(self) -> list[Any]:
-        """As said at the base, and the template."""
+        """See `ScoredColumn`; the template counts too."""
         return [*super().depends_on(), json.dumps(self.tokenizer.chat_template)]
 
     def stored(self, values: Sequence[Any]) -> list[bytes]:
@@ -276,31 +276,31 @@ class OpenTexts:
     """Rows of texts or conversations, tokenised when they are asked for.
 
     Args:
-        column: what they are.
-        source: a `pyarrow.Table`, or a dataset that hands out such.
-        batch_size: rows tokenised at once.
-        first_row: what errors call the first row.
+        column: The column that is read.
+        source: A `pyarrow.Table`, or a dataset that gives such tables.
+        batch_size: Number of rows that are tokenised at once.
+        first_row: Number of the first row, for errors.
     """
 
     def __init__(self, column: Texts, source: Any, batch_size: int, first_row: int = 0) -> None:
         self._column, self._source, self._batch_size, self._first_row = column, source, batch_size, first_row
 
     def parts(self, begin: int, end: int, *, in_place: bool) -> Iterator[tuple[int, TokenRows | TokenSpans]]:
-        """As said at `OpenRows`; nothing of a text is in place."""
+        """See `OpenRows`; texts are always tokenised first, never read in place."""
         for start in range(begin, end, self._batch_size):
             values = self._values(slice(start, min(start + self._batch_size, end)))
             yield self._first_row + start, self._column.tokens_of(values, self._first_row + start)
 
     def rows(self, ids: IntArray) -> TokenRows:
-        """As said at `OpenRows`."""
+        """See `OpenRows`."""
         return self._column.tokens_of(self._values(ids.tolist()))
 
     def content(self, ids: IntArray) -> bytes:
-        """As said at `OpenRows`."""
+        """See `OpenRows`."""
         return json.dumps(self._values(ids.tolist()), default=str).encode()
 
     def row_bytes(self, begin: int, end: int) -> list[bytes]:
-        """As said at `OpenRows`."""
+        """See `OpenRows`."""
         return self._column.stored(self._values(slice(begin, end)))
 
     def _values(self, rows: slice | list[int]) -> list[Any]:

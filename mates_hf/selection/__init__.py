@@ -5,6 +5,6 @@ takes the k best of them, by `choose`, and no more of one text than `copies` let
 any dataset outside of a run: `inputs` decides what it is and which column is scored, `dataset_input` (with `opened`)
 or `streaming` scores it, `result` keeps what a budget allows. `saved` and `card` are the selector's files.
 
-Place in the flow: right of `influence/` (influence arrives as a float array), left of `training/` (which turns the
-chosen rows into the order of a run). Only tokenizers and influence models that are handed in may need torch.
+Where it is used: it gets influence as a float array from `prediction/`, and `training/` turns the rows that it chose
+into the order of a run. Only tokenizers and influence models that are handed in may need torch.
 """

@@ -1,7 +1,7 @@
 """A dataset that is mapped, scored or selected from, and what was scored before: no row is scored twice.
 
-Place in the flow: made once a call by `inputs`, asked once by `MatesSelector`; `opened` scores, `result` keeps rows.
-What was scored is remembered while the dataset lives, or stands in the dataset's own `influence` column.
+Where it is used: `inputs` makes one in each call of `MatesSelector`; `opened` scores its rows, `result` keeps the
+best. What was scored is remembered while the dataset lives, or stands in the dataset's own `influence` column.
 Trade-off: a score is reused only where the model, the tokenizer and the column are the same by digest, so a column of
 unknown origin is never taken for this selector's. A column carried through other changes of a dataset is used only
 where every row still is as it was scored: `map` records a sum over the rows of a hash of what was scored together with
@@ -38,9 +38,9 @@ class DatasetInput:
     """A dataset that is opened, and what was scored before.
 
     Attributes:
-        opened: the dataset with what scores it.
-        memory: predictions of datasets that are alive.
-        label_std: standard deviation of the labels' `influence`.
+        opened: The dataset with the object that scores it.
+        memory: Predictions of datasets that are alive.
+        label_std: Standard deviation of the labels' `influence`.
     """
 
     opened: OpenDataset
@@ -90,7 +90,8 @@ class Scored:
         """Remember predictions.
 
         Args:
-            opened: what was scored; what is kept goes when its dataset does. A scorer without digest keeps nothing.
+            opened: The dataset that was scored. Its predictions are dropped when the dataset is; those of a scorer
+                without digest are not kept.
             scored: `Predictions`, or a dataset with their columns, which may lie on disk.
         """
         if opened.digest is None or not len(opened.dataset):
@@ -140,7 +141,7 @@ def _read_own(opened: OpenDataset) -> Predictions | None:
     """Predictions from the dataset's `influence` column; targets are counted, which needs no model.
 
     Args:
-        opened: the dataset, and what would predict.
+        opened: The dataset, and the object that would predict.
 
     Returns:
         The predictions; None, after a warning, where the column is another's or no longer fits its rows, and None

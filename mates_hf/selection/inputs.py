@@ -1,9 +1,12 @@
 """What `MatesSelector` is given, opened: a dataset, a stream, or splits of either. Errors say the way in.
 
-Place in the flow: the one place that tells these apart, refuses what is none of them, checks the options that depend
-on it, and decides which column is scored; what it returns maps, scores and selects without asking again. Trade-off:
-nothing is converted; the error for a data frame or a list names the one call that makes a dataset of it. What
-`Dataset.map` takes further is not listed here but asked of the installed `datasets`, so that its versions may differ.
+Where it is used: each method of `MatesSelector` calls `open_input` once. It decides which of these it is, raises an
+error for anything else, checks the options that depend on it, and decides which column is scored. What it returns
+maps, scores and selects without deciding again.
+
+Trade-off: nothing is converted; the error for a data frame or a list names the one call that makes a dataset of it.
+Further arguments of `Dataset.map` are not listed here but read from the installed `datasets`, so that its versions may
+differ.
 """
 
 from __future__ import annotations
@@ -40,10 +43,10 @@ class Fitted(NamedTuple):
     """What a selector scores with.
 
     Attributes:
-        model: fitted influence model.
+        model: The fitted influence model.
         tokenizer: Tokenizer of its tokens, or None.
-        max_length: tokens a text is cut to, or None.
-        memory: what was scored before.
+        max_length: Number of tokens that a text is cut to, or None.
+        memory: Predictions of datasets that were scored before.
     """
 
     model: Any
@@ -66,9 +69,9 @@ def open_input(dataset: Any, fitted: Fitted, options: Options) -> Splits | Strea
     """Decide what is scored, from which column and by what.
 
     Args:
-        dataset: as `MatesSelector.map` was given it.
-        fitted: what the selector scores with.
-        options: how rows are scored.
+        dataset: The dataset in any form that `MatesSelector.map` takes.
+        fitted: The model and tokenizer that the selector scores with.
+        options: How rows are scored.
 
     Returns:
         The dataset, the stream, or the splits of either.
@@ -221,8 +224,8 @@ class Splits:
     """Datasets or streams by split, each handled by itself.
 
     Attributes:
-        kind: class of the dict they came in.
-        inputs: by split.
+        kind: Class of the dict they came in.
+        inputs: The dataset or stream of each split.
     """
 
     kind: type

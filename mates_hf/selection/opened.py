@@ -1,6 +1,6 @@
 """A `datasets.Dataset` opened for scoring: who scores it, from which column, and how all its rows are scored.
 
-Place in the flow: made once a call by `inputs`; `dataset_input` asks it for a new column (`map_rows`) or for
+Where it is used: `inputs` makes one in each call; `dataset_input` asks it for a new column (`map_rows`) or for
 predictions (`score_rows`). Trade-off: `map_rows` writes the predictions alone (influence, and the number of targets
 that a later `filter` needs) and sets the first next to the other columns, as `concatenate_datasets(axis=1)` does. So a
 corpus is not copied, and the result needs the files that the dataset had (`save_to_disk` writes one that does not).
@@ -44,10 +44,10 @@ class OpenDataset:
     """A dataset with what scores it.
 
     Attributes:
-        dataset: with the column; a format of it is not applied.
-        scorer: what predicts.
+        dataset: The dataset with the column; a format of it is not applied.
+        scorer: The influence model with the column to score.
         digest: Digest of the scorer; None where the model cannot say what it depends on.
-        options: how rows are scored, and what `Dataset.map` is given.
+        options: How rows are scored, and what `Dataset.map` is given.
     """
 
     dataset: Any
@@ -82,8 +82,8 @@ class OpenDataset:
         """Predictions of the rows from one number to before another.
 
         Args:
-            begin: first row.
-            end: row after the last.
+            begin: Number of the first row.
+            end: Number of the row after the last.
 
         Returns:
             The predictions. For token columns and a model that `reads_spans`, several threads may ask.
@@ -195,9 +195,9 @@ class OnlyScores:
     """What `Dataset.map` runs on a batch: the predictions alone.
 
     Attributes:
-        scorer: what predicts.
-        num_threads: at most; None is one a core.
-        ahead: has the predictions where they are made while `datasets` writes; None in worker processes.
+        scorer: The influence model with the column to score.
+        num_threads: Largest number of threads that predict; None is one a core.
+        ahead: Predictions that are made while `datasets` writes; None in worker processes.
     """
 
     scorer: Scorer

@@ -1,7 +1,8 @@
 """How `MatesSelector` scores: sizes, workers, files and further arguments, checked once for every method.
 
-Place in the flow: made at the top of each method, before a row is read, and handed on whole. Trade-off: what
-`Dataset.map` takes further is not listed here but asked of the installed `datasets`, so that its versions may differ.
+Where it is used: each method of `MatesSelector` makes one before a row is read, and everything after reads it.
+Trade-off: only what holds for every kind of dataset is checked here; `inputs` checks the rest where the kind is
+decided.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ class Options:
     """How rows are scored.
 
     Attributes:
-        column: to score; None takes the first known one there is.
-        batch_size: rows scored, and texts tokenised, at once.
-        num_proc: worker processes, of one thread each; None scores in this process on all cores.
-        shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run continues; None keeps none.
-        shard_rows: see `shards_dir`.
-        calibration_rows: first rows of a stream, from which the threshold for a ratio is taken.
-        for_map: what `map` was given for `Dataset.map`.
+        column: Column to score; None takes the first known one there is.
+        batch_size: Number of rows that are scored, and of texts that are tokenised, at once.
+        num_proc: Number of worker processes, of one thread each; None scores in this process on all cores.
+        shards_dir: Folder for finished parts of `shard_rows` rows, so that a killed run continues; None keeps none.
+        shard_rows: Number of rows in each part that is kept in `shards_dir`.
+        calibration_rows: Number of first rows of a stream from which the threshold for a ratio is taken.
+        for_map: Arguments that `MatesSelector.map` was given for `Dataset.map`.
 
     Raises:
         ValueError: a size is no whole number of at least 1.

@@ -1,9 +1,9 @@
 """Scoring and filtering streams (`datasets.IterableDataset`), whose rows are seen once and never all together.
 
-Place in the flow: what `MatesSelector` does with a stream. Trade-off: nobody knows a stream's best fifth before its
-end, so the threshold is taken from its first rows and then holds for all; the ratio that comes out is near the one
-asked for where those rows are like the rest, and is reported. A row's fate depends on the row and the threshold alone,
-so a stream can be stopped and resumed anywhere (`state_dict`).
+Where it is used: `MatesSelector` maps and filters streams with it. Trade-off: nobody knows a stream's best fifth
+before its end, so the threshold is taken from its first rows and then holds for all; the ratio that comes out is near
+the one asked for where those rows are like the rest, and is reported. A row's fate depends on the row and the
+threshold alone, so a stream can be stopped and resumed anywhere (`state_dict`).
 
 Sign: > 0 helps, higher is better. Shape suffix: N rows.
 """
@@ -33,12 +33,12 @@ class StreamInput:
     """A stream, and what scores its rows as they are read.
 
     Attributes:
-        stream: Stream that hands out plain Python values.
-        had: format that it had, in which what is made of it hands rows out.
-        columns: that it has, or its first rows where it does not say.
-        scorer: what predicts.
-        options: how rows are scored.
-        label_std: standard deviation of the labels' `influence`.
+        stream: The stream, which gives plain Python values.
+        had: Format that the stream had, in which the new stream gives its rows.
+        columns: Columns that the stream says it has, or else those of its first rows.
+        scorer: The influence model with the column to score.
+        options: How rows are scored.
+        label_std: Standard deviation of the labels' `influence`.
     """
 
     stream: Any
@@ -71,7 +71,7 @@ class StreamInput:
         """Find the threshold of the stream; its rows are read once here and again when the selection is.
 
         Args:
-            budget: a `threshold`, or a `ratio` with its temperature.
+            budget: How much to keep: a `threshold`, or a `ratio` with its temperature.
 
         Returns:
             The selection.
@@ -139,10 +139,10 @@ class Rule:
     """Which rows of a stream are kept: a function of the row.
 
     Attributes:
-        ranking: what rows are ranked by.
-        threshold: lowest value that is kept, in its unit, noise included.
+        ranking: What rows are ranked by.
+        threshold: Lowest value that is kept, in the unit of the ranking, noise included.
         mean: Mean influence over the trained tokens of the first rows; `row_worth` is counted from it.
-        noise: scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
+        noise: Scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
         seed: Random seed of the noise.
     """
 
@@ -175,13 +175,13 @@ class StreamSelection:
     """A filtered stream, and how much of it was kept so far.
 
     Args:
-        stream: the stream, unformatted.
-        had: the format to hand rows out in.
-        scorer: what predicts.
-        rule: which rows are kept.
-        batch_size: rows scored at once.
-        num_calibration_rows: first rows that the threshold was taken from; 0 where it was given.
-        calibration_ratio: share of those that is kept; NaN without any.
+        stream: The stream, which gives plain Python values.
+        had: Format in which the kept rows are given.
+        scorer: The influence model with the column to score.
+        rule: The rule that decides which rows are kept.
+        batch_size: Number of rows that are scored at once.
+        num_calibration_rows: Number of first rows that the threshold was taken from; 0 where it was given.
+        calibration_ratio: Share of these first rows that is kept; NaN without any.
     """
 
     def __init__(
