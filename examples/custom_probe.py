@@ -103,6 +103,8 @@ def main(output_dir: str = "runs/custom_probe", max_steps: int = 160, update_ste
     trainer = Trainer(model=model, args=args, train_dataset=pool, data_collator=default_data_collator)
     MatesCallback(reference, config, probe=TaughtCopy()).attach(trainer)
     trainer.train()
+    if not trainer.is_world_process_zero():
+        return  # under `accelerate launch` one process speaks
     for path in sorted(Path(output_dir, "_mates").glob("round-????")):
         info = load_round(path).info
         spearman = info["guard"]["spearman"]

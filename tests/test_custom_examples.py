@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +16,7 @@ from mates_hf import ReferenceTask, load_round
 from mates_hf.data.corpus import BuiltinCorpus
 from mates_hf.data.pool import CandidatePool
 from mates_hf.training.verify import verify_run
+from tests.test_examples import launch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = ["--max_steps", "14", "--update_steps", "4", "--batch_size", "4", "--num_probes", "20", "--save_steps", "3"]
@@ -85,15 +83,29 @@ def test_the_probe_of_ones_own_ranks_what_is_like_the_reference_first_and_leaves
 
 @pytest.mark.slow
 def test_the_loop_of_ones_own_in_two_processes_as_users_start_it(tmp_path):
-    launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
-    launch += " --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = [sys.executable, *launch.split(), str(EXAMPLES / "custom_loop.py"), *SMALL, "--rows_per_kind", "80"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "ACCELERATE_USE_CPU": "true"}
-    for more in (["--stop_at", "8"], ["--resume"]):
-        done = subprocess.run(
-            [*command, "--output_dir", str(tmp_path), *more],
-            env=environment, capture_output=True, text=True, timeout=240, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("held-out loss") == 3  # steps 9, 12 and 14, by one process
+    arguments = [*SMALL, "--rows_per_kind", "80", "--output_dir", tmp_path]
+    launch("examples/custom_loop.py", *arguments, "--stop_at", "8", cache=tmp_path / "cache")
+    printed = launch("examples/custom_loop.py", *arguments, "--resume", cache=tmp_path / "cache")
+    assert printed.count("held-out loss") == 3  # steps 9, 12 and 14, by one process
     assert verify_run(tmp_path).problem is None
+
+
+SMALL_PROBE = """
+import sys
+sys.path.insert(0, "examples")
+import custom_probe
+builtin_corpus = custom_probe.builtin_corpus
+custom_probe.builtin_corpus = lambda: builtin_corpus(max_rows_per_kind=80)
+custom_probe.main(sys.argv[1], 10, 4)
+"""
+
+
+@pytest.mark.slow
+def test_the_probe_of_ones_own_in_two_processes(tmp_path):
+    script, run = tmp_path / "small_probe.py", tmp_path / "run"
+    script.write_text(SMALL_PROBE)
+    printed = launch(script, run, cache=tmp_path / "cache")
+    assert printed.count("round-0001: ") == printed.count("round-0002: ") == 1  # one process speaks
+    record = load_round(run / "_mates" / "round-0001")
+    assert len(np.unique(record.labels.candidate_id)) == 40  # each process measured its share
+    assert verify_run(run).problem is None

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
@@ -81,21 +82,47 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
+def read_header(path: Path) -> str:
+    """The TOML of a script's PEP 723 header."""
+    header = re.match(r"# /// script\n((?:#(?: .*)?\n)+)# ///\n", path.read_text())
+    assert header is not None, "PEP 723: the header comes first"
+    return re.sub(r"(?m)^# ?", "", header[1])
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_short_says_what_it_takes_and_what_it_needs(path):
+def test_an_example_is_short_and_says_what_it_takes(path):
     source = path.read_text()
     assert len(source.splitlines()) <= MOST_LINES
-    header = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", source)
-    assert header is not None, "PEP 723: the header comes first"
-    script = re.sub(r"(?m)^# ", "", header[1])
-    # Nothing is on an index yet: from a clone, the package is what lies next to the examples.
-    assert re.search(r'dependencies = \["mates-hf(\[[a-z,]+\])?"\]', script)
-    assert 'mates-hf = { path = ".." }' in script
     told = ast.get_docstring(ast.parse(source))
     assert re.search(r"\b(minutes?|seconds)\b", told)
     assert re.search(r"\d GB\b", told)
     assert "ast lines:\n\n    " in told
     assert f"python examples/{path.name}" in told
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_lists_what_it_imports(path):
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    header = tomllib.loads(read_header(path))
+    # Nothing is on an index yet: from a clone, the package is what lies next to the examples.
+    here = path.parent / header["tool"]["uv"]["sources"]["mates-hf"]["path"]
+    project = tomllib.loads((here / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert header["requires-python"] == project["requires-python"]
+    (needed,) = header["dependencies"]
+    name, _, extras = needed.rstrip("]").partition("[")
+    assert name == project["name"]
+
+    listed = set(extras.split(",")) - {""}
+    given = [*project["dependencies"], *(line for extra in listed for line in project["optional-dependencies"][extra])]
+    given += requires("transformers")  # whose tokenizers and YAML come with it
+    names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in given} | {"mates_hf"}
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    roots = {module.partition(".")[0] for module in imported} - set(sys.stdlib_module_names)
+    assert {{"yaml": "pyyaml"}.get(root, root) for root in roots} <= names
+    evaluates = any(module.startswith("mates_hf.evaluation") for module in imported)
+    assert listed == {extra for extra, used in (("eval", evaluates), ("report", "matplotlib" in roots)) if used}
 
 
 @pytest.fixture(scope="module")
@@ -298,38 +325,62 @@ quickstart.main()
 """
 
 
-@pytest.mark.slow
-def test_quickstart_in_two_processes_and_its_run_filters_a_corpus(tmp_path, monkeypatch, capsys):
-    script = tmp_path / "smallest.py"
-    script.write_text(SMALLEST)
-    printed = launch(script, tmp_path / "run", cache=tmp_path / "cache")
-    assert printed.count("held-out Spearman") >= 1
-    assert len(re.findall(r"(?m)^round 1 at step 3, 40 probed, ", printed)) == 1  # one process speaks
-    assert printed.count("Loss on other passages of the manual: ") == 1
-
+def write_corpus(folder: Path) -> tuple[list[str], Path]:
     rng = np.random.default_rng(0)
     texts = [f"number {i}: {passage('sea', rng)}" for i in range(60)]
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
-    out = tmp_path / "out" / "kept.parquet"
-    command = ["filter_corpus.py", "--selector", tmp_path / "run", "--corpus", corpus, "--ratio", "0.25", "--out", out]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    filter_corpus = load("filter_corpus")
-    monkeypatch.setenv("RANK", "1")
-    filter_corpus.main()
-    assert not out.exists()  # the first process does it all
-    monkeypatch.setenv("RANK", "0")
-    filter_corpus.main()
+    return texts, write_jsonl(folder / "corpus.jsonl", [{"text": text} for text in texts])
+
+
+def check_filtered(folder: Path, run: Path, texts: list[str], printed: str) -> None:
+    """What `filter_corpus.py` printed, once, and wrote into `folder`."""
     from datasets import Dataset
 
     from mates_hf import MatesSelector
 
-    kept = Dataset.from_parquet(str(out), cache_dir=str(tmp_path / "cache"))["text"]
-    expected = MatesSelector.from_pretrained(tmp_path / "run").filter(Dataset.from_dict({"text": texts}), ratio=0.25)
+    kept = Dataset.from_parquet(str(folder / "kept.parquet"), cache_dir=str(folder / "cache"))["text"]
+    expected = MatesSelector.from_pretrained(run).filter(Dataset.from_dict({"text": texts}), ratio=0.25)
     assert list(kept) == list(expected["text"])
-    said = capsys.readouterr().out
-    assert "45 rows rejected; half the budget would keep 8" in said
-    assert "highest influence" in said
-    assert "its best stretch: " in said
+    for said in ("45 rows rejected; half the budget would keep 8", "highest influence", "lowest influence"):
+        assert printed.count(said) == 1, said
+    assert "its best stretch: " in printed
+
+
+@pytest.mark.slow
+def test_quickstart_and_its_run_filters_a_corpus(tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", logger="mates_hf.training.rounds")  # the example sets it; afterwards it is as before
+    quickstart = load("quickstart")
+    sizes = {"MAX_STEPS": 8, "UPDATE_STEPS": 3, "NUM_PROBES": 40, "BATCH_SIZE": 4, "MAX_LENGTH": 64}
+    for name, value in {**sizes, "OUTPUT_DIR": str(tmp_path / "run")}.items():
+        monkeypatch.setattr(quickstart, name, value)
+    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(quickstart, "MODEL", tiny)
+    quickstart.main()
+    printed = capsys.readouterr().out
+    assert printed.count("round 1 at step 3, 40 probed, ") == 1
+    assert "Loss on other passages of the manual: " in printed
+
+    texts, corpus = write_corpus(tmp_path)
+    out = tmp_path / "out" / "kept.parquet"
+    command = ["filter_corpus.py", "--selector", tmp_path / "run", "--corpus", corpus, "--ratio", "0.25", "--out", out]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    load("filter_corpus").main()
+    check_filtered(out.parent, tmp_path / "run", texts, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_quickstart_and_filter_corpus_in_two_processes(tmp_path):
+    script, run, cache = tmp_path / "smallest.py", tmp_path / "run", tmp_path / "cache"
+    script.write_text(SMALLEST)
+    printed = launch(script, run, cache=cache)
+    assert printed.count("held-out Spearman") >= 1
+    assert len(re.findall(r"(?m)^round 1 at step 3, 40 probed, ", printed)) == 1  # one process speaks
+    assert printed.count("Loss on other passages of the manual: ") == 1
+
+    texts, corpus = write_corpus(tmp_path)
+    out = tmp_path / "out" / "kept.parquet"
+    command = ["--selector", run, "--corpus", corpus, "--ratio", "0.25", "--out", out]
+    printed = launch("examples/filter_corpus.py", *command, cache=cache)
+    check_filtered(out.parent, run, texts, printed)
 
 
 # --- pretrain, compare ---

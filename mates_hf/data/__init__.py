@@ -2,6 +2,6 @@
 
 `rows` is the one form that leaves this folder. `pool` makes it of a training dataset and its collator: `collated` row
 by row, `columns` and `arrow` fast where that is known to say the same. `reference` makes it of a reference task, and
-`corpus` makes a real corpus out of what is installed. Place in the flow: first. Nothing to the right of this folder
-looks at a dataset's columns.
+`corpus` makes a real corpus out of what is installed. Where it is used: every other folder gets its rows from here,
+and none of them looks at a dataset's columns.
 """

@@ -1,7 +1,7 @@
 """What the stages accept, checked where a user hands it over: which object was given, and how to make the right one.
 
-Place in the flow: the first line of `measure` and of `fit`, and what `MatesCallback` and `MatesSelector` ask of a
-probe and an influence model. Trade-off: only mistakes that people make are looked for (a dataset for a task, an array
+Where it is used: `measure` and `fit` call it first, and `MatesCallback` and `MatesSelector` check a probe and an
+influence model with it. Trade-off: only mistakes that people make are looked for (a dataset for a task, an array
 for labels, a class for an instance, two arguments swapped); anything else with the right methods passes.
 """
 
@@ -35,10 +35,10 @@ def check_measure(model: Any, optimizer: Any, reference: Any, candidates: Any) -
     """Refuse what `measure` cannot work with.
 
     Args:
-        model: As it was passed.
-        optimizer: As it was passed.
-        reference: As it was passed.
-        candidates: As they were passed.
+        model: The model as it was passed.
+        optimizer: The optimizer as it was passed.
+        reference: The reference task as it was passed.
+        candidates: The candidates as they were passed.
 
     Raises:
         TypeError: One of them is something else, or two are swapped; says how to make it.
@@ -67,7 +67,7 @@ def check_candidates(candidates: Any) -> None:
     """Refuse objects that hold tokens or texts in a form that is no dataset; what a dataset holds is checked later.
 
     Args:
-        candidates: As they were passed to `measure` or `fit`.
+        candidates: The candidates as they were passed to `measure` or `fit`.
 
     Raises:
         TypeError: They are a tensor, a dataloader, a path, lists of ids or texts, or another table; says how to pass
@@ -110,8 +110,8 @@ def check_fit(candidates: Any, labels: Any) -> None:
     """Refuse what cannot be fitted on: other objects than labels, labels that rank nothing, rows not measured.
 
     Args:
-        candidates: As they were passed.
-        labels: As they were passed.
+        candidates: The candidates as they were passed.
+        labels: The labels as they were passed.
 
     Raises:
         TypeError: One of them is something else, or they are swapped; says how to make it.
@@ -148,7 +148,7 @@ def check_probe(probe: Any) -> None:
     """Refuse what is no probe.
 
     Args:
-        probe: As it was passed.
+        probe: The probe as it was passed.
 
     Raises:
         TypeError: It is a class, a name, or lacks `measure` or `for_run`.
@@ -160,7 +160,7 @@ def check_influence_model(model: Any, *needed: str) -> None:
     """Refuse what is no influence model.
 
     Args:
-        model: As it was passed.
+        model: The model as it was passed.
         *needed: Methods it must have.
 
     Raises:

@@ -1,6 +1,6 @@
 """List columns of an Arrow table as flat numpy arrays, and the last step that makes them `TokenRows`.
 
-Place in the flow: `token_columns` reads tables through this instead of row by row.
+Where it is used: `token_columns` reads tables through this instead of row by row.
 Trade-off: pyarrow's own `take` on list columns copies or overflows (ARROW-9773) and the row API of `datasets` builds
 Python objects, so rows are located here by chunk with numpy. Work is per touched chunk, never per row: the more rows a
 call reads, the better.

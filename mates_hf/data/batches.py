@@ -1,6 +1,6 @@
 """What the live model is fed, and how the run's loss follows from it: the contract of everything that measures.
 
-Place in the flow: left of all in `data/`. `influence/losses` runs nothing but a `ModelBatch`, and gets it from
+Where it is used: everything that runs the model runs a `ModelBatch`. `influence/passes` gets it from
 `Candidates`: token rows that pad themselves (`rows`), or rows that the run's own collator makes (`feeds`). A `Reading`
 says how the run's loss follows from a batch; `influence/reading` finds it by comparing with that loss.
 
@@ -109,12 +109,12 @@ class Reading:
     """How the run's loss follows from a batch, as it was found by comparing the two.
 
     Attributes:
-        likelihood: which logits predict a label: `"shifted"` those one position before it, `"unshifted"` those at its
+        likelihood: Which logits predict a label: `"shifted"` those one position before it, `"unshifted"` those at its
             own position, `"classes"` one label a row. Where the loss is the run's own, the likelihood that comes
             nearest to it, which the reference task is measured by.
-        mask_key: an input that is 0 where a label is not trained, besides -100; None where there is none.
-        loss: the run's own loss row by row, where no likelihood equals it; None elsewhere.
-        loss_name: what to call that loss in messages and records.
+        mask_key: Name of an input that is 0 where a label is not trained, in addition to -100; None without one.
+        loss: The run's own loss row by row, where no likelihood equals it; None elsewhere.
+        loss_name: Name of that loss in messages and records.
         feed: `"plain"` rows are padded by this library, `"collated"` they are put through the run's collator several
             at a time, `"row"` one at a time.
         num_virtual: virtual tokens that the model puts before a row (prompt tuning); the last of them predicts the
@@ -124,7 +124,7 @@ class Reading:
         encoder_decoder: True where labels are a second sequence.
         constants: inputs that had one value at every token of every row looked at, such as token types of 0; passages
             of the reference task get them, rows of the pool what their collator gives.
-        compared: what was compared, for the record: the run's loss, the loss as read, the number of rows.
+        compared: The numbers that were compared, for the record: the run's loss, the loss as read, the number of rows.
     """
 
     likelihood: Likelihood = "shifted"
@@ -145,7 +145,7 @@ class Reading:
         return self.likelihood == "shifted" and not self.mask_key and not self.num_virtual
 
     def to_dict(self) -> dict[str, Any]:
-        """What `round.json` says of it, as plain JSON values."""
+        """What `round.json` records of it, as plain JSON values."""
         return {
             "candidates": self.likelihood if self.loss is None else f"row by row: {self.loss_name}",
             "reference": self.likelihood,

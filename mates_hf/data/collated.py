@@ -1,6 +1,6 @@
 """Dataset rows put through the collator: the exact reading, for every dataset and collator.
 
-Place in the flow: `pool` reads row by row this way wherever the Arrow columns do not say the same, `columns` compares
+Where it is used: `pool` reads row by row this way wherever the Arrow columns do not say the same, `columns` compares
 against it, and `feeds` makes a model's batches with it. Trade-off: one Python call a row and more, in exchange for no
 assumption about what user code does. That code runs on seeded random streams which are put back afterwards: reading
 changes nothing and gives the same twice.
@@ -73,11 +73,11 @@ def read_row(
     """What the Trainer would train on for one dataset row.
 
     Args:
-        row: `dataset[i]`.
-        collate_fn: called on the row alone; None where rows have token ids themselves.
-        where: which row it is, for errors.
-        same_length: whether labels must be as many as ids; not so for a second sequence or a class.
-        labels_of: what of the batch is the labels.
+        row: A row of the dataset, `dataset[i]`.
+        collate_fn: The collator, called on the row alone; None where rows have token ids themselves.
+        where: Which row it is, for errors.
+        same_length: Whether labels must be as many as ids; not so for a second sequence or a class.
+        labels_of: Function that takes the labels out of the batch.
 
     Returns:
         The row's tokens, padding included.
@@ -153,9 +153,9 @@ def refuse_packing(batch: Mapping[str, Any], maker: str, pair: Callable[[], Mapp
     """Refuse a row that several texts share, and a collator that makes one row of several.
 
     Args:
-        batch: one row, collated or as the dataset has it.
-        maker: what made it, for the error.
-        pair: makes a batch of the row and itself; asked where the batch has keys that packed rows need.
+        batch: One row, collated or as the dataset has it.
+        maker: Name of what made it, for the error.
+        pair: Function that makes a batch of the row and itself; called where the batch has keys that packed rows need.
 
     Raises:
         UnsupportedSettingError: positions begin anew inside the row, or two rows become another number of rows.

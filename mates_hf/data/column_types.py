@@ -1,9 +1,9 @@
-"""Which columns of a dataset hold what, told from its Arrow types: token ids, texts, conversations.
+"""Which columns of a dataset hold what, decided by its Arrow types: token ids, texts, conversations.
 
-Place in the flow: asked before a row is read, by `columns` (a pool), `collated` (one row) and `scored_column`
-(scoring). A column called `labels` or `attention_mask` beside `input_ids` counts as it does in training; one that
-cannot count is refused by its name with one sentence, wherever it is met. Trade-off: a type says nothing of a value,
-so what is wrong inside of a row is found where it is read (`token_columns`).
+Where it is used: before a row is read, by `columns` (a pool), `collated` (one row) and `scored_column` (scoring). A
+column called `labels` or `attention_mask` next to `input_ids` counts as it does in training. One that cannot count
+raises the same error, which names it, wherever it is met. Trade-off: a type says nothing of a value, so what is wrong
+inside of a row is found where it is read (`token_columns`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROLE, CONTENT = "role", "content"  # of a message of a conversation
 
 
 def names_beside(names: Collection[str], column: str) -> list[str]:
-    """Those of the columns `names` that count beside the column of token ids `column`."""
+    """Those of the columns `names` that count together with the column of token ids `column`."""
     return [name for name in BESIDE if column == TOKENS and name in names]
 
 
@@ -34,7 +34,7 @@ def field_path(schema: Any, column: str) -> tuple[str, ...] | None:
 
     Args:
         schema: `pyarrow.Schema`.
-        column: a column's name, or names of nested fields with dots between them, such as `meta.text`.
+        column: A column's name, or names of nested fields with dots between them, such as `meta.text`.
 
     Returns:
         The names, the first of them a column; None where there is no such column.
@@ -102,8 +102,8 @@ def refusal(name: str, got: str, where: str = "") -> ValueError:
 
     Args:
         name: `input_ids`, `labels` or `attention_mask`, or what the column of token ids is called.
-        got: what it holds.
-        where: which row; empty where all are so.
+        got: What the column holds.
+        where: Which row holds it; empty where all rows do.
 
     Returns:
         The error, to be raised.
@@ -122,7 +122,7 @@ def is_conversation(kind: Any, name: str) -> bool:
     """True where an Arrow column holds lists of messages with a role and a content, in either form of `datasets`.
 
     Args:
-        kind: type of the column.
+        kind: Arrow type of the column.
         name: Name of the column, which decides where every value is null.
 
     Returns:

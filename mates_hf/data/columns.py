@@ -1,10 +1,10 @@
 """A `datasets.Dataset` read from its Arrow columns, and the proof that its collator's rows can be read that way.
 
-Place in the flow: the fast path of `pool`. Trade-off: a collator is user code, so what it does is found by looking, at
-a fixed set of rows that holds the longest ones (a collator that truncates shows there), at made-up rows with the
-tokenizer's special tokens (one that drops a token's label shows there), at rows that differ in kind in a further
-column (`rare_rows`), and at rows with such a column changed (one that a mask or a kind of row decides shows there,
-`deciding`). A collator that draws random numbers never qualifies.
+Where it is used: `pool` reads by it where it can, which is fast. Trade-off: a collator is user code, so what it does
+is found by looking, at a fixed set of rows that holds the longest ones (a collator that truncates shows there), at
+made-up rows with the tokenizer's special tokens (one that drops a token's label shows there), at rows that differ in
+kind in a further column (`rare_rows`), and at rows with such a column changed (one that a mask or a kind of row
+decides shows there, `deciding`). A collator that draws random numbers never qualifies.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def fixed_positions(num: int, size: int) -> IntArray:
 
 
 class DatasetColumns:
-    """The token columns of a plain `datasets.Dataset`; whether they may be read is `find_rule`'s to say.
+    """The token columns of a plain `datasets.Dataset`; `find_rule` decides whether they may be read.
 
     Args:
-        dataset: one whose `visible_columns` are not None.
+        dataset: A dataset whose `visible_columns` are not None.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -1,6 +1,6 @@
 """The built-in corpus: real text that every Python installation carries, so that a demo needs no download.
 
-Place in the flow: where a demo, a test or a benchmark needs a mixed candidate pool and a reference task that is like a
+Where it is used: where a demo, a test or a benchmark needs a mixed candidate pool and a reference task that is like a
 small part of it. The reference is prose of the language manual (`pydoc_data.topics`); the pool is mostly other text:
 source and docstrings of the standard library, licences and metadata of the installed packages. Files are read, never
 imported.
@@ -58,7 +58,7 @@ class BuiltinCorpus:
             "metadata").
         reference: passages of the manual for the reference task.
         development: other passages of the manual, to evaluate on.
-        overlap: how many texts of the first part share a 13-gram with the second, counted after the split:
+        overlap: How many texts of the first part share a 13-gram with the second, counted after the split:
             `pool/reference`, `pool/development` and `development/reference` (all 0), and `dropped`, how many
             candidates were left out because they did.
     """
@@ -76,9 +76,9 @@ def builtin_corpus(*, seed: int = 0, max_rows_per_kind: int | None = None) -> Bu
     components of passages that share a 13-gram, never by topic or passage.
 
     Args:
-        seed: which files are read, how the manual is split, and the order of the pool.
-        max_rows_per_kind: keep at most this many candidates of each kind; None keeps all. The reference and the
-            development passages do not depend on it.
+        seed: Random seed that decides which files are read, how the manual is split, and the order of the pool.
+        max_rows_per_kind: Largest number of candidates of each kind that are kept; None keeps all. The reference and
+            the development passages do not depend on it.
 
     Returns:
         The pool, the two held-out parts and what overlap remains between them.

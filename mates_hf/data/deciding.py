@@ -1,6 +1,6 @@
 """Which further columns of a dataset decide what a collator makes of a row: found by changing them.
 
-Place in the flow: `columns` looks at a fixed set of rows, and what only rare rows show is not among them: a mixture of
+Where it is used: `columns` looks at a fixed set of rows, and what only rare rows show is not among them: a mixture of
 texts and a few instructions whose `completion_mask` counts, say. So a row is collated again with each further column
 changed, alone and two at a time, and held against the row as it was. Leaving a column out would be no test: a collator
 may do without it as it does for most rows.
@@ -29,10 +29,11 @@ def deciding_column(
     """The name of a further column on which the collated row depends, or None where no change shows one.
 
     Args:
-        row: a row of the dataset, all its visible columns.
-        others: for each further column, values that other rows have.
+        row: A row of the dataset with all its visible columns.
+        others: Values that other rows have, for each further column.
         length: the row's tokens; numbers of this size may say where a completion begins.
-        collated: what the collator makes of a row, comparable by `==`; whatever it raises counts as a change.
+        collated: Function that gives what the collator makes of a row, comparable by `==`; an error that it raises
+            counts as a change.
 
     Returns:
         One column, or two joined by "and".

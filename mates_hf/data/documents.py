@@ -1,10 +1,10 @@
 """Which rows are of one document, so that a split, a bootstrap and a fit report do not count it several times.
 
-Place in the flow: between the pool and the influence models. A held-out row whose document was fitted on is no test,
-and rows of one document are not independent in an interval.
+Where it is used: influence models ask it when they split a pool's rows. A held-out row whose document was fitted on is
+no test, and rows of one document are not independent in an interval.
 
 Trade-off: where no column says which document a row is cut from, copies of a text count as one document and nothing
-else does: telling pieces of one document apart from pieces of two needs what a tokenised row no longer has.
+else does: separating pieces of one document from pieces of two needs what a tokenised row no longer has.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def document_codes(
     """A number for the document of each row: equal numbers are one document.
 
     Args:
-        rows: N rows.
+        rows: The N rows.
         pool: the `CandidatePool` they are of; needed with a column.
         ids: (N,) their pool rows; needed with a column.
-        column: Column of the pool with the document of each row (text or numbers); None tells documents by their
-            tokens, so that copies of a text are one.
+        column: Column of the pool with the document of each row (text or numbers); None recognises documents by
+            their tokens, so that copies of a text are one.
 
     Returns:
-        (N,) int64. A row whose entry of the column is null is told by its tokens.
+        (N,) int64. A row whose entry of the column is null is recognised by its tokens.
 
     Raises:
         ValueError: the dataset has no such column, or it holds neither text nor numbers.
@@ -78,8 +78,8 @@ def require_column(dataset: Any, column: str) -> None:
     """Raise unless a dataset has a column.
 
     Args:
-        dataset: the pool's.
-        column: its name.
+        dataset: The dataset of the pool.
+        column: Name of the column.
 
     Raises:
         ValueError: it has none of that name; says which there are.

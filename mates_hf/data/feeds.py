@@ -1,6 +1,6 @@
 """Rows as a model is fed them: through the run's own collator, or passages in the layout that a model wants.
 
-Place in the flow: `pool` makes `CollatedRows` where token ids, labels and mask are not all there is, so that every
+Where it is used: `pool` makes `CollatedRows` where token ids, labels and mask are not all there is, so that every
 input that training gets reaches the probe as well: token types, loss masks, pixels. The reference task becomes
 `TextRows`, or rows of the same collator. `as_text` is the way back, to what influence models read.
 
@@ -35,9 +35,9 @@ class CollatedRows:
     """Rows of a dataset, fed as the run's collator makes them.
 
     Attributes:
-        dataset: map-style, or a list of rows.
-        collate_fn: the run's collator.
-        reading: how its loss follows.
+        dataset: A map-style dataset, or a list of rows.
+        collate_fn: The collator of the run.
+        reading: How the run's loss follows from a batch.
         ids: (N,) rows of the dataset.
         lengths: (N,) int64 positions of each row alone.
         num_targets: (N,) int32 trained tokens of each row.
@@ -52,7 +52,7 @@ class CollatedRows:
 
     @property
     def one_by_one(self) -> bool:
-        """True where the run's loss of a row depends on the rows beside it, or where the collator draws."""
+        """True where the run's loss of a row depends on the other rows of its batch, or where the collator draws."""
         return self.reading.feed == "row"
 
     @classmethod
@@ -80,7 +80,7 @@ class CollatedRows:
 
         Args:
             index: (B,) row numbers.
-            device: where tensors go.
+            device: Device that the tensors are moved to.
 
         Returns:
             One batch.
@@ -155,9 +155,9 @@ def model_batch(batch: Mapping[str, Any], reading: Reading, device: torch.device
     """A collated batch as the model's forward gets it.
 
     Args:
-        batch: what the collator made.
-        reading: which labels count, and whether they are shifted.
-        device: tensors go there; other values stay as they are.
+        batch: A batch as the collator made it.
+        reading: Which labels count, and whether they are shifted.
+        device: Device that the tensors are moved to; other values stay as they are.
 
     Returns:
         Every key but `labels`.
@@ -202,8 +202,8 @@ def as_text(
 
     Args:
         ids: (L,) the row's token ids, without padding.
-        labels: its labels: (L,) at the positions that predict them, another length for an encoder-decoder, (1,) or ()
-            for a class; None where every token is its own.
+        labels: The row's labels: (L,) at the positions that predict them, another length for an encoder-decoder, (1,)
+            or () for a class; None where every token is its own.
         reading: How the model reads a batch and shifts its labels.
 
     Returns:

@@ -1,6 +1,6 @@
 """Passages out of lm-evaluation-harness tasks: context and gold target as the harness scores them.
 
-Place in the flow: `reference` turns them into token rows. Trade-off: few-shot examples, descriptions and chat
+Where it is used: `reference` turns them into token rows. Trade-off: few-shot examples, descriptions and chat
 templates are left out, so a passage is the zero-shot text that a base model is scored on. lm-eval is an extra and is
 imported only when a task has to be built.
 
@@ -36,7 +36,7 @@ def as_lm_eval_seeds(begin: Any = None) -> Iterator[None]:
     """Run a task's code on the random streams that lm-eval gives it; the caller's are put back as found.
 
     Args:
-        begin: what `random_streams` gave, to continue there; None begins as lm-eval begins.
+        begin: Streams to continue at, as `random_streams` gives them; None begins as lm-eval begins.
 
     Yields:
         Nothing.
@@ -71,9 +71,9 @@ def read_passages(
 
     Args:
         task: The task, in any form that `load_task` takes.
-        metadata: for lm-eval's `TaskManager`.
+        metadata: Metadata that lm-eval's `TaskManager` gets.
         split: The split to read, in the form that `documents` takes.
-        limit: the first documents only.
+        limit: Number of first documents to read; None reads all.
 
     Returns:
         The task's name, the split used, and context and gold target of each document.
@@ -98,8 +98,8 @@ def load_task(task: Any, metadata: Mapping[str, Any] | None) -> Any:
     """The lm-eval task of a name, a YAML file or a config; an lm-eval task is returned as it is.
 
     Args:
-        task: one of those.
-        metadata: for lm-eval's `TaskManager`.
+        task: A task's name, a YAML file, a config or an lm-eval task.
+        metadata: Metadata that lm-eval's `TaskManager` gets.
 
     Returns:
         The task, its documents loaded.
@@ -140,8 +140,8 @@ def task_manager(specs: Iterable[Any], metadata: Mapping[str, Any] | None) -> An
     has to be found in it.
 
     Args:
-        specs: names, paths of YAML files, or configs.
-        metadata: handed to each task.
+        specs: Names, paths of YAML files, or configs.
+        metadata: Metadata that each task gets.
 
     Returns:
         An lm-eval `TaskManager`.
@@ -179,7 +179,7 @@ def documents(task: Any, split: str | None) -> tuple[str, str, Any]:
     """The task's name, the split used, and that split's documents.
 
     Args:
-        task: an lm-eval task.
+        task: An lm-eval task.
         split: `"train"`, `"validation"` or `"test"`; None takes the first of them there is, and warns where the
             harness evaluates on that one.
 
@@ -214,8 +214,8 @@ def prompt_and_target(task: Any, doc: Any) -> tuple[str, str]:
     """Context and gold target of a document; their concatenation is what the harness scores or would have generated.
 
     Args:
-        task: an lm-eval task.
-        doc: one of its documents.
+        task: An lm-eval task.
+        doc: A document of the task.
 
     Returns:
         The context, empty where the whole text is scored, and the target with the white space that joins them.

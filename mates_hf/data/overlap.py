@@ -1,6 +1,6 @@
 """Texts that share a word n-gram: which of these are partly in those.
 
-Place in the flow: `corpus` keeps its parts apart with it, and `evaluation/contamination` looks for reference passages
+Where it is used: `corpus` keeps its parts apart with it, and `evaluation/contamination` looks for reference passages
 and evaluated texts in a candidate pool. The smaller side is indexed, the larger one read through once.
 
 Trade-off: n-grams are compared by 64-bit hash. No shared n-gram is missed, and a false find has a chance of about the
@@ -93,10 +93,10 @@ class NgramIndex:
 
     Args:
         texts: the texts to index, read once; 16 bytes an n-gram stay in memory.
-        n: words in an n-gram.
+        n: Number of words in an n-gram.
 
     Attributes:
-        n: words in an n-gram.
+        n: Number of words in an n-gram.
         num_texts: texts indexed.
         short_positions: (S,) int64, those of them with fewer than `n` words, ascending.
 
@@ -153,8 +153,8 @@ def find_overlaps(texts: Iterable[str], indexes: Sequence[NgramIndex]) -> list[O
     """Look texts up in several indexes at once, so that a large pool is read and hashed only once.
 
     Args:
-        texts: the texts asked about, read once and a batch at a time.
-        indexes: all with n-grams of the same length.
+        texts: The texts to look up, read once and a batch at a time.
+        indexes: The indexes to look them up in, all with n-grams of the same length.
 
     Returns:
         One overlap an index, in their order.
@@ -194,9 +194,9 @@ def find_overlap(texts_a: Sequence[str], texts_b: Sequence[str], n: int = NGRAM_
     Words, n-grams and the chance of a false find are those of `NgramIndex`.
 
     Args:
-        texts_a: the texts asked about.
-        texts_b: the texts they must not share with; these are indexed, so the fewer the better.
-        n: words in an n-gram.
+        texts_a: The texts to look up.
+        texts_b: The texts that they must not share n-grams with; these are indexed, so the fewer the better.
+        n: Number of words in an n-gram.
 
     Returns:
         (M,) int64 positions in `texts_a`, ascending.
@@ -214,8 +214,8 @@ def hash_ngrams(texts: Sequence[str], n: int) -> tuple[npt.NDArray[np.uint64], n
     takes to weigh as much as `n` words.
 
     Args:
-        texts: all are held as words at once.
-        n: words in an n-gram.
+        texts: The texts; all are held as words at once.
+        n: Number of words in an n-gram.
 
     Returns:
         (T,) uint64 hash of each n-gram, text after text, and (T,) int64 position of its text.

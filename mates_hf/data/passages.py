@@ -1,6 +1,6 @@
 """Rows of a reference dataset as token rows: texts, prompts with completions, or token ids.
 
-Place in the flow: what `reference` builds its tasks with. Trade-off: a prompt and its completion are tokenised as one
+Where it is used: `reference` builds its tasks with it. Trade-off: a prompt and its completion are tokenised as one
 text, the way a model would meet them, so the border is found afterwards and a token may span it.
 """
 

@@ -1,6 +1,6 @@
 """The candidate pool: every row that may be trained on, read as the Trainer would train on it.
 
-Place in the flow: `training/` makes a `CandidatePool` of the Trainer's dataset and collator. Influence models read it
+Where it is used: `training/` makes a `CandidatePool` of the Trainer's dataset and collator. Influence models read it
 as `TokenRows` (`token_rows`), probes are fed `Candidates` (`candidates`). A pool row is `dataset[i]` put through the
 collator alone, so shuffled, sliced, concatenated, transformed datasets and plain torch datasets all count.
 
@@ -37,13 +37,14 @@ class CandidatePool:
     """A map-style dataset plus the collator that the Trainer uses; a view of some or all of its rows.
 
     Args:
-        dataset: a `datasets.Dataset`, a torch `Dataset` or any sequence whose rows are dicts.
-        collate_fn: the dataloader's collator; None where rows have `input_ids` and, where not every token is trained,
-            `labels`.
+        dataset: A `datasets.Dataset`, a torch `Dataset` or any sequence whose rows are dicts.
+        collate_fn: The collator of the dataloader; None where rows have `input_ids` and, where not every token is
+            trained, `labels`.
         ids: (N,) pool rows of the view, in order; None for all rows.
 
     Attributes:
-        reading: how the run's loss follows from a collated row; None until it was compared (`influence/reading`).
+        reading: How the run's loss follows from a collated row; None until the two were compared
+            (`influence/reading`).
 
     Raises:
         ValueError: the dataset is empty, or has neither `input_ids` nor a collator to make them.
@@ -147,9 +148,9 @@ class CandidatePool:
 
         Args:
             ids: (N,) pool rows; None for the view's.
-            size: rows of a piece, at most.
-            max_tokens: tokens of a piece, at most, padding included; a row of more is a piece of its own. None: any
-                number.
+            size: Largest number of rows of a piece.
+            max_tokens: Largest number of tokens of a piece, padding included; a row with more is a piece of its own.
+                None sets no limit.
 
         Returns:
             The pieces, in the order of `ids`.
@@ -263,7 +264,7 @@ def read_candidates(candidates: Any) -> tuple[IntArray, TokenRows]:
     """Candidates of any accepted kind as ids and rows.
 
     Args:
-        candidates: a `CandidatePool`, a `TokenRows`, a `datasets.Dataset` with `input_ids` (and `labels` where not
+        candidates: A `CandidatePool`, a `TokenRows`, a `datasets.Dataset` with `input_ids` (and `labels` where not
             every token is trained), or any map-style sequence of such dicts.
 
     Returns:

@@ -1,13 +1,14 @@
 """Rows of a dataset that differ in kind from the rest in a further column, found by a scan of its Arrow columns.
 
-Place in the flow: `columns` collates a fixed set of rows, and a collator may decide by what only rare rows have: a
+Where it is used: `columns` collates a fixed set of rows, and a collator may decide by what only rare rows have: a
 mask that is null for texts, a negative weight, another source. The rows found here are collated too. Kinds of values
 are nulls, empty and long lists and texts, the smallest and largest numbers, mixed flags, and each of a few distinct
-values; texts that differ in every row are told apart by their shape (whatever their digits), then by their first word.
+values; texts that differ in every row are grouped by their shape (whatever their digits), then by their first word.
 
 Trade-off: at most `MAX_ROWS` rows and `MAX_ELEMENTS` list elements of a column are read, in stretches spread over the
 dataset. Texts of more kinds than `MAX_KINDS` prove nothing, so their columns are named in `RareRows.unproven`, and a
-collator that asks for one by name is not trusted (`WatchedRow`); picking it from a walk over `items()` is not seen.
+collator that reads one as `row[name]` is not trusted (`WatchedRow`); picking it from a walk over `items()` is not
+seen.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def find_rare_rows(
     """Up to `MAX_FOUND` rows of kinds that the rows looked at do not show.
 
     Args:
-        columns: the table's columns to scan, by name.
-        indices: the table row of each dataset row; None where they are the same.
-        num: rows of the dataset.
-        looked_at: dataset rows that are collated anyway.
+        columns: The columns of the table to scan, as a mapping from their names.
+        indices: The table row of each dataset row; None where they are the same.
+        num: Number of rows of the dataset.
+        looked_at: Dataset rows that are collated anyway.
 
     Returns:
         The dataset rows; for each column those that show one of its kinds, looked at or not; and the columns of which
@@ -92,7 +93,7 @@ class _Kinds:
         return any(what == SHAPE for _, what in self._full)
 
     def ranked(self) -> Iterator[tuple[int, int]]:
-        """Each row that shows a kind, and how much it tells: 0 most."""
+        """Each row that shows a kind, and how much it shows: 0 is the most."""
         yield from ((row, 0) for (_, what), rows in self._first.items() if what == "is" for row in rows.values())
         yield from ((row, 1) for _, row in self._extremes.values())
         for (_, what), rows in self._first.items():
@@ -262,11 +263,11 @@ def _numpy(array: pa.Array) -> npt.NDArray[Any]:
 
 
 class WatchedRow(dict[str, Any]):
-    """A row that notes which of its columns are asked for by name; a walk over `items()` or `values()` asks for none.
+    """A row that notes which of its columns are read as `row[name]`; a walk over `items()` notes none.
 
     Args:
-        row: the items of the row.
-        asked_for: where the names go.
+        row: The items of the row.
+        asked_for: Set that the names are added to.
     """
 
     def __init__(self, row: Iterable[tuple[str, Any]], asked_for: set[str]) -> None:

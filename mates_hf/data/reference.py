@@ -1,6 +1,6 @@
 """The reference task: the passages whose loss says what the model should get better at.
 
-Place in the flow: `training/` and the probes read its `rows`; nothing else of it reaches them. The reference loss is
+Where it is used: `training/` and the probes read its `rows`; nothing else of it reaches them. The reference loss is
 the mean negative log-likelihood over all its target tokens (nats/token, weighted by token, never a mean of means).
 
 Trade-off: passages are cut to `max_length` from the left, because what is asked for stands at their end; their first
@@ -42,12 +42,12 @@ class ReferenceTask:
     """Passages and the tokens of them that count. Build one with `from_dataset` or `from_lm_eval`.
 
     Attributes:
-        name: what reports and round records call it.
-        rows: the passages; their labels are -100 outside of the targets.
+        name: Name of the task in reports and round records.
+        rows: The passages; their labels are -100 outside of the targets.
         loss_on: `"all"` where every token of a passage but the first is a target (or every labelled one, where labels
             were given), `"completion"` where only the completion's are.
-        description: plain JSON values: source, columns, sizes, and how many passages were cut or dropped.
-        fed: the passages as the run's model is fed them, where that is not as plain rows; `MatesCallback` and probes
+        description: Plain JSON values: source, columns, sizes, and how many passages were cut or dropped.
+        fed: The passages as the run's model is fed them, where that is not as plain rows; `MatesCallback` and probes
             fill it in.
 
     Raises:
@@ -105,8 +105,9 @@ class ReferenceTask:
         """The task as a model can read it.
 
         Args:
-            vocab_size: rows of its token embedding; None is not checked.
-            max_positions: tokens of its longest input; longer passages are cut from the left. None cuts nothing.
+            vocab_size: Number of rows of the model's token embedding; None checks nothing.
+            max_positions: Number of tokens of the model's longest input; longer passages are cut from the left. None
+                cuts nothing.
 
         Returns:
             The same passages, cut and counted in `description`; those that lose all their targets are left out.
@@ -128,8 +129,8 @@ class ReferenceTask:
         """Two disjoint tasks that together hold every passage, drawn by `seed`.
 
         Args:
-            fraction: share of the passages in the first, in (0, 1); each gets one passage at least.
-            seed: equal seeds draw equal parts.
+            fraction: Share of the passages in the first task, in (0, 1); each task gets one passage at least.
+            seed: Random seed of the draw; equal seeds draw equal parts.
 
         Returns:
             The two parts, passages in their order.
@@ -176,19 +177,20 @@ class ReferenceTask:
         """A task from texts, from prompts with completions, or from token ids.
 
         Args:
-            dataset: rows that are dicts: a `datasets.Dataset`, a list, or a stream together with `limit`.
-            tokenizer: the model's tokenizer; not needed for token ids.
-            text_column: each text becomes exactly `tokenizer(text)`.
-            prompt_column: with `completion_column`; joined by a space unless white space is there already, and
-                tokenised as one text.
-            completion_column: what should follow the prompt.
-            input_ids_column: token ids.
-            labels_column: with `input_ids_column`: ids where a token is a target, -100 elsewhere.
+            dataset: A `datasets.Dataset`, a list, or a stream together with `limit`; its rows are dicts.
+            tokenizer: The model's tokenizer; not needed for token ids.
+            text_column: Column of texts, each of which becomes exactly `tokenizer(text)`.
+            prompt_column: Column of prompts, given with `completion_column`. The two are joined by a space unless
+                white space is there already, and tokenised as one text.
+            completion_column: Column of the texts that should follow the prompts.
+            input_ids_column: Column of token ids.
+            labels_column: Column of labels, given with `input_ids_column`: ids where a token is a target, -100
+                elsewhere.
             loss_on: `"all"` makes every token but the first a target (with `labels_column`, every labelled one);
                 `"completion"` only the completion's, counting a token that spans the border.
-            max_length: tokens of the longest passage; longer ones are cut from the left, with one warning.
-            limit: take the first rows only.
-            name: for reports; the default says which columns.
+            max_length: Largest number of tokens of a passage; longer ones are cut from the left, with one warning.
+            limit: Number of first rows to take; None takes all.
+            name: Name of the task in reports; the default says which columns it is made of.
 
         Returns:
             The task; passages without a target are left out and counted.
@@ -244,13 +246,13 @@ class ReferenceTask:
         """A task from lm-evaluation-harness: its contexts and gold targets, joined as the harness scores them.
 
         Args:
-            task: a task's name, the path of its YAML file, its config as a dict, or an lm-eval task. lm-eval runs the
+            task: A task's name, the path of its YAML file, its config as a dict, or an lm-eval task. lm-eval runs the
                 Python functions that a YAML file names, so give it only files you would run.
-            tokenizer: the model's tokenizer.
-            limit: take the first documents only.
-            max_length: tokens of the longest passage; longer ones are cut from the left, with one warning.
+            tokenizer: The model's tokenizer.
+            limit: Number of first documents to take; None takes all.
+            max_length: Largest number of tokens of a passage; longer ones are cut from the left, with one warning.
             loss_on: `"all"` counts every token but the first, `"completion"` the gold target's only.
-            metadata: for lm-eval's `TaskManager`, as its `--metadata`.
+            metadata: Metadata that lm-eval's `TaskManager` gets, as from its `--metadata`.
             split: None takes a split that the task is not evaluated on, or warns that there is none.
 
         Returns:

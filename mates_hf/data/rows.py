@@ -1,6 +1,6 @@
 """Token rows: what influence models read, and the fast way to feed a model.
 
-Place in the flow: everything that may be trained on or cared about becomes a `TokenRows`; nothing to the right of
+Where it is used: everything that may be trained on or cared about becomes a `TokenRows`; nothing to the right of
 `data/` looks at a dataset's columns. Trade-off: inputs other than token ids and labels do not fit in; where a model
 takes some, a probe is fed rows of the run's collator instead (`feeds`).
 
@@ -169,10 +169,10 @@ class TokenSpans:
     """N rows of tokens in buffers that are not copied; every token but the first of a row is a target.
 
     Attributes:
-        pieces: the rows, buffer by buffer; together each of the N rows once.
-        num_rows: N.
-        first_row: what errors call row 0, where the N rows are a part of something larger.
-        vocab_size: ids of this and above are an error; None allows any.
+        pieces: The rows, buffer by buffer; together each of the N rows once.
+        num_rows: Number N of rows.
+        first_row: Number of row 0 in errors, where the N rows are a part of something larger.
+        vocab_size: Size of the vocabulary; ids of this and above raise an error. None allows any.
     """
 
     pieces: tuple[Piece, ...]

@@ -1,9 +1,9 @@
 """The one column of a dataset that is scored: which it is, what it holds, and how its rows become tokens.
 
-Place in the flow: decided once from a dataset's schema (`find_column`), then carried on; from there on nobody asks
-again what the column holds. A dataset, an Arrow table of a batch and a batch of a stream are all read through it.
-Trade-off: a text becomes exactly `tokenizer(text)`, truncated, never packed, so a score says what the text alone is
-worth, and nothing of where a run that packs its texts would cut it.
+Where it is used: scoring decides once, from a dataset's schema, which column counts (`find_column`). After that
+nothing asks again what the column holds. A dataset, an Arrow table of a batch and a batch of a stream are all read
+through it. Trade-off: a text becomes exactly `tokenizer(text)`, truncated, never packed, so a score says what the text
+alone is worth, and nothing of where a run that packs its texts would cut it.
 
 Shape suffix: N rows.
 """
@@ -27,16 +27,66 @@ from mates_hf.data.column_types import (
     holds_texts,
     holds_tokens,
     is_conversation,
+    is_json,
+    is_list,
     is_null,
     names_beside,
     type_at,
 )
+from mates_hf.data.conversations import check_chat_template, render_conversations
 from mates_hf.data.rows import TokenRows, TokenSpans
-from mates_hf.data.text_columns import check_chat_template, column_at, python_values, render_conversations, values_at
 from mates_hf.data.token_columns import TokenColumns, read_batch, read_lists
 from mates_hf.records import IntArray
 
 _LOOKED_FOR = ("input_ids", "text", "messages")  # columns that are scored without being named, the first there is
+
+
+def find_column(schema: Any, column: str | None, tokenizer: Any = None, max_length: int | None = None) -> ScoredColumn:
+    """Decide which column is scored, and as what.
+
+    Args:
+        schema: `pyarrow.Schema` of the dataset.
+        column: Name of the column, with dots where it is nested (`meta.text`); None takes `input_ids`, else `text`,
+            else `messages`.
+        tokenizer: Tokenizer of the influence model's tokens, or None.
+        max_length: Number of tokens that a text is cut to, or None.
+
+    Returns:
+        The column.
+
+    Raises:
+        ValueError: there is no such column (names those there are), or no tokenizer or chat template for it; or
+            `labels` or `attention_mask` next to `input_ids` cannot count as what they are called.
+        TypeError: the column holds neither texts, nor conversations, nor integer tokens.
+    """
+    names = list(schema.names)
+    name = column if column is not None else next((found for found in _LOOKED_FOR if found in names), None)
+    path = None if name is None else field_path(schema, name)
+    if name is None or path is None:
+        meant = "`input_ids`, `text` or `messages`" if column is None else f"`{column}`"
+        raise ValueError(
+            f"The dataset must have a column {meant} to score, got the columns {names}. Pass the one that holds the "
+            "tokens, the text or the conversation as `column=`; inside of a struct, `meta.text`."
+        )
+    kind = type_at(schema, path)
+    is_chat = is_conversation(kind, name)
+    if is_chat or holds_texts(kind) or (is_null(kind) and name == "text"):
+        if tokenizer is None:
+            raise ValueError(
+                f"Column `{name}` holds {'conversations' if is_chat else 'texts'}, and no tokenizer is recorded with "
+                "this influence model. Pass the training tokenizer: `MatesSelector.from_pretrained(path, "
+                "tokenizer=tokenizer)`."
+            )
+        if is_chat:
+            check_chat_template(tokenizer, name)
+        return (Conversations if is_chat else Texts)(name, path, tokenizer, max_length)
+    if not holds_tokens(kind) and not (is_null(kind) and name == TOKENS):
+        raise TypeError(
+            f"Column `{name}` must hold texts (string) or token ids (a list of integers), or conversations (lists of "
+            f"`role` and `content`), got {kind}. Pass the one that does as `column=`; the columns are {names}."
+        )
+    check_types(schema, names_beside(names, name))
+    return TokenIds(name, path, tokenizer, max_length)
 
 
 class OpenRows(Protocol):
@@ -61,9 +111,9 @@ class ScoredColumn(abc.ABC):
 
     Attributes:
         name: Name of the column, with dots where it is nested.
-        path: names from the row down to it.
+        path: Names from the row down to the column.
         tokenizer: Tokenizer of the tokens that the model was fitted on; None where it is not known.
-        max_length: tokens a text is cut to; None leaves it whole.
+        max_length: Number of tokens that a text is cut to; None leaves it whole.
     """
 
     name: str
@@ -93,14 +143,14 @@ class ScoredColumn(abc.ABC):
 
     def identities(self, batch: Mapping[str, Any]) -> list[bytes]:
         """What the rows of a stream's batch are known by, wherever they stand in it."""
-        return [b"" if value is None else self._bytes_of(value) for value in values_at(batch, self.path)]
+        return [b"" if value is None else self._bytes_of(value) for value in _values_at(batch, self.path)]
 
     def check_ids(self, rows: TokenRows, first_row: int = 0) -> None:
         """Refuse ids outside the vocabulary, for models that would look them up unchecked.
 
         Args:
-            rows: that were read from this column.
-            first_row: what the error calls the first of them.
+            rows: Rows that were read from this column.
+            first_row: Number of the first of them, for errors.
 
         Raises:
             ValueError: an id is negative, or not one of the tokenizer's.
@@ -121,10 +171,10 @@ class ScoredColumn(abc.ABC):
 
 
 class TokenIds(ScoredColumn):
-    """Lists of token ids; beside `input_ids`, columns `labels` and `attention_mask` count as in training."""
+    """Lists of token ids; next to `input_ids`, columns `labels` and `attention_mask` count as in training."""
 
     def depends_on(self) -> list[Any]:
-        """As said at the base; a tokenizer only bounds the ids, and a large one takes 0.3 s to read."""
+        """See `ScoredColumn`; a tokenizer only bounds the ids, and a large one takes 0.3 s to read."""
         return [self.name, False, self._num_tokens, self.max_length]
 
     def open(self, dataset: Any, batch_size: int = 1000) -> TokenColumns:
@@ -132,18 +182,18 @@ class TokenIds(ScoredColumn):
         return self._columns(dataset.data, physical_rows(dataset))
 
     def open_table(self, table: Any, first_row: int = 0) -> TokenColumns:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return self._columns(table, None, first_row)
 
     def read_batch(self, batch: Mapping[str, Any]) -> TokenRows:
-        """As said at the base."""
-        return read_batch({**batch, self.name: values_at(batch, self.path)}, self.name)
+        """See `ScoredColumn`."""
+        return read_batch({**batch, self.name: _values_at(batch, self.path)}, self.name)
 
     def _columns(self, table: Any, indices: IntArray | None, first_row: int = 0) -> TokenColumns:
         if len(self.path) > 1:  # set free of the structs around it
             import pyarrow as pa
 
-            table = pa.table({self.name: column_at(table, self.path)})
+            table = pa.table({self.name: _column_at(table, self.path)})
         return TokenColumns(table, self.name, indices, first_row, self._num_tokens)
 
     @property
@@ -158,20 +208,20 @@ class Texts(ScoredColumn):
     """Texts; each becomes exactly `tokenizer(text)`, truncated, and None an empty row."""
 
     def depends_on(self) -> list[Any]:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return [self.name, True, None if self.tokenizer is None else tokenizer_digest(self.tokenizer), self.max_length]
 
     def open(self, dataset: Any, batch_size: int = 1000) -> OpenTexts:
-        """As said at the base."""
+        """See `ScoredColumn`."""
         return OpenTexts(self, dataset.with_format("arrow", columns=[self.path[0]]), batch_size)
 
     def open_table(self, table: Any, first_row: int = 0) -> OpenTexts:
-        """As said at the base; the table is a batch."""
+        """See `ScoredColumn`; the table is a batch."""
         return OpenTexts(self, table, max(1, table.num_rows), first_row)
 
     def read_batch(self, batch: Mapping[str, Any]) -> TokenRows:
-        """As said at the base."""
-        return self.tokens_of(values_at(batch, self.path))
+        """See `ScoredColumn`."""
+        return self.tokens_of(_values_at(batch, self.path))
 
     def tokens_of(self, values: Sequence[Any], first_row: int = 0) -> TokenRows:
         """The tokens of values of the column; errors call the first one `first_row`."""
@@ -205,7 +255,7 @@ class Conversations(Texts):
     """Lists of messages; each becomes the text that the tokenizer's chat template makes of it."""
 
     def depends_on(self) -> list[Any]:
-        """As said at the base, and the template."""
+        """See `ScoredColumn`; the template counts too."""
         return [*super().depends_on(), json.dumps(self.tokenizer.chat_template)]
 
     def stored(self, values: Sequence[Any]) -> list[bytes]:
@@ -226,83 +276,79 @@ class OpenTexts:
     """Rows of texts or conversations, tokenised when they are asked for.
 
     Args:
-        column: what they are.
-        source: a `pyarrow.Table`, or a dataset that hands out such.
-        batch_size: rows tokenised at once.
-        first_row: what errors call the first row.
+        column: The column that is read.
+        source: A `pyarrow.Table`, or a dataset that gives such tables.
+        batch_size: Number of rows that are tokenised at once.
+        first_row: Number of the first row, for errors.
     """
 
     def __init__(self, column: Texts, source: Any, batch_size: int, first_row: int = 0) -> None:
         self._column, self._source, self._batch_size, self._first_row = column, source, batch_size, first_row
 
     def parts(self, begin: int, end: int, *, in_place: bool) -> Iterator[tuple[int, TokenRows | TokenSpans]]:
-        """As said at `OpenRows`; nothing of a text is in place."""
+        """See `OpenRows`; texts are always tokenised first, never read in place."""
         for start in range(begin, end, self._batch_size):
             values = self._values(slice(start, min(start + self._batch_size, end)))
             yield self._first_row + start, self._column.tokens_of(values, self._first_row + start)
 
     def rows(self, ids: IntArray) -> TokenRows:
-        """As said at `OpenRows`."""
+        """See `OpenRows`."""
         return self._column.tokens_of(self._values(ids.tolist()))
 
     def content(self, ids: IntArray) -> bytes:
-        """As said at `OpenRows`."""
+        """See `OpenRows`."""
         return json.dumps(self._values(ids.tolist()), default=str).encode()
 
     def row_bytes(self, begin: int, end: int) -> list[bytes]:
-        """As said at `OpenRows`."""
+        """See `OpenRows`."""
         return self._column.stored(self._values(slice(begin, end)))
 
     def _values(self, rows: slice | list[int]) -> list[Any]:
-        return python_values(column_at(self._source[rows], self._column.path))
+        return _python_values(_column_at(self._source[rows], self._column.path))
 
 
-def find_column(schema: Any, column: str | None, tokenizer: Any = None, max_length: int | None = None) -> ScoredColumn:
-    """Decide which column is scored, and as what.
+def _column_at(table: Any, path: Sequence[str]) -> Any:
+    """`pyarrow.ChunkedArray` of the column at a path; null where a struct above it is."""
+    import pyarrow.compute as pc
 
-    Args:
-        schema: `pyarrow.Schema` of the dataset.
-        column: its name, that of a nested one with dots (`meta.text`); None takes `input_ids`, else `text`, else
-            `messages`.
-        tokenizer: Tokenizer of the influence model's tokens, or None.
-        max_length: tokens a text is cut to, or None.
+    found = table.column(path[0])
+    for name in path[1:]:
+        found = pc.struct_field(found, name)
+    return found
 
-    Returns:
-        The column.
 
-    Raises:
-        ValueError: there is no such column (names those there are), or no tokenizer or chat template for it; or
-            `labels` or `attention_mask` beside `input_ids` cannot count as what they are called.
-        TypeError: the column holds neither texts, nor conversations, nor integer tokens.
-    """
-    names = list(schema.names)
-    name = column if column is not None else next((found for found in _LOOKED_FOR if found in names), None)
-    path = None if name is None else field_path(schema, name)
-    if name is None or path is None:
-        meant = "`input_ids`, `text` or `messages`" if column is None else f"`{column}`"
-        raise ValueError(
-            f"The dataset must have a column {meant} to score, got the columns {names}. Pass the one that holds the "
-            "tokens, the text or the conversation as `column=`; inside of a struct, `meta.text`."
-        )
-    kind = type_at(schema, path)
-    is_chat = is_conversation(kind, name)
-    if is_chat or holds_texts(kind) or (is_null(kind) and name == "text"):
-        if tokenizer is None:
-            raise ValueError(
-                f"Column `{name}` holds {'conversations' if is_chat else 'texts'}, and no tokenizer is recorded with "
-                "this influence model. Pass the training tokenizer: `MatesSelector.from_pretrained(path, "
-                "tokenizer=tokenizer)`."
-            )
-        if is_chat:
-            check_chat_template(tokenizer, name)
-        return (Conversations if is_chat else Texts)(name, path, tokenizer, max_length)
-    if not holds_tokens(kind) and not (is_null(kind) and name == TOKENS):
-        raise TypeError(
-            f"Column `{name}` must hold texts (string) or token ids (a list of integers), or conversations (lists of "
-            f"`role` and `content`), got {kind}. Pass the one that does as `column=`; the columns are {names}."
-        )
-    check_types(schema, names_beside(names, name))
-    return TokenIds(name, path, tokenizer, max_length)
+def _python_values(column: Any) -> list[Any]:
+    """The values of an Arrow column, with what `datasets` keeps as JSON (values of several types) read back."""
+    values: list[Any] = column.to_pylist()
+    return [_read_json(value, column.type) for value in values] if _has_json(column.type) else values
+
+
+def _has_json(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if is_list(kind):
+        return _has_json(kind.value_type)
+    return is_json(kind) or (pa.types.is_struct(kind) and any(_has_json(field.type) for field in kind))
+
+
+def _read_json(value: Any, kind: Any) -> Any:
+    if value is None:
+        return None
+    if is_json(kind):
+        return json.loads(value) if isinstance(value, (str, bytes)) else value
+    if is_list(kind):
+        return [_read_json(one, kind.value_type) for one in value]
+    if isinstance(value, Mapping):
+        return {field.name: _read_json(value[field.name], field.type) for field in kind}
+    return value
+
+
+def _values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
+    """The column at a path of a batch of plain Python values."""
+    found = list(batch[path[0]])
+    for name in path[1:]:
+        found = [None if value is None else value.get(name) for value in found]
+    return found
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

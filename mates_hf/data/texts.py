@@ -1,9 +1,9 @@
 """Whatever holds text, read as texts: strings, rows of a dataset, token rows, a reference task, an lm-eval task.
 
-Place in the flow: beside `pool` and `reference`, for what reads words and not ids: influence models with a tokenizer
-of their own, and the comparison of texts (`evaluation/contamination`). Trade-off: token ids are decoded, which is slow
-beside reading text and not always the inverse of tokenising (lower case and spaces may be lost), so a text column goes
-before; truncation is kept, as it is what the model is trained on.
+Where it is used: by what reads words and not ids: influence models with a tokenizer of their own, and the comparison
+of texts (`evaluation/contamination`). Trade-off: token ids are decoded, which is slower than reading text and not
+always the inverse of tokenising (lower case and spaces may be lost), so a text column is preferred; truncation is
+kept, as it is what the model is trained on.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def read_texts(candidates: Any, column: str, ids: Sequence[int] | IntArray | Non
     """Texts of a dataset that has them.
 
     Args:
-        candidates: a dataset, or a sequence of dicts, with the column.
-        column: its name; a missing text (None) is an empty one.
+        candidates: A dataset, or a sequence of dicts, with the column.
+        column: Name of the column; a missing text (None) is an empty one.
         ids: (N,) row numbers, None for all.
 
     Returns:
@@ -72,7 +72,7 @@ def decode_rows(rows: TokenRows, tokenizer: Any) -> list[str]:
 
     Args:
         rows: N rows of the tokenizer's ids.
-        tokenizer: the training tokenizer.
+        tokenizer: The training tokenizer.
 
     Returns:
         N texts; empty where a row has no other tokens.
@@ -107,11 +107,11 @@ def texts_of(source: Any, argument: str, *, tokenizer: Any = None, text_column: 
     """The texts of a source, in their order, read as they are asked for.
 
     Args:
-        source: strings, or rows (dicts) with `text_column`, or else with `input_ids`: a `datasets.Dataset`, a list, a
+        source: Strings, or rows (dicts) with `text_column`, or else with `input_ids`: a `datasets.Dataset`, a list, a
             stream; a reference task; or an lm-eval task, whose evaluated documents are read as context and gold
             target.
-        argument: what the caller calls it, for the errors.
-        tokenizer: decodes token ids, special tokens left out.
+        argument: Name of the caller's argument, for the errors.
+        tokenizer: Tokenizer that decodes token ids; special tokens are left out.
         text_column: Column of the rows that holds the text.
 
     Returns:

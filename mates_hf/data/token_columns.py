@@ -1,7 +1,7 @@
 """Rows of token ids, labels and attention masks, read one way wherever they come from.
 
-Place in the flow: `columns` (a pool's Arrow columns), `collated` (one row, also a collated one) and `scored_column`
-(tables, datasets, batches of streams) all read through this; `column_types` has said what each column is.
+Where it is used: `columns` (a pool's Arrow columns), `collated` (one row, also a collated one) and `scored_column`
+(tables, datasets, batches of streams) all read through this; `column_types` has decided what each column is.
 
 What counts: lists of whole numbers; for a mask also booleans and floats that are exactly 0 or 1. A row that is null
 in `input_ids` is empty, one that is null in `labels` trains every token but its first, one that is null in
@@ -76,9 +76,9 @@ def whole_numbers(value: Any, name: str, where: str) -> npt.NDArray[np.int64]:
     """One row's ids, labels or mask.
 
     Args:
-        value: a list, array or tensor.
-        name: what it is called, which says what may count.
-        where: which row it is, for errors.
+        value: A list, array or tensor.
+        name: Name of the column, which decides what may count.
+        where: Which row it is, for errors.
 
     Returns:
         (length,) int64.
@@ -103,7 +103,7 @@ def whole_numbers(value: Any, name: str, where: str) -> npt.NDArray[np.int64]:
 
 
 def read_lists(lists: Iterable[Any], name: str, row_name: RowName) -> Ragged:
-    """Rows that say nothing of their types; None is a row of which nothing is said."""
+    """Rows without Arrow types; None is a row that has no value."""
     rows = list(lists)
     valid = np.array([row is not None for row in rows], bool)
     arrays = [
@@ -118,7 +118,7 @@ def read_batch(batch: Mapping[str, Any], column: str) -> TokenRows:
     """Rows of a stream, lists by column, as they are trained on.
 
     Args:
-        batch: the column of token ids and, beside `input_ids`, `labels` and `attention_mask` where they are given.
+        batch: The column of token ids and, next to `input_ids`, `labels` and `attention_mask` where they are given.
         column: Column of token ids.
 
     Returns:
@@ -160,9 +160,9 @@ def aligned(name: str, tokens: Ragged, other: Ragged, row_name: RowName) -> npt.
 
     Args:
         name: `labels` or `attention_mask`.
-        tokens: the ids.
-        other: the column.
-        row_name: what errors call a row.
+        tokens: The token ids.
+        other: The column of that name.
+        row_name: Function that names a row for errors.
 
     Returns:
         One number for each of the ids.
@@ -184,20 +184,21 @@ def aligned(name: str, tokens: Ragged, other: Ragged, row_name: RowName) -> npt.
 
 
 def join(tokens: Ragged, beside: Mapping[str, Ragged], row_name: RowName) -> TokenRows:
-    """Rows of tokens without padding, with what the columns beside them say."""
+    """Rows of tokens without padding, with what their other columns say."""
     found = {name: aligned(name, tokens, other, row_name) for name, other in beside.items()}
     return assemble(tokens.values, tokens.offsets, found.get(LABELS), found.get(MASK))
 
 
 class TokenColumns:
-    """A column of token ids with what stands beside it in a table, opened once.
+    """A column of token ids with the labels and mask of the same table, opened once.
 
     Args:
         table: `pyarrow.Table` or that of a `datasets.Dataset`.
         column: Column of token ids. Next to `input_ids`, `labels` and `attention_mask` count as in training.
         indices: (R,) physical row of each visible row, or None where they are the same.
-        first_row: what errors call the first row.
-        vocab_size: a reader of rows in place refuses ids of this and above; None allows any.
+        first_row: Number of the first row, for errors.
+        vocab_size: Size of the vocabulary; reading rows in place raises an error for ids of this and above. None
+            allows any.
 
     Raises:
         ValueError: a column cannot count as what it is called.
@@ -225,9 +226,10 @@ class TokenColumns:
         """The rows from `begin` to before `end`, so many tokens at a time that any row length fits in memory.
 
         Args:
-            begin: first row.
-            end: row after the last.
-            in_place: give rows where they lie, where nothing beside them says otherwise; several threads may do so.
+            begin: Number of the first row.
+            end: Number of the row after the last.
+            in_place: Whether to give rows where they lie, where no other column says otherwise; several threads may
+                do so.
 
         Yields:
             What errors call the part's first row, and the part.
@@ -239,11 +241,11 @@ class TokenColumns:
             yield first_row, self.rows(part, first_row) if spans is None else spans
 
     def spans(self, ids: IntArray, first_row: int = 0) -> TokenSpans | None:
-        """The rows where they lie; None where labels or padding beside them say that not every token counts.
+        """The rows where they lie; None where labels or padding say that not every token counts.
 
         Args:
             ids: (N,) int64 row numbers.
-            first_row: what errors call the first of them.
+            first_row: Number of the first of them, for errors.
 
         Returns:
             N rows, views of Arrow memory, or None.

@@ -1,6 +1,6 @@
 """Rows that share a run of 13 tokens with the reference task's passages.
 
-Place in the flow: each round looks the rows up that it selected (`training/duplicates`); `shared_rows` names all such
+Where it is used: each round looks the rows up that it selected (`training/duplicates`); `shared_rows` names all such
 rows of a dataset, for those who want to leave them out. `evaluation/contamination` compares words instead: it finds a
 passage in any form and under any tokenizer, and reads text at a hundredth of this speed.
 
@@ -37,12 +37,12 @@ class TokenNgramIndex:
     """The runs of tokens of some passages, to look rows up in.
 
     Args:
-        passages: the passages, without padding. One of fewer than `n` tokens is one run as a whole; one of fewer than
+        passages: The passages, without padding. One of fewer than `n` tokens is one run as a whole; one of fewer than
             `SHORTEST_PASSAGE` has none. A run of one repeated token does not count.
-        n: tokens in a run.
+        n: Number of tokens in a run.
 
     Attributes:
-        n: tokens in a run.
+        n: Number of tokens in a run.
         num_short: passages that are too short to be looked for.
 
     Raises:
@@ -121,9 +121,9 @@ def shared_rows(candidates: Any, reference: ReferenceTask, n: int = NGRAM_TOKENS
     them. For texts, or another tokenizer than the reference's, there is `evaluation.check_contamination`.
 
     Args:
-        candidates: a `datasets.Dataset` with `input_ids`, or anything else that a probe takes.
-        reference: whose passages are looked for; those of fewer than `n` tokens as a whole.
-        n: tokens in a run.
+        candidates: A `datasets.Dataset` with `input_ids`, or anything else that a probe takes.
+        reference: Reference task whose passages are looked for; those of fewer than `n` tokens as a whole.
+        n: Number of tokens in a run.
 
     Returns:
         (M,) int64 row numbers, ascending.

@@ -1,6 +1,6 @@
 """The words of a text, equal for every form in which people store that text, in any script.
 
-Place in the flow: `overlap` compares texts by runs of these words. Upper and lower case, full and half width, composed
+Where it is used: `overlap` compares texts by runs of these words. Upper and lower case, full and half width, composed
 and decomposed letters, ligatures, optional signs (accents, Arabic and Hebrew vowel points), invisible characters,
 kinds of digits, quotes, dashes and spaces, HTML entities and hyphenation at line ends make no difference.
 
@@ -76,7 +76,7 @@ def words_of(text: str) -> list[str]:
     """The words of a text in the one form that all its forms have; a letter with its marks in scripts without spaces.
 
     Args:
-        text: any text.
+        text: Any text.
 
     Returns:
         Lower-case runs of letters, digits and underscores, and single letters of scripts without spaces.
@@ -88,7 +88,7 @@ def readings_of(text: str) -> list[list[str]]:
     """Every way to read a text as words: as it stands, and with words joined that a hyphen breaks at a line's end.
 
     Args:
-        text: any text.
+        text: Any text.
 
     Returns:
         One list of words, or two; the first is what `words_of` gives.

@@ -2,8 +2,9 @@
 
 `ledger` says which pool rows are still unused and which of them a round may choose from and probe. `select_stage`
 takes the k best of them, by `choose`, and no more of one text than `copies` lets through. `selector` does the same for
-any dataset outside of a run: `mapped` and `streaming` score it, `result` keeps what a budget allows, `saved` and
-`card` are its files. Place in the flow: right of `influence/` (influence arrives as a float array), left of
-`training/` (which turns the chosen rows into the order of a run). Only tokenizers and influence models that are handed
-in may need torch.
+any dataset outside of a run: `inputs` decides what it is and which column is scored, `dataset_input` (with `opened`)
+or `streaming` scores it, `result` keeps what a budget allows. `saved` and `card` are the selector's files.
+
+Where it is used: it gets influence as a float array from `prediction/`, and `training/` turns the rows that it chose
+into the order of a run. Only tokenizers and influence models that are handed in may need torch.
 """

@@ -1,8 +1,8 @@
 """The model card of a published influence model, made from its fit.
 
 `MatesSelector.save_pretrained` writes it as `README.md`. Trade-off: it says only what was recorded, so that a card
-never claims more than the fit shows; what is not known is said not to be. Names come from anywhere: in front they go
-through the Hub's own `ModelCardData`, and in the text they stand as code, where neither HTML nor a link means
+never claims more than the fit shows; what is not known is reported as not known. Names come from anywhere: in front
+they go through the Hub's own `ModelCardData`, and in the text they stand as code, where neither HTML nor a link means
 anything.
 """
 
@@ -128,13 +128,13 @@ def _measured_by(report: FitReport | None) -> str:
 
 
 def selector_facts(selector: Any) -> dict[str, str]:
-    """What is printed of a `MatesSelector`, by name.
+    """What is printed of a `MatesSelector`, as a mapping from names to short texts.
 
     Args:
-        selector: the selector.
+        selector: The selector.
 
     Returns:
-        One short text for each; what is not known is left out or said not to be.
+        One short text for each name; what is not known is left out or reported as not known.
     """
     model, tokenizer, origin = selector.influence_model, selector.tokenizer, selector.origin
     report = getattr(model, "report", None)

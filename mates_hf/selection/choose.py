@@ -1,10 +1,10 @@
 """Choose k of N candidates: the highest influence, the highest with Gumbel noise, or any.
 
-Place in the flow: the select stage, after a data influence model has predicted. Sign: > 0 helps, higher is better, so
-every function here keeps the **largest** values. Trade-off: positions come back sorted, not ranked, because a
+Where it is used: in the select stage, after a data influence model has predicted. Sign: > 0 helps, higher is better,
+so every function here keeps the **largest** values. Trade-off: positions come back sorted, not ranked, because a
 selection is a set whose training order is shuffled anyway; and the noise of a position depends on the seed and the
-position alone, so a longer candidate list never changes the noise of the earlier ones, at the price of one generator
-a block.
+position alone, so a longer candidate list never changes the noise of the earlier ones, at the price of one generator a
+block.
 
 Memory beyond the input: an array of its size (the noisy influence, or the worth of rows), a byte a candidate of masks,
 and a few numbers for each that is chosen: everything else goes through the candidates in blocks.
@@ -106,7 +106,7 @@ def top_k(influence: npt.ArrayLike, k: int, seed: Seed = 0) -> IntArray:
 
     Args:
         influence: (N,) finite numbers, > 0 helps, higher is better.
-        k: how many to choose, from 0 to N.
+        k: How many candidates to choose, from 0 to N.
         seed: Random seed of the order among ties.
 
     Returns:
@@ -125,8 +125,8 @@ def uniform(num: int, k: int, seed: Seed = 0) -> IntArray:
     """Any k of `num` candidates, each set equally likely: the control arm of every comparison.
 
     Args:
-        num: how many there are.
-        k: how many to choose, from 0 to `num`.
+        num: How many candidates there are.
+        k: How many candidates to choose, from 0 to `num`.
         seed: Random seed of the draw.
 
     Returns:

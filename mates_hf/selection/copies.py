@@ -1,6 +1,6 @@
-"""Copies of a text among a round's candidates: how they are told, and how many of each may be chosen.
+"""Copies of a text among a round's candidates: how they are found, and how many of each may be chosen.
 
-Place in the flow: the score stage hashes the tokens it passes over (`row_hashes`), and the select stage leaves out
+Where it is used: the score stage hashes the tokens it passes over (`row_hashes`), and the select stage leaves out
 what is beyond the limit (`find_copies`). Equal tokens have equal predictions, so a top-k without a limit takes every
 copy of a good text.
 
@@ -50,8 +50,8 @@ def row_hashes(rows: TokenRows, ids: IntArray, ends: Sequence[int] = ()) -> Hash
 
     Args:
         rows: N rows, without the padding that a mask marks.
-        ids: (N,) int64 pool row of each; tells rows without tokens apart.
-        ends: token ids that do not count at either end of a row.
+        ids: (N,) int64 pool row of each, by which rows without tokens are kept apart.
+        ends: Token ids that do not count at either end of a row.
 
     Returns:
         (N,) uint64.
@@ -107,7 +107,7 @@ def find_copies(hashes: Hashes, values: npt.NDArray[Any] | None = None, max_copi
         hashes: (N,) uint64, equal for copies.
         values: (N,) numbers, higher is better: the best of a text's copies are kept, the first ones among equals.
             None keeps the first ones.
-        max_copies: how many of each text are kept; None is 1.
+        max_copies: How many copies of each text are kept; None is 1.
 
     Returns:
         (C,) int64 positions of the copies that are not kept, ascending.

@@ -1,8 +1,12 @@
 """What `MatesSelector` is given, opened: a dataset, a stream, or splits of either. Errors say the way in.
 
-Place in the flow: the one place that tells these apart, refuses what is none of them, and decides which column is
-scored; what it returns maps, scores and selects without asking again. Trade-off: nothing is converted; a caller who
-has a data frame or a list is told the one call that makes a dataset of it.
+Where it is used: each method of `MatesSelector` calls `open_input` once. It decides which of these it is, raises an
+error for anything else, checks the options that depend on it, and decides which column is scored. What it returns
+maps, scores and selects without deciding again.
+
+Trade-off: nothing is converted; the error for a data frame or a list names the one call that makes a dataset of it.
+Further arguments of `Dataset.map` are not listed here but read from the installed `datasets`, so that its versions may
+differ.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,27 +23,30 @@ import numpy as np
 from mates_hf.data.scored_column import find_column
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.paths import expand_path
-from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions, Scorer
-from mates_hf.selection.mapped import log_intercepts, map_rows, score_rows
+from mates_hf.prediction.score import Predictions, Scorer
+from mates_hf.selection.dataset_input import DatasetInput, Scored
 from mates_hf.selection.opened import OpenDataset
-from mates_hf.selection.options import Options
-from mates_hf.selection.result import Budget, Selection
-from mates_hf.selection.reuse import Scored, is_own, read_own, record
-from mates_hf.selection.streaming import StreamSelection, map_stream, select_stream
-
-logger = logging.getLogger(__name__)
+from mates_hf.selection.options import Options, not_one_dataset
+from mates_hf.selection.result import Budget
+from mates_hf.selection.streaming import StreamInput
 
 NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has
+_STREAMED = "a stream is scored in the process that reads it, as it is read"
+# Arguments of `Dataset.map` that the selector sets, or that would change what is computed.
+_OURS = (
+    "batched", "drop_last_batch", "features", "fn_kwargs", "function", "input_columns", "new_fingerprint",
+    "with_indices", "with_rank",
+)  # fmt: skip
 
 
 class Fitted(NamedTuple):
     """What a selector scores with.
 
     Attributes:
-        model: fitted influence model.
+        model: The fitted influence model.
         tokenizer: Tokenizer of its tokens, or None.
-        max_length: tokens a text is cut to, or None.
-        memory: what was scored before.
+        max_length: Number of tokens that a text is cut to, or None.
+        memory: Predictions of datasets that were scored before.
     """
 
     model: Any
@@ -63,9 +69,9 @@ def open_input(dataset: Any, fitted: Fitted, options: Options) -> Splits | Strea
     """Decide what is scored, from which column and by what.
 
     Args:
-        dataset: as `MatesSelector.map` was given it.
-        fitted: what the selector scores with.
-        options: how rows are scored.
+        dataset: The dataset in any form that `MatesSelector.map` takes.
+        fitted: The model and tokenizer that the selector scores with.
+        options: How rows are scored.
 
     Returns:
         The dataset, the stream, or the splits of either.
@@ -76,134 +82,16 @@ def open_input(dataset: Any, fitted: Fitted, options: Options) -> Splits | Strea
         UnsupportedSettingError: a transform hides the dataset's columns.
     """
     if is_splits(dataset):
-        each = options.of_splits(dataset)
+        each = _options_of_splits(options, list(dataset))
         return Splits(type(dataset), {name: open_input(dataset[name], fitted, each[name]) for name in dataset})
-    if is_stream(dataset):
-        stream, had = _unformatted(dataset)
-        schema = _schema_of_stream(stream)
-        options.check_for_stream(list(schema.names))
-        scorer = fitted.scorer(schema, options.column)
-        return StreamInput(stream, had, list(schema.names), scorer, options, fitted.label_std)
-    schema = _schema_of(dataset)
-    options.check_for_dataset(dataset.column_names)
+    stream, had = _unformatted(dataset) if is_stream(dataset) else (None, None)
+    schema = _schema_of(dataset) if stream is None else _schema_of_stream(stream)
+    _check_options(options, list(schema.names), streamed=stream is not None)
     scorer = fitted.scorer(schema, options.column)
-    opened = OpenDataset(dataset, scorer, scorer.known_digest(), options.batch_size)
-    return DatasetInput(opened, options, fitted.memory, fitted.label_std)
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """Datasets or streams by split, each handled by itself.
-
-    Attributes:
-        kind: class of the dict they came in.
-        inputs: by split.
-    """
-
-    kind: type
-    inputs: Mapping[str, Any]
-
-    def map(self) -> Any:
-        """A dict of the same kind."""
-        return self.kind({name: one.map() for name, one in self.inputs.items()})
-
-    def score(self) -> Predictions:
-        """Refused: predictions are of one dataset."""
-        raise _not_one_dataset(self.kind)
-
-    def select(self, budget: Budget) -> dict[str, Any]:
-        """Selections by split."""
-        return {name: one.select(budget) for name, one in self.inputs.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamInput:
-    """A stream, and what scores its rows as they are read.
-
-    Attributes:
-        stream: handing out plain Python values.
-        had: format that it had, in which what is made of it hands rows out.
-        columns: that it has, or its first rows where it does not say.
-        scorer: what predicts.
-        options: how.
-        label_std: standard deviation of the labels' `influence`.
-    """
-
-    stream: Any
-    had: str | None
-    columns: list[str]
-    scorer: Scorer
-    options: Options
-    label_std: float
-
-    def map(self) -> Any:
-        """The stream with its new column."""
-        return map_stream(self.stream, self.had, self.columns, self.scorer, self.options)
-
-    def score(self) -> Predictions:
-        """Refused: nobody has all rows of a stream."""
-        raise _not_one_dataset(type(self.stream))
-
-    def select(self, budget: Budget) -> StreamSelection:
-        """What a budget keeps."""
-        if INFLUENCE_COLUMN in self.columns:
-            logger.warning(
-                "The stream's column `%s` is not used: its rows are scored as they are read.", INFLUENCE_COLUMN
-            )
-        return select_stream(self.stream, self.had, self.scorer, self.options, budget, self.label_std)
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetInput:
-    """A dataset that is opened, and what was scored before.
-
-    Attributes:
-        opened: the dataset with what scores it.
-        options: how.
-        memory: predictions of datasets that are alive.
-        label_std: standard deviation of the labels' `influence`.
-    """
-
-    opened: OpenDataset
-    options: Options
-    memory: Scored
-    label_std: float
-
-    def map(self) -> Any:
-        """The dataset with its new column."""
-        opened = self.opened
-        if INFLUENCE_COLUMN in opened.dataset.column_names and not is_own(opened):
-            logger.warning("The column `%s`, not known to be this selector's, is replaced.", INFLUENCE_COLUMN)
-        whole, scored = map_rows(opened, self.options)
-        mapped = opened.with_dataset(whole)
-        record(mapped)
-        log_intercepts(scored)
-        self.memory.keep(opened, scored)
-        if set(opened.columns) <= set(whole.column_names):
-            self.memory.keep(mapped, scored)
-        return whole
-
-    def score(self) -> Predictions:
-        """Predictions of all rows."""
-        found = score_rows(self.opened, self.options)
-        self.memory.keep(self.opened, found)
-        return found
-
-    def select(self, budget: Budget) -> Selection:
-        """What a budget keeps; nothing that is known is scored again."""
-        scored = self.memory.find(self.opened)
-        if scored is None:
-            scored = read_own(self.opened)
-            if scored is None:
-                scored = score_rows(self.opened, self.options)
-            self.memory.keep(self.opened, scored)
-        selection = Selection.make(self.opened.dataset, scored, budget, self.opened.scorer, self.label_std)
-        logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)
-        return selection
-
-
-def _not_one_dataset(kind: type) -> TypeError:
-    return TypeError(f"`score` takes one `Dataset`, got {kind.__name__}. Pass a split, or use `map`.")
+    if stream is not None:
+        return StreamInput(stream, had, list(schema.names), scorer, options, fitted.label_std)
+    opened = OpenDataset(dataset, scorer, scorer.known_digest(), options)
+    return DatasetInput(opened, fitted.memory, fitted.label_std)
 
 
 def is_stream(dataset: Any) -> bool:
@@ -235,6 +123,31 @@ def is_splits(dataset: Any) -> bool:
     return True
 
 
+def _options_of_splits(options: Options, names: list[str]) -> dict[str, Options]:
+    """The options of each split, which has files of its own: `shards_dir` and, where files are named, its cache."""
+    for_map = dict(options.for_map)
+    files = for_map.pop("cache_file_names", None)
+    _refuse_arguments(
+        "one file cannot hold several splits (`cache_file_names={split: file}` names one for each)",
+        cache_file_name=for_map.get("cache_file_name"),
+    )
+    if files is not None and not (isinstance(files, Mapping) and set(files) <= set(names)):
+        raise ValueError(f"`cache_file_names` must be a dict of files by split ({names}), got {files!r}.")
+    found: dict[str, Options] = {}
+    for name in names:
+        folder = None if options.shards_dir is None else Path(options.shards_dir) / str(name)
+        file = (files or {}).get(name)
+        named = {} if file is None else {"cache_file_name": str(file)}
+        found[name] = dataclasses.replace(options, shards_dir=folder, for_map={**for_map, **named})
+    return found
+
+
+def _unformatted(stream: Any) -> tuple[Any, str | None]:
+    """The stream handing out plain Python values, and the format it had."""
+    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
+    return (stream if had is None else stream.with_format(None)), had
+
+
 def _schema_of(dataset: Any) -> Any:
     """`pyarrow.Schema` of a dataset, or the refusal of one with a transform."""
     if dataset.format["type"] == "custom":
@@ -244,12 +157,6 @@ def _schema_of(dataset: Any) -> Any:
             "`dataset.with_format(None)`."
         )
     return dataset.data.schema
-
-
-def _unformatted(stream: Any) -> tuple[Any, str | None]:
-    """The stream handing out plain Python values, and the format it had."""
-    had = getattr(getattr(stream, "_formatting", None), "format_type", None)
-    return (stream if had is None else stream.with_format(None)), had
 
 
 def _schema_of_stream(stream: Any) -> Any:
@@ -271,6 +178,70 @@ def _type_of(values: list[Any]) -> Any:
         return pa.array(values).type
     except (pa.ArrowException, TypeError, ValueError):
         return pa.null()
+
+
+def _check_options(options: Options, columns: list[str], *, streamed: bool) -> None:
+    """Refuse what is of splits or not for this kind, and a column to remove that is not there."""
+    _refuse_arguments("this is no dict of splits", cache_file_names=options.for_map.get("cache_file_names"))
+    if streamed:
+        _refuse_arguments(_STREAMED, num_proc=options.num_proc, shards_dir=options.shards_dir, **options.further)
+    else:
+        _check_for_dataset(options)
+    missing = [name for name in options.removed if name not in columns]  # `datasets` would pass over them in a stream
+    if missing:
+        raise ValueError(f"`remove_columns` must be columns of the dataset, {columns}, got {missing}.")
+
+
+def _check_for_dataset(options: Options) -> None:
+    """Refuse what is unknown to `Dataset.map`, would change what is computed, or names a second place for files."""
+    import datasets
+
+    given = options.further
+    wrong = sorted(set(_OURS) & set(given))
+    if wrong:
+        raise TypeError(f"`{'`, `'.join(wrong)}` cannot be given: the selector sets how rows are scored.")
+    wrong = sorted(set(given) - set(inspect.signature(datasets.Dataset.map).parameters))
+    if wrong:
+        raise TypeError(
+            f"`{'`, `'.join(wrong)}` cannot be given: neither `MatesSelector.map` nor `Dataset.map` of datasets "
+            f"{datasets.__version__} takes it for what it got."
+        )
+    if options.shards_dir is not None and ("cache_file_name" in given or given.get("keep_in_memory")):
+        raise ValueError(
+            "`cache_file_name` and `keep_in_memory` must not be given with `shards_dir`, which is on disk."
+        )
+
+
+def _refuse_arguments(why: str, **given: Any) -> None:
+    """Raise a `TypeError` that names the arguments which are not None, and says why they cannot be given."""
+    wrong = sorted(name for name, value in given.items() if value is not None)
+    if wrong:
+        raise TypeError(f"`{'`, `'.join(wrong)}` cannot be given: {why}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Datasets or streams by split, each handled by itself.
+
+    Attributes:
+        kind: Class of the dict they came in.
+        inputs: The dataset or stream of each split.
+    """
+
+    kind: type
+    inputs: Mapping[str, Any]
+
+    def map(self) -> Any:
+        """A dict of the same kind."""
+        return self.kind({name: one.map() for name, one in self.inputs.items()})
+
+    def score(self) -> Predictions:
+        """Refused: predictions are of one dataset."""
+        raise not_one_dataset(self.kind)
+
+    def select(self, budget: Budget) -> dict[str, Any]:
+        """Selections by split."""
+        return {name: one.select(budget) for name, one in self.inputs.items()}
 
 
 def _way_in(given: Any) -> str:

@@ -1,6 +1,6 @@
 """Which pool rows were trained on, and what a round may draw.
 
-Place in the flow: at each round's boundary `training/` asks the `Ledger` for candidates and probes, and marks what it
+Where it is used: at each round's boundary `training/` asks the `Ledger` for candidates and probes, and marks what it
 chose. A row is marked when it is assigned to a round, not when its step is over: the steps between a boundary and its
 switch still train on the earlier assignment.
 
@@ -56,11 +56,11 @@ class Ledger:
     it, so a draw can be repeated.
 
     Args:
-        num_rows: rows in the pool.
+        num_rows: Number of rows in the pool.
         seed: Random seed of the pool's shuffle and of the probes.
 
     Attributes:
-        num_rows: rows in the pool.
+        num_rows: Number of rows in the pool.
         seed: Random seed of the pool's shuffle and of the probes.
         consumed: (num_rows,) bool, True where the row was trained on, or assigned to be, in this pass.
         probed: (num_rows,) bool, True where an earlier round probed the row, in whatever pass.
@@ -151,8 +151,8 @@ class Ledger:
         """Start a new pass where this one has too few unused rows for a round, and `max_passes` allows one.
 
         Args:
-            num_selected: rows the round will train on.
-            config: ratio, probes and passes of the run.
+            num_selected: Number of rows that the round will train on.
+            config: Settings of the run; its ratio, probes and passes count here.
         """
         needed = num_candidates(num_selected, config.selection_ratio) + config.num_probes
         if needed > self.num_unused and self.pass_number < config.max_passes:
@@ -174,9 +174,9 @@ class Ledger:
         """Candidates and probes of a round, from rows not trained on in this pass. Changes nothing.
 
         Args:
-            round_number: the round; it seeds the probes together with the ledger's seed.
-            num_selected: rows the round will train on.
-            selection_ratio: share of the candidates that is trained on, in (0, 1].
+            round_number: Number of the round; it seeds the probes together with the ledger's seed.
+            num_selected: Number of rows that the round will train on.
+            selection_ratio: Share of the candidates that is trained on, in (0, 1].
             candidate_scope: `slice`: the next `num_selected / selection_ratio` unused rows from the cursor, from the
                 start again where the shuffled pool ends; `pool`: all unused rows but the probes.
             num_probes: rows to probe, uniformly without replacement. In a slice's scope they are of the rows behind
@@ -216,7 +216,7 @@ class Ledger:
 
         Args:
             own_rows: (L,) integer pool rows in the Trainer's own order, no row twice.
-            num_rows_needed: rows the round trains on.
+            num_rows_needed: Number of rows that the round trains on.
             exclude: (P,) integer pool rows left out though unused: those probed in this round.
 
         Returns:
@@ -241,7 +241,7 @@ class Ledger:
 
         Args:
             rows: (k,) integer pool rows of the round.
-            num_more: rows that are missing until the next round.
+            num_more: Number of rows that are missing until the next round.
             exclude: (P,) integer pool rows left out though unused: those probed in the round.
 
         Returns:
@@ -270,11 +270,11 @@ class Ledger:
         cursor: int,
         probed: npt.NDArray[np.uint8] | None = None,
     ) -> Ledger:
-        """Inverse of `to_bits`; the seed and the cursor are kept beside the bits.
+        """Inverse of `to_bits`; the seed and the cursor are kept separately.
 
         Args:
             bits: (ceil(num_rows / 8),) uint8 as from `to_bits`.
-            num_rows: rows in the pool.
+            num_rows: Number of rows in the pool.
             seed: Random seed of the pool's shuffle and of the probes.
             cursor: position in `shuffled` where the next slice begins.
             probed: (ceil(num_rows / 8),) uint8 as from `probed_to_bits`; None: no row was probed.

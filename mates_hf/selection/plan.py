@@ -1,6 +1,6 @@
 """When the rounds of a run happen, and whether the pool has rows enough for them.
 
-Place in the flow: `training/` makes a `RunPlan` before the first step and asks it for each next round; the `Ledger`
+Where it is used: `training/` makes a `RunPlan` before the first step and asks it for each next round; the `Ledger`
 draws the rows. Trade-off: rounds are counted in optimizer steps from config alone, so a run can be refused before it
 starts; where drift checks may start rounds early, the plan reckons with the worst of them. How many rows some steps
 take is asked of the clock that counts them in the run (`training/sampler.RowClock`): the plan has no count of its own.
@@ -35,8 +35,8 @@ class EvenSteps:
     """The clock of a run whose steps all have as many rows, and whose passes are the pool.
 
     Attributes:
-        batch_rows: rows in one optimizer step.
-        num_rows: rows in the pool.
+        batch_rows: Number of rows in one optimizer step.
+        num_rows: Number of rows in the pool.
     """
 
     batch_rows: int
@@ -58,9 +58,9 @@ class PlannedRound:
     Attributes:
         number: the round's number.
         boundary_step: optimizer steps done when it probes, fits, scores and selects.
-        from_step: first optimizer step (counted from 0) that trains on its rows.
-        to_step: first optimizer step that no longer does.
-        num_rows: rows it selects, k.
+        from_step: First optimizer step (counted from 0) that trains on its rows.
+        to_step: First optimizer step that no longer trains on them.
+        num_rows: Number of rows that it selects, k.
     """
 
     number: int
@@ -96,13 +96,13 @@ class RunPlan:
     there are too few, a new pass begins, if `max_passes` allows one.
 
     Attributes:
-        num_rows: rows in the pool.
-        batch_rows: rows in one optimizer step, over all devices and accumulation; the last step of an epoch may have
-            fewer.
-        max_steps: optimizer steps of the run.
-        config: round length, lead, ratio, number of probes and of passes.
+        num_rows: Number of rows in the pool.
+        batch_rows: Number of rows in one optimizer step, over all devices and accumulation; the last step of an epoch
+            may have fewer.
+        max_steps: Number of optimizer steps of the run.
+        config: Settings of the run: round length, lead, ratio, number of probes and of passes.
         first_step: optimizer step from which rounds are counted: 0, or where selection was added to a run.
-        clock: how steps relate to rows; None: each step has `batch_rows`, and a pass is the pool.
+        clock: How steps relate to rows; with None each step has `batch_rows`, and a pass is the pool.
 
     Raises:
         ValueError: a count is below 1.
@@ -194,7 +194,7 @@ class RunPlan:
         """Raise before the run's first step if one of its rounds would find too few unused rows.
 
         Args:
-            rest: what is ahead of a run that goes on after a stop; None: all of it.
+            rest: The part that is ahead of a run which continues after a stop; None is the whole run.
 
         Raises:
             ValueError: the pool is too small for this many steps; says which round lacks rows, how many there are and

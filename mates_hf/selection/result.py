@@ -1,6 +1,6 @@
 """What a budget keeps of a scored dataset: the rule, and a result that can be asked again with another budget.
 
-Place in the flow: the selector predicts, `keep_rows` chooses by it, `Selection` is what the caller gets. Trade-off: a
+Where it is used: the selector predicts, `keep_rows` chooses by it, `Selection` is what the caller gets. Trade-off: a
 result holds eight bytes a row and the dataset, so that another budget, the rejected rows and the reasons for one row
 cost no second scoring.
 
@@ -37,14 +37,15 @@ class Budget:
     """How much to keep. Exactly one of the first four is given.
 
     Attributes:
-        ratio: share of the rows, in (0, 1]; rounded to whole rows, at least one.
-        k: number of rows.
-        threshold: keep rows whose `influence` is at least this. Of path labels only the order means anything.
-        num_tokens: keep rows, from the highest influence down, that together have at most this many trained tokens; a
-            row that does not fit into what is left is skipped.
+        ratio: Share of the rows to keep, in (0, 1]; rounded to whole rows, at least one.
+        k: Number of rows to keep.
+        threshold: Lowest `influence` of a row that is kept. Of path labels only the order means anything.
+        num_tokens: Largest number of trained tokens of the kept rows together. Rows are taken from the highest
+            influence down; a row that does not fit into what is left is skipped.
         temperature: Temperature of the Gumbel noise, in standard deviations of the labels; 0 takes the highest.
         seed: Random seed of the noise and of the order among ties, from 0 to below 2**64.
-        order_only: Whether the labels give an order and price no step, so that a threshold means nothing; warns.
+        order_only: Whether the labels give an order and price no step, so that a threshold means nothing. Then a
+            warning says so.
 
     Raises:
         ValueError: none or several are given, or one is out of range.
@@ -128,8 +129,8 @@ def temperature_unit(num_targets: npt.NDArray[np.int32], ranking: Ranking, label
 
     Args:
         num_targets: (N,) trained tokens of the rows.
-        ranking: what they are ranked by.
-        label_std: standard deviation of the labels' `influence`.
+        ranking: What the rows are ranked by.
+        label_std: Standard deviation of the labels' `influence`.
 
     Returns:
         `label_std`; for `row_worth`, n (d - mean), what that is over rows of these lengths whose influence d does not
@@ -153,10 +154,10 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
     """The rows that a budget keeps.
 
     Args:
-        scored: predictions of N rows.
-        budget: what to keep. Rows without a trained token come last in a row budget and never in a token budget;
+        scored: Predictions of N rows.
+        budget: How much to keep. Rows without a trained token come last in a row budget and never in a token budget;
             with `threshold` their influence, the intercept, decides. Rows that rank alike stand in one random order.
-        label_std: standard deviation of the labels' `influence`, for a temperature.
+        label_std: Standard deviation of the labels' `influence`, the unit of a temperature.
 
     Returns:
         (k,) int64 row numbers, ascending.
@@ -218,14 +219,14 @@ class Selection:
     """A scored dataset and what a budget keeps of it.
 
     Attributes:
-        dataset: the dataset as it was given.
+        dataset: The dataset as it was given.
         influence: (N,) float32 predicted influence in the unit of the labels, higher is better; the intercept where a
             row has no target.
         num_targets: (N,) int32 trained tokens of each row.
         rows: (k,) int64 kept rows, ascending.
-        budget: what they were kept by.
-        scorer: what predicted, for `explain`.
-        label_std: standard deviation of the labels' `influence`, the unit of a temperature.
+        budget: The budget that decided which rows are kept.
+        scorer: The object that predicted, which `explain` asks again.
+        label_std: Standard deviation of the labels' `influence`, the unit of a temperature.
     """
 
     dataset: Any
@@ -325,7 +326,7 @@ class Selection:
         """Why a row was kept or not.
 
         Args:
-            i: row of the dataset.
+            i: Number of a row of the dataset.
 
         Returns:
             `row`, `selected`, `influence`, `num_targets`, `rank` (1 is the highest of N by `ranked_by`), `ranked_by`,

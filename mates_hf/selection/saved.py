@@ -1,8 +1,8 @@
 """A selector on disk: an influence model's directory with the tokenizer of its tokens and where it comes from.
 
-Place in the flow: under `MatesSelector.save_pretrained` and `from_pretrained`; a round keeps its influence model in
-the same form. Trade-off: the influence model's own files stay where they would be alone, so that its class reads them
-without us; the tokenizer lies in a folder beside them, with a checksum for each of its files.
+Where it is used: by `MatesSelector.save_pretrained` and `from_pretrained`; a round keeps its influence model in the
+same form. Trade-off: the influence model's own files stay where they would be alone, so that its class reads them
+without us; the tokenizer lies in a folder next to them, with a checksum for each of its files.
 
 ```
 config.json  model.safetensors  fit.json   the influence model
@@ -45,10 +45,10 @@ class Saved(NamedTuple):
     """What a directory holds.
 
     Attributes:
-        model: the fitted influence model.
+        model: The fitted influence model.
         tokenizer: Tokenizer of its tokens, or None where none was saved.
-        max_length: tokens a text is cut to, or None.
-        origin: plain JSON values that say where the fit comes from.
+        max_length: Number of tokens that a text is cut to, or None.
+        origin: Plain JSON values that say where the fit comes from.
     """
 
     model: Any
@@ -89,7 +89,7 @@ def open_selector(name: str | Path, tokenizer: Any, **options: Any) -> Saved:
     """Read what `MatesSelector.from_pretrained` is given.
 
     Args:
-        name: a directory, `~` included, or a repository on the Hub.
+        name: A directory, `~` included, or a repository on the Hub.
         tokenizer: Tokenizer of the model's tokens, or None for the saved one.
         **options: Options of the download.
 
@@ -122,11 +122,11 @@ def write_selector(
     """Write a selector; a directory without the model's config, which is written last, is refused when read.
 
     Args:
-        directory: created where missing.
-        model: fitted.
+        directory: Directory to write into; it is created where it is missing.
+        model: The fitted influence model.
         tokenizer: Tokenizer of its tokens, or None.
-        max_length: tokens a text is cut to, or None.
-        origin: plain JSON values.
+        max_length: Number of tokens that a text is cut to, or None.
+        origin: Plain JSON values that say where the fit comes from.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).unlink(missing_ok=True)
@@ -138,9 +138,9 @@ def write_round_model(directory: Path, model: Any, tokenizer: Any) -> None:
     """Write the influence model of a round as a selector, so that the round filters texts without its run.
 
     Args:
-        directory: not there yet; what is cut short is the caller's to set aside.
-        model: fitted.
-        tokenizer: the Trainer's `processing_class`, or None. One that is no tokenizer of text, lacks an id that the
+        directory: Directory to write, which must not be there yet. The caller sets aside what a killed run left.
+        model: The fitted influence model.
+        tokenizer: The Trainer's `processing_class`, or None. One that is no tokenizer of text, lacks an id that the
             model has seen, or cannot be saved is left out: a round must not fail for it.
     """
     model.save_pretrained(directory)
@@ -183,7 +183,7 @@ def read_selector(path: Path) -> Saved:
     """Read a saved selector, a saved influence model, or the influence model of a finished round.
 
     Args:
-        path: the directory, or that of a run or of its rounds, whose newest finished round is then read.
+        path: The directory, or that of a run or of its rounds, whose newest finished round is then read.
 
     Returns:
         What it holds. A round knows the tokenizer of its training run if the Trainer had one as `processing_class`.
@@ -319,6 +319,6 @@ def _read_tokenizer(folder: Path, recorded: Any) -> Any:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of each file below a folder."""
+    """SHA-256 of each file below a folder, as a mapping from its name."""
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}

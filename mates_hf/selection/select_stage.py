@@ -1,6 +1,6 @@
 """The select stage of a round: from predictions to the rows that are trained on next.
 
-Place in the flow: `training/rounds` calls it once a round, `training/replay` once more to check a finished one. What
+Where it is used: `training/rounds` calls it once a round, `training/replay` once more to check a finished one. What
 it is made of is in `choose` (the largest values, noise, ties) and `copies` (which rows are one text). Trade-off: it is
 a pure function of arrays that lie in a round directory, so nothing that only a dataset or a model knows can steer it.
 
@@ -62,15 +62,15 @@ def select_rows(
         candidates: (M,) int64 pool rows to choose from.
         influence: (M,) float32 predicted influence of each, > 0 helps, higher is better.
         num_targets: (M,) int32 trained tokens of each; rows without any come last.
-        labels: measured influence of the round's probes.
-        num_rows: k, how many to choose.
+        labels: Measured influence of the round's probes.
+        num_rows: Number k of rows to choose.
         temperature: Temperature of the Gumbel noise; 0 takes the best.
         selection_seed: Selection seed of the run.
-        round_number: with `selection_seed` it seeds noise, ties and training order.
+        round_number: Number of the round; with `selection_seed` it seeds noise, ties and training order.
         hashes: (M,) uint64 of `copies.row_hashes`, equal for copies of a text; None where they are not known.
-        max_copies: how often a text is chosen at most; needs `hashes`. Where the texts do not suffice for k rows,
-            further copies follow, the best first. None sets no limit.
-        random_share: share of the k rows that is drawn at random, each candidate alike, from those that are not chosen
+        max_copies: Largest number of copies of a text that are chosen; needs `hashes`. Where the texts do not suffice
+            for k rows, further copies follow, the best first. None sets no limit.
+        random_share: Share of the k rows that is drawn at random, each candidate alike, from those that are not chosen
             by their worth; rounded to whole rows.
 
     Returns:

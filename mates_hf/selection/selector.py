@@ -1,9 +1,9 @@
 """`MatesSelector`: a fitted data influence model as a filter for datasets, on disk and on the Hub.
 
-Place in the flow: right of every influence model, for people who choose data before a run or outside of a Trainer; a
+Where it is used: by people who choose data before a run or outside of a Trainer, with any fitted influence model. A
 round inside the Trainer selects by `select_stage` instead. Trade-off: `map` goes through `datasets`, its cache
 and its processes, and writes a column; `filter` and `select` score in place and write nothing, and score nothing that
-this selector has scored before (see `reuse`).
+this selector has scored before (see `dataset_input`).
 
 Sign: influence > 0 helps, higher is better. Shape suffix: N rows.
 """
@@ -21,11 +21,12 @@ from mates_hf.display import card, html_card
 from mates_hf.prediction.score import Predictions
 from mates_hf.records import FitReport
 from mates_hf.selection.card import TAGS, label_unit, selector_facts, write_card
-from mates_hf.selection.inputs import Fitted, open_input
+from mates_hf.selection.dataset_input import DatasetInput, Scored
+from mates_hf.selection.inputs import Fitted, Splits, open_input
 from mates_hf.selection.options import SHARD_ROWS, Options, one_column
 from mates_hf.selection.result import Budget
-from mates_hf.selection.reuse import Scored
 from mates_hf.selection.saved import open_selector, write_selector
+from mates_hf.selection.streaming import StreamInput
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,16 +38,19 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
     """Predict the influence of any dataset's rows, and keep those that help.
 
     A text becomes exactly `tokenizer(text)`, truncated, never packed; every token but the first is a target. A
-    conversation (`messages`) becomes the text that the tokenizer's chat template makes of it, likewise. Token columns
-    are used as they are (beside `input_ids`, columns `labels` and `attention_mask` count as in training).
+    conversation (`messages`) becomes the text that the tokenizer's chat template makes of it, and that text becomes
+    tokens in the same way. Token columns are used as they are (next to `input_ids`, columns `labels` and
+    `attention_mask` count as in training).
 
     Args:
-        influence_model: fitted; anything with `predict`, `report` and `save_pretrained` (see "Adding an influence
-            model" in CONTRIBUTING.md). One whose predictions depend on more than what it saves needs a `digest()`.
+        influence_model: A fitted influence model: any object with `predict`, `report` and `save_pretrained` (see
+            "Adding an influence model" in CONTRIBUTING.md). One whose predictions depend on more than what it saves
+            needs a `digest()`.
         tokenizer: Tokenizer of the tokens the model was fitted on; None takes its own where it has one, and otherwise
             leaves token columns only.
-        max_length: tokens a text is cut to; None takes the tokenizer's maximum where it has one.
-        origin: JSON values for the card: `model`, `step`, `reference`, `num_probed`, `fidelity`, `datasets`, `license`
+        max_length: Number of tokens that a text is cut to; None takes the tokenizer's maximum where it has one.
+        origin: JSON values for the card: `model`, `step`, `reference`, `num_probed`, `fidelity`, `datasets`,
+            `license`.
 
     Raises:
         MatesError: the influence model is not fitted.
@@ -102,21 +106,21 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         `datasets` is keyed by the dataset and all that a prediction depends on, so that a second process finds it and
         a changed weight does not.
 
-        The new column is written alone (with the number of targets, for a later `filter`: 8 bytes a row) and set
-        beside the others, which stay where they are: keep their files, or `save_to_disk` the result. Rows that were
-        shuffled or picked are written in their order first.
+        Only the new column is written (with the number of targets, for a later `filter`: 8 bytes a row). The other
+        columns stay in the files where they are: keep these files, or `save_to_disk` the result. Rows that were
+        shuffled or picked are first written in their new order.
 
         Args:
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; streams are scored as read.
             column: Column of texts, token ids or conversations (lists of `role` and `content`); `meta.text` names one
                 inside of a struct. None takes `input_ids`, else `text`, else `messages`.
-            text_column: another name for `column`.
-            batch_size: rows scored at once.
-            num_proc: worker processes, of one thread each; None scores in this process on all cores.
-            shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run goes on where it stopped.
-            shard_rows: see `shards_dir`.
-            **kwargs: for `datasets.Dataset.map` of the new column, but what would change what is computed; with
-                splits also `cache_file_names`.
+            text_column: Another name for `column`; pass only one of the two.
+            batch_size: Number of rows that are scored at once.
+            num_proc: Number of worker processes, of one thread each; None scores in this process on all cores.
+            shards_dir: Folder for finished parts of `shard_rows` rows, so that a killed run resumes where it stopped.
+            shard_rows: Number of rows in each part that is kept in `shards_dir`.
+            **kwargs: Further arguments of `datasets.Dataset.map`, which writes the new column. Those that would change
+                what is computed raise an error. With splits, `cache_file_names` is one more.
 
         Returns:
             A dataset of the same kind.
@@ -146,13 +150,14 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         """Predictions alone, in memory: tokens are read where they lie on disk, and no dataset is written.
 
         Args:
-            dataset: a `Dataset`.
+            dataset: A `Dataset`.
             column: Column to score, in any form that `map` takes.
-            text_column: another name for `column`.
-            batch_size: texts tokenised at once.
-            num_proc: worker processes; None scores in this process on all cores, which token columns want.
-            shards_dir: folder for finished parts of `shard_rows` rows, so that a killed run goes on where it stopped.
-            shard_rows: see `shards_dir`.
+            text_column: Another name for `column`; pass only one of the two.
+            batch_size: Number of texts that are tokenised at once.
+            num_proc: Number of worker processes; None scores in this process on all cores, which is best for token
+                columns.
+            shards_dir: Folder for finished parts of `shard_rows` rows, so that a killed run resumes where it stopped.
+            shard_rows: Number of rows in each part that is kept in `shards_dir`.
 
         Returns:
             `influence` (N,) float32, > 0 helps, and `num_targets` (N,) int32.
@@ -166,8 +171,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
             shard_rows=shard_rows,
         )  # fmt: skip
-        found: Predictions = self._open(dataset, options).score()
-        return found
+        return self._open(dataset, options).score()
 
     # --- selection ---
 
@@ -189,11 +193,11 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; each split by itself.
             ratio: Share of the rows to keep (of each split), in (0, 1].
             k: Number of rows to keep (of each split).
-            threshold: Lowest `influence` to keep; means nothing for path labels, with a warning.
-            num_tokens: Trained tokens to keep (of each split), at most.
+            threshold: Lowest `influence` to keep. It means nothing for path labels, and a warning says so.
+            num_tokens: Largest number of trained tokens to keep (of each split).
             temperature: Temperature of Gumbel noise in standard deviations of the labels; 0 takes the highest.
             seed: Random seed of the noise and of the order among equals.
-            **options: other arguments of `select`.
+            **options: Other arguments of `select`.
 
         Returns:
             A dataset of the same kind.
@@ -229,23 +233,23 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
 
         What `map`, `score` or `select` of this selector found for this dataset is used again, and so is an
         `influence` column that this selector wrote, in whatever process, if every row is as it was scored. A column of
-        that name from elsewhere, or beside changed rows, is not, with a warning.
+        that name from elsewhere, or one whose rows were changed, is not used, and a warning says so.
 
         Args:
             dataset: `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; each split by itself.
-            ratio: share of the rows (of each split), in (0, 1].
-            k: number of rows (of each split).
-            threshold: lowest `influence` to keep; means nothing for path labels, with a warning.
-            num_tokens: trained tokens to keep (of each split), at most; a row that does not fit into what is left is
-                skipped, and a warning says so where less than 90 % of the budget is used.
+            ratio: Share of the rows to keep (of each split), in (0, 1].
+            k: Number of rows to keep (of each split).
+            threshold: Lowest `influence` to keep. It means nothing for path labels, and a warning says so.
+            num_tokens: Largest number of trained tokens to keep (of each split); a row that does not fit into what is
+                left is skipped, and a warning says so where less than 90 % of the budget is used.
             temperature: Temperature of Gumbel noise in standard deviations of the labels; 0 takes the highest.
             seed: Random seed of the noise and of the order among equals, from 0 to below 2**64.
             column: Column to score, in any form that `map` takes.
-            text_column: another name for `column`.
-            batch_size: rows scored at once.
+            text_column: Another name for `column`; pass only one of the two.
+            batch_size: Number of rows that are scored at once.
             num_proc: Number of processes that score; None scores in this one.
             shards_dir: Folder that keeps finished shards, so that scoring that was killed continues.
-            calibration_rows: first rows of a stream, from which the threshold for `ratio` is taken.
+            calibration_rows: Number of first rows of a stream from which the threshold for `ratio` is taken.
 
         Returns:
             A `Selection`; a `StreamSelection` of a stream; a dict of them by split.
@@ -264,7 +268,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         )  # fmt: skip
         return self._open(dataset, options).select(budget)
 
-    def _open(self, dataset: Any, options: Options) -> Any:
+    def _open(self, dataset: Any, options: Options) -> Splits | StreamInput | DatasetInput:
         """What is scored, decided once."""
         fitted = Fitted(self.influence_model, self.tokenizer, self.max_length, self._scored)
         return open_input(dataset, fitted, options)
@@ -287,15 +291,15 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         """Read a selector, an influence model or the model of a finished round. Nothing is unpickled.
 
         Args:
-            pretrained_model_name_or_path: a directory that `save_pretrained` wrote, a run's `output_dir` or `_mates`,
+            pretrained_model_name_or_path: A directory that `save_pretrained` wrote, a run's `output_dir` or `_mates`,
                 whose newest finished round is read, a round's directory, or a repository on the Hub.
             tokenizer: Tokenizer of the tokens the model was fitted on; a recorded one must be the same. A round has
                 its Trainer's `processing_class`.
-            max_length: tokens a text is cut to; None takes what was saved.
-            force_download: download again what is in the Hub's cache.
-            token: for private repositories.
+            max_length: Number of tokens that a text is cut to; None takes what was saved.
+            force_download: Whether to download again what is in the Hub's cache.
+            token: Access token of the Hub, for private repositories.
             cache_dir: Folder where files of the Hub are kept.
-            local_files_only: do not ask the Hub.
+            local_files_only: Whether to use only what is on this disk, and not ask the Hub.
             revision: Revision of the repository.
 
         Returns:
@@ -321,8 +325,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         """The model card, made from the fit.
 
         Args:
-            *args: not used.
-            **kwargs: not used.
+            *args: Not used; `huggingface_hub` passes them.
+            **kwargs: Not used; `huggingface_hub` passes them.
 
         Returns:
             The card.

@@ -1,9 +1,9 @@
 """Scoring and filtering streams (`datasets.IterableDataset`), whose rows are seen once and never all together.
 
-Place in the flow: what `MatesSelector` does with a stream. Trade-off: nobody knows a stream's best fifth before its
-end, so the threshold is taken from its first rows and then holds for all; the ratio that comes out is near the one
-asked for where those rows are like the rest, and is reported. A row's fate depends on the row and the threshold alone,
-so a stream can be stopped and resumed anywhere (`state_dict`).
+Where it is used: `MatesSelector` maps and filters streams with it. Trade-off: nobody knows a stream's best fifth
+before its end, so the threshold is taken from its first rows and then holds for all; the ratio that comes out is near
+the one asked for where those rows are like the rest, and is reported. A row's fate depends on the row and the
+threshold alone, so a stream can be stopped and resumed anywhere (`state_dict`).
 
 Sign: > 0 helps, higher is better. Shape suffix: N rows.
 """
@@ -22,10 +22,105 @@ import numpy.typing as npt
 
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions, Scorer
-from mates_hf.selection.options import Options
+from mates_hf.selection.options import Options, not_one_dataset
 from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamInput:
+    """A stream, and what scores its rows as they are read.
+
+    Attributes:
+        stream: The stream, which gives plain Python values.
+        had: Format that the stream had, in which the new stream gives its rows.
+        columns: Columns that the stream says it has, or else those of its first rows.
+        scorer: The influence model with the column to score.
+        options: How rows are scored.
+        label_std: Standard deviation of the labels' `influence`.
+    """
+
+    stream: Any
+    had: str | None
+    columns: list[str]
+    scorer: Scorer
+    options: Options
+    label_std: float
+
+    def map(self) -> Any:
+        """The stream with a float32 `influence` column; rows keep their order and are scored when they are read."""
+        import datasets
+
+        features, removed_by_user = None, self.options.removed
+        if INFLUENCE_COLUMN in self.columns and INFLUENCE_COLUMN not in removed_by_user:
+            logger.warning("The stream's column `%s` is replaced by this selector's predictions.", INFLUENCE_COLUMN)
+        removed = [name for name in removed_by_user if name != INFLUENCE_COLUMN]  # which is written either way
+        if self.stream.features is not None:
+            kept = {name: kind for name, kind in self.stream.features.items() if name not in removed}
+            features = datasets.Features({**kept, INFLUENCE_COLUMN: datasets.Value("float32")})
+        sizes: dict[str, Any] = {"batched": True, "batch_size": self.options.batch_size}
+        mapped = self.stream.map(AddInfluence(self.scorer), features=features, remove_columns=removed or None, **sizes)
+        return mapped if self.had is None else mapped.with_format(self.had)
+
+    def score(self) -> Predictions:
+        """Refused: nobody has all rows of a stream."""
+        raise not_one_dataset(type(self.stream))
+
+    def select(self, budget: Budget) -> StreamSelection:
+        """Find the threshold of the stream; its rows are read once here and again when the selection is.
+
+        Args:
+            budget: How much to keep: a `threshold`, or a `ratio` with its temperature.
+
+        Returns:
+            The selection.
+
+        Raises:
+            ValueError: the budget needs the whole dataset, or the stream is empty.
+        """
+        if INFLUENCE_COLUMN in self.columns:
+            logger.warning(
+                "The stream's column `%s` is not used: its rows are scored as they are read.", INFLUENCE_COLUMN
+            )
+        if budget.threshold is not None:
+            rule = Rule("influence", float(np.float32(budget.threshold)))
+            return self._selection(rule, num_calibration_rows=0, calibration_ratio=math.nan)
+        if budget.ratio is None:
+            raise ValueError(
+                "A stream must be filtered by `ratio` or `threshold`: the best `k` rows or `num_tokens` are known at "
+                "its end only. Use `ratio=` and `.take(k)`, or load the dataset without streaming."
+            )
+        parts, content = [], []
+        for batch in self.stream.take(self.options.calibration_rows).iter(self.options.batch_size):
+            parts.append(self.scorer.predict_batch(batch))
+            content += self.scorer.column.identities(batch)
+        if not parts:
+            raise ValueError("The stream must have rows, got none. Check its files and filters.")
+        scored = Predictions.joined(parts)
+        rule = _rule_without_threshold(scored, budget, self.label_std)
+        values = np.sort(rule.values(scored, content))[::-1]
+        rule = dataclasses.replace(rule, threshold=float(values[share_of(len(values), budget.ratio) - 1]))
+        share = float(np.mean(values >= rule.threshold))
+        logger.info(
+            "Threshold %.4g of %s, from the first %d rows of the stream, of which it keeps %.4f (asked for %.4f).",
+            rule.threshold, rule.ranking, len(values), share, budget.ratio,
+        )  # fmt: skip
+        return self._selection(rule, num_calibration_rows=len(values), calibration_ratio=share)
+
+    def _selection(self, rule: Rule, **calibrated: Any) -> StreamSelection:
+        sizes = {"batch_size": self.options.batch_size, **calibrated}
+        return StreamSelection(self.stream, self.had, self.scorer, rule, **sizes)
+
+
+def _rule_without_threshold(scored: Predictions, budget: Budget, label_std: float) -> Rule:
+    """The rule of a row budget whose threshold is still to be taken from these rows."""
+    noise = 0.0
+    if budget.temperature:
+        noise = budget.temperature * temperature_unit(scored.num_targets, budget.ranking, label_std)
+    num_tokens = int(scored.num_targets.sum(dtype=np.int64))
+    mean = float(scored.influence.astype(np.float64) @ scored.num_targets) / max(1, num_tokens)
+    return Rule(budget.ranking, -math.inf, mean, noise, budget.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,42 +134,15 @@ class AddInfluence:
         return {INFLUENCE_COLUMN: self.scorer.predict_batch(batch).influence}
 
 
-def map_stream(stream: Any, had: str | None, columns: list[str], scorer: Scorer, options: Options) -> Any:
-    """The stream with a float32 `influence` column; rows keep their order and are scored when they are read.
-
-    Args:
-        stream: a `datasets.IterableDataset` of plain values.
-        had: the format to hand rows out in.
-        columns: that the stream has, or its first rows where it does not say.
-        scorer: what predicts.
-        options: rows scored at once, and columns to remove.
-
-    Returns:
-        The stream.
-    """
-    import datasets
-
-    features = None
-    if INFLUENCE_COLUMN in columns and INFLUENCE_COLUMN not in options.removed:
-        logger.warning("The stream's column `%s` is replaced by this selector's predictions.", INFLUENCE_COLUMN)
-    removed = [name for name in options.removed if name != INFLUENCE_COLUMN]  # which is written either way
-    if stream.features is not None:
-        kept = {name: kind for name, kind in stream.features.items() if name not in removed}
-        features = datasets.Features({**kept, INFLUENCE_COLUMN: datasets.Value("float32")})
-    sizes: dict[str, Any] = {"batched": True, "batch_size": options.batch_size}
-    mapped = stream.map(AddInfluence(scorer), features=features, remove_columns=removed or None, **sizes)
-    return mapped if had is None else mapped.with_format(had)
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Which rows of a stream are kept: a function of the row.
 
     Attributes:
-        ranking: what rows are ranked by.
-        threshold: lowest value that is kept, in its unit, noise included.
+        ranking: What rows are ranked by.
+        threshold: Lowest value that is kept, in the unit of the ranking, noise included.
         mean: Mean influence over the trained tokens of the first rows; `row_worth` is counted from it.
-        noise: scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
+        noise: Scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
         seed: Random seed of the noise.
     """
 
@@ -107,13 +175,13 @@ class StreamSelection:
     """A filtered stream, and how much of it was kept so far.
 
     Args:
-        stream: the stream, unformatted.
-        had: the format to hand rows out in.
-        scorer: what predicts.
-        rule: which rows are kept.
-        batch_size: rows scored at once.
-        num_calibration_rows: first rows that the threshold was taken from; 0 where it was given.
-        calibration_ratio: share of those that is kept; NaN without any.
+        stream: The stream, which gives plain Python values.
+        had: Format in which the kept rows are given.
+        scorer: The influence model with the column to score.
+        rule: The rule that decides which rows are kept.
+        batch_size: Number of rows that are scored at once.
+        num_calibration_rows: Number of first rows that the threshold was taken from; 0 where it was given.
+        calibration_ratio: Share of these first rows that is kept; NaN without any.
     """
 
     def __init__(
@@ -205,58 +273,3 @@ class _Keep:
 
     def _ratio(self) -> float:
         return self.num_kept / self.num_seen
-
-
-def select_stream(
-    stream: Any, had: str | None, scorer: Scorer, options: Options, budget: Budget, label_std: float
-) -> StreamSelection:
-    """Find the threshold of a stream; its rows are read once here and again when the selection is.
-
-    Args:
-        stream: a `datasets.IterableDataset` of plain values; shuffle it first where it is ordered by source.
-        had: the format to hand rows out in.
-        scorer: what predicts.
-        options: rows scored at once, and first rows from which the threshold of a ratio is taken.
-        budget: a `threshold`, or a `ratio` with its temperature.
-        label_std: standard deviation of the labels' `influence`, for a temperature.
-
-    Returns:
-        The selection.
-
-    Raises:
-        ValueError: the budget needs the whole dataset, or the stream is empty.
-    """
-    batch_size = options.batch_size
-    if budget.threshold is not None:
-        rule = Rule("influence", float(np.float32(budget.threshold)))
-        return StreamSelection(
-            stream, had, scorer, rule, batch_size=batch_size, num_calibration_rows=0, calibration_ratio=math.nan
-        )
-    if budget.ratio is None:
-        raise ValueError(
-            "A stream must be filtered by `ratio` or `threshold`: the best `k` rows or `num_tokens` are known at its "
-            "end only. Use `ratio=` and `.take(k)`, or load the dataset without streaming."
-        )
-    parts, content = [], []
-    for batch in stream.take(options.calibration_rows).iter(batch_size):
-        parts.append(scorer.predict_batch(batch))
-        content += scorer.column.identities(batch)
-    if not parts:
-        raise ValueError("The stream must have rows, got none. Check its files and filters.")
-    scored = Predictions.joined(parts)
-    noise = 0.0
-    if budget.temperature:
-        noise = budget.temperature * temperature_unit(scored.num_targets, budget.ranking, label_std)
-    num_tokens = int(scored.num_targets.sum(dtype=np.int64))
-    mean = float(scored.influence.astype(np.float64) @ scored.num_targets) / max(1, num_tokens)
-    rule = Rule(budget.ranking, -math.inf, mean, noise, budget.seed)
-    values = np.sort(rule.values(scored, content))[::-1]
-    rule = dataclasses.replace(rule, threshold=float(values[share_of(len(values), budget.ratio) - 1]))
-    share = float(np.mean(values >= rule.threshold))
-    logger.info(
-        "Threshold %.4g of %s, from the first %d rows of the stream, of which it keeps %.4f (asked for %.4f).",
-        rule.threshold, rule.ranking, len(values), share, budget.ratio,
-    )  # fmt: skip
-    return StreamSelection(
-        stream, had, scorer, rule, batch_size=batch_size, num_calibration_rows=len(values), calibration_ratio=share
-    )

@@ -1,61 +1,16 @@
-"""Values of columns that a tokenizer reads: texts and conversations, at the top of a row or inside of a struct.
+"""Conversations as texts, by the tokenizer's own chat template.
 
-Place in the flow: `scored_column` reads through this; `column_types` has said what the column is. Trade-off: a
-conversation becomes the text that the tokenizer's own chat template makes of it, every token of which counts, as TRL
-trains it by default; which turns are the assistant's is not asked, because most templates do not say.
+Where it is used: `scored_column` makes texts of conversations through this, before it tokenises them. Trade-off:
+every token of the text counts, as TRL trains it by default; which turns are the assistant's is not asked, because most
+templates do not say.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mates_hf.data.column_types import CONTENT, ROLE, is_json, is_list
-
-
-def column_at(table: Any, path: Sequence[str]) -> Any:
-    """`pyarrow.ChunkedArray` of the column at a path; null where a struct above it is."""
-    import pyarrow.compute as pc
-
-    found = table.column(path[0])
-    for name in path[1:]:
-        found = pc.struct_field(found, name)
-    return found
-
-
-def python_values(column: Any) -> list[Any]:
-    """The values of an Arrow column, with what `datasets` keeps as JSON (values of several types) read back."""
-    values: list[Any] = column.to_pylist()
-    return [_read_json(value, column.type) for value in values] if _has_json(column.type) else values
-
-
-def _has_json(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if is_list(kind):
-        return _has_json(kind.value_type)
-    return is_json(kind) or (pa.types.is_struct(kind) and any(_has_json(field.type) for field in kind))
-
-
-def _read_json(value: Any, kind: Any) -> Any:
-    if value is None:
-        return None
-    if is_json(kind):
-        return json.loads(value) if isinstance(value, (str, bytes)) else value
-    if is_list(kind):
-        return [_read_json(one, kind.value_type) for one in value]
-    if isinstance(value, Mapping):
-        return {field.name: _read_json(value[field.name], field.type) for field in kind}
-    return value
-
-
-def values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
-    """The column at a path of a batch of plain Python values."""
-    found = list(batch[path[0]])
-    for name in path[1:]:
-        found = [None if value is None else value.get(name) for value in found]
-    return found
+from mates_hf.data.column_types import CONTENT, ROLE
 
 
 def check_chat_template(tokenizer: Any, column: str) -> None:
@@ -75,9 +30,9 @@ def render_conversations(
 
     Args:
         conversations: N lists of messages; None, or a list without any, has no text.
-        tokenizer: with a chat template.
-        column: what the errors call it.
-        first_row: what the errors call the first row.
+        tokenizer: A tokenizer with a chat template.
+        column: Name of the column, for errors.
+        first_row: Number of the first row, for errors.
 
     Returns:
         N texts, None where there are no messages.

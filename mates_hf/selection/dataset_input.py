@@ -1,6 +1,7 @@
-"""What a selector has scored before: in memory while the dataset lives, or in the dataset's own `influence` column.
+"""A dataset that is mapped, scored or selected from, and what was scored before: no row is scored twice.
 
-Place in the flow: `filter` and `select` ask here before they score; `map` and `score` leave here what they found.
+Where it is used: `inputs` makes one in each call of `MatesSelector`; `opened` scores its rows, `result` keeps the
+best. What was scored is remembered while the dataset lives, or stands in the dataset's own `influence` column.
 Trade-off: a score is reused only where the model, the tokenizer and the column are the same by digest, so a column of
 unknown origin is never taken for this selector's. A column carried through other changes of a dataset is used only
 where every row still is as it was scored: `map` records a sum over the rows of a hash of what was scored together with
@@ -12,6 +13,7 @@ Shape suffix: N rows.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import weakref
@@ -21,13 +23,61 @@ import numpy as np
 
 from mates_hf.data.arrow import physical_rows
 from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions
-from mates_hf.selection.opened import OpenDataset
+from mates_hf.selection.opened import OpenDataset, map_rows, score_rows
+from mates_hf.selection.result import Budget, Selection
 
 logger = logging.getLogger(__name__)
 
 _RECORD = "mates_hf:influence"  # in `DatasetInfo.download_checksums`, which `save_to_disk` keeps
 _ROWS_AT_ONCE = 4096  # are hashed
 _MOST_HASHED = 32  # table rows for each visible one: of a few rows picked from a large table, scoring is the cheaper
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInput:
+    """A dataset that is opened, and what was scored before.
+
+    Attributes:
+        opened: The dataset with the object that scores it.
+        memory: Predictions of datasets that are alive.
+        label_std: Standard deviation of the labels' `influence`.
+    """
+
+    opened: OpenDataset
+    memory: Scored
+    label_std: float
+
+    def map(self) -> Any:
+        """The dataset with its new column."""
+        opened = self.opened
+        if INFLUENCE_COLUMN in opened.dataset.column_names and not _is_own(opened):
+            logger.warning("The column `%s`, not known to be this selector's, is replaced.", INFLUENCE_COLUMN)
+        whole, scored = map_rows(opened)
+        mapped = opened.with_dataset(whole)
+        _record(mapped)
+        _log_intercepts(scored)
+        self.memory.keep(opened, scored)
+        if set(opened.columns) <= set(whole.column_names):
+            self.memory.keep(mapped, scored)
+        return whole
+
+    def score(self) -> Predictions:
+        """Predictions of all rows."""
+        found = score_rows(self.opened)
+        self.memory.keep(self.opened, found)
+        return found
+
+    def select(self, budget: Budget) -> Selection:
+        """What a budget keeps; nothing that is known is scored again."""
+        scored = self.memory.find(self.opened)
+        if scored is None:
+            scored = _read_own(self.opened)
+            if scored is None:
+                scored = score_rows(self.opened)
+            self.memory.keep(self.opened, scored)
+        selection = Selection.make(self.opened.dataset, scored, budget, self.opened.scorer, self.label_std)
+        logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)
+        return selection
 
 
 class Scored:
@@ -40,7 +90,8 @@ class Scored:
         """Remember predictions.
 
         Args:
-            opened: what was scored; what is kept goes when its dataset does. A scorer without digest keeps nothing.
+            opened: The dataset that was scored. Its predictions are dropped when the dataset is; those of a scorer
+                without digest are not kept.
             scored: `Predictions`, or a dataset with their columns, which may lie on disk.
         """
         if opened.digest is None or not len(opened.dataset):
@@ -59,24 +110,38 @@ class Scored:
         return Predictions.of(found)
 
 
-def record(opened: OpenDataset) -> None:
+def _log_intercepts(scored: Any) -> None:
+    """Count the rows that say nothing, from a dataset of predictions; the model is not asked about an empty row."""
+    if not len(scored):
+        return
+    empty = scored.data.column("num_targets").to_numpy() == 0
+    num = int(np.count_nonzero(empty))
+    if num:
+        intercept = scored.data.column(INFLUENCE_COLUMN)[int(np.argmax(empty))].as_py()
+        logger.info(
+            "%d of %d rows have no trained token (empty documents among them); their influence is the model's "
+            "intercept, %.3g.", num, len(empty), intercept,
+        )  # fmt: skip
+
+
+def _record(opened: OpenDataset) -> None:
     """Write into a mapped dataset's info, which is its own, whose predictions its `influence` column holds."""
     info, num = opened.dataset.info, len(opened.dataset)
     whose = {"num_bytes": None, "checksum": opened.digest, "num_rows": num, "rows": _digest_of_rows(opened)}
     info.download_checksums = {**(info.download_checksums or {}), _RECORD: whose}
 
 
-def is_own(opened: OpenDataset) -> bool:
+def _is_own(opened: OpenDataset) -> bool:
     """True where the `influence` column is recorded as this scorer's."""
     is_there = INFLUENCE_COLUMN in opened.dataset.column_names
     return opened.digest is not None and is_there and _found(opened.dataset)["checksum"] == opened.digest
 
 
-def read_own(opened: OpenDataset) -> Predictions | None:
+def _read_own(opened: OpenDataset) -> Predictions | None:
     """Predictions from the dataset's `influence` column; targets are counted, which needs no model.
 
     Args:
-        opened: the dataset, and what would predict.
+        opened: The dataset, and the object that would predict.
 
     Returns:
         The predictions; None, after a warning, where the column is another's or no longer fits its rows, and None
@@ -85,7 +150,7 @@ def read_own(opened: OpenDataset) -> Predictions | None:
     dataset = opened.dataset
     if INFLUENCE_COLUMN not in dataset.column_names or not len(dataset):
         return None
-    if not is_own(opened):
+    if not _is_own(opened):
         logger.warning(
             "The dataset's column `%s` is not known to be this selector's, so it is not used: the rows are scored "
             "anew. To choose by the column itself, use `dataset.sort` or `dataset.filter`.", INFLUENCE_COLUMN,
