@@ -14,7 +14,6 @@ Trade-off: bytes are counted on the CPU, temporaries of kernels included; what a
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Any
 
@@ -25,12 +24,11 @@ from benchmarks.lab.boundary import make_model, measure
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import in_processes
 from benchmarks.lab.memory import levels
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.pieces import HostMemory
 from mates_hf.engine.processes import Processes
 
-page = functools.partial(figures_page, "averaging_cost")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST = 4.1  # bytes a trainable parameter
 

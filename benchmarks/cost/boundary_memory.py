@@ -9,16 +9,13 @@ Trade-off: bytes are counted on the CPU, temporaries of kernels included; what a
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from benchmarks.lab.boundary import LENGTH, MOST, ROWS_PER_BATCH, measure
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.tables import figure, figures_page
-
-page = functools.partial(figures_page, "boundary_memory")
+from benchmarks.lab.tables import figure
 
 
 def run(bench: Bench) -> dict[str, Any]:

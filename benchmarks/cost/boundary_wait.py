@@ -10,7 +10,6 @@ the library's own at its full size.
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Any
 
@@ -20,12 +19,11 @@ from datasets import Dataset
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import temporary_folder
 from benchmarks.lab.models import llama, trainer_of
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, NgramInfluenceModel, ReferenceTask, load_round
 
 LENGTH, VOCAB, NUM_PROBES, UPDATE, LEAD, BATCH = 64, 512, 2_000, 128, 32, 2
 MOST = 0.25
-page = functools.partial(figures_page, "boundary_wait")
 
 
 class Attended(NgramInfluenceModel):

@@ -27,7 +27,7 @@ from benchmarks.lab.corpus import as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
 from benchmarks.lab.models import llama, trainer_of
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.round_files import load_round
@@ -35,7 +35,6 @@ from mates_hf.selection.plan import RunPlan
 from mates_hf.training.callback import MatesCallback
 
 LENGTH = 128
-page = functools.partial(figures_page, "callback_cost")
 _VIEWS = ("aten.detach.default", "aten.alias.default")  # no memory is read or written
 
 

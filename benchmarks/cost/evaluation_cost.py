@@ -13,7 +13,6 @@ Trade-off: a model of 1.3 M parameters, for which everything that is not a forwa
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import statistics
@@ -33,13 +32,12 @@ from benchmarks.lab.corpus import END, VOCAB, as_dataset, as_rows, byte_bpe
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
 from benchmarks.lab.models import llama, trained, trainer_of
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.rows import TokenRows
 from mates_hf.evaluation import Evaluator, LmEvalCallback
 from mates_hf.evaluation.evaluator import flat_metrics
 
-page = functools.partial(figures_page, "evaluation_cost")
 GROUP = "mates_zero_shot_local"
 BATCH = 8
 CONTEXT = 1024  # of the model: the benchmarks' longest items almost fit

@@ -12,7 +12,6 @@ text; the kernel is also timed on uniform ids of a large vocabulary, where every
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from pathlib import Path
@@ -25,14 +24,13 @@ from benchmarks.lab.corpus import as_reference, made_up_labels, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, in_its_own_process, median_ratio, temporary_folder
 from benchmarks.lab.models import probe_parts, trained
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram.kernels import score_rows
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 
-page = functools.partial(figures_page, "fit_and_score")
 LENGTH = 256
 NUM_LABELS = 2000
 NUM_MANY = 40_000

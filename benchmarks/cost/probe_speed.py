@@ -22,14 +22,13 @@ from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate
 from benchmarks.lab.memory import micro_batch_bytes, peak_bytes
 from benchmarks.lab.models import llama, probe_parts, trained
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 
 LENGTH, NUM_REFERENCE = 256, 64
-page = functools.partial(figures_page, "probe_speed")
 
 
 def plain_pass(model: Any, ids: torch.Tensor, batch: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,15 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return float(np.mean(values)), float("nan")
     width = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values)), float(width)
+
+
+def steps_to_reach(curve: Sequence[Mapping[str, float]], key: str, loss: float) -> float | None:
+    """Steps at which a curve first gets to a loss, interpolated; None where it does not."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if after[key] <= loss:
+            share = (before[key] - loss) / max(before[key] - after[key], 1e-12)
+            return before["step"] + min(max(share, 0.0), 1.0) * (after["step"] - before["step"])
+    return None
 
 
 def rounded(value: Any, digits: int = 5) -> Any:

@@ -19,6 +19,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(table_lines(heads, rows)) + "\n"
 
 
+def markdown(*blocks: str) -> str:
+    """A page of these blocks with an empty line between two; empty ones are left out."""
+    return "\n\n".join(block.rstrip("\n") for block in blocks if block) + "\n"
+
+
 def title(name: str, quick: bool = False) -> str:
     """The first line of a page."""
     return f"# {name}{' (quick, not to be reported)' if quick else ''}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.statistics import rounded
+from mates_hf.disk import write_json
 
 Result = dict[str, Any]
 
@@ -26,9 +27,7 @@ Result = dict[str, Any]
 def keep(path: Path, result: Result) -> None:
     """Write the result of a unit, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result), encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, result)
 
 
 def unit_path(work: Path, name: str) -> Path:

@@ -25,13 +25,12 @@ from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.corpus import VOCAB, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.models import llama, train_on
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 
-page = functools.partial(figures_page, "path_optimizers")
 LENGTH, BATCH, ROUND = 32, 128, 100
 
 

@@ -20,11 +20,11 @@ import dataclasses
 import functools
 from typing import Any
 
-from benchmarks.lab.checkpoint import BATCH_ROWS, LR, WINDOW, Paths
+from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths
 from benchmarks.lab.corpus import Lab, load_lab
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import versions
-from benchmarks.lab.models import build_model
+from benchmarks.lab.models import LR, build_model
 from benchmarks.lab.units import plain, read_units, run_units, take_over
 from benchmarks.quality.fidelity.one_step import cost, in_batch
 from benchmarks.quality.fidelity.page import page

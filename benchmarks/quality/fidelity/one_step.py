@@ -78,9 +78,8 @@ def in_batch(
                 recent[loss_on].append(probe.compute_direction(model, optimizer, references[loss_on]))
 
     train_steps(
-        model, optimizer, rows, trained, batch_rows=batch_rows, lr=lr, max_grad_norm=clip, warm_up=20,
-        on_step=keep_direction,
-    )  # fmt: skip
+        model, optimizer, rows, trained, batch_rows=batch_rows, max_grad_norm=clip, warm_up=20, on_step=keep_direction
+    )
     worth = worth_in_batch(
         model, optimizer, lambda copied: [*task_losses(copied, references).values()], candidates,
         [rows.take(batch) for batch in np.split(batches, sizes.truth_batches)], clip=clip,

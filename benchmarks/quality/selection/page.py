@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab import plots
-from benchmarks.lab.statistics import mean_interval
+from benchmarks.lab.statistics import mean_interval, steps_to_reach
 from benchmarks.lab.tables import interval, table_lines, title
 from benchmarks.quality.selection.arms import (
     ABLATIONS,
@@ -112,12 +112,9 @@ class Setting:
 
     def random_steps(self, arm: str, seed: int, key: str) -> tuple[float, bool]:
         """Steps after which random has an arm's final loss, and whether it gets there at all; else how far it went."""
-        curve, loss = self.results[RANDOM, seed]["curve"], self.at_end(arm, seed)[key]
-        for before, after in zip(curve, curve[1:], strict=False):
-            if after[key] <= loss:
-                share = (before[key] - loss) / max(before[key] - after[key], 1e-12)
-                return before["step"] + min(max(share, 0.0), 1.0) * (after["step"] - before["step"]), True
-        return float(curve[-1]["step"]), False
+        curve = self.results[RANDOM, seed]["curve"]
+        steps = steps_to_reach(curve, key, self.at_end(arm, seed)[key])
+        return (float(curve[-1]["step"]), False) if steps is None else (steps, True)
 
     def multiples(self, arm: str, key: str, *, of_flops: bool) -> tuple[list[float], bool]:
         """What random needs as a multiple of what the arm took, seed by seed, and whether all are reached."""

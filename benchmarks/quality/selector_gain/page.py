@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.lab.statistics import mean_interval
+from benchmarks.lab.statistics import mean_interval, steps_to_reach
 from benchmarks.lab.tables import table_lines, title
 
 SELECTED, RANDOM, SAME_KINDS = "selected", "random", "random, same kinds"
@@ -39,15 +39,6 @@ def paired(units: Units, arm: str, other: str, key: str) -> list[float]:
     """Differences of a loss at the end, arm minus other, nats/token, seed by seed."""
     seeds = sorted({seed for name, seed in units if name == arm} & {seed for name, seed in units if name == other})
     return [at_end(units[arm, seed])[key] - at_end(units[other, seed])[key] for seed in seeds]
-
-
-def steps_to_reach(curve: list[dict[str, float]], loss: float) -> float | None:
-    """Steps at which a curve first gets to a held-out loss, interpolated; None where it does not."""
-    for before, after in zip(curve, curve[1:], strict=False):
-        if after["held_out"] <= loss:
-            share = (before["held_out"] - loss) / max(before["held_out"] - after["held_out"], 1e-12)
-            return before["step"] + min(max(share, 0.0), 1.0) * (after["step"] - before["step"])
-    return None
 
 
 def _settings(document: Document) -> list[str]:
@@ -86,7 +77,7 @@ def _catch_up(units: Units, seed: int) -> str:
     if (SELECTED, seed) not in units or (RANDOM, seed) not in units:
         return ""
     ours, theirs = units[SELECTED, seed], units[RANDOM, seed]
-    reached = steps_to_reach(ours["curve"], at_end(theirs)["held_out"])
+    reached = steps_to_reach(ours["curve"], "held_out", at_end(theirs)["held_out"])
     return "more" if reached is None else f"{reached / ours['num_steps']:.0%}"
 
 
