@@ -265,6 +265,15 @@ def as_dataset(rows: TokenRows | npt.NDArray[Any]) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 
 
+def as_column(values: npt.NDArray[Any], length: int) -> Dataset:
+    """Token ids, one after the other, as a column of lists of one length, as `datasets` keeps a tokenised corpus."""
+    import pyarrow as pa
+    from datasets.table import InMemoryTable
+
+    borders = pa.array(np.arange(values.size // length + 1, dtype=np.int32) * length)
+    return Dataset(InMemoryTable(pa.table({"input_ids": pa.ListArray.from_arrays(borders, pa.array(values))})))
+
+
 def made_up_labels(rows: TokenRows, ids: npt.NDArray[np.int64] | None = None, noise: float = 3.0) -> InfluenceLabels:
     """Labels of a made-up effect of each token and much noise, as a fit gets them from a probe."""
     rng = np.random.default_rng(0)

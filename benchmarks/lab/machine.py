@@ -73,14 +73,19 @@ def versions(*packages: str) -> dict[str, str]:
 # --- timing ---
 
 
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
 def alternate(arms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each arm in each of `repeats` turns; every other turn goes through the arms backwards."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(repeats):
         for name in list(arms)[:: -1 if turn % 2 else 1]:
-            begin = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(seconds_of(arms[name]))
     return seconds
 
 
