@@ -26,7 +26,7 @@ from benchmarks.lab.corpus import VOCAB, as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench, newest
 from benchmarks.lab.machine import temporary_folder
 from benchmarks.lab.models import llama, trainer_of
-from benchmarks.lab.tables import figure, figures_page, table_lines
+from benchmarks.lab.tables import figure, figures_page, markdown, table
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.influence.probe import count_multiplied_parameters, count_parameters
@@ -259,29 +259,26 @@ def predicted_figures(assumed: dict[str, float]) -> list[dict[str, Any]]:
     return figures
 
 
-def predicted_table(table: dict[str, Any], assumed: dict[str, float]) -> list[str]:
-    """Markdown of the prediction."""
-    lines = [
+def predicted_section(predicted: dict[str, Any], assumed: dict[str, float]) -> list[str]:
+    """The prediction."""
+    about = [
         "## Predicted at the paper's schedule, not measured",
-        "",
         "50,000 steps of 512 x 1,024 tokens, the first 10,000 in the Trainer's own order, then a round each 10,000 "
         "steps; 1,024 passages of 90 tokens; each round scores five times the rows that it selects. FLOPs: 2 a "
         "multiplied parameter and token forward, 6 with backward; the input embedding is looked up and does not "
         "count. Attention scores are left out on both sides.",
-        "",
         f"Seconds, assumed: rounds reach {assumed['relative_utilisation']:.2f} of the FLOPs a second of training on "
         "the same devices (tokens a second of the probe over two plain forward passes, a model of 1.3 M parameters on "
         f"2 cores); fitting {assumed['fit_tokens_per_second'] / 1e6:.2f} M and scoring "
         f"{assumed['score_tokens_per_second'] / 1e6:.0f} M tokens a second on 2 cores, while the devices wait. "
         "Training at 3.2e14 FLOP/s over all devices (8 A6000, if 410M takes two days) or 3.2e15 (8 H100 at 40 %).",
-        "",
     ]
     heads = [
         "model", "way", "rounds", "FLOPs of rounds / training", "probes", "fit, score", "of all FLOPs",
         "paper reports", *(f"seconds / training at {name} (idle)" for name in DEVICES),
     ]  # fmt: skip
     found = []
-    for model, rows in table.items():
+    for model, rows in predicted.items():
         for way, cost in rows.items():
             flops = {name: value / cost["training_flops"] for name, value in cost["stages"].items()}
             model_part = flops["fit"] + flops["score"]
@@ -296,13 +293,13 @@ def predicted_table(table: dict[str, Any], assumed: dict[str, float]) -> list[st
                 f"{model_part:.2g}" if model_part < 1e-5 else f"{model_part:.2%}", f"{cost['share_of_all']:.3%}",
                 "" if reported is None else f"{reported:.1%}", *seconds,
             ])  # fmt: skip
-    return lines + table_lines(heads, found)
+    return [*about, table(heads, found)]
 
 
 def page(document: dict[str, Any]) -> str:
     """Figures, then the prediction."""
     raw = document["raw"]
-    return f"{figures_page('overhead', document)}\n{chr(10).join(predicted_table(raw['predicted'], raw['assumed']))}\n"
+    return markdown(figures_page("overhead", document), *predicted_section(raw["predicted"], raw["assumed"]))
 
 
 def run(bench: Bench) -> dict[str, Any]:

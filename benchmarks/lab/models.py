@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from benchmarks.lab.corpus import PASSAGE_TOKENS, VOCAB
+from benchmarks.lab.statistics import FloatArray
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
-from mates_hf.influence.difference import choose_epsilon
+from mates_hf.influence.difference import choose_epsilon, row_means
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.probe_directional import DirectionalProbe
 
@@ -196,6 +197,11 @@ def train_steps(
         optimizer.zero_grad()
         if on_step is not None:
             on_step(step + 1)
+
+
+def row_losses(model: nn.Module, rows: TokenRows) -> FloatArray:
+    """(N,) mean loss of each row, nats/token."""
+    return row_means(rows, token_losses(model, rows, tokens_per_batch=TOKENS_PER_BATCH))
 
 
 class Averager:

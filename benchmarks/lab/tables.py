@@ -9,14 +9,9 @@ from typing import Any
 from benchmarks.lab.statistics import mean_interval
 
 
-def table_lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(map(str, row))} |" for row in (heads, ["---"] * len(heads), *rows)]
-
-
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table that ends with a line break."""
-    return "\n".join(table_lines(heads, rows)) + "\n"
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def markdown(*blocks: str) -> str:
@@ -79,4 +74,4 @@ def figures_page(name: str, document: Mapping[str, Any]) -> str:
         for line in document["figures"]
     ]
     head = [title(name, document["quick"]), named(document["hardware"]), f"Settings: {named(document['settings'])}"]
-    return "\n\n".join([*head, table(["what", "measured", "target", "met"], rows)])
+    return markdown(*head, table(["what", "measured", "target", "met"], rows))

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.lab import harness
 from benchmarks.lab.plots import COLOURS
 from benchmarks.lab.statistics import mean_interval, steps_to_reach
-from benchmarks.lab.tables import table_lines
+from benchmarks.lab.tables import markdown, table
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "gain_against_cost.svg"
 
@@ -208,15 +208,15 @@ def run(bench: harness.Bench) -> harness.Document:
 
 def page(document: harness.Document) -> str:
     """A table for each setting."""
-    lines = ["# gain_against_cost", "", "Points of `docs/gain_against_cost.svg`, from the page of `selection`.", ""]
+    blocks = ["# gain_against_cost", "Points of `docs/gain_against_cost.svg`, from the page of `selection`."]
     for (_, _, title), points in zip(PANELS, document["settings"], strict=True):
         rows = [
             [STYLES[arm].label, seeds, f"{gain:.2f} [{low:.2f}, {high:.2f}]", f"{cost:.2f}", f"{gain / cost:.2f}"]
             for arm, (cost, gain, low, high, seeds) in points.items()
         ]
         head = ["method", "seeds", "tokens random needs", "FLOPs, choosing included", "gain in FLOPs"]
-        lines += [f"## {title}", "", *table_lines(head, rows), ""]
-    return "\n".join([*lines, NOTE]) + "\n"
+        blocks += [f"## {title}", table(head, rows)]
+    return markdown(*blocks, NOTE)
 
 
 def differences(document: harness.Document) -> Iterator[str]:

@@ -15,7 +15,6 @@ Trade-off: one small model on one corpus; every figure has its learning rate, se
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 from typing import Any
@@ -25,13 +24,13 @@ from benchmarks.lab.corpus import Lab, load_lab
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import versions
 from benchmarks.lab.models import LR, build_model
-from benchmarks.lab.units import plain, read_units, run_units, take_over
+from benchmarks.lab.units import plain, run_units, take_over
 from benchmarks.quality.fidelity.one_step import cost, in_batch
 from benchmarks.quality.fidelity.page import page
 from benchmarks.quality.fidelity.setup import QUICK, Sizes
 from benchmarks.quality.fidelity.training import ARMS, LABEL_KINDS, SETS, fit, horizon, rounds
 
-__all__ = ["add_options", "page", "run"]
+__all__ = ["page", "run"]
 DATA = True
 DIGITS = 5
 FUNCTIONS = {"in_batch": in_batch, "cost": cost, "horizon": horizon, "rounds": rounds, "fit": fit}
@@ -84,11 +83,6 @@ def settings_of(unit: Unit) -> dict[str, Any]:
     return {"part": part, **arguments, "label": LABEL_KINDS.get(arguments.get("kind", ""), {})}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which units to run."""
-    parser.add_argument("--only", nargs="+", default=[""], help="units whose names begin with one of these")
-
-
 def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Run one unit; its result."""
     _, part, arguments, _ = unit
@@ -105,18 +99,15 @@ def run(bench: Bench) -> dict[str, Any]:
     # A size that the JSON does not know is of a part that it does not have.
     if document is not None and all(document["settings"].get(name, value) == value for name, value in now.items()):
         take_over(bench.work, document["units"], {unit[0]: settings_of(unit) for unit in units})
-    only = tuple(bench.options.only)
     calls = {unit[0]: (paths, sizes, unit) for unit in units}
-    weights = {unit[0]: unit[3] for unit in units}
-    run_units(bench, run_unit, {name: call for name, call in calls.items() if name.startswith(only)}, cost=weights)
-    results = read_units(bench.work, calls)
+    results = run_units(bench, run_unit, calls, cost={unit[0]: unit[3] for unit in units})
     return {
         "settings": {
             **dataclasses.asdict(sizes), "learning_rate": LR, "batch_rows": BATCH_ROWS, "window": WINDOW,
             "parameters": build_model(lab.vocab_size).num_parameters(), "vocab_size": lab.vocab_size,
             "row_tokens": int(lab.rows.lengths[0]), "pool_rows": len(lab.rows), "domains": lab.domain_names,
             "reference_passages": len(lab.reference["all"]), "development_passages": len(lab.development["all"]),
-            **versions("torch"), "missing": len(units) - len(results), **lab.overlap,
+            **versions("torch"), "missing": bench.left, **lab.overlap,
         },
         "units": results,
     }  # fmt: skip

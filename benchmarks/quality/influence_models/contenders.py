@@ -1,9 +1,8 @@
 """The contenders of `influence_models`: everything that can rank candidates, behind one interface.
 
-Each contender is fitted on a draw of labelled candidates (or on
-none, where it needs no labels) and gives a function from rows to values, higher is better. Trade-off: what does not
-depend on the fit (states of a frozen encoder, the losses of the probe) is taken from the bench by `rank`, so that only
-`fit` and the scorer it returns are timed.
+Each contender is fitted on a draw of labelled candidates (or on none, where it needs no labels) and gives a function
+from rows to values, higher is better. Trade-off: what does not depend on the fit (states of a frozen encoder, the
+losses of the probe) is taken from the bench by `rank`, so that only `fit` and the scorer it returns are timed.
 
 Contenders that read text decode the rows first; what they cost includes that.
 """
@@ -19,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab import rivals
-from benchmarks.lab.models import TOKENS_PER_BATCH
+from benchmarks.lab.models import TOKENS_PER_BATCH, row_losses
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.influence_models.setup import Labelled, Values
 from benchmarks.quality.influence_models.trigrams import NgramRidge, TrigramTables
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
 from mates_hf.evaluation.agreement import rank_correlation
-from mates_hf.influence.passes import token_losses
 from mates_hf.prediction.encoder.folding import FoldingEncoder
 from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
 from mates_hf.prediction.judge import split_held_out
@@ -106,12 +104,7 @@ def _domain_means(bench: Labelled, num: int, draw: int) -> Values:
 
 def _own_loss(bench: Labelled, num: int, draw: int) -> Scorer:
     model = averaged_model(bench)
-
-    def score(rows: TokenRows) -> Values:
-        losses = token_losses(model, rows, tokens_per_batch=TOKENS_PER_BATCH)
-        return -np.add.reduceat(losses, np.cumsum(rows.num_targets) - rows.num_targets) / rows.num_targets
-
-    return score
+    return lambda rows: -row_losses(model, rows)
 
 
 def _characters(bench: Labelled, num: int, draw: int) -> Scorer:

