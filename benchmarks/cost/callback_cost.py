@@ -52,27 +52,14 @@ class CountOperations(TorchDispatchMode):
 
 
 class WatchedCallback(MatesCallback):
-    """The callback with its `on_step_end` timed, or its operations counted, step by step.
-
-    Args:
-        reference: the reference task.
-        config: of the run.
-        plan: the run's rounds.
-        count: count operations and stop before the first round; steps are timed otherwise.
-
-    Attributes:
-        seconds: of `on_step_end` after each optimizer step.
-        operations: of `on_step_end` after each optimizer step.
-        lerp_seconds: of one `torch._foreach_lerp_` over all parameters, next to each `on_step_end` inside a window.
-        train_begin_seconds: of `on_train_begin`.
-    """
+    """The callback with its `on_step_end` timed, or its operations counted up to the first round, step by step."""
 
     def __init__(self, reference: ReferenceTask, config: MatesConfig, plan: RunPlan, *, count: bool) -> None:
         super().__init__(reference, config)
         self.plan, self.count = plan, count
-        self.seconds: dict[int, float] = {}
-        self.operations: dict[int, Counter[str]] = {}
-        self.lerp_seconds: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}  # of `on_step_end`, by step
+        self.operations: dict[int, Counter[str]] = {}  # in it
+        self.lerp_seconds: dict[int, float] = {}  # of one `torch._foreach_lerp_` over all parameters, next to it
         self.train_begin_seconds = 0.0
         self._live: list[torch.Tensor] = []
         self._mean: list[torch.Tensor] = []

@@ -11,6 +11,7 @@ share look large. Shares of wall-clock in the predicted table rest on speeds mea
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -204,11 +205,8 @@ def seconds_share(cost: PredictedCost, flops_per_second: float, assumed: dict[st
 
 def most_probes(fits: Callable[[int], bool], most: int = 10**7) -> int:
     """The largest number of probes a round that fits, as more cost more; 0 where ten do not."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(max(middle, 10)) else (low, middle - 1)
-    return low if low >= 10 else 0
+    num_fitting = bisect.bisect_left(range(10, most + 1), True, key=lambda num: not fits(num))
+    return 9 + num_fitting if num_fitting else 0
 
 
 def predict(assumed: dict[str, float]) -> dict[str, Any]:

@@ -75,18 +75,9 @@ def load_lab(
 ) -> Lab:
     """Read and tokenise the corpus, once for each setting; later calls read what the first one wrote.
 
-    Args:
-        data_dir: folder of the data.
-        cache_dir: where tokenizer and token ids are kept.
-        vocab_size: of the tokenizer.
-        row_tokens: tokens in every row.
-        pieces: rows cut from one document at most; its remainder is dropped.
-        num_reference: passages drawn from the first half of the reference file.
-        num_development: passages drawn from the second half.
-        num_test: passages after those.
-        num_documents: read the first documents only; None reads all.
-        task: what the passages are of: `lambada`, `arc_easy` (questions with their right answers) or `boolq`
-            (its passages). Where there is a training split, that is the first half.
+    A document (the first `num_documents`; None is all) is cut into `pieces` rows at most, its remainder dropped.
+    Reference passages are of the first half of the task's file, development passages and, after them, test passages of
+    the second; where there is a training split, that is the first half.
     """
     with gzip.open(data_dir / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
         documents = [json.loads(line) for _, line in zip(range(num_documents or 10**9), file, strict=False)]
@@ -144,11 +135,7 @@ Passage = dict[str, str]
 def write_built_in(folder: Path) -> Path:
     """A data folder made of text that every Python installation carries: to see that a benchmark runs, not to report.
 
-    Args:
-        folder: to write to; what is there is kept.
-
-    Returns:
-        The folder, with a corpus and passages of the language manual in the place of LAMBADA's.
+    Passages of the language manual are in the place of LAMBADA's. What is there is kept.
     """
     corpus_path, passages_path = folder / "corpus.jsonl.gz", folder / "eval" / "lambada" / "test_a.jsonl"
     if not passages_path.exists():

@@ -65,18 +65,7 @@ def questions() -> dict[str, Question]:
 
 
 class Bench:
-    """A benchmark that has begun.
-
-    Args:
-        name: of the question.
-        module: its code.
-        options: of the command line.
-
-    Attributes:
-        options: as given.
-        left: units that are not done yet.
-        wrong: whether something is not as it must be.
-    """
+    """A benchmark that has begun: the options it was given, units that are `left`, whether something is `wrong`."""
 
     def __init__(self, name: str, module: Any, options: argparse.Namespace) -> None:
         self.module, self.options = module, options

@@ -126,17 +126,10 @@ def as_launched(rank: int, size: int, port: str) -> dict[str, str]:
 def in_processes(
     work: Callable[..., Any], *arguments: Any, size: int = 1, threads: int = 1, steady: bool = True
 ) -> list[Any]:
-    """Call a function of a module in fresh processes that know each other.
+    """Call a function of a module in `size` fresh processes that know each other; results by rank.
 
-    Args:
-        work: the function; its arguments and result must be plain JSON values.
-        *arguments: of each call.
-        size: how many processes there are.
-        threads: of each of them.
-        steady: whether they have `STEADY_MEMORY`; what measures own memory must not.
-
-    Returns:
-        The result of each process, by rank.
+    Arguments and result must be plain JSON values. `steady` is whether the processes have `STEADY_MEMORY`; what
+    measures own memory must not.
     """
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if steady or name not in STEADY_MEMORY}

@@ -49,11 +49,8 @@ def plain(value: Any) -> Any:
 def take_over(work: Path, results: Mapping[str, Result], wanted: Mapping[str, Result]) -> None:
     """Keep units of an earlier JSON that are not there yet and were made as they would be made now.
 
-    Args:
-        work: folder of this run.
-        results: by name, each with the `settings` it was made with. A setting that it does not know is new since
-            then, and is the same if it has the default value, which the caller leaves out.
-        wanted: settings by name, of all units there are.
+    A result has the `settings` it was made with; `wanted` has those of all units there are. A setting that a result
+    does not know is new since then, and is the same if it has the default value, which the caller leaves out.
     """
     num = 0
     for name, result in results.items():
@@ -108,18 +105,16 @@ def run_units(
     cost: Mapping[str, float] | None = None,
     workers: int | None = None,
 ) -> dict[str, Result]:
-    """Run the units that are not kept yet, and say how far it is.
+    """Run the units that are not kept yet, and say how far it is; results of those that are done, by name.
+
+    `bench` says where they are kept and until when one may begin, and is told how many are left.
 
     Args:
-        bench: says where they are kept, in how many processes they run, and until when one may begin; it is told how
-            many are left.
+        bench: the benchmark.
         work: does one unit; its result as JSON values.
         calls: its arguments, by name, in the order of worth.
         cost: what each takes relative to the others; None takes all for the same.
         workers: how many run side by side; None is what the command line says.
-
-    Returns:
-        Results of those that are done, by name.
     """
     paths = {name: unit_path(bench.work, name) for name in calls}
     todo = [name for name, path in paths.items() if not path.exists()]

@@ -101,8 +101,6 @@ def run(bench: Bench) -> dict[str, Any]:
                     labels[response] = DirectionalProbe().measure(model, optimizer, task, candidates).influence
             for label, values in labels.items():
                 found[name].setdefault(label, []).append(float(spearmanr(values, truth).statistic))
-        for group, rate in zip(optimizer.param_groups, (MUON_LR, ADAM_LR), strict=True):
-            group["lr"] = rate
     figures = [
         figure(f"{name}: {label}, mean over seeds (lowest {min(values):.3f})", float(np.mean(values)), "Spearman")
         for name, by_label in found.items()

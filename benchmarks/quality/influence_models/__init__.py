@@ -3,7 +3,7 @@
 At one checkpoint the influence of 26,000 candidates is measured: those to fit on, test candidates that are never
 fitted on, and a slice. Every contender is fitted on draws of 250 to 16,000 labels and ranks test candidates and slice;
 from the checkpoint, training goes on for 100 steps on the fifth of the slice that it likes best, and the loss on
-development passages is read. Parts: `states` (of the frozen encoder, read once), `same` (a check of them), `fit`,
+development passages is read. Parts: `same` (a check of the frozen encoder's states, which are read once), `fit`,
 `gain`, `reference` (some of the trainings read on the reference passages), `cost`. About an hour of one core;
 `--check` recomputes every statistic from the JSON's arrays, which takes two minutes.
 
@@ -30,7 +30,7 @@ from benchmarks.quality.influence_models.units import all_units, do_unit
 
 __all__ = ["differences", "page", "run"]
 DATA = True
-PARTS = ("states", "same", "fit", "gain", "reference", "cost")
+PARTS = ("same", "fit", "gain", "reference", "cost")
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -66,6 +66,5 @@ def run(bench: Bench) -> dict[str, Any]:
             "candidate": labelled.ids[labelled.test], "domain": labelled.domain[labelled.test],
             "influence": [float(f"{value:.9g}") for value in truth],
         },
-        **{part: results[part] for part in PARTS if part != "states"},
-        "states_seconds": sum(entry["seconds"] for entry in results["states"]),
+        **results,
     }  # fmt: skip

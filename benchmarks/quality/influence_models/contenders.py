@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from benchmarks.quality.influence_models.setup import Labelled, Values
 from benchmarks.quality.influence_models.trigrams import NgramRidge, TrigramTables
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
+from mates_hf.disk import write_array
 from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.prediction.encoder.folding import FoldingEncoder
 from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
@@ -169,13 +169,11 @@ def encoder_states(bench: Labelled, encoder: FoldingEncoder, rows: TokenRows) ->
 
 
 def kept_states(bench: Labelled) -> np.ndarray:
-    """(P, D) float32 states of all candidates, which the units `states` have written."""
-    return np.concatenate([np.load(path) for path in states_paths(bench)])
-
-
-def states_paths(bench: Labelled, rows_a_part: int = 4_000) -> list[Path]:
-    """One file for each part of the candidates."""
-    return [bench.paths.work / f"states-{start:06d}.npy" for start in range(0, len(bench.ids), rows_a_part)]
+    """(P, D) float32 states of all candidates, read by the first fit that needs them and kept for all others."""
+    path = bench.paths.work / "states.npy"
+    if not path.exists():
+        write_array(path, encoder_states(bench, rivals.folding_encoder(), bench.rows))
+    return np.load(path)
 
 
 Part = Callable[[Labelled, Ids, Ids, int], Values]
@@ -222,12 +220,12 @@ def _similarity(bench: Labelled, num: int, draw: int) -> Scorer:
     """Cosine of a candidate's state with the mean state of the pieces of the reference passages."""
     encoder = rivals.folding_encoder()
     reference = rivals.mean_direction(encoder_states(bench, encoder, _pieces(bench)))
-    return lambda rows: rivals.cosines(encoder_states(bench, encoder, rows), reference)
+    return lambda rows: rivals.nearest(encoder_states(bench, encoder, rows), reference)
 
 
 def _similarity_rank(bench: Labelled, num: int, draw: int) -> Values:
     reference = rivals.mean_direction(encoder_states(bench, rivals.folding_encoder(), _pieces(bench)))
-    return rivals.cosines(kept_states(bench)[bench.evaluated], reference)
+    return rivals.nearest(kept_states(bench)[bench.evaluated], reference)
 
 
 def _scored(fit: Callable[[Labelled, int, int], Scorer]) -> Callable[[Labelled, int, int], Values]:
@@ -283,11 +281,8 @@ def contenders(sizes: Any) -> Sequence[Contender]:
         Contender(name="n-gram ridge, 1 to 3", fit=ridge[3], flops=lambda bench: 6.0),
         Contender(name="document tables", ours=True, fit=_tables("document"), flops=lambda bench: 3.0),
         Contender(name="token tables (default)", ours=True, fit=token, flops=lambda bench: 3.0),
-        Contender(name="token tables, 2^8 buckets", fit=_tables("token", 2**8), flops=lambda bench: 3.0, gain=False),
-        Contender(name="token tables, 2^12 buckets", fit=_tables("token", 2**12), flops=lambda bench: 3.0,
-                  gain=False),
-        Contender(name="token tables, 2^16 buckets", fit=_tables("token", 2**16), flops=lambda bench: 3.0,
-                  gain=False),
+        *(Contender(name=f"token tables, 2^{bits} buckets", fit=_tables("token", 2**bits), gain=False,
+                    flops=lambda bench: 3.0) for bits in (8, 12, 16)),
         Contender(name="token tables and trigrams", flops=lambda bench: 4.0,
                   fit=_fitted(lambda bench, draw, num: TrigramTables(vocab_size=bench.lab.vocab_size, seed=draw))),
         Contender(name="token and document tables", ours=True, fit=_tables("both"), flops=lambda bench: 3.0),

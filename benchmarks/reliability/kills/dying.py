@@ -47,10 +47,8 @@ TRACED = {  # files beside the library's own whose lines are points (None: all o
 class LineKiller:
     """Counts executed lines by phase, and kills the process at one of them.
 
-    Args:
-        kill: phase and number of the line in it, from 1; None counts only.
-        note_path: where the line is written to before the process dies.
-        prefix: of all phases of this process.
+    `kill` is the phase and the number of the line in it, from 1; None counts only. The line is written to `note_path`
+    before the process dies. `prefix` begins all phases of this process.
     """
 
     def __init__(self, kill: tuple[str, int] | None, note_path: Path, prefix: str = "") -> None:

@@ -104,18 +104,10 @@ def train(
     kill: tuple[str, int] | None = None,
     count: bool = False,
 ) -> int:
-    """Run to the end, which leaves a `result-0.pt` a process, or to the kill, which leaves `killed.json`.
+    """Run to the end, which leaves a `result-0.pt` a process, or to the kill, which leaves `killed.json`; exit code.
 
-    Args:
-        setting: of the run.
-        folder: holds the run's `output_dir`, its log and what it leaves.
-        size: processes that train together.
-        resume: go on from the last complete checkpoint, if there is one.
-        kill: phase and number of the line to die at.
-        count: leave a `lines-0.json` a process.
-
-    Returns:
-        Exit code, negative for a signal.
+    With `resume` the run goes on from the last complete checkpoint, if there is one. `kill` is the phase and the
+    number of the line to die at. `count` leaves a `lines-0.json` a process.
     """
     output_dir = folder / "run"
     for name in ("killed.json", "journal.txt"):
