@@ -50,9 +50,6 @@ DEVICES = {"3.2e14 FLOP/s": 3.2e14, "3.2e15 FLOP/s": 3.2e15}
 MOST_FLOPS, MOST_SECONDS = 0.01, 0.03  # what rounds may take, relative to training
 
 
-# --- measured ---
-
-
 def make_neox() -> Any:
     """A GPT-NeoX of 0.6 M parameters whose input embedding and output head are two matrices."""
     torch.manual_seed(0)

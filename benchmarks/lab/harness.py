@@ -133,9 +133,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-# --- results ---
-
-
 def read(path: Path) -> Document:
     """A JSON document."""
     return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -209,9 +206,6 @@ def check_all(out: Path, name: str | None) -> int:
                 say(f"{path.name}: {line}")
     say(f"{num} pages follow from their JSON" if not wrong else f"{wrong} faults in {num} pages")
     return int(bool(wrong or not num))
-
-
-# --- the command line ---
 
 
 def listed() -> str:

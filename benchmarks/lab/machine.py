@@ -70,9 +70,6 @@ def versions(*packages: str) -> dict[str, str]:
     return {**{name: importlib.metadata.version(name) for name in packages}, "python": platform.python_version()}
 
 
-# --- timing ---
-
-
 def seconds_of(work: Callable[[], Any]) -> float:
     """Seconds that a call takes."""
     begin = time.perf_counter()
@@ -92,9 +89,6 @@ def alternate(arms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Median over turns of a / b."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
-
-
-# --- processes ---
 
 
 @contextmanager

@@ -67,9 +67,6 @@ def stage_table(stages: Sequence[dict[str, Any]]) -> str:
     return table(heads, rows)
 
 
-# --- tensors ---
-
-
 def levels(work: Callable[[], Any]) -> tuple[int, int]:
     """Bytes of tensor memory that `work` held at most and at its end, beyond what was there."""
     import numpy as np

@@ -46,9 +46,6 @@ def with_interval(entry: dict[str, Any]) -> str:
     return f"{entry['spearman']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-# --- in_batch ---
-
-
 def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
     """Agreement with the in-batch truth, one table a reference loss, one column a configuration."""
     text = (
@@ -99,9 +96,6 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
     return text
 
 
-# --- cost ---
-
-
 def cost_section(units: Units, settings: dict[str, Any]) -> str:
     """Seconds of each kind of label, and how often as fast as the oracle it is."""
     text = ""
@@ -122,9 +116,6 @@ def cost_section(units: Units, settings: dict[str, Any]) -> str:
         ]
         text += table(["label", "seconds", "as fast as the oracle"], rows)
     return text
-
-
-# --- horizon ---
 
 
 def horizon_section(units: Units, settings: dict[str, Any]) -> str:
@@ -172,9 +163,6 @@ def horizon_section(units: Units, settings: dict[str, Any]) -> str:
     return text
 
 
-# --- rounds ---
-
-
 def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
     """Rank correlation of the labels of fixed candidates from one boundary to the next, and one domain's mean."""
     text = (
@@ -205,9 +193,6 @@ def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
     header = ["rows selected by", "labelled at", "Spearman with the next boundary's labels", "best domain",
               "its mean label by boundary (standard deviations)"]  # fmt: skip
     return text + table(header, rows)
-
-
-# --- fit ---
 
 
 def fit_section(units: Units, settings: dict[str, Any]) -> str:

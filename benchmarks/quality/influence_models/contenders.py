@@ -232,9 +232,6 @@ def _scored(fit: Callable[[Labelled, int, int], Scorer]) -> Callable[[Labelled, 
     return lambda bench, num, draw: fit(bench, num, draw)(bench.rows.take(bench.evaluated))
 
 
-# --- FLOPs a scored token ---
-
-
 def _model_flops(bench: Labelled, head: bool = True) -> float:
     """2 × parameters that multiply: all of a tied model with its head, the blocks alone without."""
     model = bench.point().model

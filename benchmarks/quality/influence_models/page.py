@@ -63,9 +63,6 @@ def head(document: Document) -> str:
     return text
 
 
-# --- look-ups ---
-
-
 def fits_of(document: Document, name: str, num: int) -> list[dict[str, Any]]:
     """Fits of a contender on a number of labels, by draw."""
     found = [entry for entry in document["fit"] if entry["name"] == name and entry["num"] == num]
@@ -115,9 +112,6 @@ class Resampled:
         """Interval of the difference in rank correlation."""
         low, high = np.percentile(self.correlations(ranks) - self.correlations(base), [2.5, 97.5])
         return f"[{low:+.3f}, {high:+.3f}]"
-
-
-# --- sections ---
 
 
 def flops_text(flops: float | None) -> str:
@@ -314,9 +308,6 @@ def default(document: Document) -> str:
         "earlier ones, which no figure here shows; there `selection` trains with them (`ours` with token tables, "
         "and the change `token and document labels`), and that decides the library's default.\n"
     )
-
-
-# --- check ---
 
 
 def differences(document: Document) -> list[str]:

@@ -130,9 +130,6 @@ def _labels(point: Point, ids: Ids, path: Path) -> InfluenceLabels:
         )
 
 
-# --- judging ---
-
-
 def judge(predicted: npt.ArrayLike, truth: npt.ArrayLike, domain: Ids) -> dict[str, Any]:
     """Agreement of (N,) predictions with labels: Spearman with interval, within domain, precision of the top fifth."""
     predicted, truth = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)

@@ -128,9 +128,6 @@ def filter_to(selector: str, corpus: str, kept: str) -> None:
     MatesSelector.from_pretrained(selector).filter(load_from_disk(corpus), ratio=RATIO).save_to_disk(kept)
 
 
-# --- results ---
-
-
 def collected(
     bench: Bench, sizes: Sizes, selector: Path, tokens: Tokens, units: list[dict[str, Any]]
 ) -> dict[str, Any]:

@@ -233,9 +233,6 @@ def under_test(fault: Fault, folder: Path, rank: int) -> None:
     train(folder / "run", fault=fault, resumes=fault.resumes, sharded=fault.sharded)
 
 
-# --- the page ---
-
-
 def is_well(found: Result) -> bool:
     """Whether a fault ended the run as it is to end."""
     settings = found["settings"]
