@@ -31,9 +31,8 @@ def run(bench: Bench) -> dict[str, Any]:
     for name, found in raw.items():
         for stage in ("average", "digest", "probe", "audit", "boundary"):
             # In the window the mean of 16-bit weights is in float32.
-            figures.append(
-                figure(f"{name}: {stage}, beside the run", found[stage], "x trainable bytes", most=found["limit"])
-            )
+            what, most = f"{name}: {stage}, beside the run", found["limit"]
+            figures.append(figure(what, found[stage], "x trainable bytes", most=most))
         figures.append(figure(f"{name}: a micro-batch", found["micro_batch"], "x trainable bytes"))
     settings = {
         "width": width,

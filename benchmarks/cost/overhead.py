@@ -82,28 +82,24 @@ def counted_stages() -> Iterator[dict[str, int]]:
         yield counts
 
 
-def train(
-    make: Callable[[], Any], rows: Dataset, reference: ReferenceTask, config: MatesConfig, steps: int
-) -> RunCost:
-    """Train from fresh weights and read the ledger."""
-    model = make()
-    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    with temporary_folder(None) as folder:
-        trainer = trainer_of(model, rows, folder, steps, 8, [MatesCallback(reference, config)])
-        trainer.train()
-        trainer.save_state()
-        return dataclasses.replace(run_cost(str(folder)), run_dir="")
-
-
 def measure(
     make: Callable[[], Any], rows: Dataset, reference: ReferenceTask, config: MatesConfig, steps: int
 ) -> dict[str, Any]:
     """The ledger of one run, and torch's counts of its twin."""
+
+    def train() -> RunCost:
+        model = make()
+        model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
+        with temporary_folder(None) as folder:
+            trainer = trainer_of(model, rows, folder, steps, 8, [MatesCallback(reference, config)])
+            trainer.train()
+            trainer.save_state()
+            return dataclasses.replace(run_cost(str(folder)), run_dir="")
+
     with FlopCounterMode(display=False) as whole, counted_stages() as counts:
-        train(make, rows, reference, config, steps)
-    ledger = train(make, rows, reference, config, steps)
+        train()
+    ledger, model = train(), make()
     training = whole.get_total_flops() - sum(counts.values())
-    model = make()
     return {
         "parameters": count_parameters(model),
         "multiplied": count_multiplied_parameters(model),
@@ -227,23 +223,22 @@ def predict(assumed: dict[str, float]) -> dict[str, Any]:
 def predicted_figures(assumed: dict[str, float]) -> list[dict[str, Any]]:
     """The targets at 410M, and where they are met."""
     model = "Pythia-410M"
-    cost = ours(model, 80_000)
-    what = f"predicted, {model}, ours, 80,000 probes a round"
-    figures = [
-        figure(f"{what}: FLOPs of rounds / of training", 100 * cost.share_of_training, "%", most=100 * MOST_FLOPS)
-    ]
-    fits = most_probes(lambda num: ours(model, num).share_of_training <= MOST_FLOPS)
-    figures.append(figure(f"predicted, {model}: most probes a round within {MOST_FLOPS:.0%} of FLOPs", fits, ""))
+    figures = []
+
+    def add(of: str, where: str, share: Callable[[PredictedCost], float], most: float) -> None:
+        """What 80,000 probes a round take of what training takes, and how many take no more than the target."""
+        what = f"predicted, {model}, ours, 80,000 probes a round: {of} of rounds / of training{where}"
+        figures.append(figure(what, 100 * share(ours(model, 80_000)), "%", most=100 * most))
+        fits = most_probes(lambda num: share(ours(model, num)) <= most)
+        figures.append(figure(f"predicted, {model}: most probes a round within {most:.0%} of {of}{where}", fits))
+
+    add("FLOPs", "", lambda cost: cost.share_of_training, MOST_FLOPS)
     for name, rate in DEVICES.items():
-        share = seconds_share(cost, rate, assumed)["together"]
-        figures.append(
-            figure(f"{what}: seconds of rounds / of training, {name}", 100 * share, "%", most=100 * MOST_SECONDS)
-        )
-        fits = most_probes(
-            lambda num, rate=rate: seconds_share(ours(model, num), rate, assumed)["together"] <= MOST_SECONDS
-        )
-        figures.append(
-            figure(f"predicted, {model}: most probes a round within {MOST_SECONDS:.0%} of seconds, {name}", fits, "")
+        add(
+            "seconds",
+            f", {name}",
+            lambda cost, rate=rate: seconds_share(cost, rate, assumed)["together"],
+            MOST_SECONDS,
         )
     for name, reported in REPORTED.items():
         cost = theirs(name)
@@ -310,7 +305,6 @@ def run(bench: Bench) -> dict[str, Any]:
     steps = 14 if bench.quick else 40
     found = {name: measure(make, rows, reference, config, steps) for name, make in MODELS.items()}
     assumed = speeds()
-    table = predict(assumed)
     figures = [line for name, run in found.items() for line in measured_figures(name, run)]
     settings = {
         "runs": f"{steps} steps of 8 x {LENGTH} tokens, eager attention",
@@ -321,5 +315,5 @@ def run(bench: Bench) -> dict[str, Any]:
         **{f"parameters of {name}": run["parameters"] for name, run in found.items()},
         **{f"of these multiplied, {name}": run["multiplied"] for name, run in found.items()},
     }
-    raw = {"runs": found, "assumed": assumed, "devices": DEVICES, "reported": REPORTED, "predicted": table}
+    raw = {"runs": found, "assumed": assumed, "devices": DEVICES, "reported": REPORTED, "predicted": predict(assumed)}
     return bench.figures(settings, [*figures, *predicted_figures(assumed)], raw)

@@ -252,13 +252,14 @@ def as_dataset(rows: TokenRows | npt.NDArray[Any]) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
 
 
-def as_column(values: npt.NDArray[Any], length: int) -> Dataset:
-    """Token ids, one after the other, as a column of lists of one length, as `datasets` keeps a tokenised corpus."""
+def as_column(values: npt.NDArray[Any], length: int, names: Sequence[str] = ("input_ids",)) -> Dataset:
+    """Token ids, one after the other, as columns of lists of one length, as `datasets` keeps a tokenised corpus."""
     import pyarrow as pa
     from datasets.table import InMemoryTable
 
     borders = pa.array(np.arange(values.size // length + 1, dtype=np.int32) * length)
-    return Dataset(InMemoryTable(pa.table({"input_ids": pa.ListArray.from_arrays(borders, pa.array(values))})))
+    column = pa.ListArray.from_arrays(borders, pa.array(values))
+    return Dataset(InMemoryTable(pa.table(dict.fromkeys(names, column))))
 
 
 def made_up_labels(rows: TokenRows, ids: npt.NDArray[np.int64] | None = None, noise: float = 3.0) -> InfluenceLabels:

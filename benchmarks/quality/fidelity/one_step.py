@@ -269,11 +269,8 @@ def mean_direction(directions: list[Direction]) -> Direction:
 
 
 def shortened(rows: TokenRows, lengths: npt.NDArray[np.int64]) -> TokenRows:
-    """The first `lengths` tokens of each row."""
-    lengths = np.minimum(lengths, rows.lengths)
-    position = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
-    kept = position < np.repeat(lengths, rows.lengths)
-    return TokenRows(values=rows.values[kept], offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    """The first `lengths` tokens of each row, which has as many."""
+    return TokenRows.from_lists([rows.values[a : a + n] for a, n in zip(rows.offsets, lengths, strict=False)])
 
 
 def stratified(lab: Lab, ids: Ids, trained: Ids, per_domain: int) -> Ids:

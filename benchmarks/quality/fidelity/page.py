@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.stats import zscore
 
 from benchmarks.lab.statistics import spearman
 from benchmarks.lab.tables import table
@@ -131,9 +132,7 @@ def horizon_section(units: Units, settings: dict[str, Any]) -> str:
         "repeated).\n\n"
     )
     rows = []
-    for unit in units.values():
-        if unit["which"] != "deciles":
-            continue
+    for unit in (unit for unit in units.values() if unit["which"] == "deciles"):
         for h in unit["sets"][0]["loss"]:
             predicted = [entry["predicted_mean"][h] for entry in unit["sets"]]
             cells = []
@@ -148,9 +147,7 @@ def horizon_section(units: Units, settings: dict[str, Any]) -> str:
     )  # fmt: skip
     text += "\nThe best, middle and worst rows, as many as the longest training needs; no row repeats:\n\n"
     rows = []
-    for unit in units.values():
-        if unit["which"] == "deciles":
-            continue
+    for unit in (unit for unit in units.values() if unit["which"] != "deciles"):
         entry = unit["sets"][0]
         for h, losses in entry["loss"].items():
             cells = [f"{losses[where][loss_on]:.3f}" for loss_on in REFERENCES for where in ("live", "averaged")]
@@ -174,14 +171,9 @@ def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
     )
     rows = []
     for unit in units.values():
-        if not unit["fixed"]:
-            continue
         domain = np.array(unit["fixed_domain"])
         labels = {where: np.array([entry[where] for entry in unit["fixed"]]) for where in ("live", "averaged")}
-        scaled = {
-            where: (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
-            for where, values in labels.items()
-        }
+        scaled = {where: zscore(values, axis=1) for where, values in labels.items()}
         present = np.unique(domain)
         best = int(present[np.argmax([scaled["averaged"][:, domain == k].mean() for k in present])])
         for where, values in labels.items():
@@ -210,8 +202,7 @@ def fit_section(units: Units, settings: dict[str, Any]) -> str:
                 chosen = [e for e in unit["fits"] if e["num_labels"] == num and e["labels"] == kind]
                 cells = []
                 for entries in (chosen, [entry["within"] for entry in chosen]):
-                    low, high = entries[0]["interval"]
-                    cells.append(f"{np.mean([e['spearman'] for e in entries]):.3f} [{low:.3f}, {high:.3f}]")
+                    cells.append(with_interval({**entries[0], "spearman": np.mean([e["spearman"] for e in entries])}))
                 rows.append([kind, str(num), *cells])
         text += table(["labels", "number", "Spearman", "within domain"], rows)
     return text

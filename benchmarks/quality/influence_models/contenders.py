@@ -62,13 +62,6 @@ class Contender:
         """Whether its package is there."""
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
-    def ranked(self, bench: Labelled, num: int, draw: int) -> Values:
-        """(E,) values of the evaluated candidates, higher is better."""
-        if self.rank is not None:
-            return np.asarray(self.rank(bench, num, draw), np.float64)
-        assert self.fit is not None
-        return np.asarray(self.fit(bench, num, draw)(bench.rows.take(bench.evaluated)), np.float64)
-
     def label_numbers(self, bench: Labelled) -> tuple[int, ...]:
         """Numbers of labels to fit on; 0 where it needs none."""
         if not self.labelled:

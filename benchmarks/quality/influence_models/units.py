@@ -113,14 +113,11 @@ def fit(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Predictions for test candidates and slice, and how well the former agree with their labels."""
     seconds = None
     if contender.rank is not None:
-        predicted = contender.ranked(bench, unit.num, unit.draw)
+        predicted = contender.rank(bench, unit.num, unit.draw)
     else:
-        assert contender.fit is not None
-        started = time.perf_counter()
-        scorer = contender.fit(bench, unit.num, unit.draw)
-        seconds = time.perf_counter() - started
-        predicted = np.asarray(scorer(bench.rows.take(bench.evaluated)), np.float64)
-    predicted = predicted.astype(np.float32)
+        scorer, seconds = timed_fit(bench, contender, unit.num, unit.draw)
+        predicted = scorer(bench.rows.take(bench.evaluated))
+    predicted = np.asarray(predicted, np.float32)
     path = predictions_path(bench, unit.name, unit.num, unit.draw)
     path.parent.mkdir(exist_ok=True)
     np.save(path, predicted)
@@ -173,26 +170,31 @@ def on_reference(bench: Labelled, contender: Contender | None, unit: Unit) -> di
 
 def same(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Whether the short cut of `rank` predicts what `fit` does: the largest difference, in standard deviations."""
-    assert contender.fit is not None
-    scorer = contender.fit(bench, unit.num, unit.draw)
+    assert contender.rank is not None
+    scorer, _ = timed_fit(bench, contender, unit.num, unit.draw)
     predicted = np.asarray(scorer(bench.rows.take(bench.evaluated[:200])), np.float64)
-    short = contender.ranked(bench, unit.num, unit.draw)[:200]
+    short = contender.rank(bench, unit.num, unit.draw)[:200]
     difference = (predicted - predicted.mean()) - (short - short.mean())
     return {"largest_difference": float(np.abs(difference).max() / predicted.std())}
 
 
 def cost(bench: Labelled, contender: Contender) -> dict[str, Any]:
     """Seconds of a fit, tokens scored a second on one core, and FLOPs a scored token."""
-    assert contender.fit is not None
-    result: dict[str, Any] = {"flops": contender.flops(bench)}
+    flops, num = contender.flops(bench), contender.main(bench)
     if contender.slow:
-        return result
-    num = contender.main(bench)
-    contender.fit(bench, min(bench.sizes.numbers), 0)  # compiles and loads
+        return {"flops": flops}
+    timed_fit(bench, contender, min(bench.sizes.numbers), 0)  # compiles and loads
+    scorer, seconds = timed_fit(bench, contender, num, 0)
+    speed = tokens_a_second(bench, scorer)
+    return {"flops": flops, "fit_seconds": seconds, "num": num, "tokens_a_second": speed}
+
+
+def timed_fit(bench: Labelled, contender: Contender, num: int, draw: int) -> tuple[Scorer, float]:
+    """A contender fitted, and its seconds."""
+    assert contender.fit is not None
     started = time.perf_counter()
-    scorer = contender.fit(bench, num, 0)
-    result["fit_seconds"] = time.perf_counter() - started
-    return {**result, "num": num, "tokens_a_second": tokens_a_second(bench, scorer)}
+    scorer = contender.fit(bench, num, draw)
+    return scorer, time.perf_counter() - started
 
 
 def tokens_a_second(bench: Labelled, scorer: Scorer) -> float:

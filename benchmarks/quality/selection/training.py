@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pandas
 
 from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths, Point, one_a_document, warm_point
@@ -261,11 +262,8 @@ class Run:
         started = time.perf_counter()
         if arm.rank == "stratified":
             order = np.random.default_rng([self.unit.seed, 6, number]).permutation(len(candidates))
-            values = np.empty(len(candidates))
-            for k in range(len(lab.domain_names)):
-                mine = order[lab.domain[candidates[order]] == k]
-                values[mine] = -np.arange(len(mine))
-            return values
+            domain = pandas.Series(lab.domain[candidates[order]], index=order)
+            return -domain.groupby(domain).cumcount().sort_index().to_numpy(np.float64)
         if arm.rank == "low loss":
             with self.point.weights(averaged=True):
                 values = -row_losses(self.point.model, rows)

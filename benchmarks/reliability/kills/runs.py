@@ -144,13 +144,12 @@ def selections(output_dir: Path) -> dict[str, str]:
 
 def finished_stages(output_dir: Path) -> dict[str, int]:
     """When each finished stage of each round was written, nanoseconds."""
-    found = {}
-    for path in sorted((output_dir / "_mates").glob("round-*")):
-        if ".stale" not in path.name:
-            for name in KEPT:
-                if (path / name).exists():
-                    found[f"{path.name.removesuffix('.partial')}/{name}"] = (path / name).stat().st_mtime_ns
-    return found
+    return {
+        f"{path.name.removesuffix('.partial')}/{name}": (path / name).stat().st_mtime_ns
+        for path in sorted((output_dir / "_mates").glob("round-*"))
+        for name in KEPT
+        if ".stale" not in path.name and (path / name).exists()
+    }
 
 
 def compare(whole: Path, folder: Path, before: Mapping[str, int], size: int) -> tuple[int, list[str]]:
