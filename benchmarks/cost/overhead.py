@@ -175,8 +175,7 @@ def theirs(model: str, num_probes: int = 80_000) -> PredictedCost:
 
 def ways(model: str) -> dict[str, PredictedCost]:
     """The rows of the table for one model."""
-    fields = {field.name: field.default for field in dataclasses.fields(MatesConfig)}
-    default, steps = int(fields["num_probes"]), int(fields["update_steps"])
+    default, steps = MatesConfig().num_probes, MatesConfig().update_steps
     return {
         "ours, 80,000 probes a round": ours(model, 80_000),
         f"ours, {default:,} probes a round (default)": ours(model, default),

@@ -12,7 +12,7 @@ Trade-off: a dataset on a fast disk that fits the page cache; three minutes on t
 from __future__ import annotations
 
 import collections
-import time
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.machine import in_its_own_process, num_cores, temporary_folder, versions
+from benchmarks.lab.machine import in_its_own_process, num_cores, seconds_of, temporary_folder, versions
 from benchmarks.lab.memory import Meter, stage_table, status
 from benchmarks.lab.tables import markdown, table, title
 
@@ -114,9 +114,7 @@ def drained(make: Callable[[], Iterable[int]], num_rows: int, *, batched: bool) 
     for _ in range(REPEATS):
         rows = make()
         taken: Iterable[Any] = BatchSampler(rows, BATCH, drop_last=False) if batched else rows  # type: ignore[arg-type]
-        begin = time.perf_counter()
-        collections.deque(taken, maxlen=0)
-        found.append((time.perf_counter() - begin) / num_rows * 1e6)
+        found.append(seconds_of(functools.partial(collections.deque, taken, maxlen=0)) / num_rows * 1e6)
     return found
 
 

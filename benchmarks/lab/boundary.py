@@ -49,8 +49,7 @@ def _named(work: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def make_model(width: int, dtype: torch.dtype, layers: int) -> Any:
     """A Llama whose parameters outweigh what a micro-batch takes."""
-    shape = {"width": width, "inner": 2 * width, "layers": layers, "length": LENGTH, "tied": False}
-    return llama(VOCAB, **shape).to(dtype)  # type: ignore[arg-type]
+    return llama(VOCAB, width=width, inner=2 * width, layers=layers, length=LENGTH, tied=False).to(dtype)
 
 
 def rows(count: int, seed: int) -> Dataset:

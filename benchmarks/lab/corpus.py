@@ -82,12 +82,9 @@ def load_lab(
     with gzip.open(data_dir / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
         documents = [json.loads(line) for _, line in zip(range(num_documents or 10**9), file, strict=False)]
     first, second = _PASSAGES[task](data_dir / "eval" / task)
-    first, second = first[:num_reference], second[: num_development + num_test]
-    shared = set(find_overlap([p["text"] for p in second], [p["text"] for p in first]).tolist())
-    development = [passage for i, passage in enumerate(second[:num_development]) if i not in shared]
-    test = [passage for i, passage in enumerate(second) if i >= num_development and i not in shared]
-    known = set(find_overlap([p["text"] for p in test], [p["text"] for p in development]).tolist())
-    test = [passage for i, passage in enumerate(test) if i not in known]
+    first, drawn = first[:num_reference], second[:num_development]
+    development = _apart(drawn, first)
+    test = _apart(_apart(second[num_development : num_development + num_test], first), development)
     names = tuple(sorted({document["domain"] for document in documents}))
 
     limit = row_tokens * pieces * CHARACTERS_PER_TOKEN
@@ -124,7 +121,7 @@ def load_lab(
         test=_tasks(test, tokenizer, "test") if test else {},
         overlap={
             "documents_dropped": int(stored["dropped"]),
-            "development_passages_dropped": len(shared.intersection(range(num_development))),
+            "development_passages_dropped": len(drawn) - len(development),
         },
     )
 
@@ -179,6 +176,12 @@ def _boolq(folder: Path) -> tuple[list[Passage], list[Passage]]:
 
 
 _PASSAGES = {"lambada": _lambada, "arc_easy": _arc_easy, "boolq": _boolq}
+
+
+def _apart(passages: list[Passage], others: list[Passage]) -> list[Passage]:
+    """Those that share no 13-gram with the others."""
+    shared = set(find_overlap([p["text"] for p in passages], [p["text"] for p in others]).tolist())
+    return [passage for i, passage in enumerate(passages) if i not in shared]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

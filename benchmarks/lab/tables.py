@@ -64,14 +64,9 @@ def figure(
 
 def figures_page(name: str, document: Mapping[str, Any]) -> str:
     """The page of a benchmark whose result is a list of figures."""
-    rows = [
-        [
-            line["what"],
-            f"{line['value']:.4g} {line['unit']}",
-            target(line["least"], line["most"]),
-            verdict(line["met"]),
-        ]
-        for line in document["figures"]
-    ]
+    rows = []
+    for line in document["figures"]:
+        goal, met = target(line["least"], line["most"]), verdict(line["met"])
+        rows.append([line["what"], f"{line['value']:.4g} {line['unit']}", goal, met])
     head = [title(name, document["quick"]), named(document["hardware"]), f"Settings: {named(document['settings'])}"]
     return markdown(*head, table(["what", "measured", "target", "met"], rows))

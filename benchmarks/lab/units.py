@@ -107,14 +107,9 @@ def run_units(
 ) -> dict[str, Result]:
     """Run the units that are not kept yet, and say how far it is; results of those that are done, by name.
 
-    `bench` says where they are kept and until when one may begin, and is told how many are left.
-
-    Args:
-        bench: the benchmark.
-        work: does one unit; its result as JSON values.
-        calls: its arguments, by name, in the order of worth.
-        cost: what each takes relative to the others; None takes all for the same.
-        workers: how many run side by side; None is what the command line says.
+    `bench` says where they are kept, until when one may begin, and how many run side by side where `workers` is None;
+    it is told how many are left. `work` does one unit: `calls` has its arguments by name, in the order of worth, and
+    `cost` what each takes relative to the others; None takes all for the same.
     """
     paths = {name: unit_path(bench.work, name) for name in calls}
     todo = [name for name, path in paths.items() if not path.exists()]

@@ -38,16 +38,14 @@ FIGURES = (
 def look(rounds_dir: Path) -> dict[str, float]:
     """What the process and the round folders hold now."""
     own, mapped = status("RssAnon", "RssFile")
-    threads = len(os.listdir("/proc/self/task"))
-    files = [path for path in rounds_dir.rglob("*") if path.is_file()]
     return {
         "own_memory": own,
         "mapped_pages": mapped,
-        "threads": threads,
+        "threads": len(os.listdir("/proc/self/task")),
         "file_handles": len(os.listdir("/proc/self/fd")),
         "mapped_round_files": sum("/round-" in line for line in Path("/proc/self/maps").read_text().splitlines()),
         "round_folders": len(list(rounds_dir.glob("round-*"))),
-        "rounds_bytes": sum(path.stat().st_size for path in files),
+        "rounds_bytes": sum(path.stat().st_size for path in rounds_dir.rglob("*") if path.is_file()),
         "seconds": time.perf_counter(),
     }
 

@@ -71,20 +71,15 @@ def read_texts(corpus: Path | None) -> list[str]:
 
 def wordpiece(texts: Iterable[str]) -> Any:
     """A WordPiece tokenizer, as BERT has."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import BertWordPieceTokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=BERT_VOCAB, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))]
-    )
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=BERT_VOCAB, min_frequency=0, show_progress=False)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, model_max_length=MAX_LENGTH, **names)
 
 
 def prepare(folder: Path, corpus: Path | None, num_tokens: int) -> Result:
@@ -204,7 +199,7 @@ def measure_rivals(folder: Path, threads: int, quick: bool) -> Result:
     """Seconds of one thread for documents of natural lengths, and how many tokens each arm reads."""
     import torch
     from datasets import load_from_disk
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     torch.set_num_threads(1)
     documents = load_from_disk(str(folder / "documents"))
@@ -238,23 +233,33 @@ def measure_rivals(folder: Path, threads: int, quick: bool) -> Result:
     if importlib.util.find_spec("fasttext"):
         classifier = rivals.fasttext(flat_texts[:half], flat_texts[half:], 0, epoch=1)
         arm("fastText", lengths[some].sum(), lambda: classifier(flat_texts))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "wordpiece")
     torch.manual_seed(0)
-    bert = BertForSequenceClassification(BertConfig(vocab_size=BERT_VOCAB, num_labels=1)).eval()
-    classify = pipeline("text-classification", model=bert, tokenizer=tokenizer, device="cpu")
-    read = sum(map(len, tokenizer(short, truncation=True, max_length=MAX_LENGTH)["input_ids"]))
-    how = {"truncation": True, "max_length": MAX_LENGTH, "function_to_apply": "none"}
-    for size in (1, 4, 8):
-        arm(f"bert-base pipeline, batches of {size}", read, functools.partial(classify, short, batch_size=size, **how))
+    bert = BertForSequenceClassification(BertConfig(vocab_size=BERT_VOCAB, num_labels=1))
+    pipelines, read = pipeline_arms(bert, AutoTokenizer.from_pretrained(folder / "wordpiece"), short, (1, 4, 8))
+    for name, work in pipelines.items():
+        arm(f"bert-base {name}", sum(read), work)
     arms["n-gram model, tokens"]()
     return {"tokens": tokens, "seconds": alternate(arms, 1 if quick else 3)}
+
+
+def pipeline_arms(
+    model: Any, tokenizer: Any, texts: list[str], sizes: tuple[int, ...]
+) -> tuple[dict[str, Callable[[], Any]], list[int]]:
+    """A `text-classification` pipeline in batches of each size, and how many tokens it reads of each text."""
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", model=model.eval(), tokenizer=tokenizer, device="cpu")
+    how = {"truncation": True, "max_length": MAX_LENGTH}
+    work = functools.partial(classify, texts, function_to_apply="none", **how)
+    arms = {f"pipeline, batches of {size}": functools.partial(work, batch_size=size) for size in sizes}
+    return arms, [len(ids) for ids in tokenizer(texts, **how)["input_ids"]]
 
 
 def measure_encoder(folder: Path, threads: int, quick: bool) -> Result:
     """The same encoder in `EncoderInfluenceModel` and in a pipeline, all threads, documents of natural lengths."""
     import torch
     from datasets import load_from_disk
-    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     from mates_hf.prediction.encoder_model import EncoderInfluenceModel
 
@@ -274,14 +279,6 @@ def measure_encoder(folder: Path, threads: int, quick: bool) -> Result:
         TokenRows.from_lists([[*ids, 0, 0][: max(2, len(ids))] for ids in labelled["input_ids"][:]])
     )
     encoder.fit(labelled, labels)
-    classify = pipeline(
-        "text-classification",
-        model=AutoModelForSequenceClassification.from_pretrained(weights, num_labels=1).eval(),
-        tokenizer=tokenizer,
-        device="cpu",
-    )
-    texts = chosen["text"][:]
-    how = {"truncation": True, "max_length": MAX_LENGTH, "function_to_apply": "none"}
     data = chosen.select_columns(["text"])
 
     def predict(tokens_per_batch: int) -> None:
@@ -292,9 +289,9 @@ def measure_encoder(folder: Path, threads: int, quick: bool) -> Result:
     arms: dict[str, Callable[[], Any]] = {
         f"encoder, {size} tokens a pass": functools.partial(predict, size) for size in sizes
     }
-    for size in (1, 8, 32):
-        arms[f"pipeline, batches of {size}"] = functools.partial(classify, texts, batch_size=size, **how)
-    read = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
+    rival = AutoModelForSequenceClassification.from_pretrained(weights, num_labels=1)
+    pipelines, read = pipeline_arms(rival, tokenizer, chosen["text"][:], (1, 8, 32))
+    arms |= pipelines
     seconds = alternate(arms, 1 if quick else 3)
     return {"tokens": sum(read), "lengths": np.percentile(read, [10, 50, 90]).tolist(), "seconds": seconds}
 

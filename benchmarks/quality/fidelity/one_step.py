@@ -16,19 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from benchmarks.lab import models
 from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.checkpoint import BATCH_ROWS, LOSSES, Paths, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab
 from benchmarks.lab.machine import alternate
-from benchmarks.lab.models import (
-    LR,
-    TOKENS_PER_BATCH,
-    build_model,
-    build_optimizer,
-    row_losses,
-    task_losses,
-    train_steps,
-)
+from benchmarks.lab.models import LR, TOKENS_PER_BATCH, row_losses
 from benchmarks.lab.statistics import FloatArray, Ids, spearman, without_group_means
 from benchmarks.quality.fidelity.setup import Sizes
 from mates_hf.data.reference import ReferenceTask
@@ -76,8 +69,8 @@ def in_batch(
     candidates, domain = rows.take(chosen), lab.domain[chosen]
     references = {loss_on: lab.reference[loss_on].subset(sizes.truth_passages) for loss_on in LOSSES}
 
-    model = build_model(lab.vocab_size, seed=seed, **shape)
-    optimizer = build_optimizer(model, lr=lr, beta2=beta2)
+    model = models.build_model(lab.vocab_size, seed=seed, **shape)
+    optimizer = models.build_optimizer(model, lr=lr, beta2=beta2)
     probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, batch_rows=batch_rows)
     recent: dict[str, list[Direction]] = {loss_on: [] for loss_on in LOSSES}
 
@@ -86,11 +79,11 @@ def in_batch(
             for loss_on in LOSSES:
                 recent[loss_on].append(probe.compute_direction(model, optimizer, references[loss_on]))
 
-    train_steps(
+    models.train_steps(
         model, optimizer, rows, trained, batch_rows=batch_rows, max_grad_norm=clip, warm_up=20, on_step=keep_direction
     )
     worth = worth_in_batch(
-        model, optimizer, lambda copied: [*task_losses(copied, references).values()], candidates,
+        model, optimizer, lambda copied: [*models.task_losses(copied, references).values()], candidates,
         [rows.take(batch) for batch in np.split(batches, sizes.truth_batches)], clip=clip,
     )  # fmt: skip
     truth = {loss_on: worth[:, j].mean(0) for j, loss_on in enumerate(LOSSES)}

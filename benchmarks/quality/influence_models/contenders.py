@@ -87,11 +87,10 @@ def _pieces(bench: Labelled) -> TokenRows:
 
 def _domain_means(bench: Labelled, num: int, draw: int) -> Values:
     """The mean label of each domain; the mean of all where a domain has none."""
-    _, labels, chosen = bench.draw(num, draw)
-    domain, size = bench.domain[chosen], len(bench.lab.domain_names)
-    counts = np.bincount(domain, minlength=size)
-    sums = np.bincount(domain, weights=labels.influence, minlength=size)
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), labels.influence.mean())
+    chosen = bench.draw(num, draw)
+    domain, influence, size = bench.domain[chosen], bench.labels.influence[chosen], len(bench.lab.domain_names)
+    counts, sums = np.bincount(domain, minlength=size), np.bincount(domain, influence, minlength=size)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), influence.mean())
     return means[bench.domain[bench.evaluated]]
 
 
@@ -122,13 +121,14 @@ def _fasttext(bench: Labelled, num: int, draw: int) -> Scorer:
 
 
 def _fitted(make: Callable[..., Any]) -> Callable[[Labelled, int, int], Scorer]:
-    """Fit an influence model on a draw of labels, as a user would."""
+    """Fit an influence model on a draw of labels."""
+    return lambda bench, num, draw: _predictor(make, bench, bench.draw(num, draw), draw)
 
-    def fit(bench: Labelled, num: int, draw: int) -> Scorer:
-        rows, labels, _ = bench.draw(num, draw)
-        return make(bench, draw, num).fit(rows, labels).predict  # type: ignore[no-any-return]
 
-    return fit
+def _predictor(make: Callable[..., Any], bench: Labelled, fitted: Ids, draw: int) -> Scorer:
+    """The predictions of an influence model that is fitted on candidates at these positions, as a user would."""
+    model = make(bench, draw, len(fitted)).fit(bench.rows.take(fitted), bench.labels_of(fitted))
+    return model.predict  # type: ignore[no-any-return]
 
 
 def _tables(labels: Any, num_buckets: int = 2**20) -> Callable[[Labelled, int, int], Scorer]:
@@ -183,22 +183,18 @@ def _frozen_part(bench: Labelled, fitted: Ids, asked: Ids, draw: int) -> Values:
 
 
 def _part(make: Callable[..., Any]) -> Part:
-    def predicted(bench: Labelled, fitted: Ids, asked: Ids, draw: int) -> Values:
-        model = make(bench, draw, len(fitted)).fit(bench.rows.take(fitted), bench.labels_of(fitted))
-        return np.asarray(model.predict(bench.rows.take(asked)), np.float64)
-
-    return predicted
+    return lambda bench, fitted, asked, draw: _predictor(make, bench, fitted, draw)(bench.rows.take(asked))
 
 
 def _frozen_rank(bench: Labelled, num: int, draw: int) -> Values:
-    return _frozen_part(bench, bench.draw(num, draw)[2], bench.evaluated, draw)
+    return _frozen_part(bench, bench.draw(num, draw), bench.evaluated, draw)
 
 
 def _sum(first: Part, second: Part) -> Callable[[Labelled, int, int], Values]:
     """Two predictions with the weight that ranks a held-out fifth of the labels best, then both fitted on all."""
 
     def rank(bench: Labelled, num: int, draw: int) -> Values:
-        chosen = bench.draw(num, draw)[2]
+        chosen = bench.draw(num, draw)
         held_out = split_held_out(num, 0.2, draw)
         a, b = (part(bench, chosen[~held_out], chosen[held_out], draw) for part in (first, second))
         truth = bench.labels.influence[chosen[held_out]]

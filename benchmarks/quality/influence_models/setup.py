@@ -83,10 +83,9 @@ class Labelled:
         """(E,) positions of test candidates and slice."""
         return np.arange(self.sizes.labels, len(self.ids))
 
-    def draw(self, num: int, draw: int) -> tuple[TokenRows, InfluenceLabels, Ids]:
-        """The first `num` candidates of one order of those to fit on: rows, labels, and positions among the P."""
-        chosen = np.random.default_rng([SEED, 7, draw]).permutation(self.sizes.labels)[:num]
-        return self.rows.take(chosen), self.labels_of(chosen), chosen
+    def draw(self, num: int, draw: int) -> Ids:
+        """Positions of the first `num` candidates of one order of those to fit on."""
+        return np.random.default_rng([SEED, 7, draw]).permutation(self.sizes.labels)[:num]
 
     def labels_of(self, positions: Ids) -> InfluenceLabels:
         """Labels of these positions, numbered anew."""

@@ -50,12 +50,9 @@ class Setting:
         """Seeds that all these arms have, from one warm start."""
         found = []
         for seed in sorted({seed for _, seed in self.results}):
-            units = [self.results.get((arm, seed)) for arm in arms]
+            units = [self.results[arm, seed] for arm in arms if (arm, seed) in self.results]
             # One warm start: what it scores on the development passages tells, since training is deterministic.
-            if (
-                all(unit is not None for unit in units)
-                and len({unit["curve"][0]["all"] for unit in units if unit}) == 1
-            ):
+            if len(units) == len(arms) and len({unit["curve"][0]["all"] for unit in units}) == 1:
                 found.append(seed)
         return found
 
@@ -93,10 +90,10 @@ class Setting:
 
         return read
 
-    def flops(self, arm: str, seed: int, *, overhead: bool = True) -> float:
-        """FLOPs from the warm start to the end, with everything that choosing took, or of training alone."""
+    def flops_share(self, arm: str, seed: int) -> float:
+        """FLOPs from the warm start to the end, with everything that choosing took, over those of training alone."""
         costs = self.results[arm, seed]["costs"]
-        return sum(entry["flops"] for stage, entry in costs.items() if overhead or stage == "train")
+        return float(sum(entry["flops"] for entry in costs.values()) / costs["train"]["flops"])
 
     def random_steps(self, arm: str, seed: int, key: str) -> tuple[float, bool]:
         """Steps after which random has an arm's final loss, and whether it gets there at all; else how far it went."""
@@ -109,8 +106,7 @@ class Setting:
         found, reached = [], True
         for seed in self.seeds(arm, RANDOM):
             steps, there = self.random_steps(arm, seed, key)
-            share = self.flops(arm, seed) / self.flops(arm, seed, overhead=False) if of_flops else 1.0
-            found.append(steps / self.num_steps / share)
+            found.append(steps / self.num_steps / (self.flops_share(arm, seed) if of_flops else 1.0))
             reached &= there
         return found, reached
 
@@ -118,7 +114,7 @@ class Setting:
         """Arm's final loss minus random's after as many FLOPs as the arm took in all."""
         found = []
         for seed in self.seeds(arm, RANDOM):
-            steps = self.num_steps * self.flops(arm, seed) / self.flops(arm, seed, overhead=False)
+            steps = self.num_steps * self.flops_share(arm, seed)
             curve = self.results[RANDOM, seed]["curve"]
             if steps <= curve[-1]["step"]:
                 there = np.interp(steps, [e["step"] for e in curve], [e[key] for e in curve])
@@ -250,8 +246,7 @@ def _against_random(setting: Setting, arm: str) -> list[str]:
 
 def _share(setting: Setting, arm: str) -> float:
     """FLOPs of an arm as a multiple of those of its training."""
-    shares = [setting.flops(arm, s) / setting.flops(arm, s, overhead=False) for s in setting.seeds(arm)]
-    return float(np.mean(shares))
+    return float(np.mean([setting.flops_share(arm, seed) for seed in setting.seeds(arm)]))
 
 
 def _zero_shot(setting: Setting, arms: Sequence[str]) -> list[str]:

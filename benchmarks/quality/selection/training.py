@@ -94,9 +94,8 @@ class Run:
         self._fitted: dict[str, Any] = {}  # influence models by reference loss
         self._domain_sums = np.zeros((2, len(lab.domain_names)))
         self._static: filters.StaticFilter | None = None
-        self._setting = self.arm.setting
-        if self._setting == "tuned":
-            self._setting = filters.tuned_setting(paths, unit, self.arm.rank)
+        tuned = self.arm.setting == "tuned"
+        self._setting = filters.tuned_setting(paths, unit, self.arm.rank) if tuned else self.arm.setting
         self._passages = np.arange(0)  # rows of the pool that are reference passages
         if self.arm.mixed == "passages":
             pieces = rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0]))

@@ -6,7 +6,7 @@ or SIGSTOP. Two real processes train a small model over gloo, and one of them is
 the time until every other process has ended (after an error: every process), and whether the output of each says which
 process it was. A frozen process is thawed once the others have ended, and must then end by itself.
 
-`--only forward` plants the faults whose name has this, and prints the processes' logs.
+The processes' logs stay under `--work`.
 
 Trade-off: importing torch and transformers takes longer than the run, so processes are forked from one that has
 imported them and built nothing.
@@ -47,6 +47,7 @@ LIMITS = {ERROR: 30.0, FULL: 30.0, KILL: 90.0, STOP: 90.0}  # seconds
 GIVE_UP_SECONDS = 150.0
 PLANTED = "planted here"
 DIGITS = 3
+WHOLE = Fault(place="whole", target="", who=ALL, what=ERROR)  # a run without one
 QUICK = {"rounds set aside: main, error", "labels: last, error", "audit: last, error", "labels: last, SIGKILL",
          "sum: main, SIGSTOP"}  # fmt: skip
 
@@ -101,12 +102,12 @@ class SlowModel(NgramInfluenceModel):
         return super().fit(*args, **kwargs)
 
 
-def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool) -> None:
+def train(output_dir: Path, fault: Fault) -> None:
     """One process of the run."""
     config = small_config(num_probes=32, average_steps=3, drift_check_steps=3, switch_lead_steps=2, keep_rounds=2)
-    if fault is not None and fault.beside:
+    if fault.beside:
         config = dataclasses.replace(config, drift_check_steps=None, switch_lead_steps=4)
-    SlowModel.seconds = fault.fit_seconds if fault is not None else 0.0
+    SlowModel.seconds = fault.fit_seconds
     callback = MatesCallback(
         make_reference(8),
         config,
@@ -116,9 +117,9 @@ def train(output_dir: Path, *, fault: Fault | None, resumes: bool, sharded: bool
     train_small(
         output_dir,
         callback,
-        resume=str(output_dir / "checkpoint-8") if resumes else None,
-        prepare=shard_with_fsdp2 if sharded else lambda trainer: None,
-        max_steps=10 if fault is None else 16,
+        resume=str(output_dir / "checkpoint-8") if fault.resumes else None,
+        prepare=shard_with_fsdp2 if fault.sharded else lambda trainer: None,
+        max_steps=10 if fault is WHOLE else 16,
         per_device_train_batch_size=2,
         save_strategy="steps",
         save_steps=4,
@@ -189,9 +190,8 @@ def whole_run(bench: Bench) -> Path:
     """A run with a checkpoint inside the averaging window, that others resume."""
     folder = bench.work / "whole"
     if not (folder / "run" / "checkpoint-8").exists():
-        fault = Fault(place="whole", target="", who=ALL, what=ERROR)
-        running = Running(fault, folder)
-        running.start(lambda rank: train(folder / "run", fault=None, resumes=False, sharded=False))
+        running = Running(WHOLE, folder)
+        running.start(lambda rank: train(folder / "run", WHOLE))
         while not running.look():
             time.sleep(0.1)
         assert not any(code for code, _ in running.ended.values()), (folder / "log-0").read_text()
@@ -230,7 +230,7 @@ def break_all(bench: Bench, faults: list[Fault]) -> int:
 def under_test(fault: Fault, folder: Path, rank: int) -> None:
     """What a process of a fault does."""
     plant(fault, folder, rank)
-    train(folder / "run", fault=fault, resumes=fault.resumes, sharded=fault.sharded)
+    train(folder / "run", fault)
 
 
 def is_well(found: Result) -> bool:
@@ -293,35 +293,26 @@ def differences(document: Result) -> list[str]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which faults."""
+    """How many side by side."""
     parser.set_defaults(workers=3)
-    parser.add_argument("--only", help="faults whose name has this, printed and not recorded")
 
 
-def run(bench: Bench) -> Result | None:
+def run(bench: Bench) -> Result:
     """Plant the faults that are not in the results yet."""
-    only, faults = bench.options.only, all_faults()
+    faults = all_faults()
     if bench.quick:
         # A minute of silence is what the full run is for.
         watch.FROZEN_SECONDS = 12.0
         faults = [fault for fault in faults if fault.name in QUICK]
         assert len(faults) == len(QUICK)
-    if only:
-        faults = [fault for fault in faults if only in fault.name]
-        for fault in faults:
-            unit_path(bench.work, fault.name).unlink(missing_ok=True)
     settings = {fault.name: dataclasses.asdict(fault) for fault in faults}
     assert len(settings) == len(faults)
     recorded = bench.earlier()
-    if recorded is not None and not only:
+    if recorded is not None:
         well = {name: found for name, found in recorded["units"].items() if is_well(found)}
         take_over(bench.work, well, settings)
     bench.left = break_all(bench, faults)
     found = read_units(bench.work, settings)
-    if only:
-        for path in sorted(bench.work.glob("fault-*/log-*")):
-            say(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}")
-        return None
     document: Result = {"units": {name: found[name] for name in settings if name in found}}
     wrong = differences(document)
     say("\n".join(wrong) if wrong else f"{len(found)} faults: every process ended in time, by name")
