@@ -68,5 +68,10 @@ def figures_page(name: str, document: Mapping[str, Any]) -> str:
     for line in document["figures"]:
         goal, met = target(line["least"], line["most"]), verdict(line["met"])
         rows.append([line["what"], f"{line['value']:.4g} {line['unit']}", goal, met])
-    head = [title(name, document["quick"]), named(document["hardware"]), f"Settings: {named(document['settings'])}"]
-    return markdown(*head, table(["what", "measured", "target", "met"], rows))
+    return settings_page(name, document, table(["what", "measured", "target", "met"], rows))
+
+
+def settings_page(name: str, document: Mapping[str, Any], *blocks: str) -> str:
+    """A page that begins with the hardware and the settings."""
+    about = f"Settings: {named(document['settings'])}"
+    return markdown(title(name, document["quick"]), named(document["hardware"]), about, *blocks)

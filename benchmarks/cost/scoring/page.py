@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.lab.tables import is_met, markdown, named, table, target, title, verdict
+from benchmarks.lab.tables import is_met, settings_page, table, target, verdict
 
 TYPES = ("int32", "int64")  # of the token ids in a column
 
@@ -116,9 +116,5 @@ def page(document: Result) -> str:
         spread = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
         met = verdict(is_met(median, least, most))
         rows.append([part, what, f"{median:.4g} {unit}", spread, target(least, most), met])
-    return markdown(
-        title("scoring", document["quick"]),
-        named(document["hardware"]),
-        f"Settings: {named(document['settings'])}",
-        table(["part", "what", "median", "lowest to highest", "target", "met"], rows),
-    )
+    heads = ["part", "what", "median", "lowest to highest", "target", "met"]
+    return settings_page("scoring", document, table(heads, rows))
