@@ -21,12 +21,11 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.lab.corpus import VOCAB, as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench, newest
 from benchmarks.lab.machine import temporary_folder
-from benchmarks.lab.models import llama, trainer_of
+from benchmarks.lab.models import build_model, llama, trainer_of
 from benchmarks.lab.tables import figure, figures_page, markdown, table
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
@@ -50,19 +49,9 @@ DEVICES = {"3.2e14 FLOP/s": 3.2e14, "3.2e15 FLOP/s": 3.2e15}
 MOST_FLOPS, MOST_SECONDS = 0.01, 0.03  # what rounds may take, relative to training
 
 
-def make_neox() -> Any:
-    """A GPT-NeoX of 0.6 M parameters whose input embedding and output head are two matrices."""
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return GPTNeoXForCausalLM(config)
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "Llama, tied": lambda: llama(width=64, layers=2, heads=2),
-    "GPT-NeoX, untied": make_neox,
+    "GPT-NeoX, untied": lambda: build_model(VOCAB, width=64, tied=False),
 }
 
 

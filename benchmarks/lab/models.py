@@ -139,9 +139,9 @@ def probe_parts(model: Any, optimizer: Any, reference: ReferenceTask, rows: Toke
 
 
 def build_model(
-    vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0, family: str = "gpt_neox"
+    vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0, family: str = "gpt_neox", tied: bool = True
 ) -> PreTrainedModel:
-    """A GPT-NeoX (Pythia's architecture), or a Llama, with fresh weights, embedding and head tied, without dropout."""
+    """A GPT-NeoX (Pythia's architecture), or a Llama, with fresh weights, without dropout."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family,
@@ -151,7 +151,7 @@ def build_model(
         num_attention_heads=4,
         intermediate_size=4 * width,
         max_position_embeddings=2 * PASSAGE_TOKENS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         use_cache=False,
     )
     return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]

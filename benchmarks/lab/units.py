@@ -98,30 +98,21 @@ def kept(work: Callable[..., Result], name: str, path: Path, call: tuple[Any, ..
 
 
 def run_units(
-    bench: Bench,
-    work: Callable[..., Result],
-    calls: Mapping[str, tuple[Any, ...]],
-    *,
-    cost: Mapping[str, float] | None = None,
-    workers: int | None = None,
+    bench: Bench, work: Callable[..., Result], calls: Mapping[str, tuple[Any, ...]], workers: int | None = None
 ) -> dict[str, Result]:
     """Run the units that are not kept yet, and say how far it is; results of those that are done, by name.
 
     `bench` says where they are kept, until when one may begin, and how many run side by side where `workers` is None;
-    it is told how many are left. `work` does one unit: `calls` has its arguments by name, in the order of worth, and
-    `cost` what each takes relative to the others; None takes all for the same.
+    it is told how many are left. `work` does one unit; `calls` has its arguments by name, in the order of worth.
     """
     paths = {name: unit_path(bench.work, name) for name in calls}
-    todo = [name for name, path in paths.items() if not path.exists()]
+    todo = [(work, name, path, calls[name]) for name, path in paths.items() if not path.exists()]
     say(f"{len(todo)} units to do")
-    weight = {name: 1.0 if cost is None else cost[name] for name in todo}
-    started, done = time.perf_counter(), 0.0
-    arguments = ((work, name, paths[name], calls[name]) for name in todo)
-    for number, (name, seconds) in enumerate(
-        side_by_side(kept, arguments, workers or bench.options.workers, bench.deadline), 1
-    ):
-        done += weight.pop(name)
-        left = (time.perf_counter() - started) * sum(weight.values()) / done
+    started = time.perf_counter()
+    done = side_by_side(kept, todo, workers or bench.options.workers, bench.deadline)
+    for number, (name, seconds) in enumerate(done, 1):
+        left = (time.perf_counter() - started) * (len(todo) - number) / number
         say(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s, about {left / 60:.0f} min left")
-    bench.left = len(weight)
-    return read_units(bench.work, calls)
+    results = read_units(bench.work, calls)
+    bench.left = len(calls) - len(results)
+    return results

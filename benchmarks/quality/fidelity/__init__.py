@@ -34,7 +34,7 @@ __all__ = ["page", "run"]
 DATA = True
 DIGITS = 5
 FUNCTIONS = {"in_batch": in_batch, "cost": cost, "horizon": horizon, "rounds": rounds, "fit": fit}
-Unit = tuple[str, str, dict[str, Any], float]
+Unit = tuple[str, str, dict[str, Any]]
 QUICK_UNITS = (
     "in_batch/late", "in_batch/many lengths", "cost/late", "fit/all tokens, averaged", "horizon/random/random",
     "horizon/all tokens, averaged/deciles", "horizon/all tokens, averaged/top", "rounds/random",
@@ -49,7 +49,7 @@ def open_lab(paths: Paths, sizes: Sizes) -> Lab:
 
 
 def all_units(sizes: Sizes) -> list[Unit]:
-    """(name, part, arguments, rough cost in seconds) of everything there is to do, in the order of worth."""
+    """(name, part, arguments) of everything there is to do, in the order of worth."""
     late, early = sizes.warm, sizes.early
     configurations = {
         "late": {"steps": late},
@@ -65,12 +65,12 @@ def all_units(sizes: Sizes) -> list[Unit]:
         "labels in bf16": {"steps": late, "bf16": True},
         "seed 1": {"steps": late, "seed": 1},
     }
-    units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings, 60) for name, settings in configurations.items()]
-    units += [("cost/late", "cost", {}, 400)]
-    units += [("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"}, 30)]
-    units += [(f"rounds/{arm}", "rounds", {"arm": arm}, 25) for arm in ARMS]
+    units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings) for name, settings in configurations.items()]
+    units += [("cost/late", "cost", {})]
+    units += [("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"})]
+    units += [(f"rounds/{arm}", "rounds", {"arm": arm}) for arm in ARMS]
     units += [
-        (f"horizon/{kind}/{which}", "horizon", {"kind": kind, "which": which}, 45)
+        (f"horizon/{kind}/{which}", "horizon", {"kind": kind, "which": which})
         for kind, names in SETS.items()
         for which in names
     ]
@@ -79,13 +79,13 @@ def all_units(sizes: Sizes) -> list[Unit]:
 
 def settings_of(unit: Unit) -> dict[str, Any]:
     """What a unit was made with, so far as the sizes do not say it."""
-    _, part, arguments, _ = unit
+    _, part, arguments = unit
     return {"part": part, **arguments, "label": LABEL_KINDS.get(arguments.get("kind", ""), {})}
 
 
 def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Run one unit; its result."""
-    _, part, arguments, _ = unit
+    _, part, arguments = unit
     return {**FUNCTIONS[part](open_lab(paths, sizes), sizes, paths, **arguments), "settings": settings_of(unit)}
 
 
@@ -99,8 +99,7 @@ def run(bench: Bench) -> dict[str, Any]:
     # A size that the JSON does not know is of a part that it does not have.
     if document is not None and all(document["settings"].get(name, value) == value for name, value in now.items()):
         take_over(bench.work, document["units"], {unit[0]: settings_of(unit) for unit in units})
-    calls = {unit[0]: (paths, sizes, unit) for unit in units}
-    results = run_units(bench, run_unit, calls, cost={unit[0]: unit[3] for unit in units})
+    results = run_units(bench, run_unit, {unit[0]: (paths, sizes, unit) for unit in units})
     return {
         "settings": {
             **dataclasses.asdict(sizes), "learning_rate": LR, "batch_rows": BATCH_ROWS, "window": WINDOW,

@@ -21,9 +21,9 @@ from benchmarks.lab.checkpoint import Paths, Point, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab, load_lab
 from benchmarks.lab.statistics import Ids
 from mates_hf.data.rows import TokenRows
-from mates_hf.disk import written_whole
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation, top_precision, within_group
 from mates_hf.records import InfluenceLabels
+from mates_hf.round_files import read_labels, write_labels
 
 Values = npt.NDArray[np.float64]
 
@@ -106,27 +106,20 @@ def open_labelled(paths: Paths, sizes: Sizes) -> Labelled:
     ids = np.concatenate([first, others[: sizes.slice_rows]])
     if len(ids) < sizes.labels + sizes.test + sizes.slice_rows:
         raise ValueError(f"The corpus must have enough rows for all parts, got {len(first)} and {len(others)}.")
-    return Labelled(lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work / "labels.npz"))
+    return Labelled(
+        lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work / "labels.parquet")
+    )
 
 
 def _labels(point: Point, ids: Ids, path: Path) -> InfluenceLabels:
     """Labels of these rows at the averaged weights, the reference loss over all tokens."""
-    columns = ("influence", "influence_per_token", "loss", "num_tokens", "token_derivatives")
     if not path.exists():
         with point.weights(averaged=True):
-            labels = point.measure(ids)
-        found = {name: getattr(labels, name) for name in columns}
-        with written_whole(path) as file:
-            np.savez(file, ids=ids, step_size=labels.step_size, **found)
-    with np.load(path) as stored:
-        if not np.array_equal(stored["ids"], ids):
-            raise ValueError(f"`{path.name}` must be of this run's candidates. Use another --work, or delete it.")
-        return InfluenceLabels(
-            candidate_id=np.arange(len(ids)),
-            probe=np.full(len(ids), "directional"),
-            step_size=float(stored["step_size"]),
-            **{name: stored[name] for name in columns},
-        )
+            write_labels(path, dataclasses.replace(point.measure(ids), candidate_id=ids))
+    labels = read_labels(path)
+    if not np.array_equal(labels.candidate_id, ids):
+        raise ValueError(f"`{path.name}` must be of this run's candidates. Use another --work, or delete it.")
+    return dataclasses.replace(labels, candidate_id=np.arange(len(ids)))
 
 
 def judge(predicted: npt.ArrayLike, truth: npt.ArrayLike, domain: Ids) -> dict[str, Any]:

@@ -111,16 +111,8 @@ def write_texts(work: Path, share: float) -> None:
     (work / "texts.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def filter_corpus(work: Path, selector: Path) -> Path:
-    """Filter in a process that knows the round's folder and the corpus alone."""
-    kept = work / "kept"
-    if not (kept / "state.json").exists():
-        in_its_own_process(filter_to, *map(str, (selector, work / "corpus", kept)))
-    return kept
-
-
 def filter_to(selector: str, corpus: str, kept: str) -> None:
-    """What that process does."""
+    """Filter, in a process that knows the round's folder and the corpus alone."""
     from datasets import load_from_disk
 
     from mates_hf import MatesSelector
@@ -168,7 +160,9 @@ def run(bench: Bench) -> dict[str, Any]:
     write_texts(work, sizes.share)
     demo = run_demo(work, sizes)
     selector, checkpoint = last_selector(demo), demo / "shape"
-    kept = filter_corpus(work, selector)
+    kept = work / "kept"
+    if not (kept / "state.json").exists():
+        in_its_own_process(filter_to, *map(str, (selector, work / "corpus", kept)))
     tokens = training.read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
     counts = Counter(np.array(tokens.kinds)[tokens.kind[tokens.kept]].tolist())
     say(f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts}); {EPOCHS} x {steps_of(tokens)} steps")
