@@ -207,7 +207,6 @@ def run(bench: Bench) -> dict[str, Any]:
     window = [callback.seconds[step] for step in callback.lerp_seconds]
     total, outside = timed["seconds"], callback.seconds_at("outside")
     rounds, stages = sum(callback.seconds_at("round")), timed["stages"]
-    micro = 1e6
 
     def ratio(name: str, what: str) -> float:
         return median_ratio([turn[what] for turn in paired[name]], [turn[what] for turn in paired["plain"]])
@@ -225,12 +224,12 @@ def run(bench: Bench) -> dict[str, Any]:
     one_lerp = "`on_step_end` inside a window / one `torch._foreach_lerp_` over the parameters"
     operations_inside = f"most tensor operations but views in a step inside a window ({', '.join(names)})"
     figures = [
-        figure("`on_step_end` outside of windows, median", micro * statistics.median(outside), "µs", most=50.0),
-        figure("the same, 99th percentile", micro * float(np.quantile(outside, 0.99)), "µs"),
+        figure("`on_step_end` outside of windows, median", 1e6 * statistics.median(outside), "µs", most=50.0),
+        figure("the same, 99th percentile", 1e6 * float(np.quantile(outside, 0.99)), "µs"),
         figure("most tensor operations in a step outside of windows", most["outside"], most=0),
         figure(operations_inside, most["window"], most=1),
         figure(one_lerp, median_ratio(window, lerp), "x"),
-        figure("`on_step_end` inside a window, median", micro * statistics.median(window), "µs"),
+        figure("`on_step_end` inside a window, median", 1e6 * statistics.median(window), "µs"),
         figure("wall-clock of a run that never selects / plain", ratio("never selects", "run"), "x"),
         figure("steps with the schedule and a window, rounds left out / plain", ratio("scheduled", "steps"), "x"),
         figure("threads of torch that a selecting run changes", changed, most=0),

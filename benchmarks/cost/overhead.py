@@ -284,8 +284,7 @@ def run(bench: Bench) -> dict[str, Any]:
     """Measure and predict."""
     torch.set_num_threads(bench.options.threads)
     pool, reference_rows = text_rows(LENGTH)
-    rows = as_dataset(pool)
-    reference = as_reference(reference_rows, 4 if bench.quick else 16)
+    rows, reference = as_dataset(pool), as_reference(reference_rows, 4 if bench.quick else 16)
     config = MatesConfig(
         update_steps=8 if bench.quick else 24, num_probes=20 if bench.quick else 40, selection_ratio=0.25,
         average_steps=0, on_weak_signal="select",

@@ -210,10 +210,7 @@ def check_all(out: Path, name: str | None) -> int:
 
 def listed() -> str:
     """All questions, room by room."""
-    lines = ["questions:"]
-    for question in questions().values():
-        lines.append(f"  {question.name:18} {question.asks}")
-    return "\n".join(lines)
+    return "\n".join(["questions:", *(f"  {found.name:18} {found.asks}" for found in questions().values())])
 
 
 def common_parser(prog: str, about: str, epilog: str | None = None) -> argparse.ArgumentParser:

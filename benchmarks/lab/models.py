@@ -175,15 +175,8 @@ def train_steps(
 ) -> None:
     """Train on `order`, `batch_rows` rows a step: token-weighted loss, clipping, constant rate after a linear warm-up.
 
-    Args:
-        model: trained in place, in the mode it is in.
-        optimizer: stepped in place, at the rates it has.
-        rows: the pool.
-        order: pool rows in training order; a remainder below one batch is not trained on.
-        batch_rows: rows in one step.
-        max_grad_norm: clipping threshold; None is off.
-        warm_up: steps over which the rates rise from 0.
-        on_step: called after each step with the number of steps taken.
+    The model is trained in place, in the mode and at the rates that it and the optimizer have; a remainder below one
+    batch is not trained on. `max_grad_norm` None is off. `on_step` is called with the number of steps taken.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(len(order) // batch_rows):

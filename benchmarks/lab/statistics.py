@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas
 
 FloatArray = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -22,9 +23,8 @@ def spearman(label: npt.ArrayLike, truth: npt.ArrayLike, seed: int = 0) -> dict[
 
 def without_group_means(values: npt.ArrayLike, group: npt.NDArray[np.int64]) -> FloatArray:
     """(N,) values minus the mean of their group: what is left to rank within groups."""
-    values = np.asarray(values, np.float64)
-    counts = np.bincount(group)
-    return values - (np.bincount(group, weights=values) / np.maximum(counts, 1))[group]
+    series = pandas.Series(np.asarray(values, np.float64))
+    return np.asarray(series - series.groupby(group).transform("mean"))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -92,9 +92,10 @@ def run(bench: Bench) -> dict[str, Any]:
     figures = []
     for name, runs in raw.items():
         highest, fewest = max(max(found["changes"]) for found in runs), min(found["points"] for found in runs)
+        late = float(np.mean([np.mean(found["changes"][-max(1, len(found["changes"]) // 4) :]) for found in runs]))
         figures += [
             figure(f"{name}: highest change along the path", highest, "nats/token", most=0.1),
-            figure(f"{name}: change at the last quarter of the points", _late(runs), "nats/token", most=0.0),
+            figure(f"{name}: change at the last quarter of the points", late, "nats/token", most=0.0),
             figure(f"{name}: points used, fewest", float(fewest), "points"),
         ]
         for what in ("path_with_truth", "one_step_with_truth", "path_with_one_step"):
@@ -110,8 +111,3 @@ def run(bench: Bench) -> dict[str, Any]:
         "seeds": seeds,
     }
     return bench.figures(settings, figures, raw)
-
-
-def _late(runs: list[dict[str, Any]]) -> float:
-    """Mean change of the last quarter of the points, over seeds."""
-    return float(np.mean([np.mean(run["changes"][-max(1, len(run["changes"]) // 4) :]) for run in runs]))

@@ -71,7 +71,7 @@ def read_texts(corpus: Path | None) -> list[str]:
 
 def wordpiece(texts: Iterable[str]) -> Any:
     """A WordPiece tokenizer, as BERT has."""
-    from tokenizers import BertWordPieceTokenizer, processors
+    from tokenizers import BertWordPieceTokenizer, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = BertWordPieceTokenizer()
@@ -79,7 +79,8 @@ def wordpiece(texts: Iterable[str]) -> Any:
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
     tokenizer.post_processor = processors.BertProcessing(*ends)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, model_max_length=MAX_LENGTH, **names)
+    written = Tokenizer.from_str(tokenizer.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=written, model_max_length=MAX_LENGTH, **names)
 
 
 def prepare(folder: Path, corpus: Path | None, num_tokens: int) -> Result:

@@ -66,8 +66,7 @@ def all_units(sizes: Sizes) -> list[Unit]:
         "seed 1": {"steps": late, "seed": 1},
     }
     units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings) for name, settings in configurations.items()]
-    units += [("cost/late", "cost", {})]
-    units += [("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"})]
+    units += [("cost/late", "cost", {}), ("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"})]
     units += [(f"rounds/{arm}", "rounds", {"arm": arm}) for arm in ARMS]
     units += [
         (f"horizon/{kind}/{which}", "horizon", {"kind": kind, "which": which})

@@ -60,7 +60,6 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
         "take off the candidate's loss. All labels but the candidate's own loss predict a decrease. In bf16 labels "
         "are measured under autocast, against the float32 truth.\n\n"
     )
-    names = list(units)
     configurations = [
         [name.split("/")[1], str(unit["steps"]), str(unit["beta2"]), str(unit["clip"] or "off"),
          "12 to 64" if unit["many_lengths"] else "64", str(unit["batch_rows"]), f"{unit['learning_rate']:g}",
@@ -81,7 +80,7 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
             cells = ["" if e is None else f"{e['spearman']:.3f} / {e['within']['spearman']:.3f}" for e in entries]
             rows.append([label, *cells])
         text += f"\n### Reference loss: {title}\n\n"
-        text += table(["label", *(name.split("/")[1] for name in names)], rows)
+        text += table(["label", *(name.split("/")[1] for name in units)], rows)
     if "in_batch/late" not in units:
         return text
     main = units["in_batch/late"]["agreement"]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas
 
 from benchmarks.lab import rivals
 from benchmarks.lab.models import TOKENS_PER_BATCH, row_losses
@@ -88,10 +89,9 @@ def _pieces(bench: Labelled) -> TokenRows:
 def _domain_means(bench: Labelled, num: int, draw: int) -> Values:
     """The mean label of each domain; the mean of all where a domain has none."""
     chosen = bench.draw(num, draw)
-    domain, influence, size = bench.domain[chosen], bench.labels.influence[chosen], len(bench.lab.domain_names)
-    counts, sums = np.bincount(domain, minlength=size), np.bincount(domain, influence, minlength=size)
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), influence.mean())
-    return means[bench.domain[bench.evaluated]]
+    influence = pandas.Series(bench.labels.influence[chosen].astype(np.float64))
+    means = influence.groupby(bench.domain[chosen]).mean()
+    return means.reindex(bench.domain[bench.evaluated], fill_value=influence.mean()).to_numpy()
 
 
 def _own_loss(bench: Labelled, num: int, draw: int) -> Scorer:

@@ -106,13 +106,12 @@ def open_labelled(paths: Paths, sizes: Sizes) -> Labelled:
     ids = np.concatenate([first, others[: sizes.slice_rows]])
     if len(ids) < sizes.labels + sizes.test + sizes.slice_rows:
         raise ValueError(f"The corpus must have enough rows for all parts, got {len(first)} and {len(others)}.")
-    return Labelled(
-        lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work / "labels.parquet")
-    )
+    return Labelled(lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work))
 
 
-def _labels(point: Point, ids: Ids, path: Path) -> InfluenceLabels:
+def _labels(point: Point, ids: Ids, work: Path) -> InfluenceLabels:
     """Labels of these rows at the averaged weights, the reference loss over all tokens."""
+    path = work / "labels.parquet"
     if not path.exists():
         with point.weights(averaged=True):
             write_labels(path, dataclasses.replace(point.measure(ids), candidate_id=ids))

@@ -93,15 +93,9 @@ def all_units(paths: Paths, sizes: Sizes) -> list[Unit]:
 def do_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Do one piece of work; its result, in plain values and arrays."""
     bench = open_labelled(paths, sizes)
-    contender = next((c for c in contenders(bench.sizes) if c.name == unit.name), None)
-    if unit.part in ("gain", "reference"):
-        return (gain if unit.part == "gain" else on_reference)(bench, contender, unit)
-    assert contender is not None
-    if unit.part == "same":
-        return same(bench, contender, unit)
-    if unit.part == "cost":
-        return cost(bench, contender)
-    return fit(bench, contender, unit)
+    contender: Any = next((c for c in contenders(bench.sizes) if c.name == unit.name), None)  # None picks at random
+    works = {"same": same, "fit": fit, "gain": gain, "reference": on_reference, "cost": cost}
+    return works[unit.part](bench, contender, unit)
 
 
 def predictions_path(bench: Labelled, name: str, num: int, draw: int) -> Path:
@@ -178,7 +172,7 @@ def same(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     return {"largest_difference": float(np.abs(difference).max() / predicted.std())}
 
 
-def cost(bench: Labelled, contender: Contender) -> dict[str, Any]:
+def cost(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Seconds of a fit, tokens scored a second on one core, and FLOPs a scored token."""
     flops, num = contender.flops(bench), contender.main(bench)
     if contender.slow:

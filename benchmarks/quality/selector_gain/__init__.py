@@ -128,11 +128,10 @@ def collected(
 
     lengths = tokens.lengths
     info = load_round(selector).info
-    kinds = {
-        name: {"corpus": float(lengths[tokens.kind == k].sum() / lengths.sum()),
-               "kept": float(lengths[(tokens.kind == k) & tokens.kept].sum() / lengths[tokens.kept].sum())}
-        for k, name in enumerate(tokens.kinds)
-    }  # fmt: skip
+    every = np.bincount(tokens.kind, lengths)
+    kept = np.bincount(tokens.kind, lengths * tokens.kept)
+    shares = zip(tokens.kinds, every / every.sum(), kept / kept.sum(), strict=True)
+    kinds = {name: {"corpus": float(a), "kept": float(b)} for name, a, b in shares}
     about = json.loads((bench.work / "texts.json").read_text(encoding="utf-8"))
     return {
         "settings": {

@@ -102,8 +102,11 @@ class SlowModel(NgramInfluenceModel):
         return super().fit(*args, **kwargs)
 
 
-def train(output_dir: Path, fault: Fault) -> None:
-    """One process of the run."""
+def train(folder: Path, fault: Fault, rank: int) -> None:
+    """One process of the run, with the fault planted."""
+    if fault is not WHOLE:
+        plant(fault, folder, rank)
+    output_dir = folder / "run"
     config = small_config(num_probes=32, average_steps=3, drift_check_steps=3, switch_lead_steps=2, keep_rounds=2)
     if fault.beside:
         config = dataclasses.replace(config, drift_check_steps=None, switch_lead_steps=4)
@@ -141,12 +144,12 @@ class Running:
         folder.mkdir(parents=True)
         self.pids: list[int] = []
 
-    def start(self, body: Callable[[int], None]) -> None:
+    def start(self) -> None:
         """Fork the processes."""
         port = free_port()
         for rank in range(SIZE):
-            log = self.folder / f"log-{rank}"
-            self.pids.append(fork(functools.partial(body, rank), log, as_launched(rank, SIZE, port)))
+            work = functools.partial(train, self.folder, self.fault, rank)
+            self.pids.append(fork(work, self.folder / f"log-{rank}", as_launched(rank, SIZE, port)))
 
     def look(self) -> bool:
         """Take note of the processes that have ended; true when there is nothing more to wait for."""
@@ -191,7 +194,7 @@ def whole_run(bench: Bench) -> Path:
     folder = bench.work / "whole"
     if not (folder / "run" / "checkpoint-8").exists():
         running = Running(WHOLE, folder)
-        running.start(lambda rank: train(folder / "run", WHOLE))
+        running.start()
         while not running.look():
             time.sleep(0.1)
         assert not any(code for code, _ in running.ended.values()), (folder / "log-0").read_text()
@@ -216,7 +219,7 @@ def break_all(bench: Bench, faults: list[Fault]) -> int:
             each = Running(fault, bench.work / f"fault-{faults.index(fault)}")
             if fault.resumes:
                 shutil.copytree(whole, each.folder / "run")
-            each.start(functools.partial(under_test, fault, each.folder))
+            each.start()
             running.append(each)
         for each in [each for each in running if each.look()]:
             running.remove(each)
@@ -225,12 +228,6 @@ def break_all(bench: Bench, faults: list[Fault]) -> int:
             say(f"{each.fault.name}: {shown(found)}")
         time.sleep(0.05)
     return len(todo)
-
-
-def under_test(fault: Fault, folder: Path, rank: int) -> None:
-    """What a process of a fault does."""
-    plant(fault, folder, rank)
-    train(folder / "run", fault)
 
 
 def is_well(found: Result) -> bool:

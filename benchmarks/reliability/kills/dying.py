@@ -52,10 +52,8 @@ class LineKiller:
     """
 
     def __init__(self, kill: tuple[str, int] | None, note_path: Path, prefix: str = "") -> None:
-        self.prefix = prefix
+        self.kill, self.note_path, self.prefix = kill, note_path, prefix
         self.counts: collections.Counter[str] = collections.Counter()
-        self.kill = kill
-        self.note_path = note_path
         self._pid = os.getpid()
 
     def start(self) -> None:
@@ -102,10 +100,8 @@ class LineKiller:
 def _is_traced(code: CodeType) -> bool:
     if "/mates_hf/" in code.co_filename:
         return True
-    for ending, names in TRACED.items():
-        if code.co_filename.endswith(ending):
-            return names is None or code.co_name in names
-    return False
+    files = [names for ending, names in TRACED.items() if code.co_filename.endswith(ending)]
+    return any(names is None or code.co_name in names for names in files)
 
 
 @functools.cache
