@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -147,8 +148,7 @@ def test_a_quick_run_ends_and_goes_on_where_it_was_stopped(name: str, unit_file:
 
 
 def test_every_place_of_a_fault_is_there() -> None:
-    from benchmarks.reliability import faults
+    from benchmarks.reliability.faults.places import all_faults
 
-    for fault in faults.all_faults():
-        owner, name = faults._owner(fault.target)
-        assert callable(getattr(owner, name)), fault.target
+    for fault in all_faults():
+        assert callable(pkgutil.resolve_name(fault.target)), fault.target

@@ -14,23 +14,22 @@ Trade-off: bytes are counted on the CPU, temporaries of kernels included; what a
 
 from __future__ import annotations
 
-import functools
-import time
+import statistics
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from benchmarks.lab.boundary import make_model, measure
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.machine import in_processes
+from benchmarks.lab.machine import alternate, in_processes
 from benchmarks.lab.memory import levels
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.pieces import HostMemory
 from mates_hf.engine.processes import Processes
 
-page = functools.partial(figures_page, "averaging_cost")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST = 4.1  # bytes a trainable parameter
 
@@ -39,29 +38,19 @@ def window(width: int, dtype: torch.dtype, processes: Processes, on_host: bool) 
     """Bytes a parameter of the window, and its time."""
     model = make_model(width, dtype, 6)
     num = sum(parameter.numel() for parameter in model.parameters())
-    blocks: list[int] = []
-    allocate = HostMemory._allocate
-
-    def noted(memory: HostMemory, num_bytes: int) -> torch.Tensor:
-        blocks.append(num_bytes)
-        return allocate(memory, num_bytes)
-
-    HostMemory._allocate = noted  # type: ignore[method-assign]
-    average = WeightAverage(model, processes, on_host=on_host)
-    _, held = levels(average.update)
-    beside, _ = levels(average.update)
-    held -= sum(blocks)
-    started = time.perf_counter()
-    for _ in range(3):
-        average.update()
-    seconds = (time.perf_counter() - started) / 3
 
     def swap() -> None:
         with average.swapped_in():
             pass
 
-    swapped, _ = levels(swap)
-    HostMemory._allocate = allocate  # type: ignore[method-assign]
+    allocate = HostMemory._allocate
+    with patch.object(HostMemory, "_allocate", autospec=True, side_effect=allocate) as allocated:
+        average = WeightAverage(model, processes, on_host=on_host)
+        _, held = levels(average.update)
+        beside, _ = levels(average.update)
+        held -= sum(call.args[1] for call in allocated.call_args_list)
+        seconds = statistics.mean(alternate({"update": average.update}, 3)["update"])
+        swapped, _ = levels(swap)
     return {
         "parameters": float(num),
         "held": held / num,
@@ -73,15 +62,13 @@ def window(width: int, dtype: torch.dtype, processes: Processes, on_host: bool) 
 
 def measure_all(quick: bool) -> dict[str, Any]:
     """What one process sees, alone or with others."""
-    processes = Processes.of_run()
-    width = 128 if quick else 256
+    processes, width = Processes.of_run(), 128 if quick else 256
     found: dict[str, Any] = {}
     for name, dtype in DTYPES.items():
         found[name] = {
             "window": window(width, dtype, processes, on_host=False),
             "on_host": window(width, dtype, processes, on_host=True),
         }
-    for name, dtype in DTYPES.items():
         if not quick or name == "float32":
             found[name]["boundary"] = measure(width, dtype)
     return found
@@ -103,15 +90,15 @@ def run(bench: Bench) -> dict[str, Any]:
     for size, (name, ranks) in enumerate(raw.items(), start=1):
         for dtype in DTYPES:
             what = f"{name} process{'es' if size > 1 else ''}, {dtype} weights"
-            for key in ("held", "update"):
-                value = max(rank[dtype]["window"][key] for rank in ranks)
-                figures.append(figure(f"{what}: {key}", value, "bytes a parameter", most=MOST / size))
-            value = max(rank[dtype]["window"]["swap"] for rank in ranks)
-            figures.append(figure(f"{what}: swap", value, "bytes a parameter"))
-            value = max(rank[dtype]["on_host"]["held"] for rank in ranks)
-            figures.append(figure(f"{what}, mean on the host: held on the device", value, "bytes a parameter", most=0))
-            value = max(rank[dtype]["on_host"]["update"] for rank in ranks)
-            figures.append(figure(f"{what}, mean on the host: update, on the device", value, "bytes a parameter"))
+            for where, key, called, most in (
+                ("window", "held", ": held", MOST / size),
+                ("window", "update", ": update", MOST / size),
+                ("window", "swap", ": swap", None),
+                ("on_host", "held", ", mean on the host: held on the device", 0),
+                ("on_host", "update", ", mean on the host: update, on the device", None),
+            ):
+                value = max(rank[dtype][where][key] for rank in ranks)
+                figures.append(figure(f"{what}{called}", value, "bytes a parameter", most=most))
             value = float(np.median([rank[dtype]["window"]["update_ns"] for rank in ranks]))
             figures.append(figure(f"{what}: time of an update", value, "ns a parameter"))
             if "boundary" in ranks[0][dtype]:

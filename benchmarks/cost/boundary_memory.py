@@ -9,16 +9,13 @@ Trade-off: bytes are counted on the CPU, temporaries of kernels included; what a
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from benchmarks.lab.boundary import LENGTH, MOST, ROWS_PER_BATCH, measure
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.tables import figure, figures_page
-
-page = functools.partial(figures_page, "boundary_memory")
+from benchmarks.lab.tables import figure
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -34,9 +31,8 @@ def run(bench: Bench) -> dict[str, Any]:
     for name, found in raw.items():
         for stage in ("average", "digest", "probe", "audit", "boundary"):
             # In the window the mean of 16-bit weights is in float32.
-            figures.append(
-                figure(f"{name}: {stage}, beside the run", found[stage], "x trainable bytes", most=found["limit"])
-            )
+            what, most = f"{name}: {stage}, beside the run", found["limit"]
+            figures.append(figure(what, found[stage], "x trainable bytes", most=most))
         figures.append(figure(f"{name}: a micro-batch", found["micro_batch"], "x trainable bytes"))
     settings = {
         "width": width,

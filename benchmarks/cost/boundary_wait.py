@@ -10,22 +10,21 @@ the library's own at its full size.
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from benchmarks.lab.corpus import as_column
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import temporary_folder
 from benchmarks.lab.models import llama, trainer_of
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, NgramInfluenceModel, ReferenceTask, load_round
 
 LENGTH, VOCAB, NUM_PROBES, UPDATE, LEAD, BATCH = 64, 512, 2_000, 128, 32, 2
 MOST = 0.25
-page = functools.partial(figures_page, "boundary_wait")
 
 
 class Attended(NgramInfluenceModel):
@@ -36,11 +35,8 @@ class Attended(NgramInfluenceModel):
 
 def make_pool(num_rows: int) -> Dataset:
     """Random rows of one length, as int32, in Arrow."""
-    import pyarrow as pa
-
     values = np.random.default_rng(0).integers(3, VOCAB, num_rows * LENGTH, dtype=np.int32)
-    ids = pa.FixedSizeListArray.from_arrays(pa.array(values), LENGTH)
-    return Dataset(pa.table({"input_ids": ids, "labels": ids}))
+    return as_column(values, LENGTH, ("input_ids", "labels"))
 
 
 def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str, Any]:
@@ -63,8 +59,8 @@ def train(pool: Dataset, influence_model: Any, step_seconds: float) -> dict[str,
         trainer.train()
         record = load_round(folder / "_mates" / "round-0001")
         stages = {name: stage["seconds"] for name, stage in record.info["stages"].items()}
-        log, waited = trainer.state.log_history, "mates/waited_seconds"
-        waits = [entry[waited] for entry in log if waited in entry]
+        waited = "mates/waited_seconds"
+        waits = [entry[waited] for entry in trainer.state.log_history if waited in entry]
         work = sum(stages[name] for name in ("fit", "score", "select"))
         return {
             "stages": stages,

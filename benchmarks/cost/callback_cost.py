@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 
 from benchmarks.lab.corpus import as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
+from benchmarks.lab.machine import alternate, median_ratio, seconds_of, temporary_folder
 from benchmarks.lab.models import llama, trainer_of
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.round_files import load_round
@@ -35,7 +35,6 @@ from mates_hf.selection.plan import RunPlan
 from mates_hf.training.callback import MatesCallback
 
 LENGTH = 128
-page = functools.partial(figures_page, "callback_cost")
 _VIEWS = ("aten.detach.default", "aten.alias.default")  # no memory is read or written
 
 
@@ -53,27 +52,14 @@ class CountOperations(TorchDispatchMode):
 
 
 class WatchedCallback(MatesCallback):
-    """The callback with its `on_step_end` timed, or its operations counted, step by step.
-
-    Args:
-        reference: the reference task.
-        config: of the run.
-        plan: the run's rounds.
-        count: count operations and stop before the first round; steps are timed otherwise.
-
-    Attributes:
-        seconds: of `on_step_end` after each optimizer step.
-        operations: of `on_step_end` after each optimizer step.
-        lerp_seconds: of one `torch._foreach_lerp_` over all parameters, next to each `on_step_end` inside a window.
-        train_begin_seconds: of `on_train_begin`.
-    """
+    """The callback with its `on_step_end` timed, or its operations counted up to the first round, step by step."""
 
     def __init__(self, reference: ReferenceTask, config: MatesConfig, plan: RunPlan, *, count: bool) -> None:
         super().__init__(reference, config)
         self.plan, self.count = plan, count
-        self.seconds: dict[int, float] = {}
-        self.operations: dict[int, Counter[str]] = {}
-        self.lerp_seconds: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}  # of `on_step_end`, by step
+        self.operations: dict[int, Counter[str]] = {}  # in it
+        self.lerp_seconds: dict[int, float] = {}  # of one `torch._foreach_lerp_` over all parameters, next to it
         self.train_begin_seconds = 0.0
         self._live: list[torch.Tensor] = []
         self._mean: list[torch.Tensor] = []
@@ -90,9 +76,8 @@ class WatchedCallback(MatesCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Timed."""
-        begin = time.perf_counter()
-        super().on_train_begin(args, state, control, **kwargs)
-        self.train_begin_seconds = time.perf_counter() - begin
+        begin = super().on_train_begin
+        self.train_begin_seconds = seconds_of(lambda: begin(args, state, control, **kwargs))
         self._live = [p.detach() for p in kwargs["model"].parameters()]
         self._mean = [p.clone() for p in self._live]
 
@@ -115,9 +100,7 @@ class WatchedCallback(MatesCallback):
             self.lerp_seconds[step] = self._lerp()
 
     def _lerp(self) -> float:
-        begin = time.perf_counter()
-        torch._foreach_lerp_(self._mean, self._live, 0.1)
-        return time.perf_counter() - begin
+        return seconds_of(lambda: torch._foreach_lerp_(self._mean, self._live, 0.1))
 
     def seconds_at(self, place: str) -> list[float]:
         """Of `on_step_end` at all steps of a place."""
@@ -142,10 +125,7 @@ class Timed(TrainerCallback):
 
 def train(rows: Dataset, folder: Path, steps: int, batch: int, callbacks: Sequence[TrainerCallback]) -> float:
     """Seconds of `trainer.train()`, same model and data order every time."""
-    trainer = trainer_of(llama(), rows, folder, steps, batch, callbacks)
-    begin = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - begin
+    return seconds_of(trainer_of(llama(), rows, folder, steps, batch, callbacks).train)
 
 
 def watch(
@@ -156,13 +136,11 @@ def watch(
     callback = WatchedCallback(reference, config, plan, count=count)
     with temporary_folder(None) as folder:
         seconds = train(rows, folder, steps, batch, [callback])
-        records = [load_round(path) for path in sorted((folder / "_mates").glob("round-????"))]
-        infos = [dict(record.info) for record in records]
-    stages: dict[str, float] = {}
-    for info in infos:
-        for name, stage in info["stages"].items():
-            stages[name] = stages.get(name, 0.0) + stage["seconds"]
-    return {"callback": callback, "seconds": seconds, "stages": stages, "num_rounds": len(infos)}
+        rounds = [load_round(path).info["stages"] for path in sorted((folder / "_mates").glob("round-????"))]
+    stages: Counter[str] = Counter()
+    for found in rounds:
+        stages.update({name: stage["seconds"] for name, stage in found.items()})
+    return {"callback": callback, "seconds": seconds, "stages": stages, "num_rounds": len(rounds)}
 
 
 def paired_runs(
@@ -170,16 +148,8 @@ def paired_runs(
 ) -> dict[str, list[dict[str, float]]]:
     """Runs without the callback, with one that never selects, and with one whose only round is almost at the end.
 
-    Args:
-        rows: the pool.
-        reference: the reference task.
-        steps: optimizer steps of each run.
-        batch: rows in a step.
-        repeats: turns.
-
-    Returns:
-        For each arm and turn, `run`: seconds of `trainer.train()`, and `steps`: seconds from the first step's begin to
-        the last one's end, without the round and without what watching it adds.
+    For each arm and turn, `run` has the seconds of `trainer.train()`, and `steps` those from the first step's begin to
+    the last one's end, without the round and without what watching it adds.
     """
     never = MatesConfig(update_steps=10, random_rounds=10**6, num_probes=10)
     scheduled = MatesConfig(
@@ -233,12 +203,10 @@ def run(bench: Bench) -> dict[str, Any]:
         where.setdefault(counted["callback"].place(step), []).append(passes)
     most = {place: max(sum(counts.values()) for counts in found) for place, found in where.items()}
     names = sorted({name for counts in where["window"] for name in counts})
-    lerp = [callback.lerp_seconds[step] for step in callback.lerp_seconds]
+    lerp = list(callback.lerp_seconds.values())
     window = [callback.seconds[step] for step in callback.lerp_seconds]
-    total, rounds = timed["seconds"], sum(callback.seconds_at("round"))
-    outside = sum(callback.seconds_at("outside"))
-    inside = sum(callback.seconds_at("window") + callback.seconds_at("window start"))
-    micro = 1e6
+    total, outside = timed["seconds"], callback.seconds_at("outside")
+    rounds, stages = sum(callback.seconds_at("round")), timed["stages"]
 
     def ratio(name: str, what: str) -> float:
         return median_ratio([turn[what] for turn in paired[name]], [turn[what] for turn in paired["plain"]])
@@ -247,29 +215,27 @@ def run(bench: Bench) -> dict[str, Any]:
         return float(100 * seconds / total)
 
     shares = {
-        **timed["stages"],
-        "rest of the rounds (digests, files, weight swap)": rounds - sum(timed["stages"].values()),
+        **stages,
+        "rest of the rounds (digests, files, weight swap)": rounds - sum(stages.values()),
         "on_train_begin": callback.train_begin_seconds,
-        "on_step_end inside windows": inside,
-        "on_step_end outside": outside,
+        "on_step_end inside windows": sum(callback.seconds_at("window") + callback.seconds_at("window start")),
+        "on_step_end outside": sum(outside),
     }
-    quantile = float(np.quantile(callback.seconds_at("outside"), 0.99))
     one_lerp = "`on_step_end` inside a window / one `torch._foreach_lerp_` over the parameters"
     operations_inside = f"most tensor operations but views in a step inside a window ({', '.join(names)})"
-    median = statistics.median(callback.seconds_at("outside"))
     figures = [
-        figure("`on_step_end` outside of windows, median", micro * median, "µs", most=50.0),
-        figure("the same, 99th percentile", micro * quantile, "µs"),
+        figure("`on_step_end` outside of windows, median", 1e6 * statistics.median(outside), "µs", most=50.0),
+        figure("the same, 99th percentile", 1e6 * float(np.quantile(outside, 0.99)), "µs"),
         figure("most tensor operations in a step outside of windows", most["outside"], most=0),
         figure(operations_inside, most["window"], most=1),
         figure(one_lerp, median_ratio(window, lerp), "x"),
-        figure("`on_step_end` inside a window, median", micro * statistics.median(window), "µs"),
+        figure("`on_step_end` inside a window, median", 1e6 * statistics.median(window), "µs"),
         figure("wall-clock of a run that never selects / plain", ratio("never selects", "run"), "x"),
         figure("steps with the schedule and a window, rounds left out / plain", ratio("scheduled", "steps"), "x"),
         figure("threads of torch that a selecting run changes", changed, most=0),
         *(figure(f"share of a selecting run: {name}", share(seconds), "%") for name, seconds in shares.items()),
         figure("share of a selecting run: all of MatesCallback", share(sum(shares.values())), "%"),
-    ]  # fmt: skip
+    ]
     settings = {
         "parameters": sum(p.numel() for p in llama().parameters()),
         "selecting run": f"{steps} steps of {batch} x {LENGTH} tokens, {timed['num_rounds']} rounds",
@@ -282,9 +248,9 @@ def run(bench: Bench) -> dict[str, Any]:
     }
     raw = {
         "seconds": total,
-        "stages": timed["stages"],
+        "stages": stages,
         "shares": shares,
-        "outside": callback.seconds_at("outside"),
+        "outside": outside,
         "window": window,
         "lerp": lerp,
         "operations": {place: [dict(counts) for counts in found] for place, found in where.items()},

@@ -12,8 +12,6 @@ Trade-off: a model of 1.3 M parameters, for which everything that is not a forwa
 
 from __future__ import annotations
 
-import argparse
-import functools
 import json
 import logging
 import statistics
@@ -21,25 +19,25 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lm_eval
 import numpy as np
 import torch
-from lm_eval import tasks as lm_eval_tasks
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.lab.corpus import END, VOCAB, as_dataset, as_rows, byte_bpe
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.machine import alternate, median_ratio, temporary_folder
+from benchmarks.lab.machine import alternate, median_ratio, seconds_of, temporary_folder
 from benchmarks.lab.models import llama, trained, trainer_of
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.rows import TokenRows
 from mates_hf.evaluation import Evaluator, LmEvalCallback
 from mates_hf.evaluation.evaluator import flat_metrics
 
-page = functools.partial(figures_page, "evaluation_cost")
 GROUP = "mates_zero_shot_local"
 BATCH = 8
 CONTEXT = 1024  # of the model: the benchmarks' longest items almost fit
@@ -70,11 +68,6 @@ class TimedHFLM(HFLM):
             return super()._loglikelihood_tokens(*args, **kwargs)
         finally:
             self.seconds += time.perf_counter() - begin
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How much is read."""
-    parser.add_argument("--limit", type=int, help="items of each task (100; quick: 10)")
 
 
 def write_items(folder: Path, texts: list[str], num_items: int) -> Path:
@@ -117,35 +110,21 @@ def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str,
         "accuracies": len(counts),
         "accuracies_that_differ": differing,
         "largest_relative_difference_of_the_others": worst,
-        "equal": not differing and worst <= TOLERANCE,
     }
 
 
 def count_managers(model: Any, rows: TokenRows, tokenizer: Any, metadata: Mapping[str, Any]) -> dict[str, int]:
-    """How often lm-eval's task manager is built, and tasks are loaded from it, in a run with three evaluations."""
-    counts = {"built": 0, "loads": 0}
-    original = lm_eval_tasks.TaskManager
-
-    class Counted(original):  # type: ignore[misc, valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            counts["built"] += 1
-            super().__init__(*args, **kwargs)
-
-        def load(self, *args: Any, **kwargs: Any) -> Any:
-            counts["loads"] += 1
-            return super().load(*args, **kwargs)
-
-    lm_eval_tasks.TaskManager = Counted
-    try:
-        callback = LmEvalCallback(GROUP, tokenizer, every_steps=1, limit=4, metadata=metadata, truncate=True)
-        with temporary_folder(None) as folder:
-            few = as_dataset(rows.take(np.arange(24)))
-            trainer = trainer_of(model, few, folder, 3, 8, [callback], logging_strategy="steps", logging_steps=500)
-            trainer.train()
-    finally:
-        lm_eval_tasks.TaskManager = original
-    counts["evaluations"] = sum("lm_eval/seconds" in entry for entry in trainer.state.log_history)
-    return counts
+    """How often lm-eval's task manager is built in a run with three evaluations."""
+    callback = LmEvalCallback(GROUP, tokenizer, every_steps=1, limit=4, metadata=metadata, truncate=True)
+    few, build = as_dataset(rows.take(np.arange(24))), TaskManager.__init__
+    with (
+        mock.patch.object(TaskManager, "__init__", autospec=True, side_effect=build) as built,
+        temporary_folder(None) as folder,
+    ):
+        trainer = trainer_of(model, few, folder, 3, 8, [callback], logging_strategy="steps", logging_steps=500)
+        trainer.train()
+    evaluations = sum("lm_eval/seconds" in entry for entry in trainer.state.log_history)
+    return {"built": built.call_count, "evaluations": evaluations}
 
 
 def measure(quick: bool, data_dir: Path, limit: int, texts: list[str]) -> dict[str, Any]:
@@ -156,13 +135,9 @@ def measure(quick: bool, data_dir: Path, limit: int, texts: list[str]) -> dict[s
     model, _ = trained(rows, 20, llama(length=CONTEXT))
     metadata = {"data_dir": str(data_dir)}
     evaluator = Evaluator(GROUP, tokenizer, limit=limit, batch_size=BATCH, metadata=metadata, truncate=True)
-    begin = time.perf_counter()
+    building = seconds_of(lambda: evaluator.loaded)
+    preparing = seconds_of(lambda: evaluator.prepare(model))
     tasks = evaluator.loaded
-    building = time.perf_counter() - begin
-    begin = time.perf_counter()
-    evaluator.prepare(model)
-    preparing = time.perf_counter() - begin
-
     rival = TimedHFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=BATCH)
     model_seconds: list[float] = []
     found: dict[str, dict[str, float]] = {}
@@ -179,7 +154,6 @@ def measure(quick: bool, data_dir: Path, limit: int, texts: list[str]) -> dict[s
     theirs()  # once for nothing: threads start, memory is taken
     model_seconds.clear()
     seconds = alternate({"HFLM": theirs, "Evaluator.run": ours}, 2 if quick else 7)
-    num_requests = sum(len(task.instances) for task in tasks["tasks"].values())
     seconds["HFLM, model time"] = model_seconds
     return {
         "seconds": seconds,
@@ -187,7 +161,7 @@ def measure(quick: bool, data_dir: Path, limit: int, texts: list[str]) -> dict[s
         "compared": compare(found["ours"], found["theirs"]),
         "building": building,
         "preparing": preparing,
-        "requests": num_requests,
+        "requests": sum(len(task.instances) for task in tasks["tasks"].values()),
         "managers": count_managers(model, rows, tokenizer, metadata),
     }
 
@@ -197,39 +171,28 @@ def run(bench: Bench) -> dict[str, Any]:
     torch.set_num_threads(bench.options.threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     texts = [row["text"] for row in builtin_corpus(seed=0).pool]
-    limit = bench.options.limit or (10 if bench.quick else 100)
+    limit = 10 if bench.quick else 100
     given = bench.options.data and bench.options.data / "eval"
     with temporary_folder(None) as temporary:
         measured = measure(bench.quick, given or write_items(temporary, texts, limit), limit, texts)
     seconds, compared, managers = measured["seconds"], measured["compared"], measured["managers"]
     ratios = [a / b for a, b in zip(seconds["Evaluator.run"], seconds["HFLM, model time"], strict=True)]
+    both = median_ratio(seconds["Evaluator.run"], seconds["HFLM"])
+    managing = f"task managers built in a run of `LmEvalCallback` with {managers['evaluations']} evaluations"
+    differing, worst = compared["accuracies_that_differ"], compared["largest_relative_difference_of_the_others"]
+    others = f"largest relative difference of the other {compared['metrics'] - compared['accuracies']} metrics"
     figures = [
         figure("seconds of `Evaluator.run`, all / of HFLM, model time", statistics.median(ratios), "x", most=1.1),
         figure("the same, least of the turns", min(ratios), "x"),
         figure("the same, most of the turns", max(ratios), "x"),
-        figure(
-            "seconds of `Evaluator.run` / of `lm_eval.evaluate` with HFLM, both all",
-            median_ratio(seconds["Evaluator.run"], seconds["HFLM"]),
-            "x",
-        ),
-        *(figure(f"{name}", statistics.median(values), "s") for name, values in seconds.items()),
+        figure("seconds of `Evaluator.run` / of `lm_eval.evaluate` with HFLM, both all", both, "x"),
+        *(figure(name, statistics.median(values), "s") for name, values in seconds.items()),
         figure("building the tasks, once a run", measured["building"], "s"),
         figure("`prepare` with the tasks built, once a run", measured["preparing"], "s"),
-        figure(
-            f"task managers built in a run of `LmEvalCallback` with {managers['evaluations']} evaluations",
-            managers["built"],
-            "",
-            most=1,
-        ),
-        figure(f"accuracies that differ, of {compared['accuracies']}", len(compared["accuracies_that_differ"]), "",
-               most=0),
-        figure(
-            f"largest relative difference of the other {compared['metrics'] - compared['accuracies']} metrics",
-            compared["largest_relative_difference_of_the_others"],
-            "",
-            most=TOLERANCE,
-        ),
-    ]  # fmt: skip
+        figure(managing, managers["built"], most=1),
+        figure(f"accuracies that differ, of {compared['accuracies']}", len(differing), most=0),
+        figure(others, worst, most=TOLERANCE),
+    ]
     settings = {
         "items": f"{'the benchmarks' if given else 'made up'}, {limit} of each of {len(SHAPES)} tasks",
         "requests": measured["requests"],

@@ -12,7 +12,6 @@ text; the kernel is also timed on uniform ids of a large vocabulary, where every
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from pathlib import Path
@@ -21,18 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.lab.corpus import as_reference, made_up_labels, text_rows
+from benchmarks.lab.corpus import as_column, as_reference, made_up_labels, text_rows
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.machine import alternate, in_its_own_process, median_ratio, temporary_folder
+from benchmarks.lab.machine import alternate, in_its_own_process, median_ratio, seconds_of, temporary_folder
 from benchmarks.lab.models import probe_parts, trained
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.pool import CandidatePool
-from mates_hf.data.rows import TokenRows
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram.kernels import score_rows
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 
-page = functools.partial(figures_page, "fit_and_score")
 LENGTH = 256
 NUM_LABELS = 2000
 NUM_MANY = 40_000
@@ -55,19 +52,14 @@ def measure_fit(quick: bool) -> dict[str, Any]:
         begin = time.perf_counter()
         labels = DirectionalProbe().measure(model, optimizer, reference, rows)
         probing = time.perf_counter() - begin
-    begin = time.perf_counter()
     few = np.arange(100)
-    NgramInfluenceModel().fit(rows.take(few), labels.take(few))
-    compiling = time.perf_counter() - begin
+    compiling = seconds_of(lambda: NgramInfluenceModel().fit(rows.take(few), labels.take(few)))
     predictor = NgramInfluenceModel()
     fits = alternate({"fit": lambda: predictor.fit(rows, labels)}, 2 if quick else 5)["fit"]
-    drawn = np.random.default_rng(1).integers(0, len(pool), NUM_MANY // (10 if quick else 1))
-    many = pool.take(drawn)
-    begin = time.perf_counter()
-    NgramInfluenceModel().fit(many, made_up_labels(many))
+    many = pool.take(np.random.default_rng(1).integers(0, len(pool), NUM_MANY // (10 if quick else 1)))
     return {
         "pool": pool,
-        "many": len(many.values) / (time.perf_counter() - begin),
+        "many": len(many.values) / seconds_of(lambda: NgramInfluenceModel().fit(many, made_up_labels(many))),
         "num_many": len(many),
         "predictor": predictor,
         "probing": probing,
@@ -76,20 +68,6 @@ def measure_fit(quick: bool) -> dict[str, Any]:
         "compiling": compiling,
         "spearman": predictor.report.spearman,
     }
-
-
-def write_column(pool: TokenRows, folder: Path, num_tokens: int) -> None:
-    """An Arrow file of `input_ids` on disk, int32 lists of one length, as `datasets` keeps a tokenised corpus."""
-    import pyarrow as pa
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    num = num_tokens // LENGTH
-    rows = np.random.default_rng(0).integers(0, len(pool), num)
-    values = pool.values.astype(np.int32).reshape(-1, LENGTH)[rows].reshape(-1)
-    offsets = (np.arange(num + 1) * LENGTH).astype(np.int32)
-    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-    Dataset(InMemoryTable(pa.table({"input_ids": column}))).save_to_disk(str(folder))
 
 
 def score_worker(place: str, repeats: int) -> dict[str, Any]:
@@ -117,9 +95,7 @@ def score_worker(place: str, repeats: int) -> dict[str, Any]:
         "uniform": lambda: score_rows(uniform, rows.offsets, None, tables),
         "sum": lambda: rows.values.sum(),
     }
-    begin = time.perf_counter()
-    predictor.predict(rows.take(np.arange(8)))
-    compiling = time.perf_counter() - begin
+    compiling = seconds_of(lambda: predictor.predict(rows.take(np.arange(8))))
     for arm in arms.values():
         arm()
     return {"tokens": len(rows.values), "compiling": compiling, "seconds": alternate(arms, repeats)}
@@ -131,11 +107,9 @@ def run_workers(folder: Path, turns: int, repeats: int) -> dict[int, dict[str, A
     for turn in range(turns):
         for threads in (1, 2)[:: -1 if turn % 2 else 1]:
             result = in_its_own_process(score_worker, str(folder), repeats, threads=threads)
-            if threads not in found:
-                found[threads] = result
-            else:
-                for name, seconds in result["seconds"].items():
-                    found[threads]["seconds"][name] += seconds
+            known = found.setdefault(threads, {**result, "seconds": {name: [] for name in result["seconds"]}})
+            for name, seconds in result["seconds"].items():
+                known["seconds"][name] += seconds
     return found
 
 
@@ -144,9 +118,10 @@ def run(bench: Bench) -> dict[str, Any]:
     torch.set_num_threads(bench.options.threads)
     quick = bench.quick
     fitted = measure_fit(quick)
-    num_tokens = 8_000_000 if quick else 64_000_000
+    pool, num_rows = fitted["pool"], (8_000_000 if quick else 64_000_000) // LENGTH
+    drawn = pool.take(np.random.default_rng(0).integers(0, len(pool), num_rows))
     with temporary_folder(bench.work) as folder:
-        write_column(fitted["pool"], folder / "column", num_tokens)
+        as_column(drawn.values.astype(np.int32), LENGTH).save_to_disk(str(folder / "column"))
         fitted["predictor"].save_pretrained(folder / "model")
         scored = run_workers(folder, *((1, 3) if quick else (2, 5)))
 

@@ -12,7 +12,6 @@ Trade-off: rows are read in the shuffled order of the pool, which is cheap while
 
 from __future__ import annotations
 
-import argparse
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ import numpy.typing as npt
 
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import in_its_own_process, num_cores, temporary_folder, versions
-from benchmarks.lab.memory import Meter, stage_lines, status
-from benchmarks.lab.tables import table_lines, title
+from benchmarks.lab.memory import Meter, stage_table, status
+from benchmarks.lab.tables import markdown, table, title
 
 LIMIT_BYTES = 4 * 10**9
 NUM_PROBES = 2_000
@@ -98,23 +97,14 @@ def measure_rounds(folder: str) -> dict[str, Any]:
     num_selected = int((num_rows - NUM_PROBES) * RATIO)
     for scope in SCOPES:
         with meter.stage(f"{scope}: draw"):
-            draw = ledger.draw(
-                round_number=1,
-                num_selected=num_selected,
-                selection_ratio=RATIO,
-                candidate_scope=scope,
-                num_probes=NUM_PROBES,
-            )
+            sizes = {"num_selected": num_selected, "num_probes": NUM_PROBES, "selection_ratio": RATIO}
+            draw = ledger.draw(round_number=1, candidate_scope=scope, **sizes)
         labels = made_up_labels(pool.token_rows(draw.probes), draw.probes, noise=1.0)
         with meter.stage(f"{scope}: fit"):
             model = NgramInfluenceModel().fit(pool, labels)
         config = MatesConfig(candidate_scope=scope, selection_ratio=RATIO, temperature=TEMPERATURE)
-        run, path = (
-            SimpleNamespace(
-                pool=pool, config=config, side=ALONE, copy_marks=None, tokenizer=None, model=None, reference=None
-            ),
-            work / scope,
-        )
+        unused = dict.fromkeys(("copy_marks", "tokenizer", "model", "reference"))
+        run, path = SimpleNamespace(pool=pool, config=config, side=ALONE, **unused), work / scope
         path.mkdir()
         with meter.stage(f"{scope}: score"):
             scored = score_candidates(run, path, model, draw.candidates, 1.0)
@@ -162,47 +152,30 @@ def measure_sampler(num_rows: int) -> dict[str, Any]:
 def page(document: dict[str, Any]) -> str:
     """The Markdown page."""
     settings, stages = document["settings"], document["stages"]
-    lines = [
+    means = [f"mean_predicted_influence_{of}" for of in ("selected", "candidates")]
+    rows = [
+        [scope, f"{found['candidates']:,}", f"{found['selected']:,}", *(f"{found[mean]:.3g}" for mean in means)]
+        for scope, found in document["checks"].items()
+    ]
+    return markdown(
         title("large_pool", settings["quick"]),
-        "",
         f"{settings['candidates']:,} candidates, {settings['arrow_bytes'] / 1e9:.1f} GB of Arrow files, "
         f"{settings['probes']:,} probes, ratio {RATIO}, temperature {TEMPERATURE}, {settings['cpu_count']} cores, "
         f"Python {settings['python']}.",
-        "",
         f"Own memory at most: **{max(stage['peak_own'] for stage in stages) / 1e9:.2f} GB**; limit set for the "
         f"process: {LIMIT_BYTES / 1e9:.2f} GB.",
-        "",
-        *stage_lines(stages),
-        "",
+        stage_table(stages),
         "What was selected, of how many, and predicted influence of the selected against all (> 0 helps):",
-        "",
-    ]
-    means = [f"mean_predicted_influence_{of}" for of in ("selected", "candidates")]
-    lines += table_lines(
-        ["scope", "candidates", "selected", "mean of the selected", "mean of all"],
-        [
-            [scope, f"{found['candidates']:,}", f"{found['selected']:,}", *(f"{found[mean]:.3g}" for mean in means)]
-            for scope, found in document["checks"].items()
-        ],
-    )
-    lines += [
-        "",
+        table(["scope", "candidates", "selected", "mean of the selected", "mean of all"], rows),
         "Not in these figures: the Trainer's own sampler. `RandomSampler` (and accelerate's `SeedableRandomSampler`, "
         "which derives from it) makes a Python list of all rows, with or without this library, in every process:",
-        "",
-        *stage_lines(document["sampler"]["stages"]),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How large the pool is."""
-    parser.add_argument("--candidates", type=int, help="rows of the pool (100 million; quick: 2 million)")
+        stage_table(document["sampler"]["stages"]),
+    )
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Write the pool, measure, delete the pool."""
-    num_rows = bench.options.candidates or (2_000_000 if bench.quick else 100_000_000)
+    num_rows = 2_000_000 if bench.quick else 100_000_000
     with temporary_folder(bench.work) as work:
         settings = {
             "quick": bench.quick, "candidates": num_rows, "arrow_bytes": write_pool(work, num_rows),

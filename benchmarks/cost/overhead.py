@@ -11,6 +11,7 @@ share look large. Shares of wall-clock in the predicted table rest on speeds mea
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -20,13 +21,12 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.lab.corpus import VOCAB, as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench, newest
 from benchmarks.lab.machine import temporary_folder
-from benchmarks.lab.models import llama, trainer_of
-from benchmarks.lab.tables import figure, figures_page, table_lines
+from benchmarks.lab.models import build_model, llama, trainer_of
+from benchmarks.lab.tables import figure, figures_page, markdown, table
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.influence.probe import count_multiplied_parameters, count_parameters
@@ -49,22 +49,9 @@ DEVICES = {"3.2e14 FLOP/s": 3.2e14, "3.2e15 FLOP/s": 3.2e15}
 MOST_FLOPS, MOST_SECONDS = 0.01, 0.03  # what rounds may take, relative to training
 
 
-# --- measured ---
-
-
-def make_neox() -> Any:
-    """A GPT-NeoX of 0.6 M parameters whose input embedding and output head are two matrices."""
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return GPTNeoXForCausalLM(config)
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "Llama, tied": lambda: llama(width=64, layers=2, heads=2),
-    "GPT-NeoX, untied": make_neox,
+    "GPT-NeoX, untied": lambda: build_model(VOCAB, width=64, tied=False),
 }
 
 
@@ -84,28 +71,24 @@ def counted_stages() -> Iterator[dict[str, int]]:
         yield counts
 
 
-def train(
-    make: Callable[[], Any], rows: Dataset, reference: ReferenceTask, config: MatesConfig, steps: int
-) -> RunCost:
-    """Train from fresh weights and read the ledger."""
-    model = make()
-    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    with temporary_folder(None) as folder:
-        trainer = trainer_of(model, rows, folder, steps, 8, [MatesCallback(reference, config)])
-        trainer.train()
-        trainer.save_state()
-        return dataclasses.replace(run_cost(str(folder)), run_dir="")
-
-
 def measure(
     make: Callable[[], Any], rows: Dataset, reference: ReferenceTask, config: MatesConfig, steps: int
 ) -> dict[str, Any]:
     """The ledger of one run, and torch's counts of its twin."""
+
+    def train() -> RunCost:
+        model = make()
+        model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
+        with temporary_folder(None) as folder:
+            trainer = trainer_of(model, rows, folder, steps, 8, [MatesCallback(reference, config)])
+            trainer.train()
+            trainer.save_state()
+            return dataclasses.replace(run_cost(str(folder)), run_dir="")
+
     with FlopCounterMode(display=False) as whole, counted_stages() as counts:
-        train(make, rows, reference, config, steps)
-    ledger = train(make, rows, reference, config, steps)
+        train()
+    ledger, model = train(), make()
     training = whole.get_total_flops() - sum(counts.values())
-    model = make()
     return {
         "parameters": count_parameters(model),
         "multiplied": count_multiplied_parameters(model),
@@ -181,8 +164,7 @@ def theirs(model: str, num_probes: int = 80_000) -> PredictedCost:
 
 def ways(model: str) -> dict[str, PredictedCost]:
     """The rows of the table for one model."""
-    fields = {field.name: field.default for field in dataclasses.fields(MatesConfig)}
-    default, steps = int(fields["num_probes"]), int(fields["update_steps"])
+    default, steps = MatesConfig().num_probes, MatesConfig().update_steps
     return {
         "ours, 80,000 probes a round": ours(model, 80_000),
         f"ours, {default:,} probes a round (default)": ours(model, default),
@@ -204,11 +186,8 @@ def seconds_share(cost: PredictedCost, flops_per_second: float, assumed: dict[st
 
 def most_probes(fits: Callable[[int], bool], most: int = 10**7) -> int:
     """The largest number of probes a round that fits, as more cost more; 0 where ten do not."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(max(middle, 10)) else (low, middle - 1)
-    return low if low >= 10 else 0
+    num_fitting = bisect.bisect_left(range(10, most + 1), True, key=lambda num: not fits(num))
+    return 9 + num_fitting if num_fitting else 0
 
 
 def predict(assumed: dict[str, float]) -> dict[str, Any]:
@@ -232,23 +211,22 @@ def predict(assumed: dict[str, float]) -> dict[str, Any]:
 def predicted_figures(assumed: dict[str, float]) -> list[dict[str, Any]]:
     """The targets at 410M, and where they are met."""
     model = "Pythia-410M"
-    cost = ours(model, 80_000)
-    what = f"predicted, {model}, ours, 80,000 probes a round"
-    figures = [
-        figure(f"{what}: FLOPs of rounds / of training", 100 * cost.share_of_training, "%", most=100 * MOST_FLOPS)
-    ]
-    fits = most_probes(lambda num: ours(model, num).share_of_training <= MOST_FLOPS)
-    figures.append(figure(f"predicted, {model}: most probes a round within {MOST_FLOPS:.0%} of FLOPs", fits, ""))
+    figures = []
+
+    def add(of: str, where: str, share: Callable[[PredictedCost], float], most: float) -> None:
+        """What 80,000 probes a round take of what training takes, and how many take no more than the target."""
+        what = f"predicted, {model}, ours, 80,000 probes a round: {of} of rounds / of training{where}"
+        figures.append(figure(what, 100 * share(ours(model, 80_000)), "%", most=100 * most))
+        fits = most_probes(lambda num: share(ours(model, num)) <= most)
+        figures.append(figure(f"predicted, {model}: most probes a round within {most:.0%} of {of}{where}", fits))
+
+    add("FLOPs", "", lambda cost: cost.share_of_training, MOST_FLOPS)
     for name, rate in DEVICES.items():
-        share = seconds_share(cost, rate, assumed)["together"]
-        figures.append(
-            figure(f"{what}: seconds of rounds / of training, {name}", 100 * share, "%", most=100 * MOST_SECONDS)
-        )
-        fits = most_probes(
-            lambda num, rate=rate: seconds_share(ours(model, num), rate, assumed)["together"] <= MOST_SECONDS
-        )
-        figures.append(
-            figure(f"predicted, {model}: most probes a round within {MOST_SECONDS:.0%} of seconds, {name}", fits, "")
+        add(
+            "seconds",
+            f", {name}",
+            lambda cost, rate=rate: seconds_share(cost, rate, assumed)["together"],
+            MOST_SECONDS,
         )
     for name, reported in REPORTED.items():
         cost = theirs(name)
@@ -259,29 +237,26 @@ def predicted_figures(assumed: dict[str, float]) -> list[dict[str, Any]]:
     return figures
 
 
-def predicted_table(table: dict[str, Any], assumed: dict[str, float]) -> list[str]:
-    """Markdown of the prediction."""
-    lines = [
+def predicted_section(predicted: dict[str, Any], assumed: dict[str, float]) -> list[str]:
+    """The prediction."""
+    about = [
         "## Predicted at the paper's schedule, not measured",
-        "",
         "50,000 steps of 512 x 1,024 tokens, the first 10,000 in the Trainer's own order, then a round each 10,000 "
         "steps; 1,024 passages of 90 tokens; each round scores five times the rows that it selects. FLOPs: 2 a "
         "multiplied parameter and token forward, 6 with backward; the input embedding is looked up and does not "
         "count. Attention scores are left out on both sides.",
-        "",
         f"Seconds, assumed: rounds reach {assumed['relative_utilisation']:.2f} of the FLOPs a second of training on "
         "the same devices (tokens a second of the probe over two plain forward passes, a model of 1.3 M parameters on "
         f"2 cores); fitting {assumed['fit_tokens_per_second'] / 1e6:.2f} M and scoring "
         f"{assumed['score_tokens_per_second'] / 1e6:.0f} M tokens a second on 2 cores, while the devices wait. "
         "Training at 3.2e14 FLOP/s over all devices (8 A6000, if 410M takes two days) or 3.2e15 (8 H100 at 40 %).",
-        "",
     ]
     heads = [
         "model", "way", "rounds", "FLOPs of rounds / training", "probes", "fit, score", "of all FLOPs",
         "paper reports", *(f"seconds / training at {name} (idle)" for name in DEVICES),
     ]  # fmt: skip
     found = []
-    for model, rows in table.items():
+    for model, rows in predicted.items():
         for way, cost in rows.items():
             flops = {name: value / cost["training_flops"] for name, value in cost["stages"].items()}
             model_part = flops["fit"] + flops["score"]
@@ -296,21 +271,20 @@ def predicted_table(table: dict[str, Any], assumed: dict[str, float]) -> list[st
                 f"{model_part:.2g}" if model_part < 1e-5 else f"{model_part:.2%}", f"{cost['share_of_all']:.3%}",
                 "" if reported is None else f"{reported:.1%}", *seconds,
             ])  # fmt: skip
-    return lines + table_lines(heads, found)
+    return [*about, table(heads, found)]
 
 
 def page(document: dict[str, Any]) -> str:
     """Figures, then the prediction."""
     raw = document["raw"]
-    return f"{figures_page('overhead', document)}\n{chr(10).join(predicted_table(raw['predicted'], raw['assumed']))}\n"
+    return markdown(figures_page("overhead", document), *predicted_section(raw["predicted"], raw["assumed"]))
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Measure and predict."""
     torch.set_num_threads(bench.options.threads)
     pool, reference_rows = text_rows(LENGTH)
-    rows = as_dataset(pool)
-    reference = as_reference(reference_rows, 4 if bench.quick else 16)
+    rows, reference = as_dataset(pool), as_reference(reference_rows, 4 if bench.quick else 16)
     config = MatesConfig(
         update_steps=8 if bench.quick else 24, num_probes=20 if bench.quick else 40, selection_ratio=0.25,
         average_steps=0, on_weak_signal="select",
@@ -318,7 +292,6 @@ def run(bench: Bench) -> dict[str, Any]:
     steps = 14 if bench.quick else 40
     found = {name: measure(make, rows, reference, config, steps) for name, make in MODELS.items()}
     assumed = speeds()
-    table = predict(assumed)
     figures = [line for name, run in found.items() for line in measured_figures(name, run)]
     settings = {
         "runs": f"{steps} steps of 8 x {LENGTH} tokens, eager attention",
@@ -329,5 +302,5 @@ def run(bench: Bench) -> dict[str, Any]:
         **{f"parameters of {name}": run["parameters"] for name, run in found.items()},
         **{f"of these multiplied, {name}": run["multiplied"] for name, run in found.items()},
     }
-    raw = {"runs": found, "assumed": assumed, "devices": DEVICES, "reported": REPORTED, "predicted": table}
+    raw = {"runs": found, "assumed": assumed, "devices": DEVICES, "reported": REPORTED, "predicted": predict(assumed)}
     return bench.figures(settings, [*figures, *predicted_figures(assumed)], raw)

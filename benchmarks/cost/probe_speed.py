@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -22,14 +21,14 @@ from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate
 from benchmarks.lab.memory import micro_batch_bytes, peak_bytes
 from benchmarks.lab.models import llama, probe_parts, trained
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.statistics import FloatArray
+from benchmarks.lab.tables import figure
 from mates_hf.data.rows import TokenRows
 from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 
 LENGTH, NUM_REFERENCE = 256, 64
-page = functools.partial(figures_page, "probe_speed")
 
 
 def plain_pass(model: Any, ids: torch.Tensor, batch: int) -> torch.Tensor:
@@ -104,36 +103,31 @@ def run(bench: Bench) -> dict[str, Any]:
     once = seconds["direction"] + seconds["epsilon"]
     each = seconds["derivatives"] / num_candidates
 
-    def times_oracle(cost: npt.NDArray[np.float64]) -> float:
-        return float(np.median(oracle / cost))
+    def median(values: FloatArray) -> float:
+        return float(np.median(values))
 
     allowed = (3 * LENGTH + NUM_REFERENCE * LENGTH) / (2 * LENGTH)
+    share = f"share of the {allowed:.1f} x that FLOPs allow each candidate"
     spread = {num: once / num + each for num in (512, 2000)}
     plain = seconds["plain_twice"] / num_candidates
     whole = seconds["measure"] / num_candidates
     goal = None if bench.quick else 20.0  # 60 % of what FLOPs allow
     against = "candidates/s, DirectionalProbe / OneStepProbe"
+    parts = "gradient and ε"
     passes = "tokens/s of DirectionalProbe / two plain forward passes"
     extra = "peak extra memory / trainable parameters' bytes"
     figures = [
-        figure(f"{against}, each candidate alone", times_oracle(each), "x"),
-        figure(f"{against}, `measure` of {num_candidates} (all included)", times_oracle(whole), "x", least=goal),
+        figure(f"{against}, each candidate alone", median(oracle / each), "x"),
+        figure(f"{against}, `measure` of {num_candidates} (all included)", median(oracle / whole), "x", least=goal),
         *(
-            figure(f"{against}, from parts: gradient and ε spread over {num:,}", times_oracle(cost), "x", least=20.0)
+            figure(f"{against}, from parts: {parts} spread over {num:,}", median(oracle / cost), "x", least=20.0)
             for num, cost in spread.items()
         ),
-        figure(
-            f"share of the {allowed:.1f} x that FLOPs allow each candidate", times_oracle(each) / allowed, least=0.6
-        ),
-        figure(f"{passes}, without reference gradient and ε", float(np.median(plain / each)), "x", least=0.8),
-        *(
-            figure(f"{passes}, gradient and ε spread over {num:,}", float(np.median(plain / cost)), "x")
-            for num, cost in spread.items()
-        ),
-        figure(
-            "`measure` / the sum of its parts, seconds", float(np.median(whole / (once / num_candidates + each))), "x"
-        ),
-        figure("tokens/s of DirectionalProbe, each candidate alone", LENGTH / float(np.median(each))),
+        figure(share, median(oracle / each) / allowed, least=0.6),
+        figure(f"{passes}, without reference gradient and ε", median(plain / each), "x", least=0.8),
+        *(figure(f"{passes}, {parts} spread over {num:,}", median(plain / cost), "x") for num, cost in spread.items()),
+        figure("`measure` / the sum of its parts, seconds", median(whole / (once / num_candidates + each)), "x"),
+        figure("tokens/s of DirectionalProbe, each candidate alone", LENGTH / median(each)),
         figure(f"{extra}, less one micro-batch", memory["extra"], "x", most=2.2),
         figure(f"{extra}, all of it", memory["peak"], "x"),
     ]

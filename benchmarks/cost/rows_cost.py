@@ -11,9 +11,8 @@ Trade-off: a dataset on a fast disk that fits the page cache; three minutes on t
 
 from __future__ import annotations
 
-import argparse
 import collections
-import time
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab.harness import Bench
-from benchmarks.lab.machine import in_its_own_process, num_cores, temporary_folder, versions
-from benchmarks.lab.memory import Meter, stage_lines, status
-from benchmarks.lab.tables import table_lines, title
+from benchmarks.lab.machine import in_its_own_process, num_cores, seconds_of, temporary_folder, versions
+from benchmarks.lab.memory import Meter, stage_table, status
+from benchmarks.lab.tables import markdown, table, title
 
 NUM_PROBES, NUM_SELECTED, RATIO = 2_000, 200_000, 0.2
 TIMED_ROWS, REPEATS, BATCH = 2_000_000, 5, 512
@@ -32,7 +31,8 @@ CHUNK, ROW_TOKENS = 2_000_000, 4
 
 
 def write_dataset(work: Path, num_rows: int) -> None:
-    """Rows of four tokens in three columns, in one Arrow file."""
+    """Rows of four tokens in three columns, in one Arrow file, and the row numbers that shuffling it leaves."""
+    import datasets
     import pyarrow as pa
 
     kind = pa.list_(pa.uint8(), ROW_TOKENS)
@@ -45,6 +45,8 @@ def write_dataset(work: Path, num_rows: int) -> None:
             ones = pa.array(np.ones(ROW_TOKENS * size, np.uint8))
             parts = [pa.FixedSizeListArray.from_arrays(values, ROW_TOKENS) for values in (tokens, tokens, ones)]
             out.write_batch(pa.record_batch(parts, schema=schema))
+    dataset = datasets.Dataset.from_file(str(work / "rows.arrow"))
+    dataset.shuffle(seed=42, indices_cache_file_name=str(work / "indices.arrow"))
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def measure_memory(folder: str, num_rows: int) -> dict[str, Any]:
     meter = Meter()
     indices = datasets.Dataset.from_file(str(work / "indices.arrow"))
     shuffled = datasets.Dataset.from_file(str(work / "rows.arrow"))
-    shuffled = datasets.Dataset(shuffled.data, indices_table=indices.data)  # what `shuffle` leaves in its cache
+    shuffled = datasets.Dataset(shuffled.data, indices_table=indices.data)  # as from the cache of `shuffle`
     with meter.stage("1,024 rows read by `datasets` alone, at random"):
         for i in np.random.default_rng(1).integers(num_rows, size=1_024).tolist():
             shuffled[i]
@@ -104,18 +106,6 @@ def measure_memory(folder: str, num_rows: int) -> dict[str, Any]:
     }
 
 
-def write_indices(work: Path, num_rows: int) -> None:
-    """The file that `Dataset.shuffle` makes: a column of row numbers."""
-    import pyarrow as pa
-
-    order = np.random.default_rng(42).permutation(num_rows)
-    schema = pa.schema({"indices": pa.uint64()})
-    with pa.OSFile(str(work / "indices.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as out:
-        for start in range(0, num_rows, CHUNK):
-            part = pa.array(order[start : start + CHUNK].astype(np.uint64))
-            out.write_batch(pa.record_batch([part], schema=schema))
-
-
 def drained(make: Callable[[], Iterable[int]], num_rows: int, *, batched: bool) -> list[float]:
     """Microseconds a row, of each repeat."""
     from torch.utils.data import BatchSampler
@@ -124,9 +114,7 @@ def drained(make: Callable[[], Iterable[int]], num_rows: int, *, batched: bool) 
     for _ in range(REPEATS):
         rows = make()
         taken: Iterable[Any] = BatchSampler(rows, BATCH, drop_last=False) if batched else rows  # type: ignore[arg-type]
-        begin = time.perf_counter()
-        collections.deque(taken, maxlen=0)
-        found.append((time.perf_counter() - begin) / num_rows * 1e6)
+        found.append(seconds_of(functools.partial(collections.deque, taken, maxlen=0)) / num_rows * 1e6)
     return found
 
 
@@ -177,44 +165,29 @@ def page(document: dict[str, Any]) -> str:
     ]  # fmt: skip
     start = {"stage": "imports", "seconds": 0.0, "peak_own": memory["start_own"], "held_own": memory["start_own"],
              "peak_mapped": memory["start_mapped"]}  # fmt: skip
-    lines = [
+    return markdown(
         title("rows_cost", settings["quick"]),
-        "",
         f"{settings['cpu_count']} cores shared with other work, Python {settings['python']}, torch "
         f"{settings['torch']}.",
-        "",
         f"Microseconds a row that the sampler hands out, {settings['timed_rows']:,} rows, median of {REPEATS} "
         "(least to most). The draw of the order is part of it. In batches: through torch's `BatchSampler` of "
         f"{BATCH} rows, as a dataloader does.",
-        "",
-        *table_lines(["rows", "one by one", "in batches"], rows),
-        "",
+        table(["rows", "one by one", "in batches"], rows),
         f"Memory with {num:,} rows, a shuffled dataset of {len(COLUMNS)} columns. Own memory at most "
         f"**{own / 1e9:.2f} GB**, {(own - memory['start_own']) / num:.1f} bytes a row beyond what the imports hold; "
         "with the mapped pages of the dataset and its indices that were touched (8 bytes a row and more, which the "
         "system may drop, and of which reading 1,024 rows at random by `datasets` alone touches "
         f"{memory['stages'][0]['peak_mapped'] / 1e9:.2f} GB) {total / 1e9:.2f} GB.",
-        "",
-        *stage_lines([start, *memory["stages"]]),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How large the pool is."""
-    parser.add_argument("--rows", type=int, help="rows of the pool (100 million; quick: 2 million)")
+        stage_table([start, *memory["stages"]]),
+    )
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Make the dataset, measure, delete the dataset."""
-    num_rows = bench.options.rows or (2_000_000 if bench.quick else 100_000_000)
-    if num_rows < 10 * NUM_SELECTED and not bench.quick:
-        raise SystemExit(f"`--rows` must be at least {10 * NUM_SELECTED}, got {num_rows}")
-    timed = 200_000 if bench.quick else TIMED_ROWS
+    num_rows, timed = (2_000_000, 200_000) if bench.quick else (100_000_000, TIMED_ROWS)
     with temporary_folder(bench.work) as work:
         microseconds = measure_times(work, timed)
         write_dataset(work, num_rows)
-        write_indices(work, num_rows)
         memory = in_its_own_process(measure_memory, str(work), num_rows, steady=False)
     settings = {"quick": bench.quick, "rows": num_rows, "timed_rows": timed, "cpu_count": num_cores()}
     return {"settings": {**settings, **versions("torch")}, "microseconds": microseconds, "memory": memory}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -32,17 +33,9 @@ STAGES = {
 @contextlib.contextmanager
 def stages_recorded() -> Iterator[None]:
     """Name the stages in the profiler's events."""
-    import importlib
-
     with contextlib.ExitStack() as stack:
         for path, name in STAGES.items():
-            module_name, _, attribute = path.rpartition(".")
-            try:
-                owner: Any = importlib.import_module(module_name)
-            except ModuleNotFoundError:
-                module_name, _, kind = module_name.rpartition(".")
-                owner = getattr(importlib.import_module(module_name), kind)
-            stack.enter_context(patch.object(owner, attribute, _named(getattr(owner, attribute), name)))
+            stack.enter_context(patch(path, _named(pkgutil.resolve_name(path), name)))
         yield
 
 
@@ -56,8 +49,7 @@ def _named(work: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def make_model(width: int, dtype: torch.dtype, layers: int) -> Any:
     """A Llama whose parameters outweigh what a micro-batch takes."""
-    shape = {"width": width, "inner": 2 * width, "layers": layers, "length": LENGTH, "tied": False}
-    return llama(VOCAB, **shape).to(dtype)  # type: ignore[arg-type]
+    return llama(VOCAB, width=width, inner=2 * width, layers=layers, length=LENGTH, tied=False).to(dtype)
 
 
 def rows(count: int, seed: int) -> Dataset:

@@ -32,17 +32,8 @@ def worth_in_batch(
 ) -> FloatArray:
     """Reference losses after a real step without each candidate, minus those after the step with it; > 0 helps.
 
-    Args:
-        model: in training; it and its optimizer are copied, and stay as they are.
-        optimizer: steps on the token-weighted gradient.
-        losses: the L reference losses of a model.
-        candidates: N rows.
-        batches: real batches; a candidate takes the place of the first row of each.
-        clip: threshold of the gradient's norm; None is off.
-        joins: a candidate joins the batch instead, which then has a row more.
-
-    Returns:
-        (B, L, N), by batch, loss and candidate.
+    A candidate takes the place of the first row of each batch; where it `joins` the batch, that has a row more. Model
+    and optimizer are copied, and stay as they are. (B, L, N), by batch, one of the `losses`, and candidate.
     """
 
     def gradient(rows: TokenRows) -> tuple[list[torch.Tensor], int]:

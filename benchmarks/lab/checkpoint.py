@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,9 @@ from filelock import FileLock
 from torch import nn
 
 from benchmarks.lab.corpus import Lab
-from benchmarks.lab.models import (
-    LR,
-    TOKENS_PER_BATCH,
-    Averager,
-    build_model,
-    build_optimizer,
-    task_losses,
-    train_steps,
-)
+from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, build_model, build_optimizer, task_losses, train_steps
 from benchmarks.lab.statistics import Ids
+from mates_hf.disk import written_whole
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.records import InfluenceLabels
@@ -62,7 +54,7 @@ class Point:
 
     def train(self, ids: Ids, **settings: Any) -> None:
         """Train on these pool rows at the constant learning rate."""
-        train_steps(self.model, self.optimizer, self.lab.rows, ids, batch_rows=BATCH_ROWS, lr=LR, **settings)
+        train_steps(self.model, self.optimizer, self.lab.rows, ids, batch_rows=BATCH_ROWS, **settings)
 
     def weights(self, averaged: bool) -> contextlib.AbstractContextManager[None]:
         """The averaged weights (they are used up by it) or the live ones."""
@@ -83,7 +75,7 @@ def warm_point(lab: Lab, warm: int, work: Path, seed: int, **shape: int) -> Poin
     order = np.random.default_rng([seed, 2]).permutation(len(lab.rows))
     used = warm * BATCH_ROWS
     model = build_model(lab.vocab_size, seed=seed, **shape)
-    optimizer = build_optimizer(model, lr=LR)
+    optimizer = build_optimizer(model)
     point = Point(model=model, optimizer=optimizer, average=WeightAverage(model), rest=order[used:], lab=lab)
     path = work / f"warm-{seed}-{warm}.pt"
     mean_path = path.with_suffix(".safetensors")
@@ -92,9 +84,8 @@ def warm_point(lab: Lab, warm: int, work: Path, seed: int, **shape: int) -> Poin
             averager = Averager(model, warm, WINDOW)
             point.train(order[:used], warm_up=20, on_step=averager.update)
             averager.average.save(mean_path)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-            temporary.replace(path)
+            with written_whole(path) as file:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     state = torch.load(path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

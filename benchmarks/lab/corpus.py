@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mates_hf.data.corpus import builtin_corpus
@@ -75,28 +75,16 @@ def load_lab(
 ) -> Lab:
     """Read and tokenise the corpus, once for each setting; later calls read what the first one wrote.
 
-    Args:
-        data_dir: folder of the data.
-        cache_dir: where tokenizer and token ids are kept.
-        vocab_size: of the tokenizer.
-        row_tokens: tokens in every row.
-        pieces: rows cut from one document at most; its remainder is dropped.
-        num_reference: passages drawn from the first half of the reference file.
-        num_development: passages drawn from the second half.
-        num_test: passages after those.
-        num_documents: read the first documents only; None reads all.
-        task: what the passages are of: `lambada`, `arc_easy` (questions with their right answers) or `boolq`
-            (its passages). Where there is a training split, that is the first half.
+    A document (the first `num_documents`; None is all) is cut into `pieces` rows at most, its remainder dropped.
+    Reference passages are of the first half of the task's file, development passages and, after them, test passages of
+    the second; where there is a training split, that is the first half.
     """
     with gzip.open(data_dir / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
         documents = [json.loads(line) for _, line in zip(range(num_documents or 10**9), file, strict=False)]
     first, second = _PASSAGES[task](data_dir / "eval" / task)
-    first, second = first[:num_reference], second[: num_development + num_test]
-    shared = set(find_overlap([p["text"] for p in second], [p["text"] for p in first]).tolist())
-    development = [passage for i, passage in enumerate(second[:num_development]) if i not in shared]
-    test = [passage for i, passage in enumerate(second) if i >= num_development and i not in shared]
-    known = set(find_overlap([p["text"] for p in test], [p["text"] for p in development]).tolist())
-    test = [passage for i, passage in enumerate(test) if i not in known]
+    first, drawn = first[:num_reference], second[:num_development]
+    development = _apart(drawn, first)
+    test = _apart(_apart(second[num_development : num_development + num_test], first), development)
     names = tuple(sorted({document["domain"] for document in documents}))
 
     limit = row_tokens * pieces * CHARACTERS_PER_TOKEN
@@ -133,7 +121,7 @@ def load_lab(
         test=_tasks(test, tokenizer, "test") if test else {},
         overlap={
             "documents_dropped": int(stored["dropped"]),
-            "development_passages_dropped": len(shared.intersection(range(num_development))),
+            "development_passages_dropped": len(drawn) - len(development),
         },
     )
 
@@ -144,11 +132,7 @@ Passage = dict[str, str]
 def write_built_in(folder: Path) -> Path:
     """A data folder made of text that every Python installation carries: to see that a benchmark runs, not to report.
 
-    Args:
-        folder: to write to; what is there is kept.
-
-    Returns:
-        The folder, with a corpus and passages of the language manual in the place of LAMBADA's.
+    Passages of the language manual are in the place of LAMBADA's. What is there is kept.
     """
     corpus_path, passages_path = folder / "corpus.jsonl.gz", folder / "eval" / "lambada" / "test_a.jsonl"
     if not passages_path.exists():
@@ -194,6 +178,12 @@ def _boolq(folder: Path) -> tuple[list[Passage], list[Passage]]:
 _PASSAGES = {"lambada": _lambada, "arc_easy": _arc_easy, "boolq": _boolq}
 
 
+def _apart(passages: list[Passage], others: list[Passage]) -> list[Passage]:
+    """Those that share no 13-gram with the others."""
+    shared = set(find_overlap([p["text"] for p in passages], [p["text"] for p in others]).tolist())
+    return [passage for i, passage in enumerate(passages) if i not in shared]
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -221,15 +211,9 @@ END = "<|endoftext|>"
 
 def byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE trained on texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size, min_frequency=0, special_tokens=[END], show_progress=False)
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 # --- without a data folder ---
@@ -263,6 +247,16 @@ def as_dataset(rows: TokenRows | npt.NDArray[Any]) -> Dataset:
     """Rows of one length as a pool that every collator reads."""
     ids = rows if isinstance(rows, np.ndarray) else rows.values.reshape(len(rows), -1)
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+
+def as_column(values: npt.NDArray[Any], length: int, names: Sequence[str] = ("input_ids",)) -> Dataset:
+    """Token ids, one after the other, as columns of lists of one length, as `datasets` keeps a tokenised corpus."""
+    import pyarrow as pa
+    from datasets.table import InMemoryTable
+
+    borders = pa.array(np.arange(values.size // length + 1, dtype=np.int32) * length)
+    column = pa.ListArray.from_arrays(borders, pa.array(values))
+    return Dataset(InMemoryTable(pa.table(dict.fromkeys(names, column))))
 
 
 def made_up_labels(rows: TokenRows, ids: npt.NDArray[np.int64] | None = None, noise: float = 3.0) -> InfluenceLabels:

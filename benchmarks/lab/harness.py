@@ -2,7 +2,8 @@
 
 A question is a module of `quality/`, `cost/` or `reliability/`, or a folder of its own there. The first line of its
 docstring is the question. It has `run(bench)`, which measures and returns the JSON document (None where nothing is to
-be written), and `page(document)`, which makes the Markdown page of it and of nothing else. It may have
+be written), and `page(document)`, which makes the Markdown page of it and of nothing else, unless the document is a
+list of figures. It may have
 
 - `add_options(parser)`: options of its own; `variant(options)`: what is added to the name of its results;
 - `differences(document)`: what is wrong with a document that its page does not show;
@@ -28,6 +29,8 @@ from typing import Any
 
 from benchmarks.lab import machine
 from benchmarks.lab.statistics import rounded
+from benchmarks.lab.tables import figures_page
+from mates_hf.disk import written_whole
 
 Document = dict[str, Any]
 FOLDER = Path(__file__).resolve().parents[1]
@@ -62,18 +65,7 @@ def questions() -> dict[str, Question]:
 
 
 class Bench:
-    """A benchmark that has begun.
-
-    Args:
-        name: of the question.
-        module: its code.
-        options: of the command line.
-
-    Attributes:
-        options: as given.
-        left: units that are not done yet.
-        wrong: whether something is not as it must be.
-    """
+    """A benchmark that has begun: the options it was given, units that are `left`, whether something is `wrong`."""
 
     def __init__(self, name: str, module: Any, options: argparse.Namespace) -> None:
         self.module, self.options = module, options
@@ -126,23 +118,19 @@ class Bench:
         text = as_json(document, getattr(self.module, "DIGITS", 9))
         found = json.loads(text)
         if aloud:
-            say(self.module.page(found))
+            say(page_of(self.module, found))
         out = self.options.out or (None if self.quick else RESULTS)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{self.name}_{machine.tag()}_{time.strftime('%Y-%m')}.json"
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with written_whole(path) as file:
+                file.write(text.encode("utf-8"))
             write_page(self.module, path)
 
 
 def say(text: str) -> None:
     """One line to standard output, at once."""
     print(text, flush=True)
-
-
-# --- results ---
 
 
 def read(path: Path) -> Document:
@@ -172,10 +160,17 @@ def as_json(document: Document, digits: int) -> str:
     return "{" + ",\n".join(f"{dumped(name)}:{part}" for name, part in parts.items()) + "}\n"
 
 
+def page_of(module: Any, document: Document) -> str:
+    """The page that a question makes; without one of its own, that of a list of figures."""
+    if hasattr(module, "page"):
+        return str(module.page(document))
+    return figures_page(module.__name__.rpartition(".")[2], document)
+
+
 def write_page(module: Any, path: Path) -> None:
     """The page of a JSON file, and its plot."""
     document = read(path)
-    path.with_suffix(".md").write_text(module.page(document), encoding="utf-8")
+    path.with_suffix(".md").write_text(page_of(module, document), encoding="utf-8")
     if hasattr(module, "plot"):
         module.plot(document, path.with_suffix(".svg"))
 
@@ -192,7 +187,7 @@ def check(path: Path, module: Any) -> Iterator[str]:
     page = path.with_suffix(".md")
     if hasattr(module, "differences"):
         yield from module.differences(document)
-    if not page.exists() or module.page(document) != page.read_text(encoding="utf-8"):
+    if not page.exists() or page_of(module, document) != page.read_text(encoding="utf-8"):
         yield f"{page.name} does not follow from {path.name}"
 
 
@@ -213,15 +208,9 @@ def check_all(out: Path, name: str | None) -> int:
     return int(bool(wrong or not num))
 
 
-# --- the command line ---
-
-
 def listed() -> str:
     """All questions, room by room."""
-    lines = ["questions:"]
-    for question in questions().values():
-        lines.append(f"  {question.name:18} {question.asks}")
-    return "\n".join(lines)
+    return "\n".join(["questions:", *(f"  {found.name:18} {found.asks}" for found in questions().values())])
 
 
 def common_parser(prog: str, about: str, epilog: str | None = None) -> argparse.ArgumentParser:

@@ -70,7 +70,11 @@ def versions(*packages: str) -> dict[str, str]:
     return {**{name: importlib.metadata.version(name) for name in packages}, "python": platform.python_version()}
 
 
-# --- timing ---
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
 
 
 def alternate(arms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -78,18 +82,13 @@ def alternate(arms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(repeats):
         for name in list(arms)[:: -1 if turn % 2 else 1]:
-            begin = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(seconds_of(arms[name]))
     return seconds
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Median over turns of a / b."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
-
-
-# --- processes ---
 
 
 @contextmanager
@@ -121,17 +120,10 @@ def as_launched(rank: int, size: int, port: str) -> dict[str, str]:
 def in_processes(
     work: Callable[..., Any], *arguments: Any, size: int = 1, threads: int = 1, steady: bool = True
 ) -> list[Any]:
-    """Call a function of a module in fresh processes that know each other.
+    """Call a function of a module in `size` fresh processes that know each other; results by rank.
 
-    Args:
-        work: the function; its arguments and result must be plain JSON values.
-        *arguments: of each call.
-        size: how many processes there are.
-        threads: of each of them.
-        steady: whether they have `STEADY_MEMORY`; what measures own memory must not.
-
-    Returns:
-        The result of each process, by rank.
+    Arguments and result must be plain JSON values. `steady` is whether the processes have `STEADY_MEMORY`; what
+    measures own memory must not.
     """
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if steady or name not in STEADY_MEMORY}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab.tables import table_lines
+from benchmarks.lab.tables import table
 
 MIB = 2**20
 
@@ -56,20 +56,15 @@ class Meter:
         print(f"{name}: {seconds:.1f} s, {peak[0] / MIB:.0f} MiB own at most, {held / MIB:.0f} held", file=sys.stderr)
 
 
-def stage_lines(stages: Sequence[dict[str, Any]]) -> list[str]:
+def stage_table(stages: Sequence[dict[str, Any]]) -> str:
     """A table of what a `Meter` found."""
     heads = ["stage", "seconds", "own memory at most, MB", "held after, MB", "mapped file pages at most, MB"]
     sizes = ("peak_own", "held_own", "peak_mapped")
-    return table_lines(
-        heads,
-        [
-            [stage["stage"], f"{stage['seconds']:.2f}", *(f"{stage[name] / 1e6:,.0f}" for name in sizes)]
-            for stage in stages
-        ],
-    )
-
-
-# --- tensors ---
+    rows = [
+        [stage["stage"], f"{stage['seconds']:.2f}", *(f"{stage[name] / 1e6:,.0f}" for name in sizes)]
+        for stage in stages
+    ]
+    return table(heads, rows)
 
 
 def levels(work: Callable[[], Any]) -> tuple[int, int]:

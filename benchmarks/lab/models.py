@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from benchmarks.lab.corpus import PASSAGE_TOKENS, VOCAB
+from benchmarks.lab.statistics import FloatArray
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
-from mates_hf.influence.difference import choose_epsilon
+from mates_hf.influence.difference import choose_epsilon, row_means
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.probe_directional import DirectionalProbe
 
@@ -50,16 +51,8 @@ def llama(
 ) -> LlamaForCausalLM:
     """A Llama with fresh weights; 1.3 M parameters as it stands.
 
-    Args:
-        vocab_size: tokens of the vocabulary.
-        width: size of a hidden state.
-        layers: number of blocks.
-        heads: attention heads of a block.
-        inner: size inside of a block; None is 43/16 of the width.
-        length: longest row.
-        tied: whether embedding and head are one matrix.
-        seed: decides the weights.
-        **changes: other settings of `LlamaConfig`.
+    A block is `inner` wide inside; None is 43/16 of the width. `tied` is whether embedding and head are one matrix,
+    `changes` are other settings of `LlamaConfig`.
     """
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, **changes}
@@ -88,17 +81,9 @@ def trainer_of(
     tokenizer: Any = None,
     **changes: Any,
 ) -> Trainer:
-    """A Trainer of a quiet run at a constant rate, without checkpoints, on the CPU.
+    """A Trainer of a quiet run on the CPU: `steps` of `batch` rows at a constant rate, without checkpoints.
 
-    Args:
-        model: to train.
-        rows: the dataset.
-        folder: of the run.
-        steps: optimizer steps.
-        batch: rows of a step.
-        callbacks: of the run.
-        tokenizer: of the run, where it has one.
-        **changes: other `TrainingArguments`.
+    `changes` are other `TrainingArguments`.
     """
     settings: dict[str, Any] = {
         "learning_rate": LR, "lr_scheduler_type": "constant", "logging_strategy": "no", "save_strategy": "no",
@@ -126,18 +111,14 @@ def train_on(
     max_grad_norm: float | None = None,
 ) -> None:
     """Train in place on batches of random rows."""
-    order = np.random.default_rng(seed).integers(len(pool), size=(num_steps, batch))
-    for rows in order:
-        mean_loss_gradient(model, pool.take(rows))
-        if max_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
+    order = np.random.default_rng(seed).integers(len(pool), size=num_steps * batch)
+    train_steps(model, optimizer, pool, order, batch_rows=batch, max_grad_norm=max_grad_norm)
 
 
 def trained(pool: TokenRows, num_steps: int, model: Any = None, batch: int = 8) -> tuple[Any, torch.optim.Optimizer]:
     """A model, and AdamW after a few steps on the rows, so that its state is a real one."""
     model = llama() if model is None else model
-    optimizer = build_optimizer(model, lr=LR)
+    optimizer = build_optimizer(model)
     train_on(model, optimizer, pool, num_steps, batch=batch)
     return model, optimizer
 
@@ -158,9 +139,9 @@ def probe_parts(model: Any, optimizer: Any, reference: ReferenceTask, rows: Toke
 
 
 def build_model(
-    vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0, family: str = "gpt_neox"
+    vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0, family: str = "gpt_neox", tied: bool = True
 ) -> PreTrainedModel:
-    """A GPT-NeoX (Pythia's architecture), or a Llama, with fresh weights, embedding and head tied, without dropout."""
+    """A GPT-NeoX (Pythia's architecture), or a Llama, with fresh weights, without dropout."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family,
@@ -170,13 +151,13 @@ def build_model(
         num_attention_heads=4,
         intermediate_size=4 * width,
         max_position_embeddings=2 * PASSAGE_TOKENS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         use_cache=False,
     )
     return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
 
 
-def build_optimizer(model: nn.Module, *, lr: float, beta2: float = 0.95) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, *, lr: float = LR, beta2: float = 0.95) -> torch.optim.AdamW:
     """AdamW with the paper's momentum and weight decay."""
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, beta2), weight_decay=0.1)
 
@@ -188,27 +169,19 @@ def train_steps(
     order: npt.NDArray[np.int64],
     *,
     batch_rows: int,
-    lr: float,
     max_grad_norm: float | None = 1.0,
     warm_up: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train on `order`, `batch_rows` rows a step: token-weighted loss, clipping, constant rate after a linear warm-up.
 
-    Args:
-        model: trained in place, in the mode it is in.
-        optimizer: stepped in place.
-        rows: the pool.
-        order: pool rows in training order; a remainder below one batch is not trained on.
-        batch_rows: rows in one step.
-        lr: learning rate.
-        max_grad_norm: clipping threshold; None is off.
-        warm_up: steps over which the rate rises from 0.
-        on_step: called after each step with the number of steps taken.
+    The model is trained in place, in the mode and at the rates that it and the optimizer have; a remainder below one
+    batch is not trained on. `max_grad_norm` None is off. `on_step` is called with the number of steps taken.
     """
+    rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(len(order) // batch_rows):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / max(1, warm_up))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, (step + 1) / max(1, warm_up))
         batch = rows.take(order[step * batch_rows : (step + 1) * batch_rows])
         mean_loss_gradient(model, batch, tokens_per_batch=TOKENS_PER_BATCH)
         if max_grad_norm:
@@ -217,6 +190,11 @@ def train_steps(
         optimizer.zero_grad()
         if on_step is not None:
             on_step(step + 1)
+
+
+def row_losses(model: nn.Module, rows: TokenRows) -> FloatArray:
+    """(N,) mean loss of each row, nats/token."""
+    return row_means(rows, token_losses(model, rows, tokens_per_batch=TOKENS_PER_BATCH))
 
 
 class Averager:

@@ -42,7 +42,7 @@ STYLE = {
 
 
 @contextmanager
-def panels(path: Path, num: int, width: float = 4.2, height: float = 3.6) -> Iterator[Any]:
+def panels(path: Path, num: int) -> Iterator[Any]:
     """A row of axes that is written to `path` at the end, the same bytes for the same drawing."""
     import matplotlib
 
@@ -50,19 +50,18 @@ def panels(path: Path, num: int, width: float = 4.2, height: float = 3.6) -> Ite
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, num, figsize=(width * num, height), squeeze=False)
+        figure, axes = plt.subplots(1, num, figsize=(4.2 * num, 3.6), squeeze=False)
         yield axes[0]
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
 
-def curve(axis: Any, method: str, x: Any, mean: Any, half: Any = None) -> None:
+def curve(axis: Any, method: str, x: Any, mean: Any, half: Any) -> None:
     """A line of a method, with its interval as a band."""
     colour, ours = COLOURS[method], method.startswith("ours")
     dashes = "--" if method.endswith("tuned") else "-"
     axis.plot(x, mean, dashes, color=colour, label=method, linewidth=2 if ours else 1.2, zorder=3 if ours else 2)
-    if half is not None:
-        axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
 
 
 def legend(axes: Any) -> None:

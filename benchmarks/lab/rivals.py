@@ -66,11 +66,8 @@ def states_of(encoder: FoldingEncoder, texts: Sequence[str]) -> npt.NDArray[Any]
 def dsir(raw: Sequence[str], target: Sequence[str], *, smoothing: float = 0.0, mean: bool = False) -> TextScorer:
     """Log importance weights of hashed word n-grams (`data-selection`), target texts against raw ones.
 
-    Args:
-        raw: texts of the pool.
-        target: texts to be like.
-        smoothing: count that every bucket of the target is given beforehand.
-        mean: whether a text is worth the mean over its n-grams instead of their sum.
+    `smoothing` is the count that every bucket of the target is given beforehand; with `mean` a text is worth the mean
+    over its n-grams instead of their sum.
     """
     from data_selection import HashedNgramDSIR
 
@@ -135,13 +132,8 @@ def encoder_model(tokenizer: Any, seed: int, **settings: Any) -> EncoderInfluenc
 
 
 def mean_direction(states: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(D,) mean of (N, D) states of unit length; nan rows are left out."""
-    return np.asarray(np.nanmean(states / np.linalg.norm(states, axis=1, keepdims=True), axis=0))
-
-
-def cosines(states: npt.NDArray[Any], direction: npt.NDArray[Any]) -> Values:
-    """(N,) cosines of (N, D) states with a direction; 0 where there is no state."""
-    return np.nan_to_num(states @ direction / np.linalg.norm(states, axis=1) / np.linalg.norm(direction))
+    """(1, D) mean of (N, D) states of unit length; nan rows are left out."""
+    return np.asarray(np.nanmean(states / np.linalg.norm(states, axis=1, keepdims=True), axis=0, keepdims=True))
 
 
 def nearest(states: npt.NDArray[Any], others: npt.NDArray[Any]) -> Values:

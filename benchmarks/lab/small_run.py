@@ -87,18 +87,9 @@ def run(
     prepare: Callable[[Trainer], None] = lambda trainer: None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train the small model and watch it.
+    """Train the small model, from the checkpoint `resume` where it is given, and watch it; what it left.
 
-    Args:
-        output_dir: of the run.
-        callback: of the run.
-        resume: checkpoint to go on from.
-        dropout: of attention.
-        prepare: is given the Trainer before it trains.
-        **arguments: of `TrainingArguments`.
-
-    Returns:
-        What it left: `weights`, `optimizer`, `losses`, `rows` and `streams`.
+    `prepare` is given the Trainer before it trains.
     """
     leave_modules_to_themselves()
     settings: dict[str, Any] = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas
 
 FloatArray = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -22,9 +23,8 @@ def spearman(label: npt.ArrayLike, truth: npt.ArrayLike, seed: int = 0) -> dict[
 
 def without_group_means(values: npt.ArrayLike, group: npt.NDArray[np.int64]) -> FloatArray:
     """(N,) values minus the mean of their group: what is left to rank within groups."""
-    values = np.asarray(values, np.float64)
-    counts = np.bincount(group)
-    return values - (np.bincount(group, weights=values) / np.maximum(counts, 1))[group]
+    series = pandas.Series(np.asarray(values, np.float64))
+    return np.asarray(series - series.groupby(group).transform("mean"))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -35,6 +35,15 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return float(np.mean(values)), float("nan")
     width = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values)), float(width)
+
+
+def steps_to_reach(curve: Sequence[Mapping[str, float]], key: str, loss: float) -> float | None:
+    """Steps at which a curve first gets to a loss, interpolated; None where it does not."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if after[key] <= loss:
+            share = (before[key] - loss) / max(before[key] - after[key], 1e-12)
+            return before["step"] + min(max(share, 0.0), 1.0) * (after["step"] - before["step"])
+    return None
 
 
 def rounded(value: Any, digits: int = 5) -> Any:

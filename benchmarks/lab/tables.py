@@ -9,14 +9,14 @@ from typing import Any
 from benchmarks.lab.statistics import mean_interval
 
 
-def table_lines(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(map(str, row))} |" for row in (heads, ["---"] * len(heads), *rows)]
-
-
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table that ends with a line break."""
-    return "\n".join(table_lines(heads, rows)) + "\n"
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def markdown(*blocks: str) -> str:
+    """A page of these blocks with an empty line between two; empty ones are left out."""
+    return "\n\n".join(block.rstrip("\n") for block in blocks if block) + "\n"
 
 
 def title(name: str, quick: bool = False) -> str:
@@ -64,14 +64,14 @@ def figure(
 
 def figures_page(name: str, document: Mapping[str, Any]) -> str:
     """The page of a benchmark whose result is a list of figures."""
-    rows = [
-        [
-            line["what"],
-            f"{line['value']:.4g} {line['unit']}",
-            target(line["least"], line["most"]),
-            verdict(line["met"]),
-        ]
-        for line in document["figures"]
-    ]
-    head = [title(name, document["quick"]), named(document["hardware"]), f"Settings: {named(document['settings'])}"]
-    return "\n\n".join([*head, table(["what", "measured", "target", "met"], rows)])
+    rows = []
+    for line in document["figures"]:
+        goal, met = target(line["least"], line["most"]), verdict(line["met"])
+        rows.append([line["what"], f"{line['value']:.4g} {line['unit']}", goal, met])
+    return settings_page(name, document, table(["what", "measured", "target", "met"], rows))
+
+
+def settings_page(name: str, document: Mapping[str, Any], *blocks: str) -> str:
+    """A page that begins with the hardware and the settings."""
+    about = f"Settings: {named(document['settings'])}"
+    return markdown(title(name, document["quick"]), named(document["hardware"]), about, *blocks)

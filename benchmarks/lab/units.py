@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.statistics import rounded
+from mates_hf.disk import write_json
 
 Result = dict[str, Any]
 
@@ -26,9 +27,7 @@ Result = dict[str, Any]
 def keep(path: Path, result: Result) -> None:
     """Write the result of a unit, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result), encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, result)
 
 
 def unit_path(work: Path, name: str) -> Path:
@@ -50,11 +49,8 @@ def plain(value: Any) -> Any:
 def take_over(work: Path, results: Mapping[str, Result], wanted: Mapping[str, Result]) -> None:
     """Keep units of an earlier JSON that are not there yet and were made as they would be made now.
 
-    Args:
-        work: folder of this run.
-        results: by name, each with the `settings` it was made with. A setting that it does not know is new since
-            then, and is the same if it has the default value, which the caller leaves out.
-        wanted: settings by name, of all units there are.
+    A result has the `settings` it was made with; `wanted` has those of all units there are. A setting that a result
+    does not know is new since then, and is the same if it has the default value, which the caller leaves out.
     """
     num = 0
     for name, result in results.items():
@@ -102,37 +98,21 @@ def kept(work: Callable[..., Result], name: str, path: Path, call: tuple[Any, ..
 
 
 def run_units(
-    bench: Bench,
-    work: Callable[..., Result],
-    calls: Mapping[str, tuple[Any, ...]],
-    *,
-    cost: Mapping[str, float] | None = None,
-    workers: int | None = None,
+    bench: Bench, work: Callable[..., Result], calls: Mapping[str, tuple[Any, ...]], workers: int | None = None
 ) -> dict[str, Result]:
-    """Run the units that are not kept yet, and say how far it is.
+    """Run the units that are not kept yet, and say how far it is; results of those that are done, by name.
 
-    Args:
-        bench: says where they are kept, in how many processes they run, and until when one may begin; it is told how
-            many are left.
-        work: does one unit; its result as JSON values.
-        calls: its arguments, by name, in the order of worth.
-        cost: what each takes relative to the others; None takes all for the same.
-        workers: how many run side by side; None is what the command line says.
-
-    Returns:
-        Results of those that are done, by name.
+    `bench` says where they are kept, until when one may begin, and how many run side by side where `workers` is None;
+    it is told how many are left. `work` does one unit; `calls` has its arguments by name, in the order of worth.
     """
     paths = {name: unit_path(bench.work, name) for name in calls}
-    todo = [name for name, path in paths.items() if not path.exists()]
+    todo = [(work, name, path, calls[name]) for name, path in paths.items() if not path.exists()]
     say(f"{len(todo)} units to do")
-    weight = {name: 1.0 if cost is None else cost[name] for name in todo}
-    started, done = time.perf_counter(), 0.0
-    arguments = ((work, name, paths[name], calls[name]) for name in todo)
-    for number, (name, seconds) in enumerate(
-        side_by_side(kept, arguments, workers or bench.options.workers, bench.deadline), 1
-    ):
-        done += weight.pop(name)
-        left = (time.perf_counter() - started) * sum(weight.values()) / done
+    started = time.perf_counter()
+    done = side_by_side(kept, todo, workers or bench.options.workers, bench.deadline)
+    for number, (name, seconds) in enumerate(done, 1):
+        left = (time.perf_counter() - started) * (len(todo) - number) / number
         say(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s, about {left / 60:.0f} min left")
-    bench.left = len(weight)
-    return read_units(bench.work, calls)
+    results = read_units(bench.work, calls)
+    bench.left = len(calls) - len(results)
+    return results

@@ -21,7 +21,8 @@ import numpy as np
 
 from benchmarks.lab import harness
 from benchmarks.lab.plots import COLOURS
-from benchmarks.lab.tables import table_lines
+from benchmarks.lab.statistics import mean_interval, steps_to_reach
+from benchmarks.lab.tables import markdown, table
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "gain_against_cost.svg"
 
@@ -72,12 +73,8 @@ LEGEND_COLUMNS, LEGEND_ROW = 3, 19
 def random_steps(unit: Unit, random: Unit, steps: int) -> float:
     """Steps after which random data has a unit's final loss on all tokens; all it made where it never gets there."""
     loss = next(entry["all"] for entry in unit["curve"] if entry["step"] == steps)
-    curve = random["curve"]
-    for before, after in zip(curve, curve[1:], strict=False):
-        if after["all"] <= loss:
-            share = (before["all"] - loss) / max(before["all"] - after["all"], 1e-12)
-            return float(before["step"] + min(max(share, 0.0), 1.0) * (after["step"] - before["step"]))
-    return float(curve[-1]["step"])
+    reached = steps_to_reach(random["curve"], "all", loss)
+    return float(random["curve"][-1]["step"] if reached is None else reached)
 
 
 def flops_share(unit: Unit) -> float:
@@ -97,8 +94,6 @@ class Point(NamedTuple):
 
 def points_of(document: dict[str, Any], task: str, filtered: bool) -> dict[str, Point]:
     """Every method of a setting that was paired with random data, by the arm's name."""
-    from scipy.stats import t
-
     steps = document["settings"]["sizes"]["steps"]
     units = {(u["arm"], u["seed"]): u for u in document["units"] if (u["task"], u["filtered"]) == (task, filtered)}
     found = {}
@@ -107,8 +102,8 @@ def points_of(document: dict[str, Any], task: str, filtered: bool) -> dict[str, 
         if len(seeds) < 2:
             continue
         logs = np.log([random_steps(units[arm, seed], units["random", seed], steps) / steps for seed in seeds])
-        half = t.ppf(0.975, len(logs) - 1) * np.std(logs, ddof=1) / math.sqrt(len(logs))
-        low, middle, high = (math.exp(np.mean(logs) + sign * half) for sign in (-1, 0, 1))
+        mean, half = mean_interval(logs)
+        low, middle, high = (math.exp(mean + sign * half) for sign in (-1, 0, 1))
         cost = float(np.mean([flops_share(units[arm, seed]) for seed in seeds]))
         found[arm] = Point(cost, middle, low, high, len(seeds))
     return found
@@ -213,15 +208,15 @@ def run(bench: harness.Bench) -> harness.Document:
 
 def page(document: harness.Document) -> str:
     """A table for each setting."""
-    lines = ["# gain_against_cost", "", "Points of `docs/gain_against_cost.svg`, from the page of `selection`.", ""]
+    blocks = ["# gain_against_cost", "Points of `docs/gain_against_cost.svg`, from the page of `selection`."]
     for (_, _, title), points in zip(PANELS, document["settings"], strict=True):
         rows = [
             [STYLES[arm].label, seeds, f"{gain:.2f} [{low:.2f}, {high:.2f}]", f"{cost:.2f}", f"{gain / cost:.2f}"]
             for arm, (cost, gain, low, high, seeds) in points.items()
         ]
         head = ["method", "seeds", "tokens random needs", "FLOPs, choosing included", "gain in FLOPs"]
-        lines += [f"## {title}", "", *table_lines(head, rows), ""]
-    return "\n".join([*lines, NOTE]) + "\n"
+        blocks += [f"## {title}", table(head, rows)]
+    return markdown(*blocks, NOTE)
 
 
 def differences(document: harness.Document) -> Iterator[str]:

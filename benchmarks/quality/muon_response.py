@@ -10,7 +10,6 @@ are rank correlations; they hold for the learning rates stated.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +23,7 @@ from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.corpus import VOCAB, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.models import llama, train_on
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.combined_optimizer import CombinedOptimizer
@@ -33,7 +32,6 @@ from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 
-page = functools.partial(figures_page, "muon_response")
 LENGTH, BATCH = 32, 16
 MUON_LR, ADAM_LR = 0.02, 1e-3
 RATES = {"both at the training rates": (MUON_LR, ADAM_LR), "Muon alone, a quarter of its rate": (MUON_LR / 4, 0.0)}
@@ -103,8 +101,6 @@ def run(bench: Bench) -> dict[str, Any]:
                     labels[response] = DirectionalProbe().measure(model, optimizer, task, candidates).influence
             for label, values in labels.items():
                 found[name].setdefault(label, []).append(float(spearmanr(values, truth).statistic))
-        for group, rate in zip(optimizer.param_groups, (MUON_LR, ADAM_LR), strict=True):
-            group["lr"] = rate
     figures = [
         figure(f"{name}: {label}, mean over seeds (lowest {min(values):.3f})", float(np.mean(values)), "Spearman")
         for name, by_label in found.items()

@@ -12,7 +12,6 @@ of a one-step label; a path label is meant for many, so its agreement is lower b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +24,11 @@ from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.corpus import VOCAB, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.models import llama, train_on
-from benchmarks.lab.tables import figure, figures_page
+from benchmarks.lab.tables import figure
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.data.rows import TokenRows
 from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 
-page = functools.partial(figures_page, "path_optimizers")
 LENGTH, BATCH, ROUND = 32, 128, 100
 
 
@@ -52,19 +49,6 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 
 
-def train(name: str, pool: TokenRows, seed: int, num_steps: int) -> tuple[Any, torch.optim.Optimizer]:
-    """A small Llama after some steps on batches of 128 random rows."""
-    model = llama(VOCAB, width=64, inner=128, layers=2, length=LENGTH, seed=seed)
-    optimizer = OPTIMIZERS[name](list(model.parameters()))
-    train_on(model, optimizer, pool, num_steps, batch=BATCH, seed=seed, max_grad_norm=1.0)
-    return model, optimizer
-
-
-def reference_losses(model: Any, rows: TokenRows) -> list[float]:
-    """What the truth is read from."""
-    return [mean_loss(model, rows)]
-
-
 def run(bench: Bench) -> dict[str, Any]:
     """Measure."""
     torch.set_num_threads(bench.options.threads)
@@ -73,13 +57,18 @@ def run(bench: Bench) -> dict[str, Any]:
     reference = passages.take(np.arange(min(len(passages), 256)))
     task = ReferenceTask(name="held-out text", rows=reference)
     raw: dict[str, list[dict[str, Any]]] = {}
-    for name in OPTIMIZERS:
+
+    def losses(model: Any) -> list[float]:
+        return [mean_loss(model, reference)]
+
+    for name, make in OPTIMIZERS.items():
         for seed in range(seeds):
-            model, optimizer = train(name, pool, seed, num_steps)
+            model = llama(VOCAB, width=64, inner=128, layers=2, length=LENGTH, seed=seed)
+            optimizer = make(list(model.parameters()))
+            train_on(model, optimizer, pool, num_steps, batch=BATCH, seed=seed, max_grad_norm=1.0)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
             candidates = pool.take(np.random.default_rng(1000 + seed).choice(len(pool), num_candidates, replace=False))
             others = pool.take(np.random.default_rng(99).integers(len(pool), size=BATCH - 1))
-            losses = functools.partial(reference_losses, rows=reference)
             truth = worth_in_batch(model, optimizer, losses, candidates, [others], clip=1.0, joins=True)[0, 0]
             one = DirectionalProbe().measure(model, optimizer, task, candidates)
             for label, share in (("full rate", 1.0), ("a fiftieth of the rate", 0.02)):
@@ -87,10 +76,10 @@ def run(bench: Bench) -> dict[str, Any]:
                     group["initial_lr"], group["lr"] = rate, rate * share
                 probe = DirectionalProbe(path_steps=32, batch_rows=BATCH, max_grad_norm=1.0, rate_steps=ROUND)
                 path = probe.measure(model, optimizer, task, candidates)
-                starts, losses = np.array(path.info["path_start_losses"]), np.array(path.info["path_losses"])
+                changes = np.array(path.info["path_losses"]) - np.array(path.info["path_start_losses"])
                 raw.setdefault(f"{name}, {label}", []).append(
                     {
-                        "changes": [round(float(change), 4) for change in losses - starts],
+                        "changes": [round(float(change), 4) for change in changes],
                         "points": path.info["path_points"],
                         "stopped": path.info["path_stopped"],
                         "stride": path.info["path_stride"],
@@ -100,23 +89,18 @@ def run(bench: Bench) -> dict[str, Any]:
                         "path_with_one_step": float(spearmanr(path.influence, one.influence).statistic),
                     }
                 )
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
     figures = []
     for name, runs in raw.items():
+        highest, fewest = max(max(found["changes"]) for found in runs), min(found["points"] for found in runs)
+        late = float(np.mean([np.mean(found["changes"][-max(1, len(found["changes"]) // 4) :]) for found in runs]))
         figures += [
-            figure(
-                f"{name}: highest change along the path", max(max(r["changes"]) for r in runs), "nats/token", most=0.1
-            ),
-            figure(f"{name}: change at the last quarter of the points", _late(runs), "nats/token", most=0.0),
-            figure(f"{name}: points used, fewest", float(min(r["points"] for r in runs)), "points"),
+            figure(f"{name}: highest change along the path", highest, "nats/token", most=0.1),
+            figure(f"{name}: change at the last quarter of the points", late, "nats/token", most=0.0),
+            figure(f"{name}: points used, fewest", float(fewest), "points"),
         ]
-        figures += [
-            figure(
-                f"{name}: Spearman of {what.replace('_', ' ')}", float(np.mean([r[what] for r in runs])), "Spearman"
-            )
-            for what in ("path_with_truth", "one_step_with_truth", "path_with_one_step")
-        ]
+        for what in ("path_with_truth", "one_step_with_truth", "path_with_one_step"):
+            mean = float(np.mean([found[what] for found in runs]))
+            figures.append(figure(f"{name}: Spearman of {what.replace('_', ' ')}", mean, "Spearman"))
     settings = {
         "batch": BATCH,
         "tokens a row": LENGTH,
@@ -127,8 +111,3 @@ def run(bench: Bench) -> dict[str, Any]:
         "seeds": seeds,
     }
     return bench.figures(settings, figures, raw)
-
-
-def _late(runs: list[dict[str, Any]]) -> float:
-    """Mean change of the last quarter of the points, over seeds."""
-    return float(np.mean([np.mean(run["changes"][-max(1, len(run["changes"]) // 4) :]) for run in runs]))

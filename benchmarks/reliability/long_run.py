@@ -12,7 +12,6 @@ comes with a standard error from blocks of rounds, and needs hundreds of them to
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from pathlib import Path
@@ -23,8 +22,9 @@ import numpy as np
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import in_processes, num_cores, temporary_folder, versions
 from benchmarks.lab.memory import status
-from benchmarks.lab.tables import table_lines, title
+from benchmarks.lab.tables import markdown, table, title
 
+SIZE = 2  # processes
 UPDATE_STEPS, BATCH_ROWS, NUM_PROBES, KEEP_ROUNDS = 2, 4, 24, 3
 LENGTH, VOCABULARY = 12, 64
 WARM_UP = 0.2
@@ -38,16 +38,14 @@ FIGURES = (
 def look(rounds_dir: Path) -> dict[str, float]:
     """What the process and the round folders hold now."""
     own, mapped = status("RssAnon", "RssFile")
-    threads = len(os.listdir("/proc/self/task"))
-    files = [path for path in rounds_dir.rglob("*") if path.is_file()]
     return {
         "own_memory": own,
         "mapped_pages": mapped,
-        "threads": threads,
+        "threads": len(os.listdir("/proc/self/task")),
         "file_handles": len(os.listdir("/proc/self/fd")),
         "mapped_round_files": sum("/round-" in line for line in Path("/proc/self/maps").read_text().splitlines()),
         "round_folders": len(list(rounds_dir.glob("round-*"))),
-        "rounds_bytes": sum(path.stat().st_size for path in files),
+        "rounds_bytes": sum(path.stat().st_size for path in rounds_dir.rglob("*") if path.is_file()),
         "seconds": time.perf_counter(),
     }
 
@@ -57,7 +55,7 @@ def save_steps(num_rounds: int) -> int:
     return max(UPDATE_STEPS, num_rounds * UPDATE_STEPS // 20)
 
 
-def train(num_rounds: int, folder: str, selecting: bool, processes: int) -> list[dict[str, float]]:
+def train(num_rounds: int, folder: str, selecting: bool) -> list[dict[str, float]]:
     """Train and look after every round; without selection, after as many steps. One of the processes of a run."""
     import torch
     from datasets import Dataset
@@ -91,7 +89,7 @@ def train(num_rounds: int, folder: str, selecting: bool, processes: int) -> list
 
     callbacks = [MatesCallback(reference, config)] if selecting else []
     trainer = trainer_of(
-        model, pool, output_dir, (num_rounds + 1) * UPDATE_STEPS, BATCH_ROWS // processes, [*callbacks, Look()],
+        model, pool, output_dir, (num_rounds + 1) * UPDATE_STEPS, BATCH_ROWS // SIZE, [*callbacks, Look()],
         learning_rate=3e-4, lr_scheduler_type="linear", save_strategy="steps", save_steps=save_steps(num_rounds),
         save_total_limit=2,
     )  # fmt: skip
@@ -108,76 +106,58 @@ def slope(values: np.ndarray, num_warm_up: int) -> tuple[float, float]:
     return whole, float(np.std(parts, ddof=1) / np.sqrt(len(parts)))
 
 
-def arms_of(document: dict[str, Any]) -> dict[str, list[dict[str, list[float]]]]:
-    """What each process of each run saw; documents of one process had no list of them."""
-    return document.get("processes") or {arm: [document[arm]] for arm in ("selecting", "plain")}
-
-
 def page(document: dict[str, Any]) -> str:
     """The Markdown page."""
-    settings, arms = document["settings"], arms_of(document)
+    settings, arms = document["settings"], document["processes"]
     num_warm_up = int(WARM_UP * settings["rounds"])
-    names = [name for name in FIGURES if name in arms["selecting"][0]]
-    ours = [{name: np.array(columns[name]) for name in names} for columns in arms["selecting"]]
+    ours = [{name: np.array(columns[name]) for name in FIGURES} for columns in arms["selecting"]]
     seconds = np.diff(arms["selecting"][0]["seconds"])
     packages = ", ".join(f"{name} {settings[name]}" for name in ("python", "torch", "transformers"))
-    lines = [
-        title("long_run", settings["quick"]),
-        "",
+    about = (
         f"{settings['rounds']:,} rounds of {UPDATE_STEPS} steps of {BATCH_ROWS} rows in {len(ours)} "
         f"process{'es (gloo)' if len(ours) > 1 else ''}, {NUM_PROBES} probes, `keep_rounds={KEEP_ROUNDS}`, a Llama of "
-        f"width 32; {settings['cpu_count']} cores, {packages}.",
-        "",
-    ]
+        f"width 32; {settings['cpu_count']} cores, {packages}."
+    )
     looks = sorted({0, num_warm_up, *(np.linspace(num_warm_up, settings["rounds"] - 1, 5).astype(int).tolist())})
-    lines += table_lines(
-        ["process", "after round", *(name.replace("_", " ") for name in names)],
-        [
-            [rank, i + 1, *(
-                f"{columns[name][i] / MIB:.1f} MB" if name in IN_BYTES else columns[name][i] for name in names
-            )]
-            for rank, columns in enumerate(ours)
-            for i in looks
-        ],
-    )  # fmt: skip
+    seen = []
+    for rank, columns in enumerate(ours):
+        for i in looks:
+            cells = [f"{columns[name][i] / MIB:.1f} MB" if name in IN_BYTES else columns[name][i] for name in FIGURES]
+            seen.append([rank, i + 1, *cells])
     rows = []
     for arm, name in (("selecting", "with the callback"), ("plain", "the same steps without it")):
         for rank, columns in enumerate(arms[arm]):
             grown, error = slope(np.array(columns["own_memory"]), num_warm_up)
             rows.append([name, rank, f"{grown / KIB:.2f}", f"{error / KIB:.2f}"])
-    lines += ["", *table_lines(["own memory after the warm-up", "process", "KB a round", "standard error"], rows)]
     tenth = max(1, len(seconds) // 10)
-    most = {name: max(columns[name][num_warm_up:].max() for columns in ours) for name in names}
-    at_warm_up = {name: max(columns[name][num_warm_up] for columns in ours) for name in names}
-    every = save_steps(settings["rounds"])
-    lines += [
-        "",
-        "Most in any process after the warm-up: "
-        + (f"{most['threads']} threads ({at_warm_up['threads']} at its end), " if "threads" in most else "")
-        + f"{most['file_handles']} file handles ({at_warm_up['file_handles']}), {most['mapped_round_files']} mapped "
+    most = {name: max(columns[name][num_warm_up:].max() for columns in ours) for name in FIGURES}
+    at_warm_up = {name: max(columns[name][num_warm_up] for columns in ours) for name in FIGURES}
+    found = (
+        f"Most in any process after the warm-up: {most['threads']} threads ({at_warm_up['threads']} at its end), "
+        f"{most['file_handles']} file handles ({at_warm_up['file_handles']}), {most['mapped_round_files']} mapped "
         f"round files, {most['round_folders']} round folders, {most['rounds_bytes'] / MIB:.1f} MB of them. Besides "
-        f"the {KEEP_ROUNDS} newest, the rounds since the last checkpoint (one in {every} steps) "
-        "stay until the next one, because a resume comes through them.",
+        f"the {KEEP_ROUNDS} newest, the rounds since the last checkpoint (one in {save_steps(settings['rounds'])} "
+        "steps) stay until the next one, because a resume comes through them.\n"
         f"Seconds a round, median of the first and of the last tenth: {np.median(seconds[:tenth]):.3f} and "
-        f"{np.median(seconds[-tenth:]):.3f}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How long, and in how many processes."""
-    parser.add_argument("--rounds", type=int, help="rounds (1,000; quick: 60)")
-    parser.add_argument("--processes", type=int, default=2, help="that train together")
+        f"{np.median(seconds[-tenth:]):.3f}."
+    )
+    return markdown(
+        title("long_run", settings["quick"]),
+        about,
+        table(["process", "after round", *(name.replace("_", " ") for name in FIGURES)], seen),
+        table(["own memory after the warm-up", "process", "KB a round", "standard error"], rows),
+        found,
+    )
 
 
 def run(bench: Bench) -> dict[str, Any]:
     """Run both arms."""
-    num_rounds, size = bench.options.rounds or (60 if bench.quick else 1_000), bench.options.processes
+    num_rounds = 60 if bench.quick else 1_000
     settings = {"quick": bench.quick, "rounds": num_rounds, "cpu_count": num_cores()}
     arms = {}
     for arm in ("selecting", "plain"):
         with temporary_folder(bench.work) as folder:
-            seen = in_processes(train, num_rounds, str(folder), arm == "selecting", size, size=size, steady=False)
+            seen = in_processes(train, num_rounds, str(folder), arm == "selecting", size=SIZE, steady=False)
         arms[arm] = [{name: [look[name] for look in looks] for name in looks[0]} for looks in seen]
     packages = versions("torch", "transformers", "accelerate", "datasets")
     return {"settings": {**settings, **packages}, "processes": arms}

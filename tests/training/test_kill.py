@@ -38,7 +38,7 @@ def test_killed_at_a_random_line_of_each_phase_and_resumed(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked")
 def test_a_power_cut_takes_back_what_was_not_flushed_and_a_rounds_name(tmp_path):
-    from benchmarks.reliability.kills import Journal, cut_power
+    from benchmarks.reliability.kills.dying import Journal, cut_power
 
     rounds_dir, key = tmp_path / "run", {"step": 1}
 

@@ -29,7 +29,6 @@ import functools
 import gzip
 import importlib.util
 import json
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,10 +38,10 @@ import numpy as np
 
 from benchmarks.cost.scoring.page import TYPES, Result, page
 from benchmarks.lab import rivals
-from benchmarks.lab.corpus import as_rows, byte_bpe, made_up_labels
+from benchmarks.lab.corpus import as_column, as_rows, byte_bpe, made_up_labels
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, hardware, in_its_own_process, temporary_folder
-from benchmarks.lab.memory import status
+from benchmarks.lab.memory import Meter, status
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.rows import TokenRows
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -72,27 +71,21 @@ def read_texts(corpus: Path | None) -> list[str]:
 
 def wordpiece(texts: Iterable[str]) -> Any:
     """A WordPiece tokenizer, as BERT has."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import BertWordPieceTokenizer, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=BERT_VOCAB, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", special.index("[CLS]")), ("[SEP]", special.index("[SEP]"))]
-    )
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=BERT_VOCAB, min_frequency=0, show_progress=False)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, **names)
+    written = Tokenizer.from_str(tokenizer.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=written, model_max_length=MAX_LENGTH, **names)
 
 
 def prepare(folder: Path, corpus: Path | None, num_tokens: int) -> Result:
     """Write what the parts read: documents, tokenizers, a fitted model, and the columns."""
-    import pyarrow as pa
     from datasets import Dataset
-    from datasets.table import InMemoryTable
     from transformers import PreTrainedTokenizerFast
 
     texts = read_texts(corpus)
@@ -107,14 +100,9 @@ def prepare(folder: Path, corpus: Path | None, num_tokens: int) -> Result:
     MatesSelector(model, tokenizer).save_pretrained(folder / "selector")
     starts = np.random.default_rng(0).integers(0, len(flat) - LENGTH, num_tokens // LENGTH)
     values = np.concatenate([flat[start : start + LENGTH] for start in starts])
-    for name, kind, num in (
-        ("int32", "int32", len(starts)),
-        ("int64", "int64", len(starts)),
-        ("quarter", "int32", len(starts) // 4),
-    ):
-        borders = pa.array(np.arange(num + 1, dtype=np.int32) * LENGTH)
-        column = pa.ListArray.from_arrays(borders, pa.array(values[: num * LENGTH].astype(kind)))
-        Dataset(InMemoryTable(pa.table({"input_ids": column}))).save_to_disk(folder / name)
+    for kind in TYPES:
+        as_column(values.astype(kind), LENGTH).save_to_disk(folder / kind)
+    as_column(values[: len(starts) // 4 * LENGTH].astype("int32"), LENGTH).save_to_disk(folder / "quarter")
     return {
         "documents": len(texts), "characters": sum(map(len, texts)), "tokens": len(flat), "vocabulary": len(tokenizer),
     }  # fmt: skip
@@ -135,24 +123,19 @@ def measure_column(folder: Path, threads: int, quick: bool) -> Result:
     counts = sorted({1, threads})
     arms: dict[str, Callable[[], Any]] = {}
     num_tokens = 0
+
+    def score(num: int, dataset: Any) -> None:
+        with at_most_threads(num):
+            selector.score(dataset)
+
     with ThreadPoolExecutor(threads) as pool:
         for kind in TYPES:
             dataset, buffers, num_tokens = open_column(folder, kind)
             parts = [part for buffer in buffers for part in np.array_split(buffer, 4 * threads)]
-
-            def score(num: int, dataset: Any = dataset) -> None:
-                with at_most_threads(num):
-                    selector.score(dataset)
-
-            def add(num: int, buffers: list[Any] = buffers, parts: list[Any] = parts) -> None:
-                if num == 1:
-                    sum(int(buffer.sum()) for buffer in buffers)
-                else:
-                    sum(pool.map(np.sum, parts))
-
             for num in counts:
-                arms[f"score {kind} {num}"] = functools.partial(score, num)
-                arms[f"sum {kind} {num}"] = functools.partial(add, num)
+                adding = (map, buffers) if num == 1 else (pool.map, parts)
+                arms[f"score {kind} {num}"] = functools.partial(score, num, dataset)
+                arms[f"sum {kind} {num}"] = functools.partial(lambda over, arrays: sum(over(np.sum, arrays)), *adding)
         for arm in arms.values():
             arm()
         return {"tokens": num_tokens, "seconds": alternate(arms, 2 if quick else 9)}
@@ -166,36 +149,34 @@ def measure_map(folder: Path, threads: int, quick: bool) -> Result:
         dataset, _, num_tokens = open_column(folder, kind)
         few = dataset.select(range(min(len(dataset), 2000)))
         with temporary_folder(folder) as place:
-            file, copy = place / "cache.arrow", place / "copy"
-
-            def fresh(work: Callable[[str], Any], file: Path = file) -> None:
-                work(str(file)).cleanup_cache_files()
-                file.unlink()
-
-            def whole(work: Callable[[str], Any], file: Path = file, copy: Path = copy) -> None:
-                work(str(file)).save_to_disk(copy)
-                file.unlink()
-
-            def identity(path: str, dataset: Any = dataset) -> Any:
-                return dataset.map(lambda batch: batch, batched=True, cache_file_name=path)
-
-            def identity_arrow(path: str, dataset: Any = dataset) -> Any:
-                return dataset.with_format("arrow").map(lambda table: table, batched=True, cache_file_name=path)
-
-            def identity_rows(path: str, few: Any = few) -> Any:
-                return few.map(lambda row: row, cache_file_name=path)
-
-            def score(path: str, dataset: Any = dataset) -> Any:
-                return selector.map(dataset, cache_file_name=path)
-
-            works = {"identity": identity, "identity arrow": identity_arrow, "score": score, "rows": identity_rows}
-            arms = {name: functools.partial(fresh, work) for name, work in works.items()}
-            arms |= {f"{name}, saved": functools.partial(whole, works[name]) for name in ("identity", "score")}
+            arms = map_arms(selector, dataset, few, place)
             for arm in arms.values():
                 arm()
             seconds = alternate(arms, 2 if quick else 7)
         found[kind] = {"tokens": num_tokens, "row tokens": len(few) * LENGTH, "seconds": seconds}
     return found
+
+
+def map_arms(selector: MatesSelector, dataset: Any, few: Any, place: Path) -> dict[str, Callable[[], None]]:
+    """Each kind of `map` into a new cache file, for two of them with a copy saved; row by row for a few rows only."""
+    path, arrow = place / "cache.arrow", dataset.with_format("arrow")
+    works: dict[str, Callable[..., Any]] = {
+        "identity": functools.partial(dataset.map, lambda batch: batch, batched=True),
+        "identity arrow": functools.partial(arrow.map, lambda table: table, batched=True),
+        "score": functools.partial(selector.map, dataset),
+        "rows": functools.partial(few.map, lambda row: row),
+    }
+
+    def fresh(name: str) -> None:
+        works[name](cache_file_name=str(path)).cleanup_cache_files()
+        path.unlink()
+
+    def saved(name: str) -> None:
+        works[name](cache_file_name=str(path)).save_to_disk(place / "copy")
+        path.unlink()
+
+    arms = {name: functools.partial(fresh, name) for name in works}
+    return arms | {f"{name}, saved": functools.partial(saved, name) for name in ("identity", "score")}
 
 
 def measure_memory(folder: Path, name: str, how: str) -> Result:
@@ -204,32 +185,22 @@ def measure_memory(folder: Path, name: str, how: str) -> Result:
     dataset, _, num_tokens = open_column(folder, name)
     work = {"score": selector.score, "map": functools.partial(selector.map, load_from_cache_file=False)}[how]
     work(dataset.select(range(64)))
-
-    def own(name: str = "RssAnon") -> int:
-        return status(name)[0]
-
-    held, peak, done = own(), own(), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, own())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = work(dataset)
-    done.set()
-    watcher.join()
+    meter = Meter()
+    (held,) = status("RssAnon")
+    with meter.stage(f"{name} {how}"):
+        result = work(dataset)
     del result
     # `ru_maxrss` of a process begins with that of the process that started it; this is the same without that.
-    return {"tokens": num_tokens, "own_before": held, "own_peak": max(peak, own()), "resident_peak": own("VmHWM")}
+    (resident,) = status("VmHWM")
+    peak = meter.stages[0]["peak_own"]
+    return {"tokens": num_tokens, "own_before": held, "own_peak": peak, "resident_peak": resident}
 
 
 def measure_rivals(folder: Path, threads: int, quick: bool) -> Result:
     """Seconds of one thread for documents of natural lengths, and how many tokens each arm reads."""
     import torch
     from datasets import load_from_disk
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     torch.set_num_threads(1)
     documents = load_from_disk(str(folder / "documents"))
@@ -263,23 +234,33 @@ def measure_rivals(folder: Path, threads: int, quick: bool) -> Result:
     if importlib.util.find_spec("fasttext"):
         classifier = rivals.fasttext(flat_texts[:half], flat_texts[half:], 0, epoch=1)
         arm("fastText", lengths[some].sum(), lambda: classifier(flat_texts))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "wordpiece")
     torch.manual_seed(0)
-    bert = BertForSequenceClassification(BertConfig(vocab_size=BERT_VOCAB, num_labels=1)).eval()
-    classify = pipeline("text-classification", model=bert, tokenizer=tokenizer, device="cpu")
-    read = sum(map(len, tokenizer(short, truncation=True, max_length=MAX_LENGTH)["input_ids"]))
-    how = {"truncation": True, "max_length": MAX_LENGTH, "function_to_apply": "none"}
-    for size in (1, 4, 8):
-        arm(f"bert-base pipeline, batches of {size}", read, functools.partial(classify, short, batch_size=size, **how))
+    bert = BertForSequenceClassification(BertConfig(vocab_size=BERT_VOCAB, num_labels=1))
+    pipelines, read = pipeline_arms(bert, AutoTokenizer.from_pretrained(folder / "wordpiece"), short, (1, 4, 8))
+    for name, work in pipelines.items():
+        arm(f"bert-base {name}", sum(read), work)
     arms["n-gram model, tokens"]()
     return {"tokens": tokens, "seconds": alternate(arms, 1 if quick else 3)}
+
+
+def pipeline_arms(
+    model: Any, tokenizer: Any, texts: list[str], sizes: tuple[int, ...]
+) -> tuple[dict[str, Callable[[], Any]], list[int]]:
+    """A `text-classification` pipeline in batches of each size, and how many tokens it reads of each text."""
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", model=model.eval(), tokenizer=tokenizer, device="cpu")
+    how = {"truncation": True, "max_length": MAX_LENGTH}
+    work = functools.partial(classify, texts, function_to_apply="none", **how)
+    arms = {f"pipeline, batches of {size}": functools.partial(work, batch_size=size) for size in sizes}
+    return arms, [len(ids) for ids in tokenizer(texts, **how)["input_ids"]]
 
 
 def measure_encoder(folder: Path, threads: int, quick: bool) -> Result:
     """The same encoder in `EncoderInfluenceModel` and in a pipeline, all threads, documents of natural lengths."""
     import torch
     from datasets import load_from_disk
-    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     from mates_hf.prediction.encoder_model import EncoderInfluenceModel
 
@@ -299,14 +280,6 @@ def measure_encoder(folder: Path, threads: int, quick: bool) -> Result:
         TokenRows.from_lists([[*ids, 0, 0][: max(2, len(ids))] for ids in labelled["input_ids"][:]])
     )
     encoder.fit(labelled, labels)
-    classify = pipeline(
-        "text-classification",
-        model=AutoModelForSequenceClassification.from_pretrained(weights, num_labels=1).eval(),
-        tokenizer=tokenizer,
-        device="cpu",
-    )
-    texts = chosen["text"][:]
-    how = {"truncation": True, "max_length": MAX_LENGTH, "function_to_apply": "none"}
     data = chosen.select_columns(["text"])
 
     def predict(tokens_per_batch: int) -> None:
@@ -317,9 +290,9 @@ def measure_encoder(folder: Path, threads: int, quick: bool) -> Result:
     arms: dict[str, Callable[[], Any]] = {
         f"encoder, {size} tokens a pass": functools.partial(predict, size) for size in sizes
     }
-    for size in (1, 8, 32):
-        arms[f"pipeline, batches of {size}"] = functools.partial(classify, texts, batch_size=size, **how)
-    read = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]]
+    rival = AutoModelForSequenceClassification.from_pretrained(weights, num_labels=1)
+    pipelines, read = pipeline_arms(rival, tokenizer, chosen["text"][:], (1, 8, 32))
+    arms |= pipelines
     seconds = alternate(arms, 1 if quick else 3)
     return {"tokens": sum(read), "lengths": np.percentile(read, [10, 50, 90]).tolist(), "seconds": seconds}
 

@@ -15,27 +15,26 @@ Trade-off: one small model on one corpus; every figure has its learning rate, se
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 from typing import Any
 
-from benchmarks.lab.checkpoint import BATCH_ROWS, LR, WINDOW, Paths
+from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths
 from benchmarks.lab.corpus import Lab, load_lab
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import versions
-from benchmarks.lab.models import build_model
-from benchmarks.lab.units import plain, read_units, run_units, take_over
+from benchmarks.lab.models import LR, build_model
+from benchmarks.lab.units import plain, run_units, take_over
 from benchmarks.quality.fidelity.one_step import cost, in_batch
 from benchmarks.quality.fidelity.page import page
 from benchmarks.quality.fidelity.setup import QUICK, Sizes
 from benchmarks.quality.fidelity.training import ARMS, LABEL_KINDS, SETS, fit, horizon, rounds
 
-__all__ = ["add_options", "page", "run"]
+__all__ = ["page", "run"]
 DATA = True
 DIGITS = 5
 FUNCTIONS = {"in_batch": in_batch, "cost": cost, "horizon": horizon, "rounds": rounds, "fit": fit}
-Unit = tuple[str, str, dict[str, Any], float]
+Unit = tuple[str, str, dict[str, Any]]
 QUICK_UNITS = (
     "in_batch/late", "in_batch/many lengths", "cost/late", "fit/all tokens, averaged", "horizon/random/random",
     "horizon/all tokens, averaged/deciles", "horizon/all tokens, averaged/top", "rounds/random",
@@ -50,7 +49,7 @@ def open_lab(paths: Paths, sizes: Sizes) -> Lab:
 
 
 def all_units(sizes: Sizes) -> list[Unit]:
-    """(name, part, arguments, rough cost in seconds) of everything there is to do, in the order of worth."""
+    """(name, part, arguments) of everything there is to do, in the order of worth."""
     late, early = sizes.warm, sizes.early
     configurations = {
         "late": {"steps": late},
@@ -66,12 +65,11 @@ def all_units(sizes: Sizes) -> list[Unit]:
         "labels in bf16": {"steps": late, "bf16": True},
         "seed 1": {"steps": late, "seed": 1},
     }
-    units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings, 60) for name, settings in configurations.items()]
-    units += [("cost/late", "cost", {}, 400)]
-    units += [("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"}, 30)]
-    units += [(f"rounds/{arm}", "rounds", {"arm": arm}, 25) for arm in ARMS]
+    units: list[Unit] = [(f"in_batch/{name}", "in_batch", settings) for name, settings in configurations.items()]
+    units += [("cost/late", "cost", {}), ("fit/all tokens, averaged", "fit", {"kind": "all tokens, averaged"})]
+    units += [(f"rounds/{arm}", "rounds", {"arm": arm}) for arm in ARMS]
     units += [
-        (f"horizon/{kind}/{which}", "horizon", {"kind": kind, "which": which}, 45)
+        (f"horizon/{kind}/{which}", "horizon", {"kind": kind, "which": which})
         for kind, names in SETS.items()
         for which in names
     ]
@@ -80,18 +78,13 @@ def all_units(sizes: Sizes) -> list[Unit]:
 
 def settings_of(unit: Unit) -> dict[str, Any]:
     """What a unit was made with, so far as the sizes do not say it."""
-    _, part, arguments, _ = unit
+    _, part, arguments = unit
     return {"part": part, **arguments, "label": LABEL_KINDS.get(arguments.get("kind", ""), {})}
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which units to run."""
-    parser.add_argument("--only", nargs="+", default=[""], help="units whose names begin with one of these")
 
 
 def run_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Run one unit; its result."""
-    _, part, arguments, _ = unit
+    _, part, arguments = unit
     return {**FUNCTIONS[part](open_lab(paths, sizes), sizes, paths, **arguments), "settings": settings_of(unit)}
 
 
@@ -105,18 +98,14 @@ def run(bench: Bench) -> dict[str, Any]:
     # A size that the JSON does not know is of a part that it does not have.
     if document is not None and all(document["settings"].get(name, value) == value for name, value in now.items()):
         take_over(bench.work, document["units"], {unit[0]: settings_of(unit) for unit in units})
-    only = tuple(bench.options.only)
-    calls = {unit[0]: (paths, sizes, unit) for unit in units}
-    weights = {unit[0]: unit[3] for unit in units}
-    run_units(bench, run_unit, {name: call for name, call in calls.items() if name.startswith(only)}, cost=weights)
-    results = read_units(bench.work, calls)
+    results = run_units(bench, run_unit, {unit[0]: (paths, sizes, unit) for unit in units})
     return {
         "settings": {
             **dataclasses.asdict(sizes), "learning_rate": LR, "batch_rows": BATCH_ROWS, "window": WINDOW,
             "parameters": build_model(lab.vocab_size).num_parameters(), "vocab_size": lab.vocab_size,
             "row_tokens": int(lab.rows.lengths[0]), "pool_rows": len(lab.rows), "domains": lab.domain_names,
             "reference_passages": len(lab.reference["all"]), "development_passages": len(lab.development["all"]),
-            **versions("torch"), "missing": len(units) - len(results), **lab.overlap,
+            **versions("torch"), "missing": bench.left, **lab.overlap,
         },
         "units": results,
     }  # fmt: skip

@@ -1,13 +1,13 @@
 """Labels against one real step: what a candidate is worth in the place of one row of a real batch.
 
-The parts `in_batch` and `cost` of `fidelity`. Trade-off: brute force, an optimizer step and a
-pass over the reference passages for each candidate and batch, so there are a hundred candidates and not thousands.
+The parts `in_batch` and `cost` of `fidelity`. Trade-off: brute force, an optimizer step and a pass over the reference
+passages for each candidate and batch, so there are a hundred candidates and not thousands.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from benchmarks.lab import models
 from benchmarks.lab.brute_force import worth_in_batch
 from benchmarks.lab.checkpoint import BATCH_ROWS, LOSSES, Paths, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab
-from benchmarks.lab.models import LR, TOKENS_PER_BATCH, build_model, build_optimizer, task_losses, train_steps
+from benchmarks.lab.machine import alternate
+from benchmarks.lab.models import LR, TOKENS_PER_BATCH, row_losses
 from benchmarks.lab.statistics import FloatArray, Ids, spearman, without_group_means
 from benchmarks.quality.fidelity.setup import Sizes
 from mates_hf.data.reference import ReferenceTask
@@ -27,7 +29,7 @@ from mates_hf.data.rows import TokenRows
 from mates_hf.engine.preserve import preserved
 from mates_hf.flops import PATH_STEPS
 from mates_hf.influence.difference import Direction, norm_of, row_means
-from mates_hf.influence.passes import mean_loss_gradient, token_losses
+from mates_hf.influence.passes import mean_loss_gradient
 from mates_hf.influence.preconditioner import parameter_steps
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
@@ -67,8 +69,8 @@ def in_batch(
     candidates, domain = rows.take(chosen), lab.domain[chosen]
     references = {loss_on: lab.reference[loss_on].subset(sizes.truth_passages) for loss_on in LOSSES}
 
-    model = build_model(lab.vocab_size, seed=seed, **shape)
-    optimizer = build_optimizer(model, lr=lr, beta2=beta2)
+    model = models.build_model(lab.vocab_size, seed=seed, **shape)
+    optimizer = models.build_optimizer(model, lr=lr, beta2=beta2)
     probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, batch_rows=batch_rows)
     recent: dict[str, list[Direction]] = {loss_on: [] for loss_on in LOSSES}
 
@@ -77,12 +79,11 @@ def in_batch(
             for loss_on in LOSSES:
                 recent[loss_on].append(probe.compute_direction(model, optimizer, references[loss_on]))
 
-    train_steps(
-        model, optimizer, rows, trained, batch_rows=batch_rows, lr=lr, max_grad_norm=clip, warm_up=20,
-        on_step=keep_direction,
-    )  # fmt: skip
+    models.train_steps(
+        model, optimizer, rows, trained, batch_rows=batch_rows, max_grad_norm=clip, warm_up=20, on_step=keep_direction
+    )
     worth = worth_in_batch(
-        model, optimizer, lambda copied: [*task_losses(copied, references).values()], candidates,
+        model, optimizer, lambda copied: [*models.task_losses(copied, references).values()], candidates,
         [rows.take(batch) for batch in np.split(batches, sizes.truth_batches)], clip=clip,
     )  # fmt: skip
     truth = {loss_on: worth[:, j].mean(0) for j, loss_on in enumerate(LOSSES)}
@@ -160,7 +161,7 @@ def label_kinds(
         "gradient product (P = 1)": along(lambda: plain_direction(model, optimizer, reference, precondition=False)),
         "LESS: cosine with Adam's step": lambda rows: adam_cosine(model, optimizer, reference, rows),
         "perplexity difference": lambda rows: tuned_difference(model, optimizer, reference, rows),
-        "the candidate's own loss": lambda rows: own_losses(model, rows),
+        "the candidate's own loss": lambda rows: row_losses(model, rows),
     }
     if not recent:
         del kinds["directional, u over 10 steps"]
@@ -176,18 +177,12 @@ def cost(lab: Lab, sizes: Sizes, paths: Paths, *, seed: int = 0) -> dict[str, An
     probe = DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, batch_rows=BATCH_ROWS)
     kinds = label_kinds(probe, point.model, point.optimizer, lab.reference["all"], 1.0, [])
     nums = {name: sizes.cost_oracle if name == ORACLE else sizes.cost_candidates for name in kinds}
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for turn in range(1 + COST_TURNS):
-        for name, label in kinds.items():
-            # The first turn, of a few candidates, warms up.
-            rows = lab.rows.take(point.rest[: nums[name] if turn else 4])
-            started = time.perf_counter()
-            label(rows)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
+    for label in kinds.values():
+        label(lab.rows.take(point.rest[:4]))  # warms up
+    arms = {name: functools.partial(label, lab.rows.take(point.rest[: nums[name]])) for name, label in kinds.items()}
     return {
         "seed": seed, "passages": len(lab.reference["all"]), "row_tokens": int(lab.rows.lengths[0]),
-        "num_candidates": nums, "turns": seconds,
+        "num_candidates": nums, "turns": alternate(arms, COST_TURNS),
     }  # fmt: skip
 
 
@@ -218,17 +213,11 @@ def tuned_difference(
 ) -> FloatArray:
     """(N,) loss of each candidate minus its loss after `TUNED_STEPS` optimizer steps on the reference passages."""
     with preserved(model, optimizer):
-        before = own_losses(model, candidates)
+        before = row_losses(model, candidates)
         for _ in range(TUNED_STEPS):
             mean_loss_gradient(model, reference.rows, tokens_per_batch=TOKENS_PER_BATCH)
             optimizer.step()
-        return before - own_losses(model, candidates)
-
-
-def own_losses(model: nn.Module, candidates: TokenRows) -> FloatArray:
-    """(N,) mean loss of each candidate, nats/token."""
-    found = token_losses(model, candidates, tokens_per_batch=TOKENS_PER_BATCH)
-    return row_means(candidates, found.astype(np.float64))
+        return before - row_losses(model, candidates)
 
 
 def plain_direction(
@@ -273,11 +262,8 @@ def mean_direction(directions: list[Direction]) -> Direction:
 
 
 def shortened(rows: TokenRows, lengths: npt.NDArray[np.int64]) -> TokenRows:
-    """The first `lengths` tokens of each row."""
-    lengths = np.minimum(lengths, rows.lengths)
-    position = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
-    kept = position < np.repeat(lengths, rows.lengths)
-    return TokenRows(values=rows.values[kept], offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    """The first `lengths` tokens of each row, which has as many."""
+    return TokenRows.from_lists([rows.values[a : a + n] for a, n in zip(rows.offsets, lengths, strict=False)])
 
 
 def stratified(lab: Lab, ids: Ids, trained: Ids, per_domain: int) -> Ids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.stats import zscore
 
 from benchmarks.lab.statistics import spearman
 from benchmarks.lab.tables import table
@@ -46,9 +47,6 @@ def with_interval(entry: dict[str, Any]) -> str:
     return f"{entry['spearman']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-# --- in_batch ---
-
-
 def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
     """Agreement with the in-batch truth, one table a reference loss, one column a configuration."""
     text = (
@@ -62,7 +60,6 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
         "take off the candidate's loss. All labels but the candidate's own loss predict a decrease. In bf16 labels "
         "are measured under autocast, against the float32 truth.\n\n"
     )
-    names = list(units)
     configurations = [
         [name.split("/")[1], str(unit["steps"]), str(unit["beta2"]), str(unit["clip"] or "off"),
          "12 to 64" if unit["many_lengths"] else "64", str(unit["batch_rows"]), f"{unit['learning_rate']:g}",
@@ -83,7 +80,7 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
             cells = ["" if e is None else f"{e['spearman']:.3f} / {e['within']['spearman']:.3f}" for e in entries]
             rows.append([label, *cells])
         text += f"\n### Reference loss: {title}\n\n"
-        text += table(["label", *(name.split("/")[1] for name in names)], rows)
+        text += table(["label", *(name.split("/")[1] for name in units)], rows)
     if "in_batch/late" not in units:
         return text
     main = units["in_batch/late"]["agreement"]
@@ -97,9 +94,6 @@ def in_batch_section(units: Units, settings: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     return text
-
-
-# --- cost ---
 
 
 def cost_section(units: Units, settings: dict[str, Any]) -> str:
@@ -124,9 +118,6 @@ def cost_section(units: Units, settings: dict[str, Any]) -> str:
     return text
 
 
-# --- horizon ---
-
-
 def horizon_section(units: Units, settings: dict[str, Any]) -> str:
     """Losses after training on sets of rows."""
     start = next(iter(units.values()))["start"]
@@ -140,9 +131,7 @@ def horizon_section(units: Units, settings: dict[str, Any]) -> str:
         "repeated).\n\n"
     )
     rows = []
-    for unit in units.values():
-        if unit["which"] != "deciles":
-            continue
+    for unit in (unit for unit in units.values() if unit["which"] == "deciles"):
         for h in unit["sets"][0]["loss"]:
             predicted = [entry["predicted_mean"][h] for entry in unit["sets"]]
             cells = []
@@ -157,9 +146,7 @@ def horizon_section(units: Units, settings: dict[str, Any]) -> str:
     )  # fmt: skip
     text += "\nThe best, middle and worst rows, as many as the longest training needs; no row repeats:\n\n"
     rows = []
-    for unit in units.values():
-        if unit["which"] == "deciles":
-            continue
+    for unit in (unit for unit in units.values() if unit["which"] != "deciles"):
         entry = unit["sets"][0]
         for h, losses in entry["loss"].items():
             cells = [f"{losses[where][loss_on]:.3f}" for loss_on in REFERENCES for where in ("live", "averaged")]
@@ -170,9 +157,6 @@ def horizon_section(units: Units, settings: dict[str, Any]) -> str:
          "all tokens, averaged", "last word, live", "last word, averaged"], rows,
     )  # fmt: skip
     return text
-
-
-# --- rounds ---
 
 
 def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
@@ -186,14 +170,9 @@ def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
     )
     rows = []
     for unit in units.values():
-        if not unit["fixed"]:
-            continue
         domain = np.array(unit["fixed_domain"])
         labels = {where: np.array([entry[where] for entry in unit["fixed"]]) for where in ("live", "averaged")}
-        scaled = {
-            where: (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
-            for where, values in labels.items()
-        }
+        scaled = {where: zscore(values, axis=1) for where, values in labels.items()}
         present = np.unique(domain)
         best = int(present[np.argmax([scaled["averaged"][:, domain == k].mean() for k in present])])
         for where, values in labels.items():
@@ -205,9 +184,6 @@ def steadiness_section(units: Units, settings: dict[str, Any]) -> str:
     header = ["rows selected by", "labelled at", "Spearman with the next boundary's labels", "best domain",
               "its mean label by boundary (standard deviations)"]  # fmt: skip
     return text + table(header, rows)
-
-
-# --- fit ---
 
 
 def fit_section(units: Units, settings: dict[str, Any]) -> str:
@@ -225,8 +201,7 @@ def fit_section(units: Units, settings: dict[str, Any]) -> str:
                 chosen = [e for e in unit["fits"] if e["num_labels"] == num and e["labels"] == kind]
                 cells = []
                 for entries in (chosen, [entry["within"] for entry in chosen]):
-                    low, high = entries[0]["interval"]
-                    cells.append(f"{np.mean([e['spearman'] for e in entries]):.3f} [{low:.3f}, {high:.3f}]")
+                    cells.append(with_interval({**entries[0], "spearman": np.mean([e["spearman"] for e in entries])}))
                 rows.append([kind, str(num), *cells])
         text += table(["labels", "number", "Spearman", "within domain"], rows)
     return text

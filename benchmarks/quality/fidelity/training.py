@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab.checkpoint import BATCH_ROWS, LR, WINDOW, Paths, Point, losses_along, one_a_document, warm_point
+from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths, Point, losses_along, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab
-from benchmarks.lab.models import TOKENS_PER_BATCH, Averager
+from benchmarks.lab.models import LR, TOKENS_PER_BATCH, Averager
 from benchmarks.lab.statistics import Ids, spearman, without_group_means
 from benchmarks.quality.fidelity.one_step import EPSILON, adam_cosine, plain_direction, tuned_difference
 from benchmarks.quality.fidelity.setup import Sizes

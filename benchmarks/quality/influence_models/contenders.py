@@ -1,9 +1,8 @@
 """The contenders of `influence_models`: everything that can rank candidates, behind one interface.
 
-Each contender is fitted on a draw of labelled candidates (or on
-none, where it needs no labels) and gives a function from rows to values, higher is better. Trade-off: what does not
-depend on the fit (states of a frozen encoder, the losses of the probe) is taken from the bench by `rank`, so that only
-`fit` and the scorer it returns are timed.
+Each contender is fitted on a draw of labelled candidates (or on none, where it needs no labels) and gives a function
+from rows to values, higher is better. Trade-off: what does not depend on the fit (states of a frozen encoder, the
+losses of the probe) is taken from the bench by `rank`, so that only `fit` and the scorer it returns are timed.
 
 Contenders that read text decode the rows first; what they cost includes that.
 """
@@ -13,20 +12,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 
 from benchmarks.lab import rivals
-from benchmarks.lab.models import TOKENS_PER_BATCH
+from benchmarks.lab.models import TOKENS_PER_BATCH, row_losses
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.influence_models.setup import Labelled, Values
 from benchmarks.quality.influence_models.trigrams import NgramRidge, TrigramTables
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
+from mates_hf.disk import write_array
 from mates_hf.evaluation.agreement import rank_correlation
-from mates_hf.influence.passes import token_losses
 from mates_hf.prediction.encoder.folding import FoldingEncoder
 from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
 from mates_hf.prediction.judge import split_held_out
@@ -64,13 +63,6 @@ class Contender:
         """Whether its package is there."""
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
-    def ranked(self, bench: Labelled, num: int, draw: int) -> Values:
-        """(E,) values of the evaluated candidates, higher is better."""
-        if self.rank is not None:
-            return np.asarray(self.rank(bench, num, draw), np.float64)
-        assert self.fit is not None
-        return np.asarray(self.fit(bench, num, draw)(bench.rows.take(bench.evaluated)), np.float64)
-
     def label_numbers(self, bench: Labelled) -> tuple[int, ...]:
         """Numbers of labels to fit on; 0 where it needs none."""
         if not self.labelled:
@@ -96,22 +88,15 @@ def _pieces(bench: Labelled) -> TokenRows:
 
 def _domain_means(bench: Labelled, num: int, draw: int) -> Values:
     """The mean label of each domain; the mean of all where a domain has none."""
-    _, labels, chosen = bench.draw(num, draw)
-    domain, size = bench.domain[chosen], len(bench.lab.domain_names)
-    counts = np.bincount(domain, minlength=size)
-    sums = np.bincount(domain, weights=labels.influence, minlength=size)
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), labels.influence.mean())
-    return means[bench.domain[bench.evaluated]]
+    chosen = bench.draw(num, draw)
+    influence = pandas.Series(bench.labels.influence[chosen].astype(np.float64))
+    means = influence.groupby(bench.domain[chosen]).mean()
+    return means.reindex(bench.domain[bench.evaluated], fill_value=influence.mean()).to_numpy()
 
 
 def _own_loss(bench: Labelled, num: int, draw: int) -> Scorer:
     model = averaged_model(bench)
-
-    def score(rows: TokenRows) -> Values:
-        losses = token_losses(model, rows, tokens_per_batch=TOKENS_PER_BATCH)
-        return -np.add.reduceat(losses, np.cumsum(rows.num_targets) - rows.num_targets) / rows.num_targets
-
-    return score
+    return lambda rows: -row_losses(model, rows)
 
 
 def _characters(bench: Labelled, num: int, draw: int) -> Scorer:
@@ -136,13 +121,14 @@ def _fasttext(bench: Labelled, num: int, draw: int) -> Scorer:
 
 
 def _fitted(make: Callable[..., Any]) -> Callable[[Labelled, int, int], Scorer]:
-    """Fit an influence model on a draw of labels, as a user would."""
+    """Fit an influence model on a draw of labels."""
+    return lambda bench, num, draw: _predictor(make, bench, bench.draw(num, draw), draw)
 
-    def fit(bench: Labelled, num: int, draw: int) -> Scorer:
-        rows, labels, _ = bench.draw(num, draw)
-        return make(bench, draw, num).fit(rows, labels).predict  # type: ignore[no-any-return]
 
-    return fit
+def _predictor(make: Callable[..., Any], bench: Labelled, fitted: Ids, draw: int) -> Scorer:
+    """The predictions of an influence model that is fitted on candidates at these positions, as a user would."""
+    model = make(bench, draw, len(fitted)).fit(bench.rows.take(fitted), bench.labels_of(fitted))
+    return model.predict  # type: ignore[no-any-return]
 
 
 def _tables(labels: Any, num_buckets: int = 2**20) -> Callable[[Labelled, int, int], Scorer]:
@@ -176,13 +162,11 @@ def encoder_states(bench: Labelled, encoder: FoldingEncoder, rows: TokenRows) ->
 
 
 def kept_states(bench: Labelled) -> np.ndarray:
-    """(P, D) float32 states of all candidates, which the units `states` have written."""
-    return np.concatenate([np.load(path) for path in states_paths(bench)])
-
-
-def states_paths(bench: Labelled, rows_a_part: int = 4_000) -> list[Path]:
-    """One file for each part of the candidates."""
-    return [bench.paths.work / f"states-{start:06d}.npy" for start in range(0, len(bench.ids), rows_a_part)]
+    """(P, D) float32 states of all candidates, read by the first fit that needs them and kept for all others."""
+    path = bench.paths.work / "states.npy"
+    if not path.exists():
+        write_array(path, encoder_states(bench, rivals.folding_encoder(), bench.rows))
+    return np.load(path)
 
 
 Part = Callable[[Labelled, Ids, Ids, int], Values]
@@ -199,22 +183,18 @@ def _frozen_part(bench: Labelled, fitted: Ids, asked: Ids, draw: int) -> Values:
 
 
 def _part(make: Callable[..., Any]) -> Part:
-    def predicted(bench: Labelled, fitted: Ids, asked: Ids, draw: int) -> Values:
-        model = make(bench, draw, len(fitted)).fit(bench.rows.take(fitted), bench.labels_of(fitted))
-        return np.asarray(model.predict(bench.rows.take(asked)), np.float64)
-
-    return predicted
+    return lambda bench, fitted, asked, draw: _predictor(make, bench, fitted, draw)(bench.rows.take(asked))
 
 
 def _frozen_rank(bench: Labelled, num: int, draw: int) -> Values:
-    return _frozen_part(bench, bench.draw(num, draw)[2], bench.evaluated, draw)
+    return _frozen_part(bench, bench.draw(num, draw), bench.evaluated, draw)
 
 
 def _sum(first: Part, second: Part) -> Callable[[Labelled, int, int], Values]:
     """Two predictions with the weight that ranks a held-out fifth of the labels best, then both fitted on all."""
 
     def rank(bench: Labelled, num: int, draw: int) -> Values:
-        chosen = bench.draw(num, draw)[2]
+        chosen = bench.draw(num, draw)
         held_out = split_held_out(num, 0.2, draw)
         a, b = (part(bench, chosen[~held_out], chosen[held_out], draw) for part in (first, second))
         truth = bench.labels.influence[chosen[held_out]]
@@ -229,19 +209,16 @@ def _similarity(bench: Labelled, num: int, draw: int) -> Scorer:
     """Cosine of a candidate's state with the mean state of the pieces of the reference passages."""
     encoder = rivals.folding_encoder()
     reference = rivals.mean_direction(encoder_states(bench, encoder, _pieces(bench)))
-    return lambda rows: rivals.cosines(encoder_states(bench, encoder, rows), reference)
+    return lambda rows: rivals.nearest(encoder_states(bench, encoder, rows), reference)
 
 
 def _similarity_rank(bench: Labelled, num: int, draw: int) -> Values:
     reference = rivals.mean_direction(encoder_states(bench, rivals.folding_encoder(), _pieces(bench)))
-    return rivals.cosines(kept_states(bench)[bench.evaluated], reference)
+    return rivals.nearest(kept_states(bench)[bench.evaluated], reference)
 
 
 def _scored(fit: Callable[[Labelled, int, int], Scorer]) -> Callable[[Labelled, int, int], Values]:
     return lambda bench, num, draw: fit(bench, num, draw)(bench.rows.take(bench.evaluated))
-
-
-# --- FLOPs a scored token ---
 
 
 def _model_flops(bench: Labelled, head: bool = True) -> float:
@@ -290,11 +267,8 @@ def contenders(sizes: Any) -> Sequence[Contender]:
         Contender(name="n-gram ridge, 1 to 3", fit=ridge[3], flops=lambda bench: 6.0),
         Contender(name="document tables", ours=True, fit=_tables("document"), flops=lambda bench: 3.0),
         Contender(name="token tables (default)", ours=True, fit=token, flops=lambda bench: 3.0),
-        Contender(name="token tables, 2^8 buckets", fit=_tables("token", 2**8), flops=lambda bench: 3.0, gain=False),
-        Contender(name="token tables, 2^12 buckets", fit=_tables("token", 2**12), flops=lambda bench: 3.0,
-                  gain=False),
-        Contender(name="token tables, 2^16 buckets", fit=_tables("token", 2**16), flops=lambda bench: 3.0,
-                  gain=False),
+        *(Contender(name=f"token tables, 2^{bits} buckets", fit=_tables("token", 2**bits), gain=False,
+                    flops=lambda bench: 3.0) for bits in (8, 12, 16)),
         Contender(name="token tables and trigrams", flops=lambda bench: 4.0,
                   fit=_fitted(lambda bench, draw, num: TrigramTables(vocab_size=bench.lab.vocab_size, seed=draw))),
         Contender(name="token and document tables", ours=True, fit=_tables("both"), flops=lambda bench: 3.0),

@@ -28,8 +28,7 @@ _TOLERANCE = 1e-6  # the JSON keeps seven digits
 
 def page(document: Document) -> str:
     """Markdown of all parts."""
-    sections = [head(document), league(document), curves(document), gains(document), default(document)]
-    return "\n".join(sections)
+    return "\n".join(section(document) for section in (head, league, curves, gains, default))
 
 
 def head(document: Document) -> str:
@@ -63,9 +62,6 @@ def head(document: Document) -> str:
     return text
 
 
-# --- look-ups ---
-
-
 def fits_of(document: Document, name: str, num: int) -> list[dict[str, Any]]:
     """Fits of a contender on a number of labels, by draw."""
     found = [entry for entry in document["fit"] if entry["name"] == name and entry["num"] == num]
@@ -77,17 +73,14 @@ def final_losses(document: Document, name: str, where: str, loss_on: str, horizo
     settings = document["settings"]
     found = {entry["draw"]: entry for entry in document["gain"] if entry["name"] == name}
     key = str(horizon or settings["horizons"][-1])
-    losses = [found[seed]["losses"][key][where][loss_on] if seed in found else np.nan
-              for seed in range(settings["gain_seeds"])]  # fmt: skip
-    return np.array(losses)
+    losses = {seed: entry["losses"][key][where][loss_on] for seed, entry in found.items()}
+    return np.array([losses.get(seed, np.nan) for seed in range(settings["gain_seeds"])])
 
 
 def paired(document: Document, name: str, base: str, where: str, loss_on: str, horizon: int | None = None) -> str:
     """Mean difference of losses, paired by seed, with its interval."""
-    difference = final_losses(document, name, where, loss_on, horizon) - final_losses(
-        document, base, where, loss_on, horizon
-    )
-    return interval(difference[np.isfinite(difference)])
+    ours, theirs = (final_losses(document, arm, where, loss_on, horizon) for arm in (name, base))
+    return interval((ours - theirs)[np.isfinite(ours - theirs)])
 
 
 def installed(document: Document) -> list[dict[str, Any]]:
@@ -115,9 +108,6 @@ class Resampled:
         """Interval of the difference in rank correlation."""
         low, high = np.percentile(self.correlations(ranks) - self.correlations(base), [2.5, 97.5])
         return f"[{low:+.3f}, {high:+.3f}]"
-
-
-# --- sections ---
 
 
 def flops_text(flops: float | None) -> str:
@@ -205,16 +195,13 @@ def curves(document: Document) -> str:
     )
     for key, title in titles.items():
         rows = []
-        for contender in installed(document):
-            if not contender["curve"]:
-                continue
+        for name in (contender["name"] for contender in installed(document) if contender["curve"]):
             cells = []
             for num in settings["numbers"]:
-                fits = fits_of(document, contender["name"], num)
-                values = [entry[key] for entry in fits]
+                values = [entry[key] for entry in fits_of(document, name, num)]
                 spread = f" ({(max(values) - min(values)) / 2:.3f})" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-            rows.append([contender["name"], *cells])
+            rows.append([name, *cells])
         text += f"\n\n### {title[0].upper()}{title[1:]}\n\n"
         text += table(["influence model", *(f"{num:,}" for num in settings["numbers"])], rows).rstrip()
     return text + "\n"
@@ -237,15 +224,11 @@ def gains(document: Document) -> str:
         ("averaged", "all"), ("live", "all"), ("averaged", "completion"))]  # fmt: skip
     words = {"all": "all tokens", "completion": "last word"}
     rows = []
-    for contender in installed(document):
-        if contender["gain"]:
-            name = contender["name"]
-            found = [entry for entry in document["gain"] if entry["name"] == name]
-            if not found:
-                continue
-            mix = np.mean([entry["domains"] for entry in found], axis=0)
-            order = np.argsort(-mix)[:3]
-            top = ", ".join(f"{settings['domain_names'][i]} {mix[i]:.0%}" for i in order)
+    for name in (contender["name"] for contender in installed(document) if contender["gain"]):
+        found = [entry["domains"] for entry in document["gain"] if entry["name"] == name]
+        if found:
+            mix = np.mean(found, axis=0)
+            top = ", ".join(f"{settings['domain_names'][i]} {mix[i]:.0%}" for i in np.argsort(-mix)[:3])
             cells = [paired(document, name, RANDOM, where, on, h) for h, where, on in columns]
             ours = paired(document, name, DEFAULT, "averaged", "all") if name != DEFAULT else ""
             rows.append([name, *cells, ours, top])
@@ -262,11 +245,10 @@ def on_reference(document: Document) -> str:
         losses[name] = np.array([found.get(seed, np.nan) for seed in range(document["settings"]["gain_seeds"])])
     if RANDOM not in losses:
         return ""
-    rows = []
+    base, rows = losses.pop(RANDOM), []
     for name, values in losses.items():
-        if name != RANDOM:
-            difference = (values - losses[RANDOM])[np.isfinite(values - losses[RANDOM])]
-            rows.append([name, interval(difference), paired(document, name, RANDOM, "averaged", "all")])
+        difference = (values - base)[np.isfinite(values - base)]
+        rows.append([name, interval(difference), paired(document, name, RANDOM, "averaged", "all")])
     text = (
         "\nThe same trainings for some, read on the reference passages: what a label knows of those passages "
         "alone is no gain on others.\n\n"
@@ -316,13 +298,9 @@ def default(document: Document) -> str:
     )
 
 
-# --- check ---
-
-
 def differences(document: Document) -> list[str]:
     """Statistics of the JSON that its arrays do not give."""
-    truth = np.array(document["test"]["influence"])
-    domain = np.array(document["test"]["domain"])
+    truth, domain = (np.array(document["test"][name]) for name in ("influence", "domain"))
     found = []
     for entry in document["fit"]:
         again = judge(unpacked_ranks(entry["ranks"]), truth, domain)

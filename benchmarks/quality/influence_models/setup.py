@@ -1,7 +1,7 @@
 """What the parts of `influence_models` share: sizes, the labelled candidates, and what judges a prediction.
 
-Trade-off: all labels are
-measured once, at one checkpoint, and read back from disk by every unit; so they answer for one moment of one run.
+Trade-off: all labels are measured once, at one checkpoint, and read back from disk by every unit; so they answer for
+one moment of one run.
 
 Shape suffix: E evaluated candidates, the test candidates before the slice.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.lab.statistics import Ids
 from mates_hf.data.rows import TokenRows
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation, top_precision, within_group
 from mates_hf.records import InfluenceLabels
+from mates_hf.round_files import read_labels, write_labels
 
 Values = npt.NDArray[np.float64]
 
@@ -83,10 +83,9 @@ class Labelled:
         """(E,) positions of test candidates and slice."""
         return np.arange(self.sizes.labels, len(self.ids))
 
-    def draw(self, num: int, draw: int) -> tuple[TokenRows, InfluenceLabels, Ids]:
-        """The first `num` candidates of one order of those to fit on: rows, labels, and positions among the P."""
-        chosen = np.random.default_rng([SEED, 7, draw]).permutation(self.sizes.labels)[:num]
-        return self.rows.take(chosen), self.labels_of(chosen), chosen
+    def draw(self, num: int, draw: int) -> Ids:
+        """Positions of the first `num` candidates of one order of those to fit on."""
+        return np.random.default_rng([SEED, 7, draw]).permutation(self.sizes.labels)[:num]
 
     def labels_of(self, positions: Ids) -> InfluenceLabels:
         """Labels of these positions, numbered anew."""
@@ -97,8 +96,9 @@ class Labelled:
         return warm_point(self.lab, self.sizes.warm, self.paths.work, SEED)
 
 
+@functools.lru_cache(maxsize=1)
 def open_labelled(paths: Paths, sizes: Sizes) -> Labelled:
-    """The candidates with their labels, measured where they are not on disk."""
+    """The candidates with their labels, once a process; measured where they are not on disk."""
     lab = load_lab(paths.data, paths.work, num_documents=sizes.documents)
     point = warm_point(lab, sizes.warm, paths.work, SEED)
     first = one_a_document(lab, point.rest)[: sizes.labels + sizes.test]
@@ -106,31 +106,19 @@ def open_labelled(paths: Paths, sizes: Sizes) -> Labelled:
     ids = np.concatenate([first, others[: sizes.slice_rows]])
     if len(ids) < sizes.labels + sizes.test + sizes.slice_rows:
         raise ValueError(f"The corpus must have enough rows for all parts, got {len(first)} and {len(others)}.")
-    return Labelled(lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work / "labels.npz"))
+    return Labelled(lab=lab, sizes=sizes, paths=paths, ids=ids, labels=_labels(point, ids, paths.work))
 
 
-def _labels(point: Point, ids: Ids, path: Path) -> InfluenceLabels:
+def _labels(point: Point, ids: Ids, work: Path) -> InfluenceLabels:
     """Labels of these rows at the averaged weights, the reference loss over all tokens."""
-    columns = ("influence", "influence_per_token", "loss", "num_tokens", "token_derivatives")
+    path = work / "labels.parquet"
     if not path.exists():
         with point.weights(averaged=True):
-            labels = point.measure(ids)
-        temporary = path.with_suffix(f".{os.getpid()}.npz")
-        found = {name: getattr(labels, name) for name in columns}
-        np.savez(temporary, ids=ids, step_size=labels.step_size, **found)
-        temporary.replace(path)
-    with np.load(path) as stored:
-        if not np.array_equal(stored["ids"], ids):
-            raise ValueError(f"`{path.name}` must be of this run's candidates. Use another --work, or delete it.")
-        return InfluenceLabels(
-            candidate_id=np.arange(len(ids)),
-            probe=np.full(len(ids), "directional"),
-            step_size=float(stored["step_size"]),
-            **{name: stored[name] for name in columns},
-        )
-
-
-# --- judging ---
+            write_labels(path, dataclasses.replace(point.measure(ids), candidate_id=ids))
+    labels = read_labels(path)
+    if not np.array_equal(labels.candidate_id, ids):
+        raise ValueError(f"`{path.name}` must be of this run's candidates. Use another --work, or delete it.")
+    return dataclasses.replace(labels, candidate_id=np.arange(len(ids)))
 
 
 def judge(predicted: npt.ArrayLike, truth: npt.ArrayLike, domain: Ids) -> dict[str, Any]:

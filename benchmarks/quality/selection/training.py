@@ -11,24 +11,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas
 
 from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths, Point, one_a_document, warm_point
 from benchmarks.lab.corpus import Lab, load_lab
-from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, task_losses
+from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, row_losses, task_losses
 from benchmarks.lab.statistics import Ids
-from benchmarks.lab.units import read_units
-from benchmarks.quality.selection.arms import ARMS, EVERY_ARM, RANDOM, TUNING, TUNING_SEEDS, Arm, Unit
+from benchmarks.quality.selection import filters
+from benchmarks.quality.selection.arms import ARMS, EVERY_ARM, RANDOM, Arm, Unit
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.flops import directional_flops, forward_flops, gradient_flops, one_step_flops
-from mates_hf.influence.passes import mean_loss, token_losses
+from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
@@ -39,8 +39,6 @@ from mates_hf.selection.choose import gumbel_top_k
 SHAPE = {"width": 128, "layers": 4}  # of the model: 1.05 million parameters
 POOL_DECAY = 0.9
 NGRAM_FLOPS = 3.0  # a scored token: three look-ups, added
-EDITED = ("news", "science_textbook", "wikipedia")  # what the quality filter is told to keep, and what not
-UNEDITED = ("forum", "legal_terms", "spam", "web_cc")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,32 +70,11 @@ def open_lab(paths: Paths, sizes: Sizes, task: str, filtered: bool) -> Lab:
         paths.data, paths.work / task, num_documents=sizes.documents, task=task, num_reference=sizes.passages,
         num_development=sizes.passages, num_test=sizes.test,
     )  # fmt: skip
-    return filtered_lab(lab) if filtered else lab
-
-
-def filtered_lab(lab: Lab) -> Lab:
-    """The half of the rows that a fastText classifier of edited text against unedited web text likes best."""
-    rng = np.random.default_rng(0)
-    sides = []
-    for names in (EDITED, UNEDITED):
-        rows = np.flatnonzero(np.isin(lab.domain, [lab.domain_names.index(name) for name in names]))
-        sides.append(rivals.texts_of(lab.rows.take(rng.permutation(rows)[:3_000]), lab.tokenizer))
-    score = rivals.fasttext(*sides, seed=0)
-    blocks = np.array_split(np.arange(len(lab.rows)), max(1, len(lab.rows) // 5_000))
-    quality = np.concatenate([score(rivals.texts_of(lab.rows.take(block), lab.tokenizer)) for block in blocks])
-    kept = np.sort(np.argsort(-quality, kind="stable")[: len(lab.rows) // 2])
-    return dataclasses.replace(lab, rows=lab.rows.take(kept), domain=lab.domain[kept], document=lab.document[kept])
+    return filters.filtered_lab(lab) if filtered else lab
 
 
 class Run:
-    """A training in progress: the model, the rows that are left, and what everything cost.
-
-    Args:
-        lab: corpus and passages.
-        sizes: of the run.
-        paths: data and work folders.
-        unit: what to train.
-    """
+    """A training in progress: the model, the rows that are left, and what everything cost."""
 
     def __init__(self, lab: Lab, sizes: Sizes, paths: Paths, unit: Unit) -> None:
         self.lab, self.sizes, self.paths, self.unit = lab, sizes, paths, unit
@@ -116,10 +93,9 @@ class Run:
         self.rounds: list[dict[str, Any]] = []
         self._fitted: dict[str, Any] = {}  # influence models by reference loss
         self._domain_sums = np.zeros((2, len(lab.domain_names)))
-        self._static: StaticFilter | None = None
-        self._setting = self.arm.setting
-        if self._setting == "tuned":
-            self._setting = tuned_setting(paths, unit, self.arm.rank)
+        self._static: filters.StaticFilter | None = None
+        tuned = self.arm.setting == "tuned"
+        self._setting = filters.tuned_setting(paths, unit, self.arm.rank) if tuned else self.arm.setting
         self._passages = np.arange(0)  # rows of the pool that are reference passages
         if self.arm.mixed == "passages":
             pieces = rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0]))
@@ -285,15 +261,11 @@ class Run:
         started = time.perf_counter()
         if arm.rank == "stratified":
             order = np.random.default_rng([self.unit.seed, 6, number]).permutation(len(candidates))
-            values = np.empty(len(candidates))
-            for k in range(len(lab.domain_names)):
-                mine = order[lab.domain[candidates[order]] == k]
-                values[mine] = -np.arange(len(mine))
-            return values
+            domain = pandas.Series(lab.domain[candidates[order]], index=order)
+            return -domain.groupby(domain).cumcount().sort_index().to_numpy(np.float64)
         if arm.rank == "low loss":
             with self.point.weights(averaged=True):
-                losses = token_losses(self.point.model, rows, tokens_per_batch=TOKENS_PER_BATCH)
-            values = -losses.reshape(len(rows), -1).mean(1, dtype=np.float64)
+                values = -row_losses(self.point.model, rows)
             self.cost("score", time.perf_counter() - started, forward_flops(self.num_parameters, len(rows.values)))
             return values
         return self._like_reference(arm.rank, rows)
@@ -302,7 +274,7 @@ class Run:
         """(N,) what a static filter, fitted once, ranks rows by."""
         started = time.perf_counter()
         if self._static is None:
-            self._static = static_filter(self.lab, rank, self._setting, self.unit.seed)
+            self._static = filters.static_filter(self.lab, rank, self._setting, self.unit.seed)
             self.cost("fit", time.perf_counter() - started, 0.0)
             started = time.perf_counter()
         values = self._static.rank(rows)
@@ -320,7 +292,7 @@ class Run:
         values = self._fitted[key].predict(rows) / self._fitted[key].report.label_std
         flops = NGRAM_FLOPS * len(rows.values)
         if self.arm.labels == "encoder":
-            flops = encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
+            flops = filters.encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
         self.cost("score", time.perf_counter() - started, flops)
         return values
 
@@ -329,7 +301,7 @@ class Run:
         rows, groups = self.lab.rows.take(self._probed), self.lab.domain[self._probed]
         if self.arm.labels == "encoder":
             model = rivals.encoder_model(self.lab.tokenizer, self.unit.seed)
-            read = encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
+            read = filters.encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
             numbered = dataclasses.replace(labels, candidate_id=np.arange(len(rows)))
             return model.fit(rows, numbered, groups=groups), 3 * model.num_epochs * read
         tables = NgramInfluenceModel(seed=self.unit.seed, labels=self.arm.labels, pool_decay=POOL_DECAY)
@@ -345,62 +317,6 @@ class Run:
         means = np.where(counts > 0, sums / np.maximum(counts, 1e-9), sums.sum() / counts.sum())
         values = means[self.lab.domain[candidates]] / labels.influence.std()
         return values if self.arm.rank == "domain means" else (values == values.max()).astype(float)
-
-
-@dataclasses.dataclass(frozen=True)
-class StaticFilter:
-    """A ranking that no model in training has a part in."""
-
-    rank: Callable[[TokenRows], Any]  # (N,) how like the reference passages rows are
-    flops: Callable[[TokenRows], float] = lambda rows: 0.0  # what ranking rows takes; 0 for those that look words up
-
-
-def static_filter(lab: Lab, rank: str, setting: str, seed: int) -> StaticFilter:
-    """The filter of a name, fitted on the reference passages, which are cut as long as a row."""
-
-    def texts(rows: TokenRows) -> list[str]:
-        return rivals.texts_of(rows, lab.tokenizer)
-
-    target = texts(rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0])))
-    drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))
-    settings = dict(rivals.SETTINGS_TRIED[rank][setting])
-    if rank == "similarity":
-        encoder = rivals.folding_encoder()
-        states = rivals.states_of(encoder, target)
-        like, given = (rivals.nearest, states) if settings else (rivals.cosines, rivals.mean_direction(states))
-        return StaticFilter(
-            lambda rows: like(rivals.states_of(encoder, texts(rows)), given), lambda rows: encoder_flops(texts(rows))
-        )
-    if rank == "DSIR":
-        score = rivals.dsir(texts(lab.rows.take(drawn[:16_000])), target, **settings)
-    else:
-        negatives = texts(lab.rows.take(drawn[: settings.pop("negatives", len(target))]))
-        score = rivals.fasttext(target, negatives, seed, **settings)
-    return StaticFilter(lambda rows: score(texts(rows)))
-
-
-def tuned_setting(paths: Paths, unit: Unit, rank: str) -> str:
-    """The setting of a static filter that ended lowest, mean over the seeds of the tuning; they are run before."""
-    loss = {}
-    for arm in [arm for arm in TUNING if TUNING[arm].rank == rank]:
-        names = [dataclasses.replace(unit, arm=arm, seed=seed).name for seed in TUNING_SEEDS]
-        found = read_units(paths.work, names)
-        if len(found) < len(names):
-            raise RuntimeError(f"`{arm}` must have been tried on seeds {TUNING_SEEDS} before `{unit.name}`.")
-        loss[TUNING[arm].setting] = np.mean([result["curve"][-1]["all"] for result in found.values()])
-    return min(loss, key=lambda setting: loss[setting])
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder() -> tuple[Any, int]:
-    encoder = rivals.folding_encoder()
-    return encoder, count_multiplied_parameters(encoder.module)
-
-
-def encoder_flops(texts: list[str]) -> float:
-    """What the small encoder takes to read texts."""
-    encoder, num_parameters = _encoder()
-    return forward_flops(num_parameters, encoder.num_tokens(encoder.read(texts)))
 
 
 def together(rows: TokenRows, more: TokenRows) -> TokenRows:

@@ -1,13 +1,12 @@
 """Does a selector carry over: to a corpus the run never saw, and to a model that starts from nothing?
 
-About 40 minutes on two cores; needs no data. With `--corpus` the demo's selector filters that file; with `--reference`
-as well, the demo runs on one half of the file.
+About 40 minutes on two cores; needs no data.
 
 1. A demo run: a small Llama and `MatesCallback`, a round each 40 steps, one seed. Its last round that selected is the
    selector.
 2. Another corpus, free of every text that shares a 13-gram with the demo's pool, reference or held-out passages:
-   installed packages and a second draw of the built-in corpus, or a file. A fresh process reads the selector, filters
-   it to a fifth of its rows, and saves that.
+   installed packages and a second draw of the built-in corpus. A fresh process reads the selector, filters it to a
+   fifth of its rows, and saves that.
 3. Fresh weights, one seed each, trained on what was kept, packed to rows of one length, in three epochs; against a
    random draw of as many tokens, from the same weights. A third arm draws at random with the kept tokens' shares of
    the kinds of text: what is gained over it, the kinds do not explain. All arms share optimizer, steps, rate (constant
@@ -19,7 +18,6 @@ table.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections import Counter
@@ -33,23 +31,12 @@ from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import in_its_own_process, versions
 from benchmarks.lab.models import llama, trainer_of
 from benchmarks.lab.units import run_units
+from benchmarks.quality.selector_gain import training
 from benchmarks.quality.selector_gain.page import RANDOM, SAME_KINDS, SELECTED, page
-from benchmarks.quality.selector_gain.texts import builtin_texts, file_texts, pack
-from benchmarks.quality.selector_gain.training import (
-    BATCH_ROWS,
-    BLOCK,
-    EPOCHS,
-    LR,
-    WARM_UP,
-    WINDOW,
-    Tokens,
-    Unit,
-    read_tokens,
-    steps_of,
-    train,
-)
+from benchmarks.quality.selector_gain.texts import builtin_texts, pack
+from benchmarks.quality.selector_gain.training import BATCH_ROWS, BLOCK, EPOCHS, LR, WARM_UP, Tokens, steps_of
 
-__all__ = ["add_options", "page", "run", "variant"]
+__all__ = ["page", "run"]
 RATIO, VOCAB = 0.2, 2048
 DIGITS = 7
 
@@ -111,54 +98,26 @@ def last_selector(demo: Path) -> Path:
     raise SystemExit("No round of the demo run selected, so there is no selector to try.")
 
 
-def write_texts(work: Path, arguments: argparse.Namespace, sizes: Sizes) -> None:
+def write_texts(work: Path, share: float) -> None:
     """Read all texts and keep them under `work`: the other corpus as a dataset."""
     from datasets import Dataset
 
     if (work / "texts.json").exists():
         return
-    if arguments.corpus:
-        texts = file_texts(arguments.corpus, arguments.reference, sizes.share)
-    else:
-        texts = builtin_texts(sizes.share)
+    texts = builtin_texts(share)
     other = [{**row, "row": i} for i, row in enumerate(texts.other)]
     Dataset.from_list(other).save_to_disk(str(work / "corpus"))
     about = {name: value for name, value in vars(texts).items() if name != "other"}
     (work / "texts.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def filter_corpus(work: Path, selector: Path) -> Path:
-    """Filter in a process that knows the round's folder and the corpus alone."""
-    kept = work / "kept"
-    if not (kept / "state.json").exists():
-        in_its_own_process(filter_to, *map(str, (selector, work / "corpus", kept)))
-    return kept
-
-
 def filter_to(selector: str, corpus: str, kept: str) -> None:
-    """What that process does."""
+    """Filter, in a process that knows the round's folder and the corpus alone."""
     from datasets import load_from_disk
 
     from mates_hf import MatesSelector
 
     MatesSelector.from_pretrained(selector).filter(load_from_disk(corpus), ratio=RATIO).save_to_disk(kept)
-
-
-# --- results ---
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is filtered, and how often models are trained."""
-    parser.add_argument("--corpus", type=Path, help="JSON lines of `text` (and `domain`) to filter")
-    parser.add_argument("--reference", type=Path, help="JSON lines; the demo then trains on one half of --corpus")
-    parser.add_argument("--seeds", type=int, help="fresh models of each arm (5; quick: 2)")
-
-
-def variant(options: argparse.Namespace) -> str:
-    """Pages of different corpora are beside each other."""
-    if options.reference and not options.corpus:
-        raise SystemExit("`--reference` must come with the `--corpus` that has text for it")
-    return "reference" if options.reference else "file" if options.corpus else ""
 
 
 def collected(
@@ -169,20 +128,16 @@ def collected(
 
     lengths = tokens.lengths
     info = load_round(selector).info
-    kinds = {
-        name: {"corpus": float(lengths[tokens.kind == k].sum() / lengths.sum()),
-               "kept": float(lengths[(tokens.kind == k) & tokens.kept].sum() / lengths[tokens.kept].sum())}
-        for k, name in enumerate(tokens.kinds)
-    }  # fmt: skip
-    arguments = bench.options
+    every = np.bincount(tokens.kind, lengths)
+    kept = np.bincount(tokens.kind, lengths * tokens.kept)
+    shares = zip(tokens.kinds, every / every.sum(), kept / kept.sum(), strict=True)
+    kinds = {name: {"corpus": float(a), "kept": float(b)} for name, a, b in shares}
     about = json.loads((bench.work / "texts.json").read_text(encoding="utf-8"))
     return {
         "settings": {
-            "quick": arguments.quick,
-            "corpus": "file" if arguments.corpus else "built-in",
-            "demo_pool": "half of the file" if arguments.reference else "built-in",
-            "reference": "file" if arguments.reference else "language manual", "ratio": RATIO,
-            "learning_rate": LR, "batch_rows": BATCH_ROWS, "block": BLOCK, "warm_up": WARM_UP, "window": WINDOW,
+            "quick": bench.quick, "corpus": "built-in", "demo_pool": "built-in", "reference": "language manual",
+            "ratio": RATIO, "learning_rate": LR, "batch_rows": BATCH_ROWS, "block": BLOCK, "warm_up": WARM_UP,
+            "window": training.WINDOW,
             "steps": EPOCHS * steps_of(tokens), "epochs": EPOCHS, "demo_steps": sizes.demo_steps, "seeds": sizes.seeds,
             "held_out_passages": len(about["held_out"]), "own_passages": len(about["own"]),
             "dropped": about["dropped"], "corpus_rows": len(tokens.ids), "corpus_tokens": int(lengths.sum()),
@@ -199,18 +154,19 @@ def run(bench: Bench) -> dict[str, Any]:
     """Run what is missing; the JSON document of what is done so far."""
     from transformers import AutoTokenizer
 
-    given, sizes, work = bench.options, QUICK if bench.quick else Sizes(), bench.work
-    sizes = dataclasses.replace(sizes, seeds=given.seeds or sizes.seeds)
+    sizes, work = QUICK if bench.quick else Sizes(), bench.work
     work.mkdir(parents=True, exist_ok=True)
-    write_texts(work, given, sizes)
+    write_texts(work, sizes.share)
     demo = run_demo(work, sizes)
     selector, checkpoint = last_selector(demo), demo / "shape"
-    kept = filter_corpus(work, selector)
-    tokens = read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
+    kept = work / "kept"
+    if not (kept / "state.json").exists():
+        in_its_own_process(filter_to, *map(str, (selector, work / "corpus", kept)))
+    tokens = training.read_tokens(work, kept, AutoTokenizer.from_pretrained(checkpoint))
     counts = Counter(np.array(tokens.kinds)[tokens.kind[tokens.kept]].tolist())
     say(f"Kept {tokens.kept.sum()} of {len(tokens.ids)} rows ({counts}); {EPOCHS} x {steps_of(tokens)} steps")
     arms = [(arm, seed) for seed in range(sizes.seeds) for arm in (SELECTED, RANDOM)]
     arms += [(SAME_KINDS, seed) for seed in range(sizes.seeds)]
-    units = [Unit(arm=arm, seed=seed) for arm, seed in arms]
-    found = run_units(bench, train, {unit.file: (work, kept, checkpoint, unit) for unit in units})
+    units = {f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}": (arm, seed) for arm, seed in arms}
+    found = run_units(bench, training.train, {name: (work, kept, checkpoint, *unit) for name, unit in units.items()})
     return collected(bench, sizes, selector, tokens, [found[name] for name in sorted(found)])

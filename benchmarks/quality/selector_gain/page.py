@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.lab.statistics import mean_interval
-from benchmarks.lab.tables import table_lines, title
+from benchmarks.lab.statistics import mean_interval, steps_to_reach
+from benchmarks.lab.tables import markdown, table, title
 
 SELECTED, RANDOM, SAME_KINDS = "selected", "random", "random, same kinds"
 PAIRS = ((SELECTED, RANDOM), (SELECTED, SAME_KINDS), (SAME_KINDS, RANDOM))
@@ -21,13 +21,14 @@ Units = dict[tuple[str, int], dict[str, Any]]
 def page(document: Document) -> str:
     """The Markdown page."""
     units = {(unit["arm"], unit["seed"]): unit for unit in document["units"]}
-    lines = [*_settings(document), "", *_losses(units), "", *_differences(units), "", *_kinds(document)]
-    lines += [
-        "",
+    return markdown(
+        *_settings(document),
+        _losses(units),
+        _differences(units),
+        _kinds(document),
         "Shares are of tokens. Below 0 the arm named first is better. `selected needs`: share of the steps "
         "after which the selected arm has the held-out loss that the random arm ends with.",
-    ]
-    return "\n".join(lines) + "\n"
+    )
 
 
 def at_end(unit: dict[str, Any]) -> dict[str, float]:
@@ -41,27 +42,16 @@ def paired(units: Units, arm: str, other: str, key: str) -> list[float]:
     return [at_end(units[arm, seed])[key] - at_end(units[other, seed])[key] for seed in seeds]
 
 
-def steps_to_reach(curve: list[dict[str, float]], loss: float) -> float | None:
-    """Steps at which a curve first gets to a held-out loss, interpolated; None where it does not."""
-    for before, after in zip(curve, curve[1:], strict=False):
-        if after["held_out"] <= loss:
-            share = (before["held_out"] - loss) / max(before["held_out"] - after["held_out"], 1e-12)
-            return before["step"] + min(max(share, 0.0), 1.0) * (after["step"] - before["step"])
-    return None
-
-
 def _settings(document: Document) -> list[str]:
     settings, selector = document["settings"], document["selector"]
     return [
         title("selector_gain", settings["quick"]),
-        "",
         f"Demo: {settings['demo_steps']} steps, pool {settings['demo_pool']}, reference {settings['reference']}. "
         f"Selector: its round {selector['number']} (of step {selector['step']}), held-out Spearman "
         f"{selector['spearman']:.3f}. Other corpus ({settings['corpus']}): {settings['corpus_rows']:,} rows, "
         f"{settings['corpus_tokens'] / 1e6:.2f} M tokens, after {settings['dropped']:,} that share a 13-gram with the "
         f"demo's pool, reference or held-out passages were dropped. `filter(ratio={settings['ratio']})` kept "
         f"{settings['kept_rows']:,} rows, {settings['kept_tokens'] / 1e6:.2f} M tokens.",
-        "",
         f"Fresh models of the demo's shape, learning rate {settings['learning_rate']:g} (constant after "
         f"{settings['warm_up']} steps), AdamW, {settings['batch_rows']} rows of {settings['block']} tokens, "
         f"{settings['steps']:,} steps: {settings['epochs']} epochs over what was kept or drawn. Held-out: "
@@ -71,7 +61,7 @@ def _settings(document: Document) -> list[str]:
     ]
 
 
-def _losses(units: Units) -> list[str]:
+def _losses(units: Units) -> str:
     arms = [arm for arm in (SELECTED, RANDOM, SAME_KINDS) if any(name == arm for name, _ in units)]
     heads = [f"{arm}: {key.replace('_', '-')}" for key in LOSSES for arm in arms]
     rows = []
@@ -79,18 +69,18 @@ def _losses(units: Units) -> list[str]:
         ends = [at_end(units[arm, seed]) if (arm, seed) in units else {} for arm in arms]
         cells = [f"{end[key]:.4f}" if end else "" for key in LOSSES for end in ends]
         rows.append([str(seed), *cells, _catch_up(units, seed)])
-    return table_lines(["seed", *heads, "selected needs"], rows)
+    return table(["seed", *heads, "selected needs"], rows)
 
 
 def _catch_up(units: Units, seed: int) -> str:
     if (SELECTED, seed) not in units or (RANDOM, seed) not in units:
         return ""
     ours, theirs = units[SELECTED, seed], units[RANDOM, seed]
-    reached = steps_to_reach(ours["curve"], at_end(theirs)["held_out"])
+    reached = steps_to_reach(ours["curve"], "held_out", at_end(theirs)["held_out"])
     return "more" if reached is None else f"{reached / ours['num_steps']:.0%}"
 
 
-def _differences(units: Units) -> list[str]:
+def _differences(units: Units) -> str:
     rows = []
     for arm, other in PAIRS:
         cells = []
@@ -101,9 +91,9 @@ def _differences(units: Units) -> list[str]:
                 cells.append(f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})")
         if cells:
             rows.append([f"{arm} minus {other}", str(len(values)), *cells])
-    return table_lines(["paired difference", "seeds", "held-out (95 % interval)", "own (95 % interval)"], rows)
+    return table(["paired difference", "seeds", "held-out (95 % interval)", "own (95 % interval)"], rows)
 
 
-def _kinds(document: Document) -> list[str]:
+def _kinds(document: Document) -> str:
     rows = [[name, f"{of['corpus']:.1%}", f"{of['kept']:.1%}"] for name, of in document["kinds"].items()]
-    return table_lines(["kind", "share of the corpus", "share of what was kept"], rows)
+    return table(["kind", "share of the corpus", "share of what was kept"], rows)

@@ -1,16 +1,13 @@
 """The corpora of `selector_gain`: what the demo run saw, another corpus without it, and rows of equal length.
 
-Trade-off: the built-in other corpus is whatever this
-Python installation holds besides the demo's text, mostly the installed packages: no download, and other figures on
-another installation. Files are read, never imported.
+Trade-off: the other corpus is whatever this Python installation holds besides the demo's text, mostly the installed
+packages: no download, and other figures on another installation. Files are read, never imported.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import gzip
-import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,15 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.corpus import builtin_corpus
-from mates_hf.data.overlap import NGRAM_WORDS, NgramIndex
+from mates_hf.data.overlap import NGRAM_WORDS, find_overlap
 from mates_hf.data.words import words_of
 
 Row = dict[str, str]
 IntArray = npt.NDArray[np.int64]
 
 OTHER_SEED = 1  # of `builtin_corpus`: the demo has 0
-NUM_PASSAGES = 512  # read of a reference file; every other one is held out, as the example does
-CHARACTERS = 8_500_000  # of a corpus given as a file, which is about what the built-in one has
 OWN_SHARE = 0.02  # of the other corpus is held out, to see what selecting unlearns
 
 # Characters taken of the installed packages, of one kind and of one file: many authors, none of them most of it.
@@ -52,39 +47,27 @@ class Texts:
 
 
 def builtin_texts(share: float) -> Texts:
-    """The demo's corpus; the other one is a second draw of it and text of the installed packages.
+    """The demo's corpus; the other one is a second draw of it and a `share` of the text of the installed packages.
 
-    Args:
-        share: of the packages' text to read.
+    What is in the demo's texts is dropped, and a part of the other corpus kept aside.
     """
     demo, second = builtin_corpus(), builtin_corpus(seed=OTHER_SEED)
     candidates = [*second.pool, *package_texts(np.random.default_rng(OTHER_SEED), share)]
-    return _divide(list(demo.pool), demo.reference, demo.development, candidates)
-
-
-def file_texts(corpus: Path, reference: Path | None, share: float) -> Texts:
-    """A JSON lines file as the other corpus, or, with a reference, one half of it for a demo and one to filter.
-
-    Args:
-        corpus: rows of `text` and, for the report, `domain`; plain or `.gz`.
-        reference: rows of `text`, or of `context` and `target`; None keeps the demo and its reference built-in.
-        share: of `CHARACTERS` to filter.
-    """
-    read = gzip.open if corpus.suffix == ".gz" else open
-    with read(corpus, "rt", encoding="utf-8") as file:
-        documents = [json.loads(line) for line in file]
-    rows = [{"text": document["text"], "kind": str(document.get("domain", "all"))} for document in documents]
-    order = np.random.default_rng(OTHER_SEED).permutation(len(rows))
-    rows = [rows[i] for i in order]
-    if reference is None:
-        demo = builtin_corpus()
-        return _divide(list(demo.pool), demo.reference, demo.development, _first(rows, share * CHARACTERS))
-    passages = [json.loads(line) for line in reference.read_text(encoding="utf-8").splitlines()[:NUM_PASSAGES]]
-    texts = [row["text"] if "text" in row else f"{row['context']} {row['target']}" for row in passages]
-    index = NgramIndex(texts[::2])
-    shared = set(index.shared(texts[1::2]).tolist())
-    held_out = [text for i, text in enumerate(texts[1::2]) if i not in shared]
-    return _divide(rows[::2], texts[::2], held_out, _first(rows[1::2], share * CHARACTERS))
+    seen = [*(row["text"] for row in demo.pool), *demo.reference, *demo.development]
+    shared = set(find_overlap([row["text"] for row in candidates], seen).tolist())
+    free = [row for i, row in enumerate(candidates) if i not in shared and len(words_of(row["text"])) >= NGRAM_WORDS]
+    free = [free[i] for i in np.random.default_rng(OTHER_SEED).permutation(len(free))]
+    num = int(OWN_SHARE * len(free))
+    own, other = [row["text"] for row in free[:num]], free[num:]
+    known = set(find_overlap(own, [row["text"] for row in other]).tolist())
+    return Texts(
+        demo_pool=list(demo.pool),
+        reference=demo.reference,
+        held_out=demo.development,
+        other=other,
+        own=[text for i, text in enumerate(own) if i not in known],
+        dropped=len(shared),
+    )
 
 
 def package_texts(rng: np.random.Generator, share: float) -> Iterator[Row]:
@@ -136,27 +119,6 @@ def pack(rows_ids: Sequence[npt.NDArray[Any]], order: IntArray, end: int, block:
     """(B, `block`) token ids: the rows in `order`, each followed by `end`, one after the other; a rest is dropped."""
     flat = np.concatenate([part for i in order for part in (rows_ids[i], [end])])
     return flat[: len(flat) - len(flat) % block].reshape(-1, block)
-
-
-def _divide(demo_pool: list[Row], reference: list[str], held_out: list[str], candidates: list[Row]) -> Texts:
-    """Drop what is in the demo's texts, keep a part aside."""
-    index = NgramIndex([*(row["text"] for row in demo_pool), *reference, *held_out])
-    shared = set(index.shared([row["text"] for row in candidates]).tolist())
-    free = [row for i, row in enumerate(candidates) if i not in shared and len(words_of(row["text"])) >= NGRAM_WORDS]
-    free = [free[i] for i in np.random.default_rng(OTHER_SEED).permutation(len(free))]
-    num = int(OWN_SHARE * len(free))
-    own, other = [row["text"] for row in free[:num]], free[num:]
-    known = set(NgramIndex([row["text"] for row in other]).shared(own).tolist())
-    own = [text for i, text in enumerate(own) if i not in known]
-    return Texts(
-        demo_pool=demo_pool, reference=reference, held_out=held_out, other=other, own=own, dropped=len(shared)
-    )
-
-
-def _first(rows: list[Row], characters: float) -> list[Row]:
-    """The first rows up to a number of characters."""
-    total = np.cumsum([len(row["text"]) for row in rows])
-    return rows[: int(np.searchsorted(total, characters))]
 
 
 def _read(path: Path) -> str:

@@ -26,19 +26,6 @@ MOST_OWN_ROWS = 150
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One training."""
-
-    arm: str  # what it is trained on
-    seed: int  # of the weights, the draw and the order
-
-    @property
-    def file(self) -> str:
-        """Name of its result, without suffix."""
-        return f"{self.arm.replace(', ', '-').replace(' ', '-')}-{self.seed}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
     """The other corpus as tokens."""
 
@@ -100,8 +87,8 @@ def own_rows(work: Path, tokenizer: Any) -> Any:
     return as_rows(blocks[np.random.default_rng(0).permutation(len(blocks))[:MOST_OWN_ROWS]], BLOCK)
 
 
-def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> dict[str, Any]:
-    """Train one fresh model; its curve."""
+def train(work: Path, kept: Path, checkpoint: Path, arm: str, seed: int) -> dict[str, Any]:
+    """Train one fresh model on what an arm has; the seed decides weights, draw and order. Its curve."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -111,14 +98,14 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> dict[str, Any
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokens = read_tokens(work, kept, tokenizer)
-    blocks = tokens.blocks(unit.arm, unit.seed, EPOCHS)
+    blocks = tokens.blocks(arm, seed, EPOCHS)
     num_steps = len(blocks) // BATCH_ROWS
     passages = json.loads((work / "texts.json").read_text(encoding="utf-8"))["held_out"]
     columns = {"text_column": "text", "max_length": BLOCK, "name": "held-out"}
     held_out = ReferenceTask.from_dataset([{"text": text} for text in passages], tokenizer, **columns)
     own = own_rows(work, tokenizer)
 
-    torch.manual_seed(unit.seed)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint)).train()
     points = [*range(EVERY, num_steps - WINDOW + 1, EVERY), num_steps]
     curve: list[dict[str, float]] = []
@@ -141,8 +128,6 @@ def train(work: Path, kept: Path, checkpoint: Path, unit: Unit) -> dict[str, Any
         average = WeightAverage(model)
 
     optimizer = build_optimizer(model, lr=LR)
-    order = np.arange(num_steps * BATCH_ROWS)
-    train_steps(
-        model, optimizer, as_rows(blocks, BLOCK), order, batch_rows=BATCH_ROWS, lr=LR, warm_up=WARM_UP, on_step=on_step
-    )
-    return {"arm": unit.arm, "seed": unit.seed, "num_steps": num_steps, "curve": curve}
+    rows, order = as_rows(blocks, BLOCK), np.arange(num_steps * BATCH_ROWS)
+    train_steps(model, optimizer, rows, order, batch_rows=BATCH_ROWS, warm_up=WARM_UP, on_step=on_step)
+    return {"arm": arm, "seed": seed, "num_steps": num_steps, "curve": curve}
