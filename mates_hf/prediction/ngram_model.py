@@ -24,11 +24,11 @@ from mates_hf.data.documents import document_codes
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.errors import MatesError
-from mates_hf.evaluation.agreement import slope_of
 from mates_hf.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
 from mates_hf.prediction import judge
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
-from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, centre_by
+from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, calibration
+from mates_hf.prediction.ngram.evidence import weighted_evidence
 from mates_hf.prediction.ngram.explain import strongest_ngrams
 from mates_hf.prediction.ngram.tables import Statistics, Tables
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels
@@ -121,6 +121,7 @@ class NgramInfluenceModel:
         documents: npt.NDArray[Any] | None = None,
         previous: NgramInfluenceModel | None = None,
         seed: int | None = None,
+        evidence: tuple[Tables, Tables] | None = None,
     ) -> Self:
         """Fit on most candidates, report on the rest, then fit on all.
 
@@ -135,6 +136,8 @@ class NgramInfluenceModel:
             documents: (N,) document of each label; split and bootstrap take whole ones. None: equal tokens are one.
             previous: the influence model of the round before, for its labels; not changed.
             seed: Random seed of the held-out split and the folds. Defaults to the constructor's seed.
+            evidence: Static evidence (`ngram.evidence.log_odds`) that effects shrink towards, each part times the
+                weight of at least 0 that the fitted labels give it. Used with token labels only.
 
         Returns:
             self, fitted.
@@ -163,23 +166,27 @@ class NgramInfluenceModel:
             if not np.isfinite(derivatives).all():
                 raise ValueError("`labels.token_derivatives` must be finite. Look for NaN in the probed losses.")
         earlier, prior = self._earlier(previous, kind)
+        standardised, offset = (per_token - centre) / scale, None
+        if evidence is not None and derivatives is not None:
+            offset = weighted_evidence(evidence, rows.take(~held_out), standardised[~held_out])
         design = TokenDesign(
             rows,
             self.num_buckets,
-            (per_token - centre) / scale,
+            standardised,
             derivatives,
             earlier=earlier,
             prior=prior,
             document=kind != "token",
+            offset=offset,
         )
         penalties = None
         if derivatives is not None and len(labels) > SEARCH_CANDIDATES:
-            penalties = self._search(rows, (per_token - centre) / scale, derivatives, earlier, ~held_out, seed)
+            penalties = self._search(rows, standardised, derivatives, earlier, ~held_out, seed, offset)
         choice = design.choose(~held_out, seed, penalties)
         token, document = design.solve(~held_out, choice)
         score = design.score(token if document is None else token.plus(document))
         fitted = ~held_out
-        slope = _calibration(design.labels[fitted], choice.predicted[fitted], choice.fold[fitted])
+        slope = calibration(design.labels[fitted], choice.predicted[fitted], choice.fold[fitted])
         predicted = slope * (score - score[fitted].mean()) + design.labels[fitted].mean()
         unit = scale * labels.step_size
         report = judge.fit_report(
@@ -197,7 +204,7 @@ class NgramInfluenceModel:
         token_part = np.where(held_out, design.score(token), choice.token_part)
         token, document = design.solve(everyone, dataclasses.replace(choice, token_part=token_part))
         both = token if document is None else token.plus(document)
-        slope = _calibration(design.labels, np.where(held_out, score, choice.predicted), choice.fold)
+        slope = calibration(design.labels, np.where(held_out, score, choice.predicted), choice.fold)
         self._tables = both.scaled(slope * scale)
         self._document = None if document is None else document.scaled(1.0)
         self._intercept = centre - slope * scale * float(design.score(both).mean())
@@ -224,6 +231,7 @@ class NgramInfluenceModel:
         earlier: Statistics,
         members: npt.NDArray[np.bool_],
         seed: int,
+        offset: Tables | None,
     ) -> Penalties:
         """Penalties of the token tables, from as many of the candidates as tell them; earlier rounds weigh as much."""
         drawn = np.random.default_rng(seed).permutation(np.flatnonzero(members))[:SEARCH_CANDIDATES]
@@ -238,6 +246,7 @@ class NgramInfluenceModel:
             earlier=Statistics(earlier.keys, earlier.counts * share, earlier.sums * share),
             prior=None,
             document=False,
+            offset=offset,
         )
         return design.choose(np.ones(len(drawn), bool), seed).penalties
 
@@ -383,10 +392,3 @@ class NgramInfluenceModel:
             raise damaged(path, error) from error
         model._report = report
         return model
-
-
-def _calibration(
-    labels: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], fold: npt.NDArray[np.int64]
-) -> float:
-    """Slope of labels on out-of-sample predictions, kept positive; both about the mean of what one fit predicts."""
-    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *judge.SLOPE_RANGE))

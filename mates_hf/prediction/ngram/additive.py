@@ -28,7 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.evaluation.agreement import rank_correlation
+from mates_hf.evaluation.agreement import rank_correlation, slope_of
+from mates_hf.prediction import judge
 from mates_hf.prediction.ngram import kernels
 from mates_hf.prediction.ngram.tables import FloatVector, Statistics, Tables, join_keys, split_keys
 from mates_hf.prediction.threads import num_threads
@@ -97,6 +98,11 @@ def centre_by(values: FloatVector, group: npt.NDArray[np.int64]) -> FloatVector:
     return np.asarray(values - (np.bincount(number, weights=values) / np.bincount(number))[number])
 
 
+def calibration(labels: FloatVector, predicted: FloatVector, fold: npt.NDArray[np.int64]) -> float:
+    """Slope of labels on out-of-sample predictions, kept positive; both about the mean of what one fit predicts."""
+    return float(np.clip(slope_of(centre_by(labels, fold), centre_by(predicted, fold)), *judge.SLOPE_RANGE))
+
+
 class TokenDesign:
     """The targets of N candidates as cells of a sparse bigram table, next to earlier rounds' statistics.
 
@@ -107,6 +113,8 @@ class TokenDesign:
         derivatives: (K,) float64 standardised derivative at each target, or None: fit document labels alone.
         earlier: statistics of earlier rounds, already decayed.
         prior: document tables of earlier rounds in standardised units, or None.
+        offset: tables in standardised units that the token tables shrink towards; None shrinks towards 0. Only with
+            derivatives.
         document: also fit document labels (of what the token tables leave over, where there are derivatives).
     """
 
@@ -120,6 +128,7 @@ class TokenDesign:
         earlier: Statistics,
         prior: Tables | None,
         document: bool,
+        offset: Tables | None = None,
     ) -> None:
         mask = rows.target_mask
         where = np.flatnonzero(mask)
@@ -141,9 +150,8 @@ class TokenDesign:
             for values in (earlier.counts, earlier.sums)
         )
         self.previous, self.token = (ids.astype(np.int32) for ids in split_keys(keys))
-        self.vocab_size = max(
-            int(max(self.token.max(), self.previous.max())) + 1, 0 if prior is None else len(prior.token)
-        )
+        sizes = [len(tables.token) for tables in (prior, offset) if tables is not None]
+        self.vocab_size = max(int(self.token.max()) + 1, int(self.previous.max()) + 1, *sizes)
         self.num_buckets = num_buckets
         counts = np.bincount(self.cell, minlength=len(keys)) + self.earlier_counts
         active = np.flatnonzero(counts >= MIN_BIGRAM_COUNT)
@@ -156,6 +164,12 @@ class TokenDesign:
         self.document = document
         self.prior = None if prior is None else prior.resized(self.vocab_size)
         self.prior_score = np.zeros(len(rows)) if self.prior is None else self._mean(self._cell_values(self.prior))
+        self.offset = Tables.zeros(self.vocab_size, num_buckets)
+        self._offset_cells = np.zeros(len(keys))
+        if offset is not None and derivatives is not None:
+            self.offset = offset.resized(self.vocab_size)
+            values = self._cell_values(self.offset)
+            self._offset_cells = values - values[self.cell].mean()  # as derivatives are about their mean
         self._matrix: sp.csr_matrix | None = None
 
     def _cell_values(self, tables: Tables) -> FloatVector:
@@ -177,18 +191,20 @@ class TokenDesign:
         return self._mean(self._cell_values(tables))
 
     def _counted(self, members: npt.NDArray[np.bool_]) -> tuple[FloatVector, FloatVector]:
-        """(C,) counts and sums of the targets of some candidates, and of the earlier rounds."""
+        """(C,) counts of targets of some candidates and earlier rounds, and sums of what the offset leaves over."""
         chosen = members[self.owner]
         cells = self.cell[chosen]
         counts = np.asarray(np.bincount(cells, minlength=len(self.keys)) + self.earlier_counts, np.float64)
         if self.derivatives is None:
             return counts, np.zeros(len(self.keys))
         sums = np.bincount(cells, weights=self.derivatives[chosen], minlength=len(self.keys))
-        return counts, np.asarray(sums + self.earlier_sums, np.float64)
+        return counts, np.asarray(sums + self.earlier_sums - counts * self._offset_cells, np.float64)
 
     def statistics(self) -> Statistics:
         """Statistics of all candidates and the earlier rounds, to keep."""
         counts, sums = self._counted(np.ones(len(self.num_targets), bool))
+        if self.derivatives is not None:
+            sums = sums + counts * self._offset_cells
         kept = counts >= MIN_KEPT_COUNT
         return Statistics(self.keys[kept], counts[kept].astype(np.float32), sums[kept].astype(np.float32))
 
@@ -253,7 +269,7 @@ class TokenDesign:
                     state, sizes = states[k], penalties.array
                     kernels.backfit(counts, sums, self.token, self.previous, self.slot, sizes, state, num_sweeps)
                     values = state[0][self.token] + state[1][self.previous] + state[2][self.slot]
-                    return self._mean(values, fold == k)
+                    return self._mean(values + self._offset_cells, fold == k)
 
                 predicted = np.zeros(len(fold))
                 for k, found in zip(folds, pool.map(of_fold, folds), strict=True):
@@ -312,7 +328,7 @@ class TokenDesign:
             kernels.backfit(
                 counts, sums, self.token, self.previous, self.slot, choice.penalties.array, state, _FINAL_SWEEPS
             )
-            token = self._spread(*state)
+            token = self._spread(*state).plus(self.offset)
         if not self.document:
             return token, None
         document = Tables.zeros(self.vocab_size, self.num_buckets)

@@ -1,0 +1,85 @@
+"""Static evidence: how much likelier each n-gram is in the reference task than in the pool, before any label.
+
+Where it is used: a fit of `NgramInfluenceModel` that is given it shrinks its effects towards a multiple of these
+log-odds instead of towards 0. What the multiple is, labels decide: on a reference that words identify it is large, and
+few labels do; where words say nothing it is 0, and the fit is what it is without.
+
+The log-odds of a text, summed over its tokens, are the difference of two cross-entropies (Moore and Lewis, 2010), by
+bigram models of the two, each backing off to its unigrams.
+
+Trade-off: counts alone, so that a second's work stands beside labels that a model has to be asked for.
+
+Shape suffixes: V vocabulary, H hash buckets, C distinct bigrams.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.prediction.ngram import kernels
+from mates_hf.prediction.ngram.tables import FloatVector, Tables, join_keys, split_keys
+
+UNIGRAM_PRIOR = 100.0  # pool tokens that the reference's unigrams are given beforehand
+BIGRAM_PRIOR = 20.0  # tokens that a bigram model backs off with
+
+
+def log_odds(reference: TokenRows, background: TokenRows, num_buckets: int) -> tuple[Tables, Tables]:
+    """Log-odds of n-grams, the reference task against the pool, in nats.
+
+    Args:
+        reference: The passages.
+        background: Rows drawn from the pool at random.
+        num_buckets: Hash buckets of the bigram table, a power of two.
+
+    Returns:
+        Two tables, whose effects add up: the log-odds of each token alone, and what the token before it adds to them.
+        Above 0 is likelier in the reference. Tokens of neither have none.
+    """
+    size = int(max(reference.values.max(initial=0), background.values.max(initial=0))) + 1
+    keys = [_keys(rows) for rows in (reference, background)]
+    distinct = np.unique(np.concatenate(keys))
+    previous, token = split_keys(distinct)
+    counts = [np.bincount(np.searchsorted(distinct, part), minlength=len(distinct)).astype(float) for part in keys]
+    tokens = [np.bincount(token, weights=part, minlength=size) for part in counts]
+    before = [np.bincount(previous, weights=part, minlength=size) for part in counts]
+    usual = (tokens[1] + 1) / (tokens[1].sum() + size)
+    wanted = (tokens[0] + UNIGRAM_PRIOR * usual) / (tokens[0].sum() + UNIGRAM_PRIOR)
+    unigram = np.log(wanted / usual)
+    chances = [
+        (counted + BIGRAM_PRIOR * alone[token]) / (begun[previous] + BIGRAM_PRIOR)
+        for counted, begun, alone in zip(counts, before, (wanted, usual), strict=True)
+    ]
+    extra = np.log(chances[0] / chances[1]) - unigram[token]
+    buckets = kernels.hash_bigrams(previous.astype(np.int32), token.astype(np.int32), num_buckets)
+    weight = counts[0] + counts[1]
+    sums = np.bincount(buckets, weights=weight * extra, minlength=num_buckets)
+    bigram = sums / np.maximum(np.bincount(buckets, weights=weight, minlength=num_buckets), 1.0)
+    none = np.zeros(size)
+    return Tables(unigram, none, np.zeros(num_buckets)), Tables(none, none, bigram)
+
+
+def weighted_evidence(evidence: tuple[Tables, Tables], rows: TokenRows, labels: FloatVector) -> Tables:
+    """The sum of the parts, each times the weight of at least 0 by which their sum predicts labels best.
+
+    Args:
+        evidence: What `log_odds` returned.
+        rows: N candidates.
+        labels: (N,) standardised label of each.
+
+    Returns:
+        Tables in standardised units; without effect where the evidence tells nothing of the labels.
+    """
+    scores = np.stack([part.scaled(1.0).score(rows) for part in evidence], 1)
+    weights = nnls(scores - scores.mean(0), labels - labels.mean())[0]
+    tokens, bigrams = evidence
+    nothing = Tables.zeros(len(tokens.token), len(tokens.bigram))
+    return nothing.plus(tokens, float(weights[0])).plus(bigrams, float(weights[1]))
+
+
+def _keys(rows: TokenRows) -> npt.NDArray[np.int64]:
+    """Keys of the bigrams at a row's targets."""
+    where = np.flatnonzero(rows.target_mask)
+    return join_keys(rows.values[where - 1].astype(np.int64), rows.values[where].astype(np.int64))

@@ -1,0 +1,93 @@
+"""Static evidence: what it is, that labels weigh it, and that it changes nothing where it says nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mates_hf.data.rows import TokenRows
+from mates_hf.evaluation.agreement import rank_correlation
+from mates_hf.prediction.ngram.evidence import BIGRAM_PRIOR, UNIGRAM_PRIOR, log_odds, weighted_evidence
+from mates_hf.prediction.ngram.kernels import hash_bigrams
+from mates_hf.prediction.ngram.tables import Tables
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from tests.prediction.test_ngram import BUCKETS, VOCAB, make_labels, make_rows, model, pairs
+
+REFERENCE = TokenRows.from_lists([np.random.default_rng(i).integers(0, VOCAB // 4, 50) for i in range(20)])
+BACKGROUND = make_rows(400, seed=5)
+
+
+@pytest.fixture(scope="module")
+def evidence() -> tuple[Tables, Tables]:
+    return log_odds(REFERENCE, BACKGROUND, BUCKETS)
+
+
+def test_a_row_scores_the_difference_of_two_cross_entropies() -> None:
+    reference, background = make_rows(5, seed=1, masked=True), make_rows(9, seed=2, vocab=VOCAB // 2)
+    unigram, bigram = log_odds(reference, background, 2**20)
+    count = [np.zeros((VOCAB, VOCAB)) for _ in range(2)]
+    for counts, rows in zip(count, (reference, background), strict=True):
+        previous, token, _ = pairs(rows)
+        np.add.at(counts, (previous, token), 1)
+    usual = (count[1].sum(0) + 1) / (count[1].sum() + VOCAB)
+    wanted = (count[0].sum(0) + UNIGRAM_PRIOR * usual) / (count[0].sum() + UNIGRAM_PRIOR)
+    after = [
+        (counts + BIGRAM_PRIOR * alone) / (counts.sum(1, keepdims=True) + BIGRAM_PRIOR)
+        for counts, alone in zip(count, (wanted, usual), strict=True)
+    ]
+    assert np.allclose(unigram.token, np.log(wanted / usual))
+    assert not unigram.bigram.any()
+    for before, token in [(0, 1), (3, 2), *np.argwhere(count[0] > 0)[:5].tolist()]:
+        if count[0][before, token] + count[1][before, token]:
+            bucket = hash_bigrams(np.array([before], np.int32), np.array([token], np.int32), 2**20)
+            expected = np.log(after[0][before, token] / after[1][before, token] / wanted[token] * usual[token])
+            assert np.isclose(bigram.bigram[bucket[0]], expected)
+
+
+def test_few_labels_do_where_words_tell_and_none_is_lost_where_they_do_not(evidence) -> None:
+    rows, others = make_rows(60, seed=3), make_rows(400, seed=4)
+    known = np.where(np.arange(VOCAB) < VOCAB // 4, 1.0, 0.0)
+
+    def like_reference(previous: np.ndarray, token: np.ndarray) -> np.ndarray:
+        return known[token]
+
+    def spearman(effects: object, **more: object) -> float:
+        fitted = model().fit(rows, make_labels(rows, effects, noise=2.0), **more)
+        return rank_correlation(fitted.predict(others), make_labels(others, effects, noise=0.0).influence)
+
+    assert spearman(like_reference) < 0.75
+    assert spearman(like_reference, evidence=evidence) > 0.95
+
+    def otherwise(previous: np.ndarray, token: np.ndarray) -> np.ndarray:
+        return (token % 2) * 4.0
+
+    assert spearman(otherwise, evidence=evidence) > spearman(otherwise) - 0.05
+
+
+def test_evidence_against_the_labels_has_no_weight_and_changes_no_bit(evidence) -> None:
+    rows = make_rows(80, seed=6)
+    parts = [part.scaled(1.0).score(rows) for part in evidence]
+    weighted = weighted_evidence(evidence, rows, 2 * parts[0] + 3 * parts[1])
+    assert np.allclose(weighted.token, 2 * evidence[0].token, atol=1e-3)
+    assert np.allclose(weighted.bigram, 3 * evidence[1].bigram, atol=1e-3)
+    tokens = (evidence[0], Tables.zeros(VOCAB, BUCKETS))
+    labels = make_labels(rows, lambda previous, token: -evidence[0].token[token], noise=0.0)
+    assert not weighted_evidence(tokens, rows, labels.influence_per_token.astype(float)).token.any()
+    plain, given = model().fit(rows, labels), model().fit(rows, labels, evidence=tokens)
+    assert np.array_equal(plain.predict(rows), given.predict(rows))
+
+
+def test_statistics_that_later_rounds_pool_are_of_the_labels_alone(evidence, tmp_path) -> None:
+    rows = make_rows(80, seed=7)
+    labels = make_labels(rows, lambda previous, token: (token < VOCAB // 4) * 1.0)
+    plain, given = model().fit(rows, labels), model().fit(rows, labels, evidence=evidence)
+    assert not np.array_equal(plain.predict(rows), given.predict(rows))
+    for name in ("keys", "counts", "sums"):
+        assert np.allclose(getattr(plain._statistics, name), getattr(given._statistics, name), atol=1e-5)
+    again = model().fit(rows, labels, previous=given, evidence=evidence)
+    again.save_pretrained(tmp_path)
+    loaded = NgramInfluenceModel.from_pretrained(tmp_path)
+    assert np.array_equal(loaded.predict(BACKGROUND), again.predict(BACKGROUND))
+    assert model(labels="document").fit(rows, labels, evidence=evidence).report.spearman == (
+        model(labels="document").fit(rows, labels).report.spearman
+    )
