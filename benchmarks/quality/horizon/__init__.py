@@ -1,0 +1,77 @@
+"""Over thousands of steps: is the run's own selection ahead of the best static filter, and what does it take away?
+
+A model of half a million parameters takes 1,000 steps of a warm start; from there each arm goes on for 4,000 steps
+of 16 rows of 128 tokens, the last tenth of them in a decay of the learning rate to 0. Decays that would have ended
+after 1,000 and 2,000 steps are branched off and gone back from, so that each arm is compared at three lengths. There
+are four settings: one style of text, questions of five tasks, continued pretraining, and eight domains at once.
+
+Losses are read from passages that no arm has seen: of each part of the reference, of tasks that are not in it, and of
+the pool's own text by domain. Seeds from 10 on are for choosing settings and read other passages than the reported
+seeds 0 to 2 do.
+
+Every arm and seed is a unit of 10 to 20 minutes that is kept under `--work`; a run finds finished units in the newest
+JSON, made by arms as they are now. Without `--arms` nothing but `random`, `ours` and `fastText` is run.
+
+Trade-off: one small model. FLOPs are 6 (training) and 2 (reading) for each parameter and token, plus what probes say
+of themselves; static filters run on a CPU and count as none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from benchmarks.lab.harness import Bench
+from benchmarks.lab.machine import versions
+from benchmarks.lab.units import plain, read_units, run_units, take_over
+from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
+from benchmarks.quality.horizon.page import page
+from benchmarks.quality.horizon.settings import SETTINGS
+from benchmarks.quality.horizon.training import QUICK, Sizes, run_unit
+
+__all__ = ["add_options", "page", "run"]
+DATA, DIGITS = True, 6
+FIRST_ARMS = (RANDOM, "ours", "fastText")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which units to run."""
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS], metavar="ARM", default=FIRST_ARMS, help="these arms")
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS], default=[*SETTINGS], help="these settings")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[*REPORTED_SEEDS], help="these; from 10 on for tuning")
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Run what is missing; the JSON document of what is done so far."""
+    options, sizes = bench.options, QUICK if bench.quick else Sizes()
+    names = ["style", "continued"] if bench.quick else options.settings
+    units = [
+        Unit(setting=setting, arm=arm, seed=seed)
+        for seed in ([10] if bench.quick else options.seeds)
+        for setting in names
+        for arm in options.arms
+        if ARMS[arm].installed
+    ]
+    earlier = recover(bench, sizes)
+    done = run_units(bench, run_unit, {unit.name: (bench.data, bench.work, sizes, unit) for unit in units})
+    found = {**earlier, **read_units(bench.work, earlier), **done}
+    return {
+        "settings": {"quick": bench.quick, "sizes": dataclasses.asdict(sizes), **versions("torch", "transformers")},
+        "units": list(found.values()),
+    }
+
+
+def recover(bench: Bench, sizes: Sizes) -> dict[str, Any]:
+    """Take over units of the newest JSON that were made at these sizes by arms as they are now; all such, by name."""
+    document = bench.earlier()
+    if document is None or document["settings"]["sizes"] != plain(dataclasses.asdict(sizes)):
+        return {}
+    found = {}
+    for result in document["units"]:
+        unit = Unit(setting=result["setting"], arm=result["arm"], seed=result["seed"])
+        made = {**plain(dataclasses.asdict(Arm())), **result["settings"]}
+        if unit.arm in ARMS and made == plain(dataclasses.asdict(ARMS[unit.arm])):
+            found[unit.name] = {**result, "settings": made}
+    take_over(bench.work, found, {name: dataclasses.asdict(ARMS[result["arm"]]) for name, result in found.items()})
+    return found

@@ -1,0 +1,131 @@
+"""The arms of `horizon`: all that two runs of one seed and setting may differ in.
+
+Trade-off: one record with a default for everything, so that an arm reads as its difference from `ours`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Literal
+
+from benchmarks.lab.rivals import SETTINGS_TRIED
+from mates_hf.flops import PATH_STEPS
+
+Rank = Literal["random", "influence", "stratified", "domain means", "mixer", "fastText", "DSIR", "distilled"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """How a run chooses its rows.
+
+    Attributes:
+        rank: What candidates are ranked by. `domain means` and `mixer` are told the domain and use probes as
+            `influence` does: the mean label of a candidate's domain, or weights of domains that labels multiply.
+            `distilled` is a classifier of the first round's best and worst labelled rows. Others are static.
+        filter: The setting of a static filter.
+        random_share: Share of each round's rows that is drawn at random from the rest of its slice.
+        passes: How often the run trains on each reference passage, spread evenly; None is what the setting says.
+        ratio: Share of a slice that is chosen.
+        round_steps: Optimizer steps of a round, at most.
+        random_first: Optimizer steps in random order before the first round, so that the model knows what the pool is
+            like at all.
+        first_steps: Optimizer steps of the first round. Each next one is twice as long while what was bought is still
+            worth more than the rest, half as long and in random order where it is not. None: all are alike.
+        probes: Candidates probed in a round.
+        passages: Reference passages that a round reads.
+        path_steps: Points at which the reference gradient is taken.
+        pooled: Whether earlier rounds' labels count.
+        once: Whether the first round's influence model serves all rounds.
+        beside: A static filter whose ranking is added, both in their standard deviations.
+        prior: Whether the tables shrink towards log-odds of the reference against the pool.
+        penalty: Weight of the set penalty: log of how much more frequent a row's tokens are among what was chosen.
+        keep: Share of the pool's own gradient that is mixed into the reference's.
+        watched: Whether the same rows are probed again and again, for nothing but to see how labels change.
+        package: What must be installed.
+    """
+
+    rank: Rank = "influence"
+    filter: str = "common"
+    random_share: float = 0.0
+    passes: int | None = None
+    ratio: float = 0.2
+    round_steps: int = 100
+    random_first: int = 50
+    first_steps: int | None = None
+    probes: int = 200
+    passages: int = 64
+    path_steps: int = PATH_STEPS
+    pooled: bool = True
+    once: bool = False
+    beside: str | None = None
+    prior: bool = False
+    penalty: float = 0.0
+    keep: float = 0.0
+    watched: bool = False
+    package: str | None = None
+
+    @property
+    def probed(self) -> bool:
+        """Whether it measures influence."""
+        return self.rank in ("influence", "domain means", "mixer", "distilled")
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+def _shares(name: str, arm: Arm) -> dict[str, Arm]:
+    """An arm, with a share of random rows mixed in, and with the reference passages."""
+    return {
+        name: arm,
+        f"{name}, 30 % random": dataclasses.replace(arm, random_share=0.3),
+        f"{name}, 60 % random": dataclasses.replace(arm, random_share=0.6),
+        f"{name}, passages": dataclasses.replace(arm, passes=4),
+        f"{name}, 30 % random, passages": dataclasses.replace(arm, random_share=0.3, passes=4),
+    }
+
+
+FILTERS = {
+    f"{rank}: {setting}": Arm(rank=rank, filter=setting, package=package)  # type: ignore[arg-type]
+    for rank, package in (("fastText", "fasttext"), ("DSIR", "data_selection"))
+    for setting in SETTINGS_TRIED[rank]
+}
+FAIR = Arm(rank="fastText", filter="6,000 negatives, 5 epochs", package="fasttext")
+RANDOM, OURS = "random", "ours"
+ARMS: dict[str, Arm] = {
+    RANDOM: Arm(rank="random"),
+    "random, watched": Arm(rank="random", watched=True),
+    "random, passages": Arm(rank="random", passes=4),
+    **_shares(OURS, Arm()),
+    **_shares("fastText", FAIR),
+    **_shares("DSIR", Arm(rank="DSIR", filter="smoothed, mean over n-grams", package="data_selection")),
+    **_shares("ours and fastText", Arm(beside="fastText", package="fasttext")),
+    **_shares("ours with a prior", Arm(prior=True)),
+    "ours, one round's model": Arm(once=True),
+    "ours, rounds of 500": Arm(round_steps=500, probes=500, passages=256),
+    "ours, growing rounds": Arm(round_steps=800, first_steps=25),
+    "ours, growing rounds, 30 % random": Arm(round_steps=800, first_steps=25, random_share=0.3),
+    "stratified by domain": Arm(rank="stratified"),
+    "domain means": Arm(rank="domain means"),
+    "domain means, 30 % random": Arm(rank="domain means", random_share=0.3),
+    "mixer": Arm(rank="mixer"),
+    "distilled": Arm(rank="distilled", probes=1_000, once=True, package="fasttext"),
+    **FILTERS,
+}
+REPORTED_SEEDS, TUNING_SEEDS = (0, 1, 2), (10, 11)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One training."""
+
+    setting: str
+    arm: str
+    seed: int  # of weights, warm start, order and draws; from 10 on results are of development passages
+
+    @property
+    def name(self) -> str:
+        """In messages and file names."""
+        return f"{self.setting}/{self.arm}/{self.seed}"

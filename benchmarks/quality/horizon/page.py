@@ -1,0 +1,100 @@
+"""The page of `horizon`: for each setting a table of arms against random, and how labels change by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lab.tables import interval, table, title
+from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS
+from benchmarks.quality.horizon.settings import SETTINGS
+from mates_hf.evaluation.agreement import rank_correlation
+
+Units = dict[tuple[str, int], Mapping[str, Any]]
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """The page of a document."""
+    parts = [title("Long horizons: what to train on, over thousands of steps", document["settings"]["quick"])]
+    parts.append(
+        "Differences to random data of the same seed, at the end of the decay, in nats/token: below 0 is better, on "
+        "the passages as on the pool's own text. `to random` is the share of random's 4,000 steps after which an arm "
+        "is where random ends. `FLOPs` is everything that training and choosing took, as a multiple of random's."
+    )
+    for name, setting in SETTINGS.items():
+        for seeds, of in ((REPORTED_SEEDS, "reported seeds"), (tuple(range(10, 20)), "tuning seeds, other passages")):
+            units: Units = {
+                (unit["arm"], unit["seed"]): unit
+                for unit in document["units"]
+                if unit["setting"] == name and unit["seed"] in seeds
+            }
+            if units:
+                parts.append(f"## {name}: {setting.about} ({of})\n\n{_table(name, units)}")
+                parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
+    return "\n\n".join(parts) + "\n"
+
+
+def reference_loss(losses: Mapping[str, Any], setting: str) -> float:
+    """Mean loss over the parts of the reference."""
+    return float(np.mean([losses[part] for part in SETTINGS[setting].parts]))
+
+
+def outside_loss(losses: Mapping[str, Any], setting: str) -> float:
+    """Mean loss of the right answers of tasks that are not in the reference."""
+    return float(np.mean([losses[f"{task}: answers"] for task in SETTINGS[setting].outside]))
+
+
+def _table(setting: str, units: Units) -> str:
+    outside = bool(SETTINGS[setting].outside)
+    others = ["answers of other tasks"] if outside else []
+    heads = ["arm", "seeds", "passages", *others, "pool's text", "worst domain", "to random", "FLOPs"]
+    rows = []
+    for arm in ARMS:
+        mine = {seed: unit for (name, seed), unit in units.items() if name == arm}
+        pairs = [(unit, units[RANDOM, seed]) for seed, unit in mine.items() if (RANDOM, seed) in units]
+        if not pairs:
+            continue
+        ends = [(ours["decayed"][-1], random["decayed"][-1]) for ours, random in pairs]
+
+        def difference(of: Any, ends: Any = ends) -> str:
+            return interval([of(ours) - of(random) for ours, random in ends], 3)
+
+        cells = [arm, len(pairs), difference(lambda losses: reference_loss(losses, setting))]
+        if outside:
+            cells.append(difference(lambda losses: outside_loss(losses, setting)))
+        worst = np.mean([np.subtract(ours["domains"], random["domains"]) for ours, random in ends], 0).max()
+        cells += [difference(lambda losses: losses["pool"]), f"{worst:+.2f}"]
+        reached = [_reaches(ours, random, setting) for ours, random in pairs]
+        cells.append(f"{np.mean(reached):.2f}" if all(reached) else "")
+        cells.append(f"{np.mean([ours['flops'] / random['flops'] for ours, random in ends]):.2f}")
+        rows.append(cells)
+    return table(heads, rows)
+
+
+def _drift(watched: Sequence[Mapping[str, Any]]) -> str:
+    """How labels of the same rows change while a model trains on random ones."""
+    first, rows = watched[0], []
+    asked = np.array(first["asked"], bool)
+    for found in watched:
+        labels = np.array(found["label"])
+        worth = (labels - labels.mean()) / labels.std()
+        others = (watched[0]["label"], watched[-1]["label"], first["log_odds"], found["loss"])
+        cells = [f"{rank_correlation(labels, np.array(values)):.2f}" for values in others]
+        rows.append([found["step"], *cells, f"{worth[asked].mean():+.2f}" if asked.any() else ""])
+    heads = ["step", "first labels", "last labels", "log-odds", "own loss", "mean label of its domains, sd"]
+    about = "Labels of the same rows while a model trains on random ones: rank correlations (one seed)."
+    return f"{about}\n\n{table(heads, rows)}"
+
+
+def _reaches(unit: Mapping[str, Any], random: Mapping[str, Any], setting: str) -> float | None:
+    """The share of random's steps after which an arm has random's last loss, between the ends of its decays."""
+    goal = reference_loss(random["decayed"][-1], setting)
+    points = [(0, reference_loss(unit["curve"][0], setting))]
+    points += [(losses["step"], reference_loss(losses, setting)) for losses in unit["decayed"]]
+    for (begin, before), (end, after) in zip(points, points[1:], strict=False):
+        if after <= goal:
+            part = (before - goal) / (before - after) if before > after else 1.0
+            return float((begin + part * (end - begin)) / points[-1][0])
+    return None

@@ -1,0 +1,429 @@
+"""One training of `horizon`: from a warm start on, rounds that choose as one arm does.
+
+Trade-off: a plain loop instead of the Trainer, with the library's own probes, influence models and selection: what
+differs between two arms of a seed is the choice of rows alone.
+
+Signs: influence > 0 helps; losses in nats/token.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import nn
+
+from benchmarks.lab import rivals
+from benchmarks.lab.models import build_model, build_optimizer
+from benchmarks.lab.statistics import Ids
+from benchmarks.quality.horizon.arms import ARMS, FAIR, Arm, Unit
+from benchmarks.quality.horizon.settings import SETTINGS, Lab, Setting, open_lab
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.rows import TokenRows
+from mates_hf.engine.averaging import WeightAverage
+from mates_hf.flops import gradient_flops
+from mates_hf.influence.passes import mean_loss_gradient, token_losses
+from mates_hf.influence.probe import count_multiplied_parameters
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.prediction.ngram.evidence import log_odds
+from mates_hf.prediction.ngram.tables import Tables
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.records import InfluenceLabels
+from mates_hf.selection.choose import gumbel_top_k
+
+LR, BATCH_ROWS, WINDOW = 1e-3, 16, 32
+TOKENS_PER_BATCH = 1_024  # of training and probes
+SHAPE = {"width": 96, "layers": 3}  # of the model: 0.53 million parameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is run; the defaults are the full run."""
+
+    documents: int | None = None  # read of each pool; None is all
+    warm: int = 1_000  # steps of the warm start, the same for every arm of a seed
+    steps: int = 4_000  # that every arm goes on for, the last tenth of them in a decay
+    branches: tuple[int, ...] = (1_000, 2_000)  # steps at which a decay of a tenth, begun before, would have ended
+    marks: tuple[int, ...] = (
+        10,
+        25,
+        50,
+        100,
+        150,
+        200,
+        300,
+        400,
+        500,
+        700,
+        1_000,
+        1_400,
+        1_800,
+        2_200,
+        2_600,
+        3_000,
+        3_600,
+    )
+    judged: int = 160  # passages of each task, at most
+    reserved: int = 12_000  # rows that probes are drawn from and no arm trains on
+    watched: int = 500  # rows that a watched arm probes again and again
+    held: int = 16  # rows of each domain that no arm trains on, to see what choosing unlearns
+
+
+QUICK = Sizes(
+    documents=3_000, warm=40, steps=60, branches=(20,), marks=(10, 20, 54), judged=24, reserved=800, watched=60, held=4
+)
+
+
+class Run:
+    """A training in progress.
+
+    Args:
+        lab: Corpus and passages.
+        setting: What it is about.
+        sizes: Of the run.
+        cache: Folder of warm starts.
+        unit: What to train.
+    """
+
+    def __init__(self, lab: Lab, setting: Setting, sizes: Sizes, cache: Path, unit: Unit) -> None:
+        self.lab, self.sizes, self.unit, self.arm = lab, sizes, unit, ARMS[unit.arm]
+        rng = np.random.default_rng([unit.seed, 1])
+        order = rng.permutation(len(lab.rows))
+        # The pool behind the warm start is shuffled anew: rows of the known domains are as usual in front as behind.
+        known = np.isin(lab.domain[order], [lab.domain_names.index(name) for name in setting.known])
+        warm = order[known if setting.known else np.ones(len(order), bool)][: sizes.warm * BATCH_ROWS]
+        rest = rng.permutation(np.setdiff1d(order, warm))
+        by_domain = [rest[lab.domain[rest] == d][: sizes.held] for d in range(len(lab.domain_names))]
+        self.held = np.concatenate(by_domain)
+        rest = rest[~np.isin(rest, self.held)]
+        self.reserved, self.open = rest[: sizes.reserved], rest[sizes.reserved :]
+        self.share = np.bincount(lab.domain, minlength=len(lab.domain_names)) / len(lab.domain)
+        self.model, self.optimizer = _warm_start(lab, warm, cache, unit.seed)
+        self.num_parameters = count_multiplied_parameters(self.model)
+        half = "development" if unit.seed >= 10 else "test"
+        self.judged = lab.judged[half]
+        self.passages = self._passages(setting)
+        self._evidence: tuple[Tables, Tables] | None = None
+        self.curve: list[dict[str, Any]] = []
+        self.decayed: list[dict[str, Any]] = []
+        self.rounds: list[dict[str, Any]] = []
+        self.watched: list[dict[str, Any]] = []
+        self.flops: dict[str, float] = {}
+        # All that changes from step to step, so that a branch can be gone back from.
+        self.step, self.next_round, self.number, self.length = 0, 0, 0, self.arm.first_steps or self.arm.round_steps
+        if self.arm.probed and self.arm.random_first:
+            self.next_round = self.arm.random_first
+        self.cursor = self.probed = 0
+        self.queue: Ids = self._slice(sum(self._num_chosen(step) for step in range(self.next_round)))
+        self.tables: NgramInfluenceModel | None = None
+        self.weights = np.zeros(len(lab.domain_names))  # of the domains, in a mixer
+        self.averages: dict[str, WeightAverage] = {}
+
+    def train(self) -> dict[str, Any]:
+        """Run it; its result as JSON values."""
+        sizes = self.sizes
+        self._look()
+        for end in (*sizes.branches, sizes.steps):
+            self._steps(end - end // 10, lambda step: 1.0)
+            state = self._state() if end != sizes.steps else None
+            begin, length = self.step, end // 10
+            self._steps(end, lambda step, begin=begin, length=length: 1 - (step - begin) / length)
+            self.decayed.append(self._losses())
+            if state is not None:
+                self._back_to(state)
+        return {
+            **dataclasses.asdict(self.unit), "settings": dataclasses.asdict(self.arm), "curve": self.curve,
+            "decayed": self.decayed, "rounds": self.rounds, "flops": self.flops, "parameters": self.num_parameters,
+            "watched": self.watched,
+        }  # fmt: skip
+
+    # --- steps ---
+
+    def _steps(self, until: int, rate: Callable[[int], float]) -> None:
+        """Go on to a step, at a share of the learning rate that depends on the step."""
+        while self.step < until:
+            if self.step == self.next_round:
+                self._round()
+            scheduled = rate(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = LR * scheduled
+            num = self._num_chosen(self.step)
+            rows, self.queue = self.queue[:num], self.queue[num:]
+            batch = _together(self.lab.rows.take(rows), self.lab.reference["all"].rows.take(self._mixed(self.step)))
+            mean_loss_gradient(self.model, batch, tokens_per_batch=TOKENS_PER_BATCH)
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._cost("train", gradient_flops(self.num_parameters, len(batch.values)))
+            self.step += 1
+            self._average("round", self.next_round, min(WINDOW, self.length // 2))
+            mark = next((mark for mark in self.sizes.marks if mark >= self.step), None)
+            if mark is not None:
+                self._average("mark", mark, min(WINDOW, mark // 2))
+                if mark == self.step and scheduled == 1.0:
+                    with self.averages.pop("mark").swapped_in():
+                        self._look()
+
+    def _average(self, name: str, end: int, window: int) -> None:
+        if end - window < self.step <= end:
+            self.averages.setdefault(name, WeightAverage(self.model)).update()
+
+    def _passages(self, setting: Setting) -> Ids:
+        """The reference passages that are trained on, in order."""
+        passes = self.arm.passes if self.arm.passes is not None else 4 * setting.mixed
+        size, rng = len(self.lab.reference["all"]), np.random.default_rng([self.unit.seed, 3])
+        order = [rng.permutation(size) for _ in range(passes)]
+        return np.concatenate([*order, np.zeros(0, np.int64)])[: self.sizes.steps * BATCH_ROWS // 2]
+
+    def _before(self, step: int) -> int:
+        """Passages trained on before a step."""
+        return len(self.passages) * step // self.sizes.steps
+
+    def _mixed(self, step: int) -> Ids:
+        return self.passages[self._before(step) : self._before(step + 1)]
+
+    def _num_chosen(self, step: int) -> int:
+        return BATCH_ROWS - len(self._mixed(step))
+
+    def _cost(self, stage: str, flops: float) -> None:
+        self.flops[stage] = self.flops.get(stage, 0.0) + flops
+
+    _FIELDS = ("step", "next_round", "number", "length", "cursor", "probed", "queue", "tables", "weights", "flops")
+
+    def _state(self) -> dict[str, Any]:
+        state = {name: copy.deepcopy(getattr(self, name)) for name in self._FIELDS if name != "tables"}
+        state |= {"tables": self.tables, "model": copy.deepcopy(self.model.state_dict())}
+        return {**state, "optimizer": copy.deepcopy(self.optimizer.state_dict()), "rounds": len(self.rounds)}
+
+    def _back_to(self, state: dict[str, Any]) -> None:
+        for name in self._FIELDS:
+            setattr(self, name, state[name])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        del self.rounds[state["rounds"] :]
+        self.averages.clear()
+
+    # --- what is read of it, the same for every arm and not among its costs ---
+
+    def _look(self) -> None:
+        self.curve.append(self._losses())
+        if self.arm.watched:
+            rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
+            labels = self._probe().measure(self.model, self.optimizer, self._read(256), rows)
+            found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss}
+            if not self.watched:
+                tokens, bigrams = self._log_odds()
+                found["log_odds"] = tokens.plus(bigrams).scaled(1.0).score(rows)
+                names = [self.lab.domain_names[d] for d in self.lab.domain[self.reserved[: self.sizes.watched]]]
+                found["asked"] = [name in SETTINGS[self.unit.setting].parts for name in names]
+            self.watched.append(found)
+
+    def _losses(self) -> dict[str, Any]:
+        """Losses of the passages by task, of the pool's own text, and of each domain."""
+        found: dict[str, Any] = {"step": self.step, "flops": sum(self.flops.values())}
+        for name, task in self.judged.items():
+            if ": " in name:
+                continue
+            losses = token_losses(self.model, task.rows, tokens_per_batch=TOKENS_PER_BATCH)
+            found[name] = float(losses.mean(dtype=np.float64))
+            answers = self.judged.get(f"{name}: answers")
+            if answers is not None:
+                mask = answers.rows.target_mask[task.rows.target_mask]
+                found[f"{name}: answers"] = float(losses[mask].mean(dtype=np.float64))
+        losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
+        by_row, domain = losses.reshape(len(self.held), -1).mean(1, dtype=np.float64), self.lab.domain[self.held]
+        counts = np.bincount(domain, minlength=len(self.share))
+        means = np.bincount(domain, by_row, len(self.share)) / np.maximum(counts, 1)
+        found["pool"] = float((means * self.share)[counts > 0].sum() / self.share[counts > 0].sum())
+        found["domains"] = means
+        return found
+
+    # --- choosing ---
+
+    def _round(self) -> None:
+        """Choose the rows of the coming steps."""
+        arm, record = self.arm, {"step": self.step}
+        labels = self._labels(record) if arm.probed and not (self.tables is not None and arm.once) else None
+        follow = True
+        if labels is not None and self.tables is not None:
+            gap = record["gap"] = self._gap(labels)
+            follow = gap > 0 or arm.first_steps is None
+            if arm.first_steps is not None:
+                self.length = (
+                    min(2 * self.length, arm.round_steps) if follow else max(self.length // 2, arm.first_steps)
+                )
+        if labels is not None:
+            self._fit(labels, record)
+        self.next_round = self.step + self.length
+        k = sum(self._num_chosen(step) for step in range(self.step, self.next_round))
+        candidates = self._slice(round(k / arm.ratio) if arm.rank != "random" else k)
+        record["length"], record["followed"] = self.length, follow
+        num_random = k if not follow else round(arm.random_share * k)
+        chosen = candidates[:0]
+        if num_random < k and arm.rank != "random":
+            values = self._values(candidates, labels)
+            chosen = candidates[gumbel_top_k(values, k - num_random, seed=(self.unit.seed, self.number))]
+        others = candidates[~np.isin(candidates, chosen)][: k - len(chosen)]  # slices are in a random order
+        self.queue = np.random.default_rng([self.unit.seed, 4, self.number]).permutation(
+            np.concatenate([chosen, others])
+        )
+        record["domains"] = np.bincount(self.lab.domain[self.queue], minlength=len(self.share)) / k
+        self.rounds.append(record)
+        self.number += 1
+
+    def _slice(self, num: int) -> Ids:
+        """The next rows of the shuffled pool; from its front again where it ends."""
+        where = (self.cursor + np.arange(num)) % len(self.open)
+        self.cursor += num
+        return self.open[where]
+
+    def _labels(self, record: dict[str, Any]) -> InfluenceLabels:
+        """Labels of a round's probes, at averaged weights."""
+        arm = self.arm
+        where = (self.probed + np.arange(arm.probes)) % len(self.reserved)
+        self.probed += arm.probes
+        self.probes = self.reserved[where]
+        reference, probe, rows = self._read(arm.passages), self._probe(), self.lab.rows.take(self.probes)
+        average = self.averages.pop("round", None)
+        if average is not None:
+            with average.swapped_in():
+                labels = probe.measure(self.model, self.optimizer, reference, rows)
+        else:
+            labels = probe.measure(self.model, self.optimizer, reference, rows)
+        self._cost("probe", labels.info["flops"])
+        return labels
+
+    def _read(self, num: int) -> ReferenceTask:
+        """The reference passages of a round."""
+        return self.lab.reference["all"].subset(num, seed=self.number)
+
+    def _probe(self) -> DirectionalProbe:
+        return DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, path_steps=self.arm.path_steps, path_rate=0.5)
+
+    def _log_odds(self) -> tuple[Tables, Tables]:
+        """Log-odds of n-grams, reference against pool; counted once."""
+        if self._evidence is None:
+            background = self.lab.rows.take(self.reserved[-8_000:])
+            self._evidence = log_odds(self.lab.reference["all"].rows, background, 2**20)
+        return self._evidence
+
+    def _gap(self, labels: InfluenceLabels) -> float:
+        """What rows of the kind that was bought are worth now, minus the rest, in standard deviations of labels."""
+        assert self.tables is not None
+        predicted = self.tables.predict(self.lab.rows.take(self.probes))
+        like = predicted >= np.quantile(predicted, 1 - self.arm.ratio)
+        worth = labels.influence_per_token
+        return float((worth[like].mean() - worth[~like].mean()) / worth.std())
+
+    def _fit(self, labels: InfluenceLabels, record: dict[str, Any]) -> None:
+        rows = self.lab.rows.take(self.probes)
+        previous, evidence = self.tables if self.arm.pooled else None, self._log_odds() if self.arm.prior else None
+        self.tables = NgramInfluenceModel(seed=self.unit.seed).fit(rows, labels, previous=previous, evidence=evidence)
+        self._cost("fit", self.tables.report.flops or 0.0)
+        record["spearman"] = self.tables.report.spearman
+        domain = self.lab.domain[self.probes]
+        worth = (labels.influence_per_token - labels.influence_per_token.mean()) / labels.influence_per_token.std()
+        counts = np.bincount(domain, minlength=len(self.share))
+        self.means = np.bincount(domain, worth, len(self.share)) / np.maximum(counts, 1) * counts / (counts + 2)
+        self.weights = self.weights + self.means
+        if self.arm.rank == "distilled" and not self.number:
+            texts, order = np.array(rivals.texts_of(rows, self.lab.tokenizer), object), np.argsort(worth)
+            num = max(1, len(order) // 5)
+            self._classifier = rivals.fasttext(texts[order[-num:]], texts[order[:num]], self.unit.seed)
+
+    def _values(self, candidates: Ids, labels: InfluenceLabels | None) -> Any:
+        """(N,) what candidates are ranked by."""
+        arm, rows = self.arm, self.lab.rows.take(candidates)
+        if arm.rank == "domain means":
+            return self.means[self.lab.domain[candidates]]
+        if arm.rank == "mixer":  # domains are drawn by their weights
+            noise = np.random.default_rng([self.unit.seed, 5, self.number]).gumbel(size=len(candidates))
+            return self.weights[self.lab.domain[candidates]] + noise
+        if arm.rank == "stratified":
+            turn = np.zeros(len(candidates))
+            for d in range(len(self.share)):
+                mine = self.lab.domain[candidates] == d
+                turn[mine] = -np.arange(mine.sum())
+            return turn
+        if arm.rank == "distilled":
+            return self._classifier(rivals.texts_of(rows, self.lab.tokenizer))
+        if arm.rank != "influence":
+            return self._static(arm)(rows)
+        assert self.tables is not None
+        values = self.tables.predict(rows)
+        self._cost("score", self.tables.report.flops_per_token * len(rows.values))
+        values = values / values.std()
+        if arm.beside:
+            beside = self._static(FAIR)(rows)
+            values = values + beside / beside.std()
+        return values
+
+    def _static(self, arm: Arm) -> Callable[[TokenRows], Any]:
+        return static_ranking(self.lab, arm.rank, arm.filter, self.unit.seed)
+
+
+@functools.lru_cache(maxsize=2)
+def static_ranking(lab: Lab, rank: str, name: str, seed: int) -> Callable[[TokenRows], Any]:
+    """What a static filter, fitted once on the reference passages and rows of the pool, ranks rows by."""
+
+    def texts(rows: TokenRows) -> list[str]:
+        return rivals.texts_of(rows, lab.tokenizer)
+
+    target = texts(lab.reference["all"].rows)
+    drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))
+    settings = dict(rivals.SETTINGS_TRIED[rank][name])
+    if rank == "DSIR":
+        score = rivals.dsir(texts(lab.rows.take(drawn[:16_000])), target, **settings)
+    else:
+        negatives = texts(lab.rows.take(drawn[: settings.pop("negatives", len(target))]))
+        score = rivals.fasttext(target, negatives, seed, **settings)
+    return lambda rows: score(texts(rows))
+
+
+def _together(rows: TokenRows, more: TokenRows) -> TokenRows:
+    """Rows, then more rows; all their tokens are trained."""
+    return TokenRows(
+        values=np.concatenate([rows.values, more.values]),
+        offsets=np.concatenate([rows.offsets, rows.offsets[-1] + more.offsets[1:]]),
+    )
+
+
+def _warm_start(lab: Lab, rows: Ids, cache: Path, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer after the warm start, which is trained once and read back from then on."""
+    model = build_model(len(lab.tokenizer), seed=seed, **SHAPE)
+    optimizer = build_optimizer(model, lr=LR)
+    path = cache / f"warm-{seed}-{len(rows)}.pt"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            for step in range(len(rows) // BATCH_ROWS):
+                for group in optimizer.param_groups:
+                    group["lr"] = LR * min(1.0, (step + 1) / 50)
+                batch = lab.rows.take(rows[step * BATCH_ROWS : (step + 1) * BATCH_ROWS])
+                mean_loss_gradient(model, batch, tokens_per_batch=TOKENS_PER_BATCH)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+            temporary.replace(path)
+    state = torch.load(path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return model, optimizer
+
+
+def run_unit(data: Path, work: Path, sizes: Sizes, unit: Unit) -> dict[str, Any]:
+    """Train one arm of one seed in one setting; its result as JSON values."""
+    cache = work / "cache"
+    lab = open_lab(data, cache, unit.setting, sizes.documents, sizes.judged)
+    folder = cache / unit.setting
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(lab, SETTINGS[unit.setting], sizes, folder, unit).train()
