@@ -23,8 +23,9 @@ import numpy as np
 
 from mates_hf.data.arrow import physical_rows
 from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions
+from mates_hf.selection.budget import Budget
 from mates_hf.selection.opened import OpenDataset, map_rows, score_rows
-from mates_hf.selection.result import Budget, Selection
+from mates_hf.selection.result import Selection
 
 logger = logging.getLogger(__name__)
 

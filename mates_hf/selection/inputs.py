@@ -24,10 +24,10 @@ from mates_hf.data.scored_column import find_column
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.paths import expand_path
 from mates_hf.prediction.score import Predictions, Scorer
+from mates_hf.selection.budget import Budget
 from mates_hf.selection.dataset_input import DatasetInput, Scored
 from mates_hf.selection.opened import OpenDataset
 from mates_hf.selection.options import Options, not_one_dataset
-from mates_hf.selection.result import Budget
 from mates_hf.selection.streaming import StreamInput
 
 NUM_PEEKED = 100  # rows looked at for the columns of a stream that does not say which it has

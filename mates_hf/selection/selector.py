@@ -20,11 +20,11 @@ from mates_hf.data.arguments import check_influence_model
 from mates_hf.display import card, html_card
 from mates_hf.prediction.score import Predictions
 from mates_hf.records import FitReport
+from mates_hf.selection.budget import Budget
 from mates_hf.selection.card import TAGS, label_unit, selector_facts, write_card
 from mates_hf.selection.dataset_input import DatasetInput, Scored
 from mates_hf.selection.inputs import Fitted, Splits, open_input
 from mates_hf.selection.options import SHARD_ROWS, Options, one_column
-from mates_hf.selection.result import Budget
 from mates_hf.selection.saved import open_selector, write_selector
 from mates_hf.selection.streaming import StreamInput
 
@@ -183,6 +183,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         k: int | None = None,
         threshold: float | None = None,
         num_tokens: int | None = None,
+        random_share: float = 0.0,
         temperature: float = 0.0,
         seed: int = 0,
         **options: Any,
@@ -195,6 +196,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             k: Number of rows to keep (of each split).
             threshold: Lowest `influence` to keep. It means nothing for path labels, and a warning says so.
             num_tokens: Largest number of trained tokens to keep (of each split).
+            random_share: Share of what is kept that is drawn at random from the rest, in [0, 1).
             temperature: Temperature of Gumbel noise in standard deviations of the labels; 0 takes the highest.
             seed: Random seed of the noise and of the order among equals.
             **options: Other arguments of `select`.
@@ -203,7 +205,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             A dataset of the same kind.
         """
         budget: dict[str, Any] = {"ratio": ratio, "k": k, "threshold": threshold, "num_tokens": num_tokens}
-        found = self.select(dataset, **budget, temperature=temperature, seed=seed, **options)
+        budget |= {"random_share": random_share, "temperature": temperature, "seed": seed}
+        found = self.select(dataset, **budget, **options)
         if isinstance(dataset, dict):
             return type(dataset)({name: selection.selected for name, selection in found.items()})
         return found.selected
@@ -216,6 +219,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         k: int | None = None,
         threshold: float | None = None,
         num_tokens: int | None = None,
+        random_share: float = 0.0,
         temperature: float = 0.0,
         seed: int = 0,
         column: str | None = None,
@@ -228,8 +232,9 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         """Score a dataset and keep what a budget allows; exactly one of `ratio`, `k`, `threshold`, `num_tokens`.
 
         Row budgets rank by what a row adds to a batch, n * (influence - token-weighted mean); a token budget and a
-        threshold by `influence`. Equals stand in one random order, so that a choice of k is part of that of k + 1.
-        Copies of a text have equal influence and are not limited, unlike in a round (`max_copies`): drop them before.
+        threshold by `influence`. Equals stand in one random order: without a random share a choice of k is part of
+        that of k + 1. Copies of a text have equal influence and are not limited, unlike in a round (`max_copies`):
+        drop them before.
 
         What `map`, `score` or `select` of this selector found for this dataset is used again, and so is an
         `influence` column that this selector wrote, in whatever process, if every row is as it was scored. A column of
@@ -242,6 +247,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             threshold: Lowest `influence` to keep. It means nothing for path labels, and a warning says so.
             num_tokens: Largest number of trained tokens to keep (of each split); a row that does not fit into what is
                 left is skipped, and a warning says so where less than 90 % of the budget is used.
+            random_share: Share of what is kept that is drawn at random from the rest, in [0, 1).
             temperature: Temperature of Gumbel noise in standard deviations of the labels; 0 takes the highest.
             seed: Random seed of the noise and of the order among equals, from 0 to below 2**64.
             column: Column to score, in any form that `map` takes.
@@ -260,7 +266,13 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             UnsupportedSettingError: a transform hides the dataset's columns.
         """
         budget = Budget(
-            ratio=ratio, k=k, threshold=threshold, num_tokens=num_tokens, temperature=temperature, seed=seed
+            ratio=ratio,
+            k=k,
+            threshold=threshold,
+            num_tokens=num_tokens,
+            random_share=random_share,
+            temperature=temperature,
+            seed=seed,
         ).of_labels(label_unit(self._report, self.origin))
         options = Options(
             column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import INFLUENCE_COLUMN, Predictions, Scorer
+from mates_hf.selection.budget import Budget, Ranking, share_of, temperature_unit
 from mates_hf.selection.options import Options, not_one_dataset
-from mates_hf.selection.result import Budget, Ranking, share_of, temperature_unit
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,12 @@ class StreamInput:
             raise ValueError("The stream must have rows, got none. Check its files and filters.")
         scored = Predictions.joined(parts)
         rule = _rule_without_threshold(scored, budget, self.label_std)
-        values = np.sort(rule.values(scored, content))[::-1]
-        rule = dataclasses.replace(rule, threshold=float(values[share_of(len(values), budget.ratio) - 1]))
-        share = float(np.mean(values >= rule.threshold))
+        values = rule.values(scored, content)
+        above = budget.ratio * (1 - budget.random_share)
+        threshold = float(np.sort(values)[::-1][share_of(len(values), above) - 1])
+        chance = budget.ratio * budget.random_share / (1 - above) if above < 1 else 0.0
+        rule = dataclasses.replace(rule, threshold=threshold, chance=chance)
+        share = float(np.mean(rule.kept(scored, content)))
         logger.info(
             "Threshold %.4g of %s, from the first %d rows of the stream, of which it keeps %.4f (asked for %.4f).",
             rule.threshold, rule.ranking, len(values), share, budget.ratio,
@@ -143,7 +146,8 @@ class Rule:
         threshold: Lowest value that is kept, in the unit of the ranking, noise included.
         mean: Mean influence over the trained tokens of the first rows; `row_worth` is counted from it.
         noise: Scale of the Gumbel noise, in the unit of the ranking; 0 adds none.
-        seed: Random seed of the noise.
+        seed: Random seed of the noise and of the rows that are kept by chance.
+        chance: Probability that a row below the threshold is kept.
     """
 
     ranking: Ranking
@@ -151,6 +155,14 @@ class Rule:
     mean: float = 0.0
     noise: float = 0.0
     seed: int = 0
+    chance: float = 0.0
+
+    def kept(self, scored: Predictions, content: list[bytes]) -> npt.NDArray[np.bool_]:
+        """(N,) bool, True where a row is kept: at or above the threshold, or by chance."""
+        kept = self.values(scored, content) >= self.threshold
+        if self.chance:
+            kept |= (_uniform(content, self.seed, b"share") < self.chance) & (scored.num_targets > 0)
+        return kept
 
     def values(self, scored: Predictions, content: list[bytes]) -> npt.NDArray[np.float64]:
         """(N,) float64 what rows are ranked by; -inf where a row budget meets a row without targets."""
@@ -161,14 +173,17 @@ class Rule:
         return values + self.noise * _gumbel(content, self.seed) if self.noise else values
 
 
-def _gumbel(content: list[bytes], seed: int) -> npt.NDArray[np.float64]:
-    """(N,) Gumbel(0, 1) noise that depends on the seed and a row's content, not on where it stands in the stream."""
+def _uniform(content: list[bytes], seed: int, stream: bytes = b"") -> npt.NDArray[np.float64]:
+    """(N,) numbers in (0, 1) that depend on the seed and a row's content, not on where it stands in the stream."""
     key = int(seed).to_bytes(8, "little")
-    drawn = np.empty(len(content), np.float64)
-    for i, row in enumerate(content):
-        word = int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little")
-        drawn[i] = -math.log(-math.log((word + 0.5) / 2.0**64))
-    return drawn
+    hashed = (hashlib.blake2b(row, digest_size=8, key=key, person=stream).digest() for row in content)
+    words = np.array([int.from_bytes(digest, "little") for digest in hashed], np.float64)
+    return np.asarray((words + 0.5) / 2.0**64)
+
+
+def _gumbel(content: list[bytes], seed: int) -> npt.NDArray[np.float64]:
+    """(N,) Gumbel(0, 1) noise that depends on the seed and a row's content."""
+    return np.asarray(-np.log(-np.log(_uniform(content, seed))))
 
 
 class StreamSelection:
@@ -261,8 +276,7 @@ class _Keep:
         self._next_report = 10_000
 
     def __call__(self, batch: Mapping[str, Any]) -> list[bool]:
-        values = self.rule.values(self.scorer.predict_batch(batch), self.scorer.column.identities(batch))
-        kept = values >= self.rule.threshold
+        kept = self.rule.kept(self.scorer.predict_batch(batch), self.scorer.column.identities(batch))
         self.num_seen += len(kept)
         self.num_kept += int(kept.sum())
         if self.num_seen >= self._next_report:

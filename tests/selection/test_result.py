@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.prediction.score import Predictions
 from mates_hf.prediction.worth import row_worth
-from mates_hf.selection.result import SPAN_TARGETS, Budget, Selection, keep_rows, temperature_unit
+from mates_hf.selection.budget import Budget, keep_rows, temperature_unit
+from mates_hf.selection.result import SPAN_TARGETS, Selection
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import BAD, GOOD, MeanId, fit_model, make_lists
 
@@ -133,6 +134,33 @@ def test_a_ratio_is_rounded_to_rows(ratio: float, expected: int) -> None:
     assert kept.tolist() == list(range(10 - expected, 10))
 
 
+@pytest.mark.parametrize("budget", [{"k": 100}, {"ratio": 0.2}, {"num_tokens": 1_000}])
+def test_a_random_share_is_of_the_rest_and_others_by_another_seed(budget: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    scored = made(rng.normal(size=500).tolist(), [0] * 20 + [10] * 480)
+    (name, value), *_ = budget.items()
+    best = keep_rows(scored, Budget(**{name: type(value)(value * 0.7)}), math.nan)
+    kept = [keep_rows(scored, Budget(**budget, random_share=0.3, seed=seed), math.nan) for seed in range(40)]
+    for rows in kept:
+        assert len(rows) == len(set(rows.tolist())) == 100
+        assert set(best.tolist()) <= set(rows.tolist())
+        assert rows.min() >= 20  # none without a trained token
+    assert np.array_equal(rows, np.sort(rows))
+    assert np.array_equal(kept[3], keep_rows(scored, Budget(**budget, random_share=0.3, seed=3), math.nan))
+    drawn = np.bincount(np.concatenate(kept), minlength=500)[np.setdiff1d(np.arange(20, 500), best)]
+    assert drawn.sum() == 40 * 30
+    assert drawn.max() < 14  # of 2.9 each
+    plain = keep_rows(scored, Budget(**budget, seed=1), math.nan)
+    assert np.array_equal(plain, keep_rows(scored, Budget(**budget, random_share=1e-4, seed=1), math.nan))
+
+
+def test_a_random_share_of_few_rows() -> None:
+    scored = made([3.0, 2.0, 1.0], [5, 5, 0])
+    assert keep_rows(scored, Budget(k=3, random_share=0.5), math.nan).tolist() == [0, 1, 2]
+    assert keep_rows(scored, Budget(k=0, random_share=0.5), math.nan).tolist() == []
+    assert len(keep_rows(scored, Budget(num_tokens=7, random_share=0.9), math.nan)) == 1
+
+
 def test_temperature_is_in_standard_deviations_of_the_labels() -> None:
     """Two rows of equal length: the better is drawn with probability 1 / (1 + exp(-difference / temperature))."""
     num_seeds, label_std, temperature = 4000, 0.5, 2.0
@@ -176,6 +204,8 @@ def test_the_unit_of_a_temperature_is_that_of_what_is_ranked() -> None:
         ({"k": 1, "temperature": -1}, "`temperature` must be a finite number"),
         *(({"k": 1, "seed": seed}, "`seed` must be a whole number from 0") for seed in (-1, 2**64, 0.5, None, True)),
         ({"threshold": 0.0, "temperature": 1.0}, "`temperature` must be 0 with `threshold`"),
+        ({"threshold": 0.0, "random_share": 0.3}, "`random_share` must be 0 with `threshold`"),
+        *(({"k": 1, "random_share": share}, r"`random_share` must be in \[0, 1\)") for share in (-0.1, 1.0, math.nan)),
     ],
 )
 def test_impossible_budgets_are_refused(budget: dict[str, Any], message: str) -> None:

@@ -130,6 +130,20 @@ def test_noise_belongs_to_the_row_not_to_its_place(selector: MatesSelector, data
     assert influence[hot].mean() > influence.mean()  # still more likely where influence is higher
 
 
+def test_a_random_share_of_a_stream_is_of_the_rows_below_the_threshold(
+    selector: MatesSelector, dataset: Dataset, stream: IterableDataset
+) -> None:
+    found = selector.select(stream, ratio=0.4, random_share=0.5)
+    kept = [row["id"] for row in found.selected]
+    assert set(selector.filter(dataset, ratio=0.2)["id"][:]) <= set(kept)
+    assert len(kept) / NUM == pytest.approx(0.4, abs=0.1)
+    assert found.calibration_ratio == len(kept) / NUM
+    shuffled = dataset.shuffle(seed=1).to_iterable_dataset()
+    assert {row["id"] for row in selector.filter(shuffled, ratio=0.4, random_share=0.5)} == set(kept)
+    assert {row["id"] for row in selector.filter(stream, ratio=0.4, random_share=0.5, seed=1)} != set(kept)
+    assert len(list(selector.filter(stream, ratio=1.0, random_share=0.5))) == NUM
+
+
 def test_rows_without_targets_and_other_models(stream: IterableDataset) -> None:
     rows = Dataset.from_dict({"input_ids": [[], [4], [40, 41], [5, 6]]}).to_iterable_dataset()
     found = MatesSelector(MeanId()).select(rows, ratio=0.5)

@@ -113,9 +113,9 @@ class TokenDesign:
         derivatives: (K,) float64 standardised derivative at each target, or None: fit document labels alone.
         earlier: statistics of earlier rounds, already decayed.
         prior: document tables of earlier rounds in standardised units, or None.
+        document: also fit document labels (of what the token tables leave over, where there are derivatives).
         offset: tables in standardised units that the token tables shrink towards; None shrinks towards 0. Only with
             derivatives.
-        document: also fit document labels (of what the token tables leave over, where there are derivatives).
     """
 
     def __init__(
