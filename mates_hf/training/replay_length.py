@@ -65,8 +65,11 @@ def check_length(current: FinishedRound, before: FinishedRound | None) -> None:
         apart = info["step"] - before.info["step"]
         what = f"`step` a multiple of {last_steps} after {before.info['step']}, as round {before.number} is so long"
         current.require(apart % before.steps == 0, ROUND_FILE, what, str(info["step"]))
-    if value is not None and value <= 0 and config.on_weak_signal == "own_order":
-        what = f"`decision` 'own_order', as what was bought is used up (gap {value:.3f})"
+    used_up, failed = value is not None and value <= 0, info["guard"].get("failed")
+    what = f"`failed` of `guard` {'' if used_up else 'not '}'used_up', as the gap is {value}"
+    current.require((failed == "used_up") == used_up, ROUND_FILE, what, repr(failed))
+    if used_up and config.on_weak_signal == "own_order":
+        what = "`decision` 'own_order', as what the last round chose is used up"
         current.require(current.decision == "own_order", ROUND_FILE, what, repr(current.decision))
 
 

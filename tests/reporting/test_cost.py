@@ -571,7 +571,7 @@ def test_the_papers_schedule_in_closed_form():
     share = 4 * (6 * candidates + 2 * reference * 80_001) / (6 * training)
     assert theirs.stages["probe"] / theirs.training_flops == pytest.approx(share, rel=EXACT)
     assert set(theirs.stages) == {"probe", "fit", "guard", "score"}
-    judged = 3 * candidates  # by the influence model of the round before, which the first has not
+    judged = 2 * 3 * candidates  # by the model of the round before, which the first has not: the report, and the gap
     assert theirs.stages["guard"] == pytest.approx(2 * Encoder().multiplied * judged, rel=EXACT)
     # Five times the rows that are selected, which the last round has `lead_steps` fewer of.
     scored = 5 * (40_000 - config.lead_steps) * 512 * 1024
