@@ -213,7 +213,7 @@ class Ledger:
         """What a round may choose from that is shorter than the one it was drawn for. Changes nothing.
 
         Args:
-            draw: of this ledger as it is, for as many rows or more.
+            draw: What this ledger drew, as it is, for as many rows or more.
             num_selected: rows the round will train on.
             config: ratio and scope of the run.
 

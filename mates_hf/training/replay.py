@@ -34,8 +34,8 @@ from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.select_stage import select_rows
-from mates_hf.training.replay_length import check_length, lengths_of
-from mates_hf.training.round_reader import RoundReader, WrongError
+from mates_hf.training.replay_length import RoundWithLength, check_length, lengths_of
+from mates_hf.training.round_reader import WrongError
 
 DECISIONS = ("select", "keep_previous", "own_order")
 
@@ -47,7 +47,7 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class FinishedRound(RoundReader):
+class FinishedRound(RoundWithLength):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:

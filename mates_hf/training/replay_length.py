@@ -7,20 +7,40 @@ what the model of the last round predicted is read and not predicted again, so t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mates_hf.config import MatesConfig
+from mates_hf.records import InfluenceLabels
 from mates_hf.round_files import ROUND_FILE
+from mates_hf.training.round_reader import RoundReader
 from mates_hf.training.trust import GAP_FILE, Gap, measure_gap, round_steps
-
-if TYPE_CHECKING:
-    from mates_hf.training.replay import FinishedRound
 
 _RTOL, _ATOL = 1e-6, 1e-9  # means add up in another order with another numpy
 
 
-def lengths_of(current: FinishedRound) -> tuple[int, int]:
+class RoundWithLength(RoundReader):
+    """What of a finished round its length is checked by; `replay` reads the rest.
+
+    Attributes:
+        number: the round.
+        info: its `round.json`.
+        config: The config in it.
+        decision: The guard's.
+        steps: its length.
+        labels: its labels, once they are read.
+    """
+
+    number: int
+    info: dict[str, Any]
+    config: MatesConfig
+    decision: Any
+    steps: int
+    labels: InfluenceLabels
+
+
+def lengths_of(current: RoundWithLength) -> tuple[int, int]:
     """What a round records of its length: optimizer steps, and the rows that it was drawn for, which may be more."""
     info, config = current.info, current.config
     steps = info.get("round_steps", config.update_steps)  # not there in rounds of versions whose rounds had one length
@@ -34,7 +54,7 @@ def lengths_of(current: FinishedRound) -> tuple[int, int]:
     return int(steps), int(drawn_for)
 
 
-def check_length(current: FinishedRound, before: FinishedRound | None) -> None:
+def check_length(current: RoundWithLength, before: RoundWithLength | None) -> None:
     """The gap is what labels and recorded predictions give, and the length what it gives after the last round's.
 
     Args:
@@ -73,7 +93,7 @@ def check_length(current: FinishedRound, before: FinishedRound | None) -> None:
         current.require(current.decision == "own_order", ROUND_FILE, what, repr(current.decision))
 
 
-def _check_gap(current: FinishedRound, before: FinishedRound | None) -> Gap | None:
+def _check_gap(current: RoundWithLength, before: RoundWithLength | None) -> Gap | None:
     """The round's gap, which is there where the last round bought something and these labels rank."""
     info, labels = current.info, current.labels
     gap = info.get("gap")

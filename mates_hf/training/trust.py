@@ -119,7 +119,7 @@ def shortened(run: Any, longest: PlannedRound, plan: RunPlan, guard: dict[str, A
     Args:
         run: the run's state, with what the last round left.
         longest: The round as long as it may be.
-        plan: of the run.
+        plan: The plan of the run, which says what a shorter round would be.
         guard: The guard's decision in this round.
         gap: its gap.
 
