@@ -238,7 +238,7 @@ class SaveAt(TrainerCallback):
 SAVED = (13, 17, 20, 22, 26)  # in the lead, inside short rounds, before the labels turn, after it, in the next round
 
 
-def train(path: Path, resume: str | None = None, max_steps: int = 40, **config: Any) -> Result:
+def train(path: Path, resume: str | None = None, max_steps: int = 40, num_rows: int = 700, **config: Any) -> Result:
     """Rounds from step 12 on; labels turn at step 18, inside the second one."""
     sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
     more = {"selection_ratio": 0.5, "num_probes": 160, "on_weak_signal": "own_order", "held_out_fraction": 0.4}
@@ -249,7 +249,7 @@ def train(path: Path, resume: str | None = None, max_steps: int = 40, **config: 
         influence_model=NgramInfluenceModel(num_buckets=256),
     )
     args = make_arguments(path, max_steps=max_steps)
-    return run(args, [SaveAt(SAVED), callback], make_pool(700), resume=resume)
+    return run(args, [SaveAt(SAVED), callback], make_pool(num_rows), resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -392,10 +392,15 @@ def test_what_was_changed_of_a_length_is_found_and_named(followed, tmp_path, cas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{"candidate_scope": "pool"}, {"keep_rounds": 2}, {"random_share": 0.25}])
+@pytest.mark.parametrize(
+    "config",
+    [{"candidate_scope": "pool"}, {"keep_rounds": 2}, {"random_share": 0.25}, {"max_passes": 3, "num_rows": 320}],
+    ids=["pool", "pruned", "random-share", "passes"],
+)
 def test_other_settings_verify_with_lengths_that_change(tmp_path, config):
     train(tmp_path, **config)
     assert len({info["round_steps"] for info in infos(tmp_path)}) > 1
+    assert ("max_passes" in config) is (infos(tmp_path)[-1]["pass"] > 1)
     assert verify_run(tmp_path).problem is None
 
 
@@ -411,3 +416,18 @@ def test_a_loop_of_ones_own_has_the_rows_and_weights_of_the_trainer(tmp_path):
     ]
     assert len({info["round_steps"] for info in infos(tmp_path / "loop")}) > 1
     assert_same_weights(training.model, trained.trainer.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [3, None])
+def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path, first):
+    config = {"first_round_steps": first, "update_steps": 12 if first else 6}
+    train(tmp_path, max_steps=22 if first else 13, **config)
+    steps = [info["step"] for info in infos(tmp_path)]
+    assert steps == ([12, 15] if first else [6])
+    # The boundaries at steps 21 and 12 had nothing to select for; what follows has the next number, so that none lacks.
+    train(tmp_path, resume=str(tmp_path / f"checkpoint-{22 if first else 13}"), max_steps=40, **config)
+    after = infos(tmp_path)[len(steps)]
+    assert (after["number"], after["step"]) == ((3, 27) if first else (2, 18))
+    assert after.get("last_round_steps") == (6 if first else None)
+    assert verify_run(tmp_path).problem is None
