@@ -8,6 +8,9 @@ Trade-off: training waits for labels, which is the only way to measure the model
 paper's 80,000 probes of 1,024 tokens are 1 % of its 10,000 steps. What follows needs no device, and runs beside
 training where it can (`beside`).
 
+A round may be shorter than it was drawn for: labels also say whether the prices that the last one paid still hold, and
+`trust` makes a length of it.
+
 Sign: influence > 0 helps; higher is better, everywhere.
 """
 

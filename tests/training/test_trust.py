@@ -425,7 +425,7 @@ def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path,
     train(tmp_path, max_steps=22 if first else 13, **config)
     steps = [info["step"] for info in infos(tmp_path)]
     assert steps == ([12, 15] if first else [6])
-    # The boundaries at steps 21 and 12 had nothing to select for; what follows has the next number, so that none lacks.
+    # The boundaries at steps 21 and 12 had nothing to select for; what follows has the next number: none lacks.
     train(tmp_path, resume=str(tmp_path / f"checkpoint-{22 if first else 13}"), max_steps=40, **config)
     after = infos(tmp_path)[len(steps)]
     assert (after["number"], after["step"]) == ((3, 27) if first else (2, 18))
