@@ -345,8 +345,10 @@ class Session:
             length = recorded_steps(order.info, config)
             longest = longest_steps(config, length, order.info["guard"]["decision"])
             planned = plan.round_at(order.number + 1, order.info["step"] + length, longest)
-        while planned is not None and planned.boundary_step <= step:  # the run was made longer behind it
-            planned = plan.round_at(planned.number, planned.boundary_step + length, longest)
+        # Behind a boundary at which a shorter run had nothing to select for. Rounds of one length are numbered by it.
+        passed = int(config.first_round_steps is None)
+        while planned is not None and planned.boundary_step <= step:
+            planned = plan.round_at(planned.number + passed, planned.boundary_step + length, longest)
         return planned
 
     def _next_check(self, step: int) -> int | None:

@@ -278,6 +278,7 @@ def test_lengths_double_halve_and_double_again_and_each_row_is_trained_once_in_o
     assert third["guard"]["reversed"]
     assert [info.get("num_rows_drawn_for") for info in found[:4]] == [None, None, 48, None]
     assert third["num_rows"] == 12
+    assert all(info["beside_training"] for info in found)  # the lengths as well are found while training goes on
     rows: list[int] = []
     for info in found:
         folder = path / f"_mates/round-{info['number']:04d}"
@@ -419,15 +420,11 @@ def test_a_loop_of_ones_own_has_the_rows_and_weights_of_the_trainer(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [3, None])
-def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path, first):
-    config = {"first_round_steps": first, "update_steps": 12 if first else 6}
-    train(tmp_path, max_steps=22 if first else 13, **config)
-    steps = [info["step"] for info in infos(tmp_path)]
-    assert steps == ([12, 15] if first else [6])
-    # The boundaries at steps 21 and 12 had nothing to select for; what follows has the next number: none lacks.
-    train(tmp_path, resume=str(tmp_path / f"checkpoint-{22 if first else 13}"), max_steps=40, **config)
-    after = infos(tmp_path)[len(steps)]
-    assert (after["number"], after["step"]) == ((3, 27) if first else (2, 18))
-    assert after.get("last_round_steps") == (6 if first else None)
+def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path):
+    train(tmp_path, max_steps=22)
+    assert [(info["step"], info["round_steps"]) for info in infos(tmp_path)] == [(12, 3), (15, 6)]
+    # The boundary at step 21 had nothing to select for; what follows has the next number, so that none lacks.
+    train(tmp_path, resume=str(tmp_path / "checkpoint-22"), max_steps=40)
+    after = infos(tmp_path)[2]
+    assert (after["number"], after["step"], after["last_round_steps"]) == (3, 27, 6)
     assert verify_run(tmp_path).problem is None
