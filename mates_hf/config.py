@@ -19,7 +19,7 @@ NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both 
 NUM_SENTINELS = 128  # candidates of a drift check
 SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
-BEFORE: dict[str, Any] = {"max_copies": None, "random_share": 0.0}
+BEFORE: dict[str, Any] = {"max_copies": None, "random_share": 0.0, "first_round_steps": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,15 @@ class MatesConfig:
 
     update_steps: int = field(
         default=1_000, metadata={"help": "Optimizer steps between two rounds; a round selects the rows of that many."}
+    )
+    first_round_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps of the first round that selects, where rounds are to find their length. A round "
+            "is twice as long as the last one, up to `update_steps`, while fresh labels still prefer the kind of rows "
+            "that was chosen last. Where they do not, it is half as long and in the Trainer's own order. None: every "
+            "round has `update_steps`."
+        },
     )
     selection_ratio: float = field(
         default=0.2, metadata={"help": "Share of the candidates of a round that is trained on, in (0, 1]."}
@@ -105,14 +114,16 @@ class MatesConfig:
         default=None,
         metadata={
             "help": "Optimizer steps after a round's boundary at which its selection takes effect; covers what the "
-            "dataloader has already fetched. None: min(32, max(1, update_steps // 4))."
+            "dataloader has already fetched. None: min(32, max(1, steps // 4)), where steps is `first_round_steps` "
+            "or, without it, `update_steps`."
         },
     )
     average_steps: int | None = field(
         default=None,
         metadata={
             "help": "Probe at the weights averaged over this many optimizer steps before the boundary; 0 probes the "
-            "live weights. None: min(32, update_steps // 2), and at most `drift_check_steps`."
+            "live weights. None: min(32, steps // 2), where steps is `first_round_steps` or, without it, "
+            "`update_steps`; and at most `drift_check_steps`."
         },
     )
     drift_check_steps: int | None = field(
@@ -167,7 +178,19 @@ class MatesConfig:
             return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
         require(whole("update_steps", 1), "update_steps", "a whole number of at least 1")
+        require(
+            self.first_round_steps is None
+            or (whole("first_round_steps", 1) and self.first_round_steps <= self.update_steps),
+            "first_round_steps",
+            f"None or a whole number from 1 to `update_steps` ({self.update_steps})",
+        )
         require(number("selection_ratio") and 0 < self.selection_ratio <= 1, "selection_ratio", "in (0, 1]")
+        require(
+            self.first_round_steps is None or self.selection_ratio < 1,
+            "selection_ratio",
+            f"below 1 with `first_round_steps` ({self.first_round_steps}): a round that takes every candidate leaves "
+            "none to compare with",
+        )
         require(whole("max_passes", 1), "max_passes", "a whole number of at least 1")
         require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
         require(number("random_share") and 0 <= self.random_share < 1, "random_share", "in [0, 1)")
@@ -184,16 +207,23 @@ class MatesConfig:
             "'own_order', 'select' or 'error'",
         )
         require(whole("random_rounds", 1), "random_rounds", "a whole number of at least 1")
+        shortest = f"`{'first_round' if self.first_round_steps else 'update'}_steps` ({self.shortest_steps})"
         require(
             self.switch_lead_steps is None
-            or (whole("switch_lead_steps", 1) and self.switch_lead_steps <= self.update_steps),
+            or (whole("switch_lead_steps", 1) and self.switch_lead_steps <= self.shortest_steps),
             "switch_lead_steps",
-            f"None or a whole number from 1 to `update_steps` ({self.update_steps})",
+            f"None or a whole number from 1 to {shortest}",
         )
         require(
-            self.average_steps is None or (whole("average_steps", 0) and self.average_steps <= self.update_steps),
+            self.average_steps is None or (whole("average_steps", 0) and self.average_steps <= self.shortest_steps),
             "average_steps",
-            f"None or a whole number from 0 to `update_steps` ({self.update_steps})",
+            f"None or a whole number from 0 to {shortest}",
+        )
+        require(
+            self.drift_check_steps is None or self.first_round_steps is None,
+            "drift_check_steps",
+            f"None with `first_round_steps` ({self.first_round_steps}): both shorten rounds whose labels no longer "
+            "hold, and a round that a drift check starts has no length that could grow",
         )
         require(
             self.drift_check_steps is None or whole("drift_check_steps", 1),
@@ -222,18 +252,36 @@ class MatesConfig:
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
 
     @property
+    def shortest_steps(self) -> int:
+        """Optimizer steps of the shortest round, which the first selecting one is."""
+        return self.first_round_steps or self.update_steps
+
+    def longest_steps(self, last_steps: int | None) -> int:
+        """Optimizer steps that a round may have at most.
+
+        Args:
+            last_steps: Length of the round before, whose selection still held; None where it is the first.
+
+        Returns:
+            Twice that, up to `update_steps`; `update_steps` where rounds do not grow.
+        """
+        if self.first_round_steps is None:
+            return self.update_steps
+        return self.first_round_steps if last_steps is None else min(2 * last_steps, self.update_steps)
+
+    @property
     def lead_steps(self) -> int:
         """Optimizer steps between a boundary and the first step trained on its selection."""
         if self.switch_lead_steps is not None:
             return self.switch_lead_steps
-        return min(32, max(1, self.update_steps // 4))
+        return min(32, max(1, self.shortest_steps // 4))
 
     @property
     def window_steps(self) -> int:
         """Optimizer steps before a boundary over which the probed weights are averaged (0: the live weights)."""
         if self.average_steps is not None:
             return self.average_steps
-        return min(32, self.update_steps // 2, self.drift_check_steps or self.update_steps)
+        return min(32, self.shortest_steps // 2, self.drift_check_steps or self.update_steps)
 
     @classmethod
     def paper(cls, **overrides: Any) -> MatesConfig:

@@ -107,7 +107,7 @@ def round_facts(record: RoundRecord) -> dict[str, str]:
 
 
 def _signal(record: RoundRecord) -> str:
-    """Held-out rank correlation, and the guard's view of it."""
+    """Held-out rank correlation, the guard's view of it, and whether the last round's choice still holds."""
     info = record.info
     guard = _part(info, "guard")
     if not isinstance(guard.get("spearman"), (int, float)):
@@ -117,7 +117,17 @@ def _signal(record: RoundRecord) -> str:
     least = _part(info, "config").get("min_spearman")
     rule = f"({least}, interval above 0)" if isinstance(least, (int, float)) else ""
     side = "above" if _passes(info) else "below"
-    return f"Spearman {guard['spearman']:.2f} {interval(guard.get('interval'))}{on}: {side} the guard {rule}".rstrip()
+    text = f"Spearman {guard['spearman']:.2f} {interval(guard.get('interval'))}{on}: {side} the guard {rule}".rstrip()
+    gap = gap_text(info)
+    return f"{text}; what was chosen last, against the rest: {gap}" if gap else text
+
+
+def gap_text(info: Mapping[str, Any]) -> str:
+    """What the last round bought against the rest by the fresh labels, above 0 is good; empty where it is not told."""
+    gap = _part(info, "gap")
+    if not isinstance(gap.get("gap"), (int, float)):
+        return ""
+    return f"{gap['gap']:+.2f} {interval(gap.get('interval'))}".rstrip() + " sd"
 
 
 def _labels(record: RoundRecord) -> str:

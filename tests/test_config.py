@@ -57,6 +57,7 @@ def test_any_values_give_a_working_config_or_a_value_error_that_names_its_field(
 # Per field: the values just outside and just inside its range.
 EDGES = {
     "update_steps": ([0, -1, 1.0, True, "10", None], [1]),
+    "first_round_steps": ([0, 1_001, 2.0, True, "5"], [None, 1, 1_000]),
     "selection_ratio": ([0, 0.0, -0.1, 1.0001, math.nan, math.inf, True, "0.2", None], [1e-9, 1, 1.0]),
     "max_passes": ([0, -1, 1.0, True, None], [1, 10**9]),
     "candidate_scope": (["all", "Slice", "", None, []], ["slice", "pool"]),
@@ -117,6 +118,19 @@ def test_lead_and_window_follow_from_the_round_length_unless_given(update_steps,
     assert (given_.lead_steps, given_.window_steps) == (update_steps, 0)
 
 
+def test_lead_and_window_follow_from_the_shortest_round_and_must_fit_into_it():
+    config = MatesConfig(update_steps=1_000, first_round_steps=20)
+    assert (config.lead_steps, config.window_steps) == (5, 10)
+    for name in ("switch_lead_steps", "average_steps"):
+        assert getattr(MatesConfig(first_round_steps=20, **{name: 20}), name) == 20
+        with pytest.raises(ValueError, match=rf"`{name}` must be None .* to `first_round_steps` \(20\), got 21"):
+            MatesConfig(first_round_steps=20, **{name: 21})
+    with pytest.raises(ValueError, match="`drift_check_steps` must be None with `first_round_steps`"):
+        MatesConfig(first_round_steps=20, average_steps=0, drift_check_steps=10)
+    with pytest.raises(ValueError, match="`selection_ratio` must be below 1 with `first_round_steps`"):
+        MatesConfig(first_round_steps=20, selection_ratio=1.0)
+
+
 def test_paper_settings_are_those_of_the_paper_and_can_be_overridden():
     paper = MatesConfig.paper()
     assert (paper.update_steps, paper.num_probes, paper.selection_ratio) == (10_000, 80_000, 0.2)
@@ -163,8 +177,16 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         rounds_dir="elsewhere",
         keep_rounds=2,
     )
-    assert all(getattr(given_, f.name) != f.default for f in dataclasses.fields(MatesConfig))
-    words = [word for name, value in given_.to_dict().items() for word in (f"--{name}", str(value))]
+    as_given = {f.name for f in dataclasses.fields(MatesConfig) if getattr(given_, f.name) == f.default}
+    assert as_given == {"first_round_steps"}  # which excludes drift checks
+    given_all = [dataclasses.replace(given_, drift_check_steps=None, first_round_steps=5), given_]
+    for given_ in given_all:
+        words = [f"--{name}={value}" for name, value in given_.to_dict().items() if value is not None]
+        parsed = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *words])
+        assert parsed[1] == given_
+    words = [
+        word for name, value in given_.to_dict().items() for word in (f"--{name}", str(value)) if value is not None
+    ]
     arguments, config = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--max_steps", "7", *words])
     assert (arguments.max_steps, config) == (7, given_)
     assert parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])[1] == MatesConfig()

@@ -5,12 +5,13 @@ are those that rounds record with (`mates_hf.flops`); a test holds them against 
 
 Trade-off: one number a stage from the rule of 2 and 6 FLOPs a parameter and token, so attention scores are left out on
 both sides of every share. Wall-clock needs speeds, which are the caller's assumption. Rounds that a drift check starts
-early are not foreseen.
+early are not foreseen, and rounds that grow (`first_round_steps`) do so as fast as they may.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -103,7 +104,7 @@ class PredictedCost:
     """What a run would cost; FLOPs over the whole run.
 
     Attributes:
-        num_rounds: rounds that select.
+        num_rounds: rounds that select; where they grow, the fewest that there may be.
         training_flops: FLOPs of the optimizer steps.
         stages: FLOPs by stage of the rounds.
         trained_tokens: tokens trained on.
@@ -197,7 +198,8 @@ def predict_cost(
         ValueError: `candidate_scope="pool"` without the pool's rows.
     """
     chosen = _selected_rows(size, config)
-    scored = sum(_scored_rows(size, config, number, rows) for number, rows in enumerate(chosen)) * size.tokens_per_row
+    before = itertools.accumulate(chosen, initial=_first_step(config) * size.batch_rows)
+    scored = sum(_scored_rows(size, config, *rows) for rows in zip(before, chosen, strict=False)) * size.tokens_per_row
     moment = NUM_SECOND_MOMENT_BATCHES * size.batch_rows if second_moment == "batches" else 0
 
     def directional(num_candidates: int, num_passages: int, steps: int = 0, points: int = path_steps) -> float:
@@ -236,7 +238,7 @@ def predict_cost(
         per_round["drift checks"] = once * ((config.update_steps - 1) // every)
     labelled = config.num_probes * size.tokens_per_row
     stages = {name: len(chosen) * flops for name, flops in per_round.items()}
-    judged = float(labelled * max(len(chosen) - 1, 0))  # by the influence model of the round before
+    judged = 2.0 * labelled * max(len(chosen) - 1, 0)  # by the round before's influence model: its report, and the gap
     if encoder is None:
         stages["fit"] = NGRAM_FIT_FLOPS * labelled * float(len(chosen))
         stages["guard"] = NGRAM_SCORE_FLOPS * judged
@@ -259,9 +261,12 @@ def predict_cost(
 
 
 def _selected_rows(size: RunSize, config: MatesConfig) -> list[int]:
-    """Rows that each round selects: rounds start `update_steps` apart, the last takes what `max_steps` leaves."""
-    starts = range(_first_step(config), size.max_steps, config.update_steps)
-    return [(min(start + config.update_steps, size.max_steps) - start) * size.batch_rows for start in starts]
+    """Rows that each round selects: each is as long as it may be, the last takes what `max_steps` leaves."""
+    chosen, start, length = [], _first_step(config), config.longest_steps(None)
+    while start < size.max_steps:
+        chosen.append((min(start + length, size.max_steps) - start) * size.batch_rows)
+        start, length = start + length, config.longest_steps(length)
+    return chosen
 
 
 def _first_step(config: MatesConfig) -> int:
@@ -269,11 +274,10 @@ def _first_step(config: MatesConfig) -> int:
     return config.random_rounds * config.update_steps + config.lead_steps
 
 
-def _scored_rows(size: RunSize, config: MatesConfig, number: int, selected: int) -> int:
-    """Candidates that a round scores."""
+def _scored_rows(size: RunSize, config: MatesConfig, trained: int, selected: int) -> int:
+    """Candidates that a round scores, behind so many rows that are trained on before it."""
     if config.candidate_scope == "slice":
         return math.ceil(selected / Fraction(repr(float(config.selection_ratio))))
     if size.pool_rows is None:
         raise ValueError("`candidate_scope='pool'` must have `pool_rows`, the rows of the pool, got None.")
-    trained = (_first_step(config) + number * config.update_steps) * size.batch_rows
     return max(selected, size.pool_rows - trained - config.num_probes)

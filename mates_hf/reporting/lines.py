@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mates_hf.display import interval, spread
-from mates_hf.round_record import RoundRecord, decision_text, mean_of_selected, round_facts, round_seconds, round_title
+from mates_hf.round_record import (
+    RoundRecord,
+    decision_text,
+    gap_text,
+    mean_of_selected,
+    round_facts,
+    round_seconds,
+    round_title,
+)
 
 
 def round_line(info: Mapping[str, Any]) -> str:
@@ -21,7 +29,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         info: The round's `round.json`; what it lacks is left out of the line.
 
     Returns:
-        One line: step, probes, signal with its interval, decision, rows, random ones, copies and leaks, seconds.
+        One line: step, probes, signal with its interval, decision, rows, a length that changed, random rows, copies
+        and leaks, seconds.
     """
     guard = info.get("guard") or {}
     parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
@@ -31,6 +40,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         signal = f"held-out Spearman {guard['spearman']:.2f}"
         parts.append(f"{signal} {interval(guard.get('interval'))}".rstrip())
     parts.append(_outcome(info))
+    if "last_round_steps" in info:
+        parts.append(f"{info['round_steps']:,} steps long after {info['last_round_steps']:,}")
     if info.get("num_random"):
         parts.append(f"{info['num_random']:,} of them at random")
     if info.get("num_passed_over"):
@@ -46,9 +57,12 @@ def round_line(info: Mapping[str, Any]) -> str:
 
 def _outcome(info: Mapping[str, Any]) -> str:
     """The decision, with the rows where some were chosen."""
-    decision = (info.get("guard") or {}).get("decision")
-    if decision == "own_order":
-        return "signal too weak: the Trainer's own order until the next round"
+    guard = info.get("guard") or {}
+    if guard.get("decision") == "own_order":
+        why = "signal too weak"
+        if guard.get("failed") == "used_up":
+            why = f"what was chosen last is used up (gap {gap_text(info)})"
+        return f"{why}: the Trainer's own order until the next round"
     rows, candidates = info.get("num_rows", 0), info.get("num_candidates", 0)
     end = f" for steps {info['from_step']} to {info['to_step']}" if {"from_step", "to_step"} <= info.keys() else ""
     text = decision_text(info)

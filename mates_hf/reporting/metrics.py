@@ -25,6 +25,10 @@ def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:
         "mates/num_probed": info["num_probed"],
         "mates/seconds": sum(stage["seconds"] for stage in info["stages"].values()),
     }
+    if "round_steps" in info:
+        metrics["mates/round_steps"] = info["round_steps"]
+    if info.get("gap"):
+        metrics["mates/gap"] = info["gap"]["gap"]
     if "previous_spearman" in info["guard"]:
         metrics["mates/previous_spearman"] = info["guard"]["previous_spearman"]
     if "reference_overlap" in info:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -208,6 +208,24 @@ class Ledger:
         probes = self._draw_probes(~self.consumed, np.ones(1, np.bool_), num_probes, round_number)
         candidates, _ = self._next_unused(self.shuffled, 0, self.num_rows, self._blocked(probes))
         return RoundDraw(candidates, probes, self.cursor)
+
+    def narrowed(self, draw: RoundDraw, num_selected: int, config: MatesConfig) -> RoundDraw:
+        """What a round may choose from that is shorter than the one it was drawn for. Changes nothing.
+
+        Args:
+            draw: What this ledger drew, as it is, for as many rows or more.
+            num_selected: rows the round will train on.
+            config: ratio and scope of the run.
+
+        Returns:
+            The first `num_selected / selection_ratio` candidates of a slice, and the cursor behind them; all of a
+            pool. The probes stay.
+        """
+        num_slice = num_candidates(num_selected, config.selection_ratio)
+        if config.candidate_scope == "pool" or num_slice >= len(draw.candidates):
+            return draw
+        candidates, cursor = self._next_unused(self.shuffled, self.cursor, num_slice, self.consumed)
+        return replace(draw, candidates=candidates, cursor_after=cursor)
 
     def own_order(
         self, own_rows: npt.NDArray[np.integer[Any]], num_rows_needed: int, exclude: npt.NDArray[np.integer[Any]]

@@ -2,15 +2,17 @@
 
 Where it is used: `training/` makes a `RunPlan` before the first step and asks it for each next round; the `Ledger`
 draws the rows. Trade-off: rounds are counted in optimizer steps from config alone, so a run can be refused before it
-starts; where drift checks may start rounds early, the plan reckons with the worst of them. How many rows some steps
-take is asked of the clock that counts them in the run (`training/sampler.RowClock`): the plan has no count of its own.
+starts; where rounds grow, or drift checks may start them early, the plan reckons with the worst of them. How many
+rows some steps take is asked of the clock that counts them in the run (`training/sampler.RowClock`): the plan has no
+count of its own.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
@@ -61,6 +63,7 @@ class PlannedRound:
         from_step: First optimizer step (counted from 0) that trains on its rows.
         to_step: First optimizer step that no longer trains on them.
         num_rows: Number of rows that it selects, k.
+        steps: Length where `max_steps` does not cut it; the next round's boundary is so many steps after its own.
     """
 
     number: int
@@ -68,6 +71,7 @@ class PlannedRound:
     from_step: int
     to_step: int
     num_rows: int
+    steps: int = field(default=0, compare=False)  # `to_step` tells all but the end of a last round that is cut
 
 
 class Rest(NamedTuple):
@@ -141,22 +145,37 @@ class RunPlan:
 
     @cached_property
     def rounds(self) -> list[PlannedRound]:
-        """The rounds that select, in order; they cover the steps from `first_from_step` to `max_steps` once each."""
-        return list(self._rounds_from(self.round_at(self.config.random_rounds, self.first_boundary_step)))
+        """The rounds that select, in order; they cover the steps from `first_from_step` to `max_steps` once each.
+
+        Where rounds grow (`first_round_steps`), those of a run whose rounds grow as fast as they may.
+        """
+        length = self.config.longest_steps(None)
+        return list(self._rounds_from(self.round_at(self.config.random_rounds, self.first_boundary_step, length)))
 
     def _rounds_from(self, planned: PlannedRound | None) -> Iterator[PlannedRound]:
         while planned is not None:
             yield planned
-            planned = self.round_at(planned.number + 1, planned.boundary_step + self.config.update_steps)
+            length = self.config.longest_steps(planned.steps)
+            planned = self.round_at(planned.number + 1, planned.boundary_step + planned.steps, length)
 
-    def round_at(self, number: int, boundary_step: int) -> PlannedRound | None:
-        """The round that starts after `boundary_step` steps, or None where nothing could be trained on its rows."""
+    def round_at(self, number: int, boundary_step: int, length: int | None = None) -> PlannedRound | None:
+        """The round that starts after `boundary_step` steps, or None where nothing could be trained on its rows.
+
+        Args:
+            number: the round's number.
+            boundary_step: optimizer steps done when it probes.
+            length: its optimizer steps; None: `update_steps`.
+
+        Returns:
+            The round, cut where the run ends.
+        """
+        length = self.config.update_steps if length is None else length
         start = boundary_step + self.config.lead_steps
-        stop = min(start + self.config.update_steps, self.max_steps)
+        stop = min(start + length, self.max_steps)
         if start >= stop:
             return None
         num_rows = self._clock.position(stop) - self._clock.position(start)
-        return PlannedRound(number, boundary_step, start, stop, num_rows)
+        return PlannedRound(number, boundary_step, start, stop, num_rows, length)
 
     @property
     def whole(self) -> Rest:
@@ -176,7 +195,8 @@ class RunPlan:
             plan = replace(self, max_steps=max(steps, 1))
             ahead = plan.whole if rest is None else rest
             if ahead.first is not None:
-                ahead = ahead._replace(first=plan.round_at(ahead.first.number, ahead.first.boundary_step))
+                first = ahead.first
+                ahead = ahead._replace(first=plan.round_at(first.number, first.boundary_step, first.steps))
             return next(plan._too_large(ahead), None) is None
 
         first = self.whole.first if rest is None else rest.first
@@ -228,7 +248,7 @@ class RunPlan:
         return num_candidates(planned.num_rows, self.config.selection_ratio) + self.config.num_probes
 
     def _with_unused(self, rest: Rest) -> Iterator[tuple[PlannedRound, int]]:
-        """Each round with the rows unused when it draws; last the early one that would find least to spare."""
+        """Each round with the rows unused when it draws; last those at other steps that would find least to spare."""
         unused = before = rest.unused
         passes, last = rest.num_passes, None
 
@@ -242,6 +262,8 @@ class RunPlan:
             yield planned, unused
             passes -= unused != before
             unused -= planned.num_rows
+        if self.config.first_round_steps is not None and rest.first is not None:
+            yield from self._tightest(rest.first, rest.unused, rest.num_passes)
         # A drift check may start a round at any step; the latest that still chooses a full round's rows has the fewest
         # unused rows for it. What it cuts off of the round before it is unused again.
         latest = self.max_steps - self.config.update_steps - self.config.lead_steps
@@ -250,6 +272,51 @@ class RunPlan:
             if early is not None:
                 position = self._clock.position
                 yield early, drawn_from(early, before + position(last.from_step) - position(early.from_step))
+
+    def _tightest(self, first: PlannedRound, unused: int, num_passes: int) -> Iterator[tuple[PlannedRound, int]]:
+        """Of rounds that may or may not grow: those that begin a pass, as early as one could, and the one with least.
+
+        What a round needs beyond the unused rows rises with its boundary as long as later rounds may be longer, and
+        falls where the end of the run cuts them. A pass that begins earlier leaves fewer unused rows at later steps.
+        """
+        position, config = self._clock.position, self.config
+        own, begins = unused, first.from_step
+        end = self.max_steps - config.lead_steps
+
+        def at(boundary: int) -> tuple[PlannedRound, int]:
+            """The longest round that may be there, of steps that are all whole, and its unused rows."""
+            length = min(config.update_steps, boundary - first.boundary_step + first.steps)
+            planned = self.round_at(first.number, boundary, length)
+            assert planned is not None
+            planned = replace(planned, num_rows=(planned.to_step - planned.from_step) * self.batch_rows)
+            return planned, own - (position(planned.from_step) - position(begins))
+
+        def lacks(boundary: int) -> bool:
+            planned, left = at(boundary)
+            return self._rows_needed(planned) > left
+
+        def told(boundary: int) -> tuple[PlannedRound, int]:
+            planned, left = at(boundary)
+            numbers = [each.number for each in self._rounds_from(first) if each.boundary_step <= boundary]
+            return replace(planned, number=numbers[-1]), left
+
+        peak = end - config.update_steps  # the last that is not cut, if one may be as long by then
+        if peak < first.boundary_step + config.update_steps - first.steps:
+            peak = (end + first.boundary_step - first.steps) // 2
+        peak = min(max(peak, first.boundary_step), end - 1)
+        low = first.boundary_step
+        while low <= peak:
+            most = next((step for step in (peak, peak + 1) if step < end and lacks(step)), None)
+            if most is None:
+                yield told(peak)
+                return
+            earliest = low + bisect_left(range(low, most), True, key=lacks)
+            if num_passes > 0:
+                num_passes, own, begins = num_passes - 1, self.num_rows, at(earliest)[0].from_step
+            yield told(earliest)
+            if lacks(earliest):
+                return
+            low = earliest + 1
 
 
 def num_candidates(num_selected: int, selection_ratio: float) -> int:

@@ -89,7 +89,7 @@ def due_step(run: Run, step: int, look_ahead_steps: int) -> int:
     config = run.config
     if not may_run_beside(run):
         return step
-    due = [step + config.lead_steps - look_ahead_steps, step + config.update_steps - config.window_steps]
+    due = [step + config.lead_steps - look_ahead_steps, step + config.shortest_steps - config.window_steps]
     if config.drift_check_steps:
         due.append(step + max(config.lead_steps, config.drift_check_steps) - config.window_steps)
     return max(step, min(due))

@@ -13,6 +13,9 @@ back to the Trainer's own order instead: then the previous model is refuted twic
 extreme of an overshot model. After a round in the own order no selection has been overshot, so the labels there are
 taken for what they say, whatever the old model says of them.
 
+Where rounds find their length (`first_round_steps`, see `trust`), the gap speaks first: what was bought is **used up**
+where fresh labels no longer prefer it to the rest. The round is in the Trainer's own order then, and a short one.
+
 Trade-off: prices that truly turn round within a round are followed two rounds late.
 """
 
@@ -26,6 +29,7 @@ from mates_hf.errors import WeakSignalError
 from mates_hf.prediction.judge import times_needed
 from mates_hf.records import FitReport
 from mates_hf.training.run import InfluenceModel, Run
+from mates_hf.training.trust import Gap
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +44,14 @@ class Judged:
         fitted: the fresh influence model; None where labels rank nothing.
         fresh: the last trusted model's report on the fresh labels; None where there is no such model.
         reason: why labels rank nothing; empty where they do.
+        gap: what the last round bought against the rest, by the labels; None where it bought nothing, or they cannot
+            tell.
     """
 
     fitted: InfluenceModel | None = None
     fresh: FitReport | None = None
     reason: str = ""
+    gap: Gap | None = None
 
     @classmethod
     def unrankable(cls, reason: str) -> Judged:
@@ -99,14 +106,18 @@ def decide(run: Run, judged: Judged) -> tuple[dict[str, Any], InfluenceModel | N
         raise WeakSignalError(f"The round must not select: {complaint}.")
     if fitted is not None and config.on_weak_signal == "select":
         return guard, fitted
-    keep = run.trusted_model is not None and (
-        not run.last_reversed if failed == "reversed" else _still_holds(judged, config.min_spearman)
-    )
-    if keep:
+    if run.trusted_model is not None and _keeps(run, judged, failed):
         logger.warning("The previous influence model is kept: %s.", complaint)
         return {**guard, "decision": "keep_previous"}, run.trusted_model
     logger.warning("This round stays in the Trainer's own order: %s.", complaint)
     return {**guard, "decision": "own_order"}, None
+
+
+def _keeps(run: Run, judged: Judged, failed: str) -> bool:
+    """Whether the trusted model scores a round that its own fit must not score."""
+    if failed == "used_up":  # it is the trusted model's choice that is
+        return False
+    return not run.last_reversed if failed == "reversed" else _still_holds(judged, run.config.min_spearman)
 
 
 def _still_holds(judged: Judged, min_spearman: float) -> bool:
@@ -120,6 +131,13 @@ def _complaint(run: Run, judged: Judged, overshot: bool) -> tuple[str | None, st
     if fitted is None:
         return "labels", f"the labels rank no candidate ({judged.reason.rstrip('.')})"
     report = fitted.report
+    if config.first_round_steps is not None and judged.gap is not None and judged.gap.gap <= 0:
+        low, high = judged.gap.interval
+        return "used_up", (
+            f"what the last round chose is worth no more than the rest by now (gap {judged.gap.gap:+.2f} standard "
+            f"deviations of the labels, 95 % interval {low:+.2f} to {high:+.2f}), though held-out Spearman is "
+            f"{report.spearman:.3f}: it is used up. The round is short, and the next one follows the labels again"
+        )
     if overshot:  # first: pooled with earlier labels that say the opposite, a fit is weak as well
         assert judged.fresh is not None
         low, high = judged.fresh.interval
@@ -127,7 +145,8 @@ def _complaint(run: Run, judged: Judged, overshot: bool) -> tuple[str | None, st
             f"the fresh labels are the reverse of what the previous influence model predicts (Spearman "
             f"{judged.fresh.spearman:.3f}, 95 % interval {low:.3f} to {high:.3f}), though held-out Spearman is "
             f"{report.spearman:.3f}: what was selected last is used up, and the model has overshot. Shorter rounds "
-            "(`update_steps`) or a larger `selection_ratio` avoid it; more probes do not"
+            "(`update_steps`), such that find their length (`first_round_steps`), or a larger `selection_ratio` avoid "
+            "it; more probes do not"
         )
     low, high = report.interval
     if report.spearman < config.min_spearman:

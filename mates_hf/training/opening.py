@@ -171,7 +171,7 @@ def round_bytes(run: Run, plan: RunPlan) -> tuple[dict[str, int], dict[str, int]
     - probe shards: 8 P t, the losses at either side in float32; deleted when the round's labels are there
     - running means: two of the trainable parameters (the last checkpoint's and the one in the making), in the mean's
       type, where a checkpoint may fall into the averaging window
-    - labels: 36 P, and 4 P t for the derivatives of tokens
+    - labels: 40 P, of which 4 are what the last round's model predicts, and 4 P t for the derivatives of tokens
     - scores: 16 M, of which 8 are the candidate's number
     - order: 8 k
     - ledger: 2 N / 8, a bit a row for those trained on and those probed
@@ -196,7 +196,7 @@ def round_bytes(run: Run, plan: RunPlan) -> tuple[dict[str, int], dict[str, int]
     )
     passing = {"probe shards": 8 * probed_tokens, "running means": 2 * mean if config.window_steps else 0}
     staying = {
-        "labels": 36 * config.num_probes + 4 * probed_tokens,
+        "labels": 40 * config.num_probes + 4 * probed_tokens,
         "scores": 16 * min(scored, len(pool)),
         "order": 8 * num_selected,
         "ledger": 2 * -(-len(pool) // 8),

@@ -34,7 +34,8 @@ from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.select_stage import select_rows
-from mates_hf.training.round_reader import RoundReader, WrongError
+from mates_hf.training.replay_length import RoundWithLength, check_length, lengths_of
+from mates_hf.training.round_reader import WrongError
 
 DECISIONS = ("select", "keep_previous", "own_order")
 
@@ -46,7 +47,7 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class FinishedRound(RoundReader):
+class FinishedRound(RoundWithLength):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:
@@ -77,6 +78,8 @@ class FinishedRound(RoundReader):
         what = f"`pass` from 1 to `max_passes` ({self.config.max_passes})"
         self.require(ok, ROUND_FILE, what, repr(self.pass_number))
         self.require(info["cursor"] < self.num_pool_rows, ROUND_FILE, "`cursor` in the pool", f"{info['cursor']}")
+
+        self.steps, self.num_rows_drawn_for = lengths_of(self)
 
     @property
     def has_hashes(self) -> bool:
@@ -120,6 +123,7 @@ class FinishedRound(RoundReader):
             )  # fmt: skip
         self.labels = self._read_labels()
         self._check_rows()
+        check_length(self, before)
         candidates = None
         if self.decision != "own_order":
             candidates = self.array("candidates.npy", np.int64, self.info["num_candidates"])
@@ -220,7 +224,7 @@ class FinishedRound(RoundReader):
 
     def _begins_a_pass(self, before: FinishedRound, num_unused: int) -> bool:
         """Whether every row counts as unused again, which is so where too few are left and `max_passes` allows it."""
-        needed = num_candidates(self.info["num_rows"], self.config.selection_ratio) + self.config.num_probes
+        needed = num_candidates(self.num_rows_drawn_for, self.config.selection_ratio) + self.config.num_probes
         begins = needed > num_unused and before.pass_number < self.config.max_passes
         expected = before.pass_number + begins
         what = f"`pass` {expected}, as {num_unused} rows are unused and {needed} needed"
@@ -315,11 +319,12 @@ class FinishedRound(RoundReader):
         try:
             draw = self.ledger.draw(
                 round_number=self.number,
-                num_selected=self.info["num_rows"],
+                num_selected=self.num_rows_drawn_for,
                 selection_ratio=self.config.selection_ratio,
                 candidate_scope=self.config.candidate_scope,
                 num_probes=self.config.num_probes,
             )
+            draw = self.ledger.narrowed(draw, self.info["num_rows"], self.config)
         except MatesError as error:
             raise WrongError("consumed.npy", "rows enough for the round", str(error)) from error
         if candidates is not None:

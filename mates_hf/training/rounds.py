@@ -8,6 +8,9 @@ Trade-off: training waits for labels, which is the only way to measure the model
 paper's 80,000 probes of 1,024 tokens are 1 % of its 10,000 steps. What follows needs no device, and runs beside
 training where it can (`beside`).
 
+A round may be shorter than it was drawn for: labels also say whether the prices that the last one paid still hold, and
+`trust` makes a length of it.
+
 Sign: influence > 0 helps; higher is better, everywhere.
 """
 
@@ -35,7 +38,7 @@ from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round
 from mates_hf.round_writer import RoundWriter
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import RoundDraw, probed_rows
-from mates_hf.selection.plan import PlannedRound
+from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.selection.saved import write_round_model
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.audit import audit_round
@@ -44,7 +47,8 @@ from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest, measure_labels
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
-from mates_hf.training.scoring import Scored, score_candidates
+from mates_hf.training.scoring import Scored, predict_rows, score_candidates
+from mates_hf.training.trust import GAP_FILE, Gap, length_facts, measure_gap, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +59,9 @@ class Measured(NamedTuple):
     """A round whose labels are there.
 
     Attributes:
-        planned: number and steps of the round.
+        planned: number and steps of the round, as long as it may be.
+        plan: says what a shorter one would be.
         from_position: global row position at which the selection takes effect.
-        num_rows: rows to select, k.
         own_rows: (N,) the Trainer's own order of the pool.
         beside: the rest runs beside training.
         writer: Writer of the round's directory.
@@ -70,8 +74,8 @@ class Measured(NamedTuple):
     """
 
     planned: PlannedRound
+    plan: RunPlan
     from_position: int
-    num_rows: int
     own_rows: npt.NDArray[Any]
     beside: bool
     writer: RoundWriter
@@ -84,7 +88,7 @@ class Measured(NamedTuple):
 
 
 def run_round(
-    run: Run, planned: PlannedRound, *, from_position: int, num_rows: int, own_rows: npt.NDArray[Any], beside: bool
+    run: Run, planned: PlannedRound, plan: RunPlan, *, from_position: int, own_rows: npt.NDArray[Any], beside: bool
 ) -> Callable[[], Order]:
     """Probe some candidates; then fit an influence model, score the others, select what is trained on next.
 
@@ -92,9 +96,9 @@ def run_round(
 
     Args:
         run: the run's state; its ledger must have every row trained on before `from_position` marked.
-        planned: number and steps of the round.
+        planned: number and steps of the round, as long as it may be: its labels may shorten it (`trust`).
+        plan: says what a shorter one would be.
         from_position: global row position at which the selection takes effect.
-        num_rows: rows to select, k.
         own_rows: (N,) integer, the Trainer's own order of the pool, for the case that the guard refuses to select.
         beside: whether the rest is to run beside training; for the record.
 
@@ -120,7 +124,7 @@ def run_round(
     write_array(writer.path / "probed.npy", run.ledger.probed_to_bits())
     draw = run.ledger.draw(
         round_number=planned.number,
-        num_selected=num_rows,
+        num_selected=planned.num_rows,
         selection_ratio=run.config.selection_ratio,
         candidate_scope=run.config.candidate_scope,
         num_probes=run.config.num_probes,
@@ -145,16 +149,19 @@ def run_round(
         **run.describe(),
     }
     measured = Measured(
-        planned, from_position, num_rows, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts
+        planned, plan, from_position, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts
     )
     return functools.partial(_conclude, run, measured)
 
 
 def _conclude(run: Run, measured: Measured) -> Order:
     """Fit, guard, score, select, and the record of it all."""
-    planned, _, num_rows, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts = measured
-    judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, planned.number, stages)
+    longest, plan, _, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts = measured
+    judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, longest.number, stages)
     decision, scorer = decide(run, judged)
+    planned = shortened(run, longest, plan, decision, judged.gap)
+    num_rows = planned.num_rows
+    draw = run.ledger.narrowed(draw, num_rows, run.config)
     found: dict[str, Any] = {}
     if scorer is None:
         rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
@@ -179,6 +186,7 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "to_step": planned.to_step,
         "from_position": int(measured.from_position),
         "num_rows": len(rows),
+        **length_facts(run, longest, planned),
         "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
         "cursor": int(cursor),
         "pass": run.ledger.pass_number,
@@ -191,6 +199,7 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "fit": None if judged.fitted is None else judged.fitted.report.to_dict(),
         "fidelity": fidelity,
         "guard": decision,
+        "gap": None if judged.gap is None else judged.gap.to_dict(),
         **found,
         "stages": stages.seconds_and_flops,
         "beside_training": [name for name in CONCLUDING if name in stages.seconds_and_flops] if beside else [],
@@ -262,14 +271,28 @@ def _fit_and_judge(run: Run, path: Path, labels: InfluenceLabels, number: int, s
     except UnrankableError as error:
         shutil.rmtree(path / "influence_model.partial", ignore_errors=True)
         return Judged.unrankable(str(error))
-    fresh = None
+    fresh = gap = None
     if run.trusted_model is not None:
         with stages.timed("guard") as cost:
             more = {"documents": documents} if takes(run.trusted_model.evaluate, "documents") else {}
             fresh = run.trusted_model.evaluate(run.pool, labels, **more)
+            num_asked = 1
+            if run.last_decision != "own_order":  # else its kind of rows was not bought
+                gap, num_asked = _gap(run, path, labels), 2
             each = run.trusted_model.report.flops_per_token
-            _note_flops(cost, None if each is None else each * float(labels.num_tokens.sum(dtype=np.int64)))
-    return Judged(fitted=fitted, fresh=fresh)
+            _note_flops(
+                cost, None if each is None else num_asked * each * float(labels.num_tokens.sum(dtype=np.int64))
+            )
+    return Judged(fitted=fitted, fresh=fresh, gap=gap)
+
+
+def _gap(run: Run, path: Path, labels: InfluenceLabels) -> Gap | None:
+    """What the last round bought against the rest; what the model that chose it predicts is left for `replay`."""
+    assert run.trusted_model is not None
+    predicted = predict_rows(run, run.trusted_model, labels.candidate_id)
+    predicted = (predicted * np.float32(labels.step_size / run.trusted_step_size)).astype(np.float32)
+    write_array(path / GAP_FILE, predicted)
+    return measure_gap(predicted, labels, run.config.selection_ratio)
 
 
 def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, number: int) -> InfluenceModel:

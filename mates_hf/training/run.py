@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.config import BEFORE, MatesConfig
+from mates_hf.config import MatesConfig
 from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
@@ -116,6 +116,7 @@ class Run:
         trusted_step_size: Step size of the labels it was fitted on.
         last_decision: The guard's decision in the last round; None before the first.
         last_reversed: whether the last round found its labels reversed.
+        last_steps: Length of the last round, in optimizer steps; None before the first.
         lr_scheduler: the run's, to see how far the rates of a round go; None is a constant rate.
         loss_reading: which reading of the run's loss the probes take, for the record.
         copy_marks: tell which rows are one text (`duplicates.CopyMarks`), made where the run begins.
@@ -145,6 +146,7 @@ class Run:
     trusted_step_size: float = 1.0
     last_decision: str | None = None
     last_reversed: bool = False
+    last_steps: int | None = None
     lr_scheduler: Any = None
     loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copy_marks: Any = None
@@ -180,7 +182,8 @@ class Run:
             self.trusted_model, self.trusted_step_size = influence_model, float(info["step_size"])
 
     def note_decision(self, info: Mapping[str, Any]) -> None:
-        """Take what a round's guard decided into account for the next round's."""
+        """Take what a round decided, and how long it is, into account for the next one."""
+        self.last_steps = recorded_steps(info, self.config)
         self.last_decision = info["guard"]["decision"]
         self.last_reversed = bool(info["guard"].get("reversed", False))
 
@@ -266,6 +269,11 @@ def load_order(path: Path) -> Order:
     return Order(number=info["number"], from_position=info["from_position"], rows=np.array(rows), info=info)
 
 
+def recorded_steps(info: Mapping[str, Any], config: MatesConfig) -> int:
+    """Length of a finished round in optimizer steps, from its `round.json`; those of earlier versions had one each."""
+    return int(info.get("round_steps", config.update_steps))
+
+
 class Stages:
     """Seconds and FLOPs of each stage, one INFO line each; kept on disk so a rerun adds nothing twice."""
 
@@ -303,7 +311,7 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch")
         # Left out where they change nothing, so that runs of versions without them go on.
-        and (name, value) not in (("max_passes", 1), ("random_share", BEFORE["random_share"]))
+        and (name, value) not in (("max_passes", 1), ("random_share", 0.0), ("first_round_steps", None))
     }
 
 

@@ -82,6 +82,12 @@ def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         _predict(run, influence_model, arrays["candidates"], shared=True)
 
 
+def predict_rows(run: Run, influence_model: InfluenceModel, ids: IntArray) -> FloatArray:
+    """(P,) float32 predicted influence of some pool rows, by this process alone; > 0 helps."""
+    chunks = run.pool.chunks(ids, SCORE_ROWS, max_tokens=SCORE_TOKENS)
+    return np.concatenate([np.zeros(0, np.float32), *(influence_model.predict(rows) for rows in chunks)])
+
+
 def _files_of(influence_model: InfluenceModel) -> dict[str, npt.NDArray[np.uint8]]:
     """What `save_pretrained` writes, as bytes by name."""
     with tempfile.TemporaryDirectory() as folder:

@@ -38,8 +38,9 @@ from mates_hf.training.opening import disk_errors_named, open_rounds
 from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
 from mates_hf.training.rounds import run_round
-from mates_hf.training.run import Order, Run, load_order
+from mates_hf.training.run import Order, Run, load_order, recorded_steps
 from mates_hf.training.sampler import ScheduledSampler
+from mates_hf.training.trust import longest_steps
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +266,7 @@ class Session:
             found: float | None = self.order.info.get("rate_steps")
             return found
         rates = self._learning_rates or tuple(float(group["lr"]) for group in run.optimizer.param_groups)
-        return rate_steps(run.lr_scheduler, min(run.config.update_steps, self.plan.max_steps - step), rates)
+        return rate_steps(run.lr_scheduler, min(planned.steps, self.plan.max_steps - step), rates)
 
     def _decide(self, step: int, *, beside: bool) -> Callable[[], Order] | None:
         """In the main process: the rest of a new round, or None where a drift check finds none is due."""
@@ -292,15 +293,10 @@ class Session:
             self._mark_own_order(from_position)
         else:  # what an early start cuts off
             run.ledger.release(np.asarray(self.order.rows_from(from_position)))
-        num_rows = clock.position(planned.to_step) - from_position
-        run.ledger.make_room(num_rows, run.config)
+        planned = dataclasses.replace(planned, num_rows=clock.position(planned.to_step) - from_position)
+        run.ledger.make_room(planned.num_rows, run.config)
         return run_round(
-            run,
-            planned,
-            from_position=from_position,
-            num_rows=num_rows,
-            own_rows=sampler.own_rows,
-            beside=beside,
+            run, planned, self.plan, from_position=from_position, own_rows=sampler.own_rows, beside=beside
         )
 
     def _schedule(self, order: Order) -> None:
@@ -340,15 +336,19 @@ class Session:
                 )  # fmt: skip
 
     def _planned_after(self, order: Order | None, step: int) -> PlannedRound | None:
-        """The round planned after `order`, or the first one, whose boundary is behind `step`."""
-        plan, length = self.plan, self.run.config.update_steps
-        planned = (
-            next(iter(plan.rounds), None)
-            if order is None
-            else plan.round_at(order.number + 1, order.info["step"] + length)
-        )
+        """The round planned after `order`, or the first one, whose boundary is behind `step`; as long as it may be."""
+        plan, config = self.plan, self.run.config
+        if order is None:
+            planned = next(iter(plan.rounds), None)
+            length = longest = config.shortest_steps
+        else:
+            length = recorded_steps(order.info, config)
+            longest = longest_steps(config, length, order.info["guard"]["decision"])
+            planned = plan.round_at(order.number + 1, order.info["step"] + length, longest)
+        # Behind a boundary at which a shorter run had nothing to select for. Rounds of one length are numbered by it.
+        passed = int(config.first_round_steps is None)
         while planned is not None and planned.boundary_step <= step:
-            planned = plan.round_at(planned.number + 1, planned.boundary_step + length)
+            planned = plan.round_at(planned.number + passed, planned.boundary_step + length, longest)
         return planned
 
     def _next_check(self, step: int) -> int | None:

@@ -214,8 +214,9 @@ def tell_opened(session: Session) -> None:
     """One line on what is ahead of a run, once it is sure to begin."""
     run, plan = session.run, session.plan
     logger.info(
-        "%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
-        len(plan.rounds), len(run.pool), plan.first_boundary_step, run.reference.num_targets, run.processes.size,
+        "%s%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
+        "at least " if run.config.first_round_steps else "", len(plan.rounds), len(run.pool),
+        plan.first_boundary_step, run.reference.num_targets, run.processes.size,
     )  # fmt: skip
 
 

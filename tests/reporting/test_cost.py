@@ -559,6 +559,22 @@ def test_the_sizes_of_pythia(num_parameters, vocab, width, layers, heads):
     assert count_multiplied_parameters(model) == num_parameters - vocab * width
 
 
+@pytest.mark.parametrize("scope", ["slice", "pool"])
+def test_rounds_that_grow_are_counted_as_the_plan_has_them(scope):
+    config = MatesConfig(update_steps=1_000, first_round_steps=30, candidate_scope=scope, selection_ratio=0.5)
+    size = dataclasses.replace(PYTHIA, max_steps=9_100, pool_rows=20_000_000)
+    plan = RunPlan(num_rows=size.pool_rows, batch_rows=size.batch_rows, max_steps=size.max_steps, config=config)
+    predicted = predict_cost(size, config)
+    assert predicted.num_rounds == len(plan.rounds)
+    steps = [planned.to_step - planned.from_step for planned in plan.rounds]
+    assert steps == [30, 60, 120, 240, 480, 960, *[1_000] * 6, 203]
+    if scope == "slice":
+        assert predicted.scored_tokens == 2 * sum(planned.num_rows for planned in plan.rounds) * size.tokens_per_row
+    else:
+        scored = [size.pool_rows - planned.from_step * size.batch_rows - 2_000 for planned in plan.rounds]
+        assert predicted.scored_tokens == sum(scored) * size.tokens_per_row
+
+
 def test_the_papers_schedule_in_closed_form():
     config = MatesConfig.paper()
     ours = predict_cost(PYTHIA, config)
@@ -571,7 +587,7 @@ def test_the_papers_schedule_in_closed_form():
     share = 4 * (6 * candidates + 2 * reference * 80_001) / (6 * training)
     assert theirs.stages["probe"] / theirs.training_flops == pytest.approx(share, rel=EXACT)
     assert set(theirs.stages) == {"probe", "fit", "guard", "score"}
-    judged = 3 * candidates  # by the influence model of the round before, which the first has not
+    judged = 2 * 3 * candidates  # by the model of the round before, which the first has not: the report, and the gap
     assert theirs.stages["guard"] == pytest.approx(2 * Encoder().multiplied * judged, rel=EXACT)
     # Five times the rows that are selected, which the last round has `lead_steps` fewer of.
     scored = 5 * (40_000 - config.lead_steps) * 512 * 1024

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 from mates_hf import DirectionalProbe, MatesCallback, NgramInfluenceModel, load_round
+from mates_hf.disk import read_json
 from mates_hf.errors import InfluenceError, WeakSignalError
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation
 from mates_hf.records import FitReport, InfluenceLabels
@@ -83,6 +84,12 @@ def test_labels_that_turn_round_keep_the_previous_model_then_the_own_order_then_
     assert [guard["reversed"] for guard in found[:4]] == [False, True, True, False]
     assert [guard["failed"] for guard in found[:4]] == [None, "reversed", "reversed", None]
     assert "previous_spearman" not in found[0]
+    # Of rounds of one length the gap is recorded, and decides nothing; after a round in the own order there is none.
+    infos = [load_round(path / f"_mates/round-000{number}").info for number in (1, 2, 3, 4)]
+    assert [info["gap"] and info["gap"]["gap"] < 0 for info in infos] == [None, True, True, None]
+    assert {info["round_steps"] for info in infos} == {6}
+    assert not any("last_round_steps" in info or "num_rows_drawn_for" in info for info in infos)
+    assert "first_round_steps" not in read_json(path / "_mates/round-0001/key.json")["config"]
     for guard in found[1:4]:
         assert guard["previous_spearman"] < guard["previous_interval"][1] < 0
     assert found[2]["spearman"] > 0.3  # predicted as well as ever: the held-out report alone would have let it pass

@@ -193,6 +193,20 @@ def test_accelerate_launch_starts_it_as_users_do(tmp_path, alone):
     assert np.concatenate(parts, axis=1).tolist() == one.rows
 
 
+def test_rounds_that_find_their_length_are_those_of_one_process_and_verify(tmp_path):
+    config = {"first_round_steps": 2, "switch_lead_steps": 2, "average_steps": 1, "on_weak_signal": "own_order"}
+    runs = [start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config) for size in (1, 2)]
+    assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
+    assert runs[0].rows == runs[1].rows
+    assert verify_run(tmp_path / "run-2").problem is None
+    found = [
+        [load_round(path).info["round_steps"] for path in sorted((tmp_path / f"run-{size}/_mates").glob("round-????"))]
+        for size in (1, 2)
+    ]
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 1
+
+
 def test_rounds_that_drift_starts_early_are_those_of_one_process_and_verify(tmp_path):
     config = {"average_steps": 2, "drift_check_steps": 3, "drift_spearman": 1.0}
     runs = [start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config) for size in (1, 2)]
