@@ -43,15 +43,21 @@ STYLES = {
     "one round's influence": Style("circle", "ours, first round kept"),
     "ours and fastText": Style("diamond", "ours + fastText"),
     "ours, frugal, and fastText": Style("diamond", "frugal + fastText"),
+    "ours, random mixed in": Style("diamond", "ours, half of the rows random"),
     "labels of one step, rounds of 40 steps": Style("diamond", "one-step labels"),
-    "fastText": Style("square", "fastText, untuned"),
-    "DSIR": Style("square", "DSIR, untuned"),
-    "similarity": Style("square", "similarity (encoder), untuned"),
+    "fastText, tuned": Style("square", "fastText, tuned"),
+    "DSIR, tuned": Style("square", "DSIR, tuned"),
+    "fastText": Style("hollow", "fastText, untuned"),
+    "DSIR": Style("hollow", "DSIR, untuned"),
+    "similarity": Style("hollow", "similarity (encoder), untuned"),
+    "random, passages mixed in": Style("triangle", "random, a fifth of it the passages"),
     "low loss": Style("triangle", "lowest loss"),
     "domain means": Style("triangle", "domain means of our labels"),
     "stratified by domain": Style("triangle", "equal share of each domain"),
     "top-k of labels, every step": Style("triangle", "every candidate, every step"),
     "one-step oracle, n-gram tables": Style("cross", "one-step oracle, last word"),
+    "one-step oracle, small encoder": Style("cross", "the same, small encoder"),
+    "ours, labels of the one-step oracle": Style("cross", "ours, one-step oracle"),
     "cheap labels, n-gram tables": Style("cross", "the same labels, cheap probe"),
 }
 PANELS = (
@@ -126,6 +132,7 @@ def marker(arm: str, x: float, y: float) -> str:
     shapes = {
         "circle": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
         "square": f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"/>',
+        "hollow": f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="none" stroke-width="2"/>',
         "diamond": f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z"/>',
         "triangle": f'<path d="M{x:.1f} {y - 5.5:.1f}l5.5 10h-11z"/>',
         "cross": f'<path d="M{x - 4.5:.1f} {y - 4.5:.1f}l9 9m0 -9l-9 9" stroke-width="2.5"/>',
@@ -169,8 +176,8 @@ def draw(document: dict[str, Any]) -> str:
     height = legend_top + rows * LEGEND_ROW + 26
     alt = (
         "Four panels, one a setting. Up: how many times the tokens random data needs. Right: FLOPs with everything "
-        "that choosing took. fastText stands as high above the line of random data as our best form, or higher, in "
-        "all panels but the one of ARC-Easy."
+        "that choosing took. A filter by words stands as high above the line of random data as our best form, or "
+        "higher, in all panels but the one of ARC-Easy."
     )
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
