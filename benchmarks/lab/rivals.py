@@ -8,6 +8,7 @@ Sign: higher is more like the reference.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,6 +42,17 @@ SETTINGS_TRIED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "similarity": {"common": {}, "nearest passage": {"nearest": True}},
 }
+
+
+class NeedsPackage:
+    """What can be run only where its package is installed."""
+
+    package: str | None
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def texts_of(rows: TokenRows, tokenizer: Any) -> list[str]:

@@ -80,14 +80,10 @@ SETTINGS: dict[str, Setting] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Lab(Pool):
-    """A setting's data: a pool of rows of 128 tokens, the reference over all its parts, and what losses are read from.
+    """A setting's data: rows of 128 tokens, the reference over all its parts, and what losses are read from."""
 
-    Attributes:
-        judged: By half (`development`, `test`): passages by task and `loss_on` that losses are read from: other
-            passages of each part of the reference, and those of each task outside of it. `completion` counts the
-            right answers only.
-    """
-
+    # by half (`development`, `test`), task and `loss_on`: other passages of each part of the reference, and those of
+    # each task outside of it. `completion` counts the right answers only.
     judged: dict[str, dict[str, dict[str, ReferenceTask]]]
 
 
@@ -133,14 +129,9 @@ def _taken(task: ReferenceTask, passages: Ids) -> ReferenceTask:
 
 @functools.lru_cache(maxsize=1)
 def open_lab(data: Path, cache: Path, name: str, num_documents: int | None = None, judged: int = 160) -> Lab:
-    """The data of a setting; what takes long is kept in the folder `cache`.
+    """The data of a setting; tokenizer and token ids are kept in the folder `cache`.
 
-    Args:
-        data: Folder of the data.
-        cache: Folder for tokenizer and token ids.
-        name: The setting's.
-        num_documents: How many documents of each pool are read. None reads all.
-        judged: Passages of each task that losses are read from, at most, in each half.
+    Of each pool `num_documents` are read (None reads all), of each half of a task `judged` passages at most.
     """
     for logger in ("mates_hf", "lm_eval"):
         logging.getLogger(logger).setLevel(logging.ERROR)

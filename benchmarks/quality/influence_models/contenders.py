@@ -10,7 +10,6 @@ Contenders that read text decode the rows first; what they cost includes that.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ PIECE = 64  # tokens of a piece of a reference passage, as long as a candidate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contender:
+class Contender(rivals.NeedsPackage):
     """A way to rank candidates."""
 
     name: str  # in the tables
@@ -57,11 +56,6 @@ class Contender:
     curve: bool = True  # whether it has a row by number of labels
     ours: bool = False  # whether it is an influence model of the package
     note: str = ""  # what a reader must know
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return self.package is None or importlib.util.find_spec(self.package) is not None
 
     def label_numbers(self, bench: Labelled) -> tuple[int, ...]:
         """Numbers of labels to fit on; 0 where it needs none."""

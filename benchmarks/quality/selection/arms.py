@@ -7,10 +7,9 @@ defaults.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any, Literal
 
-from benchmarks.lab.rivals import SETTINGS_TRIED
+from benchmarks.lab.rivals import SETTINGS_TRIED, NeedsPackage
 from mates_hf.flops import PATH_STEPS
 
 Rank = Literal[
@@ -19,7 +18,7 @@ Rank = Literal[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
+class Arm(NeedsPackage):
     """How a round chooses its rows."""
 
     # what candidates are ranked by. `domain means` and `best domain` are told the domain, and use the same probes as
@@ -56,11 +55,6 @@ class Arm:
     def probed(self) -> bool:
         """Whether it measures influence."""
         return self.rank in ("influence", "domain means", "best domain")
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 RANDOM, OURS, FRUGAL = "random", "ours", "ours, frugal"
