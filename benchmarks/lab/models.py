@@ -29,9 +29,8 @@ from benchmarks.lab.statistics import FloatArray
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
-from mates_hf.influence.difference import choose_epsilon, row_means
+from mates_hf.influence.difference import row_means
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
-from mates_hf.influence.probe_directional import DirectionalProbe
 
 TOKENS_PER_BATCH = 512  # 8 rows of 64: larger batches fall out of the cache of a processor
 LR = 1e-3  # unless said otherwise
@@ -121,21 +120,6 @@ def trained(pool: TokenRows, num_steps: int, model: Any = None, batch: int = 8) 
     optimizer = build_optimizer(model)
     train_on(model, optimizer, pool, num_steps, batch=batch)
     return model, optimizer
-
-
-def probe_parts(model: Any, optimizer: Any, reference: ReferenceTask, rows: TokenRows) -> dict[str, Callable[[], Any]]:
-    """The parts of `DirectionalProbe.measure`: what is paid once a round, and what is paid for each candidate."""
-    probe = DirectionalProbe()
-    direction = probe.compute_direction(model, optimizer, reference, rows)
-
-    def either_side(part: TokenRows, epsilon: float) -> Any:
-        return probe.directional_derivatives(model, direction, part, epsilon)
-
-    return {
-        "direction": lambda: probe.compute_direction(model, optimizer, reference, rows),
-        "epsilon": lambda: choose_epsilon(model, direction, rows, either_side, seed=0),
-        "derivatives": lambda: either_side(rows, 1e-3),
-    }
 
 
 def build_model(

@@ -6,6 +6,7 @@ test candidates, those of differences in loss are over seeds of training, and ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,14 @@ def fits_of(document: Document, name: str, num: int) -> list[dict[str, Any]]:
 
 def final_losses(document: Document, name: str, where: str, loss_on: str, horizon: int | None = None) -> Values:
     """(seeds,) development losses after training, by seed; nan where a seed is not done."""
-    settings = document["settings"]
-    found = {entry["draw"]: entry for entry in document["gain"] if entry["name"] == name}
-    key = str(horizon or settings["horizons"][-1])
-    losses = {seed: entry["losses"][key][where][loss_on] for seed, entry in found.items()}
-    return np.array([losses.get(seed, np.nan) for seed in range(settings["gain_seeds"])])
+    key = str(horizon or document["settings"]["horizons"][-1])
+    return by_seed(document, "gain", name, lambda entry: entry["losses"][key][where][loss_on])
+
+
+def by_seed(document: Document, part: str, name: str, value: Callable[[dict[str, Any]], float]) -> Values:
+    """(seeds,) values of a contender's units of a part; nan where a seed is not done."""
+    found = {entry["draw"]: value(entry) for entry in document[part] if entry["name"] == name}
+    return np.array([found.get(seed, np.nan) for seed in range(document["settings"]["gain_seeds"])])
 
 
 def paired(document: Document, name: str, base: str, where: str, loss_on: str, horizon: int | None = None) -> str:
@@ -236,10 +240,8 @@ def gains(document: Document) -> list[str]:
 
 def on_reference(document: Document) -> list[str]:
     """Losses on the passages that influence was measured on, where some contenders were trained once more."""
-    losses: dict[str, Values] = {}
-    for name in dict.fromkeys(entry["name"] for entry in document["reference"]):
-        found = {entry["draw"]: entry["all"] for entry in document["reference"] if entry["name"] == name}
-        losses[name] = np.array([found.get(seed, np.nan) for seed in range(document["settings"]["gain_seeds"])])
+    names = dict.fromkeys(entry["name"] for entry in document["reference"])
+    losses = {name: by_seed(document, "reference", name, lambda entry: entry["all"]) for name in names}
     if RANDOM not in losses:
         return []
     base, rows = losses.pop(RANDOM), []

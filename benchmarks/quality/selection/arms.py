@@ -104,15 +104,7 @@ ARMS: dict[str, Arm] = {
     "ours, frugal, and fastText": Arm(beside="fastText", package="fasttext", **_FRUGAL),
     "top-k of labels, every step": Arm(probes=None, path_steps=1, passages=64, averaged=False, round_steps=1),
 }
-STATIC = (
-    "stratified by domain",
-    "DSIR",
-    "fastText",
-    "similarity",
-    "DSIR, tuned",
-    "fastText, tuned",
-    "similarity, tuned",
-)
+STATIC = tuple(name for name, arm in ARMS.items() if arm.rank in ("stratified", *SETTINGS_TRIED))
 SLOW = ("top-k of labels, every step", ORACLE_TABLES, ENCODER, ORACLE_LABEL)
 
 # Settings of the static filters, tried on seeds that no table reports.
