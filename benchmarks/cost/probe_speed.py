@@ -89,7 +89,6 @@ def measure_memory(quick: bool) -> dict[str, float]:
     return {
         "parameter_bytes": parameter_bytes,
         "peak": whole / parameter_bytes,
-        "micro_batch": micro / parameter_bytes,
         "extra": (whole - micro) / parameter_bytes,
     }
 
