@@ -102,8 +102,13 @@ def train_once(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, t
     optimizer.load_state_dict(state["optimizer"])
 
 
-def losses_along(point: Point, ids: Ids, horizons: list[int]) -> dict[int, dict[str, dict[str, float]]]:
-    """Development losses after each of `horizons` steps, at the live weights and averaged over the last third."""
+def losses_along(
+    point: Point, ids: Ids, horizons: list[int], reference: bool = False
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Development losses after each of `horizons` steps, at the live weights and averaged over the last third.
+
+    With `reference` the averaged weights are read on the reference passages as well.
+    """
     averagers = {h: Averager(point.model, h, max(1, h // 3)) for h in horizons}
     losses: dict[int, dict[str, dict[str, float]]] = {}
 
@@ -115,6 +120,8 @@ def losses_along(point: Point, ids: Ids, horizons: list[int]) -> dict[int, dict[
             live = point.development()
             with averagers[step].average.swapped_in():
                 losses[step] = {"live": live, "averaged": point.development()}
+                if reference:
+                    losses[step]["reference"] = task_losses(point.model, point.lab.reference)
 
     point.train(ids, on_step=on_step)
     return losses
