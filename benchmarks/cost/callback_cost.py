@@ -239,12 +239,9 @@ def run(bench: Bench) -> dict[str, Any]:
     settings = {
         "parameters": sum(p.numel() for p in llama().parameters()),
         "selecting run": f"{steps} steps of {batch} x {LENGTH} tokens, {timed['num_rounds']} rounds",
-        "update_steps": config.update_steps,
-        "average_steps": config.window_steps,
-        "num_probes": config.num_probes,
-        "selection_ratio": config.selection_ratio,
-        "reference": f"{len(reference)} x {LENGTH}",
+        "update_steps": config.update_steps, "average_steps": config.window_steps, "num_probes": config.num_probes,
+        "selection_ratio": config.selection_ratio, "reference": f"{len(reference)} x {LENGTH}",
         "paired runs": f"{repeats} turns, {paired_steps} steps of {paired_batch} x {LENGTH} tokens",
-    }
+    }  # fmt: skip
     raw = {"seconds": total, "shares": shares, "outside": outside, "window": window, "lerp": lerp, "paired": paired}
     return bench.figures(settings, figures, raw)

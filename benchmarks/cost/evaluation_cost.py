@@ -189,9 +189,6 @@ def run(bench: Bench) -> dict[str, Any]:
     ]
     settings = {
         "items": f"{'the benchmarks' if given else 'made up'}, {limit} of each of {len(SHAPES)} tasks",
-        "requests": measured["requests"],
-        "context": CONTEXT,
-        "batch": BATCH,
-        "turns": len(ratios),
-    }
+        "requests": measured["requests"], "context": CONTEXT, "batch": BATCH, "turns": len(ratios),
+    }  # fmt: skip
     return bench.figures(settings, figures, measured)

@@ -151,10 +151,9 @@ def run(bench: Bench) -> dict[str, Any]:
         "labels": f"{fitted['num_labels']} x {LENGTH} tokens",
         "held-out Spearman": f"{fitted['predictor'].report.spearman:.3f}",
         "column": f"{scored[1]['tokens']:,} tokens, memory-mapped int32 lists of {LENGTH}",
-        "fits": len(fitted["fits"]),
-        "many candidates": f"{fitted['num_many']:,}",
+        "fits": len(fitted["fits"]), "many candidates": f"{fitted['num_many']:,}",
         "scorings": len(scored[1]["seconds"]["sum"]),
-    }
+    }  # fmt: skip
     raw = {
         "probing": fitted["probing"],
         "fits": fitted["fits"],

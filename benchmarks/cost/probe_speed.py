@@ -149,14 +149,10 @@ def run(bench: Bench) -> dict[str, Any]:
         figure(f"{extra}, all of it", memory["peak"], "x"),
     ]
     settings = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "candidates": num_candidates,
-        "oracle candidates": num_oracle,
-        "tokens each": LENGTH,
-        "reference": f"{NUM_REFERENCE} x {LENGTH}",
-        "turns": repeats,
-        "plain batch": f"{batch} rows (best of {sorted(tried)})",
+        "parameters": sum(p.numel() for p in model.parameters()), "candidates": num_candidates,
+        "oracle candidates": num_oracle, "tokens each": LENGTH, "reference": f"{NUM_REFERENCE} x {LENGTH}",
+        "turns": repeats, "plain batch": f"{batch} rows (best of {sorted(tried)})",
         "memory model": f"{memory['parameter_bytes'] / 2**20:.0f} MiB",
-    }
+    }  # fmt: skip
     raw = {"seconds": {name: list(values) for name, values in seconds.items()}, "plain": tried, "memory": memory}
     return bench.figures(settings, figures, raw)

@@ -138,8 +138,8 @@ def _hidden(bench: Labelled, draw: int, num: int) -> HiddenStateInfluenceModel:
     return HiddenStateInfluenceModel(averaged_model(bench), tokens_per_batch=TOKENS_PER_BATCH, seed=draw)
 
 
-def _encoder(bench: Labelled, draw: int, **settings: Any) -> Any:
-    return rivals.encoder_model(bench.lab.tokenizer, draw, **settings)
+def _encoder(settings: Callable[[int], dict[str, Any]]) -> Callable[[Labelled, int, int], Scorer]:
+    return _fitted(lambda bench, draw, num: rivals.encoder_model(bench.lab.tokenizer, draw, **settings(num)))
 
 
 def encoder_states(bench: Labelled, encoder: FoldingEncoder, rows: TokenRows) -> np.ndarray:
@@ -261,10 +261,9 @@ def contenders(sizes: Any) -> Sequence[Contender]:
         Contender(name="hidden-state ridge", ours=True, fit=hidden,
                   flops=lambda bench: _model_flops(bench, head=False)),
         Contender(name="frozen encoder, ridge", ours=True, package=minilm, rank=_frozen_rank, flops=encoder_flops,
-                  fit=_fitted(lambda bench, draw, num: _encoder(bench, draw, head_only=True))),
+                  fit=_encoder(lambda num: {"head_only": True})),
         Contender(name="fine-tuned encoder", ours=True, package=minilm, flops=encoder_flops, numbers=few, draws=1,
-                  slow=True, fit=_fitted(
-                      lambda bench, draw, num: _encoder(bench, draw, num_epochs=4 if num >= 1_000 else 5)),
+                  slow=True, fit=_encoder(lambda num: {"num_epochs": 4 if num >= 1_000 else 5}),
                   note="the paper's settings (learning rate 5e-5, batch 32, 5 epochs); for budget 1,000 labels at "
                   "most, there 4 epochs, and one draw"),
         Contender(name="token tables + hidden-state ridge", rank=_sum(_part(_default), _part(_hidden)),
