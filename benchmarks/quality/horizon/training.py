@@ -159,12 +159,10 @@ class Run:
         order = [rng.permutation(size) for _ in range(passes)]
         return np.concatenate([*order, np.zeros(0, np.int64)])[: self.sizes.steps * BATCH_ROWS // 2]
 
-    def _before(self, step: int) -> int:
-        """Passages trained on before a step."""
-        return len(self.passages) * step // self.sizes.steps
-
     def _mixed(self, step: int) -> Ids:
-        return self.passages[self._before(step) : self._before(step + 1)]
+        """The reference passages of a step."""
+        begin, end = (len(self.passages) * before // self.sizes.steps for before in (step, step + 1))
+        return self.passages[begin:end]
 
     def _num_chosen(self, step: int) -> int:
         return BATCH_ROWS - len(self._mixed(step))

@@ -239,7 +239,7 @@ def gains(document: Document) -> list[str]:
 
 
 def on_reference(document: Document) -> list[str]:
-    """Losses on the passages that influence was measured on, where some contenders were trained once more."""
+    """Losses on the passages that influence was measured on, where they were read."""
     names = dict.fromkeys(entry["name"] for entry in document["reference"])
     losses = {name: by_seed(document, "reference", name, lambda entry: entry["all"]) for name in names}
     if RANDOM not in losses:
