@@ -107,9 +107,8 @@ def run(bench: Bench) -> dict[str, Any]:
                     figure(f"{what}: boundary, beside the run", worst["boundary"], "copies", most=worst["limit"])
                 )
     settings = {
-        "width": 128 if bench.quick else 256,
-        "parameters": int(raw["one"][0]["float32"]["window"]["parameters"]),
+        "width": 128 if bench.quick else 256, "parameters": int(raw["one"][0]["float32"]["window"]["parameters"]),
         "a micro-batch of a boundary is allowed on top of": "3.2 copies",
         "not measured": "a GPU (time and memory of its copies to and from the host)",
-    }
+    }  # fmt: skip
     return bench.figures(settings, figures, raw)

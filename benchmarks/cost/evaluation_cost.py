@@ -97,20 +97,18 @@ def write_items(folder: Path, texts: list[str], num_items: int) -> Path:
     return folder
 
 
-def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, Any]:
-    """Whether both paths give the same metrics: shares of items exactly, the others within `TOLERANCE`."""
+def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Figures of whether both paths give the same metrics: shares of items exactly, the others within `TOLERANCE`."""
     if ours.keys() != theirs.keys():
         raise RuntimeError(f"metrics of one path only: {sorted(ours.keys() ^ theirs.keys())}")
     counts = [name for name in ours if name.partition("/")[2] in COUNTS]
     others = [name for name in ours if name not in counts]
-    differing = [name for name in counts if ours[name] != theirs[name]]
+    differing = sum(ours[name] != theirs[name] for name in counts)
     worst = max(abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-12) for name in others)
-    return {
-        "metrics": len(ours),
-        "accuracies": len(counts),
-        "accuracies_that_differ": differing,
-        "largest_relative_difference_of_the_others": worst,
-    }
+    return [
+        figure(f"accuracies that differ, of {len(counts)}", differing, most=0),
+        figure(f"largest relative difference of the other {len(others)} metrics", worst, most=TOLERANCE),
+    ]
 
 
 def count_managers(model: Any, rows: TokenRows, tokenizer: Any, metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -158,7 +156,6 @@ def measure(quick: bool, data_dir: Path, limit: int, texts: list[str]) -> dict[s
     return {
         "seconds": seconds,
         "metrics": found,
-        "compared": compare(found["ours"], found["theirs"]),
         "building": building,
         "preparing": preparing,
         "requests": sum(len(task.instances) for task in tasks["tasks"].values()),
@@ -175,12 +172,10 @@ def run(bench: Bench) -> dict[str, Any]:
     given = bench.options.data and bench.options.data / "eval"
     with temporary_folder(None) as temporary:
         measured = measure(bench.quick, given or write_items(temporary, texts, limit), limit, texts)
-    seconds, compared, managers = measured["seconds"], measured["compared"], measured["managers"]
+    seconds, managers = measured["seconds"], measured["managers"]
     ratios = [a / b for a, b in zip(seconds["Evaluator.run"], seconds["HFLM, model time"], strict=True)]
     both = median_ratio(seconds["Evaluator.run"], seconds["HFLM"])
     managing = f"task managers built in a run of `LmEvalCallback` with {managers['evaluations']} evaluations"
-    differing, worst = compared["accuracies_that_differ"], compared["largest_relative_difference_of_the_others"]
-    others = f"largest relative difference of the other {compared['metrics'] - compared['accuracies']} metrics"
     figures = [
         figure("seconds of `Evaluator.run`, all / of HFLM, model time", statistics.median(ratios), "x", most=1.1),
         figure("the same, least of the turns", min(ratios), "x"),
@@ -190,14 +185,10 @@ def run(bench: Bench) -> dict[str, Any]:
         figure("building the tasks, once a run", measured["building"], "s"),
         figure("`prepare` with the tasks built, once a run", measured["preparing"], "s"),
         figure(managing, managers["built"], most=1),
-        figure(f"accuracies that differ, of {compared['accuracies']}", len(differing), most=0),
-        figure(others, worst, most=TOLERANCE),
+        *compare(**measured["metrics"]),
     ]
     settings = {
         "items": f"{'the benchmarks' if given else 'made up'}, {limit} of each of {len(SHAPES)} tasks",
-        "requests": measured["requests"],
-        "context": CONTEXT,
-        "batch": BATCH,
-        "turns": len(ratios),
-    }
+        "requests": measured["requests"], "context": CONTEXT, "batch": BATCH, "turns": len(ratios),
+    }  # fmt: skip
     return bench.figures(settings, figures, measured)

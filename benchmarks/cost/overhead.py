@@ -294,13 +294,11 @@ def run(bench: Bench) -> dict[str, Any]:
     assumed = speeds()
     figures = [line for name, run in found.items() for line in measured_figures(name, run)]
     settings = {
-        "runs": f"{steps} steps of 8 x {LENGTH} tokens, eager attention",
-        "update_steps": config.update_steps,
-        "num_probes": config.num_probes,
-        "selection_ratio": config.selection_ratio,
+        "runs": f"{steps} steps of 8 x {LENGTH} tokens, eager attention", "update_steps": config.update_steps,
+        "num_probes": config.num_probes, "selection_ratio": config.selection_ratio,
         "reference": f"{len(reference)} x {LENGTH}",
         **{f"parameters of {name}": run["parameters"] for name, run in found.items()},
         **{f"of these multiplied, {name}": run["multiplied"] for name, run in found.items()},
-    }
+    }  # fmt: skip
     raw = {"runs": found, "assumed": assumed, "devices": DEVICES, "reported": REPORTED, "predicted": predict(assumed)}
     return bench.figures(settings, [*figures, *predicted_figures(assumed)], raw)

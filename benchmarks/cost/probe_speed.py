@@ -10,6 +10,7 @@ of their time outside of matrix products, which favours every ratio here.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from benchmarks.lab.corpus import as_reference, as_rows, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate
 from benchmarks.lab.memory import micro_batch_bytes, peak_bytes
-from benchmarks.lab.models import llama, probe_parts, trained
+from benchmarks.lab.models import llama, trained
 from benchmarks.lab.statistics import FloatArray
 from benchmarks.lab.tables import figure
+from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.influence.difference import choose_epsilon
 from mates_hf.influence.passes import mean_loss
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
@@ -42,6 +45,21 @@ def plain_pass(model: Any, ids: torch.Tensor, batch: int) -> torch.Tensor:
                 functional.cross_entropy(logits.flatten(0, 1), labels[i : i + batch].flatten(), reduction="none")
             )
     return torch.cat(losses)
+
+
+def probe_parts(model: Any, optimizer: Any, reference: ReferenceTask, rows: TokenRows) -> dict[str, Callable[[], Any]]:
+    """The parts of `DirectionalProbe.measure`: what is paid once a round, and what is paid for each candidate."""
+    probe = DirectionalProbe()
+    direction = probe.compute_direction(model, optimizer, reference, rows)
+
+    def either_side(part: TokenRows, epsilon: float) -> Any:
+        return probe.directional_derivatives(model, direction, part, epsilon)
+
+    return {
+        "direction": lambda: probe.compute_direction(model, optimizer, reference, rows),
+        "epsilon": lambda: choose_epsilon(model, direction, rows, either_side, seed=0),
+        "derivatives": lambda: either_side(rows, 1e-3),
+    }
 
 
 def best_batch(model: Any, ids: torch.Tensor, repeats: int) -> tuple[int, dict[int, float]]:
@@ -71,7 +89,6 @@ def measure_memory(quick: bool) -> dict[str, float]:
     return {
         "parameter_bytes": parameter_bytes,
         "peak": whole / parameter_bytes,
-        "micro_batch": micro / parameter_bytes,
         "extra": (whole - micro) / parameter_bytes,
     }
 
@@ -132,14 +149,10 @@ def run(bench: Bench) -> dict[str, Any]:
         figure(f"{extra}, all of it", memory["peak"], "x"),
     ]
     settings = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "candidates": num_candidates,
-        "oracle candidates": num_oracle,
-        "tokens each": LENGTH,
-        "reference": f"{NUM_REFERENCE} x {LENGTH}",
-        "turns": repeats,
-        "plain batch": f"{batch} rows (best of {sorted(tried)})",
+        "parameters": sum(p.numel() for p in model.parameters()), "candidates": num_candidates,
+        "oracle candidates": num_oracle, "tokens each": LENGTH, "reference": f"{NUM_REFERENCE} x {LENGTH}",
+        "turns": repeats, "plain batch": f"{batch} rows (best of {sorted(tried)})",
         "memory model": f"{memory['parameter_bytes'] / 2**20:.0f} MiB",
-    }
+    }  # fmt: skip
     raw = {"seconds": {name: list(values) for name, values in seconds.items()}, "plain": tried, "memory": memory}
     return bench.figures(settings, figures, raw)

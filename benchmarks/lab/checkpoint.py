@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 
 from benchmarks.lab.corpus import Lab
+from benchmarks.lab.machine import written_once
 from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, build_model, build_optimizer, task_losses, train_steps
 from benchmarks.lab.statistics import Ids
-from mates_hf.disk import written_whole
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.records import InfluenceLabels
@@ -79,22 +79,36 @@ def warm_point(lab: Lab, warm: int, work: Path, seed: int, **shape: int) -> Poin
     point = Point(model=model, optimizer=optimizer, average=WeightAverage(model), rest=order[used:], lab=lab)
     path = work / f"warm-{seed}-{warm}.pt"
     mean_path = path.with_suffix(".safetensors")
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            averager = Averager(model, warm, WINDOW)
-            point.train(order[:used], warm_up=20, on_step=averager.update)
-            averager.average.save(mean_path)
-            with written_whole(path) as file:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    state = torch.load(path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+
+    def train() -> None:
+        averager = Averager(model, warm, WINDOW)
+        point.train(order[:used], warm_up=20, on_step=averager.update)
+        averager.average.save(mean_path)
+
+    train_once(path, model, optimizer, train)
     point.average.load(mean_path)
     return point
 
 
-def losses_along(point: Point, ids: Ids, horizons: list[int]) -> dict[int, dict[str, dict[str, float]]]:
-    """Development losses after each of `horizons` steps, at the live weights and averaged over the last third."""
+def train_once(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, train: Callable[[], None]) -> None:
+    """Bring model and optimizer to the state at `path`; where nothing is kept there yet, `train` makes it."""
+
+    def write(file: BinaryIO) -> None:
+        train()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+
+    state = torch.load(written_once(path, write))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def losses_along(
+    point: Point, ids: Ids, horizons: list[int], reference: bool = False
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Development losses after each of `horizons` steps, at the live weights and averaged over the last third.
+
+    With `reference` the averaged weights are read on the reference passages as well.
+    """
     averagers = {h: Averager(point.model, h, max(1, h // 3)) for h in horizons}
     losses: dict[int, dict[str, dict[str, float]]] = {}
 
@@ -106,6 +120,8 @@ def losses_along(point: Point, ids: Ids, horizons: list[int]) -> dict[int, dict[
             live = point.development()
             with averagers[step].average.swapped_in():
                 losses[step] = {"live": live, "averaged": point.development()}
+                if reference:
+                    losses[step]["reference"] = task_losses(point.model, point.lab.reference)
 
     point.train(ids, on_step=on_step)
     return losses

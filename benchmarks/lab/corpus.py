@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.lab.machine import written_once
 from mates_hf.data.corpus import builtin_corpus
 from mates_hf.data.overlap import find_overlap
 from mates_hf.data.reference import ReferenceTask
@@ -36,9 +37,9 @@ PASSAGE_TOKENS = 128
 VOCAB = 4096  # of the built-in corpus
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lab:
-    """What every experiment reads."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pool:
+    """Rows to choose from, and passages to measure their influence on."""
 
     rows: TokenRows  # N rows of the candidate pool, all of one length
     domain: npt.NDArray[np.int64]  # (N,) int64, index into `domain_names`; for reports only
@@ -48,16 +49,22 @@ class Lab:
     # passages that influence is measured on, by `loss_on`: `"all"` tokens, or the last word (`"completion"`). Both
     # have the same rows.
     reference: dict[str, ReferenceTask]
-    development: dict[str, ReferenceTask]  # disjoint passages that results are read from, alike
-    test: dict[str, ReferenceTask]  # passages disjoint from both, to be read once, at the end; empty unless asked for
-    # how many documents of the pool were dropped for sharing a 13-gram with a passage, and how many development
-    # passages for sharing one with a reference passage
-    overlap: dict[str, int]
 
     @property
     def vocab_size(self) -> int:
         """Tokens of the tokenizer."""
         return len(self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Lab(Pool):
+    """What most experiments read."""
+
+    development: dict[str, ReferenceTask]  # disjoint passages that results are read from, alike
+    test: dict[str, ReferenceTask]  # passages disjoint from both, to be read once, at the end; empty unless asked for
+    # how many documents of the pool were dropped for sharing a 13-gram with a passage, and how many development
+    # passages for sharing one with a reference passage
+    overlap: dict[str, int]
 
 
 def load_lab(
@@ -79,8 +86,7 @@ def load_lab(
     Reference passages are of the first half of the task's file, development passages and, after them, test passages of
     the second; where there is a training split, that is the first half.
     """
-    with gzip.open(data_dir / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
-        documents = [json.loads(line) for _, line in zip(range(num_documents or 10**9), file, strict=False)]
+    documents = read_documents(data_dir / "corpus.jsonl.gz", num_documents)
     first, second = _PASSAGES[task](data_dir / "eval" / task)
     first, drawn = first[:num_reference], second[:num_development]
     development = _apart(drawn, first)
@@ -93,37 +99,51 @@ def load_lab(
     if num_test or task != "lambada":
         tag += f"-{num_test}-{task}"
     cache_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(texts, vocab_size, cache_dir / f"tokenizer-{vocab_size}-{len(texts)}.json")
-    path = cache_dir / f"rows-{tag}.npz"
-    if not path.exists():
+    tokenizer_path = cache_dir / f"tokenizer-{vocab_size}-{len(texts)}.json"
+    tokenizer = kept_tokenizer(texts[:TOKENIZER_DOCUMENTS], vocab_size, tokenizer_path)
+
+    def cut(file: BinaryIO) -> None:
         dropped = find_overlap(texts, [p["text"] for p in (*first, *development, *test)])
         kept = np.setdiff1d(np.arange(len(texts)), dropped)
-        ids = tokenizer([texts[i] for i in kept], add_special_tokens=False)["input_ids"]
-        cut = [
-            (row[start : start + row_tokens], i)
-            for row, i in zip(ids, kept, strict=True)
-            for start in range(0, min(len(row), row_tokens * pieces) - row_tokens + 1, row_tokens)
-        ]
-        temporary = path.with_suffix(f".{os.getpid()}.npz")
-        values, document = np.array([row for row, _ in cut], np.int32), np.array([i for _, i in cut], np.int64)
-        np.savez(temporary, values=values, document=document, dropped=len(dropped))
-        temporary.replace(path)
-    stored = np.load(path)
-    values, document = stored["values"], stored["document"]
+        values, owner = cut_rows([texts[i] for i in kept], tokenizer, row_tokens, pieces)
+        np.savez(file, values=values, document=kept[owner], dropped=len(dropped))
+
+    stored = np.load(written_once(cache_dir / f"rows-{tag}.npz", cut))
+    document = stored["document"]
     return Lab(
-        rows=TokenRows(values=values.ravel(), offsets=np.arange(len(values) + 1, dtype=np.int64) * row_tokens),
+        rows=as_rows(stored["values"], row_tokens),
         domain=np.array([names.index(documents[i]["domain"]) for i in document], np.int64),
         document=document,
         domain_names=names,
         tokenizer=tokenizer,
-        reference=_tasks(first, tokenizer, "reference"),
-        development=_tasks(development, tokenizer, "development"),
-        test=_tasks(test, tokenizer, "test") if test else {},
+        reference=as_tasks(first, tokenizer, "reference"),
+        development=as_tasks(development, tokenizer, "development"),
+        test=as_tasks(test, tokenizer, "test") if test else {},
         overlap={
             "documents_dropped": int(stored["dropped"]),
             "development_passages_dropped": len(drawn) - len(development),
         },
     )
+
+
+def read_documents(path: Path, num: int | None = None) -> list[dict[str, Any]]:
+    """The first `num` documents of a corpus; None reads all."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, num)]
+
+
+def cut_rows(
+    texts: Sequence[str], tokenizer: Any, row_tokens: int, pieces: int, dtype: Any = np.int32
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """(N, `row_tokens`) token ids of the rows that texts are cut into, so many of each at most; (N,) of which text."""
+    values, owner = [], []
+    for start in range(0, len(texts), 4_000):  # lists of tokens take much memory
+        block = tokenizer(texts[start : start + 4_000], add_special_tokens=False)["input_ids"]
+        for i, ids in enumerate(block, start):
+            num = min(len(ids) // row_tokens, pieces)
+            values.append(np.array(ids[: num * row_tokens], dtype).reshape(num, row_tokens))
+            owner += [i] * num
+    return np.concatenate(values), np.array(owner, np.int64)
 
 
 Passage = dict[str, str]
@@ -147,7 +167,7 @@ def write_built_in(folder: Path) -> Path:
     return folder
 
 
-def _lambada(folder: Path) -> tuple[list[Passage], list[Passage]]:
+def lambada(folder: Path) -> tuple[list[Passage], list[Passage]]:
     """Halves of the cased test passages: `context`, and `target`, their last word."""
     passages = _read_lines(folder / "test_a.jsonl")
     half = len(passages) // 2
@@ -175,7 +195,7 @@ def _boolq(folder: Path) -> tuple[list[Passage], list[Passage]]:
     return passages("train"), passages("validation_a")
 
 
-_PASSAGES = {"lambada": _lambada, "arc_easy": _arc_easy, "boolq": _boolq}
+_PASSAGES = {"lambada": lambada, "arc_easy": _arc_easy, "boolq": _boolq}
 
 
 def _apart(passages: list[Passage], others: list[Passage]) -> list[Passage]:
@@ -188,7 +208,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _tasks(passages: Sequence[dict[str, Any]], tokenizer: Any, name: str) -> dict[str, ReferenceTask]:
+def as_tasks(passages: Sequence[dict[str, Any]], tokenizer: Any, name: str) -> dict[str, ReferenceTask]:
+    """Passages by `loss_on`."""
     columns: dict[str, Any] = {"prompt_column": "context", "completion_column": "target"}
     return {
         loss_on: ReferenceTask.from_dataset(
@@ -198,11 +219,9 @@ def _tasks(passages: Sequence[dict[str, Any]], tokenizer: Any, name: str) -> dic
     }
 
 
-def _tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> PreTrainedTokenizerFast:
-    if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.json")
-        byte_bpe(texts[:TOKENIZER_DOCUMENTS], vocab_size).save(str(temporary))
-        temporary.replace(path)
+def kept_tokenizer(texts: Sequence[str], vocab_size: int, path: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE, trained on texts where it is not kept at `path` yet."""
+    written_once(path, lambda file: file.write(byte_bpe(texts, vocab_size).to_str().encode()))
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END)
 
 
@@ -236,6 +255,14 @@ def text_rows(length: int = 256) -> tuple[TokenRows, TokenRows]:
         return as_rows(np.concatenate(ids), length)
 
     return cut(texts), cut(corpus.reference)
+
+
+def together(rows: TokenRows, more: TokenRows) -> TokenRows:
+    """Rows, then more rows; all their tokens are trained."""
+    return TokenRows(
+        values=np.concatenate([rows.values, more.values]),
+        offsets=np.concatenate([rows.offsets, rows.offsets[-1] + more.offsets[1:]]),
+    )
 
 
 def as_reference(rows: TokenRows, num: int = 64) -> ReferenceTask:

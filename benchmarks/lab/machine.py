@@ -19,7 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from filelock import FileLock
+
+from mates_hf.disk import written_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 # Large blocks come from the heap and stay there: glibc otherwise gives each logits tensor back to the kernel, and
@@ -98,6 +102,15 @@ def temporary_folder(work: Path | None) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=work) as folder:
         yield Path(folder)
+
+
+def written_once(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
+    """A file that is written where it is not there yet; processes that ask for it at once wait for the first."""
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            with written_whole(path) as file:
+                write(file)
+    return path
 
 
 def free_port() -> str:

@@ -29,9 +29,8 @@ from benchmarks.lab.statistics import FloatArray
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
-from mates_hf.influence.difference import choose_epsilon, row_means
+from mates_hf.influence.difference import row_means
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
-from mates_hf.influence.probe_directional import DirectionalProbe
 
 TOKENS_PER_BATCH = 512  # 8 rows of 64: larger batches fall out of the cache of a processor
 LR = 1e-3  # unless said otherwise
@@ -123,21 +122,6 @@ def trained(pool: TokenRows, num_steps: int, model: Any = None, batch: int = 8) 
     return model, optimizer
 
 
-def probe_parts(model: Any, optimizer: Any, reference: ReferenceTask, rows: TokenRows) -> dict[str, Callable[[], Any]]:
-    """The parts of `DirectionalProbe.measure`: what is paid once a round, and what is paid for each candidate."""
-    probe = DirectionalProbe()
-    direction = probe.compute_direction(model, optimizer, reference, rows)
-
-    def either_side(part: TokenRows, epsilon: float) -> Any:
-        return probe.directional_derivatives(model, direction, part, epsilon)
-
-    return {
-        "direction": lambda: probe.compute_direction(model, optimizer, reference, rows),
-        "epsilon": lambda: choose_epsilon(model, direction, rows, either_side, seed=0),
-        "derivatives": lambda: either_side(rows, 1e-3),
-    }
-
-
 def build_model(
     vocab_size: int, *, width: int = 96, layers: int = 2, seed: int = 0, family: str = "gpt_neox", tied: bool = True
 ) -> PreTrainedModel:
@@ -171,6 +155,7 @@ def train_steps(
     batch_rows: int,
     max_grad_norm: float | None = 1.0,
     warm_up: int = 0,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train on `order`, `batch_rows` rows a step: token-weighted loss, clipping, constant rate after a linear warm-up.
@@ -183,7 +168,7 @@ def train_steps(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / max(1, warm_up))
         batch = rows.take(order[step * batch_rows : (step + 1) * batch_rows])
-        mean_loss_gradient(model, batch, tokens_per_batch=TOKENS_PER_BATCH)
+        mean_loss_gradient(model, batch, tokens_per_batch=tokens_per_batch)
         if max_grad_norm:
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
@@ -210,8 +195,11 @@ class Averager:
             self.average.update()
 
 
-def task_losses(model: nn.Module, tasks: dict[str, ReferenceTask]) -> dict[str, float]:
-    """Mean loss over all tokens and over the last words, nats/token, from one pass over the passages."""
-    losses = token_losses(model, tasks["all"].rows, tokens_per_batch=TOKENS_PER_BATCH)
-    last_word = tasks["completion"].rows.target_mask[tasks["all"].rows.target_mask]
-    return {"all": float(losses.mean(dtype=np.float64)), "completion": float(losses[last_word].mean(dtype=np.float64))}
+def task_losses(
+    model: nn.Module, tasks: dict[str, ReferenceTask], tokens_per_batch: int = TOKENS_PER_BATCH
+) -> dict[str, float]:
+    """Mean loss over the tokens of each `loss_on`, nats/token, from one pass over the passages."""
+    read = tasks["all"].rows
+    losses = token_losses(model, read, tokens_per_batch=tokens_per_batch)
+    masks = {loss_on: task.rows.target_mask[read.target_mask] for loss_on, task in tasks.items()}
+    return {loss_on: float(losses[mask].mean(dtype=np.float64)) for loss_on, mask in masks.items()}

@@ -8,6 +8,7 @@ Sign: higher is more like the reference.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,6 +42,17 @@ SETTINGS_TRIED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "similarity": {"common": {}, "nearest passage": {"nearest": True}},
 }
+
+
+class NeedsPackage:
+    """What can be run only where its package is installed."""
+
+    package: str | None
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def texts_of(rows: TokenRows, tokenizer: Any) -> list[str]:
@@ -109,6 +121,24 @@ def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **chan
         return sign * np.log(likelier / (1 - likelier))
 
     return score
+
+
+def text_ranking(
+    rank: str, setting: str, tokenizer: Any, pool: TokenRows, target: TokenRows, seed: int
+) -> Callable[[TokenRows], Values]:
+    """What DSIR or fastText at a setting of `SETTINGS_TRIED` ranks rows by, a target against rows of the pool."""
+
+    def texts(rows: TokenRows) -> list[str]:
+        return texts_of(rows, tokenizer)
+
+    drawn = np.random.default_rng([seed, 8]).permutation(len(pool))
+    changes = dict(SETTINGS_TRIED[rank][setting])
+    if rank == "DSIR":
+        score = dsir(texts(pool.take(drawn[:16_000])), texts(target), **changes)
+    else:
+        negatives = texts(pool.take(drawn[: changes.pop("negatives", len(target))]))
+        score = fasttext(texts(target), negatives, seed, **changes)
+    return lambda rows: score(texts(rows))
 
 
 def encoder_path() -> str:

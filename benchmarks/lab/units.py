@@ -6,6 +6,7 @@ Trade-off: a unit that is killed starts again from its beginning; units of minut
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -59,6 +60,27 @@ def take_over(work: Path, results: Mapping[str, Result], wanted: Mapping[str, Re
             keep(unit_path(work, name), result)
             num += 1
     say(f"{num} of {len(wanted)} units taken over from the JSON")
+
+
+def recover(bench: Bench, sizes: Any, unit_of: type, arms: Mapping[str, Any], default: Any) -> dict[str, Result]:
+    """Take over units of the newest JSON that were made at these sizes by arms as they are now; all such, by name.
+
+    `unit_of` is the record of a unit, and `arms` are records by name. A field that an older unit does not know has the
+    value of the `default` arm there.
+    """
+    document = bench.earlier()
+    if document is None or document["settings"]["sizes"] != plain(dataclasses.asdict(sizes)):
+        return {}
+    keys = [field.name for field in dataclasses.fields(unit_of)]
+    now = {name: plain(dataclasses.asdict(arm)) for name, arm in arms.items()}
+    found = {}
+    for result in document["units"]:
+        unit = unit_of(**{key: result[key] for key in keys})
+        settings = {**plain(dataclasses.asdict(default)), **result["settings"]}
+        if now.get(unit.arm) == settings:
+            found[unit.name] = {**result, "settings": settings}
+    take_over(bench.work, found, {name: result["settings"] for name, result in found.items()})
+    return found
 
 
 @contextlib.contextmanager

@@ -107,12 +107,7 @@ def run(bench: Bench) -> dict[str, Any]:
         for label, values in by_label.items()
     ]
     settings = {
-        "learning rates": f"Muon {MUON_LR}, AdamW {ADAM_LR}",
-        "batch": BATCH,
-        "tokens a row": LENGTH,
-        "steps before": num_steps,
-        "candidates": num_candidates,
-        "batches averaged": num_batches,
-        "seeds": len(seeds),
-    }
+        "learning rates": f"Muon {MUON_LR}, AdamW {ADAM_LR}", "batch": BATCH, "tokens a row": LENGTH,
+        "steps before": num_steps, "candidates": num_candidates, "batches averaged": num_batches, "seeds": len(seeds),
+    }  # fmt: skip
     return bench.figures(settings, figures, found)

@@ -102,12 +102,7 @@ def run(bench: Bench) -> dict[str, Any]:
             mean = float(np.mean([found[what] for found in runs]))
             figures.append(figure(f"{name}: Spearman of {what.replace('_', ' ')}", mean, "Spearman"))
     settings = {
-        "batch": BATCH,
-        "tokens a row": LENGTH,
-        "steps before": num_steps,
-        "steps of the round": ROUND,
-        "candidates": num_candidates,
-        "passages": len(reference),
-        "seeds": seeds,
-    }
+        "batch": BATCH, "tokens a row": LENGTH, "steps before": num_steps, "steps of the round": ROUND,
+        "candidates": num_candidates, "passages": len(reference), "seeds": seeds,
+    }  # fmt: skip
     return bench.figures(settings, figures, raw)

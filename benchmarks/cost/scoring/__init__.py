@@ -26,9 +26,7 @@ say how fast the disk is.
 from __future__ import annotations
 
 import functools
-import gzip
 import importlib.util
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +36,7 @@ import numpy as np
 
 from benchmarks.cost.scoring.page import TYPES, Result, page
 from benchmarks.lab import rivals
-from benchmarks.lab.corpus import as_column, as_rows, byte_bpe, made_up_labels
+from benchmarks.lab.corpus import as_column, as_rows, byte_bpe, made_up_labels, read_documents
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, hardware, in_its_own_process, temporary_folder
 from benchmarks.lab.memory import Meter, status
@@ -65,8 +63,7 @@ def read_texts(corpus: Path | None) -> list[str]:
     """Documents of natural lengths."""
     if corpus is None:
         return [row["text"] for row in builtin_corpus(seed=0).pool]
-    with gzip.open(corpus, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+    return [row["text"] for row in read_documents(corpus)]
 
 
 def wordpiece(texts: Iterable[str]) -> Any:

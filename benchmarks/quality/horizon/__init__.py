@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
-from benchmarks.lab.units import plain, read_units, run_units, take_over
+from benchmarks.lab.units import read_units, recover, run_units
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
 from benchmarks.quality.horizon.page import page
 from benchmarks.quality.horizon.settings import SETTINGS
@@ -45,7 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(bench: Bench) -> dict[str, Any]:
     """Run what is missing; the JSON document of what is done so far."""
     options, sizes = bench.options, QUICK if bench.quick else Sizes()
-    names = ["style", "continued"] if bench.quick else options.settings
+    names = options.settings
+    if bench.quick:  # the built-in text has none of the domains that other settings are made of
+        names = ["style", "continued"] if options.data else ["style"]
     units = [
         Unit(setting=setting, arm=arm, seed=seed)
         for seed in ([10] if bench.quick else options.seeds)
@@ -53,25 +55,10 @@ def run(bench: Bench) -> dict[str, Any]:
         for arm in options.arms
         if ARMS[arm].installed
     ]
-    earlier = recover(bench, sizes)
+    earlier = recover(bench, sizes, Unit, ARMS, Arm())
     done = run_units(bench, run_unit, {unit.name: (bench.data, bench.work, sizes, unit) for unit in units})
     found = {**earlier, **read_units(bench.work, earlier), **done}
     return {
         "settings": {"quick": bench.quick, "sizes": dataclasses.asdict(sizes), **versions("torch", "transformers")},
         "units": list(found.values()),
     }
-
-
-def recover(bench: Bench, sizes: Sizes) -> dict[str, Any]:
-    """Take over units of the newest JSON that were made at these sizes by arms as they are now; all such, by name."""
-    document = bench.earlier()
-    if document is None or document["settings"]["sizes"] != plain(dataclasses.asdict(sizes)):
-        return {}
-    found = {}
-    for result in document["units"]:
-        unit = Unit(setting=result["setting"], arm=result["arm"], seed=result["seed"])
-        made = {**plain(dataclasses.asdict(Arm())), **result["settings"]}
-        if unit.arm in ARMS and made == plain(dataclasses.asdict(ARMS[unit.arm])):
-            found[unit.name] = {**result, "settings": made}
-    take_over(bench.work, found, {name: dataclasses.asdict(ARMS[result["arm"]]) for name, result in found.items()})
-    return found

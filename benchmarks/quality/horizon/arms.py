@@ -6,74 +6,50 @@ Trade-off: one record with a default for everything, so that an arm reads as its
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Literal
 
-from benchmarks.lab.rivals import SETTINGS_TRIED
+from benchmarks.lab.rivals import SETTINGS_TRIED, NeedsPackage
 from mates_hf.flops import PATH_STEPS
 
 Rank = Literal["random", "influence", "stratified", "domain means", "mixer", "fastText", "DSIR", "distilled"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-    """How a run chooses its rows.
+class Arm(NeedsPackage):
+    """How a run chooses its rows."""
 
-    Attributes:
-        rank: What candidates are ranked by. `domain means` and `mixer` are told the domain and use probes as
-            `influence` does: the mean label of a candidate's domain, or weights of domains that labels multiply.
-            `distilled` is a classifier of the first round's best and worst labelled rows. Others are static.
-        filter: The setting of a static filter.
-        random_share: Share of each round's rows that is drawn at random from the rest of its slice.
-        passes: How often the run trains on each reference passage, spread evenly; None is what the setting says.
-        ratio: Share of a slice that is chosen.
-        round_steps: Optimizer steps of a round, at most.
-        random_first: Optimizer steps in random order before the first round, so that the model knows what the pool is
-            like at all.
-        first_steps: Optimizer steps of the first round. Each next one is twice as long while what was bought is still
-            worth more than the rest, half as long and in random order where it is not. None: all are alike.
-        probes: Candidates probed in a round.
-        passages: Reference passages that a round reads.
-        path_steps: Points at which the reference gradient is taken.
-        pooled: Whether earlier rounds' labels count.
-        once: Whether the first round's influence model serves all rounds.
-        beside: A static filter whose ranking is added, both in their standard deviations.
-        prior: Whether the tables shrink towards log-odds of the reference against the pool.
-        penalty: Weight of the set penalty: log of how much more frequent a row's tokens are among what was chosen.
-        keep: Share of the pool's own gradient that is mixed into the reference's.
-        watched: Whether the same rows are probed again and again, for nothing but to see how labels change.
-        package: What must be installed.
-    """
-
+    # what candidates are ranked by. `domain means` and `mixer` are told the domain and use probes as `influence` does:
+    # the mean label of a candidate's domain, or weights of domains that labels multiply. `distilled` is a classifier
+    # of the first round's best and worst labelled rows. Others are static.
     rank: Rank = "influence"
-    filter: str = "common"
-    random_share: float = 0.0
+    filter: str = "common"  # the setting of a static filter
+    random_share: float = 0.0  # of each round's rows, drawn at random from the rest of its slice
+    # how often the run trains on each reference passage, spread evenly; None is what the setting says
     passes: int | None = None
-    ratio: float = 0.2
-    round_steps: int = 100
+    ratio: float = 0.2  # of a slice that is chosen
+    round_steps: int = 100  # optimizer steps of a round, at most
+    # optimizer steps in random order before the first round, so that the model knows what the pool is like at all
     random_first: int = 50
+    # optimizer steps of the first round. Each next one is twice as long while what was bought is still worth more than
+    # the rest, half as long and in random order where it is not. None: all are alike.
     first_steps: int | None = None
-    probes: int = 200
-    passages: int = 64
-    path_steps: int = PATH_STEPS
-    pooled: bool = True
-    once: bool = False
-    beside: str | None = None
-    prior: bool = False
+    probes: int = 200  # candidates probed in a round
+    passages: int = 64  # of the reference that a round reads
+    path_steps: int = PATH_STEPS  # points at which the reference gradient is taken
+    pooled: bool = True  # whether earlier rounds' labels count
+    once: bool = False  # whether the first round's influence model serves all rounds
+    beside: str | None = None  # a static filter whose ranking is added, both in their standard deviations
+    prior: bool = False  # whether the tables shrink towards log-odds of the reference against the pool
+    # weight of the set penalty: log of how much more frequent a row's tokens are among what was chosen
     penalty: float = 0.0
-    keep: float = 0.0
-    watched: bool = False
-    package: str | None = None
+    keep: float = 0.0  # share of the pool's own gradient that is mixed into the reference's
+    watched: bool = False  # whether the same rows are probed again and again, to see how labels change
+    package: str | None = None  # what must be installed
 
     @property
     def probed(self) -> bool:
         """Whether it measures influence."""
         return self.rank in ("influence", "domain means", "mixer", "distilled")
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def _shares(name: str, arm: Arm) -> dict[str, Arm]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab.tables import interval, table, title
+from benchmarks.lab.statistics import steps_to_reach
+from benchmarks.lab.tables import interval, markdown, table, title
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.settings import SETTINGS
 from mates_hf.evaluation.agreement import rank_correlation
@@ -17,12 +18,12 @@ Units = dict[tuple[str, int], Mapping[str, Any]]
 
 def page(document: Mapping[str, Any]) -> str:
     """The page of a document."""
-    parts = [title("Long horizons: what to train on, over thousands of steps", document["settings"]["quick"])]
-    parts.append(
+    parts = [
+        title("Long horizons: what to train on, over thousands of steps", document["settings"]["quick"]),
         "Differences to random data of the same seed, at the end of the decay, in nats/token: below 0 is better, on "
         "the passages as on the pool's own text. `to random` is the share of random's 4,000 steps after which an arm "
-        "is where random ends. `FLOPs` is everything that training and choosing took, as a multiple of random's."
-    )
+        "is where random ends. `FLOPs` is everything that training and choosing took, as a multiple of random's.",
+    ]
     for name, setting in SETTINGS.items():
         for seeds, of in ((REPORTED_SEEDS, "reported seeds"), (tuple(range(10, 20)), "tuning seeds, other passages")):
             units: Units = {
@@ -33,7 +34,7 @@ def page(document: Mapping[str, Any]) -> str:
             if units:
                 parts.append(f"## {name}: {setting.about} ({of})\n\n{_table(name, units)}")
                 parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
-    return "\n\n".join(parts) + "\n"
+    return markdown(*parts)
 
 
 def reference_loss(losses: Mapping[str, Any], setting: str) -> float:
@@ -91,10 +92,9 @@ def _drift(watched: Sequence[Mapping[str, Any]]) -> str:
 def _reaches(unit: Mapping[str, Any], random: Mapping[str, Any], setting: str) -> float | None:
     """The share of random's steps after which an arm has random's last loss, between the ends of its decays."""
     goal = reference_loss(random["decayed"][-1], setting)
-    points = [(0, reference_loss(unit["curve"][0], setting))]
-    points += [(losses["step"], reference_loss(losses, setting)) for losses in unit["decayed"]]
-    for (begin, before), (end, after) in zip(points, points[1:], strict=False):
-        if after <= goal:
-            part = (before - goal) / (before - after) if before > after else 1.0
-            return float((begin + part * (end - begin)) / points[-1][0])
-    return None
+    curve = [
+        {"step": losses["step"], "loss": reference_loss(losses, setting)}
+        for losses in (unit["curve"][0], *unit["decayed"])
+    ]
+    steps = steps_to_reach(curve, "loss", goal)
+    return None if steps is None else steps / curve[-1]["step"]

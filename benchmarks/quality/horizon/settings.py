@@ -12,25 +12,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
-import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from benchmarks.lab.corpus import END, byte_bpe
+from benchmarks.lab.checkpoint import LOSSES
+from benchmarks.lab.corpus import (
+    CHARACTERS_PER_TOKEN,
+    Pool,
+    as_rows,
+    as_tasks,
+    cut_rows,
+    kept_tokenizer,
+    lambada,
+    read_documents,
+)
+from benchmarks.lab.machine import written_once
 from benchmarks.lab.statistics import Ids
 from mates_hf.data.overlap import find_overlap
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 
 VOCAB, ROW_TOKENS, PIECES = 2_048, 128, 8
-CHARACTERS_PER_TOKEN = 5  # read of a document, to be sure of its tokens
 TOKENIZER_DOCUMENTS = 6_000
 
 
@@ -73,175 +79,122 @@ SETTINGS: dict[str, Setting] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Lab:
-    """A setting's data.
+class Lab(Pool):
+    """A setting's data: rows of 128 tokens, the reference over all its parts, and what losses are read from."""
 
-    Attributes:
-        rows: The pool, N rows of 128 tokens.
-        domain: (N,) int64, index into `domain_names`.
-        document: (N,) int64, the document each row is a piece of.
-        domain_names: Names of the domains.
-        tokenizer: A byte-level BPE trained on the pool.
-        reference: The passages that influence is measured on, all parts; by `loss_on`.
-        judged: By half (`development`, `test`): tasks by name that losses are read from: each part of the reference
-            by other passages, and each task outside of it. `NAME: answers` counts the right answers only.
-    """
-
-    rows: TokenRows
-    domain: Ids
-    document: Ids
-    domain_names: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerFast
-    reference: dict[str, ReferenceTask]
-    judged: dict[str, dict[str, ReferenceTask]]
+    # by half (`development`, `test`), task and `loss_on`: other passages of each part of the reference, and those of
+    # each task outside of it. `completion` counts the right answers only.
+    judged: dict[str, dict[str, dict[str, ReferenceTask]]]
 
 
 def _documents(data: Path, num: int | None) -> list[dict[str, Any]]:
     """Documents of both pools, each once, in an order of their own."""
     found: dict[str, dict[str, Any]] = {}
     for path in (data / "corpus.jsonl.gz", data / "large" / "corpus.jsonl.gz"):
-        if path.exists():
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                for i, line in zip(range(num or 10**9), file, strict=False):
-                    row = json.loads(line)
-                    found.setdefault(str(row.get("id", f"{path.parent.name}-{i}")), row)
+        for i, row in enumerate(read_documents(path, num) if path.exists() else []):
+            found.setdefault(str(row.get("id", f"{path.parent.name}-{i}")), row)
     documents = list(found.values())
     return [documents[i] for i in np.random.default_rng(7).permutation(len(documents))]
 
 
-def _task_passages(data: Path, task: str, split: str, loss_on: Any, tokenizer: Any) -> ReferenceTask:
+def _passages_of(data: Path, task: str, split: str, tokenizer: Any) -> dict[str, ReferenceTask]:
+    """Passages of a task of `eval/`, by `loss_on`."""
     if task == "lambada":
-        lines = (data / "eval" / task / "test_a.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        half = len(rows) // 2
-        rows = rows[:half] if split == "train" else rows[half:]
-        columns: dict[str, Any] = {"prompt_column": "context", "completion_column": "target"}
-        return ReferenceTask.from_dataset(
-            rows, tokenizer, **columns, loss_on=loss_on, max_length=ROW_TOKENS, name=task
-        )
+        train, test = lambada(data / "eval" / task)
+        return as_tasks(train if split == "train" else test, tokenizer, task)
     # The harness calls what is evaluated `test`, whatever the file's name is.
-    return ReferenceTask.from_lm_eval(
-        f"mates_{task}_local", tokenizer, max_length=ROW_TOKENS, loss_on=loss_on, split=split,
-        metadata={"data_dir": str(data / "eval")},
-    )  # type: ignore[arg-type]  # fmt: skip
+    settings: dict[str, Any] = {"max_length": ROW_TOKENS, "split": split, "metadata": {"data_dir": str(data / "eval")}}
+    return {
+        loss_on: ReferenceTask.from_lm_eval(f"mates_{task}_local", tokenizer, loss_on=loss_on, **settings)
+        for loss_on in LOSSES
+    }
+
+
+def _beginnings(name: str, texts: list[str], tokenizer: Any) -> ReferenceTask:
+    """The first tokens of documents as passages."""
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ReferenceTask(name=name, rows=TokenRows.from_lists([row[:ROW_TOKENS] for row in ids]), loss_on="all")
 
 
 def _joined(tasks: Sequence[ReferenceTask], name: str) -> ReferenceTask:
     """One task of the passages of several."""
-    rows = [[task.rows.row(i) for i in range(len(task))] for task in tasks]
-    flat = [row for part in rows for row in part]
-    joined = TokenRows.from_lists([ids for ids, _ in flat], [labels for _, labels in flat])
-    return ReferenceTask(name=name, rows=joined, loss_on=tasks[0].loss_on)
+    rows = [task.rows.row(i) for task in tasks for i in range(len(task))]
+    joined = TokenRows.from_lists([ids for ids, _ in rows], [labels for _, labels in rows])
+    return ReferenceTask(name=name, rows=joined, loss_on="all")
 
 
-def _halves(task: ReferenceTask, most: int) -> tuple[ReferenceTask, ReferenceTask]:
-    """Two disjoint parts of a task, of at most so many passages each."""
-    order = np.random.default_rng(11).permutation(len(task))
-    size = min(most, len(task) // 2)
-    return tuple(  # type: ignore[return-value]
-        dataclasses.replace(task, rows=task.rows.take(np.sort(part)))
-        for part in (order[:size], order[size : 2 * size])
-    )
+def _taken(task: ReferenceTask, passages: Ids) -> ReferenceTask:
+    return dataclasses.replace(task, rows=task.rows.take(passages))
 
 
 @functools.lru_cache(maxsize=1)
 def open_lab(data: Path, cache: Path, name: str, num_documents: int | None = None, judged: int = 160) -> Lab:
-    """The data of a setting; what takes long is kept in `cache`.
+    """The data of a setting; tokenizer and token ids are kept in the folder `cache`.
 
-    Args:
-        data: Folder of the data.
-        cache: Folder for tokenizer and token ids.
-        name: The setting's.
-        num_documents: How many documents of each pool are read. None reads all.
-        judged: Passages of each task that losses are read from, at most, in each half.
+    Of each pool `num_documents` are read (None reads all), of each half of a task `judged` passages at most.
     """
     for logger in ("mates_hf", "lm_eval"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     setting = SETTINGS[name]
     documents = _documents(data, num_documents)
     names = tuple(sorted({row["domain"] for row in documents}))
+    domain_of = np.array([names.index(row["domain"]) for row in documents], np.int64)
     limit = ROW_TOKENS * PIECES * CHARACTERS_PER_TOKEN
     texts = [row["text"][:limit] for row in documents]
-    tokenizer = _tokenizer(texts, cache / f"tokenizer-{len(texts)}.json")
-    num_passages = setting.passages
-    # Of a reference that is made of the pool's own domains, whole documents are set aside.
-    aside: dict[str, list[int]] = {}
-    if setting.parts[0] in names:
-        for part in setting.parts:
-            of_part = [i for i, row in enumerate(documents) if row["domain"] == part]
-            aside[part] = of_part[: num_passages + 2 * judged]
-    reference, halves = {}, {"development": {}, "test": {}}  # type: ignore[var-annotated]
-    for loss_on in ("all", "completion"):
-        tasks = []
-        for part in (*setting.parts, *setting.outside):
-            key = part if loss_on == "all" else f"{part}: answers"
-            if part in aside:
-                if loss_on == "completion":
-                    continue
-                passages = [texts[i] for i in aside[part]]
-                ids = tokenizer(passages, add_special_tokens=False)["input_ids"]
-                whole = TokenRows.from_lists([row[:ROW_TOKENS] for row in ids])
-                task = ReferenceTask(name=part, rows=whole, loss_on="all")
-                train = dataclasses.replace(task, rows=whole.take(np.arange(num_passages)))
-                items = dataclasses.replace(task, rows=whole.take(np.arange(num_passages, len(whole))))
-            else:
-                items = _task_passages(data, part, "test", loss_on, tokenizer)
-                train = None if part in setting.outside else _task_passages(data, part, "train", loss_on, tokenizer)
-            halves["development"][key], halves["test"][key] = _halves(items, judged)
-            if train is not None and part in setting.parts:
-                tasks.append(train.subset(num_passages, seed=0))
-        if tasks:
-            reference[loss_on] = _joined(tasks, name)
-    reference.setdefault("completion", reference["all"])
+    tokenizer = kept_tokenizer(texts[:TOKENIZER_DOCUMENTS], VOCAB, cache / f"tokenizer-{len(texts)}.json")
+    reference: list[ReferenceTask] = []
+    halves: dict[str, dict[str, dict[str, ReferenceTask]]] = {"development": {}, "test": {}}
+    closed: list[int] = []  # documents that are set aside, because the reference is made of the pool's own domains
+    for part in (*setting.parts, *setting.outside):
+        if setting.parts[0] in names:
+            aside = np.flatnonzero(domain_of == names.index(part))[: setting.passages + 2 * judged].tolist()
+            closed += aside
+            whole = _beginnings(part, [texts[i] for i in aside], tokenizer)
+            reference.append(_taken(whole, np.arange(setting.passages)).subset(setting.passages, seed=0))
+            read = {"all": _taken(whole, np.arange(setting.passages, len(whole)))}
+        else:
+            if part in setting.parts:
+                train = _passages_of(data, part, "train", tokenizer)["all"]
+                reference.append(train.subset(setting.passages, seed=0))
+            read = _passages_of(data, part, "test", tokenizer)
+        num = len(read["all"])
+        order, size = np.random.default_rng(11).permutation(num), min(judged, num // 2)
+        for half, passages in (("development", order[:size]), ("test", order[size : 2 * size])):
+            halves[half][part] = {loss_on: _taken(task, np.sort(passages)) for loss_on, task in read.items()}
+    joined = _joined(reference, name)
     document, values = _rows(texts, tokenizer, cache / f"rows-{len(texts)}.npz")
-    tasks = [*reference.values(), *(task for half in halves.values() for task in half.values())]
-    closed = {i for part in aside.values() for i in part}
-    kept = ~np.isin(document, [*closed, *_shared(texts, tokenizer, tasks, cache / f"shared-{name}-{len(texts)}.npy")])
-    document, values = document[kept], values[kept]
-    domain_of = np.array([names.index(row["domain"]) for row in documents], np.int64)
+    told = [joined, *(tasks["all"] for half in halves.values() for tasks in half.values())]
+    shared = _shared(texts, tokenizer, told, cache / f"shared-{name}-{len(texts)}.npy")
+    kept = ~np.isin(document, [*closed, *shared])
+    document = document[kept]
     return Lab(
-        rows=TokenRows(values=values.ravel(), offsets=np.arange(len(values) + 1, dtype=np.int64) * ROW_TOKENS),
+        rows=as_rows(values[kept], ROW_TOKENS),
         domain=domain_of[document],
         document=document,
         domain_names=names,
         tokenizer=tokenizer,
-        reference=reference,
+        reference={"all": joined},
         judged=halves,
     )
 
 
 def _rows(texts: list[str], tokenizer: Any, path: Path) -> tuple[Ids, Any]:
     """The documents' numbers and (N, 128) int16 token ids of all rows that documents are cut into."""
-    if not path.exists():
-        values, document = [], []
-        for start in range(0, len(texts), 4_000):
-            block = tokenizer(texts[start : start + 4_000], add_special_tokens=False)["input_ids"]
-            for i, ids in enumerate(block, start):
-                num = min(len(ids) // ROW_TOKENS, PIECES)
-                values.append(np.array(ids[: num * ROW_TOKENS], np.int16).reshape(num, ROW_TOKENS))
-                document += [i] * num
-        temporary = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(temporary, values=np.concatenate(values), document=np.array(document, np.int64))
-        temporary.replace(path)
-    stored = np.load(path)
+
+    def write(file: BinaryIO) -> None:
+        values, document = cut_rows(texts, tokenizer, ROW_TOKENS, PIECES, np.int16)
+        np.savez(file, values=values, document=document)
+
+    stored = np.load(written_once(path, write))
     return stored["document"], stored["values"]
 
 
 def _shared(texts: list[str], tokenizer: Any, tasks: Sequence[ReferenceTask], path: Path) -> Ids:
     """The documents that share a 13-gram with a passage; they are left out of the pool."""
-    if not path.exists():
+
+    def write(file: BinaryIO) -> None:
         passages = [tokenizer.decode(task.rows.row(i)[0].tolist()) for task in tasks for i in range(len(task))]
-        temporary = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(temporary, find_overlap(texts, passages))
-        temporary.replace(path)
-    found: Ids = np.load(path)
+        np.save(file, find_overlap(texts, passages))
+
+    found: Ids = np.load(written_once(path, write))
     return found
-
-
-def _tokenizer(texts: list[str], path: Path) -> PreTrainedTokenizerFast:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.json")
-        byte_bpe(texts[:TOKENIZER_DOCUMENTS], VOCAB).save(str(temporary))
-        temporary.replace(path)
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END)

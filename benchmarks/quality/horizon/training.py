@@ -8,21 +8,23 @@ Signs: influence > 0 helps; losses in nats/token.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import torch
-from filelock import FileLock
 from torch import nn
 
 from benchmarks.lab import rivals
-from benchmarks.lab.models import build_model, build_optimizer
+from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, train_once
+from benchmarks.lab.corpus import together
+from benchmarks.lab.models import LR, build_model, build_optimizer, task_losses, train_steps
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon.arms import ARMS, FAIR, Arm, Unit
 from benchmarks.quality.horizon.settings import SETTINGS, Lab, Setting, open_lab
@@ -39,7 +41,6 @@ from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k
 
-LR, BATCH_ROWS, WINDOW = 1e-3, 16, 32
 TOKENS_PER_BATCH = 1_024  # of training and probes
 SHAPE = {"width": 96, "layers": 3}  # of the model: 0.53 million parameters
 
@@ -53,24 +54,8 @@ class Sizes:
     steps: int = 4_000  # that every arm goes on for, the last tenth of them in a decay
     branches: tuple[int, ...] = (1_000, 2_000)  # steps at which a decay of a tenth, begun before, would have ended
     marks: tuple[int, ...] = (
-        10,
-        25,
-        50,
-        100,
-        150,
-        200,
-        300,
-        400,
-        500,
-        700,
-        1_000,
-        1_400,
-        1_800,
-        2_200,
-        2_600,
-        3_000,
-        3_600,
-    )
+        10, 25, 50, 100, 150, 200, 300, 400, 500, 700, 1_000, 1_400, 1_800, 2_200, 2_600, 3_000, 3_600,
+    )  # fmt: skip
     judged: int = 160  # passages of each task, at most
     reserved: int = 12_000  # rows that probes are drawn from and no arm trains on
     watched: int = 500  # rows that a watched arm probes again and again
@@ -83,15 +68,7 @@ QUICK = Sizes(
 
 
 class Run:
-    """A training in progress.
-
-    Args:
-        lab: Corpus and passages.
-        setting: What it is about.
-        sizes: Of the run.
-        cache: Folder of warm starts.
-        unit: What to train.
-    """
+    """A training in progress; `cache` is the folder of warm starts."""
 
     def __init__(self, lab: Lab, setting: Setting, sizes: Sizes, cache: Path, unit: Unit) -> None:
         self.lab, self.sizes, self.unit, self.arm = lab, sizes, unit, ARMS[unit.arm]
@@ -108,8 +85,7 @@ class Run:
         self.share = np.bincount(lab.domain, minlength=len(lab.domain_names)) / len(lab.domain)
         self.model, self.optimizer = _warm_start(lab, warm, cache, unit.seed)
         self.num_parameters = count_multiplied_parameters(self.model)
-        half = "development" if unit.seed >= 10 else "test"
-        self.judged = lab.judged[half]
+        self.judged = lab.judged["development" if unit.seed >= 10 else "test"]
         self.passages = self._passages(setting)
         self._evidence: tuple[Tables, Tables] | None = None
         self.curve: list[dict[str, Any]] = []
@@ -157,7 +133,7 @@ class Run:
                 group["lr"] = LR * scheduled
             num = self._num_chosen(self.step)
             rows, self.queue = self.queue[:num], self.queue[num:]
-            batch = _together(self.lab.rows.take(rows), self.lab.reference["all"].rows.take(self._mixed(self.step)))
+            batch = together(self.lab.rows.take(rows), self.lab.reference["all"].rows.take(self._mixed(self.step)))
             mean_loss_gradient(self.model, batch, tokens_per_batch=TOKENS_PER_BATCH)
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -183,12 +159,10 @@ class Run:
         order = [rng.permutation(size) for _ in range(passes)]
         return np.concatenate([*order, np.zeros(0, np.int64)])[: self.sizes.steps * BATCH_ROWS // 2]
 
-    def _before(self, step: int) -> int:
-        """Passages trained on before a step."""
-        return len(self.passages) * step // self.sizes.steps
-
     def _mixed(self, step: int) -> Ids:
-        return self.passages[self._before(step) : self._before(step + 1)]
+        """The reference passages of a step."""
+        begin, end = (len(self.passages) * before // self.sizes.steps for before in (step, step + 1))
+        return self.passages[begin:end]
 
     def _num_chosen(self, step: int) -> int:
         return BATCH_ROWS - len(self._mixed(step))
@@ -229,22 +203,20 @@ class Run:
     def _losses(self) -> dict[str, Any]:
         """Losses of the passages by task, of the pool's own text, and of each domain."""
         found: dict[str, Any] = {"step": self.step, "flops": sum(self.flops.values())}
-        for name, task in self.judged.items():
-            if ": " in name:
-                continue
-            losses = token_losses(self.model, task.rows, tokens_per_batch=TOKENS_PER_BATCH)
-            found[name] = float(losses.mean(dtype=np.float64))
-            answers = self.judged.get(f"{name}: answers")
-            if answers is not None:
-                mask = answers.rows.target_mask[task.rows.target_mask]
-                found[f"{name}: answers"] = float(losses[mask].mean(dtype=np.float64))
+        for name, tasks in self.judged.items():
+            for loss_on, loss in task_losses(self.model, tasks, TOKENS_PER_BATCH).items():
+                found[name if loss_on == "all" else f"{name}: answers"] = loss
         losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
-        by_row, domain = losses.reshape(len(self.held), -1).mean(1, dtype=np.float64), self.lab.domain[self.held]
-        counts = np.bincount(domain, minlength=len(self.share))
-        means = np.bincount(domain, by_row, len(self.share)) / np.maximum(counts, 1)
+        means, counts = self._by_domain(self.held, losses.reshape(len(self.held), -1).mean(1, dtype=np.float64))
         found["pool"] = float((means * self.share)[counts > 0].sum() / self.share[counts > 0].sum())
         found["domains"] = means
         return found
+
+    def _by_domain(self, rows: Ids, values: Any) -> tuple[Any, Any]:
+        """Mean value of each domain, and how many of these pool rows are of it."""
+        domain, size = self.lab.domain[rows], len(self.share)
+        counts = np.bincount(domain, minlength=size)
+        return np.bincount(domain, values, size) / np.maximum(counts, 1), counts
 
     # --- choosing ---
 
@@ -293,10 +265,7 @@ class Run:
         self.probes = self.reserved[where]
         reference, probe, rows = self._read(arm.passages), self._probe(), self.lab.rows.take(self.probes)
         average = self.averages.pop("round", None)
-        if average is not None:
-            with average.swapped_in():
-                labels = probe.measure(self.model, self.optimizer, reference, rows)
-        else:
+        with average.swapped_in() if average is not None else contextlib.nullcontext():
             labels = probe.measure(self.model, self.optimizer, reference, rows)
         self._cost("probe", labels.info["flops"])
         return labels
@@ -329,10 +298,9 @@ class Run:
         self.tables = NgramInfluenceModel(seed=self.unit.seed).fit(rows, labels, previous=previous, evidence=evidence)
         self._cost("fit", self.tables.report.flops or 0.0)
         record["spearman"] = self.tables.report.spearman
-        domain = self.lab.domain[self.probes]
         worth = (labels.influence_per_token - labels.influence_per_token.mean()) / labels.influence_per_token.std()
-        counts = np.bincount(domain, minlength=len(self.share))
-        self.means = np.bincount(domain, worth, len(self.share)) / np.maximum(counts, 1) * counts / (counts + 2)
+        means, counts = self._by_domain(self.probes, worth)
+        self.means = means * counts / (counts + 2)
         self.weights = self.weights + self.means
         if self.arm.rank == "distilled" and not self.number:
             texts, order = np.array(rivals.texts_of(rows, self.lab.tokenizer), object), np.argsort(worth)
@@ -348,82 +316,46 @@ class Run:
             noise = np.random.default_rng([self.unit.seed, 5, self.number]).gumbel(size=len(candidates))
             return self.weights[self.lab.domain[candidates]] + noise
         if arm.rank == "stratified":
-            turn = np.zeros(len(candidates))
-            for d in range(len(self.share)):
-                mine = self.lab.domain[candidates] == d
-                turn[mine] = -np.arange(mine.sum())
-            return turn
+            domain = pandas.Series(self.lab.domain[candidates])
+            return -domain.groupby(domain).cumcount().to_numpy(np.float64)
         if arm.rank == "distilled":
             return self._classifier(rivals.texts_of(rows, self.lab.tokenizer))
         if arm.rank != "influence":
-            return self._static(arm)(rows)
+            return self._like_reference(arm, rows)
         assert self.tables is not None
         values = self.tables.predict(rows)
         self._cost("score", self.tables.report.flops_per_token * len(rows.values))
         values = values / values.std()
         if arm.beside:
-            beside = self._static(FAIR)(rows)
+            beside = self._like_reference(FAIR, rows)
             values = values + beside / beside.std()
         return values
 
-    def _static(self, arm: Arm) -> Callable[[TokenRows], Any]:
-        return static_ranking(self.lab, arm.rank, arm.filter, self.unit.seed)
+    def _like_reference(self, arm: Arm, rows: TokenRows) -> Any:
+        """(N,) what a static filter ranks rows by."""
+        return static_ranking(self.lab, arm.rank, arm.filter, self.unit.seed)(rows)
 
 
 @functools.lru_cache(maxsize=2)
 def static_ranking(lab: Lab, rank: str, name: str, seed: int) -> Callable[[TokenRows], Any]:
     """What a static filter, fitted once on the reference passages and rows of the pool, ranks rows by."""
-
-    def texts(rows: TokenRows) -> list[str]:
-        return rivals.texts_of(rows, lab.tokenizer)
-
-    target = texts(lab.reference["all"].rows)
-    drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))
-    settings = dict(rivals.SETTINGS_TRIED[rank][name])
-    if rank == "DSIR":
-        score = rivals.dsir(texts(lab.rows.take(drawn[:16_000])), target, **settings)
-    else:
-        negatives = texts(lab.rows.take(drawn[: settings.pop("negatives", len(target))]))
-        score = rivals.fasttext(target, negatives, seed, **settings)
-    return lambda rows: score(texts(rows))
-
-
-def _together(rows: TokenRows, more: TokenRows) -> TokenRows:
-    """Rows, then more rows; all their tokens are trained."""
-    return TokenRows(
-        values=np.concatenate([rows.values, more.values]),
-        offsets=np.concatenate([rows.offsets, rows.offsets[-1] + more.offsets[1:]]),
-    )
+    return rivals.text_ranking(rank, name, lab.tokenizer, lab.rows, lab.reference["all"].rows, seed)
 
 
 def _warm_start(lab: Lab, rows: Ids, cache: Path, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer after the warm start, which is trained once and read back from then on."""
-    model = build_model(len(lab.tokenizer), seed=seed, **SHAPE)
-    optimizer = build_optimizer(model, lr=LR)
-    path = cache / f"warm-{seed}-{len(rows)}.pt"
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            for step in range(len(rows) // BATCH_ROWS):
-                for group in optimizer.param_groups:
-                    group["lr"] = LR * min(1.0, (step + 1) / 50)
-                batch = lab.rows.take(rows[step * BATCH_ROWS : (step + 1) * BATCH_ROWS])
-                mean_loss_gradient(model, batch, tokens_per_batch=TOKENS_PER_BATCH)
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-            temporary.replace(path)
-    state = torch.load(path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    model = build_model(lab.vocab_size, seed=seed, **SHAPE)
+    optimizer = build_optimizer(model)
+    settings: dict[str, Any] = {"batch_rows": BATCH_ROWS, "warm_up": 50, "tokens_per_batch": TOKENS_PER_BATCH}
+    train = functools.partial(train_steps, model, optimizer, lab.rows, rows, **settings)
+    train_once(cache / f"warm-{seed}-{len(rows)}.pt", model, optimizer, train)
     return model, optimizer
 
 
 def run_unit(data: Path, work: Path, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Train one arm of one seed in one setting; its result as JSON values."""
     cache = work / "cache"
-    lab = open_lab(data, cache, unit.setting, sizes.documents, sizes.judged)
     folder = cache / unit.setting
     folder.mkdir(parents=True, exist_ok=True)
+    lab = open_lab(data, cache, unit.setting, sizes.documents, sizes.judged)
     return Run(lab, SETTINGS[unit.setting], sizes, folder, unit).train()

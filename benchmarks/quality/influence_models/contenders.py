@@ -10,7 +10,6 @@ Contenders that read text decode the rows first; what they cost includes that.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ PIECE = 64  # tokens of a piece of a reference passage, as long as a candidate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contender:
+class Contender(rivals.NeedsPackage):
     """A way to rank candidates."""
 
     name: str  # in the tables
@@ -58,11 +57,6 @@ class Contender:
     ours: bool = False  # whether it is an influence model of the package
     note: str = ""  # what a reader must know
 
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return self.package is None or importlib.util.find_spec(self.package) is not None
-
     def label_numbers(self, bench: Labelled) -> tuple[int, ...]:
         """Numbers of labels to fit on; 0 where it needs none."""
         if not self.labelled:
@@ -76,10 +70,6 @@ class Contender:
 
 
 # --- without a fit ---
-
-
-def _texts(bench: Labelled, rows: TokenRows) -> list[str]:
-    return rivals.texts_of(rows, bench.lab.tokenizer)
 
 
 def _pieces(bench: Labelled) -> TokenRows:
@@ -100,21 +90,17 @@ def _own_loss(bench: Labelled, num: int, draw: int) -> Scorer:
 
 
 def _characters(bench: Labelled, num: int, draw: int) -> Scorer:
-    return lambda rows: np.array([float(len(text)) for text in _texts(bench, rows)])
+    return lambda rows: np.array([float(len(text)) for text in rivals.texts_of(rows, bench.lab.tokenizer)])
 
 
-def _dsir(bench: Labelled, num: int, draw: int) -> Scorer:
-    """DSIR of the reference passages against all candidates to fit on."""
-    score = rivals.dsir(_texts(bench, bench.rows.take(np.arange(bench.sizes.labels))), _texts(bench, _pieces(bench)))
-    return lambda rows: score(_texts(bench, rows))
+def _static(rank: str) -> Callable[[Labelled, int, int], Scorer]:
+    """A filter of the reference passages against the candidates to fit on: all of them, or as many as passages."""
 
+    def fit(bench: Labelled, num: int, draw: int) -> Scorer:
+        against = bench.rows.take(np.arange(bench.sizes.labels))
+        return rivals.text_ranking(rank, "common", bench.lab.tokenizer, against, _pieces(bench), draw)
 
-def _fasttext(bench: Labelled, num: int, draw: int) -> Scorer:
-    """A classifier of the reference passages against as many candidates drawn from those to fit on."""
-    positive = _texts(bench, _pieces(bench))
-    drawn = np.random.default_rng([draw, 8]).permutation(bench.sizes.labels)[: len(positive)]
-    score = rivals.fasttext(positive, _texts(bench, bench.rows.take(drawn)), draw)
-    return lambda rows: score(_texts(bench, rows))
+    return fit
 
 
 # --- fitted on labels ---
@@ -152,8 +138,8 @@ def _hidden(bench: Labelled, draw: int, num: int) -> HiddenStateInfluenceModel:
     return HiddenStateInfluenceModel(averaged_model(bench), tokens_per_batch=TOKENS_PER_BATCH, seed=draw)
 
 
-def _encoder(bench: Labelled, draw: int, **settings: Any) -> Any:
-    return rivals.encoder_model(bench.lab.tokenizer, draw, **settings)
+def _encoder(settings: Callable[[int], dict[str, Any]]) -> Callable[[Labelled, int, int], Scorer]:
+    return _fitted(lambda bench, draw, num: rivals.encoder_model(bench.lab.tokenizer, draw, **settings(num)))
 
 
 def encoder_states(bench: Labelled, encoder: FoldingEncoder, rows: TokenRows) -> np.ndarray:
@@ -256,8 +242,8 @@ def contenders(sizes: Any) -> Sequence[Contender]:
                   rank=lambda bench, num, draw: -bench.labels.loss[bench.evaluated]),
         Contender(name="length in characters, long first", labelled=False, fit=_characters,
                   note="all candidates have 64 tokens"),
-        Contender(name="DSIR", labelled=False, fit=_dsir, package="data_selection", flops=lambda bench: 2.0),
-        Contender(name="fastText", labelled=False, fit=_fasttext, package="fasttext", draws=3,
+        Contender(name="DSIR", labelled=False, fit=_static("DSIR"), package="data_selection", flops=lambda bench: 2.0),
+        Contender(name="fastText", labelled=False, fit=_static("fastText"), package="fasttext", draws=3,
                   flops=lambda bench: 2.0 * rivals.FASTTEXT["dim"], note="draws differ in the candidates against the "
                   "reference"),
         Contender(name="similarity to the reference, frozen encoder", labelled=False, fit=_similarity, package=minilm,
@@ -275,10 +261,9 @@ def contenders(sizes: Any) -> Sequence[Contender]:
         Contender(name="hidden-state ridge", ours=True, fit=hidden,
                   flops=lambda bench: _model_flops(bench, head=False)),
         Contender(name="frozen encoder, ridge", ours=True, package=minilm, rank=_frozen_rank, flops=encoder_flops,
-                  fit=_fitted(lambda bench, draw, num: _encoder(bench, draw, head_only=True))),
+                  fit=_encoder(lambda num: {"head_only": True})),
         Contender(name="fine-tuned encoder", ours=True, package=minilm, flops=encoder_flops, numbers=few, draws=1,
-                  slow=True, fit=_fitted(
-                      lambda bench, draw, num: _encoder(bench, draw, num_epochs=4 if num >= 1_000 else 5)),
+                  slow=True, fit=_encoder(lambda num: {"num_epochs": 4 if num >= 1_000 else 5}),
                   note="the paper's settings (learning rate 5e-5, batch 32, 5 epochs); for budget 1,000 labels at "
                   "most, there 4 epochs, and one draw"),
         Contender(name="token tables + hidden-state ridge", rank=_sum(_part(_default), _part(_hidden)),

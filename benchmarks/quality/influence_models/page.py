@@ -6,12 +6,13 @@ test candidates, those of differences in loss are over seeds of training, and ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from benchmarks.lab.statistics import mean_interval
-from benchmarks.lab.tables import interval, table
+from benchmarks.lab.tables import interval, markdown, table
 from benchmarks.quality.influence_models.setup import Values, judge, unpacked_ranks
 from mates_hf.evaluation.agreement import rank_correlation
 
@@ -28,16 +29,17 @@ _TOLERANCE = 1e-6  # the JSON keeps seven digits
 
 def page(document: Document) -> str:
     """Markdown of all parts."""
-    return "\n".join(section(document) for section in (head, league, curves, gains, default))
+    sections = (head, league, curves, gains, default)
+    return markdown(*(block for section in sections for block in section(document)))
 
 
-def head(document: Document) -> str:
+def head(document: Document) -> list[str]:
     """What was measured, and how."""
     settings = document["settings"]
     numbers = ", ".join(f"{n:,}" for n in settings["numbers"])
     missing = [f"{c['name']} (`pip install {c['package']}`)" for c in document["contenders"] if not c["installed"]]
-    text = (
-        "# League table of influence models\n\n"
+    return [
+        "# League table of influence models",
         f"Made by `python -m benchmarks influence_models`. GPT-NeoX of {settings['parameters']:,} parameters, "
         f"vocabulary {settings['vocab_size']:,}, rows of {settings['row_tokens']} tokens from "
         f"{len(settings['domain_names'])} domains, {settings['warm']} random steps of {settings['batch_rows']} rows "
@@ -47,19 +49,17 @@ def head(document: Document) -> str:
         f"loss over all tokens of {settings['reference_passages']} LAMBADA passages; development losses: "
         f"{settings['development_passages']} other ones. Dropped for a shared 13-gram: "
         f"{settings['documents_dropped']} documents of the pool, {settings['development_passages_dropped']} "
-        f"development passages.\n\nFits on {numbers} labels, drawn from {settings['labels']:,}; judged on "
+        "development passages.",
+        f"Fits on {numbers} labels, drawn from {settings['labels']:,}; judged on "
         f"{settings['test']:,} test candidates of other documents, never fitted on; draws overlap where they are "
         f"large, and there is one of {settings['labels']:,}. Realised gain: from the checkpoint (same optimizer "
         f"state), {settings['horizons'][-1]} steps on the top {settings['ratio']:.0%} of a fixed slice of "
         f"{settings['slice_rows']:,} candidates of yet other documents; development loss at weights averaged over the "
         f"last third, minus that of random picks of the same seed (< 0 is better), mean over "
-        f"{settings['gain_seeds']} seeds ± its 95 % t interval. A seed is a draw of labels and an order of training.\n"
-    )
-    if missing:
-        text += f"\nNot installed: {'; '.join(missing)}.\n"
-    if settings["units_missing"]:
-        text += f"\n**Not finished: {settings['units_missing']} units are left.**\n"
-    return text
+        f"{settings['gain_seeds']} seeds ± its 95 % t interval. A seed is a draw of labels and an order of training.",
+        f"Not installed: {'; '.join(missing)}." if missing else "",
+        f"**Not finished: {settings['units_missing']} units are left.**" if settings["units_missing"] else "",
+    ]
 
 
 def fits_of(document: Document, name: str, num: int) -> list[dict[str, Any]]:
@@ -70,11 +70,14 @@ def fits_of(document: Document, name: str, num: int) -> list[dict[str, Any]]:
 
 def final_losses(document: Document, name: str, where: str, loss_on: str, horizon: int | None = None) -> Values:
     """(seeds,) development losses after training, by seed; nan where a seed is not done."""
-    settings = document["settings"]
-    found = {entry["draw"]: entry for entry in document["gain"] if entry["name"] == name}
-    key = str(horizon or settings["horizons"][-1])
-    losses = {seed: entry["losses"][key][where][loss_on] for seed, entry in found.items()}
-    return np.array([losses.get(seed, np.nan) for seed in range(settings["gain_seeds"])])
+    key = str(horizon or document["settings"]["horizons"][-1])
+    return by_seed(document, "gain", name, lambda entry: entry["losses"][key][where][loss_on])
+
+
+def by_seed(document: Document, part: str, name: str, value: Callable[[dict[str, Any]], float]) -> Values:
+    """(seeds,) values of a contender's units of a part; nan where a seed is not done."""
+    found = {entry["draw"]: value(entry) for entry in document[part] if entry["name"] == name}
+    return np.array([found.get(seed, np.nan) for seed in range(document["settings"]["gain_seeds"])])
 
 
 def paired(document: Document, name: str, base: str, where: str, loss_on: str, horizon: int | None = None) -> str:
@@ -120,22 +123,22 @@ def flops_text(flops: float | None) -> str:
     return f"{flops:.0f}"
 
 
-def league(document: Document) -> str:
+def league(document: Document) -> list[str]:
     """The main table."""
     settings = document["settings"]
     main, last = settings["main"], settings["horizons"][-1]
     costs = {entry["name"]: entry for entry in document["cost"]}
     resampled = Resampled(document)
     base = fits_of(document, DEFAULT, main)
-    text = (
-        f"## At {main:,} labels\n\nSpearman, within domain (mean over domains) and precision of the top fifth: means "
+    about = (
+        "Spearman, within domain (mean over domains) and precision of the top fifth: means "
         "over draws; brackets: 95 % bootstrap interval of the first draw. Difference: Spearman of the first draw "
         "minus that of the default, paired bootstrap. Picked: mean label of the candidates picked from the slice, in "
         "standard deviations above its mean. Fit and scoring on one core, both with nothing beside them; what reads "
         "text decodes tokens first, which is in its time. FLOPs: an estimate of what scoring a token takes (2 × "
         "parameters of what is run, a handful for tables). Overhead: those FLOPs, five candidates scored for each "
         "trained on, against the 6 × parameters of training a model of 410M; losses and hidden states of the "
-        "model that trains cost its own forward pass, five thirds of its training whatever its size.\n\n"
+        "model that trains cost its own forward pass, five thirds of its training whatever its size."
     )
     rows = []
     for contender in installed(document):
@@ -162,11 +165,10 @@ def league(document: Document) -> str:
             flops_text(flops),
             "167 %" if own else "" if flops is None else f"{5 * flops / (6 * LARGE):.2%}",
         ])  # fmt: skip
-    text += table(
-        ["influence model", "Spearman", "difference", "within domain", "precision of top fifth", "picked",
-         f"loss after {last} steps minus random", "fit, s", "M tokens/s scored", "FLOPs a token", "overhead at 410M"],
-        rows,
-    )  # fmt: skip
+    heads = [
+        "influence model", "Spearman", "difference", "within domain", "precision of top fifth", "picked",
+        f"loss after {last} steps minus random", "fit, s", "M tokens/s scored", "FLOPs a token", "overhead at 410M",
+    ]  # fmt: skip
     notes = [f"- {entry['name']}: {entry['note']}." for entry in document["contenders"] if entry["note"]]
     for entry in document["same"]:
         notes.append(
@@ -178,7 +180,7 @@ def league(document: Document) -> str:
         "- `+`: the sum of two predictions with the weight that ranks a held-out fifth of the labels best; it costs "
         "what both cost."
     )
-    return text + "\n" + "\n".join(notes) + "\n"
+    return [f"## At {main:,} labels", about, table(heads, rows), "\n".join(notes)]
 
 
 def mean_of(entries: list[dict[str, Any]], key: str) -> float:
@@ -186,13 +188,12 @@ def mean_of(entries: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([entry[key] for entry in entries]))
 
 
-def curves(document: Document) -> str:
+def curves(document: Document) -> list[str]:
     """Agreement by number of labels."""
     settings = document["settings"]
     titles = {"spearman": "Spearman", "within": "within domain", "precision": "precision of the top fifth"}
-    text = (
-        "## By number of labels\n\nMeans over draws; in brackets half the spread between the lowest and the highest."
-    )
+    about = "Means over draws; in brackets half the spread between the lowest and the highest."
+    blocks = ["## By number of labels", about]
     for key, title in titles.items():
         rows = []
         for name in (contender["name"] for contender in installed(document) if contender["curve"]):
@@ -202,23 +203,22 @@ def curves(document: Document) -> str:
                 spread = f" ({(max(values) - min(values)) / 2:.3f})" if len(values) > 1 else ""
                 cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
             rows.append([name, *cells])
-        text += f"\n\n### {title[0].upper()}{title[1:]}\n\n"
-        text += table(["influence model", *(f"{num:,}" for num in settings["numbers"])], rows).rstrip()
-    return text + "\n"
+        heads = ["influence model", *(f"{num:,}" for num in settings["numbers"])]
+        blocks += [f"### {title[0].upper()}{title[1:]}", table(heads, rows)]
+    return blocks
 
 
-def gains(document: Document) -> str:
+def gains(document: Document) -> list[str]:
     """Development losses minus those of random picks."""
     settings = document["settings"]
-    text = "## Realised gain\n\n"
     if not document["gain"]:
-        return text + "Nothing was trained.\n"
+        return ["## Realised gain", "Nothing was trained."]
     start = document["gain"][0]["start"]
     base = {on: np.nanmean(final_losses(document, RANDOM, "averaged", on)) for on in ("all", "completion")}
-    text += (
+    about = (
         f"Development loss {start['all']:.4f} (all tokens) and {start['completion']:.4f} (last word) at the "
         f"checkpoint; after {settings['horizons'][-1]} steps on random picks {base['all']:.4f} and "
-        f"{base['completion']:.4f} at averaged weights. Differences to random, paired by seed, < 0 is better.\n\n"
+        f"{base['completion']:.4f} at averaged weights. Differences to random, paired by seed, < 0 is better."
     )
     columns = [(h, where, on) for h in settings["horizons"] for where, on in (
         ("averaged", "all"), ("live", "all"), ("averaged", "completion"))]  # fmt: skip
@@ -234,39 +234,39 @@ def gains(document: Document) -> str:
             rows.append([name, *cells, ours, top])
     header = [f"{h} steps, {words[on]}, {where}" for h, where, on in columns]
     last = f"minus the default ({settings['horizons'][-1]} steps, all tokens, averaged)"
-    return text + table(["influence model", *header, last, "most picked domains"], rows) + on_reference(document)
+    losses = table(["influence model", *header, last, "most picked domains"], rows)
+    return ["## Realised gain", about, losses, *on_reference(document)]
 
 
-def on_reference(document: Document) -> str:
-    """Losses on the passages that influence was measured on, where some contenders were trained once more."""
-    losses: dict[str, Values] = {}
-    for name in dict.fromkeys(entry["name"] for entry in document["reference"]):
-        found = {entry["draw"]: entry["all"] for entry in document["reference"] if entry["name"] == name}
-        losses[name] = np.array([found.get(seed, np.nan) for seed in range(document["settings"]["gain_seeds"])])
+def on_reference(document: Document) -> list[str]:
+    """Losses on the passages that influence was measured on, where they were read."""
+    names = dict.fromkeys(entry["name"] for entry in document["reference"])
+    losses = {name: by_seed(document, "reference", name, lambda entry: entry["all"]) for name in names}
     if RANDOM not in losses:
-        return ""
+        return []
     base, rows = losses.pop(RANDOM), []
     for name, values in losses.items():
         difference = (values - base)[np.isfinite(values - base)]
         rows.append([name, interval(difference), paired(document, name, RANDOM, "averaged", "all")])
-    text = (
-        "\nThe same trainings for some, read on the reference passages: what a label knows of those passages "
-        "alone is no gain on others.\n\n"
+    about = (
+        "The same trainings for some, read on the reference passages: what a label knows of those passages alone is "
+        "no gain on others."
     )
-    return text + table(["influence model", "reference passages", "development passages"], rows)
+    return [about, table(["influence model", "reference passages", "development passages"], rows)]
 
 
-def default(document: Document) -> str:
+def default(document: Document) -> list[str]:
     """The rule that decides the default, applied."""
     costs = {entry["name"]: entry for entry in document["cost"]}
-    text = (
-        "## Which is the default\n\nThe rule was written after the results were seen, twice over. "
+    blocks = [
+        "## Which is the default",
+        "The rule was written after the results were seen, twice over. "
         "Rule: of the influence models of the package that cost at most "
         f"{CHEAP:g} FLOPs a token, (1) those whose realised gain is not shown to be below the best one's (the paired "
         f"difference in loss has an interval that includes 0), (2) of these, those whose Spearman is within {NEAR:g} "
         "of the highest, (3) of these, the one with the fewest FLOPs, then with the shortest fit. The interval is "
-        "over seeds at one checkpoint, with one slice, and not corrected for the number of comparisons.\n\n"
-    )
+        "over seeds at one checkpoint, with one slice, and not corrected for the number of comparisons.",
+    ]
     entries = []
     for contender in installed(document):
         name = contender["name"]
@@ -277,7 +277,7 @@ def default(document: Document) -> str:
                 (losses, flops, seconds, name, mean_of(fits_of(document, name, contender["main"]), "spearman"))
             )
     if not entries:
-        return text + "Nothing to decide on yet.\n"
+        return [*blocks, "Nothing to decide on yet."]
     entries.sort(key=lambda entry: entry[0].mean())
     best_losses = entries[0][0]
     rows, level = [], []
@@ -288,14 +288,16 @@ def default(document: Document) -> str:
             level.append((flops, seconds, name, value))
         difference = "the best" if losses is best_losses else f"{mean:+.4f} ± {width:.4f}"
         rows.append([name, difference, "yes" if ties else "no", f"{value:.3f}", f"{seconds:.2g}"])
-    text += table(["influence model", "loss minus that of the best", "level with it", "Spearman", "fit, s"], rows)
+    heads = ["influence model", "loss minus that of the best", "level with it", "Spearman", "fit, s"]
     highest = max(entry[3] for entry in level)
     chosen = min(entry for entry in level if entry[3] >= highest - NEAR)[2]
-    return text + (
-        f"\nBy the rule, one ranking from one checkpoint: **{chosen}**. A run is rounds that pool the labels of "
+    return [
+        *blocks,
+        table(heads, rows),
+        f"By the rule, one ranking from one checkpoint: **{chosen}**. A run is rounds that pool the labels of "
         "earlier ones, which no figure here shows; there `selection` trains with them (`ours` with token tables, "
-        "and the change `token and document labels`), and that decides the library's default.\n"
-    )
+        "and the change `token and document labels`), and that decides the library's default.",
+    ]
 
 
 def differences(document: Document) -> list[str]:

@@ -16,17 +16,12 @@ import numpy as np
 
 from benchmarks.lab.checkpoint import BATCH_ROWS, Paths, losses_along
 from benchmarks.lab.machine import seconds_of
-from benchmarks.lab.models import Averager, task_losses
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.influence_models import setup
 from benchmarks.quality.influence_models.contenders import Contender, Scorer, contenders
 from benchmarks.quality.influence_models.setup import RATIO, Labelled, Sizes, open_labelled
 
 RANDOM = "random"
-READ_ON_REFERENCE = (
-    RANDOM, "oracle: the labels themselves", "n-gram ridge, 1 to 3", "document tables", "token tables (default)",
-    "token and document tables", "token tables, all labels",
-)  # fmt: skip
 TIMED_SECONDS = 2.0
 MOST_TIMED_ROWS = 100_000
 
@@ -35,7 +30,7 @@ MOST_TIMED_ROWS = 100_000
 class Unit:
     """One piece of work."""
 
-    part: str  # same, fit, gain, reference or cost
+    part: str  # same, fit, gain or cost
     name: str  # of the contender
     num: int = 0  # labels
     draw: int = 0  # of the labels; the seed of training
@@ -81,12 +76,6 @@ def all_units(paths: Paths, sizes: Sizes) -> list[Unit]:
         return unit.name in slow, unit.part == "fit" and (unit.name, unit.num) not in wanted
 
     units += sorted(sorted(fits, key=lambda unit: unit.num) + gains, key=turn)
-    units += [
-        Unit(part="reference", name=name, draw=seed)
-        for seed in range(bench.sizes.gain_seeds)
-        for name in names
-        if name in READ_ON_REFERENCE
-    ]
     return units + [Unit(part="cost", name=contender.name) for contender in rows if contender.fit is not None]
 
 
@@ -94,7 +83,7 @@ def do_unit(paths: Paths, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Do one piece of work; its result, in plain values and arrays."""
     bench = open_labelled(paths, sizes)
     contender: Any = next((c for c in contenders(bench.sizes) if c.name == unit.name), None)  # None picks at random
-    works = {"same": same, "fit": fit, "gain": gain, "reference": on_reference, "cost": cost}
+    works = {"same": same, "fit": fit, "gain": gain, "cost": cost}
     return works[unit.part](bench, contender, unit)
 
 
@@ -138,11 +127,11 @@ def picked(bench: Labelled, contender: Contender | None, seed: int) -> Ids:
 
 
 def gain(bench: Labelled, contender: Contender | None, unit: Unit) -> dict[str, Any]:
-    """Development losses after training on what a contender picks."""
+    """Development and reference losses after training on what a contender picks."""
     horizons, order = bench.sizes.horizons, picked(bench, contender, unit.draw)
     point = bench.point()
     start = point.development()
-    losses = losses_along(point, bench.ids[order[: horizons[-1] * BATCH_ROWS]], list(horizons))
+    losses = losses_along(point, bench.ids[order[: horizons[-1] * BATCH_ROWS]], list(horizons), reference=True)
     labels = bench.labels.influence[bench.sizes.labels + bench.sizes.test :].astype(np.float64)
     return {
         "start": start,
@@ -150,16 +139,6 @@ def gain(bench: Labelled, contender: Contender | None, unit: Unit) -> dict[str, 
         "picked": float((bench.labels.influence[order].mean(dtype=np.float64) - labels.mean()) / labels.std()),
         "domains": np.bincount(bench.domain[order], minlength=len(bench.lab.domain_names)) / len(order),
     }
-
-
-def on_reference(bench: Labelled, contender: Contender | None, unit: Unit) -> dict[str, Any]:
-    """Losses on the reference passages after the training of `gain`, at the weights averaged over the last third."""
-    steps, order = bench.sizes.horizons[-1], picked(bench, contender, unit.draw)
-    point = bench.point()
-    averager = Averager(point.model, steps, max(1, steps // 3))
-    point.train(bench.ids[order[: steps * BATCH_ROWS]], on_step=averager.update)
-    with averager.average.swapped_in():
-        return dict(task_losses(point.model, bench.lab.reference))
 
 
 def same(bench: Labelled, contender: Contender, unit: Unit) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
 from benchmarks.lab.models import LR
-from benchmarks.lab.units import plain, read_units, run_units, take_over
+from benchmarks.lab.units import read_units, recover, run_units
 from benchmarks.quality.selection import arms as known
 from benchmarks.quality.selection.arms import ARMS, EVERY_ARM, OURS, RANDOM, SETTINGS, TUNING, Arm, Unit
 from benchmarks.quality.selection.page import page, plot
@@ -84,23 +84,6 @@ def tuning_units(units: list[Unit]) -> list[Unit]:
     ]
 
 
-def recover(bench: Bench, sizes: Sizes, units: list[Unit]) -> dict[str, Any]:
-    """Take over units of the newest JSON that were made at these sizes by arms as they are now; all such, by name."""
-    document = bench.earlier()
-    if document is None or document["settings"]["sizes"] != plain(dataclasses.asdict(sizes)):
-        return {}
-    keys = [field.name for field in dataclasses.fields(Unit)]
-    defaults, found = plain(dataclasses.asdict(Arm())), {}
-    for result in document["units"]:
-        unit = Unit(**{key: result[key] for key in keys})
-        # A field that an older unit does not know has its default value there.
-        made = {**result, "settings": {**defaults, **result["settings"]}}
-        if unit.arm in EVERY_ARM and made["settings"] == plain(dataclasses.asdict(EVERY_ARM[unit.arm])):
-            found[unit.name] = made
-    take_over(bench.work, found, {unit.name: dataclasses.asdict(EVERY_ARM[unit.arm]) for unit in units})
-    return found
-
-
 def run(bench: Bench) -> dict[str, Any]:
     """Run what is missing; the JSON document of what is done so far."""
     options, sizes = bench.options, QUICK if bench.quick else Sizes()
@@ -113,7 +96,7 @@ def run(bench: Bench) -> dict[str, Any]:
     before = tuning_units(wanted)
     if options.arms:
         before += [unit for unit in tuning_units(units) if unit.arm in options.arms and unit not in before]
-    earlier = recover(bench, sizes, [*tuning_units(units), *units])
+    earlier = recover(bench, sizes, Unit, EVERY_ARM, Arm())
     paths = bench.paths
     run_units(bench, run_unit, {unit.name: (paths, sizes, unit) for unit in before})
     if not bench.left:

@@ -7,10 +7,9 @@ defaults.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import Any, Literal
 
-from benchmarks.lab.rivals import SETTINGS_TRIED
+from benchmarks.lab.rivals import SETTINGS_TRIED, NeedsPackage
 from mates_hf.flops import PATH_STEPS
 
 Rank = Literal[
@@ -19,7 +18,7 @@ Rank = Literal[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
+class Arm(NeedsPackage):
     """How a round chooses its rows."""
 
     # what candidates are ranked by. `domain means` and `best domain` are told the domain, and use the same probes as
@@ -56,11 +55,6 @@ class Arm:
     def probed(self) -> bool:
         """Whether it measures influence."""
         return self.rank in ("influence", "domain means", "best domain")
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 RANDOM, OURS, FRUGAL = "random", "ours", "ours, frugal"
@@ -110,15 +104,7 @@ ARMS: dict[str, Arm] = {
     "ours, frugal, and fastText": Arm(beside="fastText", package="fasttext", **_FRUGAL),
     "top-k of labels, every step": Arm(probes=None, path_steps=1, passages=64, averaged=False, round_steps=1),
 }
-STATIC = (
-    "stratified by domain",
-    "DSIR",
-    "fastText",
-    "similarity",
-    "DSIR, tuned",
-    "fastText, tuned",
-    "similarity, tuned",
-)
+STATIC = tuple(name for name, arm in ARMS.items() if arm.rank in ("stratified", *SETTINGS_TRIED))
 SLOW = ("top-k of labels, every step", ORACLE_TABLES, ENCODER, ORACLE_LABEL)
 
 # Settings of the static filters, tried on seeds that no table reports.

@@ -49,27 +49,20 @@ class StaticFilter:
 
 def static_filter(lab: Lab, rank: str, setting: str, seed: int) -> StaticFilter:
     """The filter of a name, fitted on the reference passages, which are cut as long as a row."""
+    target = rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0]))
+    if rank != "similarity":
+        return StaticFilter(rivals.text_ranking(rank, setting, lab.tokenizer, lab.rows, target, seed))
+    encoder = rivals.folding_encoder()
 
     def texts(rows: TokenRows) -> list[str]:
         return rivals.texts_of(rows, lab.tokenizer)
 
-    target = texts(rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0])))
-    drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))
-    settings = dict(rivals.SETTINGS_TRIED[rank][setting])
-    if rank == "similarity":
-        encoder = rivals.folding_encoder()
-        states = rivals.states_of(encoder, target)
-        others = states if settings else rivals.mean_direction(states)
-        return StaticFilter(
-            rank=lambda rows: rivals.nearest(rivals.states_of(encoder, texts(rows)), others),
-            flops=lambda rows: encoder_flops(texts(rows)),
-        )
-    if rank == "DSIR":
-        score = rivals.dsir(texts(lab.rows.take(drawn[:16_000])), target, **settings)
-    else:
-        negatives = texts(lab.rows.take(drawn[: settings.pop("negatives", len(target))]))
-        score = rivals.fasttext(target, negatives, seed, **settings)
-    return StaticFilter(lambda rows: score(texts(rows)))
+    states = rivals.states_of(encoder, texts(target))
+    others = states if rivals.SETTINGS_TRIED[rank][setting] else rivals.mean_direction(states)
+    return StaticFilter(
+        rank=lambda rows: rivals.nearest(rivals.states_of(encoder, texts(rows)), others),
+        flops=lambda rows: encoder_flops(texts(rows)),
+    )
 
 
 def tuned_setting(paths: Paths, unit: Unit, rank: str) -> str:

@@ -18,7 +18,7 @@ import pandas
 
 from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, Paths, Point, one_a_document, warm_point
-from benchmarks.lab.corpus import Lab, load_lab
+from benchmarks.lab.corpus import Lab, load_lab, together
 from benchmarks.lab.models import TOKENS_PER_BATCH, Averager, row_losses, task_losses
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.selection import filters
@@ -317,14 +317,6 @@ class Run:
         means = np.where(counts > 0, sums / np.maximum(counts, 1e-9), sums.sum() / counts.sum())
         values = means[self.lab.domain[candidates]] / labels.influence.std()
         return values if self.arm.rank == "domain means" else (values == values.max()).astype(float)
-
-
-def together(rows: TokenRows, more: TokenRows) -> TokenRows:
-    """Rows, then more rows."""
-    return TokenRows(
-        values=np.concatenate([rows.values, more.values]),
-        offsets=np.concatenate([rows.offsets, rows.offsets[-1] + more.offsets[1:]]),
-    )
 
 
 @functools.lru_cache(maxsize=1)

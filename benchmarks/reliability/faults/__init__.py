@@ -133,23 +133,25 @@ def train(folder: Path, fault: Fault, rank: int) -> None:
 
 
 class Running:
-    """The processes of one fault, and what was seen of them; the folder of its run is emptied first."""
+    """The processes of one fault, and what was seen of them.
 
-    def __init__(self, fault: Fault, folder: Path) -> None:
+    The folder of its run is emptied first; a run that is `resumed` is copied there.
+    """
+
+    def __init__(self, fault: Fault, folder: Path, resumed: Path | None = None) -> None:
         self.fault, self.folder = fault, folder
         self.ended: dict[int, tuple[int, float]] = {}  # exit code and time, by rank
         self.thawed_at: float | None = None
         self.began = time.time()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.pids: list[int] = []
-
-    def start(self) -> None:
-        """Fork the processes."""
+        if resumed is not None:
+            shutil.copytree(resumed, folder / "run")
         port = free_port()
-        for rank in range(SIZE):
-            work = functools.partial(train, self.folder, self.fault, rank)
-            self.pids.append(fork(work, self.folder / f"log-{rank}", as_launched(rank, SIZE, port)))
+        self.pids = [
+            fork(functools.partial(train, folder, fault, rank), folder / f"log-{rank}", as_launched(rank, SIZE, port))
+            for rank in range(SIZE)
+        ]
 
     def look(self) -> bool:
         """Take note of the processes that have ended; true when there is nothing more to wait for."""
@@ -194,7 +196,6 @@ def whole_run(bench: Bench) -> Path:
     folder = bench.work / "whole"
     if not (folder / "run" / "checkpoint-8").exists():
         running = Running(WHOLE, folder)
-        running.start()
         while not running.look():
             time.sleep(0.1)
         assert not any(code for code, _ in running.ended.values()), (folder / "log-0").read_text()
@@ -203,7 +204,7 @@ def whole_run(bench: Bench) -> Path:
 
 def break_all(bench: Bench, faults: list[Fault]) -> int:
     """Run the faults that are not kept yet, some side by side; how many are left."""
-    whole = whole_run(bench) if any(fault.resumes for fault in faults) else bench.work
+    whole = whole_run(bench) if any(fault.resumes for fault in faults) else None
     todo = [fault for fault in faults if not unit_path(bench.work, fault.name).exists()]
     places = [fault.place for fault in faults]
     turn = {fault.name: places[:number].count(fault.place) for number, fault in enumerate(faults)}
@@ -216,11 +217,8 @@ def break_all(bench: Bench, faults: list[Fault]) -> int:
         free = len(running) < 4 * bench.options.workers and busy < bench.options.workers
         if todo and free and time.monotonic() < bench.deadline:
             fault = todo.pop(0)
-            each = Running(fault, bench.work / f"fault-{faults.index(fault)}")
-            if fault.resumes:
-                shutil.copytree(whole, each.folder / "run")
-            each.start()
-            running.append(each)
+            folder = bench.work / f"fault-{faults.index(fault)}"
+            running.append(Running(fault, folder, whole if fault.resumes else None))
         for each in [each for each in running if each.look()]:
             running.remove(each)
             found = each.result()

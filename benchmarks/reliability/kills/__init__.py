@@ -36,7 +36,7 @@ import numpy as np
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import ROOT
 from benchmarks.lab.tables import markdown, table
-from benchmarks.reliability.kills.runs import Plan, count_lines, draw_setting, run_point
+from benchmarks.reliability.kills.runs import count_lines, draw_setting, run_point
 
 NUM_SETTINGS = 10
 FORMAT = 2
@@ -120,21 +120,14 @@ def run(bench: Bench) -> None:
     earlier = bench.earlier()
     if earlier is not None and {**earlier, "points": []} == results:
         results["points"] = earlier["points"]
-    plan = Plan(
-        settings=settings,
-        lines=count_lines(settings, work, options.processes, results["code"]),
-        work=work,
-        seed=options.seed,
-        size=options.processes,
-        power_loss=options.power_loss,
-    )
+    lines = count_lines(settings, work, options.processes, results["code"])
     done = {point["point"] for point in results["points"]}
     todo = [point for point in range(options.points) if point not in done]
     for point in todo if options.only is None else [options.only]:
         if time.monotonic() > bench.deadline:
             bench.left = options.points - len(results["points"])
             break
-        found = run_point(plan, point)
+        found = run_point(results, lines, work, point)
         where = ", then ".join(f"{d['phase']} ({d['line']}, step {d['step']})" for d in found["deaths"])
         verdict = "differs: " + "; ".join(found["differs"]) if found["differs"] else "the same"
         say(f"{point:4d} {where}; from step {found['resumed_from']}: {verdict}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -29,18 +28,6 @@ POWER_LOSS_EVERY = 5  # points: a fifth of the kills
 PATIENCE_SECONDS = 5.0  # that a process may outlive another that was killed
 OTHER = "in the other process: "  # begins the phases of a process that is not the main one
 KEPT = ("probes.parquet", "audit.json", "sentinel.json", "influence_model/config.json", "round.json")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What all points have in common."""
-
-    settings: list[dict[str, Any]]  # that runs have
-    lines: list[dict[str, int]]  # of each setting's run, by phase
-    work: Path  # holds the folders of the runs left alone, by number, and those of the points
-    seed: int  # of the points
-    size: int  # processes that train together
-    power_loss: bool  # whether every fifth point loses power
 
 
 def draw_setting(generator: np.random.Generator, number: int, num_processes: int) -> dict[str, dict[str, Any]]:
@@ -191,18 +178,19 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
-def run_point(plan: Plan, point: int) -> dict[str, Any]:
+def run_point(document: Mapping[str, Any], counted: list[dict[str, int]], work: Path, point: int) -> dict[str, Any]:
     """Kill, resume, maybe kill again and resume again, and compare; what the JSON holds of the point.
 
-    Its number and the seed decide everything.
+    Its number and the document's seed decide everything. `counted` has the lines of each setting's run by phase;
+    `work` holds the folders of the runs that were left alone, by number, and those of the points.
     """
-    generator = np.random.default_rng([plan.seed, point])
-    phases = sorted({phase for counts in plan.lines for phase in counts})
+    generator, size = np.random.default_rng([document["seed"], point]), document["processes"]
+    phases = sorted({phase for counts in counted for phase in counts})
     phase = phases[point % len(phases)]
-    number = int(generator.choice([n for n, counts in enumerate(plan.lines) if counts.get(phase)]))
-    setting, lines, folder = plan.settings[number], plan.lines[number], plan.work / f"point-{point}"
+    number = int(generator.choice([n for n, counts in enumerate(counted) if counts.get(phase)]))
+    setting, lines, folder = document["settings"][number], counted[number], work / f"point-{point}"
     deaths: list[dict[str, Any]] = []
-    loses_power = plan.power_loss and point % POWER_LOSS_EVERY == POWER_LOSS_EVERY - 1
+    loses_power = document["power_loss"] and point % POWER_LOSS_EVERY == POWER_LOSS_EVERY - 1
     before: dict[str, int] = {}
 
     def die(phase: str, line: int, *, resume: bool) -> int:
@@ -211,7 +199,7 @@ def run_point(plan: Plan, point: int) -> dict[str, Any]:
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        code = train(setting, folder, plan.size, resume=resume, kill=(phase, line))
+        code = train(setting, folder, size, resume=resume, kill=(phase, line))
         if code == -signal.SIGKILL:
             deaths.append({"phase": phase, **json.loads((folder / "killed.json").read_text())})
             if loses_power:
@@ -228,9 +216,9 @@ def run_point(plan: Plan, point: int) -> dict[str, Any]:
         again = phases[int(generator.integers(len(phases)))]
         code = die(again, int(generator.integers(1, lines.get(again, 1) // 2 + 2)), resume=True)
     if code == -signal.SIGKILL:
-        code = train(setting, folder, plan.size, resume=True)
+        code = train(setting, folder, size, resume=True)
     if code == 0:
-        start, differs = compare(plan.work / f"whole-{number}", folder, before, plan.size)
+        start, differs = compare(work / f"whole-{number}", folder, before, size)
     else:
         error = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
         start, differs = None, [f"does not resume: {' '.join(error)}"]
