@@ -32,7 +32,8 @@ def page(document: Mapping[str, Any]) -> str:
                 if unit["setting"] == name and unit["seed"] in seeds
             }
             if units:
-                parts.append(f"## {name}: {setting.about} ({of})\n\n{_table(name, units)}")
+                parts.append(f"## {name}: {setting.about} ({of})")
+                parts += [_table(name, units)] if any(arm == RANDOM for arm, _ in units) else []
                 parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
     return markdown(*parts)
 

@@ -103,6 +103,7 @@ def run(bench: Bench) -> dict[str, Any]:
         run_units(bench, run_unit, {unit.name: (paths, sizes, unit) for unit in wanted})
     names = dict.fromkeys([*earlier, *(unit.name for unit in [*tuning_units(units), *units])])
     found = {**earlier, **read_units(bench.work, names)}
+    missing = {unit.name for unit in all_units(bench.quick, None)} - found.keys()
     labs = {}
     for task, filtered in dict.fromkeys((result["task"], result["filtered"]) for result in found.values()):
         lab = open_lab(paths, sizes, task, filtered)
@@ -113,7 +114,7 @@ def run(bench: Bench) -> dict[str, Any]:
     return {
         "settings": {
             "quick": bench.quick, "sizes": dataclasses.asdict(sizes), "learning_rate": LR, "batch_rows": BATCH_ROWS,
-            "window": WINDOW, "missing": sum(unit.name not in found for unit in units),
+            "window": WINDOW, "missing": len(missing),
             **versions("torch", "transformers"),
         },
         "labs": labs,
