@@ -87,10 +87,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now: a few fused passes over the parameters, no device synchronisation.
+        """Take in the weights as they are now: one fused pass over the parameters, no device synchronisation.
 
-        Of a mean in the host's memory a group of pieces at a time is copied to the device, averaged there by the same
-        kernel, and copied back, while the next training step runs.
+        Weights in another type than the mean are converted and taken in a group at a time, so that the converted ones
+        take little memory. Of a mean in the host's memory a group of pieces at a time is copied to the device, is
+        averaged there by the same kernel, and is copied back, while the next training step runs.
         """
         shards = self._shards()
         live = [piece.of(shards[piece.number]) for piece in self._mine]
@@ -98,7 +99,9 @@ class WeightAverage:
         if is_first:
             self._mean = self._allocate()
         with self._side.running():
-            for group in groups([mean.nbytes for mean in self._mean]):
+            alike = all(mean.dtype == tensor.dtype for mean, tensor in zip(self._mean, live, strict=True))
+            whole = bool(live) and alike and not self._on_host
+            for group in [slice(None)] if whole else groups([mean.nbytes for mean in self._mean]):
                 self._update_group(self._mean[group], live[group], is_first)
         self.num_steps += 1
 

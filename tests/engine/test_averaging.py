@@ -143,6 +143,25 @@ def test_neither_an_update_nor_the_swap_holds_another_copy(
     assert mean < peak_bytes(work) <= mean * (1 + 0.5 / 12)
 
 
+def test_weights_in_the_mean_s_own_type_are_taken_in_by_one_operation() -> None:
+    average = averaged(make())
+    seen: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        average.update()
+    assert seen.count("_foreach_lerp_") == 1
+    assert set(seen) <= {"_foreach_lerp_", "detach", "view", "slice"}
+    seen.clear()
+    empty = WeightAverage(nn.ParameterList())
+    empty.update()
+    assert (empty.num_steps, seen) == (1, [])
+
+
 @pytest.mark.parametrize("size", [2, 3, 64])
 def test_shares_of_processes_are_equal_and_cover_each_entry_once(size: int) -> None:
     shards = [torch.empty(shape) for shape in [(50_000,), (7,), (300, 400), (0, 2), (2_000, 30)]]
