@@ -1,7 +1,7 @@
 """`mates-hf`: what a person asks from a shell.
 
 `mates-hf env` prints what a bug report needs, `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN` what they took. Place in the flow: right of
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took. Where it is used: right of
 everything, and the only module that prints. Trade-off: rounds are read from their directories alone, so it works on a
 machine without torch and shows nothing that a round did not record. What a command needs is imported when it runs, so
 that `mates-hf env` works in an installation that is broken.

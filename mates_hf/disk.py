@@ -1,6 +1,6 @@
 """Files and folders that are there whole or not at all, also after a power cut, and what to do where a disk is full.
 
-Place in the flow: left of every folder; `round_files` writes and reads through it, and so does everything that a
+Where it is used: left of every folder; `round_files` writes and reads through it, and so does everything that a
 killed run must find again. A rename is on disk only once the folder that holds the name was flushed as well: until
 then a power cut, or a file server that crashes, takes it back. What is read is distrusted: a damaged file is a
 `MatesError` that names it.

@@ -1,6 +1,6 @@
 """How results print: at most ten short lines in a shell, a small table in a notebook, never an array or a passage.
 
-Place in the flow: left of every folder, and it imports nothing of the package: whoever owns a result hands over its
+Where it is used: left of every folder, and it imports nothing of the package: whoever owns a result hands over its
 name and a few facts as text. Trade-off: what is cut off is marked by an ellipsis and has to be asked for by name.
 """
 

@@ -1,6 +1,6 @@
 """What stages cost, in FLOPs: the rule that rounds record with and that `reporting` predicts with, without torch.
 
-Place in the flow: beside the probes and influence models, which say how many tokens they ran. The rule is that of
+Where it is used: beside the probes and influence models, which say how many tokens they ran. The rule is that of
 the Trainer's `total_flos`: 2 FLOPs a parameter and token forward, 4 more backward, for every parameter that a token is
 multiplied with. That is all of them but the tables it is looked up in: the output head counts, the input embedding
 does not, and one matrix that is both counts once (`probe.count_multiplied_parameters`).

@@ -1,6 +1,6 @@
 """Paths that a user gives: a home folder written as `~` is one, in every argument that takes a path.
 
-Place in the flow: left of all folders. Trade-off: a folder that is really called `~` must be written `./~`.
+Where it is used: left of all folders. Trade-off: a folder that is really called `~` must be written `./~`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A round on disk: in the making, finished, read back. Everything a round did, readable without this library.
 
-Place in the flow: left of every folder, on top of `records`. `round_writer` makes the directories; `load_round`
+Where it is used: left of every folder, on top of `records`. `round_writer` makes the directories; `load_round`
 needs numpy and pyarrow only, so a finished round can be read on a machine without torch.
 
 Trade-off: a round is a directory of plain files (Parquet, npy, JSON), not one archive. It costs a few more file

@@ -1,6 +1,6 @@
 """A round's directory in the making: how it gets its name, and what becomes of one that stood there before.
 
-Place in the flow: left of every folder, on top of `round_files`, which reads what is finished. `training/` writes
+Where it is used: left of every folder, on top of `round_files`, which reads what is finished. `training/` writes
 through `RoundWriter` and sets directories aside.
 
 Trade-off: what another attempt left is never deleted here, since a start made by mistake must not cost the record of

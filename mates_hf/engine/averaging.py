@@ -1,6 +1,6 @@
 """A running mean of the weights over the last steps before a round, and the swap that lets a probe look at it.
 
-Place in the flow: labels at the live weights carry the noise of the last few steps; at averaged weights they agree
+Where it is used: labels at the live weights carry the noise of the last few steps; at averaged weights they agree
 better from boundary to boundary while the order is random. Once rounds select, a round of one kind of text overshoots
 and the next labels undo it, at either weights: against that, earlier rounds' labels are pooled
 (benchmark `fidelity`). The mean exists only inside its window.

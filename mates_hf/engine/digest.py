@@ -1,6 +1,6 @@
 """A digest of the live weights that gathers, copies and hashes none of them.
 
-Place in the flow: a round's stages are keyed by it (`rounds.run_round`), and a checkpoint carries marks of it, by
+Where it is used: a round's stages are keyed by it (`rounds.run_round`), and a checkpoint carries marks of it, by
 which a resumed run proves that every parameter came back (`resume`).
 
 Every entry's bits, read as an integer, are multiplied by an odd number that depends on the entry's place in the whole

@@ -1,6 +1,6 @@
 """What a model takes and how it is run: what probes, evaluation and checks ask of any causal language model.
 
-Place in the flow: whoever runs the live model asks here. Trade-off: a model that does not tell (no config, no
+Where it is used: whoever runs the live model asks here. Trade-off: a model that does not tell (no config, no
 embedding) is given the benefit of the doubt: None, and whoever asked goes on without that check.
 """
 

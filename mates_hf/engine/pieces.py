@@ -1,6 +1,6 @@
 """Where the running mean of the weights lies: pieces of the parameters, who averages each, and memory of the host.
 
-Place in the flow: `averaging` keeps one tensor for each piece that is this process's to average. Pieces are small
+Where it is used: `averaging` keeps one tensor for each piece that is this process's to average. Pieces are small
 enough that what is worked on at a time does not show beside the mean.
 
 Trade-off: where processes hold whole copies of the weights (DDP), a parameter may be cut between two processes. Cuts

@@ -1,6 +1,6 @@
 """Leave no trace: run the live model and optimizer through a probe or an evaluation and put every bit back.
 
-Place in the flow: around everything that runs the live model. Each probe does all of its work inside `preserved`, an
+Where it is used: around everything that runs the live model. Each probe does all of its work inside `preserved`, an
 evaluation, which moves no parameter, inside `undisturbed`. Parameters are cloned, overwritten in place and copied
 back, because nothing else is exact everywhere: `functional_call` is ignored by FSDP2 and recomputes at the wrong
 weights under checkpointing, and adding then subtracting does not give the same float.

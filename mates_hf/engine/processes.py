@@ -1,6 +1,6 @@
 """The processes of one run: who measures what, how results come together, and how the main one tells the others.
 
-Place in the flow: probes share their rows through it, and `training/` has the main process run a round while the
+Where it is used: probes share their rows through it, and `training/` has the main process run a round while the
 others assist. `ALONE` is a run of one process; nothing is sent there.
 
 No collective of ours waits without looking: it is started, and asked whether it is done, with a look at what `watch`

@@ -1,6 +1,6 @@
 """What the processes of a run know of one another beside their collectives: who failed, and who still answers.
 
-Place in the flow: under `processes`, whose collectives look here while they wait. Two threads a process keep it up.
+Where it is used: under `processes`, whose collectives look here while they wait. Two threads a process keep it up.
 One speaks to the store of torch.distributed, through a connection of its own: a sign of life every two seconds, and
 what failed. The other only reads the clock and memory, because the first one blocks where the process that holds the
 store is frozen. The main process reads all signs of life and says who is silent; the others watch the main one.

@@ -1,6 +1,6 @@
 """How well predicted influence agrees with measured influence: rank, best fraction, calibration.
 
-Place in the flow: the arithmetic of every fit report, and of the `evaluate` modules in `metrics/`, so that a figure of
+Where it is used: the arithmetic of every fit report, and of the `evaluate` modules in `metrics/`, so that a figure of
 the guard and one that a user computes are the same. Sign and unit: influence > 0 helps, nats/token; nothing here needs
 either, but predictions and labels must have the same.
 

@@ -1,6 +1,6 @@
 """The paper's nine zero-shot benchmarks, and LAMBADA, as documents that lm-eval scores.
 
-Place in the flow: under the task files in `tasks/`. A benchmark comes from the Hub (one reader here for each) or from
+Where it is used: under the task files in `tasks/`. A benchmark comes from the Hub (one reader here for each) or from
 local files (`local_files`); both become *rows* of `context`, `question`, `choices` and `label`, and one function here
 makes each row the *document* that is scored, so that a benchmark has one prompt, wherever its data lie. Prompts and
 choices are those of lm-evaluation-harness, so that results can be compared with published ones.

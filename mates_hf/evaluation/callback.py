@@ -1,6 +1,6 @@
 """`LmEvalCallback`: lm-eval tasks on the live model, inside the run.
 
-Place in the flow: beside `MatesCallback`, and independent of it; from this library it only learns that a round has
+Where it is used: beside `MatesCallback`, and independent of it; from this library it only learns that a round has
 happened. Evaluating writes no checkpoint and loads no second copy of the model.
 
 Trade-off: training waits while the model is evaluated. All processes share the requests.

@@ -1,6 +1,6 @@
 """What is refused before the first step: tasks and tokenizers for which lm-eval's number says nothing of the model.
 
-Place in the flow: `evaluator` asks here when it is made, when tasks are loaded, and when their requests are tokenised.
+Where it is used: `evaluator` asks here when it is made, when tasks are loaded, and when their requests are tokenised.
 
 Trade-off: every number is lm-eval's own. Where that number says nothing of the model (an end token is scored in the
 answer's place, choices cannot be told apart), a number of another kind would not compare with published ones, so there

@@ -1,6 +1,6 @@
 """What candidate pool, reference task and evaluated tasks share: text that must not be in two of them.
 
-Place in the flow: before a run, on what the run will read. A pool row that holds an evaluated text teaches the answer,
+Where it is used: before a run, on what the run will read. A pool row that holds an evaluated text teaches the answer,
 a pool row that holds a reference passage is selected for having it, and a reference task that is evaluated too makes
 the result as good as the selection is at finding that task.
 

@@ -1,6 +1,6 @@
 """Log-likelihood of continuations after contexts, by batched forward passes of the live model.
 
-Place in the flow: under `live`, which brings what lm-eval asks for; knows tokens only. Requests that differ in their
+Where it is used: under `live`, which brings what lm-eval asks for; knows tokens only. Requests that differ in their
 last token alone (the choices "yes" and "no", say) share one row, and logits are asked for only where a continuation
 can lie, so that the vocabulary is multiplied out for a few positions instead of all.
 

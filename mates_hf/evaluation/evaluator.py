@@ -1,6 +1,6 @@
 """Evaluation of the model as it is now, by lm-eval tasks: what `LmEvalCallback` does at a step, without the Trainer.
 
-Place in the flow: above `live`; `callback` and the example for checkpoints call it. Tasks are built and their requests
+Where it is used: above `live`; `callback` and the example for checkpoints call it. Tasks are built and their requests
 tokenised once, checked against the model before anything is trained, and asked again at every evaluation.
 
 Trade-off: lm-eval's standard errors are left out, because they would be computed again at every step of a curve.

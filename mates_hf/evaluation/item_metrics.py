@@ -1,6 +1,6 @@
 """What is reported of one item: accuracy, and the likelihood behind it, which moves where accuracy is still noise.
 
-Place in the flow: lm-eval calls these functions (`process_results` in the task files) with the log-likelihoods of one
+Where it is used: lm-eval calls these functions (`process_results` in the task files) with the log-likelihoods of one
 document's requests and averages what they return over documents; a group is the mean over its tasks.
 
 Metrics (all are means over items):

@@ -1,6 +1,6 @@
 """A model that is training, as lm-eval sees it: text in, log-likelihoods out.
 
-Place in the flow: between lm-eval, which brings requests as texts and makes metrics of the answers, and
+Where it is used: between lm-eval, which brings requests as texts and makes metrics of the answers, and
 `continuations`, which runs the model.
 
 Trade-off: tasks whose answers are generated are refused. Requests are tokenised once and kept, because a run evaluates

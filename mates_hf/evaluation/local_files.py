@@ -1,6 +1,6 @@
 """The benchmarks out of a folder of JSON lines, for machines without a hub.
 
-Place in the flow: the `_local` task files name `load` as their `custom_dataset`; lm-eval hands it the metadata
+Where it is used: the `_local` task files name `load` as their `custom_dataset`; lm-eval hands it the metadata
 (`--metadata '{"data_dir": "...", "split": "validation"}'`) and which benchmark is wanted. Trade-off: files are scored
 as they are (no clean-up of brackets and spaces, as the Hub's data get), and read when a split is first asked for.
 

@@ -1,6 +1,6 @@
 """The pool rows whose loss is compared, each collated alone, and what their batches hold beside token ids.
 
-Place in the flow: `reading` compares the run's loss of these with what a probe would read. Trade-off: 64 rows are
+Where it is used: `reading` compares the run's loss of these with what a probe would read. Trade-off: 64 rows are
 looked at, so what only rare rows show is not seen. Further inputs are therefore tried, too: a row is compared with one
 of them changed.
 """

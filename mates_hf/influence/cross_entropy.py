@@ -1,6 +1,6 @@
 """Cross-entropy at chosen positions, in chunks of the logits.
 
-Place in the flow: the last operation of every forward pass of a probe. Trade-off: chunks are worked off one after the
+Where it is used: the last operation of every forward pass of a probe. Trade-off: chunks are worked off one after the
 other, which costs some launches, so that no float32 copy of all logits is ever made.
 """
 

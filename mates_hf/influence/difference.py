@@ -1,6 +1,6 @@
 """Derivatives of candidates' losses along a direction, by central differences, and the step to take them with.
 
-Place in the flow: the second half of `DirectionalProbe.measure`, which finds the direction u. Candidates all run at
+Where it is used: the second half of `DirectionalProbe.measure`, which finds the direction u. Candidates all run at
 θ + ε u, then all at θ − ε u: two swaps of the weights for those given at once, 512 in a probe.
 
 Trade-off: a small ε drowns in the rounding of the forward pass, a large one in curvature, and where the two meet

@@ -1,6 +1,6 @@
 """The gradient of a sum of losses, added to what `.grad` holds: how a path keeps one buffer for all of its points.
 
-Place in the flow: `reference_path` reads the reference task share by share through here. P is the same at every point,
+Where it is used: `reference_path` reads the reference task share by share through here. P is the same at every point,
 so the sum of P g is P times the sum of g, and neither a second gradient nor a mean over shares is needed.
 
 Trade-off: where memory runs out in the middle, what the earlier shares left is lost with the rest, and the path starts

@@ -1,6 +1,6 @@
 """Loss of every trained token, and the gradient of a mean loss, by plain batched passes of the live model.
 
-Place in the flow: both probes and nothing else run the model, and they run it through here. A candidate needs forward
+Where it is used: both probes and nothing else run the model, and they run it through here. A candidate needs forward
 passes only; the reference task needs one backward pass a round.
 
 Trade-off: the logits of a micro-batch exist in full, in the dtype the model gave them, because reaching into the

@@ -1,6 +1,6 @@
 """How far a path goes: as far as the coming round will, by the learning rates that are scheduled for it.
 
-Place in the flow: the training loop asks `rate_steps` and puts the answer into `RunSettings`; `DirectionalProbe` asks
+Where it is used: the training loop asks `rate_steps` and puts the answer into `RunSettings`; `DirectionalProbe` asks
 `steps_per_stride`. In a decay or a warm-up a round is worth more or fewer of the steps that the run takes now.
 
 Trade-off: a schedule is read by a copy of the scheduler that steps on its own, which works for whatever depends on the

@@ -1,6 +1,6 @@
 """How the live optimizer would move each parameter, in closed form: the null step, and what one more gradient changes.
 
-Place in the flow: `DirectionalProbe` needs the point after the null step and the preconditioner P there; both are read
+Where it is used: `DirectionalProbe` needs the point after the null step and the preconditioner P there; both are read
 from the optimizer's state without a step and without a copy of that state. The forms are in the `*_step` modules; here
 is which optimizer has one, and what can be asked of an optimizer at all. `docs/optimizers.md` is the table to read.
 

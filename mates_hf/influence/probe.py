@@ -1,6 +1,6 @@
 """What every probe is: a measurement of influence on the live model and optimizer that leaves no trace.
 
-Place in the flow: the first stage of a round. The Protocol is the extension point: what has these two methods can be
+Where it is used: the first stage of a round. The Protocol is the extension point: what has these two methods can be
 passed to `MatesCallback(probe=...)`.
 """
 

@@ -1,6 +1,6 @@
 """The forward-only probe: influence as a directional derivative of the candidate's own loss.
 
-Place in the flow: the default probe of a round. With θ the weights, g_x the gradient of candidate x's mean loss and
+Where it is used: the default probe of a round. With θ the weights, g_x the gradient of candidate x's mean loss and
 c · P the optimizer's linear response to one more gradient (`preconditioner`), a step on x ends at θ_null − c P g_x, so
 
     influence(x) = L_ref(θ_null) − L_ref(θ_null − c P g_x)

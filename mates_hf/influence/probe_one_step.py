@@ -1,6 +1,6 @@
 """The paper's oracle: the reference loss after one real optimizer step on a candidate, in memory.
 
-Place in the flow: the audit of every round, the probe for optimizers that `DirectionalProbe` does not know, and the
+Where it is used: the audit of every round, the probe for optimizers that `DirectionalProbe` does not know, and the
 label of the paper (arXiv:2406.06046), measured against the null step: before minus after would give every candidate
 the sign of what momentum and weight decay do anyway.
 

@@ -1,6 +1,6 @@
 """How the run's loss follows from a batch: what a probe would read is compared with what the run computes.
 
-Place in the flow: `MatesCallback` asks once, before the first step; the stages alone ask in each `measure`. A few rows
+Where it is used: `MatesCallback` asks once, before the first step; the stages alone ask in each `measure`. A few rows
 of the pool are collated, one by one and together. Of the readings that a probe can measure (`Reading`) the one is
 taken that equals the run's own loss on them. Where none does, the own loss is measured row by row; where the rows'
 own losses do not make up the batch's, the run is refused with both numbers.

@@ -1,6 +1,6 @@
 """One step of the run's own optimizer on the gradients at hand, by its own code, to be undone.
 
-Place in the flow: `OneStepProbe` takes one for each candidate, and puts the parameters back by its snapshot.
+Where it is used: `OneStepProbe` takes one for each candidate, and puts the parameters back by its snapshot.
 
 An optimizer that `preconditioner` knows moves each parameter by itself, most of them each element by itself. So it
 steps on one piece after the other, each with a copy of that piece's state: bit for bit the same step, without a copy

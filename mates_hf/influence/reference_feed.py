@@ -1,6 +1,6 @@
 """The reference task as the run's model is fed it, proven by the model's own loss of a few passages.
 
-Place in the flow: behind `reading`, which says how the run's loss follows from a batch; before the probes, which read
+Where it is used: behind `reading`, which says how the run's loss follows from a batch; before the probes, which read
 `ReferenceTask.measured`. Trade-off: a passage is text, and what a model wants may be more. A causal model gets its
 tokens in the layout it wants, a masked language model what the run's collator hides of them, an encoder-decoder its
 prompt and its completion; what cannot be made of a passage is refused.

@@ -1,6 +1,6 @@
 """The direction in which the reference loss falls, over one step or along a path of many.
 
-Place in the flow: the first half of `DirectionalProbe.measure`; `difference` is the second.
+Where it is used: the first half of `DirectionalProbe.measure`; `difference` is the second.
 
 What lowers the reference loss in one step need not be what lowers it over a round, so the preconditioned gradient
 Pᵀ ∇L_ref may be read at several points instead of at θ_null alone. They lie on the way that training on the reference

@@ -1,6 +1,6 @@
 """The loss a run trains with: the model's own, or one that a Trainer makes.
 
-Place in the flow: `reading` compares it with what a probe would measure; where no likelihood equals it, probes measure
+Where it is used: `reading` compares it with what a probe would measure; where no likelihood equals it, probes measure
 it row by row. Trade-off: a router's balancing loss is turned off in the model's own loss. It is a property of a batch
 and not of a row, so a row alone would be charged for what its neighbours balance.
 """

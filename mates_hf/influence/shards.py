@@ -1,6 +1,6 @@
 """What a probe has measured so far, kept on disk, so that one that was killed continues behind it.
 
-Place in the flow: `DirectionalProbe.measure` has found its direction u and measures candidates along it, 512 at a
+Where it is used: `DirectionalProbe.measure` has found its direction u and measures candidates along it, 512 at a
 time; the main process keeps the losses of each of these shards and what they were measured with.
 
 A direction that is found again is not the same to the last bit on a GPU, whose backward passes add up in any order.

@@ -1,6 +1,6 @@
 """What a batch of the run would bring at the present weights: the squares of its gradient, and how long that is.
 
-Place in the flow: `DirectionalProbe` asks for E[g_B²] under `second_moment="batches"`, and `reference_path` for the
+Where it is used: `DirectionalProbe` asks for E[g_B²] under `second_moment="batches"`, and `reference_path` for the
 length of a step where the optimizer's state does not tell it (SGD without momentum).
 
 Trade-off: batches are drawn from the candidates at hand, with replacement, rather than from the run's own order.

@@ -1,6 +1,6 @@
 """Saved influence models: a directory of `config.json`, `model.safetensors` and `fit.json`, checked when read.
 
-Place in the flow: under the influence models' `save_pretrained` and `from_pretrained`. Trade-off: checksums in the
+Where it is used: under the influence models' `save_pretrained` and `from_pretrained`. Trade-off: checksums in the
 config make reading a large file twice as long, and a cut or edited file an error by name instead of a wrong selection.
 Nothing is pickled.
 """

@@ -1,6 +1,6 @@
 """A data influence model made of a text encoder: the paper's, with any encoder of transformers.
 
-Place in the flow: in place of `ngram_model`, between a probe and selection; the room `encoder/` runs it, `ridge`
+Where it is used: in place of `ngram_model`, between a probe and selection; the room `encoder/` runs it, `ridge`
 judges what it predicts. Trade-off: it reads whole documents and brings what its own pretraining knows of text; for
 that it must be downloaded, wants a GPU, and spends a forward pass on every candidate. `head_only=True` leaves the
 encoder as it is and fits a ridge on its pooled states: a forward pass a label and seconds, where a fine-tuning run

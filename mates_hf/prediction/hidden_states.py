@@ -1,6 +1,6 @@
 """A data influence model that reads the states of the very model that trains: no other model, nothing to download.
 
-Place in the flow: in place of `ngram_model`, between a probe and selection. A candidate becomes the mean of the
+Where it is used: in place of `ngram_model`, between a probe and selection. A candidate becomes the mean of the
 training model's hidden states over its trained tokens, at a few layers, and a ridge (`ridge`) takes that to influence.
 Trade-off: it needs few labels, because what the model makes of a candidate is what its influence depends on; for that,
 predicting costs a forward pass of the training model a candidate, and a fit is good for the weights it has seen: the

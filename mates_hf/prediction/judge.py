@@ -1,6 +1,6 @@
 """Judging an influence model: the held-out split, the fit report, and how many labels a weak fit would need.
 
-Place in the flow: every influence model splits its labels here, fits on one part and reports on the other; the guard
+Where it is used: every influence model splits its labels here, fits on one part and reports on the other; the guard
 in `training/` reads the report. Its arithmetic is `evaluation/agreement`'s, which the `evaluate` modules share.
 Trade-off: the interval is a bootstrap of held-out documents only. It costs a fifth of the labels and assumes nothing
 about the distribution of influence, whose tails are heavy.

@@ -1,6 +1,6 @@
 """The default data influence model: additive n-gram tables over the training tokens.
 
-Place in the flow: between a probe and selection; `fit` takes its labels, `predict` ranks the pool. Trade-off: it sees
+Where it is used: between a probe and selection; `fit` takes its labels, `predict` ranks the pool. Trade-off: it sees
 a token and the one before it, nothing longer. For that it needs no download and no GPU, is fitted in about a second,
 reads the pool at memory speed, and says which n-grams raise and lower influence.
 

@@ -1,6 +1,6 @@
 """Running a transformer over rows of many lengths, down to one state a row.
 
-Place in the flow: under `folding` (texts through an encoder) and `hidden_states` (rows through the training model).
+Where it is used: under `folding` (texts through an encoder) and `hidden_states` (rows through the training model).
 Trade-off: rows of like length go together, so that little is padded; which rows share a pass depends on the whole
 call, so a prediction may differ in its last bits from one of the row alone (of bf16, where passes run in that).
 

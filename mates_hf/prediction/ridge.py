@@ -1,6 +1,6 @@
 """Ridge on pooled hidden states, and what every influence model that reads hidden states does with labels.
 
-Place in the flow: `encoder_model` and `hidden_states` turn candidates into states of one width; here labels are split
+Where it is used: `encoder_model` and `hidden_states` turn candidates into states of one width; here labels are split
 and z-scored, the ridge is fitted, and what it predicts is judged in the labels' unit. Trade-off: a line through the
 states is all that is fitted, in closed form and in seconds; what is not linear in them is the fine-tuned encoder's to
 find.

@@ -1,6 +1,6 @@
 """Scoring rows: what a fitted influence model predicts of one column, and all that a prediction depends on.
 
-Place in the flow: between a fitted influence model and `selection/`. A `Scorer` is the model with the column that was
+Where it is used: between a fitted influence model and `selection/`. A `Scorer` is the model with the column that was
 decided on (`data/scored_column`), small enough to be sent to worker processes. Trade-off: token columns are read where
 Arrow has them, so that the n-gram model scores at the speed of memory; models that want rows of their own get a copy,
 a batch at a time.

@@ -1,6 +1,6 @@
 """What a person reads: reports and plots of finished rounds.
 
-`cost` is the ledger of a run, `forecast` what a run would cost. Place in the flow: reads round directories and never
+`cost` is the ledger of a run, `forecast` what a run would cost. Where it is used: reads round directories and never
 writes into them. Trade-off: whatever a report shows must have been recorded by the round; nothing is measured again
 here.
 """

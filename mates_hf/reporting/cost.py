@@ -1,6 +1,6 @@
 """The cost ledger: what training, rounds and evaluations of a run took, in seconds and FLOPs, as it recorded them.
 
-Place in the flow: after a run, or beside it (`mates-hf cost`); it reads `round.json` files and the Trainer's own
+Where it is used: after a run, or beside it (`mates-hf cost`); it reads `round.json` files and the Trainer's own
 `trainer_state.json`, without torch. `forecast` says what a run would cost before it starts.
 
 Trade-off: nothing is measured again, so what was not recorded is None and printed as "not recorded", never 0. Not in

@@ -1,6 +1,6 @@
 """What selection would cost a run, predicted before it starts: FLOPs, and shares of its wall-clock.
 
-Place in the flow: before a run; it needs the run's size and its `MatesConfig`, neither torch nor data. The formulas
+Where it is used: before a run; it needs the run's size and its `MatesConfig`, neither torch nor data. The formulas
 are those that rounds record with (`mates_hf.flops`); a test holds them against a run.
 
 Trade-off: one number a stage from the rule of 2 and 6 FLOPs a parameter and token, so attention scores are left out on

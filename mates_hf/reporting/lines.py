@@ -1,6 +1,6 @@
 """A round in words: the one line a run prints of it, and the five that `mates-hf round` prints.
 
-Place in the flow: `training/` hands over what it writes into `round.json`; the command line reads it back. Trade-off:
+Where it is used: `training/` hands over what it writes into `round.json`; the command line reads it back. Trade-off:
 a word such as "fine" is a rule of thumb; the figures stand next to it.
 """
 

@@ -1,6 +1,6 @@
 """What a round says of itself to loggers: `mates/...` metrics.
 
-Place in the flow: `training/session` makes them of a `round.json`, and the callback gives them to the reporters. None
+Where it is used: `training/session` makes them of a `round.json`, and the callback gives them to the reporters. None
 of them is an influence in nats/token: the default probe's path labels are an order, whose zero and scale mean nothing.
 So `mates/spearman` and its kin compare ranks, and no share of candidates "above 0" is told.
 """

@@ -1,6 +1,6 @@
 """A round's audit: does the derivative agree with a real step of the optimizer, on a few candidates?
 
-Place in the flow: behind the probe in `rounds.run_round`; both probes run on the same few passages (`measure`).
+Where it is used: behind the probe in `rounds.run_round`; both probes run on the same few passages (`measure`).
 
 Trade-off: it is never fatal, and it is the machinery that is audited. Path labels are not meant to agree with one
 step; how far they do is recorded beside it.

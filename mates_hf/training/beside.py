@@ -1,6 +1,6 @@
 """What a round does beside training: fit, guard, score and select, in a thread, until the selection is due.
 
-Place in the flow: `session` starts it at a boundary where `rounds.run_round` has its labels, and asks for the order a
+Where it is used: `session` starts it at a boundary where `rounds.run_round` has its labels, and asks for the order a
 few steps later, at the last step at which it can still take effect where it was planned. In a run of several processes
 each has such a thread; they hear of each other by connections of their own.
 

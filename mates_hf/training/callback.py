@@ -1,6 +1,6 @@
 """`MatesCallback`: model-aware data selection in an unmodified `transformers.Trainer`.
 
-Place in the flow: the Trainer calls the hooks; `on_train_begin` checks the run (`start`) and puts a `ScheduledSampler`
+Where it is used: the Trainer calls the hooks; `on_train_begin` checks the run (`start`) and puts a `ScheduledSampler`
 into its dataloader, `on_step_end` runs a round at each boundary (`rounds.run_round`) and appends its order. A loop
 without the Trainer has the same of `loop.MatesRounds`.
 

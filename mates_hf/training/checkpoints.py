@@ -1,6 +1,6 @@
 """Which checkpoint of a run can be resumed: the last one that was written to its end.
 
-Place in the flow: before `Trainer.train`, in place of `resume_from_checkpoint=True`. That takes the folder with the
+Where it is used: before `Trainer.train`, in place of `resume_from_checkpoint=True`. That takes the folder with the
 highest number, also one that a killed run left half-written, and then stops with an error about a missing or damaged
 file; nothing is lost, but nothing goes on either until someone deletes the folder.
 

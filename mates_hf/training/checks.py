@@ -1,6 +1,6 @@
 """What can be known before the first optimizer step: settings that would break the data order, by name.
 
-Place in the flow: `MatesCallback.on_train_begin` calls `check_run` before any step is taken and any file is written.
+Where it is used: `MatesCallback.on_train_begin` calls `check_run` before any step is taken and any file is written.
 Trade-off: fail closed. A setting whose order of rows was not proven is refused, with the way out, rather than tried.
 """
 

@@ -1,6 +1,6 @@
 """How optimizer steps and epochs of a `train()` call relate to global row positions.
 
-Place in the flow: `MatesCallback` makes a `RowClock` of what the Trainer says at its start. The sampler, the session
+Where it is used: `MatesCallback` makes a `RowClock` of what the Trainer says at its start. The sampler, the session
 and the plan (`selection/plan`) ask it, so that none of them counts for itself.
 
 Trade-off: a pure function of a few numbers, so that any step can be asked for at any time; where a callback ends an

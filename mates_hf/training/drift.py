@@ -1,6 +1,6 @@
 """Between rounds: do the labels of the last round still hold for the model as it is now?
 
-Place in the flow: with `drift_check_steps` set, a round also measures a sentinel, a few of its candidates on a share
+Where it is used: with `drift_check_steps` set, a round also measures a sentinel, a few of its candidates on a share
 of the reference task, and `session` has the same measured again every so many steps, at weights averaged the same way.
 Where the two no longer rank the candidates alike, the next round starts at once: `update_steps` is a maximum then.
 

@@ -1,6 +1,6 @@
 """What a round finds of texts that are there more than once: among its candidates, and in the reference task.
 
-Place in the flow: under `rounds`, in the main process. The score stage asks for hashes of the rows it reads, the
+Where it is used: under `rounds`, in the main process. The score stage asks for hashes of the rows it reads, the
 select stage for what `round.json` says of copies and of selected rows that share tokens with the reference task.
 
 Trade-off: rows that share text with the reference are recorded and warned of, never dropped: a pool may hold the

@@ -1,6 +1,6 @@
 """The guard: which influence model scores a round, if any. It selects neither on noise nor on a reversal.
 
-Place in the flow: between fit and score in `rounds.run_round`. What it asks costs no probe: the held-out report of the
+Where it is used: between fit and score in `rounds.run_round`. What it asks costs no probe: the held-out report of the
 fresh fit, and what the last trusted influence model predicts of the fresh labels, whose candidates it has never seen.
 
 A **reversal** is where those predictions contradict the labels: a rank correlation whose whole 95 % interval is below

@@ -1,6 +1,6 @@
 """A lock that keeps two runs out of one folder of rounds, and lets go by itself when its run is dead.
 
-Place in the flow: the main process takes it in `on_train_begin`, after every check and before anything is moved, and
+Where it is used: the main process takes it in `on_train_begin`, after every check and before anything is moved, and
 gives it back in `on_train_end`, at an error of ours, and when the interpreter exits. A run that was killed cannot give
 it back, so the next one looks whether it still lives: on the same host by its process, elsewhere by its heartbeat.
 

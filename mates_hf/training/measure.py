@@ -1,6 +1,6 @@
 """What all processes measure together when the main one asks: a round's labels, its audit, a drift check's sentinel.
 
-Place in the flow: the main process runs the round (`rounds`) and asks; the others `assist` until it says what comes
+Where it is used: the main process runs the round (`rounds`) and asks; the others `assist` until it says what comes
 next. Model, optimizer, pool and reference are there in every process, so a question is a few ids and numbers.
 
 An audit is worth less than the run: what goes wrong in one, in any process, ends the audit in all of them and no more.

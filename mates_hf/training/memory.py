@@ -1,6 +1,6 @@
 """Does a round fit into the device beside the training that has just been seen? Known at the end of the first step.
 
-Place in the flow: `session` asks once, after the first optimizer step of a `train()` call, when the device's peak is
+Where it is used: `session` asks once, after the first optimizer step of a `train()` call, when the device's peak is
 that of training. Where the running mean of the weights finds no room, `averaging` keeps it in the host's memory. Where
 the probe at a boundary would find none, the run ends here, and not thousands of steps later.
 

@@ -1,6 +1,6 @@
 """Where a run's rounds go: found out, proven to take them, and locked, before the first step.
 
-Place in the flow: in `on_train_begin`, in the main process, after everything else was checked. What fails here would
+Where it is used: in `on_train_begin`, in the main process, after everything else was checked. What fails here would
 otherwise fail at the first boundary, thousands of steps in.
 
 Trade-off: free space is what the file system says. Behind a quota it may say more than it gives; a write that fails

@@ -1,6 +1,6 @@
 """The loss that a Trainer makes: what a run trains with, for `influence/reading` to compare.
 
-Place in the flow: `MatesCallback` asks for it when training begins. The Trainer is the attached one, or the one whose
+Where it is used: `MatesCallback` asks for it when training begins. The Trainer is the attached one, or the one whose
 loop calls the hook (`find_trainer`); without one, nobody could say what the run trains with, and it is refused.
 
 Trade-off: influence is what training on a candidate does, so the *candidate's* loss is the run's own. What the run

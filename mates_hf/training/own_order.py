@@ -1,6 +1,6 @@
 """The Trainer's own order of rows: where its sampler is, how it is drawn whole, and that all processes drew the same.
 
-Place in the flow: `MatesCallback` takes the sampler out of the dataloader through this and puts it back; the
+Where it is used: `MatesCallback` takes the sampler out of the dataloader through this and puts it back; the
 `ScheduledSampler` draws each pass with `draw_pass`.
 
 Trade-off: a sampler is asked for all its rows at once, so that later rows may be replaced; torch's `RandomSampler`

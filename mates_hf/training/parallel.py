@@ -1,6 +1,6 @@
 """Which ways of training on several devices are supported: one model in every process, or FSDP2. The others by name.
 
-Place in the flow: part of what `checks` refuses before the first step. Trade-off: a probe needs plain forward passes
+Where it is used: part of what `checks` refuses before the first step. Trade-off: a probe needs plain forward passes
 of the live model at weights it wrote, and the optimizer's state parameter by parameter; where an engine keeps either
 in buffers of its own, it is refused rather than probed wrongly.
 """

@@ -1,6 +1,6 @@
 """Trainers whose loss is not that of a text: preference and reward training, and training on what a model samples.
 
-Place in the flow: `MatesCallback.on_train_begin` asks before any other check, so that such a Trainer is refused by its
+Where it is used: `MatesCallback.on_train_begin` asks before any other check, so that such a Trainer is refused by its
 name and not by the shape of its batch. Trade-off: they are told by the names of their classes and collators, without
 an import of TRL; a Trainer of that kind under another name is refused later, by its batch or its loss.
 """

@@ -1,6 +1,6 @@
 """One finished round, read with distrust and recomputed from what it left on disk.
 
-Place in the flow: under `verify`, which goes through a run's rounds in order. The rules are not written down twice:
+Where it is used: under `verify`, which goes through a run's rounds in order. The rules are not written down twice:
 candidates and probes come from the run's own `Ledger.draw`, selections from its own `select_rows`.
 
 Trade-off: numpy and pyarrow alone, so a run is checked on a machine without torch; the price is that what only the

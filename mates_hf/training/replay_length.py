@@ -1,6 +1,6 @@
 """The length of a finished round, recomputed: the gap from labels and recorded predictions, and what follows from it.
 
-Place in the flow: `replay` asks it for each round. The rule is not written down twice: it is `trust`'s own. Trade-off:
+Where it is used: `replay` asks it for each round. The rule is not written down twice: it is `trust`'s own. Trade-off:
 what the model of the last round predicted is read and not predicted again, so that no influence model is needed.
 """
 

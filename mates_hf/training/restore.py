@@ -1,6 +1,6 @@
 """Going on after a stop: orders, ledger and influence models as they were in memory, from finished rounds on disk.
 
-Place in the flow: `session` calls it where a checkpoint names a round. The main process reads; the others receive the
+Where it is used: `session` calls it where a checkpoint names a round. The main process reads; the others receive the
 orders. Which round a checkpoint needs is `rounds_on_disk`'s business.
 """
 

@@ -1,6 +1,6 @@
 """What a checkpoint must hold for the data order to go on exactly, and reading it back.
 
-Place in the flow: `MatesCallback` keeps a small dict in `TrainerState.stateful_callbacks`, so it is written with
+Where it is used: `MatesCallback` keeps a small dict in `TrainerState.stateful_callbacks`, so it is written with
 `trainer_state.json`, the last file of a checkpoint. The orders themselves are in the round directories; the dict says
 how far they were consumed.
 

@@ -1,6 +1,6 @@
 """The files of a round directory, read with distrust: what is wrong is raised by the name of its file.
 
-Place in the flow: under `replay`, which knows what the files must hold. Trade-off: each entry is looked at before it
+Where it is used: under `replay`, which knows what the files must hold. Trade-off: each entry is looked at before it
 is used, so that a tampered file ends in a sentence and not in a traceback.
 """
 

@@ -1,6 +1,6 @@
 """One round of MATES (arXiv:2406.06046): probe, fit, score, select. Read `run_round`; it is the method.
 
-Place in the flow: `MatesCallback` opens a `Session` when training begins, which runs a round at each boundary; the
+Where it is used: `MatesCallback` opens a `Session` when training begins, which runs a round at each boundary; the
 order it returns goes into the `ScheduledSampler`. Each stage leaves its result in the round directory before the next
 one starts, so a killed round continues where it stopped.
 

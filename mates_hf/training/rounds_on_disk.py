@@ -1,6 +1,6 @@
 """The rounds and running means of a run on disk: found again by a resume, set aside by a new run, pruned.
 
-Place in the flow: `session` asks for what a checkpoint needs, and has old rounds deleted where `keep_rounds` is set.
+Where it is used: `session` asks for what a checkpoint needs, and has old rounds deleted where `keep_rounds` is set.
 
 Trade-off: nothing but `keep_rounds` deletes a round, whoever made it, and what it cannot delete it leaves: a run never
 ends over what it no longer needs.

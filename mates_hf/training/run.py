@@ -1,6 +1,6 @@
 """What the rounds of one run share, and the small things that make them repeatable: orders, digests, timings.
 
-Place in the flow: `rounds.run_round` takes a `Run` and returns an `Order`; `session` makes the one and schedules the
+Where it is used: `rounds.run_round` takes a `Run` and returns an `Order`; `session` makes the one and schedules the
 other. Trade-off: kept apart from `rounds.py` so that the method reads without it.
 """
 

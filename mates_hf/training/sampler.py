@@ -1,6 +1,6 @@
 """The data order: global row position -> pool row, through a schedule that grows while the run goes on.
 
-Place in the flow: `MatesCallback` puts a `ScheduledSampler` where the dataloader's own sampler was and appends each
+Where it is used: `MatesCallback` puts a `ScheduledSampler` where the dataloader's own sampler was and appends each
 round's order to it. The order of rows is then a pure function of config, seed and selections: the same for any number
 of dataloader workers, and across a resume.
 

@@ -1,6 +1,6 @@
 """Predicted influence of a round's candidates: a chunk at a time, shared out over the processes of the run.
 
-Place in the flow: between the guard and the selection in `rounds.run_round`. The main process asks, the others wait
+Where it is used: between the guard and the selection in `rounds.run_round`. The main process asks, the others wait
 for it in `beside.await_order`; each has the pool, so what is sent are the influence model's files and ids.
 
 Trade-off: every process holds all that is found for a moment, 16 bytes a candidate, and gets the sum of all shares, in

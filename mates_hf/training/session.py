@@ -1,6 +1,6 @@
 """One `train()` call with a schedule: when rounds happen, what they may draw from, and going on after a stop.
 
-Place in the flow: `MatesCallback` opens a `Session` in `on_train_begin` and tells it of every optimizer step; the
+Where it is used: `MatesCallback` opens a `Session` in `on_train_begin` and tells it of every optimizer step; the
 session runs the rounds (`rounds.run_round`) and feeds their orders to the `ScheduledSampler`. The main process decides
 and writes; the others assist it and receive the order.
 

@@ -9,7 +9,7 @@ probed; the best `selection_ratio` of them are the kind that was bought. The gap
 of the rest, by the fresh labels, in standard deviations of the labels' worth. Above 0: still worth more, higher is
 better. It costs no probe, and no row in it was trained on.
 
-Place in the flow: between fit and guard in `rounds.run_round`; `replay` asks again with what a round has recorded.
+Where it is used: between fit and guard in `rounds.run_round`; `replay` asks again with what a round has recorded.
 Trade-off: the sign alone decides, so that labels without any signal shorten every other round; noise costs no more
 than the Trainer's own order does.
 """

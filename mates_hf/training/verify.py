@@ -1,6 +1,6 @@
 """`mates-hf verify`: recompute what a run's rounds decided from what they left on disk, and say what is wrong first.
 
-Place in the flow: after a run, or beside it; it reads round directories, changes nothing. `replay` checks one.
+Where it is used: after a run, or beside it; it reads round directories, changes nothing. `replay` checks one.
 
 Trade-off: it stops at the first thing that is wrong, because what follows from a wrong file is wrong too.
 """

@@ -1,6 +1,6 @@
 """`evaluate` modules for fits of influence: rank correlation, precision of the best fraction, calibration.
 
-Place in the flow: for people who judge an influence model of their own, or a fit anywhere, with the figures of the fit
+Where it is used: for people who judge an influence model of their own, or a fit anywhere, with the figures of the fit
 reports. `evaluate.load(f"{metrics_dir()}/influence_spearman")` needs no network; `predictions` is predicted influence
 and `references` measured influence, both > 0 helps, nats/token. `python -m mates_hf.evaluation.metrics` prints the
 folder. Trade-off: `evaluate` copies such a module into its cache and runs it from there, so a module is a thin shell

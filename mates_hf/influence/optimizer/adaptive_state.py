@@ -1,6 +1,6 @@
 """What the state of torch's adaptive optimizers says of the next step: their numbers, put into an `AdaptiveStep`.
 
-Place in the flow: `preconditioner` picks one of these functions by the optimizer's class.
+Where it is used: `preconditioner` picks one of these functions by the optimizer's class.
 
 | `torch.optim` | `coefficient` (t steps taken) | P |
 |---|---|---|

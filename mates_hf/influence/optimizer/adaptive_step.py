@@ -1,6 +1,6 @@
 """Optimizers that divide each element's gradient by its own running size: Adam and its kin.
 
-Place in the flow: `adaptive_state` makes one of these for each parameter, of what its optimizer's state says.
+Where it is used: `adaptive_state` makes one of these for each parameter, of what its optimizer's state says.
 
 `v_eff = β2 v + (1−β2) E[g_B²]` is the second moment after a step on a usual batch B (the larger of it and the running
 maximum under amsgrad). The square of a *batch* gradient matters: that of a single candidate's gradient over-damps at

@@ -1,6 +1,6 @@
 """Adafactor: Adam without momentum whose second moment is kept as the means of rows and columns.
 
-Place in the flow: `preconditioner` makes one for each parameter. The two that people train with, that of transformers
+Where it is used: `preconditioner` makes one for each parameter. The two that people train with, that of transformers
 (`optim="adafactor"`) and `torch.optim.Adafactor`, differ in their state's layout, their floors and their rates.
 
 | | `coefficient` (at step t+1) | P |

@@ -1,6 +1,6 @@
 """`torch.optim.Muon`: a step along the orthogonalised momentum, and how that turns when a gradient is added.
 
-Place in the flow: `preconditioner` makes one for each matrix. With B the momentum after a null step and κ what of a
+Where it is used: `preconditioner` makes one for each matrix. With B the momentum after a null step and κ what of a
 gradient enters it (1−μ, with Nesterov 1−μ²), the step is lr' · NS(B + κ g), where NS runs the Newton-Schulz iteration
 X ← aX + (bA + cA²)X, A = XXᵀ, from X = B / ‖B‖. So `coefficient` = κ lr' and P is the derivative of NS at B, A's own
 change included. The iteration acts on singular values alone, so its derivative is symmetric, and Pᵀ∇L is one run

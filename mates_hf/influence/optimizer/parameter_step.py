@@ -1,6 +1,6 @@
 """What the optimizer's next step does to one parameter: the interface, and what several optimizers share.
 
-Place in the flow: the `*_step` modules fill it in for one optimizer each, `preconditioner` picks the right one, and
+Where it is used: the `*_step` modules fill it in for one optimizer each, `preconditioner` picks the right one, and
 `DirectionalProbe` uses nothing else. The next step with gradient g moves a parameter to `null − coefficient · P g` to
 first order in g. P is that of the state, which no probe changes: the same at every point of a path.
 

@@ -1,6 +1,6 @@
 """`torch.optim.SGD` with momentum, dampening, Nesterov's look ahead and weight decay: its step is linear, P is 1.
 
-Place in the flow: `preconditioner` makes one for each parameter. `coefficient` is lr, × (1−dampening) once there is
+Where it is used: `preconditioner` makes one for each parameter. `coefficient` is lr, × (1−dampening) once there is
 momentum; Nesterov: × (1 + momentum). Trade-off: none, the form is exact.
 """
 

@@ -1,6 +1,6 @@
 """Fine-tuning an encoder with a regression head on z-scored labels, as the paper does.
 
-Place in the flow: the fit inside `encoder.EncoderInfluenceModel`. Trade-off: some of the candidates are neither fitted
+Where it is used: the fit inside `encoder.EncoderInfluenceModel`. Trade-off: some of the candidates are neither fitted
 nor reported on: they choose the epoch, and calibrate what it predicts, so that a net that has learned its labels by
 heart does not promise influence it cannot find elsewhere.
 """

@@ -1,6 +1,6 @@
 """A Hugging Face encoder that reads documents of any length: folded into chunks, run, and pooled into one state.
 
-Place in the flow: inside `encoder.EncoderInfluenceModel`, without labels. Trade-off: tokens of different chunks do not
+Where it is used: inside `encoder.EncoderInfluenceModel`, without labels. Trade-off: tokens of different chunks do not
 see each other; in exchange a document costs as much as its tokens, and none is padded to the maximum.
 
 A document of n tokens becomes the fewest chunks that hold it, of equal length up to one token, each between the

@@ -1,6 +1,6 @@
 """Fitting additive n-gram tables: penalties chosen out of fold, and the two kinds of labels.
 
-Place in the flow: the fit inside `ngram.NgramInfluenceModel`. Everything is in standardised units: derivatives minus
+Where it is used: the fit inside `ngram.NgramInfluenceModel`. Everything is in standardised units: derivatives minus
 their mean, divided by the round's standard deviation of `influence_per_token`, so that rounds can be added up.
 
 The model is y(previous, token) = mu + T[token] + P[previous] + B[bucket of the bigram], and a candidate's prediction

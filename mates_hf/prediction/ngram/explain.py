@@ -1,6 +1,6 @@
 """Which n-grams raise and lower the influence that tables predict.
 
-Place in the flow: behind `NgramInfluenceModel.explain`. Trade-off: tables hash bigrams and statistics keep them, so of
+Where it is used: behind `NgramInfluenceModel.explain`. Trade-off: tables hash bigrams and statistics keep them, so of
 the bigrams that share a bucket only the most frequent one is named.
 """
 

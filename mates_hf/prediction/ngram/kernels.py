@@ -1,6 +1,6 @@
 """Compiled loops of the n-gram influence model: scoring rows of tokens, and fitting the shrunken tables.
 
-Place in the flow: under `ngram_model`, and knows arrays only. Trade-off: compiled with numba on first use
+Where it is used: under `ngram_model`, and knows arrays only. Trade-off: compiled with numba on first use
 (about a second for each integer type of the token ids, not cached on disk, so that read-only installs and clusters of
 mixed processors work) for scoring at memory speed. Every row is summed by one thread in text order and in float64, so
 the result is the same to the bit, whatever the number of threads. The threads are Python's, around a kernel that lets

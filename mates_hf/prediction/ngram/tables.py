@@ -1,6 +1,6 @@
 """What an n-gram influence model is made of: additive tables, and the statistics they were fitted on.
 
-Place in the flow: `additive` fits them, `ngram_model` keeps them. Trade-off: bigrams are exact in the statistics, so
+Where it is used: `additive` fits them, `ngram_model` keeps them. Trade-off: bigrams are exact in the statistics, so
 that rounds can be added up and explained, and hashed in the tables, so that scoring reads one fixed array.
 
 Shape suffixes: N rows, V vocabulary, H hash buckets, C cells (distinct bigrams).
