@@ -1,6 +1,6 @@
 """`evaluate` module: whether predicted influence has the size of measured influence, not only its order.
 
-Where it is used, and the trade-off: as `mates_hf.evaluation.metrics` says. A slope near 1 says that the shrinkage of the
+Use and trade-off: as `mates_hf.evaluation.metrics` says. A slope near 1 says that the shrinkage of the
 predictions is right; it says nothing of how well they rank.
 """
 

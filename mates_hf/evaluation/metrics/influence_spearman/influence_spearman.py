@@ -1,6 +1,6 @@
 """`evaluate` module: Spearman correlation of predicted with measured influence, and its bootstrap interval.
 
-Where it is used, and the trade-off: as `mates_hf.evaluation.metrics` says. The interval is the 95 % percentile interval
+Use and trade-off: as `mates_hf.evaluation.metrics` says. The interval is the 95 % percentile interval
 over resampled candidates, as in a fit report.
 """
 

@@ -1,6 +1,6 @@
 """`evaluate` module: how many of the candidates predicted best are truly among the best.
 
-Where it is used, and the trade-off: as `mates_hf.evaluation.metrics` says. Ties are broken at random in closed form, so
+Use and trade-off: as `mates_hf.evaluation.metrics` says. Ties are broken at random in closed form, so
 the figure depends on no order of rows.
 """
 
