@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mates_hf.prediction.score import Predictions
 from mates_hf.prediction.worth import row_worth
 from mates_hf.records import IntArray
-from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked, uniform
+from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked, with_others
 
 logger = logging.getLogger(__name__)
 
@@ -180,52 +180,51 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
     where = np.flatnonzero(trained)
     if budget.num_tokens is not None:
         order = where[ranked(values, budget.temperature, budget.seed)]
-        kept: IntArray = np.sort(_filled(order, scored.num_targets, int(budget.num_tokens), budget))
+        kept: IntArray = np.sort(_filled(order, scored.num_targets, budget))
         return kept
     k = budget.k if budget.k is not None else share_of(num, budget.ratio)
     num_ranked = min(k - round(budget.random_share * k), len(values))
-    best = gumbel_top_k(values, num_ranked, temperature=budget.temperature, seed=budget.seed)
-    others = np.ones(len(values), np.bool_)
-    others[best] = False
-    num_others = min(k, len(values)) - num_ranked
-    drawn: IntArray = nth_true(others, uniform(len(values) - num_ranked, num_others, seed=(budget.seed, _SHARE)))
-    chosen = where[np.sort(np.concatenate([best, drawn]))]
+    chosen = gumbel_top_k(values, num_ranked, temperature=budget.temperature, seed=budget.seed)
+    if budget.random_share:
+        others = np.ones(len(values), np.bool_)
+        others[chosen] = False
+        chosen = with_others(chosen, others, min(k, len(values)), (budget.seed, _SHARE))
+    chosen = where[chosen]
     if k > len(values):
         chosen = np.sort(np.concatenate([chosen, nth_true(~trained, np.arange(k - len(values)))]))
     return np.asarray(chosen, np.int64)
 
 
-def _filled(order: IntArray, num_targets: npt.NDArray[np.int32], num_tokens: int, budget: Budget) -> IntArray:
-    """The rows of an order that fit into a number of tokens, and random others that fit into its random share."""
-    if not budget.random_share:
-        return _fill(order, num_targets, num_tokens)
-    best = _fill(order, num_targets, num_tokens - round(budget.random_share * num_tokens))
-    left = num_tokens - int(num_targets[best].sum(dtype=np.int64))
-    others = np.setdiff1d(order, best)
-    others = np.random.default_rng([budget.seed, _SHARE]).permutation(others)
-    return np.concatenate([best, _fill(others, num_targets, left)])
+def _filled(order: IntArray, num_targets: npt.NDArray[np.int32], budget: Budget) -> IntArray:
+    """The rows of an order that fit into a budget of tokens, and random others that fit into its random share."""
+    num_tokens = int(budget.num_tokens or 0)
+    rows = _fill(order, num_targets, num_tokens - round(budget.random_share * num_tokens))
+    if budget.random_share:
+        others = np.random.default_rng([budget.seed, _SHARE]).permutation(np.setdiff1d(order, rows))
+        left = num_tokens - int(num_targets[rows].sum(dtype=np.int64))
+        rows = np.concatenate([rows, _fill(others, num_targets, left)])
+    used = int(num_targets[rows].sum(dtype=np.int64))
+    if used < _WELL_USED * num_tokens and len(rows) < len(order):
+        skipped = int(order[~np.isin(order, rows)][0])
+        logger.warning(
+            "`num_tokens=%d` keeps %d tokens in %d rows, %.0f %% of the budget: rows are taken whole, and those left "
+            "are longer than what is left of it. The first that does not fit is row %d, with %d trained tokens. Raise "
+            "`num_tokens`, or cut the rows.",
+            num_tokens, used, len(rows), 100 * used / num_tokens, skipped, int(num_targets[skipped]),
+        )  # fmt: skip
+    return rows
 
 
 def _fill(order: IntArray, num_targets: npt.NDArray[np.int32], num_tokens: int) -> IntArray:
     """The rows of an order that fit into a number of tokens, each tried in its turn."""
-    left, skipped, parts = num_tokens, None, [order[:0]]
+    left, parts = num_tokens, [order[:0]]
     while len(order):
         ends = np.cumsum(num_targets[order], dtype=np.int64)
         num = int(np.searchsorted(ends, left, side="right"))
         parts.append(order[:num])
         left -= int(ends[num - 1]) if num else 0
-        if num < len(order) and skipped is None:
-            skipped = int(order[num])
         rest = order[num + 1 :]
         order = rest[num_targets[rest] <= left]
-    used = num_tokens - left
-    if skipped is not None and used < _WELL_USED * num_tokens:
-        logger.warning(
-            "`num_tokens=%d` keeps %d tokens in %d rows, %.0f %% of the budget: rows are taken whole, and those left "
-            "are longer than what is left of it. The first that does not fit is row %d, with %d trained tokens. Raise "
-            "`num_tokens`, or cut the rows.",
-            num_tokens, used, sum(map(len, parts)), 100 * used / num_tokens, skipped, int(num_targets[skipped]),
-        )  # fmt: skip
     return np.concatenate(parts)
 
 

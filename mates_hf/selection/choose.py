@@ -141,6 +141,23 @@ def uniform(num: int, k: int, seed: Seed = 0) -> IntArray:
     return np.sort(chosen.astype(np.int64, copy=False))
 
 
+def with_others(chosen: IntArray, free: npt.NDArray[np.bool_], num: int, seed: Seed) -> IntArray:
+    """Some positions and random free ones, each alike: `num` in all, or as many as there are.
+
+    Args:
+        chosen: (k,) int64 positions that are taken already.
+        free: (N,) bool, True where a position may be drawn; False at the taken ones.
+        num: Number of positions, at least k.
+        seed: Random seed of the draw.
+
+    Returns:
+        Int64 positions, ascending.
+    """
+    num_free = int(np.count_nonzero(free))
+    drawn = nth_true(free, uniform(num_free, min(num - len(chosen), num_free), seed))
+    return np.sort(np.concatenate([chosen, drawn]))
+
+
 def stage_seed(selection_seed: int, round_number: int, stage: str) -> int:
     """A seed of its own for each stage of each round."""
     words = [selection_seed, round_number, int.from_bytes(stage.encode()[:8], "little")]

@@ -136,7 +136,8 @@ class Selection:
             random_share=random_share,
             temperature=temperature,
             seed=seed,
-        ).of_labels("order" if self.budget.order_only else None)
+            order_only=self.budget.order_only,
+        )
         scored = Predictions(self.influence, self.num_targets)
         return Selection.make(self.dataset, scored, budget, self.scorer, self.label_std)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mates_hf.errors import InfluenceError
 from mates_hf.prediction.worth import row_worth
 from mates_hf.records import FloatArray, InfluenceLabels, IntArray
-from mates_hf.selection.choose import Seed, check_temperature, largest, noisy, nth_true, stage_seed
+from mates_hf.selection.choose import Seed, check_temperature, largest, noisy, nth_true, stage_seed, with_others
 from mates_hf.selection.copies import Hashes, find_copies
 
 
@@ -124,7 +124,7 @@ def select_rows(
     chosen, num_passed_over = _largest_without(values, k, seed, copies)
     if num_random:
         share_seed = stage_seed(selection_seed, round_number, "random_share")
-        chosen = _with_others(values, chosen, copies, min(num_rows, num_trainable), share_seed)
+        chosen = _filled_up(values, chosen, copies, min(num_rows, num_trainable), share_seed)
     del values
     if num_trainable < len(trainable):
         chosen = nth_true(trainable, chosen)
@@ -150,15 +150,13 @@ def _largest_without(values_N: npt.NDArray[Any], k: int, seed: Seed, copies: Int
     return chosen, int(np.count_nonzero(in_the_way))
 
 
-def _with_others(values_N: npt.NDArray[Any], chosen: IntArray, copies: IntArray, num: int, seed: Seed) -> IntArray:
+def _filled_up(values_N: npt.NDArray[Any], chosen: IntArray, copies: IntArray, num: int, seed: Seed) -> IntArray:
     """Some positions and random other ones, `num` in all; copies only where the rest does not suffice."""
     free = np.ones(len(values_N), np.bool_)
     free[chosen] = False
     free[copies] = False
-    num_free = int(np.count_nonzero(free))
-    drawn = np.random.default_rng(seed).choice(num_free, min(num - len(chosen), num_free), replace=False)
-    found = np.concatenate([chosen, nth_true(free, drawn)])
+    found = with_others(chosen, free, num, seed)
     if len(found) < num:
         further = np.setdiff1d(copies, chosen)
-        found = np.concatenate([found, further[: num - len(found)]])
-    return np.sort(found)
+        found = np.sort(np.concatenate([found, further[: num - len(found)]]))
+    return found

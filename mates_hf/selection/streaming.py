@@ -104,7 +104,7 @@ class StreamInput:
         threshold = float(np.sort(values)[::-1][share_of(len(values), above) - 1])
         chance = budget.ratio * budget.random_share / (1 - above) if above < 1 else 0.0
         rule = dataclasses.replace(rule, threshold=threshold, chance=chance)
-        share = float(np.mean(rule.kept(scored, content)))
+        share = float(np.mean(rule.kept(values, scored.num_targets, content)))
         logger.info(
             "Threshold %.4g of %s, from the first %d rows of the stream, of which it keeps %.4f (asked for %.4f).",
             rule.threshold, rule.ranking, len(values), share, budget.ratio,
@@ -157,11 +157,13 @@ class Rule:
     seed: int = 0
     chance: float = 0.0
 
-    def kept(self, scored: Predictions, content: list[bytes]) -> npt.NDArray[np.bool_]:
-        """(N,) bool, True where a row is kept: at or above the threshold, or by chance."""
-        kept = self.values(scored, content) >= self.threshold
+    def kept(
+        self, values: npt.NDArray[np.float64], num_targets: npt.NDArray[np.int32], content: list[bytes]
+    ) -> npt.NDArray[np.bool_]:
+        """(N,) bool, True where a row of this value is kept: at or above the threshold, or by chance."""
+        kept = values >= self.threshold
         if self.chance:
-            kept |= (_uniform(content, self.seed, b"share") < self.chance) & (scored.num_targets > 0)
+            kept |= (_uniform(content, self.seed, b"share") < self.chance) & (num_targets > 0)
         return kept
 
     def values(self, scored: Predictions, content: list[bytes]) -> npt.NDArray[np.float64]:
@@ -276,7 +278,8 @@ class _Keep:
         self._next_report = 10_000
 
     def __call__(self, batch: Mapping[str, Any]) -> list[bool]:
-        kept = self.rule.kept(self.scorer.predict_batch(batch), self.scorer.column.identities(batch))
+        scored, content = self.scorer.predict_batch(batch), self.scorer.column.identities(batch)
+        kept = self.rule.kept(self.rule.values(scored, content), scored.num_targets, content)
         self.num_seen += len(kept)
         self.num_kept += int(kept.sum())
         if self.num_seen >= self._next_report:

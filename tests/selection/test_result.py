@@ -154,6 +154,16 @@ def test_a_random_share_is_of_the_rest_and_others_by_another_seed(budget: dict[s
     assert np.array_equal(plain, keep_rows(scored, Budget(**budget, random_share=1e-4, seed=1), math.nan))
 
 
+def test_a_token_budget_with_a_random_share_is_warned_of_as_a_whole(caplog: pytest.LogCaptureFixture) -> None:
+    # Of 100 tokens 70 are for the best, whose first row takes 60; what is random fills the rest: nothing is missing.
+    keep_rows(made([3.0] + [1.0] * 9, [60] + [20] * 9), Budget(num_tokens=100, random_share=0.3), math.nan)
+    assert not caplog.records
+    keep_rows(made([3.0, 2.0, 1.0], [60, 90, 80]), Budget(num_tokens=100, random_share=0.3), math.nan)
+    (record,) = caplog.records
+    assert "`num_tokens=100` keeps 60 tokens in 1 rows, 60 % of the budget" in record.getMessage()
+    assert "The first that does not fit is row 1, with 90 trained tokens" in record.getMessage()
+
+
 def test_a_random_share_of_few_rows() -> None:
     scored = made([3.0, 2.0, 1.0], [5, 5, 0])
     assert keep_rows(scored, Budget(k=3, random_share=0.5), math.nan).tolist() == [0, 1, 2]

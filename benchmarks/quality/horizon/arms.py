@@ -40,9 +40,6 @@ class Arm(NeedsPackage):
     once: bool = False  # whether the first round's influence model serves all rounds
     beside: str | None = None  # a static filter whose ranking is added, both in their standard deviations
     prior: bool = False  # whether the tables shrink towards log-odds of the reference against the pool
-    # weight of the set penalty: log of how much more frequent a row's tokens are among what was chosen
-    penalty: float = 0.0
-    keep: float = 0.0  # share of the pool's own gradient that is mixed into the reference's
     watched: bool = False  # whether the same rows are probed again and again, to see how labels change
     package: str | None = None  # what must be installed
 

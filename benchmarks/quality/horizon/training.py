@@ -223,7 +223,7 @@ class Run:
     def _round(self) -> None:
         """Choose the rows of the coming steps."""
         arm, record = self.arm, {"step": self.step}
-        labels = self._labels(record) if arm.probed and not (self.tables is not None and arm.once) else None
+        labels = self._labels() if arm.probed and not (self.tables is not None and arm.once) else None
         follow = True
         if labels is not None and self.tables is not None:
             gap = record["gap"] = self._gap(labels)
@@ -257,7 +257,7 @@ class Run:
         self.cursor += num
         return self.open[where]
 
-    def _labels(self, record: dict[str, Any]) -> InfluenceLabels:
+    def _labels(self) -> InfluenceLabels:
         """Labels of a round's probes, at averaged weights."""
         arm = self.arm
         where = (self.probed + np.arange(arm.probes)) % len(self.reserved)

@@ -164,7 +164,7 @@ class TokenDesign:
         self.document = document
         self.prior = None if prior is None else prior.resized(self.vocab_size)
         self.prior_score = np.zeros(len(rows)) if self.prior is None else self._mean(self._cell_values(self.prior))
-        self.offset = Tables.zeros(self.vocab_size, num_buckets)
+        self.offset: Tables | None = None
         self._offset_cells = np.zeros(len(keys))
         if offset is not None and derivatives is not None:
             self.offset = offset.resized(self.vocab_size)
@@ -328,7 +328,9 @@ class TokenDesign:
             kernels.backfit(
                 counts, sums, self.token, self.previous, self.slot, choice.penalties.array, state, _FINAL_SWEEPS
             )
-            token = self._spread(*state).plus(self.offset)
+            token = self._spread(*state)
+            if self.offset is not None:
+                token = token.plus(self.offset)
         if not self.document:
             return token, None
         document = Tables.zeros(self.vocab_size, self.num_buckets)
