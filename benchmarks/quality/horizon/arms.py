@@ -6,12 +6,16 @@ Trade-off: one record with a default for everything, so that an arm reads as its
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from benchmarks.lab.rivals import SETTINGS_TRIED, NeedsPackage
+from benchmarks.lab.rivals import MINILM, PACKAGES, SETTINGS_TRIED, NeedsPackage
 from mates_hf.flops import PATH_STEPS
 
-Rank = Literal["random", "influence", "stratified", "domain means", "mixer", "fastText", "DSIR", "distilled"]
+Rank = Literal[
+    "random", "influence", "stratified", "domain means", "mixer", "distilled", "MATES", "fastText", "DSIR",
+    "similarity", "CoLoR",
+]  # fmt: skip
+PROBED = ("influence", "domain means", "mixer", "distilled", "MATES")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,12 +24,14 @@ class Arm(NeedsPackage):
 
     # what candidates are ranked by. `domain means` and `mixer` are told the domain and use probes as `influence` does:
     # the mean label of a candidate's domain, or weights of domains that labels multiply. `distilled` is a classifier
-    # of the first round's best and worst labelled rows. Others are static.
+    # of the first round's best and worst labelled rows. `MATES` has labels of the one-step oracle and an encoder that
+    # is fine-tuned on them. Others are static.
     rank: Rank = "influence"
     filter: str = "common"  # the setting of a static filter
     random_share: float = 0.0  # of each round's rows, drawn at random from the rest of its slice
     # how often the run trains on each reference passage, spread evenly; None is what the setting says
     passes: int | None = None
+    apart: bool = False  # whether it trains on one half of the passages, and influence is measured on the other
     ratio: float = 0.2  # of a slice that is chosen
     round_steps: int = 100  # optimizer steps of a round, at most
     # optimizer steps in random order before the first round, so that the model knows what the pool is like at all
@@ -33,11 +39,20 @@ class Arm(NeedsPackage):
     # optimizer steps of the first round. Each next one is twice as long while what was bought is still worth more than
     # the rest, half as long and in random order where it is not. None: all are alike.
     first_steps: int | None = None
+    # in which part of all steps it selects; the order is random in the rest. Decays that are branched off before the
+    # end are of what was trained on until then, so only the last one says what such an arm is worth.
+    select_from: float = 0.0
+    select_until: float = 1.0
     probes: int = 200  # candidates probed in a round
     passages: int = 64  # of the reference that a round reads
+    keep: float = 0.0  # tokens of pool text that a round reads as reference besides, for each token of the passages
     path_steps: int = PATH_STEPS  # points at which the reference gradient is taken
     pooled: bool = True  # whether earlier rounds' labels count
     once: bool = False  # whether the first round's influence model serves all rounds
+    # whether one half of a round is chosen by labels of where the other half takes a copy of model and optimizer
+    virtual: bool = False
+    penalty: float = 0.0  # in standard deviations, for each nat by which chosen tokens are unlike the slice's
+    masked: bool = False  # whether the loss is on the half of each row's tokens that tables give the higher effect
     beside: str | None = None  # a static filter whose ranking is added, both in their standard deviations
     prior: bool = False  # whether the tables shrink towards log-odds of the reference against the pool
     watched: bool = False  # whether the same rows are probed again and again, to see how labels change
@@ -46,47 +61,92 @@ class Arm(NeedsPackage):
     @property
     def probed(self) -> bool:
         """Whether it measures influence."""
-        return self.rank in ("influence", "domain means", "mixer", "distilled")
+        return self.rank in PROBED
+
+
+def _mixed(name: str, arm: Arm) -> dict[str, Arm]:
+    """An arm, and with a share of random rows mixed in."""
+    return {name: arm, f"{name}, 30 % random": dataclasses.replace(arm, random_share=0.3)}
 
 
 def _shares(name: str, arm: Arm) -> dict[str, Arm]:
-    """An arm, with a share of random rows mixed in, and with the reference passages."""
-    return {
-        name: arm,
-        f"{name}, 30 % random": dataclasses.replace(arm, random_share=0.3),
-        f"{name}, 60 % random": dataclasses.replace(arm, random_share=0.6),
-        f"{name}, passages": dataclasses.replace(arm, passes=4),
-        f"{name}, 30 % random, passages": dataclasses.replace(arm, random_share=0.3, passes=4),
-    }
+    """An arm, with shares of random rows mixed in, and with the reference passages."""
+    most = {f"{name}, 60 % random": dataclasses.replace(arm, random_share=0.6)}
+    passages = {f"{mixed}, passages": dataclasses.replace(arm, passes=4) for mixed, arm in _mixed(name, arm).items()}
+    return {**_mixed(name, arm), **most, **passages}
 
 
+def _changed(changes: dict[str, dict[str, Any]]) -> dict[str, Arm]:
+    """`ours` with one thing changed, each alone and with a share of random rows."""
+    found = {name: _mixed(f"ours, {name}", Arm(**fields)) for name, fields in changes.items()}
+    return {name: arm for arms in found.values() for name, arm in arms.items()}
+
+
+TRIED: dict[str, dict[str, dict[str, Any]]] = {
+    **SETTINGS_TRIED, "CoLoR": {"2 passes": {"passes": 2}, "8 passes": {"passes": 8}}
+}  # fmt: skip
 FILTERS = {
-    f"{rank}: {setting}": Arm(rank=rank, filter=setting, package=package)  # type: ignore[arg-type]
-    for rank, package in (("fastText", "fasttext"), ("DSIR", "data_selection"))
-    for setting in SETTINGS_TRIED[rank]
+    f"{rank}: {setting}": Arm(rank=rank, filter=setting, package=PACKAGES.get(rank))  # type: ignore[arg-type]
+    for rank in ("fastText", "DSIR", "similarity", "CoLoR")
+    for setting in TRIED[rank]
 }
-FAIR = Arm(rank="fastText", filter="6,000 negatives, 5 epochs", package="fasttext")
+FAIR = FILTERS["fastText: 6,000 negatives, 5 epochs"]
 RANDOM, OURS = "random", "ours"
-ARMS: dict[str, Arm] = {
-    RANDOM: Arm(rank="random"),
-    "random, watched": Arm(rank="random", watched=True),
-    "random, passages": Arm(rank="random", passes=4),
-    **_shares(OURS, Arm()),
-    **_shares("fastText", FAIR),
-    **_shares("DSIR", Arm(rank="DSIR", filter="smoothed, mean over n-grams", package="data_selection")),
-    **_shares("ours and fastText", Arm(beside="fastText", package="fasttext")),
-    **_shares("ours with a prior", Arm(prior=True)),
-    "ours, one round's model": Arm(once=True),
-    "ours, rounds of 500": Arm(round_steps=500, probes=500, passages=256),
-    "ours, growing rounds": Arm(round_steps=800, first_steps=25),
-    "ours, growing rounds, 30 % random": Arm(round_steps=800, first_steps=25, random_share=0.3),
-    "stratified by domain": Arm(rank="stratified"),
-    "domain means": Arm(rank="domain means"),
-    "domain means, 30 % random": Arm(rank="domain means", random_share=0.3),
-    "mixer": Arm(rank="mixer"),
-    "distilled": Arm(rank="distilled", probes=1_000, once=True, package="fasttext"),
-    **FILTERS,
+# The order is that of the tables.
+GROUPS: dict[str, dict[str, Arm]] = {
+    "random": {
+        RANDOM: Arm(rank="random"),
+        "random, watched": Arm(rank="random", watched=True),
+        "random, passages": Arm(rank="random", passes=4),
+        "stratified by domain": Arm(rank="stratified"),
+    },
+    "static filters": {
+        **_shares("fastText", FAIR),
+        **_shares("DSIR", FILTERS["DSIR: smoothed, mean over n-grams"]),
+        **_shares("similarity", FILTERS["similarity: nearest passage"]),
+        # It reads every row of a slice with two models: in FLOPs three times the training, and in time as much.
+        **_shares("CoLoR", FILTERS["CoLoR: 2 passes"]),
+    },
+    "labels, used in other ways": {
+        **_mixed("domain means", Arm(rank="domain means")),
+        "mixer": Arm(rank="mixer"),
+        "distilled": Arm(rank="distilled", probes=1_000, once=True, package="fasttext"),
+        # Not MATES as published: 22 million parameters in place of bert-base's 110, 200 labels a round of 500 steps
+        # in place of 80,000 a round of 10,000, all tokens of 64 passages in place of the last word of 1,024, and
+        # top-k without noise. The encoder reads 2,000 rows a round, and tables fitted to that rank the slice; each of
+        # the eight rounds is a minute and a half of fine-tuning and reading, in all three times the training's FLOPs.
+        **_mixed("MATES, small encoder", Arm(rank="MATES", round_steps=500, pooled=False, package=MINILM)),
+    },
+    "ours": {
+        **_shares(OURS, Arm()),
+        **_shares("ours and fastText", Arm(beside="fastText", package="fasttext")),
+        **_shares("ours with a prior", Arm(prior=True)),
+    },
+    "ours, one thing changed": {
+        "ours, one round's model": Arm(once=True),
+        "ours, rounds of 500": Arm(round_steps=500, probes=500, passages=256),
+        **_changed(
+            {
+                "growing rounds": {"round_steps": 800, "first_steps": 25},
+                "penalty 1": {"penalty": 1.0},
+                "penalty 3": {"penalty": 3.0},
+                "virtual labels": {"virtual": True},
+                "keep 0.1": {"keep": 0.1},
+                "keep 0.3": {"keep": 0.3},
+                "keep 1": {"keep": 1.0},
+                "early": {"select_until": 0.5},
+                "late": {"select_from": 0.5},
+                "in the decay": {"select_from": 0.9},
+                "best two fifths": {"ratio": 0.4},
+                "best two fifths, tokens masked": {"ratio": 0.4, "masked": True},
+                "tokens masked": {"masked": True},
+                "passages apart": {"passes": 4, "apart": True},
+            }
+        ),
+    },
+    "static filters, every setting": FILTERS,
 }
+ARMS = {name: arm for group in GROUPS.values() for name, arm in group.items()}
 REPORTED_SEEDS, TUNING_SEEDS = (0, 1, 2), (10, 11)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.lab.statistics import steps_to_reach
 from benchmarks.lab.tables import interval, markdown, table, title
-from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS
+from benchmarks.quality.horizon.arms import GROUPS, RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.settings import SETTINGS
 from mates_hf.evaluation.agreement import rank_correlation
 
@@ -52,12 +52,15 @@ def _table(setting: str, units: Units) -> str:
     outside = bool(SETTINGS[setting].outside)
     others = ["answers of other tasks"] if outside else []
     heads = ["arm", "seeds", "passages", *others, "pool's text", "worst domain", "to random", "FLOPs"]
-    rows = []
-    for arm in ARMS:
+    rows, last = [], ""
+    for group, arm in ((group, arm) for group, arms in GROUPS.items() for arm in arms):
         mine = {seed: unit for (name, seed), unit in units.items() if name == arm}
         pairs = [(unit, units[RANDOM, seed]) for seed, unit in mine.items() if (RANDOM, seed) in units]
         if not pairs:
             continue
+        if group != last:
+            rows.append([f"**{group}**", *[""] * (len(heads) - 1)])
+            last = group
         ends = [(ours["decayed"][-1], random["decayed"][-1]) for ours, random in pairs]
 
         def difference(of: Any, ends: Any = ends) -> str:

@@ -78,6 +78,28 @@ SETTINGS: dict[str, Setting] = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is run; the defaults are the full run."""
+
+    documents: int | None = None  # read of each pool; None is all
+    warm: int = 1_000  # steps of the warm start, the same for every arm of a seed
+    steps: int = 4_000  # that every arm goes on for, the last tenth of them in a decay
+    branches: tuple[int, ...] = (1_000, 2_000)  # steps at which a decay of a tenth, begun before, would have ended
+    marks: tuple[int, ...] = (
+        10, 25, 50, 100, 150, 200, 300, 400, 500, 700, 1_000, 1_400, 1_800, 2_200, 2_600, 3_000, 3_600,
+    )  # fmt: skip
+    judged: int = 160  # passages of each task, at most
+    reserved: int = 12_000  # rows that probes are drawn from and no arm trains on
+    watched: int = 500  # rows that a watched arm probes again and again
+    held: int = 16  # rows of each domain that no arm trains on, to see what choosing unlearns
+
+
+QUICK = Sizes(
+    documents=3_000, warm=40, steps=60, branches=(20,), marks=(10, 20, 54), judged=24, reserved=800, watched=60, held=4
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Lab(Pool):
     """A setting's data: rows of 128 tokens, the reference over all its parts, and what losses are read from."""

@@ -24,17 +24,19 @@ from torch import nn
 from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, train_once
 from benchmarks.lab.corpus import together
-from benchmarks.lab.models import LR, build_model, build_optimizer, task_losses, train_steps
+from benchmarks.lab.models import LR, Averager, build_model, build_optimizer, task_losses, train_steps
 from benchmarks.lab.statistics import Ids
+from benchmarks.quality.horizon import choosing
 from benchmarks.quality.horizon.arms import ARMS, FAIR, Arm, Unit
-from benchmarks.quality.horizon.settings import SETTINGS, Lab, Setting, open_lab
+from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, Lab, Setting, Sizes, open_lab
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
-from mates_hf.flops import gradient_flops
+from mates_hf.flops import gradient_flops, num_path_points
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.prediction.ngram.evidence import log_odds
 from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -43,28 +45,6 @@ from mates_hf.selection.choose import gumbel_top_k
 
 TOKENS_PER_BATCH = 1_024  # of training and probes
 SHAPE = {"width": 96, "layers": 3}  # of the model: 0.53 million parameters
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much is run; the defaults are the full run."""
-
-    documents: int | None = None  # read of each pool; None is all
-    warm: int = 1_000  # steps of the warm start, the same for every arm of a seed
-    steps: int = 4_000  # that every arm goes on for, the last tenth of them in a decay
-    branches: tuple[int, ...] = (1_000, 2_000)  # steps at which a decay of a tenth, begun before, would have ended
-    marks: tuple[int, ...] = (
-        10, 25, 50, 100, 150, 200, 300, 400, 500, 700, 1_000, 1_400, 1_800, 2_200, 2_600, 3_000, 3_600,
-    )  # fmt: skip
-    judged: int = 160  # passages of each task, at most
-    reserved: int = 12_000  # rows that probes are drawn from and no arm trains on
-    watched: int = 500  # rows that a watched arm probes again and again
-    held: int = 16  # rows of each domain that no arm trains on, to see what choosing unlearns
-
-
-QUICK = Sizes(
-    documents=3_000, warm=40, steps=60, branches=(20,), marks=(10, 20, 54), judged=24, reserved=800, watched=60, held=4
-)
 
 
 class Run:
@@ -83,11 +63,13 @@ class Run:
         rest = rest[~np.isin(rest, self.held)]
         self.reserved, self.open = rest[: sizes.reserved], rest[sizes.reserved :]
         self.share = np.bincount(lab.domain, minlength=len(lab.domain_names)) / len(lab.domain)
-        self.model, self.optimizer = _warm_start(lab, warm, cache, unit.seed)
+        self.cache, self.start = cache, functools.partial(_warm_start, lab, warm, cache, unit.seed)
+        self.model, self.optimizer = self.start()
         self.num_parameters = count_multiplied_parameters(self.model)
         self.judged = lab.judged["development" if unit.seed >= 10 else "test"]
         self.passages = self._passages(setting)
         self._evidence: tuple[Tables, Tables] | None = None
+        self._filter: rivals.StaticFilter | None = None
         self.curve: list[dict[str, Any]] = []
         self.decayed: list[dict[str, Any]] = []
         self.rounds: list[dict[str, Any]] = []
@@ -133,7 +115,11 @@ class Run:
                 group["lr"] = LR * scheduled
             num = self._num_chosen(self.step)
             rows, self.queue = self.queue[:num], self.queue[num:]
-            batch = together(self.lab.rows.take(rows), self.lab.reference["all"].rows.take(self._mixed(self.step)))
+            batch = self.lab.rows.take(rows)
+            if self.arm.masked and self.tables is not None:
+                batch = choosing.best_tokens(batch, self.tables)
+                self._cost("score", self.tables.report.flops_per_token * len(batch.values))
+            batch = together(batch, self.lab.reference["all"].rows.take(self._mixed(self.step)))
             mean_loss_gradient(self.model, batch, tokens_per_batch=TOKENS_PER_BATCH)
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -155,8 +141,9 @@ class Run:
     def _passages(self, setting: Setting) -> Ids:
         """The reference passages that are trained on, in order."""
         passes = self.arm.passes if self.arm.passes is not None else 4 * setting.mixed
-        size, rng = len(self.lab.reference["all"]), np.random.default_rng([self.unit.seed, 3])
-        order = [rng.permutation(size) for _ in range(passes)]
+        rng = np.random.default_rng([self.unit.seed, 3])
+        trained = np.arange(0, len(self.lab.reference["all"]), 1 + self.arm.apart)
+        order = [trained[rng.permutation(len(trained))] for _ in range(passes)]
         return np.concatenate([*order, np.zeros(0, np.int64)])[: self.sizes.steps * BATCH_ROWS // 2]
 
     def _mixed(self, step: int) -> Ids:
@@ -191,7 +178,7 @@ class Run:
         self.curve.append(self._losses())
         if self.arm.watched:
             rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
-            labels = self._probe().measure(self.model, self.optimizer, self._read(256), rows)
+            labels = self._probe(256).measure(self.model, self.optimizer, self._read(256), rows)
             found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss}
             if not self.watched:
                 tokens, bigrams = self._log_odds()
@@ -223,7 +210,9 @@ class Run:
     def _round(self) -> None:
         """Choose the rows of the coming steps."""
         arm, record = self.arm, {"step": self.step}
-        labels = self._labels() if arm.probed and not (self.tables is not None and arm.once) else None
+        borders = [round(share * self.sizes.steps) for share in (arm.select_from, arm.select_until)]
+        selects = arm.rank != "random" and borders[0] <= self.step < borders[1]
+        labels = self._labels() if selects and arm.probed and not (self.tables is not None and arm.once) else None
         follow = True
         if labels is not None and self.tables is not None:
             gap = record["gap"] = self._gap(labels)
@@ -234,15 +223,18 @@ class Run:
                 )
         if labels is not None:
             self._fit(labels, record)
-        self.next_round = self.step + self.length
+        ends = [self.step + self.length, *(border for border in borders if self.step < border < self.sizes.steps)]
+        self.next_round = min(ends)
         k = sum(self._num_chosen(step) for step in range(self.step, self.next_round))
-        candidates = self._slice(round(k / arm.ratio) if arm.rank != "random" else k)
+        candidates = self._slice(round(k / arm.ratio) if selects else k)
         record["length"], record["followed"] = self.length, follow
-        num_random = k if not follow else round(arm.random_share * k)
-        chosen = candidates[:0]
-        if num_random < k and arm.rank != "random":
-            values = self._values(candidates, labels)
-            chosen = candidates[gumbel_top_k(values, k - num_random, seed=(self.unit.seed, self.number))]
+        num, chosen = k - round(arm.random_share * k) if selects and follow else 0, candidates[:0]
+        if arm.virtual and num:
+            chosen = self._choose(candidates, num // 2)
+            self._look_ahead(chosen, record)
+        if num:
+            left = candidates[~np.isin(candidates, chosen)]
+            chosen = np.concatenate([chosen, self._choose(left, num - len(chosen))])
         others = candidates[~np.isin(candidates, chosen)][: k - len(chosen)]  # slices are in a random order
         self.queue = np.random.default_rng([self.unit.seed, 4, self.number]).permutation(
             np.concatenate([chosen, others])
@@ -250,6 +242,26 @@ class Run:
         record["domains"] = np.bincount(self.lab.domain[self.queue], minlength=len(self.share)) / k
         self.rounds.append(record)
         self.number += 1
+        self.averages.pop("round", None)
+
+    def _choose(self, candidates: Ids, num: int) -> Ids:
+        values = self._values(candidates)
+        if self.arm.penalty:
+            return candidates[choosing.spread_top_k(values, self.lab.rows.take(candidates), num, self.arm.penalty)]
+        return candidates[gumbel_top_k(values, num, seed=(self.unit.seed, self.number))]
+
+    def _look_ahead(self, chosen: Ids, record: dict[str, Any]) -> None:
+        """Label where rows that are chosen take a copy of model and optimizer, and fit those labels too."""
+        live, num_steps = (self.model, self.optimizer), len(chosen) // BATCH_ROWS
+        self.model, self.optimizer = copy.deepcopy(live)
+        averager = Averager(self.model, num_steps, max(1, min(WINDOW, num_steps // 2)))
+        order = np.random.default_rng([self.unit.seed, 6, self.number]).permutation(chosen)
+        settings: dict[str, Any] = {"batch_rows": BATCH_ROWS, "tokens_per_batch": TOKENS_PER_BATCH}
+        train_steps(self.model, self.optimizer, self.lab.rows, order, on_step=averager.update, **settings)
+        self._cost("ahead", gradient_flops(self.num_parameters, num_steps * BATCH_ROWS * ROW_TOKENS))
+        self.averages["round"] = averager.average
+        self._fit(self._labels(), record)
+        self.model, self.optimizer = live
 
     def _slice(self, num: int) -> Ids:
         """The next rows of the shuffled pool; from its front again where it ends."""
@@ -263,19 +275,32 @@ class Run:
         where = (self.probed + np.arange(arm.probes)) % len(self.reserved)
         self.probed += arm.probes
         self.probes = self.reserved[where]
-        reference, probe, rows = self._read(arm.passages), self._probe(), self.lab.rows.take(self.probes)
+        reference, rows = self._read(arm.passages), self.lab.rows.take(self.probes)
         average = self.averages.pop("round", None)
         with average.swapped_in() if average is not None else contextlib.nullcontext():
-            labels = probe.measure(self.model, self.optimizer, reference, rows)
+            labels = self._probe(arm.passages).measure(self.model, self.optimizer, reference, rows)
         self._cost("probe", labels.info["flops"])
         return labels
 
     def _read(self, num: int) -> ReferenceTask:
-        """The reference passages of a round."""
-        return self.lab.reference["all"].subset(num, seed=self.number)
+        """The reference passages of a round, and pool text that should not be unlearned."""
+        task, arm = self.lab.reference["all"], self.arm
+        if arm.apart:
+            task = dataclasses.replace(task, rows=task.rows.take(np.arange(1, len(task), 2)))
+        task = task.subset(num, seed=self.number)
+        if not arm.keep:
+            return task
+        rows = np.setdiff1d(self.reserved[-4_000:], self.probes)
+        kept = np.random.default_rng([self.unit.seed, 7, self.number]).permutation(rows)
+        kept = kept[: round(arm.keep * len(task.rows.values) / ROW_TOKENS)]
+        return dataclasses.replace(task, rows=together(task.rows, self.lab.rows.take(kept)))
 
-    def _probe(self) -> DirectionalProbe:
-        return DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, path_steps=self.arm.path_steps, path_rate=0.5)
+    def _probe(self, passages: int) -> DirectionalProbe | OneStepProbe:
+        """The probe of a round that reads so many passages; pool text among them makes no path longer."""
+        if self.arm.rank == "MATES":
+            return OneStepProbe(max_grad_norm=1.0, tokens_per_batch=TOKENS_PER_BATCH)
+        points = num_path_points(self.arm.path_steps, passages)
+        return DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, path_steps=points, path_rate=0.5)
 
     def _log_odds(self) -> tuple[Tables, Tables]:
         """Log-odds of n-grams, reference against pool; counted once."""
@@ -293,11 +318,16 @@ class Run:
         return float((worth[like].mean() - worth[~like].mean()) / worth.std())
 
     def _fit(self, labels: InfluenceLabels, record: dict[str, Any]) -> None:
-        rows = self.lab.rows.take(self.probes)
-        previous, evidence = self.tables if self.arm.pooled else None, self._log_odds() if self.arm.prior else None
-        self.tables = NgramInfluenceModel(seed=self.unit.seed).fit(rows, labels, previous=previous, evidence=evidence)
-        self._cost("fit", self.tables.report.flops or 0.0)
-        record["spearman"] = self.tables.report.spearman
+        rows, seed = self.lab.rows.take(self.probes), self.unit.seed
+        if self.arm.rank == "MATES":
+            ahead = self.lab.rows.take(self.open[: self.sizes.reserved // 6])
+            self.tables, record["spearman"], flops = choosing.encoder_tables(self.lab, rows, labels, ahead, seed)
+            record["spearman of tables"] = self.tables.report.spearman
+        else:
+            previous, evidence = self.tables if self.arm.pooled else None, self._log_odds() if self.arm.prior else None
+            self.tables = NgramInfluenceModel(seed=seed).fit(rows, labels, previous=previous, evidence=evidence)
+            record["spearman"], flops = self.tables.report.spearman, self.tables.report.flops or 0.0
+        self._cost("fit", flops)
         worth = (labels.influence_per_token - labels.influence_per_token.mean()) / labels.influence_per_token.std()
         means, counts = self._by_domain(self.probes, worth)
         self.means = means * counts / (counts + 2)
@@ -307,7 +337,7 @@ class Run:
             num = max(1, len(order) // 5)
             self._classifier = rivals.fasttext(texts[order[-num:]], texts[order[:num]], self.unit.seed)
 
-    def _values(self, candidates: Ids, labels: InfluenceLabels | None) -> Any:
+    def _values(self, candidates: Ids) -> Any:
         """(N,) what candidates are ranked by."""
         arm, rows = self.arm, self.lab.rows.take(candidates)
         if arm.rank == "domain means":
@@ -320,7 +350,7 @@ class Run:
             return -domain.groupby(domain).cumcount().to_numpy(np.float64)
         if arm.rank == "distilled":
             return self._classifier(rivals.texts_of(rows, self.lab.tokenizer))
-        if arm.rank != "influence":
+        if not arm.probed:
             return self._like_reference(arm, rows)
         assert self.tables is not None
         values = self.tables.predict(rows)
@@ -332,14 +362,13 @@ class Run:
         return values
 
     def _like_reference(self, arm: Arm, rows: TokenRows) -> Any:
-        """(N,) what a static filter ranks rows by."""
-        return static_ranking(self.lab, arm.rank, arm.filter, self.unit.seed)(rows)
-
-
-@functools.lru_cache(maxsize=2)
-def static_ranking(lab: Lab, rank: str, name: str, seed: int) -> Callable[[TokenRows], Any]:
-    """What a static filter, fitted once on the reference passages and rows of the pool, ranks rows by."""
-    return rivals.text_ranking(rank, name, lab.tokenizer, lab.rows, lab.reference["all"].rows, seed)
+        """(N,) what a static filter, fitted once on all reference passages, ranks rows by."""
+        if self._filter is None:
+            settings = (self.unit.seed, self.cache, self.start, self.sizes.reserved // 2)
+            self._filter = choosing.static_filter(self.lab, arm, *settings)
+            self._cost("fit", self._filter.fit_flops)
+        self._cost("score", self._filter.flops(rows))
+        return self._filter.rank(rows)
 
 
 def _warm_start(lab: Lab, rows: Ids, cache: Path, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:

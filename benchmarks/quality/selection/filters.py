@@ -6,9 +6,6 @@ Sign: higher is more like the reference passages.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -17,9 +14,6 @@ from benchmarks.lab.checkpoint import Paths
 from benchmarks.lab.corpus import Lab
 from benchmarks.lab.units import read_units
 from benchmarks.quality.selection.arms import TUNING, TUNING_SEEDS, Unit
-from mates_hf.data.rows import TokenRows
-from mates_hf.flops import forward_flops
-from mates_hf.influence.probe import count_multiplied_parameters
 
 EDITED = ("news", "science_textbook", "wikipedia")  # what the quality filter is told to keep, and what not
 UNEDITED = ("forum", "legal_terms", "spam", "web_cc")
@@ -39,30 +33,13 @@ def filtered_lab(lab: Lab) -> Lab:
     return dataclasses.replace(lab, rows=lab.rows.take(kept), domain=lab.domain[kept], document=lab.document[kept])
 
 
-@dataclasses.dataclass(frozen=True)
-class StaticFilter:
-    """A ranking that no model in training has a part in."""
-
-    rank: Callable[[TokenRows], Any]  # (N,) how like the reference passages rows are
-    flops: Callable[[TokenRows], float] = lambda rows: 0.0  # what ranking rows takes; 0 for those that look words up
-
-
-def static_filter(lab: Lab, rank: str, setting: str, seed: int) -> StaticFilter:
+def static_filter(lab: Lab, rank: str, setting: str, seed: int) -> rivals.StaticFilter:
     """The filter of a name, fitted on the reference passages, which are cut as long as a row."""
     target = rivals.pieces_of(lab.reference["all"].rows, int(lab.rows.lengths[0]))
+    ranking = rivals.text_ranking(rank, setting, lab.tokenizer, lab.rows, target, seed)
     if rank != "similarity":
-        return StaticFilter(rivals.text_ranking(rank, setting, lab.tokenizer, lab.rows, target, seed))
-    encoder = rivals.folding_encoder()
-
-    def texts(rows: TokenRows) -> list[str]:
-        return rivals.texts_of(rows, lab.tokenizer)
-
-    states = rivals.states_of(encoder, texts(target))
-    others = states if rivals.SETTINGS_TRIED[rank][setting] else rivals.mean_direction(states)
-    return StaticFilter(
-        rank=lambda rows: rivals.nearest(rivals.states_of(encoder, texts(rows)), others),
-        flops=lambda rows: encoder_flops(texts(rows)),
-    )
+        return rivals.StaticFilter(ranking)
+    return rivals.StaticFilter(ranking, lambda rows: rivals.encoder_flops(rivals.texts_of(rows, lab.tokenizer)))
 
 
 def tuned_setting(paths: Paths, unit: Unit, rank: str) -> str:
@@ -75,15 +52,3 @@ def tuned_setting(paths: Paths, unit: Unit, rank: str) -> str:
             raise RuntimeError(f"`{arm}` must have been tried on seeds {TUNING_SEEDS} before `{unit.name}`.")
         loss[TUNING[arm].setting] = np.mean([result["curve"][-1]["all"] for result in found.values()])
     return min(loss, key=lambda setting: loss[setting])
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder() -> tuple[Any, int]:
-    encoder = rivals.folding_encoder()
-    return encoder, count_multiplied_parameters(encoder.module)
-
-
-def encoder_flops(texts: list[str]) -> float:
-    """What the small encoder takes to read texts."""
-    encoder, num_parameters = _encoder()
-    return forward_flops(num_parameters, encoder.num_tokens(encoder.read(texts)))

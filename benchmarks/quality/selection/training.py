@@ -93,7 +93,7 @@ class Run:
         self.rounds: list[dict[str, Any]] = []
         self._fitted: dict[str, Any] = {}  # influence models by reference loss
         self._domain_sums = np.zeros((2, len(lab.domain_names)))
-        self._static: filters.StaticFilter | None = None
+        self._static: rivals.StaticFilter | None = None
         tuned = self.arm.setting == "tuned"
         self._setting = filters.tuned_setting(paths, unit, self.arm.rank) if tuned else self.arm.setting
         self._passages = np.arange(0)  # rows of the pool that are reference passages
@@ -292,7 +292,7 @@ class Run:
         values = self._fitted[key].predict(rows) / self._fitted[key].report.label_std
         flops = NGRAM_FLOPS * len(rows.values)
         if self.arm.labels == "encoder":
-            flops = filters.encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
+            flops = rivals.encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
         self.cost("score", time.perf_counter() - started, flops)
         return values
 
@@ -301,7 +301,7 @@ class Run:
         rows, groups = self.lab.rows.take(self._probed), self.lab.domain[self._probed]
         if self.arm.labels == "encoder":
             model = rivals.encoder_model(self.lab.tokenizer, self.unit.seed)
-            read = filters.encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
+            read = rivals.encoder_flops(rivals.texts_of(rows, self.lab.tokenizer))
             numbered = dataclasses.replace(labels, candidate_id=np.arange(len(rows)))
             return model.fit(rows, numbered, groups=groups), 3 * model.num_epochs * read
         tables = NgramInfluenceModel(seed=self.unit.seed, labels=self.arm.labels, pool_decay=POOL_DECAY)

@@ -1,0 +1,117 @@
+"""What arms of `horizon` choose by besides the run's own tables: static filters, an encoder, sets and tokens.
+
+Trade-off: an encoder of 20 times the model's size reads some thousands of rows, and tables that are fitted to what it
+says rank the slices: it would itself take ten times as long as a training.
+
+Sign: higher is better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from benchmarks.lab import rivals
+from benchmarks.lab.checkpoint import BATCH_ROWS
+from benchmarks.lab.corpus import as_rows
+from benchmarks.lab.machine import written_once
+from benchmarks.lab.models import row_losses, train_steps
+from benchmarks.lab.statistics import Ids
+from benchmarks.quality.horizon.arms import TRIED, Arm
+from benchmarks.quality.horizon.settings import Lab
+from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.flops import forward_flops, gradient_flops
+from mates_hf.influence.probe import count_multiplied_parameters
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.records import InfluenceLabels
+
+CHUNKS = 20  # in which a set is chosen
+
+Start = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_encoded: int) -> rivals.StaticFilter:
+    """The filter of an arm, fitted on the reference passages.
+
+    `start` gives the warm start. Where an encoder reads rows, it reads `num_encoded`, once for all seeds (`cache`).
+    """
+    rank, name, passages = arm.rank, arm.filter, lab.reference["all"].rows
+    if rank == "CoLoR":  # what a row's loss loses when the model trains on the passages
+        (prior, _), (conditional, optimizer) = start(), start()
+        rng = np.random.default_rng([seed, 9])
+        order = np.concatenate([rng.permutation(len(passages)) for _ in range(TRIED[rank][name]["passes"])])
+        train_steps(conditional, optimizer, passages, order, batch_rows=BATCH_ROWS)
+        num = count_multiplied_parameters(prior)
+        return rivals.StaticFilter(
+            lambda rows: row_losses(prior, rows) - row_losses(conditional, rows),
+            lambda rows: forward_flops(num, 2 * len(rows.values)),
+            gradient_flops(num, int(passages.lengths[order].sum())),
+        )
+    score = rivals.text_ranking(rank, name, lab.tokenizer, lab.rows, passages, seed)
+    if rank != "similarity":
+        return rivals.StaticFilter(score)
+    sample = lab.rows.take(np.random.default_rng(8).permutation(len(lab.rows))[:num_encoded])
+    path = cache / f"{name.replace(' ', '-')}-{len(lab.rows)}.npy"
+    similarity = np.load(written_once(path, lambda file: np.save(file, score(sample))))
+    tables = distilled(sample, similarity, seed)
+    read = rivals.encoder_flops([*rivals.texts_of(sample, lab.tokenizer), *rivals.texts_of(passages, lab.tokenizer)])
+    each = tables.report.flops_per_token or 0.0
+    return rivals.StaticFilter(
+        tables.predict, lambda rows: each * len(rows.values), read + (tables.report.flops or 0.0)
+    )
+
+
+def distilled(rows: TokenRows, values: Any, seed: int) -> NgramInfluenceModel:
+    """Tables that stand for what gave these rows their values."""
+    values = np.asarray(values, np.float32)
+    labels = InfluenceLabels(
+        candidate_id=np.arange(len(rows)), influence=values, influence_per_token=values, loss=np.zeros_like(values),
+        num_tokens=rows.num_targets, probe=np.full(len(rows), "encoder"),
+    )  # fmt: skip
+    return NgramInfluenceModel(seed=seed, labels="document").fit(rows, labels)
+
+
+def encoder_tables(
+    lab: Lab, probes: TokenRows, labels: InfluenceLabels, ahead: TokenRows, seed: int
+) -> tuple[NgramInfluenceModel, float, float]:
+    """Tables that stand for an encoder fine-tuned on labels, its held-out Spearman, and the FLOPs of it all."""
+    encoder = rivals.encoder_model(lab.tokenizer, seed).fit(probes, labels)
+    tables = distilled(ahead, encoder.predict(ahead), seed)
+    fitted, asked = (rivals.encoder_flops(rivals.texts_of(rows, lab.tokenizer)) for rows in (probes, ahead))
+    flops = 3 * encoder.num_epochs * fitted + asked + (tables.report.flops or 0.0)
+    return tables, encoder.report.spearman, flops
+
+
+def spread_top_k(values: npt.NDArray[Any], rows: TokenRows, k: int, penalty: float) -> Ids:
+    """(k,) rows of high value whose tokens together are like the rows' own: greedy, in chunks.
+
+    A row's value in standard deviations loses `penalty` times the mean over its tokens of the log of how much likelier
+    a token is among what is chosen than among all rows; a chunk of usual rows counts as chosen. Rows have one length.
+    """
+    ids = rows.values.reshape(len(rows), -1)
+    usual = np.bincount(rows.values) + 1.0
+    chosen, counts = np.zeros(len(rows), bool), usual * (k / CHUNKS / len(rows))
+    for part in np.array_split(np.arange(k), CHUNKS):
+        excess = np.log(counts / counts.sum()) - np.log(usual / usual.sum())
+        worth = np.where(chosen, -np.inf, values / values.std() - penalty * excess[ids].mean(1))
+        best = np.argsort(-worth, kind="stable")[: len(part)]
+        chosen[best] = True
+        counts += np.bincount(ids[best].reshape(-1), minlength=len(counts))
+    return np.flatnonzero(chosen)
+
+
+def best_tokens(rows: TokenRows, tables: NgramInfluenceModel) -> TokenRows:
+    """Rows with the loss on the half of each row's tokens whose effect is higher by the tables; of one length."""
+    ids = rows.values.reshape(len(rows), -1)
+    pairs = as_rows(np.stack([ids[:, :-1], ids[:, 1:]], 2), 2)
+    effects = tables.predict(pairs).reshape(len(rows), -1)
+    labels = ids.astype(np.int64)
+    labels[:, 1:][effects < np.median(effects, 1, keepdims=True)] = IGNORED
+    return dataclasses.replace(rows, labels=labels.reshape(-1))
