@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import pkgutil
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.lab import harness
@@ -145,6 +147,67 @@ def test_a_quick_run_ends_and_goes_on_where_it_was_stopped(name: str, unit_file:
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert page.read_text(encoding="utf-8") == before
     run(name, "--check", "--out", str(tmp_path / "out"))
+
+
+def test_a_penalty_spreads_a_set_and_a_mask_leaves_the_better_tokens() -> None:
+    from benchmarks.lab.corpus import as_rows, together
+    from benchmarks.quality.horizon.choosing import best_tokens, distilled, spread_top_k
+
+    rng = np.random.default_rng(0)
+    liked = np.arange(400) % 4 == 0  # a quarter of the rows; its tokens are 1 to 3, those of the rest 4 to 7
+    ids = np.where(liked[:, None], rng.integers(1, 4, (400, 9)), rng.integers(4, 8, (400, 9)))
+    rows, values = as_rows(ids, 9), liked + rng.normal(0, 0.1, 400)
+    assert set(spread_top_k(values, rows, 100, 0.0)) == set(np.argsort(-values)[:100]) == set(np.flatnonzero(liked))
+    spread = [liked[spread_top_k(values, rows, 100, penalty)].mean() for penalty in (1.0, 3.0, 30.0)]
+    assert 1 > spread[0] > spread[1] > spread[2] > 0.25
+
+    ids = rng.integers(1, 8, (400, 9))
+    tables = distilled(as_rows(ids, 9), (ids[:, 1:] >= 5).mean(1), 0)
+    masked = best_tokens(as_rows(ids, 9), tables)
+    assert (masked.num_targets >= 4).all()
+    kept = masked.labels.reshape(400, 9)[:, 1:] >= 0
+    assert (ids[:, 1:] >= 5)[kept].mean() > 0.75 > 0.35 > (ids[:, 1:] >= 5)[~kept].mean()
+    batch = together(masked, as_rows(ids[:2], 9))
+    assert batch.num_targets.tolist() == [*masked.num_targets, 8, 8]
+
+
+@pytest.mark.slow
+def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.lab.corpus import write_built_in
+    from benchmarks.quality.horizon import training
+    from benchmarks.quality.horizon.arms import ARMS, Unit
+    from benchmarks.quality.horizon.settings import SETTINGS, Sizes, open_lab
+
+    names = (
+        "ours", "CoLoR", "ours, virtual labels", "ours, keep 1", "ours, late", "ours, tokens masked",
+        "ours, passages apart",
+    )  # fmt: skip
+    sizes = Sizes(documents=300, warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, held=1)
+    lab, runs = open_lab(write_built_in(tmp_path / "data"), tmp_path, "style", 300, 8), {}
+    for name in names:
+        small = {"random_first": 2, "round_steps": 4, "probes": 24, "passages": 16}
+        monkeypatch.setitem(ARMS, name, dataclasses.replace(ARMS[name], **small))
+        run = training.Run(lab, SETTINGS["style"], sizes, tmp_path, Unit(setting="style", arm=name, seed=10))
+        runs[name] = (run, run.train())
+    ends = [result["decayed"][-1]["pool"] for _, result in runs.values()]
+    assert np.isfinite(ends).all()
+    assert len(set(ends)) == len(names)
+    probed = {
+        name: [found["step"] for found in result["rounds"] if "spearman" in found]
+        for name, (_, result) in runs.items()
+    }
+    assert (probed["ours"], probed["ours, late"]) == ([2, 6, 10], [6, 10])
+    assert runs["ours, virtual labels"][0].probed == 2 * runs["ours"][0].probed
+    color, passages = runs["CoLoR"][0], lab.reference["all"].rows
+    assert color._filter.rank(passages).mean() > color._filter.rank(lab.rows.take(color.reserved)).mean() + 0.05
+    assert color.flops["score"] > color.flops["train"] > color.flops["fit"] > 0
+    apart = runs["ours, passages apart"][0]
+    assert set(apart.passages % 2) == {0}
+    read = apart._read(len(passages)).rows
+    assert len(read) == len(passages) // 2
+    assert not {bytes(read.row(i)[0]) for i in range(len(read))} & {bytes(passages.row(i)[0]) for i in apart.passages}
+    kept = runs["ours, keep 1"][0]._read(8).rows.lengths
+    assert kept[8:].sum() == pytest.approx(kept[:8].sum(), abs=64)
 
 
 def test_every_place_of_a_fault_is_there() -> None:

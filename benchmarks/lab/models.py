@@ -177,9 +177,9 @@ def train_steps(
             on_step(step + 1)
 
 
-def row_losses(model: nn.Module, rows: TokenRows) -> FloatArray:
+def row_losses(model: nn.Module, rows: TokenRows, tokens_per_batch: int = TOKENS_PER_BATCH) -> FloatArray:
     """(N,) mean loss of each row, nats/token."""
-    return row_means(rows, token_losses(model, rows, tokens_per_batch=TOKENS_PER_BATCH))
+    return row_means(rows, token_losses(model, rows, tokens_per_batch=tokens_per_batch))
 
 
 class Averager:

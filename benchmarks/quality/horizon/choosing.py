@@ -25,7 +25,7 @@ from benchmarks.lab.machine import written_once
 from benchmarks.lab.models import row_losses, train_steps
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon.arms import TRIED, Arm
-from benchmarks.quality.horizon.settings import Lab
+from benchmarks.quality.horizon.settings import TOKENS_PER_BATCH, Lab
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.flops import forward_flops, gradient_flops
 from mates_hf.influence.probe import count_multiplied_parameters
@@ -47,10 +47,10 @@ def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_
         (prior, _), (conditional, optimizer) = start(), start()
         rng = np.random.default_rng([seed, 9])
         order = np.concatenate([rng.permutation(len(passages)) for _ in range(TRIED[rank][name]["passes"])])
-        train_steps(conditional, optimizer, passages, order, batch_rows=BATCH_ROWS)
+        train_steps(conditional, optimizer, passages, order, batch_rows=BATCH_ROWS, tokens_per_batch=TOKENS_PER_BATCH)
         num = count_multiplied_parameters(prior)
         return rivals.StaticFilter(
-            lambda rows: row_losses(prior, rows) - row_losses(conditional, rows),
+            lambda rows: row_losses(prior, rows, TOKENS_PER_BATCH) - row_losses(conditional, rows, TOKENS_PER_BATCH),
             lambda rows: forward_flops(num, 2 * len(rows.values)),
             gradient_flops(num, int(passages.lengths[order].sum())),
         )
@@ -58,7 +58,7 @@ def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_
     if rank != "similarity":
         return rivals.StaticFilter(score)
     sample = lab.rows.take(np.random.default_rng(8).permutation(len(lab.rows))[:num_encoded])
-    path = cache / f"{name.replace(' ', '-')}-{len(lab.rows)}.npy"
+    path = cache / f"encoder-{name.replace(' ', '-')}-{len(lab.rows)}.npy"
     similarity = np.load(written_once(path, lambda file: np.save(file, score(sample))))
     tables = distilled(sample, similarity, seed)
     read = rivals.encoder_flops([*rivals.texts_of(sample, lab.tokenizer), *rivals.texts_of(passages, lab.tokenizer)])

@@ -38,6 +38,7 @@ from mates_hf.data.rows import TokenRows
 
 VOCAB, ROW_TOKENS, PIECES = 2_048, 128, 8
 TOKENIZER_DOCUMENTS = 6_000
+TOKENS_PER_BATCH = 1_024  # of training and probes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,13 @@ from torch import nn
 from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, train_once
 from benchmarks.lab.corpus import together
+from benchmarks.lab.machine import written_once
 from benchmarks.lab.models import LR, Averager, build_model, build_optimizer, task_losses, train_steps
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon import choosing
 from benchmarks.quality.horizon.arms import ARMS, FAIR, Arm, Unit
-from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, Lab, Setting, Sizes, open_lab
+from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, TOKENS_PER_BATCH, Lab, Setting, Sizes, open_lab
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.flops import gradient_flops, num_path_points
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
@@ -43,7 +43,6 @@ from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k
 
-TOKENS_PER_BATCH = 1_024  # of training and probes
 SHAPE = {"width": 96, "layers": 3}  # of the model: 0.53 million parameters
 
 
@@ -351,24 +350,35 @@ class Run:
         if arm.rank == "distilled":
             return self._classifier(rivals.texts_of(rows, self.lab.tokenizer))
         if not arm.probed:
-            return self._like_reference(arm, rows)
+            return self._like_reference(arm, candidates)
         assert self.tables is not None
         values = self.tables.predict(rows)
         self._cost("score", self.tables.report.flops_per_token * len(rows.values))
         values = values / values.std()
         if arm.beside:
-            beside = self._like_reference(FAIR, rows)
+            beside = self._like_reference(FAIR, candidates)
             values = values + beside / beside.std()
         return values
 
-    def _like_reference(self, arm: Arm, rows: TokenRows) -> Any:
-        """(N,) what a static filter, fitted once on all reference passages, ranks rows by."""
+    def _like_reference(self, arm: Arm, candidates: Ids) -> Any:
+        """(N,) what a static filter, fitted on all reference passages, ranks rows by.
+
+        Values are kept for other arms of the seed, in whose FLOPs they are all the same.
+        """
         if self._filter is None:
             settings = (self.unit.seed, self.cache, self.start, self.sizes.reserved // 2)
             self._filter = choosing.static_filter(self.lab, arm, *settings)
             self._cost("fit", self._filter.fit_flops)
-        self._cost("score", self._filter.flops(rows))
-        return self._filter.rank(rows)
+            num = len(self.lab.rows)
+            path = self.cache / f"{arm.rank}-{arm.filter}-{self.unit.seed}-{num}.npy".replace(" ", "_")
+            written_once(path, lambda file: np.save(file, np.full(num, np.nan, np.float32)))
+            self._known = np.lib.format.open_memmap(path, "r+")
+        values = np.array(self._known[candidates])
+        new = np.isnan(values)
+        if new.any():
+            self._known[candidates[new]] = values[new] = self._filter.rank(self.lab.rows.take(candidates[new]))
+        self._cost("score", self._filter.flops(self.lab.rows.take(candidates)))
+        return values
 
 
 def _warm_start(lab: Lab, rows: Ids, cache: Path, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
