@@ -182,8 +182,8 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
         "ours", "CoLoR", "ours, virtual labels", "ours, keep 1", "ours, late", "ours, tokens masked",
         "ours, passages apart",
     )  # fmt: skip
-    sizes = Sizes(documents=300, warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, held=1)
-    lab, runs = open_lab(write_built_in(tmp_path / "data"), tmp_path, "style", 300, 8), {}
+    sizes = Sizes(warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, held=1)
+    lab, runs = open_lab(write_built_in(tmp_path / "data"), tmp_path, "style", None, 8), {}
     for name in names:
         small = {"random_first": 2, "round_steps": 4, "probes": 24, "passages": 16}
         monkeypatch.setitem(ARMS, name, dataclasses.replace(ARMS[name], **small))
@@ -200,7 +200,7 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
     assert runs["ours, virtual labels"][0].probed == 2 * runs["ours"][0].probed
     color, passages = runs["CoLoR"][0], lab.reference["all"].rows
     assert color._filter.rank(passages).mean() > color._filter.rank(lab.rows.take(color.reserved)).mean() + 0.05
-    assert color.flops["score"] > color.flops["train"] > color.flops["fit"] > 0
+    assert color.flops["score"] > color.flops["train"] > 0.1 * color.flops["fit"] > 0
     apart = runs["ours, passages apart"][0]
     assert set(apart.passages % 2) == {0}
     read = apart._read(len(passages)).rows

@@ -319,7 +319,7 @@ class Run:
     def _fit(self, labels: InfluenceLabels, record: dict[str, Any]) -> None:
         rows, seed = self.lab.rows.take(self.probes), self.unit.seed
         if self.arm.rank == "MATES":
-            ahead = self.lab.rows.take(self.open[: self.sizes.reserved // 6])
+            ahead = self.lab.rows.take(self.open[: self.sizes.reserved // 12])
             self.tables, record["spearman"], flops = choosing.encoder_tables(self.lab, rows, labels, ahead, seed)
             record["spearman of tables"] = self.tables.report.spearman
         else:
