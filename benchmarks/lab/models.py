@@ -195,11 +195,26 @@ class Averager:
             self.average.update()
 
 
+def passage_losses(
+    model: nn.Module, tasks: dict[str, ReferenceTask], tokens_per_batch: int = TOKENS_PER_BATCH
+) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """Of each `loss_on`: (N,) sum of the losses of each passage in nats, and (N,) tokens they are of; one pass."""
+    read = tasks["all"].rows
+    losses = token_losses(model, read, tokens_per_batch=tokens_per_batch)
+    passage = np.repeat(np.arange(len(read)), read.num_targets)
+    masks = {loss_on: task.rows.target_mask[read.target_mask] for loss_on, task in tasks.items()}
+    return {
+        loss_on: (
+            np.bincount(passage[mask], losses[mask], len(read)),
+            np.bincount(passage[mask], minlength=len(read)).astype(np.float64),
+        )
+        for loss_on, mask in masks.items()
+    }
+
+
 def task_losses(
     model: nn.Module, tasks: dict[str, ReferenceTask], tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> dict[str, float]:
     """Mean loss over the tokens of each `loss_on`, nats/token, from one pass over the passages."""
-    read = tasks["all"].rows
-    losses = token_losses(model, read, tokens_per_batch=tokens_per_batch)
-    masks = {loss_on: task.rows.target_mask[read.target_mask] for loss_on, task in tasks.items()}
-    return {loss_on: float(losses[mask].mean(dtype=np.float64)) for loss_on, mask in masks.items()}
+    found = passage_losses(model, tasks, tokens_per_batch)
+    return {loss_on: float(sums.sum() / tokens.sum()) for loss_on, (sums, tokens) in found.items()}

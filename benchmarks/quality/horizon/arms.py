@@ -53,7 +53,7 @@ class Arm(NeedsPackage):
     virtual: bool = False
     penalty: float = 0.0  # in standard deviations, for each nat by which chosen tokens are unlike the slice's
     masked: bool = False  # whether the loss is on the half of each row's tokens that tables give the higher effect
-    beside: str | None = None  # a static filter whose ranking is added, both in their standard deviations
+    beside: str | None = None  # an arm of a static filter whose ranking is added, both in their standard deviations
     prior: bool = False  # whether the tables shrink towards log-odds of the reference against the pool
     watched: bool = False  # whether the same rows are probed again and again, to see how labels change
     package: str | None = None  # what must be installed

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.lab.statistics import steps_to_reach
+from benchmarks.lab.statistics import mean_interval, steps_to_reach
 from benchmarks.lab.tables import interval, markdown, table, title
 from benchmarks.quality.horizon.arms import GROUPS, RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.settings import SETTINGS
@@ -22,7 +23,9 @@ def page(document: Mapping[str, Any]) -> str:
         title("Long horizons: what to train on, over thousands of steps", document["settings"]["quick"]),
         "Differences to random data of the same seed, at the end of the decay, in nats/token: below 0 is better, on "
         "the passages as on the pool's own text. `to random` is the share of random's 4,000 steps after which an arm "
-        "is where random ends. `FLOPs` is everything that training and choosing took, as a multiple of random's.",
+        "is where random ends. `FLOPs` is everything that training and choosing took, as a multiple of random's. "
+        "Intervals of losses on passages are over seeds, where there are two, and over passages: the root of the sum "
+        "of both squares.",
     ]
     for name, setting in SETTINGS.items():
         for seeds, of in ((REPORTED_SEEDS, "reported seeds"), (tuple(range(10, 20)), "tuning seeds, other passages")):
@@ -66,9 +69,9 @@ def _table(setting: str, units: Units) -> str:
         def difference(of: Any, ends: Any = ends) -> str:
             return interval([of(ours) - of(random) for ours, random in ends], 3)
 
-        cells = [arm, len(pairs), difference(lambda losses: reference_loss(losses, setting))]
+        cells = [arm, len(pairs), _crossed(ends, SETTINGS[setting].parts)]
         if outside:
-            cells.append(difference(lambda losses: outside_loss(losses, setting)))
+            cells.append(_crossed(ends, [f"{task}: answers" for task in SETTINGS[setting].outside]))
         worst = np.mean([np.subtract(ours["domains"], random["domains"]) for ours, random in ends], 0).max()
         cells += [difference(lambda losses: losses["pool"]), f"{worst:+.2f}"]
         reached = [_reaches(ours, random, setting) for ours, random in pairs]
@@ -76,6 +79,20 @@ def _table(setting: str, units: Units) -> str:
         cells.append(f"{np.mean([ours['flops'] / random['flops'] for ours, random in ends]):.2f}")
         rows.append(cells)
     return table(heads, rows)
+
+
+def _crossed(ends: Sequence[tuple[Any, Any]], parts: Sequence[str]) -> str:
+    """Mean difference over parts of the passages, and half its interval over seeds and passages."""
+    mean, half = mean_interval([np.mean([ours[part] - random[part] for part in parts]) for ours, random in ends])
+    variance = 0.0  # of the mean over other passages
+    for part in parts:
+        pairs = [[np.array(losses["by_passage"][part]) for losses in pair] for pair in ends]
+        lost = np.mean([ours[0] - random[0] for ours, random in pairs], 0)
+        tokens = pairs[0][1][1]
+        apart = (lost - tokens * lost.sum() / tokens.sum()) / tokens.sum()
+        variance += float((apart**2).sum()) * len(apart) / (len(apart) - 1) / len(parts) ** 2
+    half = math.hypot(0.0 if math.isnan(half) else half, 1.96 * math.sqrt(variance))
+    return f"{mean:+.3f} ± {half:.3f}"
 
 
 def _drift(watched: Sequence[Mapping[str, Any]]) -> str:

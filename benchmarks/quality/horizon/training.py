@@ -25,10 +25,10 @@ from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, train_once
 from benchmarks.lab.corpus import together
 from benchmarks.lab.machine import written_once
-from benchmarks.lab.models import LR, Averager, build_model, build_optimizer, task_losses, train_steps
+from benchmarks.lab.models import LR, Averager, build_model, build_optimizer, passage_losses, train_steps
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon import choosing
-from benchmarks.quality.horizon.arms import ARMS, FAIR, Arm, Unit
+from benchmarks.quality.horizon.arms import ARMS, Arm, Unit
 from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, TOKENS_PER_BATCH, Lab, Setting, Sizes, open_lab
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.engine.averaging import WeightAverage
@@ -67,7 +67,6 @@ class Run:
         self.num_parameters = count_multiplied_parameters(self.model)
         self.judged = lab.judged["development" if unit.seed >= 10 else "test"]
         self.passages = self._passages(setting)
-        self._evidence: tuple[Tables, Tables] | None = None
         self._filter: rivals.StaticFilter | None = None
         self.curve: list[dict[str, Any]] = []
         self.decayed: list[dict[str, Any]] = []
@@ -180,7 +179,7 @@ class Run:
             labels = self._probe(256).measure(self.model, self.optimizer, self._read(256), rows)
             found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss}
             if not self.watched:
-                tokens, bigrams = self._log_odds()
+                tokens, bigrams = self._log_odds
                 found["log_odds"] = tokens.plus(bigrams).scaled(1.0).score(rows)
                 names = [self.lab.domain_names[d] for d in self.lab.domain[self.reserved[: self.sizes.watched]]]
                 found["asked"] = [name in SETTINGS[self.unit.setting].parts for name in names]
@@ -190,8 +189,11 @@ class Run:
         """Losses of the passages by task, of the pool's own text, and of each domain."""
         found: dict[str, Any] = {"step": self.step, "flops": sum(self.flops.values())}
         for name, tasks in self.judged.items():
-            for loss_on, loss in task_losses(self.model, tasks, TOKENS_PER_BATCH).items():
-                found[name if loss_on == "all" else f"{name}: answers"] = loss
+            for loss_on, (sums, tokens) in passage_losses(self.model, tasks, TOKENS_PER_BATCH).items():
+                part = name if loss_on == "all" else f"{name}: answers"
+                found[part] = float(sums.sum() / tokens.sum())
+                if self.step == self.sizes.steps:
+                    found.setdefault("by_passage", {})[part] = [sums.round(2), tokens]
         losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
         means, counts = self._by_domain(self.held, losses.reshape(len(self.held), -1).mean(1, dtype=np.float64))
         found["pool"] = float((means * self.share)[counts > 0].sum() / self.share[counts > 0].sum())
@@ -301,12 +303,10 @@ class Run:
         points = num_path_points(self.arm.path_steps, passages)
         return DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, path_steps=points, path_rate=0.5)
 
+    @functools.cached_property
     def _log_odds(self) -> tuple[Tables, Tables]:
-        """Log-odds of n-grams, reference against pool; counted once."""
-        if self._evidence is None:
-            background = self.lab.rows.take(self.reserved[-8_000:])
-            self._evidence = log_odds(self.lab.reference["all"].rows, background, 2**20)
-        return self._evidence
+        """Log-odds of n-grams, reference against pool."""
+        return log_odds(self.lab.reference["all"].rows, self.lab.rows.take(self.reserved[-8_000:]), 2**20)
 
     def _gap(self, labels: InfluenceLabels) -> float:
         """What rows of the kind that was bought are worth now, minus the rest, in standard deviations of labels."""
@@ -323,7 +323,7 @@ class Run:
             self.tables, record["spearman"], flops = choosing.encoder_tables(self.lab, rows, labels, ahead, seed)
             record["spearman of tables"] = self.tables.report.spearman
         else:
-            previous, evidence = self.tables if self.arm.pooled else None, self._log_odds() if self.arm.prior else None
+            previous, evidence = self.tables if self.arm.pooled else None, self._log_odds if self.arm.prior else None
             self.tables = NgramInfluenceModel(seed=seed).fit(rows, labels, previous=previous, evidence=evidence)
             record["spearman"], flops = self.tables.report.spearman, self.tables.report.flops or 0.0
         self._cost("fit", flops)
@@ -356,7 +356,7 @@ class Run:
         self._cost("score", self.tables.report.flops_per_token * len(rows.values))
         values = values / values.std()
         if arm.beside:
-            beside = self._like_reference(FAIR, candidates)
+            beside = self._like_reference(ARMS[arm.beside], candidates)
             values = values + beside / beside.std()
         return values
 
