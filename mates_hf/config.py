@@ -129,15 +129,18 @@ class MatesConfig:
     drift_check_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps between two checks, within a round, of whether its labels still hold; where they "
-            "do not, the next round starts at once and `update_steps` is a maximum. None: every `update_steps`."
+            "help": "Optimizer steps between two checks, within a round, of whether its choice still holds; where it "
+            "does not, the next round starts at once and `update_steps` is a maximum. A check takes 128 probes. With "
+            "`first_round_steps` it asks whether what the round buys is still worth more than what it passed over, in "
+            "rounds that are longer than those. None: no check; with `first_round_steps` one, in the middle of each "
+            "round of at least four times as many steps."
         },
     )
     drift_spearman: float = field(
         default=0.5,
         metadata={
             "help": "Rank correlation of a few candidates' influence with what it was at the round, below which a "
-            "drift check starts the next round, in [-1, 1]."
+            "drift check starts the next round, in [-1, 1]. Not used with `first_round_steps`."
         },
     )
     probe_tokens_per_batch: int = field(
@@ -218,12 +221,6 @@ class MatesConfig:
             self.average_steps is None or (whole("average_steps", 0) and self.average_steps <= self.shortest_steps),
             "average_steps",
             f"None or a whole number from 0 to {shortest}",
-        )
-        require(
-            self.drift_check_steps is None or self.first_round_steps is None,
-            "drift_check_steps",
-            f"None with `first_round_steps` ({self.first_round_steps}): both shorten rounds whose labels no longer "
-            "hold, and a round that a drift check starts has no length that could grow",
         )
         require(
             self.drift_check_steps is None or whole("drift_check_steps", 1),

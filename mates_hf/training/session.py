@@ -24,13 +24,12 @@ from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weight_marks
 from mates_hf.influence.path_length import rate_steps
 from mates_hf.reporting.metrics import round_metrics
-from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.beside import Beside, CheckpointState, await_order, due_step, share_order
 from mates_hf.training.clock import RowClock
-from mates_hf.training.drift import check_drift
+from mates_hf.training.drift import look_inside
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
@@ -40,7 +39,7 @@ from mates_hf.training.restore import publish_orders, receive_orders, restore_mo
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Order, Run, load_order, recorded_steps
 from mates_hf.training.sampler import ScheduledSampler
-from mates_hf.training.trust import longest_steps
+from mates_hf.training.trust import longest_steps, next_check
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +201,7 @@ class Session:
             rate_steps=self._rate_steps(step),
         )
         average, self.average = self.average, None
+        run.averaged_steps = 0 if average is None else average.num_steps
         order: Order | None = None
         with average.swapped_in() if average is not None else contextlib.nullcontext():
             if not run.processes.is_main:
@@ -275,14 +275,10 @@ class Session:
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
-            correlation = check_drift(self.run, round_path(self.run.rounds_dir, self.order.number))
-            self._metrics["mates/drift_spearman"] = correlation
-            logger.info("drift check of round %d at step %d: %.3f", self.order.number, step, correlation)
-            if correlation >= self.run.config.drift_spearman:
+            planned, found = look_inside(self.run, self.order, self.plan, self.clock.position, step)
+            self._metrics.update(found)
+            if planned is None:
                 return None
-            planned = self.plan.round_at(self.order.number + 1, step)
-            assert planned is not None
-            logger.info("labels no longer hold: round %d starts early, at step %d", planned.number, step)
         return self._run_round(planned, beside=beside)
 
     def _run_round(self, planned: PlannedRound, *, beside: bool) -> Callable[[], Order]:
@@ -345,21 +341,18 @@ class Session:
             length = recorded_steps(order.info, config)
             longest = longest_steps(config, length, order.info["guard"]["decision"])
             planned = plan.round_at(order.number + 1, order.info["step"] + length, longest)
-        # Behind a boundary at which a shorter run had nothing to select for. Rounds of one length are numbered by it.
-        passed = int(config.first_round_steps is None)
+        # Behind a boundary at which a shorter run had nothing to select for; the next number is not used up by it.
         while planned is not None and planned.boundary_step <= step:
-            planned = plan.round_at(planned.number + passed, planned.boundary_step + length, longest)
+            planned = plan.round_at(planned.number, planned.boundary_step + length, longest)
         return planned
 
     def _next_check(self, step: int) -> int | None:
-        """The step of the next drift check, or None where there is none or no round could start from it."""
-        every, order = self.run.config.drift_check_steps, self.order
-        if every is None or order is None or order.info["guard"]["decision"] == "own_order":
+        """The step of the next check inside the round, or None where there is none or no round could start from it."""
+        order = self.order
+        check = None if order is None else next_check(self.run.config, order.info, step)
+        if order is None or check is None or self.plan.round_at(order.number + 1, check) is None:
             return None
-        boundary = int(order.info["step"])
-        first = -(-self.run.config.lead_steps // every)  # the first check at which the round's rows are in training
-        check = boundary + every * max(first, (step - boundary) // every + 1)
-        return check if self.plan.round_at(order.number + 1, check) is not None else None
+        return check
 
     def _restore_rounds(self, last_round: Mapping[str, Any], step: int) -> None:
         """Orders, ledger and influence models as they were in memory at `step`."""
