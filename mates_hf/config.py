@@ -266,6 +266,25 @@ class MatesConfig:
             return self.update_steps
         return self.first_round_steps if last_steps is None else min(2 * last_steps, self.update_steps)
 
+    def checks_inside(self, steps: int) -> range:
+        """When a round is looked at before it is over.
+
+        Where rounds grow, one that is longer than `first_round_steps` is looked at each `drift_check_steps`; without
+        those once, in its middle, if it is four times as long. Where rounds have one length, each `drift_check_steps`.
+
+        Args:
+            steps: Length of the round.
+
+        Returns:
+            Optimizer steps after its boundary, of which its own rows are in training at each.
+        """
+        first, every = self.first_round_steps, self.drift_check_steps
+        if first is not None and steps < (4 * first if every is None else first + 1):
+            return range(0)
+        if every is None:
+            every = steps if first is None else (steps + 1) // 2
+        return range(every * -(-self.lead_steps // every), steps, every)
+
     @property
     def lead_steps(self) -> int:
         """Optimizer steps between a boundary and the first step trained on its selection."""

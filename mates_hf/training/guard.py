@@ -9,8 +9,9 @@ What it sees, in the order in which it looks, and what it answers:
 1. **Labels that rank nothing** (`labels`): all are equal. The round is in the Trainer's own order.
 2. **A reference loss that rose** (`loss_rose`, see `rise`): the last round selected, and the loss of the passages is
    higher than at the boundary before, beyond noise. The selection harmed what it was bought for. The round is in the
-   Trainer's own order, and half as long where rounds find their length. A second rise in a row keeps the own order for
-   two rounds, a third for four, and so on.
+   Trainer's own order, and half as long where rounds find their length. Afterwards the selection is on probation: it
+   must do as well as the own order did just before. Where it does not, that counts as a rise too. A second rise in a
+   row keeps the own order for two rounds, a third for four, and so on.
 3. **What was bought is used up** (`used_up`, see `trust`), where rounds find their length (`first_round_steps`): fresh
    labels no longer prefer the kind of rows that was chosen last. The round is in the Trainer's own order, and half as
    long.
@@ -187,11 +188,10 @@ def _harm(rise: Rise | None, rises: Mapping[str, int]) -> str:
     if rise is None:
         what = f"the reference loss rose in each of the last {rises['in_a_row']} rounds that selected"
     else:
-        low, high = rise.interval
-        what = (
-            f"the reference loss rose by {rise.rise:.3f} nats/token (95 % interval {low:.3f} to {high:.3f}) since the "
-            "last round, so what that selected did harm"
-        )
+        by = f"{rise.rise:.3f} nats/token (95 % interval {rise.interval[0]:.3f} to {rise.interval[1]:.3f})"
+        what = f"the reference loss rose by {by} since the last round, so what that selected did harm"
+        if rise.beyond_own_order:
+            what = f"what the last round selected left the reference loss {by} above the own order's course before it"
     left = rises["own_order_left"]
     more = f" So {'does' if left == 1 else 'do'} the {f'{left} after it' if left > 1 else 'next'}." if left else ""
     return f"{what}.{more} Look at the reference task, the probe and the learning rate if it happens again"

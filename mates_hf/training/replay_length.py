@@ -16,7 +16,7 @@ import numpy as np
 from mates_hf.config import MatesConfig
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.round_files import REFERENCE_FILE, ROUND_FILE
-from mates_hf.training.rise import Rise, find_rise, rises_after
+from mates_hf.training.rise import Course, Rise, find_rise, rises_after
 from mates_hf.training.round_reader import RoundReader
 from mates_hf.training.trust import (
     GAP_FILE,
@@ -44,6 +44,7 @@ class RoundWithLength(RoundReader):
         steps: its length.
         rows: what it trains on, in order, once they are read.
         labels: its labels, once they are read.
+        before: the reference loss at the round before it, once it is checked; None where that is not known.
         ends: the checks inside it that found its choice used up, by step, once they are checked.
     """
 
@@ -54,6 +55,7 @@ class RoundWithLength(RoundReader):
     steps: int
     rows: IntArray
     labels: InfluenceLabels
+    before: Course | None = None
     ends: dict[int, dict[str, Any]]
 
 
@@ -191,16 +193,20 @@ def check_rise(current: RoundWithLength, before: RoundWithLength | None) -> None
     info, guard = current.info, current.info["guard"]
     if "rise" not in info or (before is None and current.number > current.config.random_rounds):
         return  # of an earlier version; or the round to compare with is deleted
-    earlier, now = (None if each is None else each.labels.reference_losses for each in (before, current))
     rise: Rise | None = None
-    if before is not None and earlier is not None and now is not None:
-        rise = find_rise(before.info, earlier, info, now)
+    course = _course(current)
+    if before is not None and (last := _course(before)) is not None:
+        current.before = last
+        on_probation = bool(before.info["guard"].get("rises"))
+        if on_probation and before.before is None and before.number > current.config.random_rounds:
+            return  # what it was compared with is deleted
+        rise = None if course is None else find_rise(course, last, before.before if on_probation else None)
     expected = None if rise is None else rise.to_dict()
     what = f"`rise` {expected}, as {REFERENCE_FILE} gives"
     current.require(_same(info["rise"], expected), ROUND_FILE, what, repr(info["rise"]))
-    last = {} if before is None else before.info["guard"].get("rises", {})
-    rises, is_kept = rises_after(last, None if before is None else before.decision, rise)
-    what = f"`rises` of `guard` {rises}, after {last}"
+    last_rises = {} if before is None else before.info["guard"].get("rises", {})
+    rises, is_kept = rises_after(last_rises, None if before is None else before.decision, rise)
+    what = f"`rises` of `guard` {rises}, after {last_rises}"
     current.require(guard.get("rises", {}) == rises, ROUND_FILE, what, repr(guard.get("rises")))
     loss_rose = is_kept and info.get("fit") is not None
     what = f"`failed` of `guard` {'' if loss_rose else 'not '}{LOSS_ROSE!r}"
@@ -226,6 +232,12 @@ def _check_gap(current: RoundWithLength, before: RoundWithLength | None) -> Gap 
         _same(gap, expected), ROUND_FILE, f"`gap` {expected}, as {GAP_FILE} and the labels give", repr(gap)
     )
     return found
+
+
+def _course(current: RoundWithLength) -> Course | None:
+    """What a round says of the reference loss; None where it says nothing."""
+    losses = current.labels.reference_losses
+    return None if losses is None else Course(current.info, np.asarray(losses))
 
 
 def _same(found: Any, expected: Mapping[str, Any] | None) -> bool:

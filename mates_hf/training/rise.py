@@ -4,13 +4,17 @@ A selection is bought so that the reference loss falls. Labels record the loss o
 the null step of the weights that are probed. Where the mean over the passages is higher than at the boundary before,
 beyond noise, the selection did harm, whatever its labels said.
 
+A selection can do harm and no more than hold a loss up that would have fallen. So after a rise it is on probation: the
+round that selects again is compared with the round in the Trainer's own order before it, step for step. A loss that
+falls less than there counts as another rise.
+
 What else makes a loss rise is no complaint about a selection, and is told apart where it can be. Nothing is said after
-a round in the Trainer's own order, where the learning rate is higher than at the boundary before (a warm-up, or a
-restart), where the weights were averaged over another number of steps, and where passages or their tokens differ.
+a round in the own order, where the learning rate is higher than at the boundary before (a warm-up, or a restart),
+where the weights were averaged over another number of steps, and where passages or their tokens differ.
 
 Where it is used: `rounds` asks before the guard does; `replay` asks again of what rounds have recorded. Trade-off: the
-interval is over passages, not over runs, while the noise of a step moves the loss of all passages alike. So a rise
-must be of more than `MIN_RISE` as well.
+interval is over passages, not over runs, while the noise of a step moves the loss of all passages alike. Where a loss
+no longer falls and steps are that noisy, there are false alarms; one costs a round in the own order.
 """
 
 from __future__ import annotations
@@ -39,10 +43,13 @@ class Rise(NamedTuple):
     Attributes:
         rise: nats/token, mean over the trained tokens of all passages; < 0 is a fall, lower is better.
         interval: its 95 % interval over passages, by the normal approximation.
+        beyond_own_order: true where it is told how much more it rose, or less it fell, than in the round in the own
+            order before it.
     """
 
     rise: float
     interval: tuple[float, float]
+    beyond_own_order: bool = False
 
     @property
     def is_harm(self) -> bool:
@@ -51,56 +58,79 @@ class Rise(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"rise": self.rise, "interval": list(self.interval)}
+        return {"rise": self.rise, "interval": list(self.interval), "beyond_own_order": self.beyond_own_order}
 
 
-def measure_rise(run: Any, labels: InfluenceLabels, facts: Mapping[str, Any]) -> Rise | None:
+class Course(NamedTuple):
+    """A boundary: `round.json`, or what is known of it, and (R, 2) mean loss and trained tokens of each passage."""
+
+    info: Mapping[str, Any]
+    losses: npt.NDArray[Any]
+
+
+def measure_rise(run: Any, labels: InfluenceLabels, info: Mapping[str, Any]) -> Rise | None:
     """How far the reference loss rose since the last round, which is read from its directory.
 
     Args:
         run: the run's state, with the number of the last round.
         labels: fresh labels.
-        facts: what `round.json` will say of the model as it was measured.
+        info: what `round.json` will say of the model as it was measured.
 
     Returns:
         The rise; None where there is nothing to compare with.
     """
     if run.last_round is None or labels.reference_losses is None:
         return None
-    path = round_path(run.rounds_dir, run.last_round)
-    before = read_array(path / REFERENCE_FILE, np.float32, num_dims=2)
-    if before is None:  # of an earlier version, or of a probe that does not tell
-        return None
-    return find_rise(read_json(path / ROUND_FILE), before, {"probe": labels.info, **facts}, labels.reference_losses)
+    now = Course({"probe": labels.info, **info}, labels.reference_losses)
+    last = _read_course(run, run.last_round)
+    earlier = _read_course(run, run.last_round - 1) if run.last_rises else None
+    return None if last is None else find_rise(now, last, earlier)
 
 
-def find_rise(
-    info: Mapping[str, Any], losses: npt.NDArray[Any], info_now: Mapping[str, Any], losses_now: npt.NDArray[Any]
-) -> Rise | None:
+def _read_course(run: Any, number: int) -> Course | None:
+    """A finished round; None where it has no losses, as rounds of earlier versions, and of probes that tell none."""
+    path = round_path(run.rounds_dir, number)
+    losses = read_array(path / REFERENCE_FILE, np.float32, num_dims=2)
+    return None if losses is None else Course(read_json(path / ROUND_FILE), losses)
+
+
+def find_rise(now: Course, last: Course, earlier: Course | None = None) -> Rise | None:
     """How far the reference loss rose from one round to the next.
 
     Args:
-        info: `round.json` of the round before.
-        losses: (R, 2) mean loss and trained tokens of each passage in it.
-        info_now: `round.json` of this round, or what is known of it.
-        losses_now: the same in this round.
+        now: This round.
+        last: The round before it.
+        earlier: The round before that, where the selection is on probation; compared with if it was in the own order.
 
     Returns:
-        The rise; None where the round before selected nothing, or the two cannot be compared.
+        The rise; None where the last round selected nothing, or the two cannot be compared.
     """
-    same = losses.shape == losses_now.shape and losses.ndim == 2 and losses.shape[1:] == (2,)
-    if not same or not _comparable(info, info_now) or not np.array_equal(losses[:, 1], losses_now[:, 1]):
+    if last.info["guard"].get("decision") == "own_order":
         return None
-    trained = losses[:, 1] > 0
-    change = losses_now[trained, 0].astype(np.float64) - losses[trained, 0]
-    share = losses[trained, 1].astype(np.float64)
-    num = len(change)
-    if num < MIN_PASSAGES or not np.isfinite(change).all():
+    change = _change(last, now)
+    if change is None:
         return None
+    is_own = earlier is not None and earlier.info["guard"].get("decision") == "own_order"
+    own_change = _change(earlier, last) if earlier is not None and is_own else None
+    if own_change is not None and earlier is not None:
+        steps = [each.info["step"] for each in (earlier, last, now)]
+        change = change - own_change * ((steps[2] - steps[1]) / (steps[1] - steps[0]))
+    share = last.losses[last.losses[:, 1] > 0, 1].astype(np.float64)
     share /= share.sum()
-    rise = float(share @ change)
+    rise, num = float(share @ change), len(change)
     half = _Z_95 * math.sqrt(float(np.sum((share * (change - rise)) ** 2)) * num / (num - 1))
-    return Rise(rise, (rise - half, rise + half))
+    return Rise(rise, (rise - half, rise + half), own_change is not None)
+
+
+def _change(last: Course, now: Course) -> npt.NDArray[np.float64] | None:
+    """Change of the loss of each passage with trained tokens; None where something else may have changed it."""
+    before, after = last.losses, now.losses
+    same = before.shape == after.shape and before.ndim == 2 and before.shape[1:] == (2,)
+    if not same or not _comparable(last.info, now.info) or not np.array_equal(before[:, 1], after[:, 1]):
+        return None
+    trained = before[:, 1] > 0
+    change: npt.NDArray[np.float64] = after[trained, 0].astype(np.float64) - before[trained, 0]
+    return change if len(change) >= MIN_PASSAGES and np.isfinite(change).all() else None
 
 
 def rises_after(
@@ -109,7 +139,8 @@ def rises_after(
     """How often in a row the loss rose, and whether the coming round is in the own order for it.
 
     The n-th rise in a row, with nothing but rounds in the own order in between, is followed by 2^(n - 1) rounds in the
-    own order. So selections that do harm time and again, by a wrong reference or probe, cost less and less.
+    own order. So selections that do harm time and again, by a wrong reference or probe, cost less and less. Probation
+    ends with a selection that did none.
 
     Args:
         last_rises: What this returned for the last round; empty where there is none.
@@ -131,9 +162,7 @@ def rises_after(
 
 
 def _comparable(info: Mapping[str, Any], info_now: Mapping[str, Any]) -> bool:
-    """Whether a loss that rose between two rounds would be the doing of what the first one selected."""
-    if info["guard"].get("decision") == "own_order":
-        return False
+    """Whether a loss that changed between two rounds would be the doing of the rows that were trained on."""
     digests = [_part(each, "reference").get("digest") for each in (info, info_now)]
     if digests[0] != digests[1] or info.get("averaged_steps") != info_now.get("averaged_steps"):
         return False

@@ -161,7 +161,7 @@ def _conclude(run: Run, measured: Measured) -> Order:
     """Fit, guard, score, select, and the record of it all."""
     longest, plan, _, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts = measured
     judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, longest.number, stages)
-    judged = dataclasses.replace(judged, rise=measure_rise(run, labels, facts))
+    judged = dataclasses.replace(judged, rise=measure_rise(run, labels, {"step": longest.boundary_step, **facts}))
     decision, scorer = decide(run, judged)
     planned = shortened(run, longest, plan, decision, judged.gap)
     num_rows = planned.num_rows

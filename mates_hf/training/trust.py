@@ -9,10 +9,10 @@ probed; the best `selection_ratio` of them are the kind that was bought. The gap
 of the rest, by the fresh labels, in standard deviations of the labels' worth. Above 0: still worth more, higher is
 better. It costs no probe, and no row in it was trained on.
 
-A long round is looked at inside as well (`next_check`). There the gap is between rows that were bought and are still
-ahead, and rows that were passed over, by a few probes (`drift`). While it is above 0 the round goes on. Where it is
-not, the next round starts at once, and the present one counts with the steps that it lasted. So the new round's own
-labels, which are many more, decide how long it is: a false alarm costs the probes of one round.
+A long round is looked at inside as well (`MatesConfig.checks_inside`). There the gap is between rows that were bought
+and are still ahead, and rows that were passed over, by a few probes (`drift`). While it is above 0 the round goes on.
+Where it is not, the next round starts at once, and the present one counts with the steps that it lasted. So the new
+round's own labels, which are many more, decide how long it is: a false alarm costs the probes of one round.
 
 Where it is used: between fit and guard in `rounds.run_round`; `replay` asks again with what a round has recorded.
 Trade-off: the sign alone decides, so that labels without any signal shorten every other round; noise costs no more
@@ -102,29 +102,19 @@ def gap_between(
 def next_check(config: MatesConfig, info: Mapping[str, Any], step: int) -> int | None:
     """The step at which a round is looked at next, before it is over.
 
-    Where rounds grow, one that is longer than `first_round_steps` is looked at each `drift_check_steps`; without those
-    once, in its middle, if it is four times as long. Where rounds have one length, each `drift_check_steps`.
-
     Args:
         config: the run's `MatesConfig`.
         info: The round's `round.json`.
         step: optimizer steps done.
 
     Returns:
-        The first such step after `step` at which the round's own rows are in training; None where there is none.
+        The first such step after `step`; None where there is none, or the round bought nothing.
     """
     if info["guard"]["decision"] == "own_order":
         return None
-    first, every = config.first_round_steps, config.drift_check_steps
-    steps, boundary = int(info.get("round_steps", config.update_steps)), int(info["step"])
-    if first is not None:
-        if steps < (4 * first if every is None else first + 1):
-            return None
-        every = every or (steps + 1) // 2
-    if every is None:
-        return None
-    after = every * max(-(-config.lead_steps // every), (step - boundary) // every + 1)
-    return None if first is not None and after >= steps else boundary + after
+    boundary = int(info["step"])
+    checks = config.checks_inside(int(info.get("round_steps", config.update_steps)))
+    return next((boundary + after for after in checks if boundary + after > step), None)
 
 
 def rows_to_check(
