@@ -10,8 +10,8 @@ What it sees, in the order in which it looks, and what it answers:
 2. **A reference loss that rose** (`loss_rose`, see `rise`): the last round selected, and the loss of the passages is
    higher than at the boundary before, beyond noise. The selection harmed what it was bought for. The round is in the
    Trainer's own order, and half as long where rounds find their length. Afterwards the selection is on probation: it
-   must do as well as the own order did just before. Where it does not, that counts as a rise too. A second rise in a
-   row keeps the own order for two rounds, a third for four, and so on.
+   must do as well as the own order did just before. Where it does not, that counts as a rise too. The next rise keeps
+   the own order for two or four rounds, and so on (`rise.rises_after`).
 3. **What was bought is used up** (`used_up`, see `trust`), where rounds find their length (`first_round_steps`): fresh
    labels no longer prefer the kind of rows that was chosen last. The round is in the Trainer's own order, and half as
    long.
@@ -186,7 +186,7 @@ def _complaint(run: Run, judged: Judged, overshot: bool, rises: Mapping[str, int
 def _harm(rise: Rise | None, rises: Mapping[str, int]) -> str:
     """That the reference loss rose, and for how long nothing is selected."""
     if rise is None:
-        what = f"the reference loss rose in each of the last {rises['in_a_row']} rounds that selected"
+        what = "the reference loss rose time and again in rounds that selected"
     else:
         by = f"{rise.rise:.3f} nats/token (95 % interval {rise.interval[0]:.3f} to {rise.interval[1]:.3f})"
         what = f"the reference loss rose by {by} since the last round, so what that selected did harm"

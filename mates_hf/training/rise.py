@@ -136,11 +136,12 @@ def _change(last: Course, now: Course) -> npt.NDArray[np.float64] | None:
 def rises_after(
     last_rises: Mapping[str, int], last_decision: str | None, rise: Rise | None
 ) -> tuple[dict[str, int], bool]:
-    """How often in a row the loss rose, and whether the coming round is in the own order for it.
+    """How far the selection is mistrusted, and whether the coming round is in the own order for it.
 
-    The n-th rise in a row, with nothing but rounds in the own order in between, is followed by 2^(n - 1) rounds in the
-    own order. So selections that do harm time and again, by a wrong reference or probe, cost less and less. Probation
-    ends with a selection that did none.
+    A rise adds 2 to the mistrust, a round that selected without one takes 1 off; at 0, probation is over. A rise is
+    followed by 2^(mistrust - 2) rounds in the own order: by one, by two where only one good round lies between two
+    rises, by four where none does. So selections that do harm time and again, by a wrong reference or probe, cost less
+    and less.
 
     Args:
         last_rises: What this returned for the last round; empty where there is none.
@@ -148,17 +149,19 @@ def rises_after(
         rise: what is measured now.
 
     Returns:
-        `in_a_row`, and `own_order_left` for the rounds in the own order that follow the coming one; nothing where the
-        last selection did no harm. And whether the coming round is one in the own order.
+        `mistrust`, and `own_order_left` for the rounds in the own order that follow the coming one; nothing where
+        there is no mistrust. And whether the coming round is one in the own order.
     """
-    in_a_row, left = last_rises.get("in_a_row", 0), last_rises.get("own_order_left", 0)
+    mistrust, left = last_rises.get("mistrust", 0), last_rises.get("own_order_left", 0)
     if rise is not None and rise.is_harm:
-        in_a_row += 1
-        return {"in_a_row": in_a_row, "own_order_left": 2 ** min(in_a_row - 1, _MOST_DOUBLINGS) - 1}, True
-    if rise is not None or not in_a_row:
+        mistrust += 2
+        return {"mistrust": mistrust, "own_order_left": 2 ** min(mistrust - 2, _MOST_DOUBLINGS) - 1}, True
+    if rise is not None:
+        mistrust, left = mistrust - 1, 0
+    if mistrust <= 0:
         return {}, False
     is_kept = left > 0 and last_decision == "own_order"
-    return {"in_a_row": in_a_row, "own_order_left": left - is_kept}, is_kept
+    return {"mistrust": mistrust, "own_order_left": left - is_kept}, is_kept
 
 
 def _comparable(info: Mapping[str, Any], info_now: Mapping[str, Any]) -> bool:
