@@ -16,7 +16,7 @@ import numpy as np
 from mates_hf.config import MatesConfig
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.round_files import REFERENCE_FILE, ROUND_FILE
-from mates_hf.training.rise import Course, Rise, find_rise, rises_after
+from mates_hf.training.rise import Boundary, Rise, course_after, find_rise, rises_after
 from mates_hf.training.round_reader import RoundReader
 from mates_hf.training.trust import (
     GAP_FILE,
@@ -55,7 +55,7 @@ class RoundWithLength(RoundReader):
     steps: int
     rows: IntArray
     labels: InfluenceLabels
-    before: Course | None = None
+    before: Boundary | None = None
     ends: dict[int, dict[str, Any]]
 
 
@@ -194,13 +194,13 @@ def check_rise(current: RoundWithLength, before: RoundWithLength | None) -> None
     if "rise" not in info or (before is None and current.number > current.config.random_rounds):
         return  # of an earlier version; or the round to compare with is deleted
     rise: Rise | None = None
-    course = _course(current)
-    if before is not None and (last := _course(before)) is not None:
+    now, last = _boundary(current), None if before is None else _boundary(before)
+    if before is not None and last is not None:
         current.before = last
         on_probation = bool(before.info["guard"].get("rises"))
         if on_probation and before.before is None and before.number > current.config.random_rounds:
             return  # what it was compared with is deleted
-        rise = None if course is None else find_rise(course, last, before.before if on_probation else None)
+        rise = None if now is None else find_rise(now, last, before.before if on_probation else None)
     expected = None if rise is None else rise.to_dict()
     what = f"`rise` {expected}, as {REFERENCE_FILE} gives"
     current.require(_same(info["rise"], expected), ROUND_FILE, what, repr(info["rise"]))
@@ -208,6 +208,11 @@ def check_rise(current: RoundWithLength, before: RoundWithLength | None) -> None
     rises, is_kept = rises_after(last_rises, None if before is None else before.decision, rise)
     what = f"`rises` of `guard` {rises}, after {last_rises}"
     current.require(guard.get("rises", {}) == rises, ROUND_FILE, what, repr(guard.get("rises")))
+    course = [] if now is None else course_after(last, now)
+    found: Any = info.get("reference_course")
+    flat = [part for pair in found for part in pair] if _is_pairs(found) else [None]
+    same = _close(_floats(flat), [part for pair in course for part in pair])
+    current.require(same, ROUND_FILE, f"`reference_course` {course}, as {REFERENCE_FILE} gives", repr(found))
     loss_rose = is_kept and info.get("fit") is not None
     what = f"`failed` of `guard` {'' if loss_rose else 'not '}{LOSS_ROSE!r}"
     current.require((guard.get("failed") == LOSS_ROSE) == loss_rose, ROUND_FILE, what, repr(guard.get("failed")))
@@ -234,27 +239,35 @@ def _check_gap(current: RoundWithLength, before: RoundWithLength | None) -> Gap 
     return found
 
 
-def _course(current: RoundWithLength) -> Course | None:
+def _boundary(current: RoundWithLength) -> Boundary | None:
     """What a round says of the reference loss; None where it says nothing."""
     losses = current.labels.reference_losses
-    return None if losses is None else Course(current.info, np.asarray(losses))
+    return None if losses is None else Boundary(current.info, np.asarray(losses))
 
 
 def _same(found: Any, expected: Mapping[str, Any] | None) -> bool:
     """Whether a gap or a rise is what was recomputed, but for the last bits."""
-    name = "rise" if expected is not None and "rise" in expected else "gap"
-    one, other = _numbers(found, name), _numbers(expected, name)
-    return one == other or (len(one) == len(other) and np.allclose(one, other, rtol=_RTOL, atol=_ATOL))
+    if expected is None or not isinstance(found, Mapping):
+        return found is expected
+    told, interval = dict(found), found.get("interval")
+    ends = interval if isinstance(interval, list) else [None]
+    same = all(told.get(name) == value for name, value in expected.items() if isinstance(value, bool))
+    numbers = [name for name, value in expected.items() if isinstance(value, float)]
+    values = [*(told.get(name) for name in numbers), *ends]
+    return same and _close(_floats(values), [*(expected[name] for name in numbers), *expected["interval"]])
 
 
-def _numbers(values_of: Any, name: str) -> list[float]:
-    """A gap, or a rise, and the ends of its interval; what is no number is NaN, which equals nothing."""
-    if values_of is None:
-        return []
-    gap: Mapping[str, Any] = values_of if isinstance(values_of, Mapping) else {}
-    interval = gap.get("interval")
-    values = [gap.get(name), *(interval if isinstance(interval, list) else [None, None])]
+def _close(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and bool(np.allclose(one, other, rtol=_RTOL, atol=_ATOL))
+
+
+def _floats(values: list[Any]) -> list[float]:
+    """Numbers as they are; what is none is NaN, which equals nothing."""
     return [float(value) if isinstance(value, (int, float)) else float("nan") for value in values]
+
+
+def _is_pairs(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
 
 
 def _is_whole(value: Any) -> bool:

@@ -12,15 +12,17 @@ What else makes a loss rise is no complaint about a selection, and is told apart
 a round in the own order, where the learning rate is higher than at the boundary before (a warm-up, or a restart),
 where the weights were averaged over another number of steps, and where passages or their tokens differ.
 
+Noise has two sources. Passages differ, for which there is an interval over passages. And a step moves the loss of all
+passages alike, up and down: how far is measured by how boundaries before lie off the line between their neighbours.
+
 Where it is used: `rounds` asks before the guard does; `replay` asks again of what rounds have recorded. Trade-off: the
-interval is over passages, not over runs, while the noise of a step moves the loss of all passages alike. Where a loss
-no longer falls and steps are that noisy, there are false alarms; one costs a round in the own order.
+noise of steps is known from the fourth boundary on, and a loss that falls in a curve looks noisier than it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,11 +32,13 @@ from mates_hf.disk import read_array, read_json
 from mates_hf.records import InfluenceLabels
 from mates_hf.round_files import REFERENCE_FILE, ROUND_FILE, round_path
 
-MIN_RISE = 0.01  # nats/token; what a step's noise does to a model that has nothing left to learn is below it
+MIN_RISE = 0.01  # nats/token; less is no harm worth an answer, whatever its noise
 MIN_PASSAGES = 8
+NUM_BOUNDARIES = 10  # whose mean losses tell how noisy it is
 _MOST_RATE = 1.05  # learning rates, as a multiple of those at the boundary before, that count as no higher
 _MOST_DOUBLINGS = 6
 _Z_95 = 1.959964
+_Z_95_ONE_SIDED = 1.644854
 
 
 class Rise(NamedTuple):
@@ -45,27 +49,34 @@ class Rise(NamedTuple):
         interval: its 95 % interval over passages, by the normal approximation.
         beyond_own_order: true where it is told how much more it rose, or less it fell, than in the round in the own
             order before it.
+        noise: nats/token; the noise of steps makes less of a rise in 95 % of all cases. 0 where that is not known yet.
     """
 
     rise: float
     interval: tuple[float, float]
     beyond_own_order: bool = False
+    noise: float = 0.0
 
     @property
     def is_harm(self) -> bool:
         """Whether the loss rose by more than noise does."""
-        return self.interval[0] > 0 and self.rise > MIN_RISE
+        return self.interval[0] > 0 and self.rise > max(MIN_RISE, self.noise)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"rise": self.rise, "interval": list(self.interval), "beyond_own_order": self.beyond_own_order}
+        return {**self._asdict(), "interval": list(self.interval)}
 
 
-class Course(NamedTuple):
-    """A boundary: `round.json`, or what is known of it, and (R, 2) mean loss and trained tokens of each passage."""
+class Boundary(NamedTuple):
+    """A round: its `round.json`, or what is known of it, and (R, 2) mean loss and trained tokens of each passage."""
 
     info: Mapping[str, Any]
     losses: npt.NDArray[Any]
+
+    @property
+    def mean(self) -> float:
+        """Reference loss, nats/token."""
+        return float(np.average(self.losses[:, 0].astype(np.float64), weights=self.losses[:, 1]))
 
 
 def measure_rise(run: Any, labels: InfluenceLabels, info: Mapping[str, Any]) -> Rise | None:
@@ -79,22 +90,28 @@ def measure_rise(run: Any, labels: InfluenceLabels, info: Mapping[str, Any]) -> 
     Returns:
         The rise; None where there is nothing to compare with.
     """
-    if run.last_round is None or labels.reference_losses is None:
+    last = _read_boundary(run, run.last_round)
+    if last is None or labels.reference_losses is None:
         return None
-    now = Course({"probe": labels.info, **info}, labels.reference_losses)
-    last = _read_course(run, run.last_round)
-    earlier = _read_course(run, run.last_round - 1) if run.last_rises else None
-    return None if last is None else find_rise(now, last, earlier)
+    earlier = _read_boundary(run, run.last_round - 1) if run.last_rises else None
+    return find_rise(Boundary({"probe": labels.info, **info}, labels.reference_losses), last, earlier)
 
 
-def _read_course(run: Any, number: int) -> Course | None:
+def course_so_far(run: Any, labels: InfluenceLabels, info: Mapping[str, Any]) -> list[list[float]]:
+    """What `round.json` says of the reference loss at this and earlier boundaries, as `course_after` finds it."""
+    if labels.reference_losses is None:
+        return []
+    return course_after(_read_boundary(run, run.last_round), Boundary(info, labels.reference_losses))
+
+
+def _read_boundary(run: Any, number: int | None) -> Boundary | None:
     """A finished round; None where it has no losses, as rounds of earlier versions, and of probes that tell none."""
-    path = round_path(run.rounds_dir, number)
-    losses = read_array(path / REFERENCE_FILE, np.float32, num_dims=2)
-    return None if losses is None else Course(read_json(path / ROUND_FILE), losses)
+    path = None if number is None else round_path(run.rounds_dir, number)
+    losses = None if path is None else read_array(path / REFERENCE_FILE, np.float32, num_dims=2)
+    return None if path is None or losses is None else Boundary(read_json(path / ROUND_FILE), losses)
 
 
-def find_rise(now: Course, last: Course, earlier: Course | None = None) -> Rise | None:
+def find_rise(now: Boundary, last: Boundary, earlier: Boundary | None = None) -> Rise | None:
     """How far the reference loss rose from one round to the next.
 
     Args:
@@ -112,24 +129,74 @@ def find_rise(now: Course, last: Course, earlier: Course | None = None) -> Rise 
         return None
     is_own = earlier is not None and earlier.info["guard"].get("decision") == "own_order"
     own_change = _change(earlier, last) if earlier is not None and is_own else None
+    ratio = 0.0  # of the steps of the last round to those in the own order
     if own_change is not None and earlier is not None:
         steps = [each.info["step"] for each in (earlier, last, now)]
-        change = change - own_change * ((steps[2] - steps[1]) / (steps[1] - steps[0]))
+        ratio = (steps[2] - steps[1]) / (steps[1] - steps[0])
+        change = change - ratio * own_change
     share = last.losses[last.losses[:, 1] > 0, 1].astype(np.float64)
     share /= share.sum()
     rise, num = float(share @ change), len(change)
     half = _Z_95 * math.sqrt(float(np.sum((share * (change - rise)) ** 2)) * num / (num - 1))
-    return Rise(rise, (rise - half, rise + half), own_change is not None)
+    spread = math.sqrt(1 + (1 + ratio) ** 2 + ratio**2)  # of now - (1 + ratio) last + ratio earlier
+    noise = _Z_95_ONE_SIDED * spread * noise_of(last.info.get("reference_course") or [])
+    return Rise(rise, (rise - half, rise + half), own_change is not None, noise)
 
 
-def _change(last: Course, now: Course) -> npt.NDArray[np.float64] | None:
-    """Change of the loss of each passage with trained tokens; None where something else may have changed it."""
+def noise_of(course: Sequence[Sequence[float]]) -> float:
+    """How noisy the reference loss of a boundary is: how far boundaries lie off the line between their neighbours.
+
+    Args:
+        course: step and mean loss of each, in order.
+
+    Returns:
+        Standard deviation, nats/token; 0 of fewer than four.
+    """
+    if len(course) < 4:
+        return 0.0
+    step, loss = np.asarray(course, np.float64).T
+    left = (step[2:] - step[1:-1]) / (step[2:] - step[:-2])
+    off = loss[1:-1] - left * loss[:-2] - (1 - left) * loss[2:]
+    return math.sqrt(float(np.mean(off**2 / (1 + left**2 + (1 - left) ** 2))))
+
+
+def course_after(last: Boundary | None, now: Boundary) -> list[list[float]]:
+    """Step and mean loss of the last boundaries, those that are comparable with this one and it.
+
+    While the selection is mistrusted no boundary is added: the harm that it does is no noise.
+
+    Args:
+        last: The round before; None where there is none.
+        now: This round, whose guard has decided.
+
+    Returns:
+        At most `NUM_BOUNDARIES` pairs.
+    """
+    found = [float(now.info["step"]), now.mean]
+    if last is None or not _same_passages(last, now):
+        return [found]
+    earlier: list[list[float]] = list(last.info.get("reference_course") or [])
+    return earlier if now.info["guard"].get("rises") else [*earlier, found][-NUM_BOUNDARIES:]
+
+
+def _same_passages(last: Boundary, now: Boundary) -> bool:
+    """Whether two rounds read the same passages, at weights averaged alike."""
     before, after = last.losses, now.losses
-    same = before.shape == after.shape and before.ndim == 2 and before.shape[1:] == (2,)
-    if not same or not _comparable(last.info, now.info) or not np.array_equal(before[:, 1], after[:, 1]):
+    if before.shape != after.shape or before.ndim != 2 or before.shape[1] != 2:
+        return False
+    digests = [_part(each.info, "reference").get("digest") for each in (last, now)]
+    same = digests[0] == digests[1] and last.info.get("averaged_steps") == now.info.get("averaged_steps")
+    return same and np.array_equal(before[:, 1], after[:, 1])
+
+
+def _change(last: Boundary, now: Boundary) -> npt.NDArray[np.float64] | None:
+    """Change of the loss of each passage with trained tokens; None where something else may have changed it."""
+    rates = [_rate(_part(each.info, "probe").get("learning_rates")) for each in (last, now)]
+    rate_rose = rates[0] is not None and rates[1] is not None and rates[1] > _MOST_RATE * rates[0]
+    if rate_rose or not _same_passages(last, now):
         return None
-    trained = before[:, 1] > 0
-    change: npt.NDArray[np.float64] = after[trained, 0].astype(np.float64) - before[trained, 0]
+    trained = last.losses[:, 1] > 0
+    change: npt.NDArray[np.float64] = now.losses[trained, 0].astype(np.float64) - last.losses[trained, 0]
     return change if len(change) >= MIN_PASSAGES and np.isfinite(change).all() else None
 
 
@@ -162,15 +229,6 @@ def rises_after(
         return {}, False
     is_kept = left > 0 and last_decision == "own_order"
     return {"mistrust": mistrust, "own_order_left": left - is_kept}, is_kept
-
-
-def _comparable(info: Mapping[str, Any], info_now: Mapping[str, Any]) -> bool:
-    """Whether a loss that changed between two rounds would be the doing of the rows that were trained on."""
-    digests = [_part(each, "reference").get("digest") for each in (info, info_now)]
-    if digests[0] != digests[1] or info.get("averaged_steps") != info_now.get("averaged_steps"):
-        return False
-    before, now = (_rate(_part(each, "probe").get("learning_rates")) for each in (info, info_now))
-    return before is None or now is None or now <= _MOST_RATE * before
 
 
 def _part(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from mates_hf import DirectionalProbe, MatesCallback, NgramInfluenceModel, OneStepProbe, load_round
-from mates_hf.disk import read_json
+from mates_hf.disk import write_array, write_json
 from mates_hf.errors import WeakSignalError
 from mates_hf.influence.passes import token_losses
 from mates_hf.reporting.lines import round_line
 from mates_hf.round_record import round_facts
-from mates_hf.training.rise import MIN_RISE, Course, Rise, find_rise, rises_after
+from mates_hf.training.rise import MIN_RISE, Boundary, Rise, course_after, find_rise, noise_of, rises_after
 from mates_hf.training.verify import verify_run
-from tests.training.kit import Result, Stop, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.kit import Result, make_arguments, make_pool, make_reference, run, small_config
 from tests.training.test_guard import Changed
-from tests.training.test_trust import infos
+from tests.training.test_trust import SaveAt, infos
 from tests.training.test_verify import forge
 
 # --- the rule ---
@@ -38,7 +38,7 @@ def losses(values: Any, tokens: Any = None) -> np.ndarray:
 
 
 def risen(before: np.ndarray, now: np.ndarray, info: Any = None, after: Any = None) -> Rise | None:
-    return find_rise(Course({**INFO, **(after or {})}, now), Course({**INFO, **(info or {})}, before))
+    return find_rise(Boundary({**INFO, **(after or {})}, now), Boundary({**INFO, **(info or {})}, before))
 
 
 def test_a_rise_is_the_change_of_the_mean_over_tokens_with_an_interval_over_passages():
@@ -89,9 +89,9 @@ def test_nothing_is_said_where_something_else_may_have_raised_the_loss(changes):
 def test_on_probation_a_loss_must_fall_as_fast_as_in_the_own_order_before():
     rng = np.random.default_rng(1)
     start = rng.normal(4, 1, 64)
-    own = Course({**INFO, "guard": {"decision": "own_order"}, "step": 10}, losses(start))
-    last = Course({**INFO, "step": 20}, losses(start - 0.2 - 0.1 * rng.random(64)))
-    now = Course({**INFO, "step": 25}, losses(last.losses[:, 0] - 0.02))  # half as long, a tenth as far
+    own = Boundary({**INFO, "guard": {"decision": "own_order"}, "step": 10}, losses(start))
+    last = Boundary({**INFO, "step": 20}, losses(start - 0.2 - 0.1 * rng.random(64)))
+    now = Boundary({**INFO, "step": 25}, losses(last.losses[:, 0] - 0.02))  # half as long, a tenth as far
     alone, compared = find_rise(now, last), find_rise(now, last, own)
     assert alone is not None
     assert compared is not None
@@ -99,9 +99,52 @@ def test_on_probation_a_loss_must_fall_as_fast_as_in_the_own_order_before():
     assert (compared.is_harm, compared.beyond_own_order) == (True, True)
     fell = np.mean(last.losses[:, 0] - own.losses[:, 0])
     assert compared.rise == pytest.approx(-0.02 - 0.5 * fell, rel=1e-4)
-    selected = Course({**own.info, "guard": {"decision": "select"}}, own.losses)
+    selected = Boundary({**own.info, "guard": {"decision": "select"}}, own.losses)
     assert find_rise(now, last, selected) == alone
-    assert find_rise(now, last, Course({**own.info, "averaged_steps": 9}, own.losses)) == alone
+    assert find_rise(now, last, Boundary({**own.info, "averaged_steps": 9}, own.losses)) == alone
+
+
+def test_a_rise_is_told_from_the_noise_of_boundaries_before_it():
+    rng = np.random.default_rng(3)
+    steps = np.cumsum(rng.integers(3, 30, 400))
+    noisy = [
+        [float(step), 3 - 1e-4 * step + 0.1 * value] for step, value in zip(steps, rng.normal(size=400), strict=True)
+    ]
+    assert noise_of(noisy) == pytest.approx(0.1, rel=0.1)
+    assert noise_of([[step, 3 - 1e-4 * step] for step, _ in noisy]) == pytest.approx(0, abs=1e-9)
+    assert noise_of(noisy[:3]) == 0
+    before = losses(rng.normal(3, 1, 64))
+    known = {"reference_course": noisy[-10:]}
+    for size in (1.3, 4.0):  # of the noise's standard deviation; a rise is of two boundaries, so 2.3 are 5 %
+        found = risen(before, losses(before[:, 0] + 0.1 * size), info=known)
+        assert found is not None
+        assert found.interval[0] > 0
+        assert found.is_harm == (size > 2.3), found
+    # Alarms of a loss that is noise alone, told of it by the nine boundaries before.
+    alarms = 0
+    for at in range(10, 400):
+        pair = [
+            Boundary({**INFO, "reference_course": noisy[at - 10 : at]}, losses(np.full(64, noisy[i][1])))
+            for i in (at - 1, at)
+        ]
+        found = find_rise(pair[1], pair[0])
+        assert found is not None
+        alarms += found.is_harm
+    assert 0.02 < alarms / 390 < 0.12
+
+
+def test_a_course_holds_the_last_boundaries_and_none_of_a_mistrusted_selection():
+    before = Boundary(
+        {**INFO, "step": 10, "reference_course": [[float(i), 1.0] for i in range(10)]}, losses(np.ones(20))
+    )
+    now = Boundary({**INFO, "step": 20}, losses(np.full(20, 2.0)))
+    found = course_after(before, now)
+    assert len(found) == 10
+    assert found[-2:] == [[9.0, 1.0], [20.0, 2.0]]
+    mistrusted = {**INFO, "step": 20, "guard": {"decision": "own_order", "rises": {"mistrust": 2}}}
+    assert course_after(before, now._replace(info=mistrusted)) == before.info["reference_course"]
+    assert course_after(None, now) == [[20.0, 2.0]]
+    assert course_after(before, Boundary({**now.info, "averaged_steps": 1}, now.losses)) == [[20.0, 2.0]]
 
 
 def test_rises_that_come_back_double_the_rounds_in_the_own_order():
@@ -139,7 +182,7 @@ def test_rises_that_come_back_double_the_rounds_in_the_own_order():
 @pytest.mark.parametrize("probe", [DirectionalProbe(), DirectionalProbe(path_steps=4), OneStepProbe()], ids=str)
 def test_labels_have_the_loss_of_each_passage_where_the_null_step_ends(probe, tmp_path):
     reference, pool = make_reference(24), make_pool(60)
-    trained = run(make_arguments(tmp_path, max_steps=3), [])
+    trained = run(make_arguments(tmp_path, max_steps=3, lr_scheduler_type="constant"), [])
     model, optimizer = trained.trainer.model, trained.trainer.optimizer
     found = probe.measure(model, optimizer, reference, pool.select(range(20))).reference_losses
     assert found is not None
@@ -155,29 +198,141 @@ def test_labels_have_the_loss_of_each_passage_where_the_null_step_ends(probe, tm
 
 # --- a probe whose sign is wrong: each selection buys harm ---
 
+STEPS = 120
 
-def train(
-    path: Path, stop: int | None = None, resume: str | None = None, how: str = "negative", **config: Any
-) -> Result:
+
+def train(path: Path, max_steps: int = STEPS, resume: int | None = None, **config: Any) -> Result:
     sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 1, "average_steps": 1}
     more = {"selection_ratio": 0.5, "num_probes": 160, "held_out_fraction": 0.4, "on_weak_signal": "own_order"}
     callback = MatesCallback(
         make_reference(48),
         small_config(**{**sizes, **more, **config}),
-        probe=Changed(DirectionalProbe(), 0, how),
+        probe=Changed(DirectionalProbe(), 0, "negative"),
         influence_model=NgramInfluenceModel(num_buckets=256),
     )
-    args = make_arguments(path, max_steps=60, lr_scheduler_type="constant", save_strategy="steps", save_steps=4)
-    args.logging_steps = 100
-    return run(args, [callback, *([Stop(stop)] if stop else [])], make_pool(900), resume=resume)
+    args = make_arguments(path, max_steps=max_steps, lr_scheduler_type="constant", logging_steps=max_steps)
+    checkpoint = None if resume is None else str(path / f"checkpoint-{resume}")
+    return run(args, [SaveAt(SAVED), callback], make_pool(1_900), resume=checkpoint)
+
+
+SAVED = (20, 31)  # before the first rise, which is found at step 21, and behind it
 
 
 def loss_of(result: Result) -> float:
-    reference = make_reference(48)
-    return float(token_losses(result.trainer.model.eval(), reference.measured).mean())
+    return float(token_losses(result.trainer.model.eval(), make_reference(48).measured).mean())
+
+
+@pytest.mark.slow
+def test_a_selection_that_does_harm_is_left_and_the_run_ends_where_its_own_order_does(tmp_path):
+    own = loss_of(train(tmp_path / "own", min_spearman=1.0, first_round_steps=None))
+    ignored = loss_of(train(tmp_path / "ignored", on_weak_signal="select"))
+    assert ignored > own + 2
+    assert {info["guard"]["decision"] for info in infos(tmp_path / "ignored")} == {"select"}
+    for name, first in (("grows", 3), ("fixed", None)):
+        path = tmp_path / name
+        found = loss_of(train(path, first_round_steps=first))
+        assert found < own + 0.4, (name, found, own)  # of 3.5 nats that the run takes off
+        failed = [info["guard"]["failed"] for info in infos(path)]
+        assert failed.count("loss_rose") > len(failed) / 3
+        assert any(info["rise"] and info["rise"]["beyond_own_order"] for info in infos(path))
+        assert verify_run(path).problem is None
+    assert verify_run(tmp_path / "ignored").problem is None
 
 
 @pytest.fixture(scope="module")
 def harmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     path = tmp_path_factory.mktemp("harmed")
-    return path, train(path)
+    return path, train(path, max_steps=42)
+
+
+def test_a_rise_is_recorded_told_and_answered_by_a_short_round_in_the_own_order(harmed, caplog):
+    path, result = harmed
+    found = infos(path)
+    at = next(i for i, info in enumerate(found) if info["guard"]["failed"] == "loss_rose")
+    rose, before = found[at], found[at - 1]
+    assert rose["guard"]["decision"] == "own_order"
+    assert rose["rise"]["rise"] > max(MIN_RISE, rose["rise"]["noise"])
+    assert rose["rise"]["interval"][0] > 0
+    assert rose["guard"]["rises"] == {"mistrust": 2, "own_order_left": 0}
+    assert (before["round_steps"], rose["round_steps"]) == (6, 3)
+    means = [np.load(path / f"_mates/round-{info['number']:04d}/reference_losses.npy")[:, 0].mean() for info in found]
+    assert rose["rise"]["rise"] == pytest.approx(means[at] - means[at - 1], rel=1e-3)
+    assert before["reference_course"] == rose["reference_course"]
+    assert before["reference_course"][-1] == pytest.approx([before["step"], means[at - 1]], rel=1e-5)
+    history = [entry for entry in result.trainer.state.log_history if entry.get("mates/round") == rose["number"]]
+    assert history[0]["mates/reference_rise"] == rose["rise"]["rise"]
+    assert "the reference loss rose by 0." in round_line(rose)
+    assert "the Trainer's own order until the next round" in round_line(rose)
+    record = load_round(path / f"_mates/round-{rose['number']:04d}")
+    assert "the reference loss rose by 0." in round_facts(record)["signal"]
+    assert verify_run(path).problem is None
+
+
+def test_a_run_that_must_not_go_on_after_harm_ends(tmp_path):
+    with pytest.raises(WeakSignalError, match=r"the reference loss rose by 0\.\d+ nats/token .* did harm"):
+        train(tmp_path, max_steps=30, on_weak_signal="error")
+
+
+@pytest.mark.parametrize("step", SAVED)
+def test_a_run_killed_after_a_rise_goes_on_exactly(harmed, tmp_path, step):
+    path, whole = harmed
+    copied = tmp_path / "run"
+    shutil.copytree(path, copied)
+    for info in infos(path):
+        if info["step"] > step:
+            shutil.rmtree(copied / f"_mates/round-{info['number']:04d}")
+    rest = train(copied, max_steps=42, resume=step)
+    assert rest.rows == whole.rows[step * 4 :]
+    assert all(torch.equal(value, rest.weights[name]) for name, value in whole.weights.items())
+    for name in ("guard", "rise", "reference_course", "round_steps", "order_sha256"):
+        assert [info[name] for info in infos(copied)] == [info[name] for info in infos(path)], name
+
+
+def test_a_run_that_began_without_losses_of_passages_goes_on(harmed, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(harmed[0], copied)
+    for info in infos(harmed[0]):
+        folder = copied / f"_mates/round-{info['number']:04d}"
+        if info["step"] > 20:
+            shutil.rmtree(folder)
+            continue
+        (folder / "reference_losses.npy").unlink()
+        old = {
+            name: value for name, value in info.items() if name not in ("rise", "reference_course", "averaged_steps")
+        }
+        (folder / "round.json").unlink()
+        write_json(folder / "round.json", old)
+        forge(folder)
+    rest = train(copied, max_steps=42, resume=20)
+    assert rest.trainer.state.global_step == 42
+    first = next(info for info in infos(copied) if info["step"] > 20)
+    assert first["rise"] is None
+    assert len(first["reference_course"]) == 1
+    assert verify_run(copied).problem is None
+
+
+@pytest.mark.parametrize("case", ["rise", "losses", "rises", "failed", "course"])
+def test_what_was_changed_of_a_rise_is_found_and_named(harmed, tmp_path, case):
+    shutil.copytree(harmed[0] / "_mates", tmp_path / "_mates")
+    rose = next(info for info in infos(harmed[0]) if info["guard"]["failed"] == "loss_rose")
+    path = tmp_path / f"_mates/round-{rose['number']:04d}"
+    guard, rise = rose["guard"], rose["rise"]
+    changes: dict[str, Any] = {}
+    if case == "rise":
+        changes["rise"] = {**rise, "rise": -rise["rise"]}
+    elif case == "losses":
+        losses_ = np.load(path / "reference_losses.npy")
+        write_array(path / "reference_losses.npy", losses_ - np.float32([1, 0]))
+    elif case == "rises":
+        changes["guard"] = {**guard, "rises": {"mistrust": 4, "own_order_left": 3}}
+    elif case == "failed":
+        changes["guard"] = {**guard, "failed": "interval"}
+    else:
+        changes["reference_course"] = [*rose["reference_course"], [99.0, 1.0]]
+    forge(path, **changes)
+    problem = verify_run(tmp_path).problem
+    assert problem is not None
+    assert (problem.round, problem.file) == (path.name, "round.json")
+    what = {"rise": "`rise` {'rise': ", "losses": "`rise` {'rise': -", "rises": "`rises` of `guard` {'mistrust': 2"}
+    what |= {"failed": "`round_steps` 6", "course": "`reference_course` [["}
+    assert what[case] in problem.expected
