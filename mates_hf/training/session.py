@@ -83,7 +83,7 @@ class Session:
         self._pending: Beside[Order] | None = None  # a round that has its labels
         self._metrics: dict[str, float] = {}  # not reported yet
         self._next_round: PlannedRound | None = None
-        self.next_look = 0  # the step of the next round or drift check; 0 where none is known
+        self.next_look = 0  # the step of the next round or check; 0 where none is known
         self.last_look = -1  # of the last one
         self._window_start = 0
         self._average_saved_at = -1
@@ -130,7 +130,7 @@ class Session:
             logger.info("An epoch was ended by a callback at step %d: the next one goes on with the next row.", step)
 
     def after_step(self, step: int, saves: bool, evaluates: bool = False) -> dict[str, float]:
-        """Count the rows of an optimizer step; average weights inside the window; check for drift, run a round.
+        """Count the rows of an optimizer step; average weights inside the window; look inside, run a round.
 
         Args:
             step: optimizer steps done.
@@ -191,7 +191,7 @@ class Session:
             self.run.processes.meet()  # a disk that is full fails the main process alone
 
     def _look(self, step: int) -> None:
-        """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
+        """At averaged weights: a round where one is due, else a look inside the present one, which may end it."""
         run, self.last_look = self.run, step
         number = self._next_number(step)
         run.settings = dataclasses.replace(
@@ -251,7 +251,7 @@ class Session:
         self._plan_next(step)
 
     def _next_number(self, step: int) -> int:
-        """Number of the round that starts at this step, or would if a drift check found drift."""
+        """Number of the round that starts at this step, or would if a check ended the present one."""
         planned = self._next_round
         if planned is not None and step >= planned.boundary_step:
             return planned.number
@@ -259,7 +259,7 @@ class Session:
         return self.order.number + 1
 
     def _rate_steps(self, step: int) -> float | None:
-        """The coming round in steps at the present rates; at a drift check, that of the round that is checked."""
+        """The coming round in steps at the present rates; at a check, that of the round that is checked."""
         planned, run = self._next_round, self.run
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
@@ -269,7 +269,7 @@ class Session:
         return rate_steps(run.lr_scheduler, min(planned.steps, self.plan.max_steps - step), rates)
 
     def _decide(self, step: int, *, beside: bool) -> Callable[[], Order] | None:
-        """In the main process: the rest of a new round, or None where a drift check finds none is due."""
+        """In the main process: the rest of a new round, or None where a check finds that none is due."""
         assert self.lock is not None
         self.lock.check()
         planned = self._next_round
@@ -312,7 +312,7 @@ class Session:
         self.run.ledger.mark_trained(self.sampler.own_rows[:used])
 
     def _plan_next(self, step: int) -> None:
-        """The next round and drift check after `step`, and the averaging window before the earlier of them."""
+        """The next round and check after `step`, and the averaging window before the earlier of them."""
         self._next_round = planned = self._planned_after(self.order, step)
         events = [planned.boundary_step] if planned is not None else []
         check = self._next_check(step)
