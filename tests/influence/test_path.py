@@ -331,7 +331,7 @@ def test_batches_are_clipped_as_the_run_clips(at_large_batch: Callable[[str], Li
     for limit in (None, 1e-3, 1e9):
         batches = UsualBatches(
             model, kinds(8, 3), batch_rows=4, max_grad_norm=limit, seed=0,
-            mean_gradient=lambda rows, sums: mean_loss_gradient(model, rows, row_sums=sums),
+            mean_gradient=lambda rows: mean_loss_gradient(model, rows),
         )  # fmt: skip
         squares = batches.mean_squares(steps)
         found.append(sum(float(square.sum()) for square in squares.values()))
