@@ -446,11 +446,3 @@ def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path,
     assert (after["number"], after["step"]) == ((3, 27) if first else (2, 18))
     assert after.get("last_round_steps") == (6 if first else None)
     assert verify_run(tmp_path).problem is None
-
-
-def test_a_first_boundary_that_is_passed_over_uses_up_no_number(tmp_path):
-    config = {"first_round_steps": None, "update_steps": 6}
-    train(tmp_path, max_steps=8, **config)  # no step is left for a selection made at step 6
-    train(tmp_path, resume=str(tmp_path / "checkpoint-8"), max_steps=20, **config)
-    assert [(info["number"], info["step"]) for info in infos(tmp_path)] == [(1, 12)]
-    assert verify_run(tmp_path).problem is None
