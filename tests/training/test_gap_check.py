@@ -187,6 +187,7 @@ def test_a_run_killed_around_a_check_goes_on_exactly(ended, tmp_path, step):
     assert verify_run(copied).problem is None
 
 
+@pytest.mark.slow
 def test_checks_every_so_many_steps_and_labels_that_tell_nothing(tmp_path, monkeypatch, caplog):
     train(tmp_path / "each", save=(), drift_check_steps=2)
     assert [(info["step"], "early" in info) for info in infos(tmp_path / "each")][:4] == [

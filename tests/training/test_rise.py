@@ -273,6 +273,7 @@ def test_a_run_that_must_not_go_on_after_harm_ends(tmp_path):
         train(tmp_path, max_steps=30, on_weak_signal="error")
 
 
+@pytest.mark.quick("31")
 @pytest.mark.parametrize("step", SAVED)
 def test_a_run_killed_after_a_rise_goes_on_exactly(harmed, tmp_path, step):
     path, whole = harmed
@@ -288,6 +289,7 @@ def test_a_run_killed_after_a_rise_goes_on_exactly(harmed, tmp_path, step):
         assert [info[name] for info in infos(copied)] == [info[name] for info in infos(path)], name
 
 
+@pytest.mark.slow
 def test_a_run_that_began_without_losses_of_passages_goes_on(harmed, tmp_path):
     copied = tmp_path / "run"
     shutil.copytree(harmed[0], copied)
