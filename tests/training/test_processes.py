@@ -208,22 +208,16 @@ def test_rounds_that_find_their_length_are_those_of_one_process_and_verify(tmp_p
 
 
 def test_rounds_that_a_check_inside_ends_are_those_of_one_process_and_verify(tmp_path):
-    # The reference counts up as every third row does: 8 of 24 candidates are bought for their kind, and soon used up.
-    sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 1, "average_steps": 1}
-    config = {**sizes, "drift_check_steps": 2, "selection_ratio": 0.3, "on_weak_signal": "select"}
-    args = {"max_steps": 40, "learning_rate": 1e-2}
-    runs = [
-        start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config, args=args) for size in (1, 2)
-    ]
+    sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
+    config = {**sizes, "num_probes": 160, "held_out_fraction": 0.4, "on_weak_signal": "own_order"}
+    more = {"config": config, "args": {"max_steps": 36}, "turns_at": 25}
+    runs = [start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), **more) for size in (1, 2)]
     assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
     assert runs[0].rows == runs[1].rows
     assert verify_run(tmp_path / "run-2").problem is None
-    found = [
-        {path.relative_to(folder).as_posix() for path in folder.glob("round-????/check-*.json")}
-        for folder in (tmp_path / f"run-{size}/_mates" for size in (1, 2))
-    ]
-    assert found[0] == found[1] != set()
-    assert any("early" in load_round(path).info for path in (tmp_path / "run-2/_mates").glob("round-????"))
+    early = load_round(tmp_path / "run-2/_mates/round-0004").info["early"]
+    assert (early["round"], early["step"]) == (3, 27)
+    assert (tmp_path / "run-2/_mates/round-0003/check-000027.json").exists()
 
 
 def test_rounds_that_drift_starts_early_are_those_of_one_process_and_verify(tmp_path):
