@@ -210,8 +210,13 @@ def test_rounds_that_find_their_length_are_those_of_one_process_and_verify(tmp_p
 def test_rounds_that_a_check_inside_ends_are_those_of_one_process_and_verify(tmp_path):
     sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
     config = {**sizes, "num_probes": 160, "held_out_fraction": 0.4, "on_weak_signal": "own_order"}
-    more = {"config": config, "args": {"max_steps": 36}, "turns_at": 25}
-    runs = [start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), **more) for size in (1, 2)]
+    runs = [
+        start(
+            tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config, turns_at=25,
+            args={"max_steps": 36, "per_device_train_batch_size": 4 // size},
+        )
+        for size in (1, 2)
+    ]  # fmt: skip
     assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
     assert runs[0].rows == runs[1].rows
     assert verify_run(tmp_path / "run-2").problem is None
