@@ -129,15 +129,18 @@ class MatesConfig:
     drift_check_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps between two checks, within a round, of whether its labels still hold; where they "
-            "do not, the next round starts at once and `update_steps` is a maximum. None: every `update_steps`."
+            "help": "Optimizer steps between two checks, within a round, of whether its choice still holds; where it "
+            "does not, the next round starts at once and `update_steps` is a maximum. A check takes 128 probes. With "
+            "`first_round_steps` it asks whether what the round buys is still worth more than what it passed over, in "
+            "rounds that are longer than those. None: no check; with `first_round_steps` one, in the middle of each "
+            "round of at least four times as many steps."
         },
     )
     drift_spearman: float = field(
         default=0.5,
         metadata={
             "help": "Rank correlation of a few candidates' influence with what it was at the round, below which a "
-            "drift check starts the next round, in [-1, 1]."
+            "drift check starts the next round, in [-1, 1]. Not used with `first_round_steps`."
         },
     )
     probe_tokens_per_batch: int = field(
@@ -220,12 +223,6 @@ class MatesConfig:
             f"None or a whole number from 0 to {shortest}",
         )
         require(
-            self.drift_check_steps is None or self.first_round_steps is None,
-            "drift_check_steps",
-            f"None with `first_round_steps` ({self.first_round_steps}): both shorten rounds whose labels no longer "
-            "hold, and a round that a drift check starts has no length that could grow",
-        )
-        require(
             self.drift_check_steps is None or whole("drift_check_steps", 1),
             "drift_check_steps",
             "None or a whole number of at least 1",
@@ -268,6 +265,25 @@ class MatesConfig:
         if self.first_round_steps is None:
             return self.update_steps
         return self.first_round_steps if last_steps is None else min(2 * last_steps, self.update_steps)
+
+    def checks_inside(self, steps: int) -> range:
+        """When a round is looked at before it is over.
+
+        Where rounds grow, one that is longer than `first_round_steps` is looked at each `drift_check_steps`; without
+        those once, in its middle, if it is four times as long. Where rounds have one length, each `drift_check_steps`.
+
+        Args:
+            steps: Length of the round.
+
+        Returns:
+            Optimizer steps after its boundary, of which its own rows are in training at each.
+        """
+        first, every = self.first_round_steps, self.drift_check_steps
+        if first is not None and steps < (4 * first if every is None else first + 1):
+            return range(0)
+        if every is None:
+            every = steps if first is None else (steps + 1) // 2
+        return range(every * -(-self.lead_steps // every), steps, every)
 
     @property
     def lead_steps(self) -> int:

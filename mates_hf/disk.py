@@ -200,12 +200,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_array(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any] | None:
+def read_array(path: Path, dtype: npt.DTypeLike | None = None, num_dims: int = 1) -> npt.NDArray[Any] | None:
     """Memory-map a `.npy` file read-only. Never unpickles.
 
     Args:
         path: the file.
-        dtype: with it, the array must be one-dimensional and of this type.
+        dtype: with it, the array must be of this type, and have `num_dims` dimensions.
+        num_dims: Number of dimensions that the array must have where `dtype` is given.
 
     Returns:
         The array, or None where there is no file.
@@ -224,10 +225,10 @@ def read_array(path: Path, dtype: npt.DTypeLike | None = None) -> npt.NDArray[An
     if not isinstance(array, np.ndarray):
         array.close()
         raise MatesError(f"`{path}` must be a .npy file, got a zip archive. {COPY_AGAIN}")
-    if dtype is not None and (array.dtype != dtype or array.ndim != 1):
+    if dtype is not None and (array.dtype != dtype or array.ndim != num_dims):
         raise MatesError(
-            f"`{path}` must hold {np.dtype(dtype)} in one dimension, got {array.dtype} of shape {array.shape}. "
-            f"{COPY_AGAIN}"
+            f"`{path}` must hold {np.dtype(dtype)} in {('one dimension', 'two dimensions')[num_dims - 1]}, got "
+            f"{array.dtype} of shape {array.shape}. {COPY_AGAIN}"
         )
     return array
 

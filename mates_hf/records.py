@@ -46,6 +46,8 @@ class InfluenceLabels:
         step_size: scale between the two influence columns (1.0 where a probe measures no derivative).
         token_derivatives: (num_tokens.sum(),) float32 or None, the derivative at each trained token, candidates in row
             order, tokens in text order. Its mean over a candidate is `influence_per_token`.
+        reference_losses: (R, 2) float32 or None, of each passage of the reference task its mean loss at the null step,
+            nats/token, and how many trained tokens it has.
         info: what the probe wants recorded (epsilon, its agreement, seconds, FLOPs, skipped candidates).
     """
 
@@ -57,6 +59,7 @@ class InfluenceLabels:
     probe: npt.NDArray[np.str_]
     step_size: float = 1.0
     token_derivatives: FloatArray | None = None
+    reference_losses: FloatArray | None = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ ROUND_FILE = "round.json"
 KEY_FILE = "key.json"
 CHECKSUMS_FILE = "SHA256SUMS"
 PROBES_FILE = "probes.parquet"
+REFERENCE_FILE = "reference_losses.npy"  # (R, 2) float32, mean loss and trained tokens of each reference passage
 SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "cursor")
 
 _COLUMNS = {
@@ -52,12 +53,14 @@ _COLUMNS = {
 
 
 def write_labels(path: Path, labels: InfluenceLabels) -> None:
-    """Write `probes.parquet`, and beside it `token_derivatives.npy` where there are per-token derivatives."""
+    """Write `probes.parquet`, and beside it derivatives of tokens and losses of passages where they are known."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if labels.token_derivatives is not None:
         write_array(path.with_name("token_derivatives.npy"), labels.token_derivatives)
+    if labels.reference_losses is not None:
+        write_array(path.with_name(REFERENCE_FILE), labels.reference_losses)
     values = {name: getattr(labels, name) for name in _COLUMNS}
     values["probe"] = labels.probe.tolist()
     table = pa.table({name: pa.array(values[name], getattr(pa, kind)()) for name, kind in _COLUMNS.items()})
@@ -104,6 +107,7 @@ def read_labels(path: str | os.PathLike[str]) -> InfluenceLabels:
             probe=np.array(columns["probe"].to_pylist(), dtype=np.str_),
             step_size=step_size,
             token_derivatives=read_array(path.with_name("token_derivatives.npy"), np.float32),
+            reference_losses=read_array(path.with_name(REFERENCE_FILE), np.float32, num_dims=2),
             info=info,
         )
     except MatesError:

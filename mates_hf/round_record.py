@@ -119,12 +119,30 @@ def _signal(record: RoundRecord) -> str:
     side = "above" if _passes(info) else "below"
     text = f"Spearman {guard['spearman']:.2f} {interval(guard.get('interval'))}{on}: {side} the guard {rule}".rstrip()
     gap = gap_text(info)
-    return f"{text}; what was chosen last, against the rest: {gap}" if gap else text
+    text += f"; what was chosen last, against the rest: {gap}" if gap else ""
+    return f"{text}; the reference loss rose{rise_text(info)}" if guard.get("failed") == "loss_rose" else text
+
+
+def rise_text(info: Mapping[str, Any]) -> str:
+    """By how much the reference loss rose since the last round, or when it did."""
+    rise = _part(info, "rise")
+    if not _is_number(rise.get("rise")):
+        return " in the rounds that selected last"
+    bounds = rise.get("interval")
+    within = ""
+    if isinstance(bounds, (list, tuple)) and len(bounds) == 2 and all(map(_is_number, bounds)):
+        within = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+    than = ", against the own order before" if rise.get("beyond_own_order") else ""
+    return f" by {rise['rise']:.3f}{within} nats/token{than}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def gap_text(info: Mapping[str, Any]) -> str:
     """What the last round bought against the rest by the fresh labels, above 0 is good; empty where it is not told."""
-    gap = _part(info, "gap")
+    gap = _part(info, "gap") or info
     if not isinstance(gap.get("gap"), (int, float)):
         return ""
     return f"{gap['gap']:+.2f} {interval(gap.get('interval'))}".rstrip() + " sd"

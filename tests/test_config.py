@@ -125,8 +125,9 @@ def test_lead_and_window_follow_from_the_shortest_round_and_must_fit_into_it():
         assert getattr(MatesConfig(first_round_steps=20, **{name: 20}), name) == 20
         with pytest.raises(ValueError, match=rf"`{name}` must be None .* to `first_round_steps` \(20\), got 21"):
             MatesConfig(first_round_steps=20, **{name: 21})
-    with pytest.raises(ValueError, match="`drift_check_steps` must be None with `first_round_steps`"):
-        MatesConfig(first_round_steps=20, average_steps=0, drift_check_steps=10)
+    assert MatesConfig(first_round_steps=20, drift_check_steps=4).window_steps == 4
+    with pytest.raises(ValueError, match=r"`drift_check_steps` must be .* from `average_steps` \(8\)"):
+        MatesConfig(first_round_steps=20, average_steps=8, drift_check_steps=7)
     with pytest.raises(ValueError, match="`selection_ratio` must be below 1 with `first_round_steps`"):
         MatesConfig(first_round_steps=20, selection_ratio=1.0)
 
@@ -170,6 +171,7 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         random_rounds=2,
         switch_lead_steps=3,
         average_steps=0,
+        first_round_steps=5,
         drift_check_steps=20,
         drift_spearman=0.25,
         probe_tokens_per_batch=100,
@@ -178,12 +180,9 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         keep_rounds=2,
     )
     as_given = {f.name for f in dataclasses.fields(MatesConfig) if getattr(given_, f.name) == f.default}
-    assert as_given == {"first_round_steps"}  # which excludes drift checks
-    given_all = [dataclasses.replace(given_, drift_check_steps=None, first_round_steps=5), given_]
-    for given_ in given_all:
-        words = [f"--{name}={value}" for name, value in given_.to_dict().items() if value is not None]
-        parsed = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *words])
-        assert parsed[1] == given_
+    assert as_given == set()
+    words = [f"--{name}={value}" for name, value in given_.to_dict().items() if value is not None]
+    assert parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *words])[1] == given_
     words = [
         word for name, value in given_.to_dict().items() for word in (f"--{name}", str(value)) if value is not None
     ]

@@ -56,6 +56,7 @@ class Direction:
         path_stride: steps of the run from one point to the next.
         path_check: mean loss of the last quarter of the passages at θ_null, and one stride from there down u; None
             without a path.
+        passage_losses: (R,) mean loss of each passage at θ_null, nats/token; 0 of one without a trained token.
     """
 
     by_parameter: Mapping[nn.Parameter, Tensor]
@@ -69,6 +70,7 @@ class Direction:
     path_stopped: bool = False
     path_stride: float | None = None
     path_check: tuple[float, float] | None = None
+    passage_losses: FloatArray | None = None
 
     def length(self, epsilon: float) -> float:
         """The factor of u whose step is `epsilon` times as long as ‖θ‖."""
@@ -105,6 +107,19 @@ class EpsilonChoice:
     agreement: float | None = None
     num_rows: int = 0
     num_tokens: int = 0
+
+
+def passage_losses(rows: Candidates, means: FloatArray | None) -> npt.NDArray[np.float32] | None:
+    """What labels record of the reference task's passages.
+
+    Args:
+        rows: Passages of the task.
+        means: (R,) mean loss of each, nats/token; None where it is not known.
+
+    Returns:
+        (R, 2) float32, mean loss and trained tokens of each.
+    """
+    return None if means is None else np.stack([means, rows.num_targets], 1).astype(np.float32)
 
 
 def losses_on_either_side(

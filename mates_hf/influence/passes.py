@@ -130,6 +130,7 @@ def mean_loss_gradient(
     tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
     loss: LossFunction | None = None,
     processes: Processes = ALONE,
+    row_sums: npt.NDArray[np.floating[Any]] | None = None,
 ) -> float:
     """Leave the gradient of the mean loss over all trained tokens in `.grad`, and return that loss.
 
@@ -145,6 +146,7 @@ def mean_loss_gradient(
         tokens_per_batch: padded tokens in one micro-batch of a process at most.
         loss: the run's own loss in place of the likelihood, a mean over the trained tokens of one row.
         processes: those that share the rows and call this together.
+        row_sums: (N,) zeros, which get the sum of each row's losses, in every process; None: they are not kept.
 
     Returns:
         Mean loss, nats/token; like the gradient, that of all rows in every process.
@@ -160,6 +162,8 @@ def mean_loss_gradient(
 
     def forget() -> None:
         parts.clear()
+        if row_sums is not None:
+            row_sums[:] = 0
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -168,6 +172,9 @@ def mean_loss_gradient(
         values.backward(torch.full_like(values, power / num_targets if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
+            if row_sums is not None:
+                starts = np.cumsum(rows.num_targets[batch], dtype=np.int64) - rows.num_targets[batch]
+                row_sums[batch] = np.add.reduceat(values.detach().cpu().numpy().astype(np.float64), starts)
 
     forget()
     with torch.enable_grad():
@@ -184,6 +191,8 @@ def mean_loss_gradient(
         if parameter.grad is not None:
             parameter.grad.div_(power)
     processes.sum_gradients(model.parameters())
+    if row_sums is not None:
+        row_sums[:] = processes.sum(row_sums)
     return float(processes.sum(np.array([sum(parts)]))[0]) / num_targets
 
 

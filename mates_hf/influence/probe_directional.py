@@ -46,6 +46,7 @@ from mates_hf.influence.difference import (
     FloatArray,
     choose_epsilon,
     losses_on_either_side,
+    passage_losses,
     row_means,
     smallest_step,
 )
@@ -229,6 +230,7 @@ class DirectionalProbe:
             probe=np.full(len(rows), "directional"),
             step_size=direction.step_size,
             token_derivatives=derivatives.astype(np.float32),
+            reference_losses=passage_losses(reference.measured, direction.passage_losses),
             info=info,
         ).check()
 
@@ -379,7 +381,9 @@ class DirectionalProbe:
             return found
 
         return PathReader(
-            mean_gradient=lambda rows: mean_loss_gradient(model, rows, tokens_per_batch=tokens, **settings),
+            mean_gradient=lambda rows, sums: mean_loss_gradient(
+                model, rows, tokens_per_batch=tokens, row_sums=sums, **settings
+            ),
             add_gradient=add_gradient,
             token_losses=lambda rows: token_losses(model, rows, tokens_per_batch=tokens, **settings),
             smallest_step=smallest_step(model),

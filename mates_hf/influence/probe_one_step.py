@@ -26,7 +26,8 @@ from mates_hf.engine.model_traits import unwrap
 from mates_hf.engine.preserve import in_evaluation, preserved
 from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.flops import forward_flops, one_step_flops
-from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss, mean_loss_gradient
+from mates_hf.influence.difference import FloatArray, passage_losses, row_means
+from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH, LossFunction, mean_loss_gradient, token_losses
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
     group_learning_rates,
@@ -123,10 +124,13 @@ class OneStepProbe:
         influence = np.zeros(len(rows), np.float64)
         losses = np.zeros(len(rows), np.float64)
 
-        def reference_loss() -> float:
-            return mean_loss(
+        passages = reference.measured
+        trained = np.flatnonzero(passages.num_targets)
+
+        def reference_losses() -> FloatArray:
+            return token_losses(
                 model,
-                reference.measured,
+                passages,
                 tokens_per_batch=tokens_per_batch,
                 loss=self.reference_loss,
                 processes=processes,
@@ -139,7 +143,8 @@ class OneStepProbe:
             if step.take() and not had_stepped:
                 raise FreshOptimizerError(optimizer)
             snapshot.written()
-            null_loss = reference_loss()
+            at_null = reference_losses()
+            null_loss = float(at_null.mean(dtype=np.float64))
             for i in tqdm(range(len(rows)), desc="one-step probe", unit="row", disable=not self.progress):
                 snapshot.restore()
                 row = rows.take(np.array([i]))
@@ -151,7 +156,9 @@ class OneStepProbe:
                     nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
                 step.take()
                 snapshot.written()
-                influence[i] = null_loss - reference_loss()
+                influence[i] = null_loss - float(reference_losses().mean(dtype=np.float64))
+        means = np.zeros(len(passages))
+        means[trained] = row_means(passages.take(trained), at_null)
         info = {
             "reference_loss": null_loss,
             "learning_rates": rates,
@@ -177,5 +184,6 @@ class OneStepProbe:
             loss=losses.astype(np.float32),
             num_tokens=rows.num_targets,
             probe=np.full(len(rows), "one_step"),
+            reference_losses=passage_losses(passages, means),
             info=info,
         ).check()

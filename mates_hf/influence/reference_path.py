@@ -48,14 +48,15 @@ class PathReader:
     """How a path reads passages at the model's present weights.
 
     Attributes:
-        mean_gradient: leaves the gradient of the mean loss of some rows in `.grad`; returns that loss.
+        mean_gradient: leaves the gradient of the mean loss of some rows in `.grad`, and each row's sum of losses in an
+            array; returns the mean.
         add_gradient: adds the gradient of the sum of the losses to `.grad`; returns the mean loss, or None where
             memory ran out. It then reads in smaller micro-batches, and all of `.grad` is to be read again.
         token_losses: (T,) nats, without a gradient.
         smallest_step: share of ‖θ‖ that a forward pass tells from rounding noise.
     """
 
-    mean_gradient: Callable[[Candidates], float]
+    mean_gradient: Callable[[Candidates, FloatArray], float]
     add_gradient: Callable[[Candidates], float | None]
     token_losses: Callable[[Candidates], FloatArray]
     smallest_step: float
@@ -120,9 +121,11 @@ class ReferencePath:
             (c_p / step_size) Pᵀ ∇L_ref of each parameter that moves. Its norm is not finite where a gradient is not.
         """
         self._go_to(0, 0.0)
-        loss = self._reading.mean_gradient(self._rows)
+        sums = np.zeros(len(self._rows))
+        loss = self._reading.mean_gradient(self._rows, sums)
         self.num_tokens_backward += int(self._rows.lengths.sum())
-        return self._direction(1.0, loss)
+        losses = sums / np.maximum(self._rows.num_targets, 1)
+        return dataclasses.replace(self._direction(1.0, loss), passage_losses=losses)
 
     def walk(self, num_points: int, rate: float, seed: int) -> Direction:
         """The mean of the preconditioned gradients along a path.
@@ -165,6 +168,7 @@ class ReferencePath:
             path_stopped=num_stops > 0,
             path_stride=rate,
             path_check=self._check(found, at_null, shares, rate, stride),
+            passage_losses=at_null,
         )
 
     def _visit(

@@ -26,6 +26,7 @@ from mates_hf.round_files import ROUND_FILE, find_rounds
 
 STATE_FILE = "trainer_state.json"
 UNRECORDED = "not recorded"
+_INSIDE = "gap checks"
 _ORDER = ("probe", "audit", "sentinel", "drift checks", "fit", "score", "select")
 _IDLE = ("fit", "score", "select")  # on the CPU of the main process
 _ON_DEVICE = ("EncoderInfluenceModel", "HiddenStateInfluenceModel")  # their fit and score use the device
@@ -148,6 +149,9 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
             notes.append(f"later than step {steps} of the newest {STATE_FILE} and left out: rounds {_list(late)}")
             infos = {number: info for number, info in infos.items() if number not in late}
     stages = _stages(list(infos.values()), history)
+    inside = _inside(folder / f"round-{number:04d}" for number in infos)
+    if inside is not None:
+        stages[_INSIDE] = inside
     training_flops = _training_flops(state, list(infos.values()), notes)
     waited = _sum(entry.get("mates/waited_seconds") for entry in history) or 0.0
     hidden = sum(_beside_seconds(info, info["stages"]) for info in infos.values())
@@ -258,6 +262,17 @@ def _stages(infos: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, A
         each = [rounds[-1]["stages"].get("sentinel", {}).get("flops") if rounds else None for rounds in before]
         found["drift checks"] = StageCost(seconds=None, flops=None if None in each else _sum(each))
     return found
+
+
+def _inside(folders: Iterable[Path]) -> StageCost | None:
+    """What looking inside rounds took, from the file that each check leaves in its round; None without any."""
+    checks = [read_json(file) for folder in folders for file in sorted(folder.glob("check-*.json"))]
+    if not checks:
+        return None
+    flops = [check.get("flops") for check in checks]
+    return StageCost(
+        seconds=_sum(check.get("seconds") for check in checks), flops=None if None in flops else _sum(flops)
+    )
 
 
 def _training_flops(

@@ -197,7 +197,8 @@ def predict_cost(
     Raises:
         ValueError: `candidate_scope="pool"` without the pool's rows.
     """
-    chosen = _selected_rows(size, config)
+    lengths = _lengths(size, config)
+    chosen = [steps * size.batch_rows for steps in lengths]
     before = itertools.accumulate(chosen, initial=_first_step(config) * size.batch_rows)
     scored = sum(_scored_rows(size, config, *rows) for rows in zip(before, chosen, strict=False)) * size.tokens_per_row
     moment = NUM_SECOND_MOMENT_BATCHES * size.batch_rows if second_moment == "batches" else 0
@@ -222,7 +223,6 @@ def predict_cost(
             num_reference_tokens=num_passages * size.tokens_per_passage,
         )
 
-    every = config.drift_check_steps
     per_round: dict[str, float] = {}
     if probe == "directional":
         per_round["probe"] = directional(config.num_probes, size.num_passages, epsilon_steps)
@@ -231,13 +231,16 @@ def predict_cost(
             per_round["audit"] = directional(NUM_AUDITED, passages, points=1) + one_step(NUM_AUDITED, passages)
     else:
         per_round["probe"] = one_step(config.num_probes, size.num_passages)
-    if every:
-        few, passages = min(NUM_SENTINELS, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
-        once = directional(few, passages) if probe == "directional" else one_step(few, passages)
+    grows, num_checks = config.first_round_steps is not None, sum(map(len, map(config.checks_inside, lengths)))
+    few, passages = min(NUM_SENTINELS, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
+    few = NUM_SENTINELS if grows else few
+    once = directional(few, passages) if probe == "directional" else one_step(few, passages)
+    if config.drift_check_steps and not grows:
         per_round["sentinel"] = once
-        per_round["drift checks"] = once * ((config.update_steps - 1) // every)
     labelled = config.num_probes * size.tokens_per_row
     stages = {name: len(chosen) * flops for name, flops in per_round.items()}
+    if num_checks:
+        stages["gap checks" if grows else "drift checks"] = num_checks * once
     judged = 2.0 * labelled * max(len(chosen) - 1, 0)  # by the round before's influence model: its report, and the gap
     if encoder is None:
         stages["fit"] = NGRAM_FIT_FLOPS * labelled * float(len(chosen))
@@ -260,13 +263,13 @@ def predict_cost(
     )
 
 
-def _selected_rows(size: RunSize, config: MatesConfig) -> list[int]:
-    """Rows that each round selects: each is as long as it may be, the last takes what `max_steps` leaves."""
-    chosen, start, length = [], _first_step(config), config.longest_steps(None)
+def _lengths(size: RunSize, config: MatesConfig) -> list[int]:
+    """Optimizer steps of each round: each is as long as it may be, the last takes what `max_steps` leaves."""
+    lengths, start, length = [], _first_step(config), config.longest_steps(None)
     while start < size.max_steps:
-        chosen.append((min(start + length, size.max_steps) - start) * size.batch_rows)
+        lengths.append(min(start + length, size.max_steps) - start)
         start, length = start + length, config.longest_steps(length)
-    return chosen
+    return lengths
 
 
 def _first_step(config: MatesConfig) -> int:

@@ -16,6 +16,7 @@ from mates_hf.round_record import (
     decision_text,
     gap_text,
     mean_of_selected,
+    rise_text,
     round_facts,
     round_seconds,
     round_title,
@@ -29,11 +30,13 @@ def round_line(info: Mapping[str, Any]) -> str:
         info: The round's `round.json`; what it lacks is left out of the line.
 
     Returns:
-        One line: step, probes, signal with its interval, decision, rows, a length that changed, random rows, copies
-        and leaks, seconds.
+        One line: step, and a check that brought it forward, probes, signal with its interval, decision, rows, a length
+        that changed, random rows, copies and leaks, seconds.
     """
     guard = info.get("guard") or {}
     parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
+    if info.get("early"):
+        parts[0] += f", early: what round {info['early']['round']} chose was used up (gap {gap_text(info['early'])})"
     if "num_probed" in info:
         parts.append(f"{info['num_probed']:,} probed")
     if isinstance(guard.get("spearman"), (int, float)):
@@ -62,6 +65,8 @@ def _outcome(info: Mapping[str, Any]) -> str:
         why = "signal too weak"
         if guard.get("failed") == "used_up":
             why = f"what was chosen last is used up (gap {gap_text(info)})"
+        elif guard.get("failed") == "loss_rose":
+            why = f"the reference loss rose{rise_text(info)}"
         return f"{why}: the Trainer's own order until the next round"
     rows, candidates = info.get("num_rows", 0), info.get("num_candidates", 0)
     end = f" for steps {info['from_step']} to {info['to_step']}" if {"from_step", "to_step"} <= info.keys() else ""

@@ -29,6 +29,10 @@ def round_metrics(info: Mapping[str, Any]) -> dict[str, float]:
         metrics["mates/round_steps"] = info["round_steps"]
     if info.get("gap"):
         metrics["mates/gap"] = info["gap"]["gap"]
+    if info.get("rise"):
+        metrics["mates/reference_rise"] = info["rise"]["rise"]
+    if "early" in info:
+        metrics["mates/early"] = 1.0
     if "previous_spearman" in info["guard"]:
         metrics["mates/previous_spearman"] = info["guard"]["previous_spearman"]
     if "reference_overlap" in info:

@@ -267,7 +267,9 @@ class RunPlan:
         # A drift check may start a round at any step; the latest that still chooses a full round's rows has the fewest
         # unused rows for it. What it cuts off of the round before it is unused again.
         latest = self.max_steps - self.config.update_steps - self.config.lead_steps
-        if self.config.drift_check_steps and last is not None and latest > rest.since_step:
+        if self.config.drift_check_steps is None or self.config.first_round_steps is not None:
+            return  # where rounds grow, they are no longer than reckoned above, wherever one starts
+        if last is not None and latest > rest.since_step:
             early = self.round_at(last.number, latest)
             if early is not None:
                 position = self._clock.position

@@ -1,33 +1,145 @@
-"""Between rounds: do the labels of the last round still hold for the model as it is now?
+"""Inside a round: does what it does still hold for the model as it is now?
 
-Where it is used: with `drift_check_steps` set, a round also measures a sentinel, a few of its candidates on a share
-of the reference task, and `session` has the same measured again every so many steps, at weights averaged the same way.
-Where the two no longer rank the candidates alike, the next round starts at once: `update_steps` is a maximum then.
+Where it is used: `session` calls `look_inside` at the steps that `trust.next_check` gives, at weights averaged as at a
+boundary. Where the answer is no, the next round starts at once.
+
+Where rounds find their length (`first_round_steps`), the question is `trust`'s: are the rows that were bought, and are
+still ahead, worth more than those that were passed over? It is answered by 128 probes on a share of the reference
+task, which stay in the round's directory with their gap.
+
+Where rounds have one length and `drift_check_steps` is set, a round also measures a sentinel, a few of its candidates
+on a share of the reference task, and a check has the same measured again. Where the two no longer rank the candidates
+alike, labels no longer hold: `update_steps` is a maximum then.
 
 Trade-off: the sentinel is compared with itself and not with the round's labels, which are on all passages: how well
-the two agree is recorded in the round, and not held against the model. A check costs 2 x 128 candidates forward and an
-eighth of the reference task forward and backward.
+the two agree is recorded in the round, and not held against the model. A check of either kind costs 2 x 128 candidates
+forward and an eighth of the reference task forward and backward.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mates_hf.config import NUM_SENTINELS
-from mates_hf.disk import read_json, write_json
+from mates_hf.disk import read_array, read_json, write_json
 from mates_hf.errors import InfluenceError
 from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.records import InfluenceLabels
+from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
+from mates_hf.selection.plan import PlannedRound, RunPlan, num_candidates
 from mates_hf.training.measure import measure_sentinel
-from mates_hf.training.run import Run
+from mates_hf.training.run import Order, Run
+from mates_hf.training.trust import check_file, gap_between, longest_steps, rows_to_check
 
 logger = logging.getLogger(__name__)
 
 SENTINEL_FILE = "sentinel.json"
+
+
+def look_inside(
+    run: Run, order: Order, plan: RunPlan, position: Callable[[int], int], step: int
+) -> tuple[PlannedRound | None, dict[str, float]]:
+    """In the main process: whether the next round starts now, before the present one is over.
+
+    Args:
+        run: the run's state; the model has the weights that a round would probe now. Where the next round starts, it
+            gets what that is to know.
+        order: the present round's.
+        plan: the run's plan.
+        position: global row position at a step.
+        step: optimizer steps done.
+
+    Returns:
+        The next round, as long as it may be, or None; and metrics.
+    """
+    config, path = run.config, round_path(run.rounds_dir, order.number)
+    if config.first_round_steps is None:
+        correlation = check_drift(run, path)
+        logger.info("drift check of round %d at step %d: %.3f", order.number, step, correlation)
+        found = {"mates/drift_spearman": correlation}
+        early = plan.round_at(order.number + 1, step) if correlation < config.drift_spearman else None
+        if early is not None:
+            logger.info("labels no longer hold: round %d starts early, at step %d", early.number, step)
+        return early, found
+    lasted = step - int(order.info["step"])
+    early = plan.round_at(order.number + 1, step, longest_steps(config, lasted, order.info["guard"]["decision"]))
+    if early is None or not _has_rows(run, order, early, position):
+        return None, {}
+    check = check_gap(run, order, path, step, position(step) - order.from_position)
+    if check is None or check["gap"] is None:
+        return None, {}
+    gap, (low, high) = check["gap"]["gap"], check["gap"]["interval"]
+    found = {"mates/check_gap": gap}
+    if gap > 0:
+        logger.info("round %d at step %d: what it buys holds (gap %+.2f)", order.number, step, gap)
+        return None, found
+    logger.info(
+        "Round %d starts early, at step %d: what round %d buys is worth no more than the rest by now (gap %+.2f "
+        "standard deviations of the labels, 95 %% interval %+.2f to %+.2f).",
+        early.number, step, order.number, gap, low, high,
+    )  # fmt: skip
+    run.last_steps, run.ended_by = lasted, {"round": order.number, "step": step, **check["gap"]}
+    return early, found
+
+
+def _has_rows(run: Run, order: Order, early: PlannedRound, position: Callable[[int], int]) -> bool:
+    """Whether a round that starts early finds rows enough; what it cuts off of the present one is unused again."""
+    config, ledger = run.config, run.ledger
+    unused = ledger.num_unused + len(order.rows_from(position(early.from_step)))
+    needed = num_candidates(early.num_rows, config.selection_ratio) + config.num_probes
+    return needed <= unused or ledger.pass_number < config.max_passes
+
+
+def check_gap(run: Run, order: Order, path: Path, step: int, num_done: int) -> dict[str, Any] | None:
+    """Measure whether what a round buys is still worth more than what it passed over, and write that down.
+
+    Args:
+        run: the run's state; the model has the weights that a round would probe now.
+        order: the round's.
+        path: its directory.
+        step: optimizer steps done.
+        num_done: how many of its rows are trained on.
+
+    Returns:
+        What was written, with a `gap` of None where the labels tell nothing; None where too few rows are ahead.
+    """
+    began, (low, high) = time.perf_counter(), (max(num_done, 0), int(order.info["num_rows"]))
+    files = [
+        read_array(path / name, dtype)
+        for name, dtype in (("candidates.npy", np.int64), ("scores.npy", np.float32), ("num_targets.npy", np.int32))
+    ]
+    rows = np.asarray(order.rows[:high])
+    candidates, scores, num_targets = (np.asarray(file) for file in files if file is not None)
+    ids, is_bought = rows_to_check(run.config, order.number, step, candidates, scores, num_targets, rows, low)
+    if not len(ids):
+        return None
+    seed = stage_seed(run.config.selection_seed, order.number, "sentinel")
+    check: dict[str, Any] = {"round": order.number, "step": step, "num_done": low, "gap": None}
+    try:
+        labels = measure_sentinel(run, ids, epsilon=order.info["probe"].get("epsilon"), seed=seed)
+    except InfluenceError as error:
+        logger.warning("The check of round %d at step %d tells nothing: %s", order.number, step, error)
+        check["reason"] = str(error)
+    else:
+        is_bought = is_bought[np.isin(ids, labels.candidate_id)]
+        gap = gap_between(labels.influence_per_token, labels.num_tokens, is_bought)
+        check |= {
+            "gap": None if gap is None else gap.to_dict(),
+            "candidate_id": labels.candidate_id.tolist(),
+            "influence_per_token": labels.influence_per_token.tolist(),
+            "num_tokens": labels.num_tokens.tolist(),
+            "flops": labels.info.get("flops"),
+        }
+    check["seconds"] = time.perf_counter() - began
+    write_json(path / check_file(step), check)
+    return check
 
 
 def set_sentinel(run: Run, path: Path, labels: InfluenceLabels, number: int) -> float | None:

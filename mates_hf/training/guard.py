@@ -1,20 +1,34 @@
-"""The guard: which influence model scores a round, if any. It selects neither on noise nor on a reversal.
+"""The guard: which influence model scores a round, if any. It selects neither on noise nor against what is measured.
 
 Where it is used: between fit and score in `rounds.run_round`. What it asks costs no probe: the held-out report of the
-fresh fit, and what the last trusted influence model predicts of the fresh labels, whose candidates it has never seen.
+fresh fit, what the last trusted influence model predicts of the fresh labels, whose candidates it has never seen, and
+the losses of the reference passages, which every probe reads anyway.
 
-A **reversal** is where those predictions contradict the labels: a rank correlation whose whole 95 % interval is below
-0. It comes from overshoot: a round of one kind of text uses up what made it helpful, labels turn round, and they are
-predicted as well as ever, so the held-out report cannot see it. A fall that stays above 0 is ordinary ageing, for
-which rounds are there. Noise has an interval that includes 0, however few the probes.
+What it sees, in the order in which it looks, and what it answers:
 
-The first reversal keeps the previous model (measured: 0.44 nats better than to follow). A second one in a row goes
-back to the Trainer's own order instead: then the previous model is refuted twice, and the fresh one is the opposite
-extreme of an overshot model. After a round in the own order no selection has been overshot, so the labels there are
-taken for what they say, whatever the old model says of them.
+1. **Labels that rank nothing** (`labels`): all are equal. The round is in the Trainer's own order.
+2. **A reference loss that rose** (`loss_rose`, see `rise`): the last round selected, and the loss of the passages is
+   higher than at the boundary before, beyond noise. The selection harmed what it was bought for. The round is in the
+   Trainer's own order, and half as long where rounds find their length. Afterwards the selection is on probation: it
+   must do as well as the own order did just before. Where it does not, that counts as a rise too. The next rise keeps
+   the own order for two or four rounds, and so on (`rise.rises_after`).
+3. **What was bought is used up** (`used_up`, see `trust`), where rounds find their length (`first_round_steps`): fresh
+   labels no longer prefer the kind of rows that was chosen last. The round is in the Trainer's own order, and half as
+   long.
+4. **A reversal** (`reversed`): predictions of the trusted model contradict the fresh labels, by a rank correlation
+   whose whole 95 % interval is below 0. The first reversal keeps the previous model (measured: 0.44 nats better than
+   following), for half as long where rounds find their length. A second one in a row goes back to the own order: the
+   previous model is refuted twice then, and the fresh one is the opposite extreme of an overshot model.
+5. **A weak signal** (`min_spearman`, `interval`): held-out labels are predicted too badly, or not beyond noise. The
+   previous model is kept where it still predicts the fresh labels; else the round is in the own order.
 
-Where rounds find their length (`first_round_steps`, see `trust`), the gap speaks first: what was bought is **used up**
-where fresh labels no longer prefer it to the rest. The round is in the Trainer's own order then, and a short one.
+With `on_weak_signal="select"` the round selects all the same where labels rank anything. With `"error"` the run ends.
+
+A reversal comes from overshoot: a round of one kind of text uses up what made it helpful, labels turn round, and they
+are predicted as well as ever, so the held-out report cannot see it. A correlation that falls and stays above 0 is
+ordinary ageing, for which rounds are there. Noise has an interval that includes 0, however few the probes. After a
+round in the own order no selection has been overshot, so the labels there are taken for what they say, whatever the
+old model says of them.
 
 Trade-off: prices that truly turn round within a round are followed two rounds late.
 """
@@ -23,13 +37,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from mates_hf.errors import WeakSignalError
 from mates_hf.prediction.judge import times_needed
 from mates_hf.records import FitReport
+from mates_hf.training.rise import Rise, rises_after
 from mates_hf.training.run import InfluenceModel, Run
-from mates_hf.training.trust import Gap
+from mates_hf.training.trust import LOSS_ROSE, Gap
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +62,14 @@ class Judged:
         reason: why labels rank nothing; empty where they do.
         gap: what the last round bought against the rest, by the labels; None where it bought nothing, or they cannot
             tell.
+        rise: how far the reference loss rose since the last round; None where that says nothing of its selection.
     """
 
     fitted: InfluenceModel | None = None
     fresh: FitReport | None = None
     reason: str = ""
     gap: Gap | None = None
+    rise: Rise | None = None
 
     @classmethod
     def unrankable(cls, reason: str) -> Judged:
@@ -89,7 +107,8 @@ def decide(run: Run, judged: Judged) -> tuple[dict[str, Any], InfluenceModel | N
     """
     config, fitted = run.config, judged.fitted
     overshot = judged.contradicted and run.last_decision != "own_order"
-    failed, complaint = _complaint(run, judged, overshot)
+    rises, loss_rose = rises_after(run.last_rises, run.last_decision, judged.rise)
+    failed, complaint = _complaint(run, judged, overshot, rises if loss_rose else {})
     guard: dict[str, Any] = {
         "decision": "select",
         "spearman": judged.spearman,
@@ -98,6 +117,8 @@ def decide(run: Run, judged: Judged) -> tuple[dict[str, Any], InfluenceModel | N
         "failed": failed,
         "reversed": overshot,
     }
+    if rises:
+        guard["rises"] = rises
     if judged.fresh is not None:
         guard |= {"previous_spearman": judged.fresh.spearman, "previous_interval": list(judged.fresh.interval)}
     if not failed:
@@ -115,7 +136,7 @@ def decide(run: Run, judged: Judged) -> tuple[dict[str, Any], InfluenceModel | N
 
 def _keeps(run: Run, judged: Judged, failed: str) -> bool:
     """Whether the trusted model scores a round that its own fit must not score."""
-    if failed == "used_up":  # it is the trusted model's choice that is
+    if failed in (LOSS_ROSE, "used_up"):  # it is the trusted model's choice that did harm, or is used up
         return False
     return not run.last_reversed if failed == "reversed" else _still_holds(judged, run.config.min_spearman)
 
@@ -125,11 +146,13 @@ def _still_holds(judged: Judged, min_spearman: float) -> bool:
     return judged.fitted is not None and judged.fresh is not None and judged.fresh.passes(max(min_spearman, 0.05))
 
 
-def _complaint(run: Run, judged: Judged, overshot: bool) -> tuple[str | None, str]:
+def _complaint(run: Run, judged: Judged, overshot: bool, rises: Mapping[str, int]) -> tuple[str | None, str]:
     """The one condition that failed, by its name in `round.json`, and as a sentence says it; None where none did."""
     fitted, config = judged.fitted, run.config
     if fitted is None:
         return "labels", f"the labels rank no candidate ({judged.reason.rstrip('.')})"
+    if rises:
+        return LOSS_ROSE, _harm(judged.rise, rises)
     report = fitted.report
     if config.first_round_steps is not None and judged.gap is not None and judged.gap.gap <= 0:
         low, high = judged.gap.interval
@@ -158,6 +181,20 @@ def _complaint(run: Run, judged: Judged, overshot: bool) -> tuple[str | None, st
         )
         return "interval", f"{what}; {_advice(report, config.min_spearman, config.num_probes)}"
     return None, ""
+
+
+def _harm(rise: Rise | None, rises: Mapping[str, int]) -> str:
+    """That the reference loss rose, and for how long nothing is selected."""
+    if rise is None:
+        what = "the reference loss rose time and again in rounds that selected"
+    else:
+        by = f"{rise.rise:.3f} nats/token (95 % interval {rise.interval[0]:.3f} to {rise.interval[1]:.3f})"
+        what = f"the reference loss rose by {by} since the last round, so what that selected did harm"
+        if rise.beyond_own_order:
+            what = f"what the last round selected left the reference loss {by} above the own order's course before it"
+    left = rises["own_order_left"]
+    more = f" So {'does' if left == 1 else 'do'} the {f'{left} after it' if left > 1 else 'next'}." if left else ""
+    return f"{what}.{more} Look at the reference task, the probe and the learning rate if it happens again"
 
 
 def _advice(report: FitReport, min_spearman: float, num_probes: int) -> str:

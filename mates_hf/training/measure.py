@@ -1,4 +1,4 @@
-"""What all processes measure together when the main one asks: a round's labels, its audit, a drift check's sentinel.
+"""What all processes measure together when the main one asks: a round's labels, its audit, a check's few rows.
 
 Where it is used: the main process runs the round (`rounds`) and asks; the others `assist` until it says what comes
 next. Model, optimizer, pool and reference are there in every process, so a question is a few ids and numbers.

@@ -34,7 +34,7 @@ from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.select_stage import select_rows
-from mates_hf.training.replay_length import RoundWithLength, check_length, lengths_of
+from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
 from mates_hf.training.round_reader import WrongError
 
 DECISIONS = ("select", "keep_previous", "own_order")
@@ -124,6 +124,7 @@ class FinishedRound(RoundWithLength):
         self.labels = self._read_labels()
         self._check_rows()
         check_length(self, before)
+        check_rise(self, before)
         candidates = None
         if self.decision != "own_order":
             candidates = self.array("candidates.npy", np.int64, self.info["num_candidates"])
@@ -131,6 +132,7 @@ class FinishedRound(RoundWithLength):
         self._check_draw(candidates, cursor)
         if candidates is not None:
             self._check_selection(candidates)
+        check_inside(self)
 
     def _check_key(self) -> None:
         """`key.json` and `selection.json` say what `round.json` says."""

@@ -55,6 +55,13 @@ class RoundReader:
         self.require(len(array) == length, name, f"{length} entries", str(len(array)))
         return array
 
+    def numbers(self, values: Mapping[str, Any], name: str, dtype: npt.DTypeLike, file: str) -> npt.NDArray[Any]:
+        """An entry that must be a list of finite numbers, as an array of one type."""
+        found = values.get(name)
+        ok = isinstance(found, list) and all(type(each) in (int, float) and abs(each) < 2**63 for each in found)
+        self.require(ok, file, f"`{name}` as a list of numbers", repr(found))
+        return np.asarray(found, dtype)
+
     def mapping(self, values: Mapping[str, Any], name: str, file: str) -> Mapping[str, Any]:
         """An entry that must be an object."""
         found = values.get(name)

@@ -17,6 +17,7 @@ Sign: influence > 0 helps; higher is better, everywhere.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -46,6 +47,7 @@ from mates_hf.training.drift import set_sentinel
 from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest, measure_labels
+from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
 from mates_hf.training.scoring import Scored, predict_rows, score_candidates
 from mates_hf.training.trust import GAP_FILE, Gap, length_facts, measure_gap, shortened
@@ -139,12 +141,13 @@ def run_round(
         with stages.timed("audit") as cost:
             fidelity = audit_round(run, writer.path, labels, planned.number)
             cost["flops"] = fidelity.get("flops", 0.0)
-        if run.config.drift_check_steps:
+        if run.config.drift_check_steps and run.config.first_round_steps is None:
             with stages.timed("sentinel") as cost:
                 _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
     facts = {
         "probe_seed": run.settings.seed,
         "rate_steps": run.settings.rate_steps,
+        "averaged_steps": run.averaged_steps,
         "flop_parameters": _flop_parameters(run.model),
         **run.describe(),
     }
@@ -158,6 +161,8 @@ def _conclude(run: Run, measured: Measured) -> Order:
     """Fit, guard, score, select, and the record of it all."""
     longest, plan, _, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts = measured
     judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, longest.number, stages)
+    facts = {"step": longest.boundary_step, **facts}
+    judged = dataclasses.replace(judged, rise=measure_rise(run, labels, facts))
     decision, scorer = decide(run, judged)
     planned = shortened(run, longest, plan, decision, judged.gap)
     num_rows = planned.num_rows
@@ -200,6 +205,8 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "fidelity": fidelity,
         "guard": decision,
         "gap": None if judged.gap is None else judged.gap.to_dict(),
+        "rise": None if judged.rise is None else judged.rise.to_dict(),
+        "reference_course": course_so_far(run, labels, {"guard": decision, **facts}),
         **found,
         "stages": stages.seconds_and_flops,
         "beside_training": [name for name in CONCLUDING if name in stages.seconds_and_flops] if beside else [],

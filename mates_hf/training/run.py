@@ -116,7 +116,11 @@ class Run:
         trusted_step_size: Step size of the labels it was fitted on.
         last_decision: The guard's decision in the last round; None before the first.
         last_reversed: whether the last round found its labels reversed.
-        last_steps: Length of the last round, in optimizer steps; None before the first.
+        last_steps: Length of the last round, in optimizer steps, up to where a check ended it; None before the first.
+        last_round: Number of the last round; None before the first.
+        last_rises: What the last round knew of rises of the reference loss (`rise.rises_after`).
+        ended_by: The check inside the last round that starts the coming one early, as `round.json` holds it.
+        averaged_steps: Optimizer steps over which the weights that a round probes are averaged.
         lr_scheduler: the run's, to see how far the rates of a round go; None is a constant rate.
         loss_reading: which reading of the run's loss the probes take, for the record.
         copy_marks: tell which rows are one text (`duplicates.CopyMarks`), made where the run begins.
@@ -147,6 +151,10 @@ class Run:
     last_decision: str | None = None
     last_reversed: bool = False
     last_steps: int | None = None
+    last_round: int | None = None
+    last_rises: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    ended_by: Mapping[str, Any] | None = None
+    averaged_steps: int = 0
     lr_scheduler: Any = None
     loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copy_marks: Any = None
@@ -186,6 +194,7 @@ class Run:
         self.last_steps = recorded_steps(info, self.config)
         self.last_decision = info["guard"]["decision"]
         self.last_reversed = bool(info["guard"].get("reversed", False))
+        self.last_round, self.last_rises, self.ended_by = info["number"], info["guard"].get("rises", {}), None
 
     def documents(self, ids: IntArray) -> IntArray:
         """(N,) int64 document of some pool rows, equal where they are of one."""

@@ -24,13 +24,12 @@ from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weight_marks
 from mates_hf.influence.path_length import rate_steps
 from mates_hf.reporting.metrics import round_metrics
-from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.beside import Beside, CheckpointState, await_order, due_step, share_order
 from mates_hf.training.clock import RowClock
-from mates_hf.training.drift import check_drift
+from mates_hf.training.drift import look_inside
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
@@ -40,7 +39,7 @@ from mates_hf.training.restore import publish_orders, receive_orders, restore_mo
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Order, Run, load_order, recorded_steps
 from mates_hf.training.sampler import ScheduledSampler
-from mates_hf.training.trust import longest_steps
+from mates_hf.training.trust import longest_steps, next_check
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class Session:
         self._pending: Beside[Order] | None = None  # a round that has its labels
         self._metrics: dict[str, float] = {}  # not reported yet
         self._next_round: PlannedRound | None = None
-        self.next_look = 0  # the step of the next round or drift check; 0 where none is known
+        self.next_look = 0  # the step of the next round or check; 0 where none is known
         self.last_look = -1  # of the last one
         self._window_start = 0
         self._average_saved_at = -1
@@ -131,7 +130,7 @@ class Session:
             logger.info("An epoch was ended by a callback at step %d: the next one goes on with the next row.", step)
 
     def after_step(self, step: int, saves: bool, evaluates: bool = False) -> dict[str, float]:
-        """Count the rows of an optimizer step; average weights inside the window; check for drift, run a round.
+        """Count the rows of an optimizer step; average weights inside the window; look inside, run a round.
 
         Args:
             step: optimizer steps done.
@@ -192,7 +191,7 @@ class Session:
             self.run.processes.meet()  # a disk that is full fails the main process alone
 
     def _look(self, step: int) -> None:
-        """At averaged weights: a round where one is due, else a drift check, and a round where it finds drift."""
+        """At averaged weights: a round where one is due, else a look inside the present one, which may end it."""
         run, self.last_look = self.run, step
         number = self._next_number(step)
         run.settings = dataclasses.replace(
@@ -202,6 +201,7 @@ class Session:
             rate_steps=self._rate_steps(step),
         )
         average, self.average = self.average, None
+        run.averaged_steps = 0 if average is None else average.num_steps
         order: Order | None = None
         with average.swapped_in() if average is not None else contextlib.nullcontext():
             if not run.processes.is_main:
@@ -251,7 +251,7 @@ class Session:
         self._plan_next(step)
 
     def _next_number(self, step: int) -> int:
-        """Number of the round that starts at this step, or would if a drift check found drift."""
+        """Number of the round that starts at this step, or would if a check ended the present one."""
         planned = self._next_round
         if planned is not None and step >= planned.boundary_step:
             return planned.number
@@ -259,7 +259,7 @@ class Session:
         return self.order.number + 1
 
     def _rate_steps(self, step: int) -> float | None:
-        """The coming round in steps at the present rates; at a drift check, that of the round that is checked."""
+        """The coming round in steps at the present rates; at a check, that of the round that is checked."""
         planned, run = self._next_round, self.run
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
@@ -269,20 +269,16 @@ class Session:
         return rate_steps(run.lr_scheduler, min(planned.steps, self.plan.max_steps - step), rates)
 
     def _decide(self, step: int, *, beside: bool) -> Callable[[], Order] | None:
-        """In the main process: the rest of a new round, or None where a drift check finds none is due."""
+        """In the main process: the rest of a new round, or None where a check finds that none is due."""
         assert self.lock is not None
         self.lock.check()
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
-            correlation = check_drift(self.run, round_path(self.run.rounds_dir, self.order.number))
-            self._metrics["mates/drift_spearman"] = correlation
-            logger.info("drift check of round %d at step %d: %.3f", self.order.number, step, correlation)
-            if correlation >= self.run.config.drift_spearman:
+            planned, found = look_inside(self.run, self.order, self.plan, self.clock.position, step)
+            self._metrics.update(found)
+            if planned is None:
                 return None
-            planned = self.plan.round_at(self.order.number + 1, step)
-            assert planned is not None
-            logger.info("labels no longer hold: round %d starts early, at step %d", planned.number, step)
         return self._run_round(planned, beside=beside)
 
     def _run_round(self, planned: PlannedRound, *, beside: bool) -> Callable[[], Order]:
@@ -316,7 +312,7 @@ class Session:
         self.run.ledger.mark_trained(self.sampler.own_rows[:used])
 
     def _plan_next(self, step: int) -> None:
-        """The next round and drift check after `step`, and the averaging window before the earlier of them."""
+        """The next round and check after `step`, and the averaging window before the earlier of them."""
         self._next_round = planned = self._planned_after(self.order, step)
         events = [planned.boundary_step] if planned is not None else []
         check = self._next_check(step)
@@ -345,21 +341,18 @@ class Session:
             length = recorded_steps(order.info, config)
             longest = longest_steps(config, length, order.info["guard"]["decision"])
             planned = plan.round_at(order.number + 1, order.info["step"] + length, longest)
-        # Behind a boundary at which a shorter run had nothing to select for. Rounds of one length are numbered by it.
-        passed = int(config.first_round_steps is None)
+        # Behind a boundary at which a shorter run had nothing to select for; the next number is not used up by it.
         while planned is not None and planned.boundary_step <= step:
-            planned = plan.round_at(planned.number + passed, planned.boundary_step + length, longest)
+            planned = plan.round_at(planned.number, planned.boundary_step + length, longest)
         return planned
 
     def _next_check(self, step: int) -> int | None:
-        """The step of the next drift check, or None where there is none or no round could start from it."""
-        every, order = self.run.config.drift_check_steps, self.order
-        if every is None or order is None or order.info["guard"]["decision"] == "own_order":
+        """The step of the next check inside the round, or None where there is none or no round could start from it."""
+        order = self.order
+        check = None if order is None else next_check(self.run.config, order.info, step)
+        if order is None or check is None or self.plan.round_at(order.number + 1, check) is None:
             return None
-        boundary = int(order.info["step"])
-        first = -(-self.run.config.lead_steps // every)  # the first check at which the round's rows are in training
-        check = boundary + every * max(first, (step - boundary) // every + 1)
-        return check if self.plan.round_at(order.number + 1, check) is not None else None
+        return check
 
     def _restore_rounds(self, last_round: Mapping[str, Any], step: int) -> None:
         """Orders, ledger and influence models as they were in memory at `step`."""

@@ -469,6 +469,26 @@ def test_the_ledger_of_a_run_is_what_torch_counts(tmp_path):
     assert 0 <= cost.idle_seconds == pytest.approx(waited, abs=1e-9)
 
 
+def test_a_forecast_counts_a_look_inside_each_long_round():
+    size = RunSize(
+        num_parameters=10_000, num_looked_up=1_000, tokens_per_row=12, batch_rows=4, max_steps=360, num_passages=64,
+        tokens_per_passage=12,
+    )  # fmt: skip
+    sizes = {"update_steps": 100, "switch_lead_steps": 2, "average_steps": 1, "num_probes": 200}
+    fixed = predict_cost(size, MatesConfig(**sizes, drift_check_steps=50))
+    once = fixed.stages["sentinel"] / fixed.num_rounds
+    assert fixed.stages["drift checks"] == pytest.approx(
+        3 * once
+    )  # of three rounds, of which the last one has 58 steps
+    grows = predict_cost(size, MatesConfig(**sizes, first_round_steps=10))
+    assert "sentinel" not in grows.stages
+    assert grows.stages["gap checks"] == pytest.approx(3 * once)  # of rounds of 10, 20, 40, 80 and 100 steps
+    often = predict_cost(size, MatesConfig(**sizes, first_round_steps=10, drift_check_steps=10))
+    assert often.stages["gap checks"] == pytest.approx((1 + 3 + 7 + 9) * once)
+    short = predict_cost(size, MatesConfig(**{**sizes, "update_steps": 30}, first_round_steps=10))
+    assert "gap checks" not in short.stages
+
+
 def test_the_forecast_is_what_a_run_records(tmp_path):
     config = small_config(
         update_steps=20, num_probes=40, selection_ratio=0.5, average_steps=4, drift_check_steps=5, drift_spearman=-1

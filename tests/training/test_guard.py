@@ -221,6 +221,7 @@ def verdict(caplog, spearman: float, interval: tuple[float, float], held_out: in
         trusted_model=None,
         last_decision=None,
         last_reversed=False,
+        last_rises={},
     )
     caplog.clear()
     guard, _ = decide(state, Judged(fitted=SimpleNamespace(report=report)))

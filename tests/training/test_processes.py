@@ -29,6 +29,8 @@ BATCH = 8  # rows of an optimizer step, over all processes
 class Finished:
     """What the processes of a run left: exit codes, errors, and the result of each."""
 
+    batch = BATCH
+
     def __init__(self, processes: list[subprocess.Popen[str]], result: str) -> None:
         self.errors = [process.communicate(timeout=240)[1] for process in processes]
         self.codes = [process.returncode for process in processes]
@@ -38,7 +40,7 @@ class Finished:
     @property
     def rows(self) -> list[list[int]]:
         """Pool rows of each optimizer step, all processes together, in global order."""
-        each = BATCH // len(self.results)
+        each = self.batch // len(self.results)
         parts = [np.array(result["rows"]).reshape(-1, each) for result in self.results]
         return np.concatenate(parts, axis=1).tolist()
 
@@ -205,6 +207,26 @@ def test_rounds_that_find_their_length_are_those_of_one_process_and_verify(tmp_p
     ]
     assert found[0] == found[1]
     assert len(set(found[0])) > 1
+
+
+def test_rounds_that_a_check_inside_ends_are_those_of_one_process_and_verify(tmp_path):
+    sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
+    config = {**sizes, "num_probes": 160, "held_out_fraction": 0.4, "on_weak_signal": "own_order"}
+    runs = [
+        start(
+            tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config, turns_at=25,
+            args={"max_steps": 36, "per_device_train_batch_size": 4 // size},
+        )
+        for size in (1, 2)
+    ]  # fmt: skip
+    assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
+    for finished in runs:
+        finished.batch = 4
+    assert runs[0].rows == runs[1].rows
+    assert verify_run(tmp_path / "run-2").problem is None
+    early = load_round(tmp_path / "run-2/_mates/round-0004").info["early"]
+    assert (early["round"], early["step"]) == (3, 27)
+    assert (tmp_path / "run-2/_mates/round-0003/check-000027.json").exists()
 
 
 def test_rounds_that_drift_starts_early_are_those_of_one_process_and_verify(tmp_path):

@@ -23,6 +23,7 @@ from mates_hf.reporting.lines import round_line
 from mates_hf.round_record import round_facts
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan, num_candidates
+from mates_hf.training import rounds
 from mates_hf.training.trust import GAP_FILE, longest_steps, measure_gap, round_steps
 from mates_hf.training.verify import verify_run
 from tests.training.kit import DIGITS, LENGTH, Result, make_arguments, make_pool, make_reference, run, small_config
@@ -187,7 +188,7 @@ def learn_to_count_up(trainer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_labels_that_turn_within_a_round_are_left_where_rounds_find_their_length(tmp_path):
+def test_labels_that_turn_within_a_round_are_left_where_rounds_find_their_length(tmp_path, monkeypatch):
     passages = [(32 + (i + (-1) ** i * np.arange(LENGTH)) % 8).tolist() for i in range(32)]
     reference = ReferenceTask.from_dataset(Dataset.from_dict({"input_ids": passages}), input_ids_column="input_ids")
     rows = two_styles(1_000, 0.3)
@@ -203,8 +204,13 @@ def test_labels_that_turn_within_a_round_are_left_where_rounds_find_their_length
         with torch.no_grad():
             return result.trainer.model.eval()(input_ids=ids, labels=ids).loss.item()
 
-    fixed = train(tmp_path / "fixed")
+    with monkeypatch.context() as before:  # rounds of one length, and a guard that does not look at the loss
+        before.setattr(rounds, "measure_rise", lambda *args: None)
+        fixed = train(tmp_path / "fixed")
     found = train(tmp_path / "found", first_round_steps=3)
+    seen = train(tmp_path / "seen")  # rounds of one length, and the guard
+    assert "loss_rose" in [info["guard"]["failed"] for info in infos(tmp_path / "seen")]
+    assert seen < fixed
     whole, short = infos(tmp_path / "fixed"), infos(tmp_path / "found")
     # The long round is over before anything is known: what was bought is then far worth less than the rest.
     bought = [info for info in whole[:-1] if info["guard"]["decision"] != "own_order"]
@@ -216,6 +222,7 @@ def test_labels_that_turn_within_a_round_are_left_where_rounds_find_their_length
     assert used_up[0]["step"] < 24
     assert all(info["guard"]["decision"] == "own_order" and info["gap"]["gap"] < 0 for info in used_up)
     assert all(info["round_steps"] == 3 for info in used_up)
+    assert verify_run(tmp_path / "seen").problem is None
     assert found < fixed - 0.3, (found, fixed)
     assert verify_run(tmp_path / "found").problem is None
 
@@ -235,7 +242,14 @@ class SaveAt(TrainerCallback):
         control.should_save = state.global_step in self.steps
 
 
-SAVED = (13, 17, 20, 22, 26)  # in the lead, inside short rounds, before the labels turn, after it, in the next round
+SAVED = (
+    8,
+    13,
+    17,
+    20,
+    22,
+    26,
+)  # in the lead, inside short rounds, before the labels turn, after it, in the next round
 
 
 def train(path: Path, resume: str | None = None, max_steps: int = 40, num_rows: int = 700, **config: Any) -> Result:
@@ -420,11 +434,15 @@ def test_a_loop_of_ones_own_has_the_rows_and_weights_of_the_trainer(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path):
-    train(tmp_path, max_steps=22)
-    assert [(info["step"], info["round_steps"]) for info in infos(tmp_path)] == [(12, 3), (15, 6)]
-    # The boundary at step 21 had nothing to select for; what follows has the next number, so that none lacks.
-    train(tmp_path, resume=str(tmp_path / "checkpoint-22"), max_steps=40)
-    after = infos(tmp_path)[2]
-    assert (after["number"], after["step"], after["last_round_steps"]) == (3, 27, 6)
+@pytest.mark.parametrize("first", [3, None])
+def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path, first):
+    config = {"first_round_steps": first, "update_steps": 12 if first else 6}
+    stop, steps = (22, [(12, 3), (15, 6)]) if first else (13, [(6, 6)])
+    train(tmp_path, max_steps=stop, **config)
+    assert [(info["step"], info["round_steps"]) for info in infos(tmp_path)] == steps
+    # The boundaries at steps 21 and 12 had nothing to select for; what follows has the next number, so none lacks.
+    train(tmp_path, resume=str(tmp_path / f"checkpoint-{stop}"), max_steps=40, **config)
+    after = infos(tmp_path)[len(steps)]
+    assert (after["number"], after["step"]) == ((3, 27) if first else (2, 18))
+    assert after.get("last_round_steps") == (6 if first else None)
     assert verify_run(tmp_path).problem is None

@@ -20,6 +20,7 @@ from mates_hf import MatesCallback
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.test_guard import Changed
 
 torch.set_num_threads(1)
 
@@ -43,6 +44,12 @@ class DyingProbe(DirectionalProbe):
         return super().measure(*args, **kwargs)
 
 
+def _probe(settings: dict[str, Any]) -> Any:
+    if "turns_at" in settings:  # labels are the reverse of what they were from that step on
+        return Changed(DirectionalProbe(), settings["turns_at"], "negative")
+    return DyingProbe() if settings.get("dies") else None
+
+
 def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Train as told and return what this process saw."""
     rank = os.environ.get("RANK", "0")
@@ -52,7 +59,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     callback = MatesCallback(
         make_reference(),
         small_config(**settings.get("config", {})),
-        probe=DyingProbe() if settings.get("dies") else None,
+        probe=_probe(settings),
         influence_model=SlowModel() if settings.get("fit_seconds") else None,
     )
     stop = Stop(settings.get("stop_at", args.max_steps))

@@ -49,7 +49,7 @@ PLANTED = "planted here"
 DIGITS = 3
 WHOLE = Fault(place="whole", target="", who=ALL, what=ERROR)  # a run without one
 QUICK = {"rounds set aside: main, error", "labels: last, error", "audit: last, error", "labels: last, SIGKILL",
-         "sum: main, SIGSTOP"}  # fmt: skip
+         "gap check: last, error", "sum: main, SIGSTOP"}  # fmt: skip
 
 
 # --- one process under test ---
@@ -110,6 +110,9 @@ def train(folder: Path, fault: Fault, rank: int) -> None:
     config = small_config(num_probes=32, average_steps=3, drift_check_steps=3, switch_lead_steps=2, keep_rounds=2)
     if fault.beside:
         config = dataclasses.replace(config, drift_check_steps=None, switch_lead_steps=4)
+    if fault.grows:  # rounds of 2 and 4 steps, at steps 8 and 10; the second is looked at at step 12
+        sizes = {"update_steps": 8, "first_round_steps": 2, "average_steps": 2, "drift_check_steps": 2}
+        config = dataclasses.replace(config, **sizes)
     SlowModel.seconds = fault.fit_seconds
     callback = MatesCallback(
         make_reference(8),

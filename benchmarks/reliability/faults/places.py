@@ -27,6 +27,7 @@ class Fault:
     # either
     goes_on: bool = False
     beside: bool = False  # whether fit, score and select run beside training
+    grows: bool = False  # whether rounds grow, and are looked at inside
 
     @property
     def name(self) -> str:
@@ -110,7 +111,9 @@ def all_faults() -> list[Fault]:
     at("order is told", session + "share_order", (MAIN, ERROR), (MAIN, STOP))
     at("order is scheduled", session + "Session._schedule", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), **in_round)
     at("metrics are reported", callback + "MatesCallback._report", (MAIN, ERROR), (LAST, ERROR))
-    at("drift check", session + "check_drift", (MAIN, ERROR))
+    at("drift check", session + "look_inside", (MAIN, ERROR))
+    at("gap check", measure + "_sentinel", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), grows=True)
+    at("gap check is written", "mates_hf.training.drift:write_json", (MAIN, FULL), (MAIN, KILL), grows=True)
     # What runs beside training.
     beside: dict[str, Any] = {"beside": True, **in_round}
     at("fit, beside", ngram + "fit", (MAIN, ERROR), (MAIN, KILL), **beside)

@@ -54,8 +54,12 @@ def draw_setting(generator: np.random.Generator, number: int, num_processes: int
         "keep_rounds": pick(None, 2) if number else 2,
         "average_steps": pick(None, None, 0, 5),
         "drift_check_steps": pick(None, None, 5),
+        "random_share": pick(0.0, 0.0, 0.3),
         **pick({}, {"on_weak_signal": "own_order", "min_spearman": 0.5}),
     }
+    if pick(True, False):  # rounds that grow, and are looked at inside: one of 8 steps has rows enough for it
+        config |= {"first_round_steps": 2, "update_steps": 8, "switch_lead_steps": 2, "average_steps": pick(None, 0)}
+        config["drift_check_steps"] = pick(None, None, 3)
     return {"arguments": arguments, "config": config}
 
 
