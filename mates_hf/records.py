@@ -179,6 +179,8 @@ class FitReport:
         ranking: what rank correlations and overlap are of: "worth", what a row of its length adds to a batch, which is
             what a round selects by; "influence" where all rows have one length and both rank alike.
         probe: what the labels are, as `InfluenceLabels.kind` says; None where it was not recorded.
+        evidence: standard deviation of what static evidence alone predicts of the fitted labels, in theirs: 0 where it
+            tells nothing of them; None where the fit was given none.
     """
 
     num_labels: int
@@ -195,6 +197,7 @@ class FitReport:
     flops_per_token: float | None = None
     ranking: Literal["influence", "worth"] = "influence"
     probe: str | None = None
+    evidence: float | None = None
 
     def __repr__(self) -> str:
         return card(_fit_title(self), _fit_facts(self))
@@ -269,6 +272,8 @@ def _fit_facts(report: FitReport) -> dict[str, str]:
         "slope": f"{number(report.slope)} (1 is calibrated)",
         "best fifth": f"{number(report.top_fifth_overlap)} of it found (0.2 is chance)",
     }
+    if report.evidence is not None:
+        facts["static evidence"] = f"{number(report.evidence)} standard deviations of the labels"
     if report.spearman_within_group is not None:
         facts["in groups"] = f"Spearman {number(report.spearman_within_group)}"
     if report.calibration:

@@ -166,9 +166,9 @@ class NgramInfluenceModel:
             if not np.isfinite(derivatives).all():
                 raise ValueError("`labels.token_derivatives` must be finite. Look for NaN in the probed losses.")
         earlier, prior = self._earlier(previous, kind)
-        standardised, offset = (per_token - centre) / scale, None
+        standardised, offset, told = (per_token - centre) / scale, None, None
         if evidence is not None and derivatives is not None:
-            offset = weighted_evidence(evidence, rows.take(~held_out), standardised[~held_out])
+            offset, told = weighted_evidence(evidence, rows.take(~held_out), standardised[~held_out])
         design = TokenDesign(
             rows,
             self.num_buckets,
@@ -216,6 +216,7 @@ class NgramInfluenceModel:
             seconds=time.perf_counter() - started,
             flops=NGRAM_FIT_FLOPS * float(labels.num_tokens.sum()),
             flops_per_token=NGRAM_SCORE_FLOPS,
+            evidence=told,
         )
         logger.info(
             "Fitted an n-gram influence model on %d candidates (%d held out, %s labels) in %.1f s: Spearman %.3f.",

@@ -50,6 +50,7 @@ from mates_hf.training.measure import measure_digest, measure_labels
 from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
 from mates_hf.training.scoring import Scored, predict_rows, score_candidates
+from mates_hf.training.static_evidence import evidence_for
 from mates_hf.training.trust import GAP_FILE, Gap, length_facts, measure_gap, shortened
 
 logger = logging.getLogger(__name__)
@@ -315,6 +316,7 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, num
         previous=run.latest_model,
         seed=stage_seed(run.config.selection_seed, number, "fit"),
         **({"documents": documents} if takes(unfitted.fit, "documents") else {}),
+        **evidence_for(run, labels),
     )
     # Renamed when all of it is there: which of a model's files comes last is the model's business.
     partial = path / "influence_model.partial"

@@ -124,6 +124,7 @@ class Run:
         lr_scheduler: the run's, to see how far the rates of a round go; None is a constant rate.
         loss_reading: which reading of the run's loss the probes take, for the record.
         copy_marks: tell which rows are one text (`duplicates.CopyMarks`), made where the run begins.
+        evidence: log-odds of the reference task against the pool, once a fit has asked for them (`static_evidence`).
         reference_overlap: the reference task's n-grams, made at the first selection; only in the main process.
         overlap_told: whether the run has warned of selected rows that share text with the reference task.
 
@@ -158,6 +159,7 @@ class Run:
     lr_scheduler: Any = None
     loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copy_marks: Any = None
+    evidence: Any = None
     reference_overlap: TokenNgramIndex | None = None
     overlap_told: bool = False
 

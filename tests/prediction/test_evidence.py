@@ -67,12 +67,15 @@ def test_few_labels_do_where_words_tell_and_none_is_lost_where_they_do_not(evide
 def test_evidence_against_the_labels_has_no_weight_and_changes_no_bit(evidence) -> None:
     rows = make_rows(80, seed=6)
     parts = [part.scaled(1.0).score(rows) for part in evidence]
-    weighted = weighted_evidence(evidence, rows, 2 * parts[0] + 3 * parts[1])
+    weighted, told = weighted_evidence(evidence, rows, 2 * parts[0] + 3 * parts[1])
+    assert told == pytest.approx((2 * parts[0] + 3 * parts[1]).std())
     assert np.allclose(weighted.token, 2 * evidence[0].token, atol=1e-3)
     assert np.allclose(weighted.bigram, 3 * evidence[1].bigram, atol=1e-3)
     tokens = (evidence[0], Tables.zeros(VOCAB, BUCKETS))
     labels = make_labels(rows, lambda previous, token: -evidence[0].token[token], noise=0.0)
-    assert not weighted_evidence(tokens, rows, labels.influence_per_token.astype(float)).token.any()
+    weighted, told = weighted_evidence(tokens, rows, labels.influence_per_token.astype(float))
+    assert not weighted.token.any()
+    assert told == 0
     plain, given = model().fit(rows, labels), model().fit(rows, labels, evidence=tokens)
     assert np.array_equal(plain.predict(rows), given.predict(rows))
 

@@ -90,7 +90,7 @@ def test_a_run_with_early_rounds_goes_on_exactly(tmp_path, stop):
 
 
 def test_a_round_in_the_own_order_has_nothing_to_check(tmp_path):
-    train(tmp_path, ALWAYS, on_weak_signal="own_order", min_spearman=1.0)
+    train(tmp_path, ALWAYS, on_weak_signal="own_order", min_spearman=1.0, held_out_fraction=0.5)
     assert [info["step"] for info in rounds(tmp_path)] == [12, 24]
 
 

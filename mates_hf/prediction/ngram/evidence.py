@@ -61,7 +61,7 @@ def log_odds(reference: TokenRows, background: TokenRows, num_buckets: int) -> t
     return Tables(unigram, none, np.zeros(num_buckets)), Tables(none, none, bigram)
 
 
-def weighted_evidence(evidence: tuple[Tables, Tables], rows: TokenRows, labels: FloatVector) -> Tables:
+def weighted_evidence(evidence: tuple[Tables, Tables], rows: TokenRows, labels: FloatVector) -> tuple[Tables, float]:
     """The sum of the parts, each times the weight of at least 0 by which their sum predicts labels best.
 
     Args:
@@ -70,13 +70,15 @@ def weighted_evidence(evidence: tuple[Tables, Tables], rows: TokenRows, labels: 
         labels: (N,) standardised label of each.
 
     Returns:
-        Tables in standardised units; without effect where the evidence tells nothing of the labels.
+        Tables in standardised units, without effect where the evidence tells nothing of the labels; and the standard
+        deviation of what they say of the rows.
     """
     scores = np.stack([part.scaled(1.0).score(rows) for part in evidence], 1)
     weights = nnls(scores - scores.mean(0), labels - labels.mean())[0]
     tokens, bigrams = evidence
     nothing = Tables.zeros(len(tokens.token), len(tokens.bigram))
-    return nothing.plus(tokens, float(weights[0])).plus(bigrams, float(weights[1]))
+    weighted = nothing.plus(tokens, float(weights[0])).plus(bigrams, float(weights[1]))
+    return weighted, float((scores @ weights).std())
 
 
 def _keys(rows: TokenRows) -> npt.NDArray[np.int64]:
