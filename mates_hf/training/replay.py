@@ -35,6 +35,7 @@ from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.replay_length import RoundWithLength, check_length, lengths_of
+from mates_hf.training.replay_passages import RoundWithPassages, check_passages
 from mates_hf.training.round_reader import WrongError
 
 DECISIONS = ("select", "keep_previous", "own_order")
@@ -47,7 +48,7 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class FinishedRound(RoundWithLength):
+class FinishedRound(RoundWithLength, RoundWithPassages):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:
@@ -124,6 +125,7 @@ class FinishedRound(RoundWithLength):
         self.labels = self._read_labels()
         self._check_rows()
         check_length(self, before)
+        check_passages(self, before)
         candidates = None
         if self.decision != "own_order":
             candidates = self.array("candidates.npy", np.int64, self.info["num_candidates"])
@@ -378,7 +380,7 @@ class FinishedRound(RoundWithLength):
 
 def _rows_per_step(info: Mapping[str, Any]) -> float:
     """Rows a step trains on: another number where the batch size was changed between rounds."""
-    return float(info["num_rows"] / (info["to_step"] - info["from_step"]))
+    return float((info["num_rows"] + info.get("num_passage_rows", 0)) / (info["to_step"] - info["from_step"]))
 
 
 def _first(rows: IntArray) -> str:
