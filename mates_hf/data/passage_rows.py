@@ -147,7 +147,7 @@ def lay_out(reference: ReferenceTask, pool: CandidatePool, separator: int | None
         rows = [pool.dataset[i] for i in fixed_positions(len(pool), _NUM_LOOKED_AT).tolist()]
     columns, left_out = _columns(rows)
     lengths = {len(as_array(row["input_ids"], "input_ids", "the pool")) for row in rows} if columns else set()
-    problem, collate_fn = "they have no `input_ids`", pool.collate_fn
+    problem, collate_fn = "" if columns else "they have no `input_ids`", pool.collate_fn
     if columns and (collate_fn is not None or len(lengths) > 1):
         labels = effective_labels(reference.rows)
         found = PassageRows(
@@ -159,7 +159,7 @@ def lay_out(reference: ReferenceTask, pool: CandidatePool, separator: int | None
     if len(lengths) == 1 and min(lengths) > 1:
         found = PassageRows(*_blocks(reference.rows, min(lengths), separator), columns)
         if not any(column.kind == "labels" for column in columns):
-            problem = problem or "rows of one length without `labels` say of no token that it is not trained"
+            problem = "rows of one length without `labels` say of no token that it is not trained"
         else:
             problem = "" if collate_fn is None else _problem(found, pool.dataset, collate_fn)
         if not problem:

@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import Literal
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, SENTINEL_SHARE, MatesConfig
+from mates_hf.data.mixing import PassageSchedule
 from mates_hf.flops import (
     NGRAM_FIT_FLOPS,
     NGRAM_SCORE_FLOPS,
@@ -198,7 +199,7 @@ def predict_cost(
         ValueError: `candidate_scope="pool"` without the pool's rows.
     """
     chosen = _selected_rows(size, config)
-    before = itertools.accumulate(chosen, initial=_first_step(config) * size.batch_rows)
+    before = itertools.accumulate(chosen, initial=_pool_rows(size, config, _first_step(config)))
     scored = sum(_scored_rows(size, config, *rows) for rows in zip(before, chosen, strict=False)) * size.tokens_per_row
     moment = NUM_SECOND_MOMENT_BATCHES * size.batch_rows if second_moment == "batches" else 0
 
@@ -264,9 +265,20 @@ def _selected_rows(size: RunSize, config: MatesConfig) -> list[int]:
     """Rows that each round selects: each is as long as it may be, the last takes what `max_steps` leaves."""
     chosen, start, length = [], _first_step(config), config.longest_steps(None)
     while start < size.max_steps:
-        chosen.append((min(start + length, size.max_steps) - start) * size.batch_rows)
+        stop = min(start + length, size.max_steps)
+        chosen.append(_pool_rows(size, config, stop) - _pool_rows(size, config, start))
         start, length = start + length, config.longest_steps(length)
     return chosen
+
+
+def _pool_rows(size: RunSize, config: MatesConfig, step: int) -> int:
+    """Rows of the pool that are trained on up to a step; passages that are mixed in are a row each."""
+    position = step * size.batch_rows
+    if not config.reference_passes:
+        return position
+    num_rows = size.max_steps * size.batch_rows
+    passes = {"num_passages": size.num_passages, "passes": config.reference_passes}
+    return PassageSchedule(**passes, start=0, num_rows=num_rows, seed=0).pool_rows(position)
 
 
 def _first_step(config: MatesConfig) -> int:

@@ -31,6 +31,11 @@ class StepClock(Protocol):
         """Rows of the own-order pass that runs at a boundary which are trained on before a later step."""
         ...
 
+    @property
+    def uneven_rows(self) -> int:
+        """How many more rows some stretch of steps may have than another one of as many whole steps."""
+        ...
+
     def ending_at(self, max_steps: int) -> StepClock:
         """The clock of the run if it had so many steps."""
         ...
@@ -55,6 +60,11 @@ class EvenSteps:
     def own_rows_used(self, boundary_step: int, from_step: int) -> int:
         """Rows of the current pass that lie before `from_step`."""
         return self.pool_position(from_step) % self.num_rows
+
+    @property
+    def uneven_rows(self) -> int:
+        """None: all steps have as many."""
+        return 0
 
     def ending_at(self, max_steps: int) -> EvenSteps:
         """The same, whatever the number of steps."""
@@ -280,6 +290,7 @@ class RunPlan:
             early = self.round_at(last.number, latest)
             if early is not None:
                 position = self._clock.pool_position
+                early = replace(early, num_rows=early.num_rows + self._clock.uneven_rows)
                 yield early, drawn_from(early, before + position(last.from_step) - position(early.from_step))
 
     def _tightest(self, first: PlannedRound, unused: int, num_passes: int) -> Iterator[tuple[PlannedRound, int]]:

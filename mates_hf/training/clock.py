@@ -85,6 +85,11 @@ class RowClock:
         """Position of a pool row that so many others stand before."""
         return pool_row if self.passages is None else self.passages.position_of(pool_row)
 
+    @property
+    def uneven_rows(self) -> int:
+        """Pool rows that a stretch of steps may have more than another one of as many whole steps."""
+        return 0 if self.passages is None else 1
+
     def ending_at(self, max_steps: int) -> RowClock:
         """The clock of this run if it had so many steps: passages of a run that has not begun are spread over them."""
         if self.passages is None or self.passages.start < self.start_position:

@@ -98,6 +98,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
         """
         self._check_key()
         self._check_checksums()
+        check_passages(self, before)
         order_file = self.order_file
         other_file = "selection.npy" if self.decision == "own_order" else "own_order.npy"
         there = (self.path / other_file).exists()
@@ -125,7 +126,6 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
         self.labels = self._read_labels()
         self._check_rows()
         check_length(self, before)
-        check_passages(self, before)
         candidates = None
         if self.decision != "own_order":
             candidates = self.array("candidates.npy", np.int64, self.info["num_candidates"])

@@ -178,6 +178,7 @@ def with_passages(parts: Parts, loop: Loop) -> Loop:
     """
     if not parts.config.reference_passes:
         return loop
+    check_pool(loop.pool, loop.model)
     tokenizer = getattr(loop.tokenizer, "tokenizer", loop.tokenizer)
     mixed = mix_in(
         parts.config,
