@@ -29,8 +29,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         info: The round's `round.json`; what it lacks is left out of the line.
 
     Returns:
-        One line: step, probes, signal with its interval, decision, rows, a length that changed, random rows, copies
-        and leaks, seconds.
+        One line: step, probes, signal with its interval, decision, rows, a length that changed, random rows, passages,
+        copies and leaks, seconds.
     """
     guard = info.get("guard") or {}
     parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
@@ -44,6 +44,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         parts.append(f"{info['round_steps']:,} steps long after {info['last_round_steps']:,}")
     if info.get("num_random"):
         parts.append(f"{info['num_random']:,} of them at random")
+    if info.get("num_passage_rows"):
+        parts.append(f"{info['num_passage_rows']:,} reference passages between them")
     if info.get("num_passed_over"):
         parts.append(f"{info['num_passed_over']:,} passed over as copies")
     shared = info.get("reference_overlap") or {}

@@ -193,6 +193,8 @@ class RunPlan:
         if start >= stop:
             return None
         num_rows = self._clock.pool_position(stop) - self._clock.pool_position(start)
+        if not num_rows:  # a last step of one row, which is a passage
+            return None
         return PlannedRound(number, boundary_step, start, stop, num_rows, length)
 
     @property

@@ -72,9 +72,14 @@ def mix_in(
 
     Raises:
         UnsupportedSettingError: lm-eval evaluates on them, or no batch takes pool rows and passages together.
-        MatesError: the checkpoint's schedule cannot be read.
+        MatesError: The checkpoint's schedule cannot be read.
     """
     _refuse_evaluated(reference)
+    if clock.batch_rows * clock.accumulation < 2:
+        raise UnsupportedSettingError(
+            "With `reference_passes` an optimizer step must have 2 rows at least, of which one may be a passage, got "
+            "1. Raise `per_device_train_batch_size` or `gradient_accumulation_steps`, or set `reference_passes=0`."
+        )
     rows = lay_out(reference, pool, separator)
     begun = None if saved is None else saved.get("passages")
     given = {"num_passages": len(rows), "passes": config.reference_passes, "seed": config.selection_seed}
