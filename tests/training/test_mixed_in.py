@@ -58,10 +58,15 @@ def pool_rows_of(rows: list[int]) -> list[int]:
     return [row for row in rows if row < FIRST]
 
 
-def assert_mixed(rows: list[int], folder: Path, own: list[int], passes: int = 4, until: int | None = None) -> None:
+def passages_at(passes: int, num_rows: int, start: int = 0) -> dict[int, int]:
+    """Position and number of each passage of a run that has so many rows."""
+    schedule = PassageSchedule(num_passages=NUM, passes=passes, start=start, num_rows=num_rows - start, seed=0)
+    return dict(zip(*(part.tolist() for part in schedule.standing(0, num_rows)), strict=True))
+
+
+def assert_mixed(rows: list[int], folder: Path, own: list[int]) -> None:
     """Passages where the schedule has them; all other rows are the own order's, and then the selections'."""
-    schedule = PassageSchedule(num_passages=NUM, passes=passes, start=0, num_rows=until or len(rows), seed=0)
-    assert passages_of(rows) == dict(zip(*(part.tolist() for part in schedule.standing(0, len(rows))), strict=True))
+    assert passages_of(rows) == passages_at(4, len(rows))
     orders = [load_round(path) for path in sorted((folder / "_mates").glob("round-????"))]
     begin = orders[0].info["from_position"] if orders else len(pool_rows_of(rows))
     expected = own[:begin]
@@ -143,6 +148,36 @@ def test_every_mode_has_them(tmp_path, own, changes):
     assert "min_spearman" not in changes or verify_run(tmp_path).problem is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"first_round_steps": 3},
+        {"drift_check_steps": 4, "drift_spearman": 1.0, "average_steps": 0},
+        {"candidate_scope": "pool", "random_share": 0.3},
+        {"keep_rounds": 2},
+    ],
+    ids=["growing", "drift", "pool", "pruned"],
+)
+def test_rounds_of_every_kind_lose_no_row(tmp_path, own, changes):
+    """Also those that start early, and cut off what the round before them chose."""
+    rows = run(make_arguments(tmp_path, max_steps=36), [mates(8, **changes)]).rows
+    assert passages_of(rows) == passages_at(8, 144)
+    infos = [load_round(path).info for path in sorted((tmp_path / "_mates").glob("round-????"))]
+    assert "drift_check_steps" not in changes or infos[1]["step"] < 12
+    assert len(infos) == 2 if "keep_rounds" in changes else len(infos) > 4
+    found, begin = pool_rows_of(rows), 0
+    for info, path in zip(infos, sorted((tmp_path / "_mates").glob("round-????")), strict=True):
+        begin = info["from_position"]
+        assert begin == len(pool_rows_of(rows[: info["from_step"] * 4]))
+        after = [each["from_position"] for each in infos if each["from_position"] > begin]
+        order = np.load(path / ("selection.npy" if (path / "selection.npy").exists() else "own_order.npy")).tolist()
+        end = min([*after, begin + len(order)])
+        assert found[begin:end] == order[: end - begin]
+    assert len(found) == len(set(found)) == 144 - 64
+    assert verify_run(tmp_path).problem is None
+
+
 def test_the_reference_loss_ends_lower_with_passages_than_without(tmp_path):
     """All else is equal: the reference's passages are of a kind that the pool has too few rows of."""
     rng = np.random.default_rng(1)
@@ -204,8 +239,7 @@ def test_another_batch_keeps_the_schedule_and_no_row_is_lost_or_trained_on_twice
     counts = Counter(passages_of(rows).values())
     assert max(counts.values()) == 4
     assert batch == 2 or counts == dict.fromkeys(range(NUM), 4)
-    expected = PassageSchedule(num_passages=NUM, passes=4, start=0, num_rows=80, seed=0).standing(0, len(rows))
-    assert passages_of(rows) == dict(zip(*(part.tolist() for part in expected), strict=True))
+    assert passages_of(rows) == {at: passage for at, passage in passages_at(4, 80).items() if at < len(rows)}
     assert max(Counter(pool_rows_of(rows)).values()) == 1
     assert verify_run(tmp_path).problem is None
     record = load_round(tmp_path / "_mates" / "round-0001")
@@ -250,9 +284,8 @@ def test_a_run_of_a_version_without_the_field_goes_on_without_passages(tmp_path)
 def test_passages_may_be_added_to_a_run_that_had_no_callback(tmp_path):
     first = run(make_arguments(tmp_path, **EVERY), [Stop(5)])
     rest = run(make_arguments(tmp_path, **EVERY), [mates()], resume=str(tmp_path / "checkpoint-5"))
-    expected = PassageSchedule(num_passages=NUM, passes=4, start=20, num_rows=60, seed=0).standing(0, 80)
     assert len(first.rows) == 20
-    assert passages_of(first.rows + rest.rows) == dict(zip(*(part.tolist() for part in expected), strict=True))
+    assert passages_of(first.rows + rest.rows) == passages_at(4, 80, start=20)
 
 
 # ---- epochs and small pools
