@@ -174,8 +174,8 @@ class MatesRounds:
             seed: Seed of the shuffle before the first selection. 42 is the Trainer's default.
 
         Returns:
-            A generator of pairs: the number of the optimizer step, 1 for the first one of the run, and the int64 pool
-            rows of this process, `batch_size` over the number of processes of them. Closing it, or leaving the
+            A generator of pairs: the number of the optimizer step, 1 for the first one of the run, and the int64 rows
+            of `dataset` of this process, `batch_size` over the number of processes of them. Closing it, or leaving the
             `for` loop that holds it, lets go of the folder of the rounds.
 
         Raises:
