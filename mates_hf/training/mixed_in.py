@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from mates_hf.config import MatesConfig
 from mates_hf.data.batches import Reading
 from mates_hf.data.mixing import PassageSchedule
-from mates_hf.data.passage_rows import MixedDataset, PassageRows, lay_out
+from mates_hf.data.passage_layout import lay_out
+from mates_hf.data.passage_rows import MixedDataset, PassageRows
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.engine.processes import Processes

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, default_data_collator
 
-from mates_hf.data.passage_rows import MixedDataset, PassageRows, lay_out
+from mates_hf.data.passage_layout import lay_out
+from mates_hf.data.passage_rows import MixedDataset, PassageRows
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.errors import UnsupportedSettingError
