@@ -19,7 +19,7 @@ NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both 
 NUM_SENTINELS = 128  # candidates of a drift check
 SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
-BEFORE: dict[str, Any] = {"max_copies": None, "random_share": 0.0, "first_round_steps": None}
+BEFORE: dict[str, Any] = {"max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,14 @@ class MatesConfig:
         metadata={
             "help": "Share of a round's rows that is drawn at random from the rest of its candidates, in [0, 1). It "
             "keeps most of the gain on the reference task and most of what the run would otherwise unlearn."
+        },
+    )
+    reference_passes: int = field(
+        default=0,
+        metadata={
+            "help": "How often the run also trains on each passage of the reference task, spread evenly over its "
+            "steps; at most half of its rows are passages. 0: never. They are training data then, so the model must "
+            "not be evaluated on them. Up to 4 passes were measured."
         },
     )
     temperature: float = field(
@@ -197,6 +205,7 @@ class MatesConfig:
         require(whole("max_passes", 1), "max_passes", "a whole number of at least 1")
         require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
         require(number("random_share") and 0 <= self.random_share < 1, "random_share", "in [0, 1)")
+        require(whole("reference_passes", 0), "reference_passes", "a whole number of at least 0")
         require(number("temperature") and self.temperature >= 0, "temperature", "a finite number of at least 0")
         require(
             self.max_copies is None or whole("max_copies", 1), "max_copies", "None or a whole number of at least 1"
@@ -311,6 +320,7 @@ class MatesConfig:
             "selection_ratio": 0.2,
             "candidate_scope": "slice",
             "random_share": 0.0,
+            "reference_passes": 0,
             "temperature": 1.0,
             "max_copies": None,
             "num_probes": 80_000,

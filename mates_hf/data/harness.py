@@ -66,7 +66,7 @@ def random_streams() -> Any:
 
 def read_passages(
     task: Any, metadata: Mapping[str, Any] | None, split: str | None, limit: int | None
-) -> tuple[str, str, list[tuple[str, str]]]:
+) -> tuple[str, str, bool, list[tuple[str, str]]]:
     """The passages of a task: what a reference task is made of.
 
     Args:
@@ -76,7 +76,8 @@ def read_passages(
         limit: Number of first documents to read; None reads all.
 
     Returns:
-        The task's name, the split used, and context and gold target of each document.
+        The task's name, the split used, whether lm-eval evaluates on that one, and context and gold target of each
+        document.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -85,7 +86,8 @@ def read_passages(
     with as_lm_eval_seeds():
         built = load_task(task, metadata)
         name, used, docs = documents(built, split)
-        return name, used, [prompt_and_target(built, doc) for doc in first_rows(docs, limit)]
+        is_evaluated = used == ("test" if built.has_test_docs() else "validation")
+        return name, used, is_evaluated, [prompt_and_target(built, doc) for doc in first_rows(docs, limit)]
 
 
 def evaluated_texts(task: Any) -> list[str]:

@@ -49,6 +49,7 @@ class ReferenceTask:
         description: Plain JSON values: source, columns, sizes, and how many passages were cut or dropped.
         fed: The passages as the run's model is fed them, where that is not as plain rows; `MatesCallback` and probes
             fill it in.
+        is_evaluated: whether lm-eval evaluates the task on the split that the passages are of, as far as is known.
 
     Raises:
         ValueError: no passage has a target token.
@@ -59,6 +60,7 @@ class ReferenceTask:
     loss_on: LossOn = "all"
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fed: Candidates | None = dataclasses.field(default=None, repr=False, compare=False)
+    is_evaluated: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_parts(self.name, self.rows, self.description)
@@ -123,7 +125,8 @@ class ReferenceTask:
             )
         if max_positions is None:
             return self
-        return _build(self.name, self.rows, self.loss_on, self.description, max_positions, "the model's context")
+        cut = _build(self.name, self.rows, self.loss_on, self.description, max_positions, "the model's context")
+        return dataclasses.replace(cut, is_evaluated=self.is_evaluated)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ReferenceTask, ReferenceTask]:
         """Two disjoint tasks that together hold every passage, drawn by `seed`.
@@ -265,10 +268,11 @@ class ReferenceTask:
         from mates_hf.data.harness import read_passages
 
         _check_loss_on(loss_on)
-        name, used, pairs = read_passages(task, metadata, split, limit)
+        name, used, is_evaluated, pairs = read_passages(task, metadata, split, limit)
         tokens = tokenise([Passage(*pair) for pair in pairs], check_tokenizer(tokenizer), loss_on)
         description = {"source": "from_lm_eval", "split": used, "limit": limit, "max_length": max_length}
-        return _build(name, tokens, loss_on, description, max_length, "`max_length`")
+        made = _build(name, tokens, loss_on, description, max_length, "`max_length`")
+        return dataclasses.replace(made, is_evaluated=is_evaluated)
 
 
 def _build(

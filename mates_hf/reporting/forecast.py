@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import Literal
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, SENTINEL_SHARE, MatesConfig
+from mates_hf.data.mixing import PassageSchedule
 from mates_hf.flops import (
     NGRAM_FIT_FLOPS,
     NGRAM_SCORE_FLOPS,
@@ -198,9 +199,10 @@ def predict_cost(
         ValueError: `candidate_scope="pool"` without the pool's rows.
     """
     lengths = _lengths(size, config)
-    chosen = [steps * size.batch_rows for steps in lengths]
-    before = itertools.accumulate(chosen, initial=_first_step(config) * size.batch_rows)
-    scored = sum(_scored_rows(size, config, *rows) for rows in zip(before, chosen, strict=False)) * size.tokens_per_row
+    steps_done = itertools.accumulate(lengths, initial=_first_step(config))
+    edges = [_pool_rows(size, config, step) for step in steps_done]
+    chosen = [after - before for before, after in itertools.pairwise(edges)]
+    scored = sum(_scored_rows(size, config, *rows) for rows in zip(edges, chosen, strict=False)) * size.tokens_per_row
     moment = NUM_SECOND_MOMENT_BATCHES * size.batch_rows if second_moment == "batches" else 0
 
     def directional(num_candidates: int, num_passages: int, steps: int = 0, points: int = path_steps) -> float:
@@ -270,6 +272,16 @@ def _lengths(size: RunSize, config: MatesConfig) -> list[int]:
         lengths.append(min(start + length, size.max_steps) - start)
         start, length = start + length, config.longest_steps(length)
     return lengths
+
+
+def _pool_rows(size: RunSize, config: MatesConfig, step: int) -> int:
+    """Rows of the pool that are trained on up to a step; passages that are mixed in are a row each."""
+    position = step * size.batch_rows
+    if not config.reference_passes:
+        return position
+    num_rows = size.max_steps * size.batch_rows
+    passes = {"num_passages": size.num_passages, "passes": config.reference_passes}
+    return PassageSchedule(**passes, start=0, num_rows=num_rows, seed=0).pool_rows(position)
 
 
 def _first_step(config: MatesConfig) -> int:

@@ -31,7 +31,7 @@ def round_line(info: Mapping[str, Any]) -> str:
 
     Returns:
         One line: step, and a check that brought it forward, probes, signal with its interval, decision, rows, a length
-        that changed, random rows, copies and leaks, seconds.
+        that changed, random rows, passages, copies and leaks, seconds.
     """
     guard = info.get("guard") or {}
     parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
@@ -47,6 +47,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         parts.append(f"{info['round_steps']:,} steps long after {info['last_round_steps']:,}")
     if info.get("num_random"):
         parts.append(f"{info['num_random']:,} of them at random")
+    if info.get("num_passage_rows"):
+        parts.append(f"{info['num_passage_rows']:,} reference passages between them")
     if info.get("num_passed_over"):
         parts.append(f"{info['num_passed_over']:,} passed over as copies")
     shared = info.get("reference_overlap") or {}

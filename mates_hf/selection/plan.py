@@ -21,14 +21,23 @@ from mates_hf.config import MatesConfig
 
 
 class StepClock(Protocol):
-    """How optimizer steps relate to rows."""
+    """How optimizer steps relate to rows of the pool; passages that are trained on between them do not count."""
 
-    def position(self, step: int) -> int:
+    def pool_position(self, step: int) -> int:
         """Rows consumed once `step` optimizer steps are done, counted from anywhere."""
         ...
 
     def own_rows_used(self, boundary_step: int, from_step: int) -> int:
         """Rows of the own-order pass that runs at a boundary which are trained on before a later step."""
+        ...
+
+    @property
+    def uneven_rows(self) -> int:
+        """How many more rows some stretch of steps may have than another one of as many whole steps."""
+        ...
+
+    def ending_at(self, max_steps: int) -> StepClock:
+        """The clock of the run if it had so many steps."""
         ...
 
 
@@ -44,13 +53,22 @@ class EvenSteps:
     batch_rows: int
     num_rows: int
 
-    def position(self, step: int) -> int:
+    def pool_position(self, step: int) -> int:
         """Rows consumed once `step` optimizer steps are done."""
         return step * self.batch_rows
 
     def own_rows_used(self, boundary_step: int, from_step: int) -> int:
         """Rows of the current pass that lie before `from_step`."""
-        return self.position(from_step) % self.num_rows
+        return self.pool_position(from_step) % self.num_rows
+
+    @property
+    def uneven_rows(self) -> int:
+        """None: all steps have as many."""
+        return 0
+
+    def ending_at(self, max_steps: int) -> EvenSteps:
+        """The same, whatever the number of steps."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -174,7 +192,9 @@ class RunPlan:
         stop = min(start + length, self.max_steps)
         if start >= stop:
             return None
-        num_rows = self._clock.position(stop) - self._clock.position(start)
+        num_rows = self._clock.pool_position(stop) - self._clock.pool_position(start)
+        if not num_rows:  # a last step of one row, which is a passage
+            return None
         return PlannedRound(number, boundary_step, start, stop, num_rows, length)
 
     @property
@@ -192,7 +212,8 @@ class RunPlan:
         """The largest `max_steps` for which the pool suffices for what is ahead; None: for all of it."""
 
         def fits(steps: int) -> bool:
-            plan = replace(self, max_steps=max(steps, 1))
+            clock = None if self.clock is None else self.clock.ending_at(max(steps, 1))
+            plan = replace(self, max_steps=max(steps, 1), clock=clock)
             ahead = plan.whole if rest is None else rest
             if ahead.first is not None:
                 first = ahead.first
@@ -272,7 +293,8 @@ class RunPlan:
         if last is not None and latest > rest.since_step:
             early = self.round_at(last.number, latest)
             if early is not None:
-                position = self._clock.position
+                position = self._clock.pool_position
+                early = replace(early, num_rows=early.num_rows + self._clock.uneven_rows)
                 yield early, drawn_from(early, before + position(last.from_step) - position(early.from_step))
 
     def _tightest(self, first: PlannedRound, unused: int, num_passes: int) -> Iterator[tuple[PlannedRound, int]]:
@@ -281,7 +303,7 @@ class RunPlan:
         What a round needs beyond the unused rows rises with its boundary as long as later rounds may be longer, and
         falls where the end of the run cuts them. A pass that begins earlier leaves fewer unused rows at later steps.
         """
-        position, config = self._clock.position, self.config
+        position, config = self._clock.pool_position, self.config
         own, begins = unused, first.from_step
         end = self.max_steps - config.lead_steps
 

@@ -37,7 +37,7 @@ from mates_hf.training.own_order import check_rows_once, find_sampler, install
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
-from mates_hf.training.start import Loop, Parts, checked_parts, open_session, tell_opened
+from mates_hf.training.start import Loop, Parts, checked_parts, open_session, tell_opened, with_passages
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +100,17 @@ class MatesCallback(TrainerCallback):
         self._refuse_unsupported(args, dataloader, model)
         for caveat in resume_caveats():
             logger.warning("%s", caveat)
-        loop = self._describe(args, state, dataloader, kwargs)
+        loop = with_passages(self._parts, self._describe(args, state, dataloader, kwargs))
         plan = loop.plan(self.config)
         if not plan.rounds and not loop.has_selected:
             logger.warning(
                 "No round takes effect before step %d: this run stays in the Trainer's own order.", state.max_steps
             )
-            return
+            if loop.mixed is None:
+                return
         self._session = open_session(self._parts, loop, plan)
-        self._restore_sampler = install(dataloader, self._session.sampler)
+        dataset = None if loop.mixed is None else loop.mixed.dataset
+        self._restore_sampler = install(dataloader, self._session.sampler, dataset)
         written = num_random_states(args.world_size, args.save_on_each_node)
         self._session.state["num_random_states"] = written
         state.stateful_callbacks[STATE_KEY] = self._session.state

@@ -3,6 +3,9 @@
 Where it is used: `MatesCallback` makes a `RowClock` of what the Trainer says at its start. The sampler, the session
 and the plan (`selection/plan`) ask it, so that none of them counts for itself.
 
+Where passages of the reference task are mixed in (`MatesConfig.reference_passes`), they stand at some of the
+positions. Orders, rounds and the plan count pool rows alone; without passages a pool row's number is its position.
+
 Trade-off: a pure function of a few numbers, so that any step can be asked for at any time; where a callback ends an
 epoch before its time, another clock takes over.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from mates_hf.data.mixing import PassageSchedule
 from mates_hf.errors import MatesError
 
 
@@ -29,6 +33,7 @@ class RowClock:
         first_epoch_step: the optimizer step at which that epoch counts as begun (what the Trainer skips up to).
         own_start: position at which the pass in the Trainer's own order began that a resumed run was in; None where
             that is for the first epoch to say.
+        passages: where passages of the reference task stand among the rows; None where there are none.
     """
 
     batches_per_epoch: int
@@ -39,6 +44,7 @@ class RowClock:
     first_epoch: int = 0
     first_epoch_step: int = 0
     own_start: int | None = None
+    passages: PassageSchedule | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,12 +69,40 @@ class RowClock:
         """Rows consumed once `step` optimizer steps are done, for any step of this call."""
         return self.epoch_position(self.first_epoch) + self._rows_from_epoch_start(step - self.first_epoch_step)
 
+    def pool_rows(self, position: int) -> int:
+        """Pool rows before a position."""
+        return position if self.passages is None else self.passages.pool_rows(position)
+
+    def pool_position(self, step: int) -> int:
+        """Pool rows consumed once `step` optimizer steps are done."""
+        return self.pool_rows(self.position(step))
+
+    def next_pool_row(self, position: int) -> int:
+        """The first position from this one on at which a pool row stands."""
+        return position if self.passages is None else self.passages.next_pool_row(position)
+
+    def position_of(self, pool_row: int) -> int:
+        """Position of a pool row that so many others stand before."""
+        return pool_row if self.passages is None else self.passages.position_of(pool_row)
+
+    @property
+    def uneven_rows(self) -> int:
+        """Pool rows that a stretch of steps may have more than another one of as many whole steps."""
+        return 0 if self.passages is None else 1
+
+    def ending_at(self, max_steps: int) -> RowClock:
+        """The clock of this run if it had so many steps: passages of a run that has not begun are spread over them."""
+        if self.passages is None or self.passages.start < self.start_position:
+            return self
+        num_rows = max(self.position(max_steps) - self.passages.start, 0)
+        return dataclasses.replace(self, passages=dataclasses.replace(self.passages, num_rows=num_rows))
+
     def goes_on(self, own_start: int) -> bool:
         """Whether the first epoch goes on in the pass that began at `own_start`, however the epoch begins."""
         return own_start + self.rows_per_epoch > self.epoch_position(self.first_epoch)
 
     def own_rows_used(self, boundary_step: int, from_step: int) -> int:
-        """Rows of the own-order pass that runs at a boundary which are trained on before a later step.
+        """Pool rows of the own-order pass that runs at a boundary which are trained on before a later step.
 
         A pass that ends between the two goes on from its beginning (`ScheduledSampler`), as a fresh pass may.
 
@@ -83,7 +117,19 @@ class RowClock:
         began = self.epoch_position(self.first_epoch + epochs)
         if not epochs and self.own_start is not None and self.goes_on(self.own_start):
             began = self.own_start
-        return (self.position(from_step) - began) % self.rows_per_epoch
+        return self.rows_of_pass(began, self.position(from_step))
+
+    def rows_of_pass(self, began: int, position: int) -> int:
+        """Pool rows of a pass in the own order before a position; a pass that ended goes on from its beginning.
+
+        Args:
+            began: position at which the pass began.
+            position: any position behind that.
+
+        Returns:
+            How many, counted from the last beginning.
+        """
+        return self.pool_rows(position) - self.pool_rows(position - (position - began) % self.rows_per_epoch)
 
     def restarted(self, step: int, epoch: int) -> RowClock:
         """The clock of a run whose epoch was ended after `step` steps, before its time.

@@ -53,7 +53,7 @@ def look_inside(
             gets what that is to know.
         order: the present round's.
         plan: the run's plan.
-        position: global row position at a step.
+        position: pool rows before a step.
         step: optimizer steps done.
 
     Returns:

@@ -41,6 +41,7 @@ from mates_hf.training import resume
 from mates_hf.training.checks import own_memory
 from mates_hf.training.loop_checks import (
     check_numbers,
+    check_state,
     has_state,
     make_clock,
     refuse_unsupported,
@@ -50,11 +51,9 @@ from mates_hf.training.loop_checks import (
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
-from mates_hf.training.start import Loop, checked_parts, open_session, tell_opened
+from mates_hf.training.start import Loop, checked_parts, open_session, tell_opened, with_passages
 
 logger = logging.getLogger(__name__)
-
-_STATE_KEYS = {"version", "step", "position", "own_start", "own_epoch", "own_sha256", "origin_step", "last_round"}
 
 
 class MatesRounds:
@@ -72,7 +71,7 @@ class MatesRounds:
     To resume, save `state_dict()` with each checkpoint, at the end of a step; load the checkpoint's model, optimizer
     and scheduler and give it to `load_state_dict` before `order`. `accelerator.register_for_checkpointing(rounds)`
     does both. The rows are then those of the run that was not stopped. Keep the folder of the rounds along with the
-    checkpoints.
+    checkpoints. With `reference_passes`, read rows as `rounds.dataset[int(i)]`: some of them are passages.
 
     Args:
         reference: What the model should get better at.
@@ -121,12 +120,24 @@ class MatesRounds:
         self._given = self._ended = 0  # the step whose rows were given last, and the last one that is accounted for
         self._saved = self._start = 0  # the step of the last `state_dict`, and the one that `order` began after
         self._metrics: dict[str, float] = {}
+        self._dataset = None if self._parts.config.reference_passes else pool
         self._first_marks: dict[str, str] | None = None  # of the weights at the start, until a step was seen
 
     def __repr__(self) -> str:
         state = f"step {self._given:,}" if self._began else f"not begun, step {self._state['step']:,}"
         facts = {"pool": f"{len(self.pool):,} rows", "output_dir": str(self.output_dir), "state": state}
         return card("MatesRounds", {**self._parts.facts(), **facts})
+
+    @property
+    def dataset(self) -> Any:
+        """What the ids of `order` are rows of: the pool, and with `reference_passes` the passages behind it.
+
+        Raises:
+            MatesError: with `reference_passes`, before `order` was called: passages are laid out for its model.
+        """
+        if self._dataset is None:
+            raise MatesError("With `reference_passes`, `dataset` must be asked for after `order` was called.")
+        return self._dataset
 
     def order(
         self,
@@ -163,8 +174,8 @@ class MatesRounds:
             seed: Seed of the shuffle before the first selection. 42 is the Trainer's default.
 
         Returns:
-            A generator of pairs: the number of the optimizer step, 1 for the first one of the run, and the int64 pool
-            rows of this process, `batch_size` over the number of processes of them. Closing it, or leaving the
+            A generator of pairs: the number of the optimizer step, 1 for the first one of the run, and the int64 rows
+            of `dataset` of this process, `batch_size` over the number of processes of them. Closing it, or leaving the
             `for` loop that holds it, lets go of the folder of the rounds.
 
         Raises:
@@ -252,15 +263,7 @@ class MatesRounds:
                 "`load_state_dict` must be called before `order`, which has begun to give rows already. Load the "
                 "checkpoint first."
             )
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"`state_dict` must be what `state_dict()` returned, got {type(state_dict).__name__}.")
-        resume.require_version(state_dict)
-        missing = sorted((_STATE_KEYS if state_dict.get("step") else {"step"}) - state_dict.keys())
-        if missing:
-            raise ValueError(
-                f"`state_dict` must be what `state_dict()` returned, which has `{'`, `'.join(missing)}`, got the keys "
-                f"{sorted(map(str, state_dict))}. Load the state that was saved of MatesRounds."
-            )
+        check_state(state_dict)
         self._state = copy.deepcopy(dict(state_dict))
 
     def new_metrics(self) -> dict[str, float]:
@@ -271,6 +274,7 @@ class MatesRounds:
     @own_memory
     def _open(self, loop: Loop, saved: Mapping[str, Any] | None) -> None:
         """Check everything that can be known, before any step or file."""
+        loop = with_passages(self._parts, loop)
         plan = loop.plan(self._parts.config)
         if not plan.rounds and not loop.has_selected:
             logger.warning(
@@ -293,6 +297,7 @@ class MatesRounds:
             session.close()
             raise
         self._session, self._began = session, True
+        self._dataset = self._dataset if loop.mixed is None else loop.mixed.dataset
         self._given = self._ended = self._start = self._saved = loop.step
         tell_opened(session)
 

@@ -19,8 +19,11 @@ from mates_hf.engine.preserve import optimizer_parts
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.preconditioner import unwrap_optimizer
+from mates_hf.training import resume
 from mates_hf.training.clock import RowClock
 from mates_hf.training.parallel import parallel_refusals
+
+_STATE_KEYS = {"version", "step", "position", "own_start", "own_epoch", "own_sha256", "origin_step", "last_round"}
 
 
 def check_numbers(batch_size: Any, max_steps: Any, max_grad_norm: Any, seed: Any) -> None:
@@ -51,6 +54,28 @@ def check_numbers(batch_size: Any, max_steps: Any, max_grad_norm: Any, seed: Any
         raise ValueError(
             f"`batch_size` must be the rows of an optimizer step over all processes, so that each of the {size} "
             f"gets as many, got {batch_size}. Set it to a multiple of {size}."
+        )
+
+
+def check_state(state_dict: Any) -> None:
+    """Refuse what is no state of a loop's rounds.
+
+    Args:
+        state_dict: What `MatesRounds.load_state_dict` was given.
+
+    Raises:
+        TypeError: It is no mapping.
+        ValueError: It has not what `MatesRounds.state_dict` returns.
+        MatesError: Another version of this library saved it.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"`state_dict` must be what `state_dict()` returned, got {type(state_dict).__name__}.")
+    resume.require_version(state_dict)
+    missing = sorted((_STATE_KEYS if state_dict.get("step") else {"step"}) - state_dict.keys())
+    if missing:
+        raise ValueError(
+            f"`state_dict` must be what `state_dict()` returned, which has `{'`, `'.join(missing)}`, got the keys "
+            f"{sorted(map(str, state_dict))}. Load the state that was saved of MatesRounds."
         )
 
 

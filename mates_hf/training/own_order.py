@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import UnsupportedSettingError
+from mates_hf.training.mixed_in import replace_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,29 @@ def find_sampler(dataloader: Any) -> Any:
     return sampler if sampler is not None else getattr(_holders(dataloader)[-1], "sampler", None)
 
 
-def install(dataloader: Any, sampler: Any) -> Callable[[], None]:
-    """Let a prepared dataloader take its rows from `sampler`; returns what undoes it."""
+def install(dataloader: Any, sampler: Any, dataset: Any = None) -> Callable[[], None]:
+    """Let a prepared dataloader take its rows from `sampler`; returns what undoes it.
+
+    Args:
+        dataloader: The dataloader, as accelerate prepared it.
+        sampler: The sampler that is to give its rows.
+        dataset: The dataset that answers them; None leaves the one that is there.
+
+    Returns:
+        A function that puts back what was there.
+
+    Raises:
+        UnsupportedSettingError: the dataset cannot be replaced.
+    """
+    put_back = None if dataset is None else replace_dataset(dataloader, dataset)
     holders = _holders(dataloader)
     before = [getattr(holder, "sampler", _ABSENT) for holder in holders]
     dataloader.set_sampler(sampler)
     holders[-1].sampler = sampler
 
     def restore() -> None:
+        if put_back is not None:
+            put_back()
         for holder, own in zip(holders, before, strict=True):
             if own is not _ABSENT:
                 holder.sampler = own

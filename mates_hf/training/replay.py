@@ -35,6 +35,7 @@ from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
+from mates_hf.training.replay_passages import RoundWithPassages, check_passages
 from mates_hf.training.round_reader import WrongError
 
 DECISIONS = ("select", "keep_previous", "own_order")
@@ -47,7 +48,7 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class FinishedRound(RoundWithLength):
+class FinishedRound(RoundWithLength, RoundWithPassages):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:
@@ -97,6 +98,7 @@ class FinishedRound(RoundWithLength):
         """
         self._check_key()
         self._check_checksums()
+        check_passages(self, before)
         order_file = self.order_file
         other_file = "selection.npy" if self.decision == "own_order" else "own_order.npy"
         there = (self.path / other_file).exists()
@@ -380,7 +382,7 @@ class FinishedRound(RoundWithLength):
 
 def _rows_per_step(info: Mapping[str, Any]) -> float:
     """Rows a step trains on: another number where the batch size was changed between rounds."""
-    return float(info["num_rows"] / (info["to_step"] - info["from_step"]))
+    return float((info["num_rows"] + info.get("num_passage_rows", 0)) / (info["to_step"] - info["from_step"]))
 
 
 def _first(rows: IntArray) -> str:

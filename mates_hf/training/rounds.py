@@ -47,6 +47,7 @@ from mates_hf.training.drift import set_sentinel
 from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest, measure_labels
+from mates_hf.training.mixed_in import passage_facts
 from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
 from mates_hf.training.scoring import Scored, predict_rows, score_candidates
@@ -64,7 +65,7 @@ class Measured(NamedTuple):
     Attributes:
         planned: number and steps of the round, as long as it may be.
         plan: says what a shorter one would be.
-        from_position: global row position at which the selection takes effect.
+        from_position: pool rows before the selection takes effect.
         own_rows: (N,) the Trainer's own order of the pool.
         beside: the rest runs beside training.
         writer: Writer of the round's directory.
@@ -101,7 +102,7 @@ def run_round(
         run: the run's state; its ledger must have every row trained on before `from_position` marked.
         planned: number and steps of the round, as long as it may be: its labels may shorten it (`trust`).
         plan: says what a shorter one would be.
-        from_position: global row position at which the selection takes effect.
+        from_position: pool rows before the selection takes effect.
         own_rows: (N,) integer, the Trainer's own order of the pool, for the case that the guard refuses to select.
         beside: whether the rest is to run beside training; for the record.
 
@@ -193,6 +194,7 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "from_position": int(measured.from_position),
         "num_rows": len(rows),
         **length_facts(run, longest, planned),
+        **passage_facts(plan.clock, planned.from_step, planned.to_step),
         "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
         "cursor": int(cursor),
         "pass": run.ledger.pass_number,

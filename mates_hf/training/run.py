@@ -127,6 +127,7 @@ class Run:
         evidence: log-odds of the reference task against the pool, once a fit has asked for them (`static_evidence`).
         reference_overlap: the reference task's n-grams, made at the first selection; only in the main process.
         overlap_told: whether the run has warned of selected rows that share text with the reference task.
+        passages: identity of the passages that the run trains on as well, and of their places; empty without any.
 
     Raises:
         ValueError: the pool has no `document_column`.
@@ -162,6 +163,7 @@ class Run:
     evidence: Any = None
     reference_overlap: TokenNgramIndex | None = None
     overlap_told: bool = False
+    passages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.config.document_column is not None:
@@ -178,6 +180,7 @@ class Run:
             "versions": library_versions(),
             "measured_with": self.measured_with(),
             "loss": dict(self.loss_reading),
+            **self._named_passages(),
         }
 
     def load_model(self, path: Path) -> InfluenceModel:
@@ -218,7 +221,12 @@ class Run:
             "pool": dict(self.pool_identity),
             "reference": {"digest": self.reference.digest()},
             "measured_with": self.measured_with(),
+            **self._named_passages(),
         }
+
+    def _named_passages(self) -> dict[str, Any]:
+        """Left out without passages, so that runs of versions without them go on."""
+        return {"passages": dict(self.passages)} if self.passages else {}
 
     def key(self, step: int, weights: str) -> dict[str, Any]:
         """What a round's stages depend on; a round directory with this key is loaded instead of recomputed.
@@ -248,7 +256,7 @@ class Order:
 
     Attributes:
         number: the round.
-        from_position: global row position at which it takes effect.
+        from_position: pool rows before it takes effect; its global row position where no passages are mixed in.
         rows: (k,) int64 pool rows in training order.
         info: the round's `round.json`.
     """
@@ -259,7 +267,7 @@ class Order:
     info: Mapping[str, Any]
 
     def rows_from(self, position: int) -> npt.NDArray[Any]:
-        """The rows at and after a global position."""
+        """The rows at and after a position, counted as `from_position`."""
         rows: npt.NDArray[Any] = self.rows[max(0, position - self.from_position) :]
         return rows
 
@@ -315,6 +323,11 @@ class Stages:
         logger.info("stage %s: %.2f s", name, stage["seconds"])
 
 
+_CHANGES_NOTHING = (
+    ("max_passes", 1), ("random_share", 0.0), ("first_round_steps", None), ("reference_passes", 0),
+)  # fmt: skip
+
+
 def order_config(config: MatesConfig) -> dict[str, Any]:
     """The fields of a config that decide what is trained on (not where files go or how large a probe's batch is)."""
     return {
@@ -322,7 +335,7 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch")
         # Left out where they change nothing, so that runs of versions without them go on.
-        and (name, value) not in (("max_passes", 1), ("random_share", 0.0), ("first_round_steps", None))
+        and (name, value) not in _CHANGES_NOTHING
     }
 
 

@@ -1,5 +1,8 @@
 """The data order: global row position -> pool row, through a schedule that grows while the run goes on.
 
+Where passages of the reference task are mixed in, they stand at some of the positions (`RowClock.passages`) and are
+handed out as ids behind those of the pool; orders count pool rows alone.
+
 Where it is used: `MatesCallback` puts a `ScheduledSampler` where the dataloader's own sampler was and appends each
 round's order to it. The order of rows is then a pure function of config, seed and selections: the same for any number
 of dataloader workers, and across a resume.
@@ -124,12 +127,14 @@ class ScheduledSampler(Sampler[int]):
         """Let `rows` be trained on, in this order, from `from_position` on.
 
         Args:
-            from_position: global row position of the first of them.
+            from_position: number of pool rows before the first of them; its global row position where no passages are
+                mixed in.
             rows: (k,) pool rows.
 
         Raises:
             MatesError: rows at that position were already handed to the dataloader, so they could not be replaced.
         """
+        from_position = self.clock.position_of(from_position)
         if from_position < self.drawn_position:
             raise MatesError(
                 f"A selection must take effect at a row position not yet fetched ({self.drawn_position} and later), "
@@ -151,7 +156,7 @@ class ScheduledSampler(Sampler[int]):
 
     def _drop_own_rows(self, position: int) -> None:
         """Free the own order where no row of it is trained on from a position on and nobody else asks for it."""
-        if not self.keeps_own_rows and self._orders and self._orders[0][0] <= position:
+        if not self.keeps_own_rows and not self.uses_own_rows(position):
             self.own_rows = self.own_rows[:0].copy()
 
     def restart(self, step: int) -> None:
@@ -180,11 +185,14 @@ class ScheduledSampler(Sampler[int]):
 
     def _awaits(self, start: int) -> bool:
         """Whether a first selection was scheduled, for later than `start`, that counts on the rows before it."""
-        return bool(self._orders) and self._orders[0][0] > start
+        return bool(self._orders) and self.uses_own_rows(start)
 
     def uses_own_rows(self, position: int) -> bool:
-        """Whether the row at a position is of the own order; the same in all processes, which hold the same orders."""
-        return not self._orders or self._orders[0][0] > position
+        """Whether the pool row at a position, or the next one, is of the own order.
+
+        The same in all processes, which hold the same orders.
+        """
+        return not self._orders or self._orders[0][0] > self.clock.next_pool_row(position)
 
     def __iter__(self) -> Iterator[int]:
         start = self.clock.epoch_position(self.epoch)
@@ -245,7 +253,7 @@ class ScheduledSampler(Sampler[int]):
         expected = saved.get("own_sha256")
         if not expected or expected == (sha256 := self._own_hash.hexdigest()):
             return
-        if not self._orders or self._orders[0][0] > self.clock.start_position:
+        if self.uses_own_rows(self.clock.start_position):
             raise MatesError(
                 f"A resumed run must go on in the order of rows that it was in, but the Trainer's own order has the "
                 f"SHA-256 {sha256[:12]} now and had {expected[:12]} when the checkpoint was saved. Set "
@@ -258,30 +266,33 @@ class ScheduledSampler(Sampler[int]):
         )
 
     def _rows_at(self, position: int, stop: int) -> list[int]:
-        """The pool rows from a position on: up to `stop`, or where another order begins; none behind the schedule."""
+        """The ids from a position on: up to `stop`, or where another order begins; none behind the schedule."""
         order: tuple[int, npt.NDArray[Any]] | None = None
         for candidate in self._orders:
-            if candidate[0] > position:
+            if candidate[0] > self.clock.next_pool_row(position):
                 stop = min(stop, candidate[0])
                 break
             order = candidate
         if order is None:
-            rows = self._own_rows_at(position, stop - position)
+            rows = self._own_rows_at(position, stop)
         else:
-            rows = order[1][position - order[0] : stop - order[0]]
+            before, first, end = (self.clock.pool_rows(each) for each in (order[0], position, stop))
+            rows = order[1][first - before : end - before]
+        if self.clock.passages is not None:
+            rows = self.clock.passages.merged(rows, position, stop, self._num_rows)
         found: list[int] = rows.tolist()
         return found
 
-    def _own_rows_at(self, position: int, num: int) -> Rows:
-        """Up to `num` rows of the Trainer's own order from a position on; more may follow."""
-        index = position - self.own_start
-        if self.own_start == self.clock.epoch_position(self.epoch):  # ends where the epoch ends, maybe inside a batch
-            return self.own_rows[index : index + num]
-        # A pass that does not end with the epoch is followed by itself: a fresh pass may use its rows again.
-        index %= self.clock.rows_per_epoch
-        num = min(num, self.clock.rows_per_epoch - index)
-        index %= len(self.own_rows)
-        return self.own_rows[index : index + num]
+    def _own_rows_at(self, position: int, stop: int) -> Rows:
+        """Pool rows of the Trainer's own order from a position on, not behind `stop`; more may follow."""
+        index, mixed = position - self.own_start, self.clock.passages is not None
+        if not mixed and self.own_start == self.clock.epoch_position(self.epoch):
+            return self.own_rows[index : index + stop - position]  # ends where the epoch ends, maybe inside a batch
+        # A pass that does not end with the epoch is followed by itself: a fresh pass may use its rows again. Nor does
+        # a batch end early where passages stand in it.
+        stop = min(stop, position + self.clock.rows_per_epoch - index % self.clock.rows_per_epoch)
+        first = self.clock.rows_of_pass(self.own_start, position) % max(len(self.own_rows), 1)
+        return self.own_rows[first : first + self.clock.pool_rows(stop) - self.clock.pool_rows(position)]
 
 
 def _own_generator(own: Any) -> torch.Generator | None:

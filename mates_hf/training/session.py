@@ -275,7 +275,7 @@ class Session:
         planned = self._next_round
         if planned is None or step < planned.boundary_step:
             assert self.order is not None
-            planned, found = look_inside(self.run, self.order, self.plan, self.clock.position, step)
+            planned, found = look_inside(self.run, self.order, self.plan, self.clock.pool_position, step)
             self._metrics.update(found)
             if planned is None:
                 return None
@@ -284,12 +284,12 @@ class Session:
     def _run_round(self, planned: PlannedRound, *, beside: bool) -> Callable[[], Order]:
         """Bring the ledger up to date and run the round as far as it needs the model; returns the rest."""
         run, clock, sampler = self.run, self.clock, self.sampler
-        from_position = clock.position(planned.from_step)
+        from_position = clock.pool_position(planned.from_step)
         if self.order is None:
-            self._mark_own_order(from_position)
+            self._mark_own_order(clock.position(planned.from_step))
         else:  # what an early start cuts off
             run.ledger.release(np.asarray(self.order.rows_from(from_position)))
-        planned = dataclasses.replace(planned, num_rows=clock.position(planned.to_step) - from_position)
+        planned = dataclasses.replace(planned, num_rows=clock.pool_position(planned.to_step) - from_position)
         run.ledger.make_room(planned.num_rows, run.config)
         return run_round(
             run, planned, self.plan, from_position=from_position, own_rows=sampler.own_rows, beside=beside
@@ -308,7 +308,7 @@ class Session:
         Where a next pass would begin inside the lead, with a permutation not drawn yet, the present one goes on from
         its beginning until the selection takes effect (`ScheduledSampler`), as a fresh pass may.
         """
-        used = (from_position - self.sampler.own_start) % self.clock.rows_per_epoch
+        used = self.clock.rows_of_pass(self.sampler.own_start, from_position)
         self.run.ledger.mark_trained(self.sampler.own_rows[:used])
 
     def _plan_next(self, step: int) -> None:
@@ -356,7 +356,7 @@ class Session:
 
     def _restore_rounds(self, last_round: Mapping[str, Any], step: int) -> None:
         """Orders, ledger and influence models as they were in memory at `step`."""
-        run, start = self.run, self.clock.start_position
+        run, start = self.run, self.clock.pool_rows(self.clock.start_position)
         if not run.processes.is_main:
             orders = receive_orders(run)
         else:
@@ -367,7 +367,7 @@ class Session:
             if last.from_position > start and earlier is not None:
                 orders.append(restore_order(run, earlier, last.from_position))
             planned = self._planned_after(last, step)
-            until = self.clock.position(planned.from_step if planned is not None else self.plan.max_steps)
+            until = self.clock.pool_position(planned.from_step if planned is not None else self.plan.max_steps)
             orders.append(restore_order(run, path, until))
             restore_models(run, last.number)
             left = run.config.max_passes - run.ledger.pass_number

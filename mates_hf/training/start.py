@@ -35,6 +35,7 @@ from mates_hf.training import resume
 from mates_hf.training.checks import check_pool
 from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
+from mates_hf.training.mixed_in import MixedIn, mix_in, require_text
 from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.sampler import ScheduledSampler
@@ -122,6 +123,7 @@ class Loop:
         progress: Whether the main process shows progress bars.
         saved_rounds: The rounds that checkpoints need, for the loop to add to, where their files do not tell; None
             where they are the Trainer's.
+        mixed: the passages that the run trains on as well; None where there are none.
     """
 
     model: Any
@@ -142,6 +144,7 @@ class Loop:
     look_ahead_steps: int = 0
     progress: bool = True
     saved_rounds: list[int] | None = None
+    mixed: MixedIn | None = None
 
     @property
     def has_selected(self) -> bool:
@@ -158,6 +161,35 @@ class Loop:
             first_step=int(self.saved["origin_step"]) if self.saved else self.step,
             clock=self.clock,
         )
+
+
+def with_passages(parts: Parts, loop: Loop) -> Loop:
+    """The loop with the passages of the reference task between its rows, where `reference_passes` asks for them.
+
+    Args:
+        parts: What the user gave.
+        loop: The training loop.
+
+    Returns:
+        This, or the loop with its passages, and a clock that knows their places.
+
+    Raises:
+        MatesError: the run cannot be trained on them; the message names the way out.
+    """
+    if not parts.config.reference_passes:
+        return loop
+    check_pool(loop.pool, loop.model)
+    tokenizer = getattr(loop.tokenizer, "tokenizer", loop.tokenizer)
+    mixed = mix_in(
+        parts.config,
+        parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model)),
+        loop.pool,
+        loop.clock,
+        loop.max_steps,
+        separator=getattr(tokenizer, "eos_token_id", None),
+        saved=loop.saved,
+    )
+    return dataclasses.replace(loop, mixed=mixed, clock=dataclasses.replace(loop.clock, passages=mixed.schedule))
 
 
 def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
@@ -185,6 +217,8 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     check_pool(loop.pool, loop.model)
     reference = parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model))
     reference = _compare(parts.probe, loop, reference)
+    if loop.mixed is not None and loop.pool.reading is not None:
+        require_text(loop.pool.reading)
     processes = Processes.of_run()
     require_one_clock(processes, dataclasses.asdict(loop.clock))
     run = _make_run(parts, loop, optimizer, reference, processes)
@@ -218,6 +252,12 @@ def tell_opened(session: Session) -> None:
         "at least " if run.config.first_round_steps else "", len(plan.rounds), len(run.pool),
         plan.first_boundary_step, run.reference.num_targets, run.processes.size,
     )  # fmt: skip
+    schedule = session.clock.passages
+    if schedule is not None:
+        logger.info(
+            "The run also trains on the reference task: %d rows of %d passages, spread over %d rows",
+            schedule.num_slots, schedule.num_passages, schedule.num_rows,
+        )  # fmt: skip
 
 
 def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask, processes: Processes) -> Run:
@@ -227,6 +267,7 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
         reference=reference,
         pool=loop.pool,
         pool_identity=loop.pool.identity(),
+        passages={} if loop.mixed is None else loop.mixed.identity(),
         probe=parts.probe,
         lr_scheduler=loop.lr_scheduler,
         loss_reading={} if loop.pool.reading is None else loop.pool.reading.to_dict(),

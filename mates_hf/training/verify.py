@@ -47,7 +47,7 @@ class CheckedRound:
     Attributes:
         number: the round.
         decision: the guard's.
-        from_position: global row position from which its rows are trained on.
+        from_position: number of pool rows that are trained on before its own.
         num_rows: how many rows it chose.
         num_candidates: how many it chose from; 0 in the Trainer's own order.
         num_probed: how many were labelled.

@@ -318,6 +318,8 @@ def test_last_word_task_with_a_test_split_only_warns(make_task, tokenizer, caplo
         task = ReferenceTask.from_lm_eval(path, tokenizer, loss_on="completion", limit=3)
     assert "no split but the one it is evaluated on (test)" in caplog.text
     assert (task.name, task.description["split"], len(task)) == ("local_task", "test", 3)
+    assert task.is_evaluated
+    assert task.subset(2).fit_to_model(None, 100).is_evaluated
     assert as_lists(task) == [tokenizer(text)["input_ids"] for text in CORPUS[:3]]
     assert target_texts(task, tokenizer) == [" cold", " nothing", " grey"]
     whole = ReferenceTask.from_lm_eval(path, tokenizer)
@@ -335,7 +337,11 @@ def test_multiple_choice_takes_the_gold_choice_after_the_delimiter(make_task, to
     assert target_texts(task, tokenizer)[0] == joined
     first = tokenizer.decode(as_lists(task)[0], skip_special_tokens=True)
     assert first == f"Question: what is cold?\nAnswer:{joined}"
-    assert len(ReferenceTask.from_lm_eval(path, tokenizer, split="validation")) == 1
+    other = ReferenceTask.from_lm_eval(path, tokenizer, split="validation")
+    assert (len(other), other.is_evaluated, task.is_evaluated) == (1, False, False)
+    path = make_task({"train": QUESTIONS, "validation": QUESTIONS[1:]}, **CHOICES)
+    found = [ReferenceTask.from_lm_eval(path, tokenizer, split=split) for split in ("train", "validation")]
+    assert [task.is_evaluated for task in found] == [False, True]
 
 
 def test_lm_eval_objects_configs_and_generation(make_task, tokenizer):

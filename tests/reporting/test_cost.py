@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from mates_hf.config import MatesConfig
+from mates_hf.data.mixing import PassageSchedule
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.disk import write_json
@@ -41,6 +42,7 @@ from mates_hf.reporting.cost import RunCost, StageCost, run_cost
 from mates_hf.reporting.forecast import Encoder, RunSize, predict_cost
 from mates_hf.selection.plan import RunPlan, num_candidates
 from mates_hf.training.callback import MatesCallback
+from mates_hf.training.clock import RowClock
 from tests.evaluation.kit import make_model as evaluated_model
 from tests.evaluation.kit import make_tokenizer as byte_tokenizer
 from tests.evaluation.kit import write_local
@@ -647,6 +649,27 @@ def test_rounds_and_scored_rows_are_those_of_the_plan(max_steps, ratio):
     assert predicted.num_rounds == len(plan.rounds)
     rows = sum(num_candidates(planned.num_rows, ratio) for planned in plan.rounds)
     assert predicted.scored_tokens == rows * 1024
+
+
+@pytest.mark.parametrize("scope", ["slice", "pool"])
+def test_passages_that_are_mixed_in_are_no_rows_of_a_pool(scope):
+    config = MatesConfig(
+        update_steps=20, num_probes=20, selection_ratio=0.5, reference_passes=4, candidate_scope=scope
+    )
+    size = dataclasses.replace(PYTHIA, max_steps=61, batch_rows=10, num_passages=50, pool_rows=10_000)
+    predicted, without = (
+        predict_cost(size, each) for each in (config, dataclasses.replace(config, reference_passes=0))
+    )
+    schedule = PassageSchedule(num_passages=50, passes=4, start=0, num_rows=610, seed=0)
+    clock = RowClock(batches_per_epoch=1_000, accumulation=1, batch_rows=10, passages=schedule)
+    rounds = RunPlan(num_rows=10_000, batch_rows=10, max_steps=61, config=config, clock=clock).rounds
+    if scope == "slice":
+        assert predicted.scored_tokens == 2 * sum(planned.num_rows for planned in rounds) * size.tokens_per_row
+    else:
+        before = [clock.pool_position(planned.from_step) for planned in rounds]
+        assert predicted.scored_tokens == sum(10_000 - each - 20 for each in before) * size.tokens_per_row
+    assert predicted.training_flops == without.training_flops
+    assert (predicted.scored_tokens < without.scored_tokens) == (scope == "slice")
 
 
 def test_a_pool_is_scored_whole_but_for_what_is_used():

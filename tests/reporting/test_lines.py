@@ -46,6 +46,11 @@ INFO = {
             "for steps 291 to 330 (selected below the guard), 3.8 s",
         ),
         (
+            {"num_passage_rows": 1024},
+            "round 7 at step 280, 400 probed, held-out Spearman 0.66 [0.49, 0.78], selected 640 of 3,200 candidates "
+            "for steps 291 to 330, 1,024 reference passages between them, 3.8 s",
+        ),
+        (
             {"num_passed_over": 1200, "reference_overlap": {"rows": 3, "share": 0.005, "ngram": 13}},
             "round 7 at step 280, 400 probed, held-out Spearman 0.66 [0.49, 0.78], selected 640 of 3,200 candidates "
             "for steps 291 to 330, 1,200 passed over as copies, 3 with 13 tokens of the reference, 3.8 s",

@@ -53,6 +53,7 @@ MODULES = (
     "test_processes.py",
     "test_samplers.py",
     "test_passes.py",
+    "test_mixed_in.py",
 )
 ORDER = "order"
 NO_TRACE = "order, no trace"

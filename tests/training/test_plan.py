@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mates_hf.config import MatesConfig
+from mates_hf.data.mixing import PassageSchedule
 from mates_hf.errors import MatesError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
@@ -74,16 +75,32 @@ clocks = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
-@given(clocks, configs, st.integers(1, 70), st.integers(0, 20), st.randoms(use_true_random=False))
-def test_plan_and_clock_agree_and_what_fits_never_runs_out(clock, config, max_steps, more_rows, random):
+def with_passages(clock: RowClock, num_passages: int, max_steps: int) -> RowClock:
+    """The clock of a run that also trains on so many passages, twice each."""
+    if not num_passages or clock.batch_rows < 2:
+        return clock
+    given_ = {"num_passages": num_passages, "passes": 2, "start": 0, "seed": 0}
+    return dataclasses.replace(clock, passages=PassageSchedule(num_rows=clock.position(max_steps), **given_))
+
+
+def ending_at(plan: RunPlan, max_steps: int) -> RunPlan:
+    """The plan of a run of another length, whose passages are spread over that."""
+    return dataclasses.replace(plan, max_steps=max_steps, clock=plan.clock.ending_at(max_steps))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    clocks, configs, st.integers(1, 70), st.integers(0, 20), st.sampled_from([0, 0, 3, 30]),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_plan_and_clock_agree_and_what_fits_never_runs_out(clock, config, max_steps, more_rows, passages, random):
     num_rows = max(1, clock.rows_per_epoch - clock.batch_rows + 1 + more_rows)
-    plan = plan_of(clock, num_rows, max_steps, **config)
-    plan = dataclasses.replace(plan, max_steps=min(max_steps, plan.max_steps_that_fit))
+    plan = plan_of(with_passages(clock, passages, max_steps), num_rows, max_steps, **config)
+    plan = ending_at(plan, min(max_steps, plan.max_steps_that_fit))
     plan.check()
     assume(plan.rounds)
     rows = [planned.num_rows for planned in plan.rounds]
-    assert sum(rows) == clock.position(plan.max_steps) - clock.position(plan.first_from_step)
+    assert sum(rows) == plan.clock.pool_position(plan.max_steps) - plan.clock.pool_position(plan.first_from_step)
     own = np.array(random.sample(range(num_rows), num_rows))
     ledger = Ledger(num_rows, 0)
     ledger.mark_trained(own[: plan.rows_before])
@@ -98,7 +115,7 @@ def test_plan_and_clock_agree_and_what_fits_never_runs_out(clock, config, max_st
         ledger.mark_trained(drawn.candidates[:k])
         ledger.cursor = drawn.cursor_after
     assert ledger.pass_number <= plan.config.max_passes
-    too_long = dataclasses.replace(plan, max_steps=plan.max_steps_that_fit + 1)
+    too_long = ending_at(plan, plan.max_steps_that_fit + 1)
     with pytest.raises(ValueError, match="rows enough"):
         too_long.check()
 

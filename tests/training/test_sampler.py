@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from mates_hf.data.mixing import PassageSchedule
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.training import own_order, sampler
@@ -255,6 +256,52 @@ def test_rows_are_those_looked_up_one_by_one_also_with_orders_appended_while_ite
         sampler.BLOCK = original
 
 
+@settings(max_examples=150, deadline=None)
+@given(appends, st.integers(1, 9), st.integers(2, 20), st.integers(1, 5), st.sampled_from([38, 40]))
+def test_passages_stand_between_rows_that_are_those_looked_up_one_by_one(given_, block, num, num_epochs, num_own):
+    """A pool that ends inside a batch as well: where passages stand among its rows, no batch is short."""
+    schedule = PassageSchedule(num_passages=num, passes=3, start=0, num_rows=40 * num_epochs, seed=1)
+    clock = RowClock(batches_per_epoch=10, accumulation=1, batch_rows=4, passages=schedule)
+    at = dict(zip(*(part.tolist() for part in schedule.standing(0, 40 * num_epochs)), strict=True))
+    own = np.random.default_rng(0).permutation(num_own).tolist()
+    ours, orders, own_start = ScheduledSampler(own, clock, num_rows=1000), {}, 0
+    due = sorted(given_)
+    original, sampler.BLOCK = sampler.BLOCK, block
+    try:
+        for begin in range(0, 40 * num_epochs, 40):
+            ours.set_epoch(begin // 40)
+            rows = iter(ours)
+            if not (orders and min(orders) > schedule.pool_rows(begin)):
+                own_start = begin
+            for position in range(begin, begin + 40):
+                row, pool_row = next(rows, None), schedule.pool_rows(position)
+                before = [first for first in orders if first <= pool_row]
+                if position in at:
+                    assert row == 1000 + at[position]
+                elif before:
+                    index = pool_row - max(before)
+                    assert row == (orders[max(before)][index] if index < len(orders[max(before)]) else None)
+                else:
+                    lap = position - (position - own_start) % 40
+                    assert row == own[(pool_row - schedule.pool_rows(lap)) % num_own]
+                if row is None:
+                    break
+                assert ours.drawn_position == position + 1
+                while due and due[0][0] <= position:
+                    _, ahead, length = due.pop(0)
+                    first = schedule.pool_rows(position + 1) + ahead
+                    order = np.arange(length) + 100 * (len(orders) + 1)
+                    orders[first] = order.tolist()
+                    ours.append(first, order)
+                    if position not in at:
+                        with pytest.raises(MatesError, match="not yet fetched"):
+                            ours.append(pool_row, order)
+            else:
+                assert next(rows, None) is None
+    finally:
+        sampler.BLOCK = original
+
+
 def test_the_own_order_is_let_go_where_nobody_asks_for_it():
     clock = RowClock(batches_per_epoch=10, accumulation=1, batch_rows=4)
     ours = ScheduledSampler(with_generator(), clock, num_rows=NUM)
@@ -324,3 +371,9 @@ def test_own_rows_used_are_those_counted_step_by_step(data):
         taken = min(accumulation, batches - in_epoch * accumulation) * batch_rows
         used = (used + taken) % clock.rows_per_epoch
     assert clock.own_rows_used(first_step + boundary, first_step + boundary + lead) == used
+    end = clock.position(first_step + boundary + lead)
+    passages = PassageSchedule(num_passages=3, passes=4, start=clock.start_position, num_rows=end, seed=0)
+    mixed = dataclasses.replace(clock, passages=passages)
+    began = end - used
+    expected = used - sum(began <= position for position in passages.standing(0, end)[0].tolist())
+    assert mixed.own_rows_used(first_step + boundary, first_step + boundary + lead) == expected
