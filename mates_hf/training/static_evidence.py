@@ -1,8 +1,8 @@
 """Static evidence of a run: log-odds of the reference task against the pool, counted once and given to every fit.
 
 Where it is used: `rounds` gives it to an influence model whose `fit` takes `evidence` (`NgramInfluenceModel`), which
-shrinks towards as much of it as the labels agree with. Measured on five tasks: with it, 50 labels choose as well as
-500 do without it; from 1,000 labels on it changes little (docs/ablations.md).
+shrinks towards as much of it as the labels agree with. With it a few labels choose as many do without it; from 1,000
+labels on it changes little (docs/LOG.md).
 
 Trade-off: a sample of the pool stands for all of it. Two million tokens know the usual bigrams, and reading more would
 take longer than a round's fit.

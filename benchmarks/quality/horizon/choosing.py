@@ -27,12 +27,15 @@ from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon.arms import TRIED, Arm
 from benchmarks.quality.horizon.settings import TOKENS_PER_BATCH, Lab
 from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.flops import forward_flops, gradient_flops
 from mates_hf.influence.probe import count_multiplied_parameters
+from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 
 CHUNKS = 20  # in which a set is chosen
+FEW = (25, 50, 100, 250)  # labels
 
 Start = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
 
@@ -87,6 +90,24 @@ def encoder_tables(
     fitted, asked = (rivals.encoder_flops(rivals.texts_of(rows, lab.tokenizer)) for rows in (probes, ahead))
     flops = 3 * encoder.num_epochs * fitted + asked + (tables.report.flops or 0.0)
     return tables, encoder.report.spearman, flops
+
+
+def few_labels(rows: TokenRows, labels: InfluenceLabels, evidence: tuple[Tables, Tables], seed: int) -> list[Any]:
+    """How well the later half of the labels is predicted from a few of the first half, without and with evidence.
+
+    Of each number of labels: it, then Spearman and mean label of the best fifth in standard deviations, of both.
+    """
+    half, worth, found = len(rows) // 2, labels.influence_per_token, []
+    test = (worth[half:] - worth[half:].mean()) / worth[half:].std()
+    for num in (num for num in FEW if num <= half):
+        some: list[Any] = [num]
+        for given in (None, evidence):
+            model = NgramInfluenceModel(seed=seed).fit(rows, labels.take(np.arange(num)), evidence=given)
+            predicted = model.predict(rows.take(np.arange(half, len(rows))))
+            best = np.argsort(-predicted, kind="stable")[: len(test) // 5]
+            some += [rank_correlation(predicted, test), float(test[best].mean())]
+        found.append(some)
+    return found
 
 
 def spread_top_k(values: npt.NDArray[Any], rows: TokenRows, k: int, penalty: float) -> Ids:

@@ -107,7 +107,20 @@ def _drift(watched: Sequence[Mapping[str, Any]]) -> str:
         rows.append([found["step"], *cells, f"{worth[asked].mean():+.2f}" if asked.any() else ""])
     heads = ["step", "first labels", "last labels", "log-odds", "own loss", "mean label of its domains, sd"]
     about = "Labels of the same rows while a model trains on random ones: rank correlations (one seed)."
-    return f"{about}\n\n{table(heads, rows)}"
+    return f"{about}\n\n{table(heads, rows)}{_few([found['few'] for found in watched[1:] if 'few' in found])}"
+
+
+def _few(found: Sequence[Any]) -> str:
+    """How few labels do, with and without static evidence: means over the points of a run."""
+    if not found:
+        return ""
+    cells = [[int(row[0]), *(f"{value:.2f}" for value in row[1:])] for row in np.mean(found, 0)]
+    heads = ["labels", "Spearman", "best fifth, sd", "Spearman with evidence", "best fifth with evidence, sd"]
+    about = (
+        "Tables fitted on a few of these labels and judged on other rows, without and with log-odds of the reference "
+        f"as prior mean: means over {len(found)} points of the run."
+    )
+    return f"\n\n{about}\n\n{table(heads, cells)}"
 
 
 def _reaches(unit: Mapping[str, Any], random: Mapping[str, Any], setting: str) -> float | None:

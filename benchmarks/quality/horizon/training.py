@@ -177,10 +177,10 @@ class Run:
         if self.arm.watched:
             rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
             labels = self._probe(256).measure(self.model, self.optimizer, self._read(256), rows)
-            found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss}
+            few = choosing.few_labels(rows, labels, self._log_odds, self.unit.seed)
+            found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss, "few": few}
             if not self.watched:
-                tokens, bigrams = self._log_odds
-                found["log_odds"] = tokens.plus(bigrams).scaled(1.0).score(rows)
+                found["log_odds"] = self._log_odds[0].plus(self._log_odds[1]).scaled(1.0).score(rows)
                 names = [self.lab.domain_names[d] for d in self.lab.domain[self.reserved[: self.sizes.watched]]]
                 found["asked"] = [name in SETTINGS[self.unit.setting].parts for name in names]
             self.watched.append(found)
