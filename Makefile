@@ -41,9 +41,9 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 test: $(STAMP)
 	$(BIN)/python -m pytest $(FAST)
 
-# pytest exits with 5 where no test carries the marker.
+# Two at once at most: some start two processes of their own. pytest exits with 5 where no test carries the marker.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile || [ $$? -eq 5 ]
 
 test-oldest: pyproject.toml constraints-oldest.txt constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -147,6 +147,7 @@ def run_round(
             with stages.timed("sentinel") as cost:
                 _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
     facts = {
+        "step": planned.boundary_step,
         "probe_seed": run.settings.seed,
         "rate_steps": run.settings.rate_steps,
         "averaged_steps": run.averaged_steps,
@@ -161,31 +162,61 @@ def run_round(
 
 def _conclude(run: Run, measured: Measured) -> Order:
     """Fit, guard, score, select, and the record of it all."""
-    longest, plan, _, own_rows, beside, writer, stages, draw, labels, reason, fidelity, facts = measured
-    judged = Judged.unrankable(reason) if reason else _fit_and_judge(run, writer.path, labels, longest.number, stages)
-    facts = {"step": longest.boundary_step, **facts}
-    judged = dataclasses.replace(judged, rise=measure_rise(run, labels, facts))
+    judged = _judge(run, measured)
     decision, scorer = decide(run, judged)
-    planned = shortened(run, longest, plan, decision, judged.gap)
-    num_rows = planned.num_rows
-    draw = run.ledger.narrowed(draw, num_rows, run.config)
+    planned = shortened(run, measured.planned, measured.plan, decision, judged.gap)
+    draw = run.ledger.narrowed(measured.draw, planned.num_rows, run.config)
     found: dict[str, Any] = {}
     if scorer is None:
-        rows, cursor = run.ledger.own_order(own_rows, num_rows, exclude=draw.probes), run.ledger.cursor
-        write_array(writer.path / "own_order.npy", rows)
+        rows = run.ledger.own_order(measured.own_rows, planned.num_rows, exclude=draw.probes)
+        cursor = run.ledger.cursor
+        write_array(measured.writer.path / "own_order.npy", rows)
     else:
-        with stages.timed("score") as cost:
-            # The previous model predicts in the unit of its own labels, whose step size was another.
-            unit = labels.step_size / run.trusted_step_size if scorer is run.trusted_model else 1.0
-            scored = score_candidates(run, writer.path, scorer, draw.candidates, unit)
-            each = scorer.report.flops_per_token
-            _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
-        with stages.timed("select") as cost:
-            cost["flops"] = 0.0  # it sorts
-            rows, found = _select(run, labels, scored, num_rows, planned.number)
-            cursor = draw.cursor_after
-            write_array(writer.path / "selection.npy", rows)
+        rows, found = _score_and_select(run, measured, planned, scorer, draw)
+        cursor = draw.cursor_after
+    return _record(run, measured, planned, draw, judged, decision, rows, int(cursor), found)
 
+
+def _judge(run: Run, measured: Measured) -> Judged:
+    """What the guard is asked about: the fresh fit, the model trusted so far, and the course of the reference loss."""
+    if measured.reason:
+        judged = Judged.unrankable(measured.reason)
+    else:
+        judged = _fit_and_judge(run, measured.writer.path, measured.labels, measured.planned.number, measured.stages)
+    return dataclasses.replace(judged, rise=measure_rise(run, measured.labels, measured.facts))
+
+
+def _score_and_select(
+    run: Run, measured: Measured, planned: PlannedRound, scorer: InfluenceModel, draw: RoundDraw
+) -> tuple[IntArray, dict[str, Any]]:
+    """The rows to train on, (k,) int64 in training order, and what `round.json` says of copies and of leaks."""
+    stages, labels, path = measured.stages, measured.labels, measured.writer.path
+    with stages.timed("score") as cost:
+        # The previous model predicts in the unit of its own labels, whose step size was another.
+        unit = labels.step_size / run.trusted_step_size if scorer is run.trusted_model else 1.0
+        scored = score_candidates(run, path, scorer, draw.candidates, unit)
+        each = scorer.report.flops_per_token
+        _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
+    with stages.timed("select") as cost:
+        cost["flops"] = 0.0  # it sorts
+        rows, found = _select(run, labels, scored, planned.num_rows, planned.number)
+        write_array(path / "selection.npy", rows)
+    return rows, found
+
+
+def _record(
+    run: Run,
+    measured: Measured,
+    planned: PlannedRound,
+    draw: RoundDraw,
+    judged: Judged,
+    decision: dict[str, Any],
+    rows: IntArray,
+    cursor: int,
+    found: dict[str, Any],
+) -> Order:
+    """Write the round down and take it over."""
+    writer, labels, facts, done = measured.writer, measured.labels, measured.facts, measured.stages.seconds_and_flops
     info = {
         "number": planned.number,
         "step": planned.boundary_step,
@@ -193,10 +224,10 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "to_step": planned.to_step,
         "from_position": int(measured.from_position),
         "num_rows": len(rows),
-        **length_facts(run, longest, planned),
-        **passage_facts(plan.clock, planned.from_step, planned.to_step),
+        **length_facts(run, measured.planned, planned),
+        **passage_facts(measured.plan.clock, planned.from_step, planned.to_step),
         "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
-        "cursor": int(cursor),
+        "cursor": cursor,
         "pass": run.ledger.pass_number,
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
@@ -205,14 +236,14 @@ def _conclude(run: Run, measured: Measured) -> Order:
         "step_size": labels.step_size,
         "probe": dict(labels.info),
         "fit": None if judged.fitted is None else judged.fitted.report.to_dict(),
-        "fidelity": fidelity,
+        "fidelity": measured.fidelity,
         "guard": decision,
         "gap": None if judged.gap is None else judged.gap.to_dict(),
         "rise": None if judged.rise is None else judged.rise.to_dict(),
         "reference_course": course_so_far(run, labels, {"guard": decision, **facts}),
         **found,
-        "stages": stages.seconds_and_flops,
-        "beside_training": [name for name in CONCLUDING if name in stages.seconds_and_flops] if beside else [],
+        "stages": done,
+        "beside_training": [name for name in CONCLUDING if name in done] if measured.beside else [],
         **facts,
         "weights": writer.key["weights"],
     }

@@ -1,8 +1,8 @@
 """Static evidence of a run: log-odds of the reference task against the pool, counted once and given to every fit.
 
-Where it is used: `rounds` gives it to an influence model whose `fit` takes `evidence` (`NgramInfluenceModel`), which
-shrinks towards as much of it as the labels agree with. With it a few labels choose as many do without it; from 1,000
-labels on it changes little (docs/LOG.md).
+Where it is used: `rounds` gives it to an influence model that counts it and whose `fit` takes it
+(`NgramInfluenceModel`), which shrinks towards as much of it as the labels agree with. With it a few labels choose as
+many do without it; from 1,000 labels on it changes little (docs/LOG.md).
 
 Trade-off: a sample of the pool stands for all of it. Two million tokens know the usual bigrams, and reading more would
 take longer than a round's fit.
@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.prediction.ngram.evidence import log_odds
-from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import stage_seed
 from mates_hf.training.run import Run
@@ -26,7 +24,7 @@ BACKGROUND_TOKENS = 2**21  # of the pool that are counted
 MOST_ROWS = 2**14  # in which they are; reading a row may take a call of the collator
 
 
-def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, tuple[Tables, Tables]]:
+def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
     """What the fit of a round's influence model is given besides labels.
 
     Args:
@@ -34,16 +32,16 @@ def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, tuple[Tables, T
         labels: Labels of the round, whose rows say how long rows are.
 
     Returns:
-        The argument `evidence` of the fit, or nothing where it takes none.
+        The argument `evidence` of the fit, or nothing where the model counts none, or its `fit` does not name it. One
+        that takes whatever it is given may hand it on to one that does not.
     """
-    # By its name: one that takes whatever it is given may hand it on to one that does not.
-    if "evidence" not in inspect.signature(run.influence_model.fit).parameters:
+    model: Any = run.influence_model
+    if not hasattr(model, "count_evidence") or "evidence" not in inspect.signature(model.fit).parameters:
         return {}
     if run.evidence is None:
         wanted = math.ceil(BACKGROUND_TOKENS / max(float(np.mean(labels.num_tokens)), 1.0))
         num_rows = min(wanted, MOST_ROWS, len(run.pool))
         rng = np.random.default_rng(stage_seed(run.config.selection_seed, 0, "evidence"))
         drawn = np.sort(rng.choice(len(run.pool), num_rows, replace=False, shuffle=False))
-        num_buckets: Any = getattr(run.influence_model, "num_buckets", 2**20)
-        run.evidence = log_odds(run.reference.rows, run.pool.token_rows(drawn), num_buckets)
+        run.evidence = model.count_evidence(run.reference.rows, run.pool.token_rows(drawn))
     return {"evidence": run.evidence}

@@ -227,10 +227,10 @@ def test_no_round_starts_early_that_finds_too_few_rows(monkeypatch):
             ledger=ledger, rounds_dir=Path(),
         )  # fmt: skip
         if (unused, passes) == (119, 1):
-            assert drift.look_inside(state, order, plan, clock.position, 27) == (None, {})
+            assert drift.look_inside(state, order, plan, clock.pool_position, 27) == (None, {})
         else:
             with pytest.raises(AssertionError, match="nothing is measured"):
-                drift.look_inside(state, order, plan, clock.position, 27)
+                drift.look_inside(state, order, plan, clock.pool_position, 27)
 
 
 # --- verify ---

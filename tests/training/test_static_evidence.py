@@ -17,15 +17,15 @@ from tests.training.kit import Stop, make_arguments, make_reference, run, small_
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Rows of each call of `log_odds`, reference and pool."""
+    """Rows of each count, reference and pool."""
     calls: list[tuple[int, int]] = []
-    original = static_evidence.log_odds
+    original = NgramInfluenceModel.count_evidence
 
-    def log_odds(reference: Any, background: Any, num_buckets: int) -> Any:
+    def count_evidence(self: NgramInfluenceModel, reference: Any, background: Any) -> Any:
         calls.append((len(reference), len(background)))
-        return original(reference, background, num_buckets)
+        return original(self, reference, background)
 
-    monkeypatch.setattr(static_evidence, "log_odds", log_odds)
+    monkeypatch.setattr(NgramInfluenceModel, "count_evidence", count_evidence)
     return calls
 
 
