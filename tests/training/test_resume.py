@@ -241,8 +241,8 @@ def test_more_steps_than_planned_go_on_without_a_gap(tmp_path, short):
     assert [path.name for path in sorted((tmp_path / "_mates").glob("round-????"))] == [
         "round-0001",
         "round-0002",
+        "round-0003",  # a boundary that the shorter run passed over takes no number
         "round-0004",
-        "round-0005",
     ]
     for step in (22, 25, 29):  # in the gap, in the lead behind it, in the next selection
         again = run(args, [mates()], dropout=0.1, resume=str(tmp_path / f"checkpoint-{step}"))
