@@ -16,7 +16,7 @@ with the passages (`mates_hf.evaluation.check_contamination`). It took 140 secon
 1.3 GB of memory. Of its last lines:
 
     seed  loss: mates   random  tokens random needs  FLOPs of selecting
-       0        4.647    5.110                1.61x                 51%
+       0        4.668    5.257                1.70x                 47%
     Difference in held-out loss, nats/token, below 0 where selecting helps: -0.463 (one seed: no interval)
 """
 
