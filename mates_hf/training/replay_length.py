@@ -17,7 +17,7 @@ from mates_hf.config import MatesConfig
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.round_files import REFERENCE_FILE, ROUND_FILE
 from mates_hf.training.rise import Boundary, Rise, course_after, find_rise, rises_after
-from mates_hf.training.round_reader import RoundReader
+from mates_hf.training.round_reader import RoundReader, is_whole
 from mates_hf.training.trust import (
     GAP_FILE,
     LOSS_ROSE,
@@ -63,11 +63,11 @@ def lengths_of(current: RoundWithLength) -> tuple[int, int]:
     """What a round records of its length: optimizer steps, and the rows that it was drawn for, which may be more."""
     info, config = current.info, current.config
     steps = info.get("round_steps", config.update_steps)  # not there in rounds of versions whose rounds had one length
-    ok = _is_whole(steps) and config.shortest_steps <= steps <= config.update_steps
+    ok = is_whole(steps) and config.shortest_steps <= steps <= config.update_steps
     what = f"`round_steps` from {config.shortest_steps} to {config.update_steps}"
     current.require(ok, ROUND_FILE, what, repr(steps))
     drawn_for = info.get("num_rows_drawn_for", info["num_rows"])
-    ok = _is_whole(drawn_for) and info["num_rows"] <= drawn_for < 2**63
+    ok = is_whole(drawn_for) and info["num_rows"] <= drawn_for < 2**63
     what = f"`num_rows_drawn_for` as a number of at least `num_rows` ({info['num_rows']})"
     current.require(ok, ROUND_FILE, what, repr(drawn_for))
     return int(steps), int(drawn_for)
@@ -139,7 +139,7 @@ def check_inside(current: RoundWithLength) -> None:
     current.ends = {}
     for file in sorted(current.path.glob("check-*.json")):
         check = current.json(file.name)
-        step = int(check["step"]) if _is_whole(check.get("step")) else -1
+        step = int(check["step"]) if is_whole(check.get("step")) else -1
         ok = check.get("round") == current.number and file.name == check_file(step)
         current.require(ok, file.name, "the `step` and `round` that its name and folder say", repr(check.get("step")))
         due = next_check(current.config, current.info, step - 1)
@@ -156,7 +156,7 @@ def _gap_inside(current: RoundWithLength, name: str, check: Mapping[str, Any]) -
     if "candidate_id" not in check:
         return None
     num_done, num = check.get("num_done"), current.info["num_candidates"]
-    current.require(_is_whole(num_done), name, "`num_done` as a number of rows", repr(num_done))
+    current.require(is_whole(num_done), name, "`num_done` as a number of rows", repr(num_done))
     ids, is_bought = rows_to_check(
         current.config,
         current.number,
@@ -268,7 +268,3 @@ def _floats(values: list[Any]) -> list[float]:
 
 def _is_pairs(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -12,7 +12,7 @@ from typing import Any
 from mates_hf.config import MatesConfig
 from mates_hf.data.mixing import PassageSchedule
 from mates_hf.round_files import KEY_FILE, ROUND_FILE
-from mates_hf.training.round_reader import RoundReader
+from mates_hf.training.round_reader import RoundReader, is_whole
 
 _SCHEDULE = ("num_passages", "passes", "start", "num_rows", "seed")
 
@@ -60,21 +60,19 @@ def check_passages(current: RoundWithPassages, before: RoundWithPassages | None)
     if before is not None:
         what = f"`passages` of round {before.number}"
         current.require(told == before.info.get("passages"), ROUND_FILE, what, repr(told))
-    position = info.get("row_position")
-    ok = isinstance(position, int) and not isinstance(position, bool) and 0 <= position < 2**63
+    position: Any = info.get("row_position")
+    ok = is_whole(position) and 0 <= position < 2**63
     current.require(ok, ROUND_FILE, "`row_position` as a whole number of at least 0", repr(position))
-    assert isinstance(position, int)
     expected = schedule.pool_rows(position)
     what = f"`from_position` {expected}, the pool rows before position {position}"
     current.require(info["from_position"] == expected, ROUND_FILE, what, str(info["from_position"]))
-    found = info.get("num_passage_rows")
-    ok = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**63
-    current.require(ok, ROUND_FILE, "`num_passage_rows` as a whole number of at least 0", repr(found))
-    assert isinstance(found, int)
-    stop = position + info["num_rows"] + found
+    num: Any = info.get("num_passage_rows")
+    ok = is_whole(num) and 0 <= num < 2**63
+    current.require(ok, ROUND_FILE, "`num_passage_rows` as a whole number of at least 0", repr(num))
+    stop = position + info["num_rows"] + num
     expected = schedule.before(stop) - schedule.before(position)
     what = f"`num_passage_rows` {expected}, the passages from position {position} to {stop}"
-    current.require(found == expected, ROUND_FILE, what, str(found))
+    current.require(num == expected, ROUND_FILE, what, str(num))
 
 
 def _schedule(told: Any) -> PassageSchedule | None:

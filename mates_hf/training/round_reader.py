@@ -21,6 +21,11 @@ class WrongError(Exception):
     """A check failed: file, what it must hold, what it holds."""
 
 
+def is_whole(value: Any) -> bool:
+    """Whether an entry is a whole number, which true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class RoundReader:
     """Reads the files of one round directory.
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.config import MatesConfig
+from mates_hf.config import BEFORE, MatesConfig
 from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
@@ -323,9 +323,8 @@ class Stages:
         logger.info("stage %s: %.2f s", name, stage["seconds"])
 
 
-_CHANGES_NOTHING = (
-    ("max_passes", 1), ("random_share", 0.0), ("first_round_steps", None), ("reference_passes", 0),
-)  # fmt: skip
+# `max_copies` is always said: its default changes what is chosen.
+_CHANGES_NOTHING = {"max_passes": 1, **{name: value for name, value in BEFORE.items() if name != "max_copies"}}
 
 
 def order_config(config: MatesConfig) -> dict[str, Any]:
@@ -335,7 +334,7 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch")
         # Left out where they change nothing, so that runs of versions without them go on.
-        and (name, value) not in _CHANGES_NOTHING
+        and (name not in _CHANGES_NOTHING or value != _CHANGES_NOTHING[name])
     }
 
 

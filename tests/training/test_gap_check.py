@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, NgramInfluenceModel, load_round
+from mates_hf import MatesConfig, load_round
 from mates_hf.disk import read_json, write_json
 from mates_hf.errors import InfluenceError
 from mates_hf.prediction.worth import row_worth
@@ -21,9 +21,9 @@ from mates_hf.selection.plan import EvenSteps, RunPlan
 from mates_hf.training import drift, session
 from mates_hf.training.trust import gap_between, next_check, rows_to_check
 from mates_hf.training.verify import verify_run
-from tests.training.kit import Result, make_arguments, make_pool, make_reference, run, small_config
-from tests.training.test_guard import Changed
-from tests.training.test_trust import SaveAt, infos
+from tests.training import test_trust
+from tests.training.kit import Result, small_config
+from tests.training.test_trust import as_killed, infos
 from tests.training.test_verify import forge
 
 # --- when, and which rows ---
@@ -96,16 +96,7 @@ SAVED = (26, 27, 28, 29, 31)  # before the check, at it, in the lead behind it, 
 
 def train(path: Path, turn: int = 25, resume: int | None = None, save: Any = SAVED, **config: Any) -> Result:
     """Rounds of 3, 6 and 12 steps at steps 12, 15 and 21; the third is looked at at step 27."""
-    sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
-    more = {"selection_ratio": 0.5, "num_probes": 160, "on_weak_signal": "own_order", "held_out_fraction": 0.4}
-    callback = MatesCallback(
-        make_reference(),
-        small_config(**{**sizes, **more, **config}),
-        probe=Changed(DirectionalProbe(), turn, "negative"),
-        influence_model=NgramInfluenceModel(num_buckets=256),
-    )
-    checkpoint = None if resume is None else str(path / f"checkpoint-{resume}")
-    return run(make_arguments(path, max_steps=36), [SaveAt(save), callback], make_pool(700), resume=checkpoint)
+    return test_trust.train(path, resume, 36, turn=turn, save=save, **config)
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +160,7 @@ def test_a_round_whose_choice_holds_is_left_as_it_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize("step", SAVED)
 def test_a_run_killed_around_a_check_goes_on_exactly(ended, tmp_path, step):
     path, whole = ended
-    copied = tmp_path / "run"
-    shutil.copytree(path, copied)
-    for info in infos(path):  # what was not there yet
-        if info["step"] > step:
-            shutil.rmtree(copied / f"_mates/round-{info['number']:04d}")
+    copied = as_killed(path, tmp_path / "run", step)
     if step == 26:  # killed right at the check: it is written down, and the round that it starts is not there
         assert (copied / "_mates/round-0003/check-000027.json").exists()
     else:

@@ -20,7 +20,7 @@ from mates_hf.training.rise import MIN_RISE, Boundary, Rise, course_after, find_
 from mates_hf.training.verify import verify_run
 from tests.training.kit import Result, make_arguments, make_pool, make_reference, run, small_config
 from tests.training.test_guard import Changed
-from tests.training.test_trust import SaveAt, infos
+from tests.training.test_trust import SaveAt, as_killed, infos
 from tests.training.test_verify import forge
 
 # --- the rule ---
@@ -277,11 +277,7 @@ def test_a_run_that_must_not_go_on_after_harm_ends(tmp_path):
 @pytest.mark.parametrize("step", SAVED)
 def test_a_run_killed_after_a_rise_goes_on_exactly(harmed, tmp_path, step):
     path, whole = harmed
-    copied = tmp_path / "run"
-    shutil.copytree(path, copied)
-    for info in infos(path):
-        if info["step"] > step:
-            shutil.rmtree(copied / f"_mates/round-{info['number']:04d}")
+    copied = as_killed(path, tmp_path / "run", step)
     rest = train(copied, max_steps=42, resume=step)
     assert rest.rows == whole.rows[step * 4 :]
     assert all(torch.equal(value, rest.weights[name]) for name, value in whole.weights.items())

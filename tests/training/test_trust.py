@@ -252,18 +252,36 @@ SAVED = (
 )  # in the lead, inside short rounds, before the labels turn, after it, in the next round
 
 
-def train(path: Path, resume: str | None = None, max_steps: int = 40, num_rows: int = 700, **config: Any) -> Result:
-    """Rounds from step 12 on; labels turn at step 18, inside the second one."""
+def as_killed(path: Path, copied: Path, step: int) -> Path:
+    """A copy of a run without the rounds that were not there at a step."""
+    shutil.copytree(path, copied)
+    for info in infos(path):
+        if info["step"] > step:
+            shutil.rmtree(copied / f"_mates/round-{info['number']:04d}")
+    return copied
+
+
+def train(
+    path: Path,
+    resume: int | None = None,
+    max_steps: int = 40,
+    num_rows: int = 700,
+    turn: int = 18,
+    save: tuple[int, ...] | None = None,
+    **config: Any,
+) -> Result:
+    """Rounds from step 12 on, of 3, 6 and 12 steps while prices hold; labels turn at a step, inside the second one."""
     sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
     more = {"selection_ratio": 0.5, "num_probes": 160, "on_weak_signal": "own_order", "held_out_fraction": 0.4}
     callback = MatesCallback(
         make_reference(),
         small_config(**{**sizes, **more, **config}),
-        probe=Changed(DirectionalProbe(), 18, "negative"),
+        probe=Changed(DirectionalProbe(), turn, "negative"),
         influence_model=NgramInfluenceModel(num_buckets=256),
     )
-    args = make_arguments(path, max_steps=max_steps)
-    return run(args, [SaveAt(SAVED), callback], make_pool(num_rows), resume=resume)
+    checkpoint = None if resume is None else str(path / f"checkpoint-{resume}")
+    callbacks = [SaveAt(SAVED if save is None else save), callback]
+    return run(make_arguments(path, max_steps=max_steps), callbacks, make_pool(num_rows), resume=checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -319,17 +337,13 @@ def test_the_line_of_a_round_tells_of_a_length_where_it_changes_and_of_what_is_u
 @pytest.mark.parametrize("step", SAVED)
 def test_a_run_killed_inside_short_rounds_goes_on_exactly(turned, tmp_path, step):
     path, whole = turned
-    copied = tmp_path / "run"
-    shutil.copytree(path, copied)
-    for info in infos(path):  # what was not there yet
-        if info["step"] > step:
-            shutil.rmtree(copied / f"_mates/round-{info['number']:04d}")
+    copied = as_killed(path, tmp_path / "run", step)
     if step == 20:  # killed beside training, in round 3: the labels and the fit are there
         partial = copied / "_mates/round-0003.partial"
         shutil.copytree(path / "_mates/round-0003", partial)
         for name in ("round.json", "SHA256SUMS", "own_order.npy", "selection.json"):
             (partial / name).unlink()
-    rest = train(copied, resume=str(copied / f"checkpoint-{step}"))
+    rest = train(copied, resume=step)
     assert rest.rows == whole.rows[step * 4 :]
     assert all(torch.equal(value, rest.weights[name]) for name, value in whole.weights.items())
     expected, found = infos(path), infos(copied)
@@ -441,7 +455,7 @@ def test_a_run_that_is_made_longer_goes_on_from_the_length_that_it_had(tmp_path,
     train(tmp_path, max_steps=stop, **config)
     assert [(info["step"], info["round_steps"]) for info in infos(tmp_path)] == steps
     # The boundaries at steps 21 and 12 had nothing to select for; what follows has the next number, so none lacks.
-    train(tmp_path, resume=str(tmp_path / f"checkpoint-{stop}"), max_steps=40, **config)
+    train(tmp_path, resume=stop, max_steps=40, **config)
     after = infos(tmp_path)[len(steps)]
     assert (after["number"], after["step"]) == ((3, 27) if first else (2, 18))
     assert after.get("last_round_steps") == (6 if first else None)
