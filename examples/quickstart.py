@@ -75,7 +75,7 @@ def main() -> None:
         processing_class=tokenizer,  # kept with each round, so that the round can filter texts later
     )
 
-    # The two lines: what the model should get better at, and who chooses. `.attach(trainer)` would log metrics too.
+    # The two lines: what the model should get better at, and who chooses.
     reference = ReferenceTask.from_dataset([{"text": t} for t in corpus.reference], tokenizer, text_column="text")
     trainer.add_callback(MatesCallback(reference, MatesConfig(update_steps=UPDATE_STEPS, num_probes=NUM_PROBES)))
 

@@ -20,6 +20,7 @@ from mates_hf.data.reference import ReferenceTask
 from mates_hf.engine.model_traits import unwrap
 from mates_hf.engine.preserve import undisturbed
 from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.engine.reporters import find_trainer, report
 from mates_hf.evaluation.contamination import check_contamination
 from mates_hf.evaluation.evaluator import Evaluator
 from mates_hf.records import STATE_KEY
@@ -32,9 +33,10 @@ PREFIX = "lm_eval"
 class LmEvalCallback(TrainerCallback):
     """Evaluates the model with lm-eval tasks while it trains, without changing a bit of its training.
 
-    Metrics (`lm_eval/<task>/<metric>`) go to `state.log_history`, and to every reporter after `attach`, with what they
-    took: `lm_eval/seconds`, and `lm_eval/tokens` that went through the model. Tasks are built once, before the first
-    step, where all that can be known then is checked.
+    Metrics (`lm_eval/<task>/<metric>`) go to every reporter of the Trainer, with what they took: `lm_eval/seconds`,
+    and `lm_eval/tokens` that went through the model. Tasks are built once, before the first step, where all that can be
+    known then is checked. Where `MatesCallback` is in the same Trainer, texts that its reference shares with what is
+    evaluated are warned of, and texts that are too short to be compared are counted.
 
     Args:
         tasks: lm-eval tasks and groups: names (`mates_zero_shot`, or any that lm-eval has), paths of YAML files,
@@ -77,12 +79,7 @@ class LmEvalCallback(TrainerCallback):
         self._last_round: Any = None
 
     def attach(self, trainer: Any) -> LmEvalCallback:
-        """Optional: let metrics reach every reporter, and warn where reference and evaluated items share text.
-
-        Texts that are too short to be compared are counted in a warning too.
-
-        Adds the callback to the Trainer where it is not there yet, and returns it.
-        """
+        """Add the callback to a Trainer where it is not there yet, and return it; as `callbacks=[...]` does."""
         self._trainer = trainer
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
@@ -138,14 +135,12 @@ class LmEvalCallback(TrainerCallback):
         metrics = {f"{PREFIX}/{name}": value for name, value in found.items()}
         metrics[f"{PREFIX}/seconds"] = self._processes.agree(seconds)
         metrics[f"{PREFIX}/tokens"] = self._processes.agree(self.evaluator.num_tokens)
-        if self._trainer is not None:
-            self._trainer.log(metrics)
-        else:
-            state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
+        report(self, self._trainer, state, metrics)
 
     def _warn_of_contamination(self, model: Any) -> None:
         """Where `MatesCallback` is in the same Trainer, its reference must share no text with what is evaluated."""
-        callbacks = self._trainer.callback_handler.callbacks if self._trainer is not None else []
+        trainer = self._trainer or find_trainer(self)
+        callbacks = trainer.callback_handler.callbacks if trainer is not None else []
         references = [task for c in callbacks if isinstance(task := getattr(c, "reference", None), ReferenceTask)]
         with undisturbed(unwrap(model)):
             for reference in references:

@@ -4,8 +4,8 @@ Where it is used: the Trainer calls the hooks; `on_train_begin` checks the run (
 into its dataloader, `on_step_end` runs a round at each boundary (`rounds.run_round`) and appends its order. A loop
 without the Trainer has the same of `loop.MatesRounds`.
 
-Trade-off: no subclass and no patched method, so the callback sees only what hooks are given. `attach(trainer)` is
-optional and adds what they are not: metrics to every reporter, and the Trainer's own loss.
+Trade-off: no subclass and no patched method, so the callback sees only what hooks are given. The Trainer itself, whose
+loss is probed and whose reporters get the metrics, is looked up in the frames that call them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from mates_hf.config import MatesConfig
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.display import card
+from mates_hf.engine.reporters import find_trainer, report
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.probe import Probe
 from mates_hf.influence.run_loss import RunLoss
 from mates_hf.records import STATE_KEY
+from mates_hf.reporting.alerts import round_alert, send_alert
 from mates_hf.training import resume
 from mates_hf.training.checkpoints import num_random_states
 from mates_hf.training.checks import check_run, look_ahead_steps, own_memory, resume_caveats
 from mates_hf.training.clock import RowClock
 from mates_hf.training.opening import run_folders
-from mates_hf.training.own_loss import find_trainer, refuse_unknown_loss, run_loss_of
+from mates_hf.training.own_loss import refuse_unknown_loss, run_loss_of
 from mates_hf.training.own_order import check_rows_once, find_sampler, install
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
@@ -83,9 +85,9 @@ class MatesCallback(TrainerCallback):
         return Parts(self.reference, self.config, self.probe, self.influence_model)
 
     def attach(self, trainer: Any) -> MatesCallback:
-        """Optional: let metrics reach every reporter and have the Trainer's own `compute_loss` probed.
+        """Add the callback to a Trainer where it is not there yet, and return it; as `callbacks=[...]` does.
 
-        Adds the callback to the Trainer where it is not there yet, and returns it.
+        Two callbacks of one Trainer, or one of two, are then found before the first step.
         """
         self._trainer = trainer
         if self not in trainer.callback_handler.callbacks:
@@ -149,7 +151,8 @@ class MatesCallback(TrainerCallback):
         if self._session is None:
             return
         session = self._session
-        self._report(state, session.after_step(state.global_step, control.should_save, control.should_evaluate))
+        metrics = session.after_step(state.global_step, control.should_save, control.should_evaluate)
+        self._report(state, session, metrics)
         if control.should_save or session.last_look == state.global_step:
             session.run.processes.meet()  # none trains while another one may still be failing
 
@@ -170,7 +173,7 @@ class MatesCallback(TrainerCallback):
         """Let go of the model, the optimizer and the pool; the dataloader has its own sampler again."""
         if self._session is not None:
             self._session.settle()
-            self._report(state, self._session.new_metrics())
+            self._report(state, self._session, self._session.new_metrics())
         self._let_go()
 
     def _let_go(self) -> None:
@@ -183,14 +186,12 @@ class MatesCallback(TrainerCallback):
             self._restore_sampler()
             self._restore_sampler = None
 
-    def _report(self, state: Any, metrics: dict[str, float]) -> None:
-        """Into every reporter where attached, else into `state.log_history` alone."""
-        if not metrics:
-            return
-        if self._trainer is not None:
-            self._trainer.log(metrics)
-        else:
-            state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
+    def _report(self, state: Any, session: Session, metrics: dict[str, float]) -> None:
+        """Into every reporter; a round that somebody should look at as an alert too."""
+        report(self, self._trainer, state, metrics)
+        order = session.order
+        if "mates/round" in metrics and order is not None and state.is_world_process_zero:
+            send_alert(round_alert(order.info))
 
     def _refuse_unsupported(self, args: Any, dataloader: Any, model: Any) -> None:
         refusal = preference_refusal(self._trainer or find_trainer(self), getattr(dataloader, "collate_fn", None))

@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,28 +95,6 @@ def run_loss_of(trainer: Any) -> RunLoss:
     kind = type(trainer).__name__
     name = f"`{kind}.compute_loss`" if type(trainer).compute_loss is not Trainer.compute_loss else "the Trainer's loss"
     return RunLoss(OwnLoss(trainer), name, reads_all=True)
-
-
-def find_trainer(callback: Any) -> Any:
-    """The Trainer whose loop calls the hook that is running, or None where another loop does.
-
-    Hooks are not given the Trainer. It is looked up in the frames that call them, and only read.
-
-    Args:
-        callback: must be among its callbacks.
-
-    Returns:
-        The Trainer.
-    """
-    from transformers import Trainer
-
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
-            return found
-        frame = frame.f_back
-    return None
 
 
 def refuse_unknown_loss() -> None:

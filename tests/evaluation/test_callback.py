@@ -168,7 +168,8 @@ def test_a_resumed_run_has_the_same_metrics_and_repeats_none(tmp_path, make_call
     assert sorted(evaluations(resumed)) == sorted(evaluations(whole))
 
 
-def test_attach_reaches_reporters_and_adds_it_once(tmp_path, make_callback) -> None:
+@pytest.mark.parametrize("attach", [False, True])
+def test_metrics_reach_reporters_and_attach_adds_it_once(tmp_path, make_callback, attach: bool) -> None:
     seen: list[dict[str, Any]] = []
 
     class Reporter(TrainerCallback):
@@ -180,10 +181,11 @@ def test_attach_reaches_reporters_and_adds_it_once(tmp_path, make_callback) -> N
         model=make_model(double=False),
         args=make_arguments(tmp_path, max_steps=4),
         train_dataset=make_pool(),
-        callbacks=[Reporter()],
+        callbacks=[Reporter()] if attach else [Reporter(), callback],
     )
-    assert callback.attach(trainer) is callback
-    callback.attach(trainer)
+    if attach:
+        assert callback.attach(trainer) is callback
+        callback.attach(trainer)
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
     assert [entry for entry in seen if "lm_eval/mates_sciq_local/accuracy" in entry]

@@ -28,7 +28,7 @@ from transformers import (
 from mates_hf import MatesCallback, load_round
 from mates_hf.data.batches import Reading
 from mates_hf.data.pool import CandidatePool
-from mates_hf.training.own_loss import find_trainer
+from mates_hf.engine.reporters import find_trainer
 from tests.training.kit import LENGTH, VOCAB, make_arguments, make_model, make_pool, make_reference
 from tests.training.settings import NO_FILE, Setup, assert_refused, mates, proves
 

@@ -1,0 +1,52 @@
+"""The Trainer that calls a hook, and its reporters.
+
+Where it is used: `MatesCallback` and `LmEvalCallback` hand their metrics over here. Hooks are not given the Trainer:
+it is looked up in the frames that call them.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+
+
+def find_trainer(callback: Any) -> Any:
+    """The Trainer whose loop calls the hook that is running, or None where another loop does.
+
+    Hooks are not given the Trainer. It is looked up in the frames that call them, and only read.
+
+    Args:
+        callback: must be among its callbacks.
+
+    Returns:
+        The Trainer.
+    """
+    from transformers import Trainer
+
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
+            return found
+        frame = frame.f_back
+    return None
+
+
+def report(callback: Any, trainer: Any, state: Any, metrics: Mapping[str, float]) -> None:
+    """Hand metrics to every reporter of a Trainer; without a Trainer, to `state.log_history` alone.
+
+    Args:
+        callback: whose metrics they are, while one of its hooks runs.
+        trainer: the Trainer that trains; None has it looked up.
+        state: the Trainer's state, as hooks get it.
+        metrics: by name.
+    """
+    if not metrics:
+        return
+    trainer = trainer or find_trainer(callback)
+    if trainer is not None:
+        trainer.log(dict(metrics))
+    else:
+        state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})

@@ -1,0 +1,155 @@
+"""What a run says of itself where people look: reporters, and alerts, with the real trackers, offline."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from mates_hf import MatesCallback
+from mates_hf.reporting.alerts import round_alert, send_alert
+from tests.training.kit import LENGTH, VOCAB, make_arguments, make_reference, run, small_config
+
+REFUSING = {"on_weak_signal": "own_order", "min_spearman": 0.99, "switch_lead_steps": 3}
+
+
+def noise(num_rows: int = 400) -> Dataset:
+    """Rows that a model of this size learns nothing from: no round finds a signal."""
+    rng = np.random.default_rng(0)
+    rows = [[i // 32, i % 32, *rng.integers(32, VOCAB, LENGTH - 2)] for i in range(num_rows)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+@pytest.mark.parametrize(
+    ("info", "title"),
+    [
+        ({"guard": {"decision": "own_order"}}, "MATES round 3 refused: weak signal"),
+        ({"guard": {"decision": "own_order", "failed": "used_up"}}, "MATES round 3 refused: used up"),
+        ({"guard": {"decision": "own_order", "failed": "loss_rose"}}, "MATES round 3 refused: reference loss rose"),
+        ({"guard": {"decision": "keep_previous"}}, "MATES round 3 kept the model before"),
+        ({"guard": {"decision": "select", "reversed": True}}, "MATES round 3: influence reversed"),
+        ({"guard": {"decision": "select"}, "early": {"round": 2}}, "MATES round 3 early: choice used up"),
+        ({"guard": {"decision": "select", "reversed": False}}, None),
+        ({}, None),
+    ],
+)
+def test_what_is_worth_an_alert(info: dict[str, Any], title: str | None) -> None:
+    alert = round_alert({"number": 3, "step": 10, **info})
+    assert (alert and alert.title) == title
+    if alert is not None:
+        assert len(alert.title) < 64  # what W&B takes
+        assert alert.text.startswith("round 3 at step 10")
+
+
+class Tracker(types.ModuleType):
+    """Stands for a tracker's module; `fails` is what its alerts raise."""
+
+    def __init__(self, name: str, fails: Exception | None = None, running: bool = True) -> None:
+        super().__init__(name)
+        self.sent: list[dict[str, Any]] = []
+        self.fails = fails
+        self.run = self if running else None
+        self.AlertLevel = types.SimpleNamespace(WARN="warn")
+        self.context_vars = types.SimpleNamespace(current_run=types.SimpleNamespace(get=lambda: self.run))
+
+    def alert(self, **given: Any) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.sent.append(given)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("state", ["running", "not begun", "failing", "not imported", "a version without alerts"])
+def test_an_alert_reaches_the_tracker_and_harms_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, state: str
+) -> None:
+    for other in ("wandb", "trackio"):
+        monkeypatch.delitem(sys.modules, other, raising=False)
+    tracker = Tracker(name, OSError("no network") if state == "failing" else None, running=state != "not begun")
+    if state == "a version without alerts":
+        tracker.alert = None  # type: ignore[assignment,method-assign]
+    if state != "not imported":
+        monkeypatch.setitem(sys.modules, name, tracker)
+    alert = round_alert({"number": 0, "guard": {"decision": "own_order"}})
+    assert alert is not None
+    send_alert(None)
+    send_alert(alert)
+    assert [sent["title"] for sent in tracker.sent] == [alert.title] * (state == "running")
+    assert ("took no alert" in caplog.text) is (state in ("failing", "a version without alerts"))
+
+
+def test_a_refused_round_alerts_once_and_a_good_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    run(make_arguments(tmp_path / "noise"), [MatesCallback(make_reference(), small_config(**REFUSING))], noise())
+    titles = [sent["title"] for sent in tracker.sent]
+    assert titles
+    assert titles == [f"MATES round {i} refused: weak signal" for i in range(1, len(titles) + 1)]
+    run(make_arguments(tmp_path / "good"), [MatesCallback(make_reference(), small_config(switch_lead_steps=3))])
+    assert len(tracker.sent) == len(titles)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from mates_hf import MatesCallback
+from tests.training.kit import make_arguments, make_reference, run, small_config
+from tests.training.test_trackers import REFUSING, noise
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+settings = {"report_to": [name], "run_name": "tried", "logging_strategy": "no"}
+run(make_arguments(folder, **settings), [MatesCallback(make_reference(), small_config(**REFUSING))], noise())
+"""
+
+
+def tracked(folder: Path, name: str, **variables: str) -> None:
+    """A run with one reporter in a process of its own, which trackers end with."""
+    import os
+
+    environment = {**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT, str(folder), name]
+    done = subprocess.run(
+        command, env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    tracked(tmp_path / "run", "tensorboard", TENSORBOARD_LOGGING_DIR=str(tmp_path / "events"))
+    found = b"".join(file.read_bytes() for file in tmp_path.rglob("events.out.tfevents*"))
+    assert b"train/mates/spearman" in found
+    assert b"train/mates/selected" in found
+
+
+@pytest.mark.slow
+def test_wandb_has_the_metrics_and_the_alert(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    tracked(tmp_path / "run", "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
+    found = b"".join(file.read_bytes() for file in tmp_path.rglob("*.wandb"))
+    assert b"train/mates/spearman" in found
+    assert b"MATES round 1 refused: weak signal" in found
+
+
+@pytest.mark.slow
+def test_trackio_has_the_metrics_and_the_alert(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    tracked(tmp_path / "run", "trackio", TRACKIO_DIR=str(tmp_path / "trackio"))
+    tables: dict[str, str] = {}
+    for file in tmp_path.rglob("*.db"):
+        with sqlite3.connect(file) as database:
+            for (table,) in database.execute("select name from sqlite_master where type = 'table'").fetchall():
+                rows = database.execute(f"select * from {table}").fetchall()
+                tables[table] = tables.get(table, "") + json.dumps([[str(cell) for cell in row] for row in rows])
+    everything = " ".join(tables.values())
+    assert "mates/spearman" in everything
+    assert "MATES round 1 refused: weak signal" in everything
