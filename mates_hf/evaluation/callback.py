@@ -34,9 +34,9 @@ class LmEvalCallback(TrainerCallback):
     """Evaluates the model with lm-eval tasks while it trains, without changing a bit of its training.
 
     Metrics (`lm_eval/<task>/<metric>`) go to every reporter of the Trainer, with what they took: `lm_eval/seconds`,
-    and `lm_eval/tokens` that went through the model. Tasks are built once, before the first step, where all that can be
-    known then is checked. Where `MatesCallback` is in the same Trainer, texts that its reference shares with what is
-    evaluated are warned of, and texts that are too short to be compared are counted.
+    and `lm_eval/tokens` that went through the model. Tasks are built once, before the first step, and checked there.
+    Where `MatesCallback` is in the same Trainer, texts that its reference shares with what is evaluated are warned of,
+    and texts that are too short to be compared are counted.
 
     Args:
         tasks: lm-eval tasks and groups: names (`mates_zero_shot`, or any that lm-eval has), paths of YAML files,
