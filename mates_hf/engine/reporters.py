@@ -37,16 +37,22 @@ def find_trainer(callback: Any) -> Any:
 def report(callback: Any, trainer: Any, state: Any, metrics: Mapping[str, float]) -> None:
     """Hand metrics to every reporter of a Trainer; without a Trainer, to `state.log_history` alone.
 
+    What the Trainer was about to log itself, and what a subclass gathers for that, stays as it is.
+
     Args:
         callback: whose metrics they are, while one of its hooks runs.
         trainer: the Trainer that trains; None has it looked up.
         state: the Trainer's state, as hooks get it.
         metrics: by name.
     """
+    from transformers import Trainer
+
     if not metrics:
         return
     trainer = trainer or find_trainer(callback)
-    if trainer is not None:
-        trainer.log(dict(metrics))
-    else:
+    if trainer is None:
         state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
+        return
+    was_due = trainer.control.should_log
+    Trainer.log(trainer, dict(metrics))  # an override may clear what it has summed up (TRL's trainers do)
+    trainer.control.should_log = was_due  # each log says that the one that is due is done

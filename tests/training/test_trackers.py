@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import Trainer
 
 from mates_hf import MatesCallback
 from mates_hf.reporting.alerts import round_alert, send_alert
 from tests.training.kit import LENGTH, VOCAB, make_arguments, make_reference, run, small_config
+from tests.training.settings import Setup
 
 REFUSING = {"on_weak_signal": "own_order", "min_spearman": 0.99, "switch_lead_steps": 3}
 
@@ -47,6 +49,36 @@ def test_what_is_worth_an_alert(info: dict[str, Any], title: str | None) -> None
     if alert is not None:
         assert len(alert.title) < 64  # what W&B takes
         assert alert.text.startswith("round 3 at step 10")
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_the_trainers_own_log_stays_as_it_is(tmp_path: Path, attach: bool) -> None:
+    """A round reports where the Trainer is about to log: that step's loss, and what a subclass summed up, are there."""
+    setup = Setup(trainer_class=Summing, attach=attach)
+    plain = Setup(trainer_class=Summing).run(tmp_path / "plain", [])
+    ours = setup.run(tmp_path / "ours", [MatesCallback(make_reference(), small_config(random_rounds=99))])
+    rounds = setup.run(tmp_path / "rounds", [MatesCallback(make_reference(), small_config(update_steps=4))])
+
+    def logged(result: Any) -> list[Any]:
+        history = result.trainer.state.log_history
+        return [(entry["step"], entry["num_summed"]) for entry in history if "loss" in entry]
+
+    assert logged(plain) == logged(ours) == logged(rounds) == [(step, 1) for step in range(1, len(logged(plain)) + 1)]
+    assert [entry for entry in rounds.trainer.state.log_history if "mates/round" in entry]
+
+
+class Summing(Trainer):
+    """Logs what it summed up since it logged last, as TRL's trainers do."""
+
+    summed = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.summed += 1
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "num_summed": self.summed}, *args, **kwargs)
+        self.summed = 0
 
 
 class Tracker(types.ModuleType):
