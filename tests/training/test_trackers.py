@@ -53,7 +53,7 @@ def test_what_is_worth_an_alert(info: dict[str, Any], title: str | None) -> None
 
 @pytest.mark.parametrize("attach", [False, True])
 def test_the_trainers_own_log_stays_as_it_is(tmp_path: Path, attach: bool) -> None:
-    """A round reports where the Trainer is about to log: that step's loss, and what a subclass summed up, are there."""
+    """A round reports where the Trainer is about to log: that step keeps its loss, and what was summed up."""
     setup = Setup(trainer_class=Summing, attach=attach)
     plain = Setup(trainer_class=Summing).run(tmp_path / "plain", [])
     ours = setup.run(tmp_path / "ours", [MatesCallback(make_reference(), small_config(random_rounds=99))])
