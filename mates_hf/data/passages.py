@@ -6,6 +6,7 @@ text, the way a model would meet them, so the border is found afterwards and a t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from mates_hf.data.collated import read_row, stack_rows
 from mates_hf.data.rows import IGNORED, TokenRows
 
-LossOn = Literal["all", "completion"]
+LossOn = Literal["all", "completion", "both"]
 
 
 class Passage(NamedTuple):
@@ -27,7 +28,7 @@ class Passage(NamedTuple):
 
 
 def tokenise(passages: Iterable[Passage], tokenizer: Any, loss_on: LossOn) -> TokenRows:
-    """Each passage as the tokenizer sees its whole text; labels where only the completion counts."""
+    """Each passage as the tokenizer sees its whole text; labels where the completion counts more, or alone."""
     if loss_on == "all":
         return TokenRows.from_lists([tokenizer(prompt + completion)["input_ids"] for prompt, completion in passages])
     ids, labels = [], []
@@ -36,6 +37,13 @@ def tokenise(passages: Iterable[Passage], tokenizer: Any, loss_on: LossOn) -> To
         ids.append(row)
         labels.append(np.where(is_target, row, IGNORED).tolist())
     return TokenRows.from_lists(ids, labels)
+
+
+def both_weights(rows: TokenRows) -> npt.NDArray[np.float32]:
+    """(T,) weights with which the targets together count as much as all tokens together."""
+    everything = dataclasses.replace(rows, labels=None).target_mask
+    found = everything / max(everything.sum(), 1) + rows.target_mask / max(rows.target_mask.sum(), 1)
+    return np.asarray(found, np.float32)
 
 
 def _completion_targets(passage: Passage, tokenizer: Any) -> tuple[list[int], npt.NDArray[np.bool_]]:

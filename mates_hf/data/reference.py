@@ -1,7 +1,8 @@
 """The reference task: the passages whose loss says what the model should get better at.
 
 Where it is used: `training/` and the probes read its `rows`; nothing else of it reaches them. The reference loss is
-the mean negative log-likelihood over all its target tokens (nats/token, weighted by token, never a mean of means).
+the mean negative log-likelihood over all its target tokens (nats/token, weighted by token, never a mean of means),
+unless its tokens have weights: `mixture` gives each task its share, and `loss_on="both"` the completion half.
 
 Trade-off: passages are cut to `max_length` from the left, because what is asked for stands at their end; their first
 tokens (and a beginning-of-text token) are lost instead.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +21,11 @@ import numpy.typing as npt
 
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import Candidates
+from mates_hf.data.mixture import mixed
 from mates_hf.data.passages import (
     LossOn,
     Passage,
+    both_weights,
     check_columns,
     check_tokenizer,
     columns_there,
@@ -32,6 +35,7 @@ from mates_hf.data.passages import (
     tokenise,
 )
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.weighted import WeightedRows, Weights, checked_weights, positions
 from mates_hf.display import card
 
 logger = logging.getLogger(__name__)
@@ -45,14 +49,17 @@ class ReferenceTask:
         name: Name of the task in reports and round records.
         rows: The passages; their labels are -100 outside of the targets.
         loss_on: `"all"` where every token of a passage but the first is a target (or every labelled one, where labels
-            were given), `"completion"` where only the completion's are.
+            were given), `"completion"` where only the completion's are, `"both"` where all are and the completion's
+            together count as much as all together.
         description: Plain JSON values: source, columns, sizes, and how many passages were cut or dropped.
         fed: The passages as the run's model is fed them, where that is not as plain rows; `MatesCallback` and probes
             fill it in.
+        weights: (T,) float32 of all tokens, 0 for those that are no target, with a mean of 1 over the targets; None
+            where all count alike. What is given is scaled to that.
         is_evaluated: whether lm-eval evaluates the task on the split that the passages are of, as far as is known.
 
     Raises:
-        ValueError: no passage has a target token.
+        ValueError: no passage has a target token, or weights that are none.
     """
 
     name: str
@@ -60,6 +67,7 @@ class ReferenceTask:
     loss_on: LossOn = "all"
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fed: Candidates | None = dataclasses.field(default=None, repr=False, compare=False)
+    weights: Weights | None = dataclasses.field(default=None, repr=False, compare=False)
     is_evaluated: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +78,9 @@ class ReferenceTask:
                 f"The reference task `{self.name}` must have target tokens, got {len(self)} passages with none. A "
                 "passage needs two tokens, and a label other than -100 after the first."
             )
+        if self.weights is not None:
+            weights = checked_weights(self.weights, len(self.rows.values), self.rows.target_mask, self.name)
+            object.__setattr__(self, "weights", weights)
         sizes = {
             "name": self.name,
             "loss_on": self.loss_on,
@@ -88,8 +99,9 @@ class ReferenceTask:
 
     @property
     def measured(self) -> Candidates:
-        """What a probe reads: the passages as the model is fed them."""
-        return self.rows if self.fed is None else self.fed
+        """What a probe reads: the passages as the model is fed them, with the weights of their targets."""
+        rows = self.rows if self.fed is None else self.fed
+        return rows if self.weights is None else WeightedRows(rows, self.weights[self.rows.target_mask])
 
     @property
     def num_targets(self) -> int:
@@ -97,10 +109,12 @@ class ReferenceTask:
         return int(self.rows.num_targets.sum())
 
     def digest(self) -> str:
-        """SHA-256 of the passages' tokens and targets, in their order."""
+        """SHA-256 of the passages' tokens and targets, and of their weights, in their order."""
         digest = hashlib.sha256()
         for part in (self.rows.offsets, self.rows.values, effective_labels(self.rows)):
             digest.update(np.ascontiguousarray(part, "<i8").tobytes())
+        if self.weights is not None:
+            digest.update(np.ascontiguousarray(self.weights, "<f4").tobytes())
         return digest.hexdigest()
 
     def fit_to_model(self, vocab_size: int | None, max_positions: int | None) -> ReferenceTask:
@@ -125,8 +139,8 @@ class ReferenceTask:
             )
         if max_positions is None:
             return self
-        cut = _build(self.name, self.rows, self.loss_on, self.description, max_positions, "the model's context")
-        return dataclasses.replace(cut, is_evaluated=self.is_evaluated)
+        given = (self.name, self.rows, self.loss_on, self.description, max_positions, "the model's context")
+        return dataclasses.replace(_build(*given, self.weights), is_evaluated=self.is_evaluated)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ReferenceTask, ReferenceTask]:
         """Two disjoint tasks that together hold every passage, drawn by `seed`.
@@ -159,7 +173,33 @@ class ReferenceTask:
 
     def _take(self, passages: npt.NDArray[Any]) -> ReferenceTask:
         fed = None if self.fed is None else self.fed.take(passages)
-        return dataclasses.replace(self, rows=self.rows.take(passages), fed=fed)
+        weights = self.weights
+        if weights is not None:
+            weights = weights[positions(self.rows.offsets[passages], self.rows.lengths[passages])]
+        return dataclasses.replace(self, rows=self.rows.take(passages), fed=fed, weights=weights)
+
+    @classmethod
+    def mixture(
+        cls, tasks: Sequence[ReferenceTask], weights: Sequence[float] | None = None, *, name: str | None = None
+    ) -> ReferenceTask:
+        """One task of several: its loss is the weighted mean of theirs, however long their passages are.
+
+        Args:
+            tasks: Two or more, tokenised alike.
+            weights: Share of each task, at least 0; None gives them all the same.
+            name: Name of the task in reports; the default joins theirs.
+
+        Returns:
+            The passages of all tasks, one task after the other. `loss_on` is theirs where they agree, else `"all"`.
+
+        Raises:
+            ValueError: fewer than two tasks, or not one weight for each, or weights that are none.
+            TypeError: something else than reference tasks.
+        """
+        for task in tasks:
+            if not isinstance(task, ReferenceTask):
+                raise TypeError(f"`tasks` must be reference tasks, got {type(task).__name__}.")
+        return cls(**mixed(tasks, weights, name))
 
     @classmethod
     def from_dataset(
@@ -190,7 +230,8 @@ class ReferenceTask:
             labels_column: Column of labels, given with `input_ids_column`: ids where a token is a target, -100
                 elsewhere.
             loss_on: `"all"` makes every token but the first a target (with `labels_column`, every labelled one);
-                `"completion"` only the completion's, counting a token that spans the border.
+                `"completion"` only the completion's, counting a token that spans the border; `"both"` counts every
+                token, and the completion's (with `labels_column`, the labelled ones) together as much as all.
             max_length: Largest number of tokens of a passage; longer ones are cut from the left, with one warning.
             limit: Number of first rows to take; None takes all.
             name: Name of the task in reports; the default says which columns it is made of.
@@ -219,9 +260,9 @@ class ReferenceTask:
                 f"`labels_column` where not every token counts) must be given, got {given or 'none'}."
                 f"{columns_there(dataset)}"
             )
-        if loss_on == "completion" and (text_column or (input_ids_column and not labels_column)):
+        if loss_on != "all" and (text_column or (input_ids_column and not labels_column)):
             raise ValueError(
-                '`loss_on="completion"` must come with a completion to tell apart, got '
+                f'`loss_on="{loss_on}"` must come with a completion to tell apart, got '
                 f"{given}. Give `prompt_column` and `completion_column`, or `labels_column`."
             )
         rows = list(first_rows(dataset, limit))
@@ -254,7 +295,8 @@ class ReferenceTask:
             tokenizer: The model's tokenizer.
             limit: Number of first documents to take; None takes all.
             max_length: Largest number of tokens of a passage; longer ones are cut from the left, with one warning.
-            loss_on: `"all"` counts every token but the first, `"completion"` the gold target's only.
+            loss_on: `"all"` counts every token but the first, `"completion"` the gold target's only, `"both"` every
+                token, and the gold targets together as much as all.
             metadata: Metadata that lm-eval's `TaskManager` gets, as from its `--metadata`.
             split: None takes a split that the task is not evaluated on, or warns that there is none.
 
@@ -276,9 +318,18 @@ class ReferenceTask:
 
 
 def _build(
-    name: str, rows: TokenRows, loss_on: LossOn, description: Mapping[str, Any], max_length: int, what: str
+    name: str,
+    rows: TokenRows,
+    loss_on: LossOn,
+    description: Mapping[str, Any],
+    max_length: int,
+    what: str,
+    weights: Weights | None = None,
 ) -> ReferenceTask:
-    """A task of the passages cut to their last `max_length` tokens, without those that have no target; one warning."""
+    """A task of the passages cut to their last `max_length` tokens, without those that have no target; one warning.
+
+    Rows of a task on `"both"` come with labels on the completions, or with weights that were made of these.
+    """
     if max_length < 2:
         raise ValueError(f"{what} must be at least 2 tokens, got {max_length}: a passage's first token is no target.")
     lengths = rows.lengths
@@ -286,6 +337,7 @@ def _build(
     if num_cut:
         # Position of each token counted from its passage's end, so that the last `max_length` stay.
         kept = np.repeat(rows.offsets[1:], lengths) - np.arange(len(rows.values)) <= max_length
+        weights = None if weights is None else weights[kept]
         rows = TokenRows(
             values=rows.values[kept],
             offsets=np.concatenate([[0], np.cumsum(np.minimum(lengths, max_length))]).astype(np.int64),
@@ -308,8 +360,12 @@ def _build(
         "num_cut": description.get("num_cut", 0) + num_cut,
         "num_dropped": description.get("num_dropped", 0) + num_dropped,
     }
-    rows = rows.take(with_target) if num_dropped else rows
-    return ReferenceTask(name=name, rows=rows, loss_on=loss_on, description={**description, **counts})
+    if num_dropped:
+        weights = None if weights is None else weights[np.repeat(with_target, rows.lengths)]
+        rows = rows.take(with_target)
+    if loss_on == "both" and weights is None:
+        weights, rows = both_weights(rows), dataclasses.replace(rows, labels=None)
+    return ReferenceTask(name=name, rows=rows, loss_on=loss_on, description={**description, **counts}, weights=weights)
 
 
 def _check_parts(name: Any, rows: Any, description: Any) -> None:
@@ -328,5 +384,5 @@ def _check_parts(name: Any, rows: Any, description: Any) -> None:
 
 
 def _check_loss_on(loss_on: str) -> None:
-    if loss_on not in ("all", "completion"):
-        raise ValueError(f"`loss_on` must be 'all' or 'completion', got {loss_on!r}.")
+    if loss_on not in ("all", "completion", "both"):
+        raise ValueError(f"`loss_on` must be 'all', 'completion' or 'both', got {loss_on!r}.")

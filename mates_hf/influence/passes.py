@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from mates_hf.data.batches import Candidates, ModelBatch
 from mates_hf.data.batches import LossFunction as LossFunction
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.weighted import WeightedRows, plain
 from mates_hf.engine.model_traits import (
     accepts,
     input_device,
@@ -237,8 +238,8 @@ def run_batches(
         ProbeMemoryError: One row alone does not fit into memory, or memory ran out where weights are sharded.
         ProcessError: Another process failed.
     """
-    if isinstance(rows, TokenRows):  # all at once; other rows as they are collated
-        require_known_tokens(model, rows.values)
+    if isinstance(tokens := plain(rows), TokenRows):  # all at once; other rows as they are collated
+        require_known_tokens(model, tokens.values)
     limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
     # A run's own loss may wait for the other processes as well (to add up its metrics, say).
     together = processes.size > 1 and (one_row or is_sharded(model))
@@ -312,11 +313,14 @@ def batch_losses(
         loss: The run's own loss of one row, or None for the likelihood.
 
     Returns:
-        (T,) nats, with a graph where gradients are on.
+        (T,) nats, times their weights where tokens have some; with a graph where gradients are on.
 
     Raises:
         TypeError: `loss` returned no scalar.
     """
+    if isinstance(rows, WeightedRows):
+        losses = batch_losses(model, rows.rows, index, loss)
+        return losses * torch.from_numpy(rows.weights_of(index)).to(losses)
     batch = rows.batch(index, input_device(model))
     ids = batch.inputs.get("input_ids")
     if not isinstance(rows, TokenRows) and ids is not None and not batch.inputs.keys() - _TEXT_INPUTS:
@@ -327,8 +331,9 @@ def batch_losses(
             raise TypeError(f"`loss` must return a scalar tensor, got {value!r}.")
         value = value.to(torch.promote_types(value.dtype, torch.float32)).reshape(1)
         return value.expand(int(rows.num_targets[index[0]]))
-    plain = isinstance(rows, TokenRows)  # padded by us, on the right
-    return likelihood(model, batch._replace(inputs=without_needless_mask(model, batch.inputs)) if plain else batch)
+    if isinstance(rows, TokenRows):  # padded by us, on the right
+        batch = batch._replace(inputs=without_needless_mask(model, batch.inputs))
+    return likelihood(model, batch)
 
 
 def likelihood(model: nn.Module, batch: ModelBatch) -> Tensor:

@@ -22,6 +22,7 @@ from mates_hf.data.feeds import CollatedRows, StackedColumns, TextRows
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.weighted import plain
 from mates_hf.engine.model_traits import input_device, is_low_precision
 from mates_hf.engine.preserve import undisturbed
 from mates_hf.errors import UnsupportedSettingError
@@ -50,7 +51,10 @@ def fed_reference(
     """
     if reading.has_shift_labels:  # which passages have not
         reading = dataclasses.replace(reading, likelihood="shifted")
-    fed = dataclasses.replace(reference, fed=_rows(reference, reading, None if pool is None else pool.collate_fn))
+    rows = _rows(reference, reading, None if pool is None else pool.collate_fn)
+    if rows is not None and reference.weights is not None:
+        _require_same_targets(reference, rows)
+    fed = dataclasses.replace(reference, fed=rows)
     with undisturbed(model), torch.no_grad():
         model.eval()
         _compare(model, fed, reading)
@@ -78,6 +82,15 @@ def _rows(reference: ReferenceTask, reading: Reading, collate_fn: Any) -> Candid
         )
     texts = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in _each(reference.rows)]
     return _collated(reference, texts, reading, collate_fn)
+
+
+def _require_same_targets(reference: ReferenceTask, rows: Candidates) -> None:
+    if not np.array_equal(rows.num_targets, reference.rows.num_targets):
+        raise UnsupportedSettingError(
+            f"The weights of the reference task `{reference.name}` must be of the tokens that the run's collator "
+            f"trains of its passages, got {reference.num_targets} weighted tokens for {int(rows.num_targets.sum())} "
+            'trained ones. Give a task without weights: `loss_on="completion"`, and no `ReferenceTask.mixture`.'
+        )
 
 
 def _pairs(reference: ReferenceTask) -> list[dict[str, list[int]]]:
@@ -131,7 +144,7 @@ def _each(rows: TokenRows) -> list[npt.NDArray[Any]]:
 
 def _compare(model: nn.Module, reference: ReferenceTask, reading: Reading) -> None:
     """Run a passage alone and a few together, and hold what is read against the model's own loss of them."""
-    rows, device = reference.measured, input_device(model)
+    rows, device = plain(reference.measured), input_device(model)
     trained = np.flatnonzero(rows.num_targets)
     few = trained[np.argsort(rows.lengths[trained], kind="stable")][[0, len(trained) // 4, len(trained) // 2]]
     few = np.unique(few)

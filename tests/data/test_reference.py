@@ -257,7 +257,7 @@ def test_wrong_arguments_name_what_there_is(tokenizer):
     build("Exactly one of", prompt_column="context")
     build("Exactly one of", text_column="context", labels_column="target")
     build("completion to tell apart", text_column="context", loss_on="completion")
-    build("`loss_on` must be 'all' or 'completion'", text_column="context", loss_on="last")
+    build("`loss_on` must be 'all', 'completion' or 'both'", text_column="context", loss_on="last")
     build("`tokenizer` must be", tok=None, text_column="context")
     build("must hold texts, got int in row 0", data=[{"t": 3}], text_column="t")
     build("whole number a token", data=[{"t": "a b"}], input_ids_column="t")

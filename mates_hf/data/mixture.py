@@ -1,0 +1,66 @@
+"""One reference task of several, each with its share of the loss.
+
+Where it is used: `ReferenceTask.mixture`. Trade-off: a share is of the loss and not of the passages, so a task of few
+or short passages counts as it was asked to, and is the noisier for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mates_hf.data.arrow import effective_labels
+from mates_hf.data.rows import TokenRows
+
+if TYPE_CHECKING:
+    from mates_hf.data.reference import ReferenceTask
+
+
+def mixed(tasks: Sequence[ReferenceTask], weights: Sequence[float] | None, name: str | None) -> dict[str, Any]:
+    """The arguments of a task that is made of others.
+
+    Args:
+        tasks: two or more, tokenised alike.
+        weights: share of each task in the loss; None gives them all the same.
+        name: of the mixture; None joins theirs.
+
+    Returns:
+        Arguments of `ReferenceTask`, with passages of all tasks, one task after the other.
+
+    Raises:
+        ValueError: fewer than two tasks, not one weight for each, or a weight that is none.
+    """
+    shares = [1.0] * len(tasks) if weights is None else [float(weight) for weight in weights]
+    if len(tasks) < 2 or len(shares) != len(tasks):
+        raise ValueError(
+            f"A mixture must have two tasks or more and one weight for each, got {len(tasks)} tasks and "
+            f"{len(shares)} weights."
+        )
+    if not (np.isfinite(shares).all() and min(shares) >= 0 and max(shares) > 0):
+        raise ValueError(f"`weights` must be finite and at least 0, and one of them above 0, got {shares}.")
+    every = [np.ones(len(task.rows.values)) if task.weights is None else task.weights for task in tasks]
+    kinds = {task.loss_on for task in tasks}
+    parts = [{**task.description, "weight": share} for task, share in zip(tasks, shares, strict=True)]
+    return {
+        "name": name or "+".join(task.name for task in tasks),
+        "rows": _joined([task.rows for task in tasks]),
+        "loss_on": kinds.pop() if len(kinds) == 1 else "all",
+        "description": {"source": "mixture", "parts": parts},
+        "weights": np.concatenate(
+            [share * own / task.num_targets for share, own, task in zip(shares, every, tasks, strict=True)]
+        ),
+        "is_evaluated": any(task.is_evaluated for task in tasks),
+    }
+
+
+def _joined(parts: Sequence[TokenRows]) -> TokenRows:
+    """Rows of all parts, one after the other."""
+    lengths = np.concatenate([rows.lengths for rows in parts])
+    plain = all(rows.labels is None for rows in parts)
+    return TokenRows(
+        values=np.concatenate([rows.values for rows in parts]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels=None if plain else np.concatenate([effective_labels(rows) for rows in parts]),
+    )
