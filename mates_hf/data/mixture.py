@@ -7,24 +7,21 @@ or short passages counts as it was asked to, and is the noisier for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.rows import TokenRows
 
-if TYPE_CHECKING:
-    from mates_hf.data.reference import ReferenceTask
 
-
-def mixed(tasks: Sequence[ReferenceTask], weights: Sequence[float] | None, name: str | None) -> dict[str, Any]:
+def mixed(tasks: Sequence[Any], weights: Sequence[float] | None, name: str | None) -> dict[str, Any]:
     """The arguments of a task that is made of others.
 
     Args:
-        tasks: two or more, tokenised alike.
+        tasks: two reference tasks or more, tokenised alike.
         weights: share of each task in the loss; None gives them all the same.
-        name: of the mixture; None joins theirs.
+        name: what the mixture is called; None joins their names.
 
     Returns:
         Arguments of `ReferenceTask`, with passages of all tasks, one task after the other.

@@ -88,7 +88,7 @@ def checked_weights(weights: Any, num_tokens: int, is_target: npt.NDArray[np.boo
         weights: (T,) finite and at least 0; above 0 for some target.
         num_tokens: T.
         is_target: (T,) whether the token counts.
-        name: of the task, for messages.
+        name: what messages call the task.
 
     Returns:
         (T,) float32, 0 for what is no target.
