@@ -104,6 +104,11 @@ class ReferenceTask:
         return rows if self.weights is None else WeightedRows(rows, self.weights[self.rows.target_mask])
 
     @property
+    def weighted_rows(self) -> TokenRows | WeightedRows:
+        """The passages as text, with the weights of their targets where they have some."""
+        return self.rows if self.weights is None else WeightedRows(self.rows, self.weights[self.rows.target_mask])
+
+    @property
     def num_targets(self) -> int:
         """Target tokens over all passages: what the reference loss is a mean over."""
         return int(self.rows.num_targets.sum())

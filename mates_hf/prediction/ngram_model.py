@@ -28,7 +28,7 @@ from mates_hf.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
 from mates_hf.prediction import judge
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, calibration
-from mates_hf.prediction.ngram.evidence import log_odds, weighted_evidence
+from mates_hf.prediction.ngram.evidence import Passages, log_odds, weighted_evidence
 from mates_hf.prediction.ngram.explain import strongest_ngrams
 from mates_hf.prediction.ngram.tables import Statistics, Tables
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels
@@ -224,7 +224,7 @@ class NgramInfluenceModel:
         )  # fmt: skip
         return self
 
-    def count_evidence(self, reference: TokenRows, background: TokenRows) -> tuple[Tables, Tables]:
+    def count_evidence(self, reference: Passages, background: TokenRows) -> tuple[Tables, Tables]:
         """Log-odds of n-grams, the reference task against rows of the pool: what `fit` takes as `evidence`."""
         return log_odds(reference, background, self.num_buckets)
 

@@ -43,5 +43,5 @@ def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
         num_rows = min(wanted, MOST_ROWS, len(run.pool))
         rng = np.random.default_rng(stage_seed(run.config.selection_seed, 0, "evidence"))
         drawn = np.sort(rng.choice(len(run.pool), num_rows, replace=False, shuffle=False))
-        run.evidence = model.count_evidence(run.reference.rows, run.pool.token_rows(drawn))
+        run.evidence = model.count_evidence(run.reference.weighted_rows, run.pool.token_rows(drawn))
     return {"evidence": run.evidence}

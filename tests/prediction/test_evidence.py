@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.weighted import WeightedRows
 from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.prediction.ngram.evidence import BIGRAM_PRIOR, UNIGRAM_PRIOR, log_odds, weighted_evidence
 from mates_hf.prediction.ngram.kernels import hash_bigrams
@@ -20,6 +21,15 @@ BACKGROUND = make_rows(400, seed=5)
 @pytest.fixture(scope="module")
 def evidence() -> tuple[Tables, Tables]:
     return log_odds(REFERENCE, BACKGROUND, BUCKETS)
+
+
+def test_a_token_of_weight_two_counts_as_two() -> None:
+    twice = REFERENCE.take(np.concatenate([np.arange(20), np.arange(5)]))
+    weights = np.repeat(np.where(np.arange(20) < 5, 2.0, 1.0), REFERENCE.num_targets).astype(np.float32)
+    weighted = log_odds(WeightedRows(REFERENCE, weights), BACKGROUND, BUCKETS)
+    for found, wanted in zip(weighted, log_odds(twice, BACKGROUND, BUCKETS), strict=True):
+        assert np.allclose(found.token, wanted.token)
+        assert np.allclose(found.bigram, wanted.bigram)
 
 
 def test_a_row_scores_the_difference_of_two_cross_entropies() -> None:

@@ -19,18 +19,21 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.weighted import WeightedRows
 from mates_hf.prediction.ngram import kernels
 from mates_hf.prediction.ngram.tables import FloatVector, Tables, join_keys, split_keys
+
+Passages = TokenRows | WeightedRows
 
 UNIGRAM_PRIOR = 100.0  # pool tokens that the reference's unigrams are given beforehand
 BIGRAM_PRIOR = 20.0  # tokens that a bigram model backs off with
 
 
-def log_odds(reference: TokenRows, background: TokenRows, num_buckets: int) -> tuple[Tables, Tables]:
+def log_odds(reference: Passages, background: TokenRows, num_buckets: int) -> tuple[Tables, Tables]:
     """Log-odds of n-grams, the reference task against the pool, in nats.
 
     Args:
-        reference: The passages.
+        reference: The passages; a token of weight 2 counts as two.
         background: Rows drawn from the pool at random.
         num_buckets: Hash buckets of the bigram table, a power of two.
 
@@ -38,11 +41,17 @@ def log_odds(reference: TokenRows, background: TokenRows, num_buckets: int) -> t
         Two tables, whose effects add up: the log-odds of each token alone, and what the token before it adds to them.
         Above 0 is likelier in the reference. Tokens of neither have none.
     """
+    weights = [reference.weights if isinstance(reference, WeightedRows) else None, None]
+    reference = reference.rows if isinstance(reference, WeightedRows) else reference
+    assert isinstance(reference, TokenRows)
     size = int(max(reference.values.max(initial=0), background.values.max(initial=0))) + 1
     keys = [_keys(rows) for rows in (reference, background)]
     distinct = np.unique(np.concatenate(keys))
     previous, token = split_keys(distinct)
-    counts = [np.bincount(np.searchsorted(distinct, part), minlength=len(distinct)).astype(float) for part in keys]
+    counts = [
+        np.bincount(np.searchsorted(distinct, part), weights=weight, minlength=len(distinct)).astype(float)
+        for part, weight in zip(keys, weights, strict=True)
+    ]
     tokens = [np.bincount(token, weights=part, minlength=size) for part in counts]
     before = [np.bincount(previous, weights=part, minlength=size) for part in counts]
     usual = (tokens[1] + 1) / (tokens[1].sum() + size)
