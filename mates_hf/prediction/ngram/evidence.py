@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from mates_hf.data.rows import TokenRows
-from mates_hf.data.weighted import WeightedRows
+from mates_hf.data.weighted import WeightedRows, plain
 from mates_hf.prediction.ngram import kernels
 from mates_hf.prediction.ngram.tables import FloatVector, Tables, join_keys, split_keys
 
@@ -42,10 +42,10 @@ def log_odds(reference: Passages, background: TokenRows, num_buckets: int) -> tu
         Above 0 is likelier in the reference. Tokens of neither have none.
     """
     weights = [reference.weights if isinstance(reference, WeightedRows) else None, None]
-    reference = reference.rows if isinstance(reference, WeightedRows) else reference
-    assert isinstance(reference, TokenRows)
-    size = int(max(reference.values.max(initial=0), background.values.max(initial=0))) + 1
-    keys = [_keys(rows) for rows in (reference, background)]
+    passages = plain(reference)
+    assert isinstance(passages, TokenRows)
+    size = int(max(passages.values.max(initial=0), background.values.max(initial=0))) + 1
+    keys = [_keys(rows) for rows in (passages, background)]
     distinct = np.unique(np.concatenate(keys))
     previous, token = split_keys(distinct)
     counts = [
