@@ -166,7 +166,7 @@ class ReferenceTask:
             raise ValueError(f"A reference task must have 2 passages to be split, `{self.name}` has {len(self)}.")
         num = min(max(round(fraction * len(self)), 1), len(self) - 1)
         order = np.random.default_rng(seed).permutation(len(self))
-        return self._take(np.sort(order[:num])), self._take(np.sort(order[num:]))
+        return self.take(np.sort(order[:num])), self.take(np.sort(order[num:]))
 
     def subset(self, num: int, seed: int = 0) -> ReferenceTask:
         """`num` passages drawn by `seed`, in their order; the task itself where it has no more than that."""
@@ -174,9 +174,11 @@ class ReferenceTask:
             raise ValueError(f"`num` must be at least 1 passage, got {num}.")
         if num >= len(self):
             return self
-        return self._take(np.sort(np.random.default_rng(seed).permutation(len(self))[:num]))
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:num]))
 
-    def _take(self, passages: npt.NDArray[Any]) -> ReferenceTask:
+    def take(self, index: npt.NDArray[Any]) -> ReferenceTask:
+        """Some passages: `index` is (M,) int numbers or an (N,) bool mask; order and repeats are kept."""
+        passages = np.flatnonzero(index) if index.dtype == bool else np.asarray(index, np.int64)
         fed = None if self.fed is None else self.fed.take(passages)
         weights = self.weights
         if weights is not None:

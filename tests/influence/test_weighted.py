@@ -131,6 +131,8 @@ def test_parts_of_a_weighted_task(live: Any) -> None:
         again = rows.take(np.arange(len(part))[::-1]).take(np.arange(len(part)) < 2)
         assert len(again.weights) == again.num_targets.sum()
         assert again.weights.tolist() == rows.weights_of(np.array([len(part) - 1, len(part) - 2])).tolist()
+    mask = np.arange(len(mixed)) % 2 == 0
+    assert mixed.take(mask).digest() == mixed.take(np.flatnonzero(mask)).digest()
     assert mixed.digest() != dataclasses.replace(mixed, weights=None).digest()
     assert mixed.digest() != ReferenceTask.mixture([task(chain_rows(5, 0, 1)), pairs("both")], [1, 3]).digest()
 

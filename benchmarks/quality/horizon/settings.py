@@ -33,6 +33,7 @@ from benchmarks.lab.corpus import (
 from benchmarks.lab.machine import written_once
 from benchmarks.lab.statistics import Ids
 from mates_hf.data.overlap import find_overlap
+from mates_hf.data.passages import LossOn
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 
@@ -120,34 +121,29 @@ def _documents(data: Path, num: int | None) -> list[dict[str, Any]]:
     return [documents[i] for i in np.random.default_rng(7).permutation(len(documents))]
 
 
-def _passages_of(data: Path, task: str, split: str, tokenizer: Any) -> dict[str, ReferenceTask]:
+def _passages_of(
+    data: Path, task: str, split: str, tokenizer: Any, losses: Sequence[LossOn] = LOSSES
+) -> dict[LossOn, ReferenceTask]:
     """Passages of a task of `eval/`, by `loss_on`."""
-    if task == "lambada":
-        train, test = lambada(data / "eval" / task)
-        return as_tasks(train if split == "train" else test, tokenizer, task)
     # The harness calls what is evaluated `test`, whatever the file's name is.
     settings: dict[str, Any] = {"max_length": ROW_TOKENS, "split": split, "metadata": {"data_dir": str(data / "eval")}}
     return {
         loss_on: ReferenceTask.from_lm_eval(f"mates_{task}_local", tokenizer, loss_on=loss_on, **settings)
-        for loss_on in LOSSES
+        for loss_on in losses
     }
+
+
+def _reference_of(data: Path, task: str, num: int, tokenizer: Any) -> ReferenceTask:
+    """What influence is measured on: of questions the answers count as much as everything."""
+    if task == "lambada":
+        return as_tasks(lambada(data / "eval" / task)[0], tokenizer, task)["all"].subset(num, seed=0)
+    return _passages_of(data, task, "train", tokenizer, ["both"])["both"].subset(num, seed=0)
 
 
 def _beginnings(name: str, texts: list[str], tokenizer: Any) -> ReferenceTask:
     """The first tokens of documents as passages."""
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ReferenceTask(name=name, rows=TokenRows.from_lists([row[:ROW_TOKENS] for row in ids]), loss_on="all")
-
-
-def _joined(tasks: Sequence[ReferenceTask], name: str) -> ReferenceTask:
-    """One task of the passages of several."""
-    rows = [task.rows.row(i) for task in tasks for i in range(len(task))]
-    joined = TokenRows.from_lists([ids for ids, _ in rows], [labels for _, labels in rows])
-    return ReferenceTask(name=name, rows=joined, loss_on="all")
-
-
-def _taken(task: ReferenceTask, passages: Ids) -> ReferenceTask:
-    return dataclasses.replace(task, rows=task.rows.take(passages))
 
 
 @functools.lru_cache(maxsize=1)
@@ -173,18 +169,20 @@ def open_lab(data: Path, cache: Path, name: str, num_documents: int | None = Non
             aside = np.flatnonzero(domain_of == names.index(part))[: setting.passages + 2 * judged].tolist()
             closed += aside
             whole = _beginnings(part, [texts[i] for i in aside], tokenizer)
-            reference.append(_taken(whole, np.arange(setting.passages)).subset(setting.passages, seed=0))
-            read = {"all": _taken(whole, np.arange(setting.passages, len(whole)))}
+            reference.append(whole.take(np.arange(setting.passages)))
+            read = {"all": whole.take(np.arange(setting.passages, len(whole)))}
         else:
             if part in setting.parts:
-                train = _passages_of(data, part, "train", tokenizer)["all"]
-                reference.append(train.subset(setting.passages, seed=0))
-            read = _passages_of(data, part, "test", tokenizer)
+                reference.append(_reference_of(data, part, setting.passages, tokenizer))
+            if part == "lambada":
+                read = as_tasks(lambada(data / "eval" / part)[1], tokenizer, part)
+            else:
+                read = _passages_of(data, part, "test", tokenizer)
         num = len(read["all"])
         order, size = np.random.default_rng(11).permutation(num), min(judged, num // 2)
         for half, passages in (("development", order[:size]), ("test", order[size : 2 * size])):
-            halves[half][part] = {loss_on: _taken(task, np.sort(passages)) for loss_on, task in read.items()}
-    joined = _joined(reference, name)
+            halves[half][part] = {loss_on: task.take(np.sort(passages)) for loss_on, task in read.items()}
+    joined = ReferenceTask.mixture(reference, name=name) if len(reference) > 1 else reference[0]
     document, values = _rows(texts, tokenizer, cache / f"rows-{len(texts)}.npz")
     told = [joined, *(tasks["all"] for half in halves.values() for tasks in half.values())]
     shared = _shared(texts, tokenizer, told, cache / f"shared-{name}-{len(texts)}.npy")

@@ -287,14 +287,15 @@ class Run:
         """The reference passages of a round, and pool text that should not be unlearned."""
         task, arm = self.lab.reference["all"], self.arm
         if arm.apart:
-            task = dataclasses.replace(task, rows=task.rows.take(np.arange(1, len(task), 2)))
+            task = task.take(np.arange(1, len(task), 2))
         task = task.subset(num, seed=self.number)
         if not arm.keep:
             return task
         rows = np.setdiff1d(self.reserved[-4_000:], self.probes)
         kept = np.random.default_rng([self.unit.seed, 7, self.number]).permutation(rows)
         kept = kept[: round(arm.keep * len(task.rows.values) / ROW_TOKENS)]
-        return dataclasses.replace(task, rows=together(task.rows, self.lab.rows.take(kept)))
+        text = ReferenceTask(name="pool", rows=self.lab.rows.take(kept))
+        return ReferenceTask.mixture([task, text], [1, arm.keep])
 
     def _probe(self, passages: int) -> DirectionalProbe | OneStepProbe:
         """The probe of a round that reads so many passages; pool text among them makes no path longer."""
@@ -306,7 +307,7 @@ class Run:
     @functools.cached_property
     def _log_odds(self) -> tuple[Tables, Tables]:
         """Log-odds of n-grams, reference against pool."""
-        return log_odds(self.lab.reference["all"].rows, self.lab.rows.take(self.reserved[-8_000:]), 2**20)
+        return log_odds(self.lab.reference["all"].weighted_rows, self.lab.rows.take(self.reserved[-8_000:]), 2**20)
 
     def _gap(self, labels: InfluenceLabels) -> float:
         """What rows of the kind that was bought are worth now, minus the rest, in standard deviations of labels."""
