@@ -34,12 +34,13 @@ class MatesConfig:
         default=1_000, metadata={"help": "Optimizer steps between two rounds; a round selects the rows of that many."}
     )
     first_round_steps: int | None = field(
-        default=None,
+        default=50,
         metadata={
-            "help": "Optimizer steps of the first round that selects, where rounds are to find their length. A round "
-            "is twice as long as the last one, up to `update_steps`, while fresh labels still prefer the kind of rows "
+            "help": "Optimizer steps of the first round that selects; rounds find their length from there. A round is "
+            "twice as long as the last one, up to `update_steps`, while fresh labels still prefer the kind of rows "
             "that was chosen last. Where they do not, it is half as long and in the Trainer's own order. None: every "
-            "round has `update_steps`."
+            "round has `update_steps`; so it is where those are no more, or `selection_ratio` is 1. A round is never "
+            "shorter than `switch_lead_steps` or `average_steps`."
         },
     )
     selection_ratio: float = field(
@@ -62,7 +63,7 @@ class MatesConfig:
         },
     )
     random_share: float = field(
-        default=0.0,
+        default=0.3,
         metadata={
             "help": "Share of a round's rows that is drawn at random from the rest of its candidates, in [0, 1). It "
             "keeps most of the gain on the reference task and most of what the run would otherwise unlearn."
@@ -122,8 +123,8 @@ class MatesConfig:
         default=None,
         metadata={
             "help": "Optimizer steps after a round's boundary at which its selection takes effect; covers what the "
-            "dataloader has already fetched. None: min(32, max(1, steps // 4)), where steps is `first_round_steps` "
-            "or, without it, `update_steps`."
+            "dataloader has already fetched. None: 32, or half of `first_round_steps` if that is less; where rounds "
+            "have one length, a quarter of `update_steps` if that is less."
         },
     )
     average_steps: int | None = field(
@@ -190,18 +191,11 @@ class MatesConfig:
 
         require(whole("update_steps", 1), "update_steps", "a whole number of at least 1")
         require(
-            self.first_round_steps is None
-            or (whole("first_round_steps", 1) and self.first_round_steps <= self.update_steps),
+            self.first_round_steps is None or whole("first_round_steps", 1),
             "first_round_steps",
-            f"None or a whole number from 1 to `update_steps` ({self.update_steps})",
+            "None or a whole number of at least 1",
         )
         require(number("selection_ratio") and 0 < self.selection_ratio <= 1, "selection_ratio", "in (0, 1]")
-        require(
-            self.first_round_steps is None or self.selection_ratio < 1,
-            "selection_ratio",
-            f"below 1 with `first_round_steps` ({self.first_round_steps}): a round that takes every candidate leaves "
-            "none to compare with",
-        )
         require(whole("max_passes", 1), "max_passes", "a whole number of at least 1")
         require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
         require(number("random_share") and 0 <= self.random_share < 1, "random_share", "in [0, 1)")
@@ -219,18 +213,12 @@ class MatesConfig:
             "'own_order', 'select' or 'error'",
         )
         require(whole("random_rounds", 1), "random_rounds", "a whole number of at least 1")
-        shortest = f"`{'first_round' if self.first_round_steps else 'update'}_steps` ({self.shortest_steps})"
-        require(
-            self.switch_lead_steps is None
-            or (whole("switch_lead_steps", 1) and self.switch_lead_steps <= self.shortest_steps),
-            "switch_lead_steps",
-            f"None or a whole number from 1 to {shortest}",
-        )
-        require(
-            self.average_steps is None or (whole("average_steps", 0) and self.average_steps <= self.shortest_steps),
-            "average_steps",
-            f"None or a whole number from 0 to {shortest}",
-        )
+        for name, least in (("switch_lead_steps", 1), ("average_steps", 0)):
+            require(
+                getattr(self, name) is None or (whole(name, least) and getattr(self, name) <= self.update_steps),
+                name,
+                f"None or a whole number from {least} to `update_steps` ({self.update_steps})",
+            )
         require(
             self.drift_check_steps is None or whole("drift_check_steps", 1),
             "drift_check_steps",
@@ -258,9 +246,20 @@ class MatesConfig:
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
 
     @property
+    def first_steps(self) -> int | None:
+        """Optimizer steps of the first selecting round where rounds find their length; None where all are alike.
+
+        A round that takes every candidate leaves none that its rows could be compared with.
+        """
+        if self.first_round_steps is None or self.selection_ratio == 1:
+            return None
+        first = max(self.first_round_steps, self.switch_lead_steps or 0, self.average_steps or 0)
+        return first if first < self.update_steps else None
+
+    @property
     def shortest_steps(self) -> int:
         """Optimizer steps of the shortest round, which the first selecting one is."""
-        return self.first_round_steps or self.update_steps
+        return self.first_steps or self.update_steps
 
     def longest_steps(self, last_steps: int | None) -> int:
         """Optimizer steps that a round may have at most.
@@ -271,9 +270,9 @@ class MatesConfig:
         Returns:
             Twice that, up to `update_steps`; `update_steps` where rounds do not grow.
         """
-        if self.first_round_steps is None:
+        if self.first_steps is None:
             return self.update_steps
-        return self.first_round_steps if last_steps is None else min(2 * last_steps, self.update_steps)
+        return self.first_steps if last_steps is None else min(2 * last_steps, self.update_steps)
 
     def checks_inside(self, steps: int) -> range:
         """When a round is looked at before it is over.
@@ -287,7 +286,7 @@ class MatesConfig:
         Returns:
             Optimizer steps after its boundary, of which its own rows are in training at each.
         """
-        first, every = self.first_round_steps, self.drift_check_steps
+        first, every = self.first_steps, self.drift_check_steps
         if first is not None and steps < (4 * first if every is None else first + 1):
             return range(0)
         if every is None:
@@ -299,7 +298,7 @@ class MatesConfig:
         """Optimizer steps between a boundary and the first step trained on its selection."""
         if self.switch_lead_steps is not None:
             return self.switch_lead_steps
-        return min(32, max(1, self.shortest_steps // 4))
+        return min(32, max(1, self.shortest_steps // (4 if self.first_steps is None else 2)))
 
     @property
     def window_steps(self) -> int:
@@ -317,6 +316,7 @@ class MatesConfig:
         """
         settings: dict[str, Any] = {
             "update_steps": 10_000,
+            "first_round_steps": None,
             "selection_ratio": 0.2,
             "candidate_scope": "slice",
             "random_share": 0.0,

@@ -57,7 +57,7 @@ def test_any_values_give_a_working_config_or_a_value_error_that_names_its_field(
 # Per field: the values just outside and just inside its range.
 EDGES = {
     "update_steps": ([0, -1, 1.0, True, "10", None], [1]),
-    "first_round_steps": ([0, 1_001, 2.0, True, "5"], [None, 1, 1_000]),
+    "first_round_steps": ([0, -1, 2.0, True, "5"], [None, 1, 1_000, 10**9]),
     "selection_ratio": ([0, 0.0, -0.1, 1.0001, math.nan, math.inf, True, "0.2", None], [1e-9, 1, 1.0]),
     "max_passes": ([0, -1, 1.0, True, None], [1, 10**9]),
     "candidate_scope": (["all", "Slice", "", None, []], ["slice", "pool"]),
@@ -113,7 +113,7 @@ def test_it_is_frozen_and_keyword_only():
     [(1, 1, 0), (3, 1, 1), (4, 1, 2), (7, 1, 3), (8, 2, 4), (128, 32, 32), (10_000, 32, 32)],
 )
 def test_lead_and_window_follow_from_the_round_length_unless_given(update_steps, lead, window):
-    config = MatesConfig(update_steps=update_steps)
+    config = MatesConfig(update_steps=update_steps, first_round_steps=None)
     assert (config.lead_steps, config.window_steps) == (lead, window)
     given_ = MatesConfig(update_steps=update_steps, switch_lead_steps=update_steps, average_steps=0)
     assert (given_.lead_steps, given_.window_steps) == (update_steps, 0)
@@ -121,23 +121,34 @@ def test_lead_and_window_follow_from_the_round_length_unless_given(update_steps,
 
 def test_lead_and_window_follow_from_the_shortest_round_and_must_fit_into_it():
     config = MatesConfig(update_steps=1_000, first_round_steps=20)
-    assert (config.lead_steps, config.window_steps) == (5, 10)
+    assert (config.first_steps, config.lead_steps, config.window_steps) == (20, 10, 10)
+    assert (MatesConfig().first_steps, MatesConfig().lead_steps, MatesConfig().window_steps) == (50, 25, 25)
     for name in ("switch_lead_steps", "average_steps"):
-        assert getattr(MatesConfig(first_round_steps=20, **{name: 20}), name) == 20
-        with pytest.raises(ValueError, match=rf"`{name}` must be None .* to `first_round_steps` \(20\), got 21"):
-            MatesConfig(first_round_steps=20, **{name: 21})
+        assert MatesConfig(first_round_steps=20, **{name: 20}).first_steps == 20
+        assert MatesConfig(first_round_steps=20, **{name: 21}).first_steps == 21
+        with pytest.raises(ValueError, match=rf"`{name}` must be None .* to `update_steps` \(1000\), got 1001"):
+            MatesConfig(first_round_steps=20, **{name: 1_001})
     assert MatesConfig(first_round_steps=20, drift_check_steps=4).window_steps == 4
     with pytest.raises(ValueError, match=r"`drift_check_steps` must be .* from `average_steps` \(8\)"):
         MatesConfig(first_round_steps=20, average_steps=8, drift_check_steps=7)
-    with pytest.raises(ValueError, match="`selection_ratio` must be below 1 with `first_round_steps`"):
-        MatesConfig(first_round_steps=20, selection_ratio=1.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"first_round_steps": None}, {"update_steps": 50}, {"update_steps": 6}, {"selection_ratio": 1.0},
+     {"update_steps": 64, "switch_lead_steps": 64}],
+)  # fmt: skip
+def test_rounds_have_one_length_where_they_cannot_grow(settings):
+    config = MatesConfig(**settings)
+    assert config.first_steps is None
+    assert config.shortest_steps == config.longest_steps(None) == config.longest_steps(3) == config.update_steps
 
 
 def test_paper_settings_are_those_of_the_paper_and_can_be_overridden():
     paper = MatesConfig.paper()
     assert (paper.update_steps, paper.num_probes, paper.selection_ratio) == (10_000, 80_000, 0.2)
     assert (paper.candidate_scope, paper.temperature, paper.held_out_fraction) == ("slice", 1.0, 0.1)
-    assert paper.window_steps == 0
+    assert (paper.window_steps, paper.first_steps, paper.random_share) == (0, None, 0.0)
     assert paper.max_copies is None  # its code knows no copies
     assert paper.on_weak_signal == "select"
     released = MatesConfig.paper(temperature=0.5)
@@ -160,7 +171,7 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         update_steps=50,
         selection_ratio=0.25,
         candidate_scope="pool",
-        random_share=0.3,
+        random_share=0.25,
         reference_passes=4,
         temperature=0.5,
         max_copies=3,

@@ -233,7 +233,7 @@ def predict_cost(
             per_round["audit"] = directional(NUM_AUDITED, passages, points=1) + one_step(NUM_AUDITED, passages)
     else:
         per_round["probe"] = one_step(config.num_probes, size.num_passages)
-    grows, num_checks = config.first_round_steps is not None, sum(map(len, map(config.checks_inside, lengths)))
+    grows, num_checks = config.first_steps is not None, sum(map(len, map(config.checks_inside, lengths)))
     few, passages = min(NUM_SENTINELS, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
     few = NUM_SENTINELS if grows else few
     once = directional(few, passages) if probe == "directional" else one_step(few, passages)

@@ -283,12 +283,12 @@ class RunPlan:
             yield planned, unused
             passes -= unused != before
             unused -= planned.num_rows
-        if self.config.first_round_steps is not None and rest.first is not None:
+        if self.config.first_steps is not None and rest.first is not None:
             yield from self._tightest(rest.first, rest.unused, rest.num_passes)
         # A drift check may start a round at any step; the latest that still chooses a full round's rows has the fewest
         # unused rows for it. What it cuts off of the round before it is unused again.
         latest = self.max_steps - self.config.update_steps - self.config.lead_steps
-        if self.config.drift_check_steps is None or self.config.first_round_steps is not None:
+        if self.config.drift_check_steps is None or self.config.first_steps is not None:
             return  # where rounds grow, they are no longer than reckoned above, wherever one starts
         if last is not None and latest > rest.since_step:
             early = self.round_at(last.number, latest)

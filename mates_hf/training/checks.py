@@ -125,12 +125,11 @@ def check_run(args: Any, dataloader: Any, model: Any, config: MatesConfig) -> No
     if found:
         raise UnsupportedSettingError(f"MatesCallback cannot select data in this run: {'; '.join(found)}.")
     needed = look_ahead_steps(dataloader, args.gradient_accumulation_steps)
-    shortest = "first_round_steps" if config.first_round_steps else "update_steps"
     if config.lead_steps < needed:
         raise ValueError(
             f"`switch_lead_steps` must be at least {needed} to cover the {look_ahead_batches(dataloader)} batches the "
             f"dataloader fetches ahead ({dataloader.num_workers} workers), got {config.lead_steps}. Set "
-            f"`switch_lead_steps={needed}` (and `{shortest}` to at least that), or lower "
+            f"`switch_lead_steps={needed}` (and `update_steps` to at least that), or lower "
             "`dataloader_num_workers` or `dataloader_prefetch_factor`."
         )
 

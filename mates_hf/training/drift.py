@@ -60,7 +60,7 @@ def look_inside(
         The next round, as long as it may be, or None; and metrics.
     """
     config, path = run.config, round_path(run.rounds_dir, order.number)
-    if config.first_round_steps is None:
+    if config.first_steps is None:
         correlation = check_drift(run, path)
         logger.info("drift check of round %d at step %d: %.3f", order.number, step, correlation)
         found = {"mates/drift_spearman": correlation}

@@ -154,7 +154,7 @@ def _complaint(run: Run, judged: Judged, overshot: bool, rises: Mapping[str, int
     if rises:
         return LOSS_ROSE, _harm(judged.rise, rises)
     report = fitted.report
-    if config.first_round_steps is not None and judged.gap is not None and judged.gap.gap <= 0:
+    if config.first_steps is not None and judged.gap is not None and judged.gap.gap <= 0:
         low, high = judged.gap.interval
         return "used_up", (
             f"what the last round chose is worth no more than the rest by now (gap {judged.gap.gap:+.2f} standard "

@@ -98,7 +98,7 @@ def check_length(current: RoundWithLength, before: RoundWithLength | None) -> No
     changed = None if last_steps in (None, steps) else last_steps
     found = info.get("last_round_steps")
     current.require(found == changed, ROUND_FILE, f"`last_round_steps` {changed}", repr(found))
-    if config.first_round_steps is None:
+    if config.first_steps is None:
         return
     if before is not None and last_steps == before.steps:
         apart = info["step"] - before.info["step"]

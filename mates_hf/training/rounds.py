@@ -143,7 +143,7 @@ def run_round(
         with stages.timed("audit") as cost:
             fidelity = audit_round(run, writer.path, labels, planned.number)
             cost["flops"] = fidelity.get("flops", 0.0)
-        if run.config.drift_check_steps and run.config.first_round_steps is None:
+        if run.config.drift_check_steps and run.config.first_steps is None:
             with stages.timed("sentinel") as cost:
                 _note_flops(cost, set_sentinel(run, writer.path, labels, planned.number))
     facts = {

@@ -249,7 +249,7 @@ def tell_opened(session: Session) -> None:
     run, plan = session.run, session.plan
     logger.info(
         "%s%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
-        "at least " if run.config.first_round_steps else "", len(plan.rounds), len(run.pool),
+        "at least " if run.config.first_steps else "", len(plan.rounds), len(run.pool),
         plan.first_boundary_step, run.reference.num_targets, run.processes.size,
     )  # fmt: skip
     schedule = session.clock.passages

@@ -175,7 +175,7 @@ def longest_steps(config: MatesConfig, last_steps: int | None, last_decision: st
     Returns:
         Optimizer steps. After a round in the own order, which bought nothing that could still hold, its own length.
     """
-    if config.first_round_steps is not None and last_steps is not None and last_decision == "own_order":
+    if config.first_steps is not None and last_steps is not None and last_decision == "own_order":
         return last_steps
     return config.longest_steps(last_steps)
 
@@ -199,10 +199,10 @@ def round_steps(
         that the guard sends to the own order for another reason is as long as the last one.
     """
     longest = longest_steps(config, last_steps, last_decision)
-    if config.first_round_steps is None or last_steps is None or last_decision == "own_order":
+    if config.first_steps is None or last_steps is None or last_decision == "own_order":
         return longest
     if guard.get("reversed") or guard.get("failed") == LOSS_ROSE or (gap is not None and gap <= 0):
-        return max(config.first_round_steps, last_steps // 2)
+        return max(config.first_steps, last_steps // 2)
     return last_steps if gap is None or guard["decision"] == "own_order" else longest
 
 

@@ -61,7 +61,7 @@ def test_a_round_doubles_while_the_gap_is_above_zero_and_halves_where_it_is_not(
     config = MatesConfig(update_steps=100, first_round_steps=25)
     assert longest_steps(config, last, decided) == longest
     assert round_steps(config, last, decided, guard, gap) == expected
-    assert round_steps(MatesConfig(update_steps=100), last, decided, guard, gap) == 100
+    assert round_steps(MatesConfig(update_steps=100, first_round_steps=None), last, decided, guard, gap) == 100
 
 
 def labels_of(influence: Any, num_tokens: Any) -> InfluenceLabels:
