@@ -63,8 +63,9 @@ def make_model(seed: int = 0, dropout: float = 0.0) -> LlamaForCausalLM:
 
 
 def small_config(**changes: Any) -> MatesConfig:
-    settings = {
-        "update_steps": 6, "first_round_steps": None, "num_probes": 40, "selection_ratio": 0.5, "random_share": 0.0, "on_weak_signal": "select",
+    settings: dict[str, Any] = {
+        "update_steps": 6, "first_round_steps": None, "num_probes": 40, "selection_ratio": 0.5, "random_share": 0.0,
+        "on_weak_signal": "select",
     }  # fmt: skip
     return MatesConfig(**{**settings, **changes})
 

@@ -33,18 +33,19 @@ class Arm(NeedsPackage):
     passes: int | None = None
     apart: bool = False  # whether it trains on one half of the passages, and influence is measured on the other
     ratio: float = 0.2  # of a slice that is chosen
-    round_steps: int = 100  # optimizer steps of a round, at most
+    round_steps: int = 200  # optimizer steps of a round, at most
     # optimizer steps in random order before the first round, so that the model knows what the pool is like at all
     random_first: int = 50
     # optimizer steps of the first round. Each next one is twice as long while what was bought is still worth more than
     # the rest, half as long and in random order where it is not. None: all are alike.
-    first_steps: int | None = None
+    first_steps: int | None = 50
     # in which part of all steps it selects; the order is random in the rest. Decays that are branched off before the
     # end are of what was trained on until then, so only the last one says what such an arm is worth.
     select_from: float = 0.0
     select_until: float = 1.0
-    probes: int = 200  # candidates probed in a round
-    passages: int = 64  # of the reference that a round reads
+    probes: int = 500  # candidates probed in a round
+    passages: int = 1_000  # of the reference that a round reads, at most
+    weighted: bool = True  # whether parts of the reference count alike, and answers as much as everything
     keep: float = 0.0  # tokens of pool text that a round reads as reference besides, for each token of the passages
     path_steps: int = PATH_STEPS  # points at which the reference gradient is taken
     pooled: bool = True  # whether earlier rounds' labels count
@@ -54,7 +55,7 @@ class Arm(NeedsPackage):
     penalty: float = 0.0  # in standard deviations, for each nat by which chosen tokens are unlike the slice's
     masked: bool = False  # whether the loss is on the half of each row's tokens that tables give the higher effect
     beside: str | None = None  # an arm of a static filter whose ranking is added, both in their standard deviations
-    prior: bool = False  # whether the tables shrink towards log-odds of the reference against the pool
+    prior: bool = True  # whether the tables shrink towards log-odds of the reference against the pool
     watched: bool = False  # whether the same rows are probed again and again, to see how labels change
     package: str | None = None  # what must be installed
 
@@ -117,20 +118,34 @@ GROUPS: dict[str, dict[str, Arm]] = {
         # top-k without noise. The encoder reads 1,000 rows a round, and tables fitted to that rank the slice. With
         # that a round is two minutes of one core, and all eight three times the training's FLOPs.
         **_mixed(
-            "MATES, small encoder", Arm(rank="MATES", round_steps=500, passages=32, pooled=False, package=MINILM)
+            "MATES, small encoder",
+            Arm(
+                rank="MATES",
+                round_steps=500,
+                first_steps=None,
+                probes=200,
+                passages=32,
+                weighted=False,
+                pooled=False,
+                package=MINILM,
+            ),  # fmt: skip
         ),
     },
     "ours": {
         **_shares(OURS, Arm()),
-        **_shares("ours and fastText", Arm(beside="fastText", package="fasttext")),
-        **_shares("ours with a prior", Arm(prior=True)),
+        **_shares("ours and DSIR", Arm(beside="DSIR")),
     },
     "ours, one thing changed": {
         "ours, one round's model": Arm(once=True),
-        "ours, rounds of 500": Arm(round_steps=500, probes=500, passages=256),
+        "ours, rounds of 500": Arm(round_steps=500, first_steps=None),
         **_changed(
             {
-                "growing rounds": {"round_steps": 800, "first_steps": 25},
+                "without evidence": {"prior": False},
+                "every token alike": {"weighted": False},
+                "labels of one round": {"pooled": False},
+                "200 labels on 64 passages": {"probes": 200, "passages": 64},
+                "rounds of 100": {"round_steps": 100, "first_steps": None},
+                "rounds of up to 800": {"round_steps": 800},
                 "penalty 1": {"penalty": 1.0},
                 "penalty 3": {"penalty": 3.0},
                 "virtual labels": {"virtual": True},

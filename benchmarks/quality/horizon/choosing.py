@@ -25,7 +25,8 @@ from benchmarks.lab.machine import written_once
 from benchmarks.lab.models import row_losses, train_steps
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon.arms import TRIED, Arm
-from benchmarks.quality.horizon.settings import TOKENS_PER_BATCH, Lab
+from benchmarks.quality.horizon.settings import ROW_TOKENS, TOKENS_PER_BATCH, Lab
+from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.flops import forward_flops, gradient_flops
@@ -38,6 +39,24 @@ CHUNKS = 20  # in which a set is chosen
 FEW = (25, 50, 100, 250)  # labels
 
 Start = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def reference_of_round(lab: Lab, arm: Arm, num: int, others: Ids, seed: tuple[int, int]) -> ReferenceTask:
+    """The reference passages that a round of this `seed` (run, round) reads, `num` at most.
+
+    Where an arm keeps pool text, tokens of rows drawn from `others` come on top.
+    """
+    task = lab.reference["all"]
+    if not arm.weighted:
+        task = dataclasses.replace(task, weights=None)
+    if arm.apart:
+        task = task.take(np.arange(1, len(task), 2))
+    task = task.subset(num, seed=seed[1])
+    if not arm.keep:
+        return task
+    kept = np.random.default_rng([seed[0], 7, seed[1]]).permutation(others)
+    kept = kept[: round(arm.keep * len(task.rows.values) / ROW_TOKENS)]
+    return ReferenceTask.mixture([task, ReferenceTask(name="pool", rows=lab.rows.take(kept))], [1, arm.keep])
 
 
 def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_encoded: int) -> rivals.StaticFilter:

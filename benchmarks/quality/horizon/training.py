@@ -285,17 +285,8 @@ class Run:
 
     def _read(self, num: int) -> ReferenceTask:
         """The reference passages of a round, and pool text that should not be unlearned."""
-        task, arm = self.lab.reference["all"], self.arm
-        if arm.apart:
-            task = task.take(np.arange(1, len(task), 2))
-        task = task.subset(num, seed=self.number)
-        if not arm.keep:
-            return task
-        rows = np.setdiff1d(self.reserved[-4_000:], self.probes)
-        kept = np.random.default_rng([self.unit.seed, 7, self.number]).permutation(rows)
-        kept = kept[: round(arm.keep * len(task.rows.values) / ROW_TOKENS)]
-        text = ReferenceTask(name="pool", rows=self.lab.rows.take(kept))
-        return ReferenceTask.mixture([task, text], [1, arm.keep])
+        others = np.setdiff1d(self.reserved[-4_000:], self.probes) if self.arm.keep else self.probes[:0]
+        return choosing.reference_of_round(self.lab, self.arm, num, others, (self.unit.seed, self.number))
 
     def _probe(self, passages: int) -> DirectionalProbe | OneStepProbe:
         """The probe of a round that reads so many passages; pool text among them makes no path longer."""
