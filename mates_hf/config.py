@@ -247,7 +247,7 @@ class MatesConfig:
 
     @property
     def first_steps(self) -> int | None:
-        """Optimizer steps of the first selecting round where rounds find their length; None where all are alike.
+        """Optimizer steps of the first selecting round where rounds find their length; None where all have one length.
 
         A round that takes every candidate leaves none that its rows could be compared with.
         """

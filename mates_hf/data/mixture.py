@@ -19,7 +19,7 @@ def mixed(tasks: Sequence[Any], weights: Sequence[float] | None, name: str | Non
     """The arguments of a task that is made of others.
 
     Args:
-        tasks: two reference tasks or more, tokenised alike.
+        tasks: two reference tasks or more, by the same tokenizer.
         weights: share of each task in the loss; None gives them all the same.
         name: what the mixture is called; None joins their names.
 

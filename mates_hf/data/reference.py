@@ -55,7 +55,7 @@ class ReferenceTask:
         fed: The passages as the run's model is fed them, where that is not as plain rows; `MatesCallback` and probes
             fill it in.
         weights: (T,) float32 of all tokens, 0 for those that are no target, with a mean of 1 over the targets; None
-            where all count alike. What is given is scaled to that.
+            where each counts as much as another. What is given is scaled to that.
         is_evaluated: whether lm-eval evaluates the task on the split that the passages are of, as far as is known.
 
     Raises:
@@ -192,7 +192,7 @@ class ReferenceTask:
         """One task of several: its loss is the weighted mean of theirs, however long their passages are.
 
         Args:
-            tasks: Two or more, tokenised alike.
+            tasks: Two or more, by the same tokenizer.
             weights: Share of each task, at least 0; None gives them all the same.
             name: Name of the task in reports; the default joins theirs.
 
