@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.arrow import ListColumn, Ragged, assemble, effective_labels, physical_rows
-from mates_hf.data.collated import CollatedRow, Collator, forked_rng, read_row, rng_state, stack_rows
+from mates_hf.data.collated import TOKEN_KEYS, Collator, forked_rng, read_row, rng_state, stack_rows
 from mates_hf.data.column_types import LABELS, MASK, TOKENS, check_types, counts
 from mates_hf.data.deciding import MAX_OTHERS, deciding_column, has_gap, made_up_of
 from mates_hf.data.rare_rows import RareRows, WatchedRow, find_rare_rows
 from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.data.segments import is_packing_key
 from mates_hf.data.token_columns import aligned, read_column
 from mates_hf.records import IntArray
 
@@ -70,7 +71,7 @@ class DatasetColumns:
     @property
     def token_columns(self) -> list[str]:
         """Those of `input_ids`, `labels` and `attention_mask` that rows show now (formats change in place)."""
-        return [name for name in visible_columns(self.dataset) or () if name in CollatedRow._fields]
+        return [name for name in visible_columns(self.dataset) or () if name in TOKEN_KEYS]
 
     def lengths(self, ids: IntArray) -> IntArray:
         """(N,) int64 tokens of the rows `ids`, padding included."""
@@ -95,6 +96,8 @@ class DatasetColumns:
         if TOKENS not in names:
             return None
         if collate_fn is None:
+            if any(is_packing_key(name) for name in visible_columns(self.dataset) or ()):
+                return None  # which documents share a row is in columns that are not read here
             check_types(schema, names)
             return "column" if LABELS in names else "all"
         if not all(counts(name, schema.field(name).type) for name in names):
@@ -132,7 +135,7 @@ class DatasetColumns:
 
     def _is_decided_by_a_column(self, collate_fn: Collator, ids: IntArray, rule: LabelRule) -> bool:
         """True where a further column changes ids, labels or mask of a collated row, or may; says which."""
-        names = [name for name in visible_columns(self.dataset) or () if name not in CollatedRow._fields]
+        names = [name for name in visible_columns(self.dataset) or () if name not in TOKEN_KEYS]
         if not names:
             return False
         columns = {name: self.dataset.data.column(name) for name in names}
@@ -151,9 +154,10 @@ class DatasetColumns:
     def _changes_a_row(self, collate_fn: Collator, looked_at: list[Any], rare: RareRows) -> str | None:
         """A column by whose change a row is collated differently."""
 
-        def collated(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        def collated(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
             found = stack_rows([read_row(row, collate_fn, "a made-up row")])
-            return found.values.tolist(), effective_labels(found).tolist()
+            documents = found.offsets if found.segments is None else found.segments
+            return found.values.tolist(), effective_labels(found).tolist(), documents.tolist()
 
         rows = {i: self.dataset[i] for shown in rare.by_column.values() for i in shown[:MAX_OTHERS]}
         others = {
@@ -254,9 +258,11 @@ def _listed(value: Any) -> Any:
 
 
 def _same(a: TokenRows, b: TokenRows) -> bool:
-    """True where both have the same tokens and train the same labels."""
+    """True where both have the same tokens and documents and train the same labels."""
+    one, other = (rows.offsets if rows.segments is None else rows.segments for rows in (a, b))
     return (
         np.array_equal(a.offsets, b.offsets)
+        and np.array_equal(one, other)
         and np.array_equal(a.values, b.values)
         and np.array_equal(effective_labels(a), effective_labels(b))
     )
