@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
-    DataCollatorWithFlattening,
     DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
     default_data_collator,
 )
 

@@ -24,7 +24,8 @@ ROWS = TokenRows.from_lists(
 
 
 def test_rows_carry_their_documents():
-    assert ROWS.segments.tolist() == [0, 3, 5, 7, 8, 11] and ROWS.owners.tolist() == [0, 0, 1, 3, 3]
+    assert ROWS.segments.tolist() == [0, 3, 5, 7, 8, 11]
+    assert ROWS.owners.tolist() == [0, 0, 1, 3, 3]
     assert ROWS.num_targets.tolist() == [3, 1, 0, 2]  # the first token of each document is no target
     assert ROWS.row(0)[1].tolist() == [-100, 2, 3, -100, 5]
     taken = ROWS.take(np.array([3, 2, 0, 3]))
@@ -32,13 +33,15 @@ def test_rows_carry_their_documents():
     assert np.array_equal(ROWS.take(np.array([True, False, False, True])).segments, [0, 3, 5, 6, 9])
     apart = ROWS.unpacked()
     assert [apart.row(i)[0].tolist() for i in range(5)] == [[1, 2, 3], [4, 5], [6, 7], [8], [9, 10, 11]]
-    assert apart.segments is None and apart.num_targets.sum() == ROWS.num_targets.sum()
+    assert apart.segments is None
+    assert apart.num_targets.sum() == ROWS.num_targets.sum()
     assert ROWS.by_row(apart.num_targets).tolist() == ROWS.num_targets.tolist()
     batch = ROWS.batch(np.array([0, 3]), "cpu")
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0], [8, 0, 0], [9, 10, 11]]
     assert "5 documents" in repr(ROWS)
     pool = CandidatePool([{"input_ids": [1, 2, 3, 4, 5], "seq_lengths": [3, 2]}])
-    assert np.array_equal(pool.token_rows().segments, [0, 3, 5]) and pool.token_rows().num_targets.tolist() == [3]
+    assert np.array_equal(pool.token_rows().segments, [0, 3, 5])
+    assert pool.token_rows().num_targets.tolist() == [3]
     plain = CandidatePool([{"input_ids": [1, 2, 3, 4, 5]}])
     assert pool.identity()["rows_sha256"] != plain.identity()["rows_sha256"]
 
@@ -106,18 +109,20 @@ def test_a_collator_that_flattens_gives_plain_rows_and_padding_is_left_out():
     lists = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     pool = CandidatePool(Dataset.from_dict({"input_ids": lists}), DataCollatorWithFlattening())
     rows = pool.token_rows()
-    assert rows.segments is None and rows.labels is None and rows.values.tolist() == sum(lists, [])
+    assert rows.segments is None
+    assert rows.labels is None
+    assert rows.values.tolist() == sum(lists, [])
 
     def fills(rows):
         ids = [*rows[0]["input_ids"], 0, 0, 0]
         positions = [*range(len(ids) - 3), 0, 0, 0]
         labels = [-100, *ids[1:-3], -100, -100, -100]
-        return {
-            k: torch.tensor([v]) for k, v in zip(("input_ids", "position_ids", "labels"), (ids, positions, labels))
-        }
+        found = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        return {key: torch.tensor([value]) for key, value in found.items()}
 
     filled = CandidatePool(Dataset.from_dict({"input_ids": lists}), fills).token_rows()
-    assert filled.segments is None and filled.values.tolist() == rows.values.tolist()
+    assert filled.segments is None
+    assert filled.values.tolist() == rows.values.tolist()
 
 
 def test_ngrams_begin_anew_with_each_document():
@@ -151,4 +156,5 @@ def test_ngrams_begin_anew_with_each_document():
     counted = zip(model._statistics.previous.tolist(), model._statistics.token.tolist(), strict=True)
     assert set(counted) == seen
     for one, other in zip(log_odds(packed, packed, 2**12), log_odds(apart, apart, 2**12), strict=True):
-        assert np.allclose(one.token, other.token) and np.allclose(one.bigram, other.bigram)
+        assert np.allclose(one.token, other.token)
+        assert np.allclose(one.bigram, other.bigram)

@@ -1,4 +1,4 @@
-"""Labels of packed rows are those of their documents, added up, where the run keeps documents apart; else of blocks."""
+"""Labels of packed rows are those of their documents, added up, where the run keeps these apart; else of blocks."""
 
 from __future__ import annotations
 
@@ -281,4 +281,6 @@ def test_row_sums_of_a_gradient_are_by_row():
 def test_a_pool_without_packing_is_read_as_before():
     tokens = Dataset.from_dict({"input_ids": [doc[:3] for doc in DOCS], "labels": [doc[:3] for doc in DOCS]})
     reading = find_reading(trained()[0], CandidatePool(tokens, default_data_collator))
-    assert reading.packed is None and reading.feed == "plain" and "documents" not in reading.to_dict()
+    assert reading.packed is None
+    assert reading.feed == "plain"
+    assert "documents" not in reading.to_dict()
