@@ -111,7 +111,7 @@ def read_row(
         if value is not None and len(value) != len(ids) and (same_length or key != "labels"):
             raise length_refusal(key, len(value), len(ids), where)
     starts, mask = document_starts(batch, source), found["attention_mask"]
-    if starts is not None and mask is None and (fill := trailing_fill(starts, found["labels"])):
+    if starts is not None and mask is None and (fill := trailing_fill(starts, found["labels"], row)):
         mask = np.ones(len(ids), np.int64)
         mask[-fill:] = 0
     return CollatedRow(ids, found["labels"], mask, starts)

@@ -9,6 +9,7 @@ decides shows there, `deciding`). A collator that draws random numbers never qua
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import sys
@@ -23,7 +24,7 @@ from mates_hf.data.column_types import LABELS, MASK, TOKENS, check_types, counts
 from mates_hf.data.deciding import MAX_OTHERS, deciding_column, has_gap, made_up_of
 from mates_hf.data.rare_rows import RareRows, WatchedRow, find_rare_rows
 from mates_hf.data.rows import IGNORED, TokenRows
-from mates_hf.data.segments import is_packing_key
+from mates_hf.data.segments import LENGTHS, is_packing_key, lengths_to_starts
 from mates_hf.data.token_columns import aligned, read_column
 from mates_hf.records import IntArray
 
@@ -65,6 +66,7 @@ class DatasetColumns:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self._rules: dict[str, LabelRule | None] = {}
+        self._packed = False  # whether the collator splits rows as the column `seq_lengths` says
         self._opened: dict[str, ListColumn] = {}
         self._indices: IntArray | None = None  # held once, not once a column
 
@@ -87,7 +89,10 @@ class DatasetColumns:
             labels = np.where(tokens.values == rule, IGNORED, tokens.values)
         if MASK in self.token_columns:
             mask = self._aligned(MASK, ids, tokens)
-        return assemble(tokens.values, tokens.offsets, labels, mask)
+        starts = self._starts(ids, tokens) if self._packed else None
+        if starts is not None:
+            labels = np.where(starts, IGNORED, tokens.values if labels is None else labels)
+        return assemble(tokens.values, tokens.offsets, labels, mask, starts)
 
     def find_rule(self, collate_fn: Collator | None) -> LabelRule | None:
         """The rule by which the columns give exactly the collator's rows; None where rows must be read one by one."""
@@ -117,6 +122,7 @@ class DatasetColumns:
         rows = self._collated(collate_fn, ids)
         if rows is None:
             return None
+        self._packed = rows.segments is not None and LENGTHS in (visible_columns(self.dataset) or ())
         for rule in self._possible_rules(collate_fn, rows, int(ids[0]), has_labels):
             if _same(rows, self.read(ids, rule)):
                 return None if self._is_decided_by_a_column(collate_fn, ids, rule) else rule
@@ -135,7 +141,8 @@ class DatasetColumns:
 
     def _is_decided_by_a_column(self, collate_fn: Collator, ids: IntArray, rule: LabelRule) -> bool:
         """True where a further column changes ids, labels or mask of a collated row, or may; says which."""
-        names = [name for name in visible_columns(self.dataset) or () if name not in TOKEN_KEYS]
+        read = (*TOKEN_KEYS, LENGTHS) if self._packed else TOKEN_KEYS
+        names = [name for name in visible_columns(self.dataset) or () if name not in read]
         if not names:
             return False
         columns = {name: self.dataset.data.column(name) for name in names}
@@ -191,10 +198,13 @@ class DatasetColumns:
     ) -> list[LabelRule]:
         """The one label rule that the collator keeps on made-up rows, or none."""
         plain = self.read(np.array([longest]), "all").values.astype(np.int64)
-        middle = len(plain) // 2
         if len(plain) < 3:
             return []
         base = self.dataset[longest]
+        inside = np.ones(len(plain), np.bool_)
+        if self._packed:  # not at the first token of a document, which no rule trains
+            inside = ~lengths_to_starts(base[LENGTHS], len(plain), f"pool row {longest}")
+        middle = int(min(np.flatnonzero(inside), key=lambda i: abs(int(i) - len(plain) // 2), default=0))
 
         def label_in_the_middle(token: int, label: int) -> int | None:
             """What the collator makes of a row with this token and label in its middle; None: it changed the row."""
@@ -214,7 +224,7 @@ class DatasetColumns:
             return []
         if from_column:
             return ["column"]
-        plain_labels = effective_labels(TokenRows(values=rows.values, offsets=rows.offsets))
+        plain_labels = effective_labels(dataclasses.replace(rows, labels=None))
         ignored |= set(rows.values[~rows.target_mask & (plain_labels != IGNORED)].tolist())
         if len(ignored) > 1:
             return []
@@ -236,6 +246,19 @@ class DatasetColumns:
 
     def _aligned(self, name: str, ids: IntArray, tokens: Ragged) -> npt.NDArray[Any]:
         return aligned(name, tokens, self._read(name, ids), lambda i: f"pool row {int(ids[i])}")
+
+    def _starts(self, ids: IntArray, tokens: Ragged) -> npt.NDArray[np.bool_]:
+        """(T,) bool, where documents begin by the column of their lengths."""
+        lengths = self._read(LENGTHS, ids)
+        total = np.concatenate([[0], np.cumsum(lengths.values, dtype=np.int64)])
+        wrong = np.flatnonzero(total[lengths.offsets] != tokens.offsets)
+        if len(wrong):
+            row = int(wrong[0]) - 1
+            of = slice(lengths.offsets[row], lengths.offsets[row + 1])
+            lengths_to_starts(lengths.values[of], int(np.diff(tokens.offsets)[row]), f"pool row {int(ids[row])}")
+        starts = np.zeros(len(tokens.values), np.bool_)
+        starts[total[:-1][lengths.values > 0]] = True
+        return starts
 
     def _read(self, name: str, ids: IntArray) -> Ragged:
         return read_column(self._column(name), ids, lambda i: f"pool row {int(ids[i])}")

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from mates_hf.errors import UnsupportedSettingError
 
 # Inputs by which several texts may share a row; the longest ones say nothing that the others do not.
-_AT_TOKENS, _BORDERS, _LENGTHS, _LONGEST = ("position_ids", "seq_idx"), "cu_seq", "seq_lengths", "max_length_"
+LENGTHS = "seq_lengths"
+_AT_TOKENS, _BORDERS, _LONGEST = ("position_ids", "seq_idx"), "cu_seq", "max_length_"
 ONE_DOCUMENT_A_ROW = (
     'With TRL\'s SFTTrainer set `packing=True, packing_strategy="wrapped", padding_free=False` to keep packing (texts '
     "are cut into blocks), or `packing=False, padding_free=False` to train one text a row."
@@ -33,7 +34,7 @@ Starts = npt.NDArray[np.bool_]
 def is_packing_key(key: Any) -> bool:
     """True for an input that may say where the documents of a row begin."""
     name = str(key)
-    return name in (*_AT_TOKENS, _LENGTHS) or name.startswith((_BORDERS, _LONGEST))
+    return name in (*_AT_TOKENS, LENGTHS) or name.startswith((_BORDERS, _LONGEST))
 
 
 def document_starts(batch: Mapping[str, Any], source: str) -> Starts | None:
@@ -95,15 +96,36 @@ def _starts_of(key: str, array: npt.NDArray[Any], there: Starts, source: str) ->
             )
         starts[np.flatnonzero(there)[anew]] = True
         return starts
-    if key.startswith(_BORDERS):
-        borders = array.astype(np.int64)
-    elif key == _LENGTHS:
-        borders = np.concatenate([[0], np.cumsum(array, dtype=np.int64)])
-    else:
+    if key == LENGTHS:
+        return lengths_to_starts(array, len(there), source)
+    if not key.startswith(_BORDERS):
         return None
-    if borders[0] != 0 or borders[-1] != len(there) or (np.diff(borders) < 0).any():
+    return _borders_to_starts(key, array.astype(np.int64), len(there), source)
+
+
+def lengths_to_starts(lengths: Any, num_tokens: int, source: str) -> Starts:
+    """Where documents of these lengths begin in a row.
+
+    Args:
+        lengths: Tokens of each document.
+        num_tokens: Tokens of the row.
+        source: What made it, for errors.
+
+    Returns:
+        (num_tokens,) bool.
+
+    Raises:
+        UnsupportedSettingError: The lengths are not those of the row.
+    """
+    borders = np.concatenate([[0], np.cumsum(np.asarray(lengths), dtype=np.int64)])
+    return _borders_to_starts(LENGTHS, borders, num_tokens, source)
+
+
+def _borders_to_starts(key: str, borders: npt.NDArray[np.int64], num_tokens: int, source: str) -> Starts:
+    starts = np.zeros(num_tokens, np.bool_)
+    if borders[0] != 0 or borders[-1] != num_tokens or (np.diff(borders) < 0).any():
         raise UnsupportedSettingError(
-            f"`{key}` must cover the {len(there)} tokens of a row from its first to its last, got borders from "
+            f"`{key}` must cover the {num_tokens} tokens of a row from its first to its last, got borders from "
             f"{borders[0]} to {borders[-1]} from {source}. Make it of the lengths of the row's documents, or leave it "
             "out."
         )
@@ -120,22 +142,22 @@ def positions(length: int, starts: Starts | None) -> npt.NDArray[np.int64]:
     return found
 
 
-def trailing_fill(starts: Starts, labels: npt.NDArray[Any] | None) -> int:
-    """Tokens at the end of a row that are documents of one token each and train nothing, as padding to a multiple is.
+def trailing_fill(starts: Starts, labels: npt.NDArray[Any] | None, row: Any) -> int:
+    """Tokens that a collator without a mask fills a row up with, each as a document of its own without a label.
 
     Args:
         starts: (L,) bool, where documents begin.
         labels: (L,) labels, -100 where not trained; None where every token is its own.
+        row: The row of the dataset that was collated, whose length tells.
 
     Returns:
-        How many; 0 without labels, and never the whole row.
+        How many; 0 where nothing tells.
     """
-    if labels is None or len(labels) != len(starts):
+    given = _array(row.get("input_ids")) if isinstance(row, Mapping) else None
+    num_more = 0 if given is None else len(starts) - given.size
+    if labels is None or len(labels) != len(starts) or not 0 < num_more < len(starts):
         return 0
-    is_fill = starts & (labels == -100)
-    is_fill[:1] = False
-    rest = np.flatnonzero(~is_fill)
-    return len(starts) - 1 - int(rest[-1]) if len(rest) else 0
+    return num_more if bool((starts & (labels == -100))[-num_more:].all()) else 0
 
 
 def _array(value: Any) -> npt.NDArray[Any] | None:

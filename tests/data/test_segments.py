@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithFlattening
 
 from mates_hf import NgramInfluenceModel
+from mates_hf.data.arrow import effective_labels
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.segments import document_starts
@@ -123,6 +124,55 @@ def test_a_collator_that_flattens_gives_plain_rows_and_padding_is_left_out():
     filled = CandidatePool(Dataset.from_dict({"input_ids": lists}), fills).token_rows()
     assert filled.segments is None
     assert filled.values.tolist() == rows.values.tolist()
+
+
+class Packing:
+    """Flattens as TRL's collator does: positions by `seq_lengths`, no label where they are 0."""
+
+    def __init__(self, *, trains_first: bool = False) -> None:
+        self.trains_first, self.calls = trains_first, 0
+
+    def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
+        positions = torch.cat([torch.arange(size) for row in rows for size in row["seq_lengths"]])[None]
+        given = torch.tensor([[token for row in rows for token in row.get("labels", row["input_ids"])]])
+        labels = given if self.trains_first else torch.where(positions == 0, -100, given)
+        return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("trains_first", [False, True])
+def test_packed_columns_are_read_as_the_collator_makes_them(labelled, trains_first):
+    rng = np.random.default_rng(0)
+    lengths = [rng.integers(1, 6, 4).tolist() for _ in range(120)]
+    lists = [rng.integers(3, 60, sum(sizes)).tolist() for sizes in lengths]
+    columns = {"input_ids": lists, "seq_lengths": lengths}
+    if labelled:
+        columns["labels"] = [[-100 if token % 3 == 0 else token for token in row] for row in lists]
+    collator = Packing(trains_first=trains_first)
+    pool = CandidatePool(Dataset.from_dict(columns), collator)
+    assert pool.is_read_by_columns is not trains_first  # one that trains first tokens is read row by row
+    before = collator.calls
+    rows = pool.token_rows()
+    assert collator.calls == before + (len(pool) if trains_first else 0)
+    slow = CandidatePool([dict(row) for row in pool.dataset], collator).token_rows()
+    for name in ("values", "offsets", "segments"):
+        assert np.array_equal(getattr(rows, name), getattr(slow, name))
+    assert np.array_equal(effective_labels(rows), effective_labels(slow))
+
+
+def test_lengths_that_do_not_fit_are_named_by_row():
+    lists = [[5, 6, 7, 8] for _ in range(200)]
+    lengths = [[2, 2] for _ in lists]
+    pool = CandidatePool(Dataset.from_dict({"input_ids": lists, "seq_lengths": lengths}), Packing())
+    assert pool.is_read_by_columns
+    pool._columns._opened.clear()
+    pool._columns.dataset = Dataset.from_dict(
+        {"input_ids": lists, "seq_lengths": [*lengths[:150], [3, 3], *lengths[151:]]}
+    )
+    with pytest.raises(UnsupportedSettingError, match="`seq_lengths` must cover the 4 tokens.*to 6 from pool row 150"):
+        pool._columns.read(np.arange(200), "all")
 
 
 def test_ngrams_begin_anew_with_each_document():
