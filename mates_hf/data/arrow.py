@@ -275,6 +275,7 @@ def assemble(
     offsets: IntArray,
     labels: npt.NDArray[Any] | None = None,
     attention_mask: npt.NDArray[Any] | None = None,
+    starts: npt.NDArray[np.bool_] | None = None,
 ) -> TokenRows:
     """Strip padding and drop labels that say nothing.
 
@@ -283,6 +284,7 @@ def assemble(
         offsets: (N + 1,) int64 row borders.
         labels: (T,) integer, -100 where not trained, or None for all tokens but the first of a row.
         attention_mask: (T,) 0 at padding, which may stand left or right of a row's tokens, or None without padding.
+        starts: (T,) bool, True where a document of a packed row begins, or None where every row is one document.
 
     Returns:
         The rows without padding; `labels` is None where each row's labels are its ids from the second on.
@@ -311,8 +313,13 @@ def assemble(
             )
         values, offsets = values[kept], total[offsets]
         labels = None if labels is None else labels[kept]
-    rows = TokenRows(values=values, offsets=offsets, labels=labels)
-    plain = TokenRows(values=values, offsets=offsets)
+        starts = None if starts is None else starts[kept]
+    segments = None
+    if starts is not None:
+        borders = np.unique(np.concatenate([np.flatnonzero(starts), offsets]))
+        segments = borders if len(borders) > len(np.unique(offsets)) else None
+    rows = TokenRows(values=values, offsets=offsets, labels=labels, segments=segments)
+    plain = TokenRows(values=values, offsets=offsets, segments=segments)
     return plain if labels is None or np.array_equal(effective_labels(rows), effective_labels(plain)) else rows
 
 

@@ -122,6 +122,8 @@ class Reading:
         has_shift_labels: True where the collator gives labels that are shifted already, as `shift_labels`.
         looks_ahead: True where a position's logits depend on later tokens (a masked language model).
         encoder_decoder: True where labels are a second sequence.
+        packed: How documents that share a batch row are trained: `"apart"` where none sees another, so that each is
+            measured alone; `"together"` where they do, so that a packed row is one text; None where no row is packed.
         constants: inputs that had one value at every token of every row looked at, such as token types of 0; passages
             of the reference task get them, rows of the pool what their collator gives.
         compared: The numbers that were compared, for the record: the run's loss, the loss as read, the number of rows.
@@ -136,6 +138,7 @@ class Reading:
     has_shift_labels: bool = False
     looks_ahead: bool = False
     encoder_decoder: bool = False
+    packed: Literal["apart", "together"] | None = None
     constants: Mapping[str, int] = dataclasses.field(default_factory=dict)
     compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -151,6 +154,7 @@ class Reading:
             "reference": self.likelihood,
             **({"mask": self.mask_key} if self.mask_key else {}),
             "fed": {"plain": "padded", "collated": "collated", "row": "collated, a row at a time"}[self.feed],
+            **({"documents": self.packed} if self.packed else {}),
             **({"constant_inputs": dict(self.constants)} if self.constants else {}),
             **self.compared,
         }

@@ -17,30 +17,32 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.arrow import assemble
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.data.segments import document_starts, trailing_fill
 from mates_hf.data.token_columns import as_array, length_refusal, one_value_refusal, whole_numbers
 from mates_hf.errors import UnsupportedSettingError
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
-# Inputs by which several texts may share a row.
-PACKING_KEYS = ("position_ids", "cu_seq_lens", "cu_seqlens", "seq_idx")
-TRL_WITHOUT_PACKING = (
-    'With TRL\'s SFTTrainer set `packing=True, packing_strategy="wrapped", padding_free=False` to keep packing (texts '
-    "are cut into blocks), or `packing=False, padding_free=False` to train one text a row; the packing strategies "
-    "`bfd`, `bfd_split` and `bfd-requeue` always make packed batches."
-)
+TOKEN_KEYS = ("input_ids", "labels", "attention_mask")
 
 
 class CollatedRow(NamedTuple):
     """What a row trains on, each array (length,) int64, padding included; None where it was not given.
 
-    Labels have the length of the ids, but for a model with two sequences or a class a row.
+    Labels have the length of the ids, but for a model with two sequences or a class a row. `starts`, (length,) bool,
+    says where the documents of a packed row begin.
     """
 
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64] | None
     attention_mask: npt.NDArray[np.int64] | None
+    starts: npt.NDArray[np.bool_] | None = None
+
+    def as_one_text(self) -> CollatedRow:
+        """The row without its documents, for a run in which they see each other; what is trained stays the same."""
+        labels = _own_labels(self) if self.labels is None and self.starts is not None else self.labels
+        return self._replace(labels=labels, starts=None)
 
 
 def collate(dataset: Any, collate_fn: Collator, ids: Sequence[int]) -> Mapping[str, Any]:
@@ -85,7 +87,7 @@ def read_row(
     Raises:
         ValueError: ids, labels or mask are no whole numbers, or not of one length; or a dataset has no `input_ids`.
         TypeError: the row or batch is no dict.
-        UnsupportedSettingError: the collator packs, or makes no `input_ids`.
+        UnsupportedSettingError: what says where documents begin is contradictory, or there are no `input_ids`.
     """
     batch = row if collate_fn is None else collate_fn([row])
     maker = "the dataset" if collate_fn is None else f"the collator `{name_of(collate_fn)}`"
@@ -93,14 +95,13 @@ def read_row(
         raise TypeError(
             f"A pool row must be a dict with `input_ids`, got {type(batch).__name__} from {maker}, {where}."
         )
-    refuse_packing(batch, maker, None if collate_fn is None else lambda: collate_fn([row, row]))
     if "input_ids" not in batch:
         message = f"A pool row must have `input_ids`, got the columns {sorted(map(str, batch))} from {maker}, {where}."
         if collate_fn is None:
             raise ValueError(f"{message} Tokenise the dataset, or pass the `collate_fn` that does.")
         raise UnsupportedSettingError(f"{message} Influence models read token ids: use a collator that gives those.")
     collated, source = collate_fn is not None, f"{maker}, {where}"
-    values = {key: labels_of(batch) if key == "labels" else batch.get(key) for key in CollatedRow._fields}
+    values = {key: labels_of(batch) if key == "labels" else batch.get(key) for key in TOKEN_KEYS}
     found = {
         key: None if _is_left_out(value, key, collated) else _flat(value, key, collated, source, same_length)
         for key, value in values.items()
@@ -109,7 +110,11 @@ def read_row(
     for key, value in found.items():
         if value is not None and len(value) != len(ids) and (same_length or key != "labels"):
             raise length_refusal(key, len(value), len(ids), where)
-    return CollatedRow(ids, found["labels"], found["attention_mask"])
+    starts, mask = document_starts(batch, source), found["attention_mask"]
+    if starts is not None and mask is None and (fill := trailing_fill(starts, found["labels"], row)):
+        mask = np.ones(len(ids), np.int64)
+        mask[-fill:] = 0
+    return CollatedRow(ids, found["labels"], mask, starts)
 
 
 def _is_left_out(value: Any, key: str, collated: bool) -> bool:
@@ -141,51 +146,21 @@ def stack_rows(rows: Iterable[CollatedRow]) -> TokenRows:
         return TokenRows(values=np.zeros(0, np.int64), offsets=offsets)
     labels = mask = None
     if any(row.labels is not None for row in rows):
-        labels = np.concatenate([row.input_ids if row.labels is None else row.labels for row in rows])
+        labels = np.concatenate([_own_labels(row) if row.labels is None else row.labels for row in rows])
     if any(row.attention_mask is not None for row in rows):
         ones = [np.ones(len(row.input_ids), np.int64) for row in rows]
         masks = [row.attention_mask for row in rows]
         mask = np.concatenate([one if m is None else m for m, one in zip(masks, ones, strict=True)])
-    return assemble(np.concatenate([row.input_ids for row in rows]), offsets, labels, mask)
+    starts = None
+    if any(row.starts is not None for row in rows):
+        plain = [np.zeros(len(row.input_ids), np.bool_) for row in rows]
+        starts = np.concatenate([p if r.starts is None else r.starts for r, p in zip(rows, plain, strict=True)])
+    return assemble(np.concatenate([row.input_ids for row in rows]), offsets, labels, mask, starts)
 
 
-def refuse_packing(batch: Mapping[str, Any], maker: str, pair: Callable[[], Mapping[str, Any]] | None = None) -> None:
-    """Refuse a row that several texts share, and a collator that makes one row of several.
-
-    Args:
-        batch: One row, collated or as the dataset has it.
-        maker: Name of what made it, for the error.
-        pair: Function that makes a batch of the row and itself; called where the batch has keys that packed rows need.
-
-    Raises:
-        UnsupportedSettingError: positions begin anew inside the row, or two rows become another number of rows.
-    """
-    keys = [key for key in batch if str(key).startswith(PACKING_KEYS) and batch[key] is not None]
-    shared = [key for key in keys if _has_several_texts(str(key), batch[key], batch.get("attention_mask"))]
-    num = 2 if pair is None or not keys or shared else len(pair().get("input_ids", ()))
-    if shared or num != 2:
-        found = f"of 2 rows {maker} makes {num}" if num != 2 else "several texts share a row"
-        raise UnsupportedSettingError(
-            f"A candidate must be one text a row; {maker} gives `{'`, `'.join(map(str, shared or keys))}`: {found}. "
-            "Use a collator that pads instead of packing (transformers' `DataCollatorForLanguageModeling` or "
-            f"`default_data_collator`), and leave such columns out of the dataset. {TRL_WITHOUT_PACKING}"
-        )
-
-
-def _has_several_texts(key: str, value: Any, mask: Any) -> bool:
-    """True where a packing key of one row says that positions begin anew inside it."""
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-    if array.dtype.kind not in "iu" or array.ndim > 2 or not array.size:
-        return False  # positions of several axes, as vision models have them
-    array = array.reshape(-1)
-    if key.startswith("cu_seq"):
-        return array.size > 2
-    if key.startswith("seq_idx"):
-        return bool((array != array[0]).any())
-    if mask is not None:
-        kept = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask)
-        array = array[kept.reshape(-1) != 0] if kept.size == array.size else array
-    return bool((np.diff(array) != 1).any())
+def _own_labels(row: CollatedRow) -> npt.NDArray[np.int64]:
+    """The labels of a row without any: its tokens, but the first of each document."""
+    return row.input_ids if row.starts is None else np.where(row.starts, IGNORED, row.input_ids)
 
 
 def name_of(collate_fn: Any) -> str:

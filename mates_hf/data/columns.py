@@ -9,6 +9,7 @@ decides shows there, `deciding`). A collator that draws random numbers never qua
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import sys
@@ -18,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.arrow import ListColumn, Ragged, assemble, effective_labels, physical_rows
-from mates_hf.data.collated import CollatedRow, Collator, forked_rng, read_row, rng_state, stack_rows
+from mates_hf.data.collated import TOKEN_KEYS, Collator, forked_rng, read_row, rng_state, stack_rows
 from mates_hf.data.column_types import LABELS, MASK, TOKENS, check_types, counts
 from mates_hf.data.deciding import MAX_OTHERS, deciding_column, has_gap, made_up_of
 from mates_hf.data.rare_rows import RareRows, WatchedRow, find_rare_rows
 from mates_hf.data.rows import IGNORED, TokenRows
+from mates_hf.data.segments import LENGTHS, is_packing_key, lengths_to_starts
 from mates_hf.data.token_columns import aligned, read_column
 from mates_hf.records import IntArray
 
@@ -64,13 +66,14 @@ class DatasetColumns:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self._rules: dict[str, LabelRule | None] = {}
+        self._packed = False  # whether the collator splits rows as the column `seq_lengths` says
         self._opened: dict[str, ListColumn] = {}
         self._indices: IntArray | None = None  # held once, not once a column
 
     @property
     def token_columns(self) -> list[str]:
         """Those of `input_ids`, `labels` and `attention_mask` that rows show now (formats change in place)."""
-        return [name for name in visible_columns(self.dataset) or () if name in CollatedRow._fields]
+        return [name for name in visible_columns(self.dataset) or () if name in TOKEN_KEYS]
 
     def lengths(self, ids: IntArray) -> IntArray:
         """(N,) int64 tokens of the rows `ids`, padding included."""
@@ -86,7 +89,10 @@ class DatasetColumns:
             labels = np.where(tokens.values == rule, IGNORED, tokens.values)
         if MASK in self.token_columns:
             mask = self._aligned(MASK, ids, tokens)
-        return assemble(tokens.values, tokens.offsets, labels, mask)
+        starts = self._starts(ids, tokens) if self._packed else None
+        if starts is not None:
+            labels = np.where(starts, IGNORED, tokens.values if labels is None else labels)
+        return assemble(tokens.values, tokens.offsets, labels, mask, starts)
 
     def find_rule(self, collate_fn: Collator | None) -> LabelRule | None:
         """The rule by which the columns give exactly the collator's rows; None where rows must be read one by one."""
@@ -95,6 +101,8 @@ class DatasetColumns:
         if TOKENS not in names:
             return None
         if collate_fn is None:
+            if any(is_packing_key(name) for name in visible_columns(self.dataset) or ()):
+                return None  # which documents share a row is in columns that are not read here
             check_types(schema, names)
             return "column" if LABELS in names else "all"
         if not all(counts(name, schema.field(name).type) for name in names):
@@ -114,6 +122,7 @@ class DatasetColumns:
         rows = self._collated(collate_fn, ids)
         if rows is None:
             return None
+        self._packed = rows.segments is not None and LENGTHS in (visible_columns(self.dataset) or ())
         for rule in self._possible_rules(collate_fn, rows, int(ids[0]), has_labels):
             if _same(rows, self.read(ids, rule)):
                 return None if self._is_decided_by_a_column(collate_fn, ids, rule) else rule
@@ -132,7 +141,8 @@ class DatasetColumns:
 
     def _is_decided_by_a_column(self, collate_fn: Collator, ids: IntArray, rule: LabelRule) -> bool:
         """True where a further column changes ids, labels or mask of a collated row, or may; says which."""
-        names = [name for name in visible_columns(self.dataset) or () if name not in CollatedRow._fields]
+        read = (*TOKEN_KEYS, LENGTHS) if self._packed else TOKEN_KEYS
+        names = [name for name in visible_columns(self.dataset) or () if name not in read]
         if not names:
             return False
         columns = {name: self.dataset.data.column(name) for name in names}
@@ -151,9 +161,10 @@ class DatasetColumns:
     def _changes_a_row(self, collate_fn: Collator, looked_at: list[Any], rare: RareRows) -> str | None:
         """A column by whose change a row is collated differently."""
 
-        def collated(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        def collated(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
             found = stack_rows([read_row(row, collate_fn, "a made-up row")])
-            return found.values.tolist(), effective_labels(found).tolist()
+            documents = found.offsets if found.segments is None else found.segments
+            return found.values.tolist(), effective_labels(found).tolist(), documents.tolist()
 
         rows = {i: self.dataset[i] for shown in rare.by_column.values() for i in shown[:MAX_OTHERS]}
         others = {
@@ -187,10 +198,13 @@ class DatasetColumns:
     ) -> list[LabelRule]:
         """The one label rule that the collator keeps on made-up rows, or none."""
         plain = self.read(np.array([longest]), "all").values.astype(np.int64)
-        middle = len(plain) // 2
         if len(plain) < 3:
             return []
         base = self.dataset[longest]
+        inside = np.ones(len(plain), np.bool_)
+        if self._packed:  # not at the first token of a document, which no rule trains
+            inside = ~lengths_to_starts(base[LENGTHS], len(plain), f"pool row {longest}")
+        middle = int(min(np.flatnonzero(inside), key=lambda i: abs(int(i) - len(plain) // 2), default=0))
 
         def label_in_the_middle(token: int, label: int) -> int | None:
             """What the collator makes of a row with this token and label in its middle; None: it changed the row."""
@@ -210,7 +224,7 @@ class DatasetColumns:
             return []
         if from_column:
             return ["column"]
-        plain_labels = effective_labels(TokenRows(values=rows.values, offsets=rows.offsets))
+        plain_labels = effective_labels(dataclasses.replace(rows, labels=None))
         ignored |= set(rows.values[~rows.target_mask & (plain_labels != IGNORED)].tolist())
         if len(ignored) > 1:
             return []
@@ -233,6 +247,19 @@ class DatasetColumns:
     def _aligned(self, name: str, ids: IntArray, tokens: Ragged) -> npt.NDArray[Any]:
         return aligned(name, tokens, self._read(name, ids), lambda i: f"pool row {int(ids[i])}")
 
+    def _starts(self, ids: IntArray, tokens: Ragged) -> npt.NDArray[np.bool_]:
+        """(T,) bool, where documents begin by the column of their lengths."""
+        lengths = self._read(LENGTHS, ids)
+        total = np.concatenate([[0], np.cumsum(lengths.values, dtype=np.int64)])
+        wrong = np.flatnonzero(total[lengths.offsets] != tokens.offsets)
+        if len(wrong):
+            row = int(wrong[0]) - 1
+            of = slice(lengths.offsets[row], lengths.offsets[row + 1])
+            lengths_to_starts(lengths.values[of], int(np.diff(tokens.offsets)[row]), f"pool row {int(ids[row])}")
+        starts = np.zeros(len(tokens.values), np.bool_)
+        starts[total[:-1][lengths.values > 0]] = True
+        return starts
+
     def _read(self, name: str, ids: IntArray) -> Ragged:
         return read_column(self._column(name), ids, lambda i: f"pool row {int(ids[i])}")
 
@@ -254,9 +281,11 @@ def _listed(value: Any) -> Any:
 
 
 def _same(a: TokenRows, b: TokenRows) -> bool:
-    """True where both have the same tokens and train the same labels."""
+    """True where both have the same tokens and documents and train the same labels."""
+    one, other = (rows.offsets if rows.segments is None else rows.segments for rows in (a, b))
     return (
         np.array_equal(a.offsets, b.offsets)
+        and np.array_equal(one, other)
         and np.array_equal(a.values, b.values)
         and np.array_equal(effective_labels(a), effective_labels(b))
     )

@@ -22,12 +22,12 @@ import numpy.typing as npt
 from mates_hf.data.batches import IGNORED, ModelBatch, Reading
 from mates_hf.data.collated import Collator, collate, name_of
 from mates_hf.data.rows import TokenRows
+from mates_hf.data.segments import document_starts, is_packing_key, positions
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,22 +177,34 @@ class StackedColumns:
     """A collator for rows of which no collator is known: their columns as they are, stacked.
 
     Attributes:
-        names: the columns; where a row has no `labels`, every token is its own.
+        names: the columns; where a row has no `labels`, every token but the first of a document is its own. Rows that
+            say where their documents begin get positions that begin anew there, and no mask, which would hide it.
     """
 
     names: tuple[str, ...]
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of rows of one length; `ValueError` where their lengths differ."""
         import torch
 
-        full = [{**row, "labels": row["input_ids"] if row.get("labels") is None else row["labels"]} for row in rows]
-        present = [name for name in (*self.names, "labels") if all(row.get(name) is not None for row in full)]
+        full, names = [dict(row) for row in rows], [*self.names, "labels"]
+        for row in full:
+            starts = document_starts(row, "the dataset")
+            if row.get("labels") is None:
+                ids = np.asarray(row["input_ids"])
+                row["labels"] = ids if starts is None else np.where(starts, IGNORED, ids)
+            if any(is_packing_key(key) for key in row):
+                row["position_ids"] = positions(len(row["input_ids"]), starts)
+        if any("position_ids" in row for row in full) and all(np.all(row.get("attention_mask", 1)) for row in full):
+            names = [name for name in names if name != "attention_mask"] + ["position_ids"]
+        present = [name for name in names if all(row.get(name) is not None for row in full)]
         stacked = {name: np.stack([np.asarray(row[name]) for row in full]) for name in dict.fromkeys(present)}
-        return {
+        batch: dict[str, Any] = {
             name: torch.as_tensor(value.astype(np.int64) if value.dtype.kind in "iub" else value)
             for name, value in stacked.items()
         }
+        # With a cache transformers lets the documents of a row see each other, whatever their positions.
+        return {**batch, "use_cache": False} if "position_ids" in batch else batch
 
 
 def as_text(

@@ -20,10 +20,11 @@ import numpy as np
 
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import PLAIN, Candidates, Reading
-from mates_hf.data.collated import CollatedRow, Collator, forked_rng, name_of, read_row, refuse_packing, stack_rows
+from mates_hf.data.collated import TOKEN_KEYS, CollatedRow, Collator, forked_rng, name_of, read_row, stack_rows
 from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows, stretches
+from mates_hf.data.segments import document_starts
 from mates_hf.display import card
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.records import IntArray
@@ -49,7 +50,8 @@ class CandidatePool:
     Raises:
         ValueError: the dataset is empty, or has neither `input_ids` nor a collator to make them.
         TypeError: the dataset is no map-style dataset.
-        UnsupportedSettingError: the dataset is streamed, or its rows are packed with position ids.
+        UnsupportedSettingError: the dataset is streamed, or its columns contradict each other about the documents of a
+            packed row.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class CandidatePool:
                     f"The candidate pool must have a column `input_ids`, got the columns {names}. Tokenise it "
                     "(`dataset.map(lambda row: tokenizer(row['text']))`), or pass the `collate_fn` that does."
                 )
-            refuse_packing(dataset[0], "the dataset")
+            document_starts(dataset[0], "the dataset")
         self.reading: Reading | None = None
         # None: all rows, which a large pool's memory need not hold.
         self._ids: IntArray | None = None if ids is None else self._checked(ids).copy()
@@ -111,7 +113,7 @@ class CandidatePool:
 
         Raises:
             ValueError: a row has no integer token ids, or an id is not a row of the pool.
-            UnsupportedSettingError: the collator packs several texts into a row, or makes no `input_ids`.
+            UnsupportedSettingError: the collator makes no `input_ids`, or contradicts itself about documents of a row.
         """
         rows = self.candidate_ids if ids is None else self._checked(ids)
         reading = self.reading or PLAIN
@@ -139,7 +141,7 @@ class CandidatePool:
 
     def collated(self, ids: IntArray, reading: Reading) -> CollatedRows:
         """The pool rows `ids` as their collator makes them, whatever the pool's own reading says."""
-        return CollatedRows.of(self.dataset, self.collate_fn or StackedColumns(CollatedRow._fields), reading, ids)
+        return CollatedRows.of(self.dataset, self.collate_fn or StackedColumns(TOKEN_KEYS), reading, ids)
 
     def chunks(
         self, ids: Sequence[int] | IntArray | None, size: int, *, max_tokens: int | None = None
@@ -186,7 +188,8 @@ class CandidatePool:
         where = fixed_positions(num, NUM_IDENTITY_ROWS)
         rows = self.token_rows(where if self._ids is None else self._ids[where])
         digest = hashlib.sha256()
-        for part in (where, rows.offsets, rows.values, effective_labels(rows)):
+        documents = [] if rows.segments is None else [rows.segments]
+        for part in (where, rows.offsets, rows.values, effective_labels(rows), *documents):
             digest.update(np.ascontiguousarray(part, "<i8").tobytes())
         return {"num_rows": num, "features": self._features(), "rows_sha256": digest.hexdigest()}
 
@@ -230,7 +233,7 @@ class CandidatePool:
                 there = slice(None) if row.attention_mask is None else row.attention_mask != 0
                 labels = row.labels if row.labels is None or not same_length else row.labels[there]
                 row = CollatedRow(*as_text(row.input_ids[there], labels, reading), None)
-            yield row
+            yield row.as_one_text() if reading.packed == "together" else row
 
     def _label_rule(self) -> LabelRule | None:
         """How to read the Arrow columns, or None where rows must be read one by one."""
@@ -273,7 +276,7 @@ def read_candidates(candidates: Any) -> tuple[IntArray, TokenRows]:
     Raises:
         ValueError: there is no candidate, or no `input_ids`.
         TypeError: not one of those kinds.
-        UnsupportedSettingError: the candidates are streamed or packed.
+        UnsupportedSettingError: the candidates are streamed.
     """
     if isinstance(candidates, TokenRows):
         if not len(candidates):
@@ -315,7 +318,9 @@ class _RowDicts:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         ids, labels = self.rows.row(i)
-        return {"input_ids": ids, "labels": labels if self.rows.labels is not None else ids}
+        row = {"input_ids": ids, "labels": labels if self.rows.labels is not None else ids}
+        segments = self.rows.take(np.array([i])).segments
+        return row if segments is None else {**row, "seq_lengths": np.diff(segments)}
 
 
 def rows_to_predict(dataset: Any) -> TokenRows:

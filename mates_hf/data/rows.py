@@ -34,18 +34,41 @@ class TokenRows:
         offsets: (N + 1,) int64; row i is `values[offsets[i]:offsets[i + 1]]`.
         labels: (T,) integer, the id each position is trained to be predicted as from the ones before it, or -100; None
             means every token but the first of its row is its own label. A row's first label is never a target.
+        segments: (S + 1,) int64 borders of the documents of packed rows, those of rows among them; a token sees the
+            tokens of its own document alone. None: a row is one document. With segments there are always labels: where
+            none are given, the first token of each document has none.
     """
 
     values: npt.NDArray[Any]
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[Any] | None = None
+    segments: npt.NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.segments is None:
+            return
+        borders = np.asarray(self.segments, np.int64)
+        object.__setattr__(self, "segments", borders)
+        if not len(borders) or (np.diff(borders) <= 0).any() or not np.isin(self.offsets, borders).all():
+            raise ValueError(
+                "`segments` must rise, and have every row's border among them, from 0 to the number of tokens "
+                f"({len(self.values)}), got {borders[:8].tolist()} for the rows {self.offsets[:8].tolist()}. Give the "
+                "borders of all documents of all rows."
+            )
+        if borders[0] != 0 or borders[-1] != len(self.values):
+            raise ValueError(f"`segments` must be from 0 to {len(self.values)}, got {borders[0]} to {borders[-1]}.")
+        if self.labels is None:
+            labels = self.values.astype(np.int64)
+            labels[borders[:-1]] = IGNORED
+            object.__setattr__(self, "labels", labels)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __repr__(self) -> str:
         trained = "every token but a row's first" if self.labels is None else "those with a label"
-        return f"TokenRows: {len(self):,} rows, {len(self.values):,} tokens; trained: {trained}"
+        packed = "" if self.segments is None else f", {len(self.segments) - 1:,} documents"
+        return f"TokenRows: {len(self):,} rows{packed}, {len(self.values):,} tokens; trained: {trained}"
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -90,10 +113,52 @@ class TokenRows:
             values=self.values[where],
             offsets=offsets,
             labels=None if self.labels is None else self.labels[where],
+            segments=None if self.segments is None else self._segments_of(rows, offsets),
         )
 
+    def _segments_of(self, rows: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Borders of the documents of some rows that are laid out at `offsets`."""
+        assert self.segments is not None
+        first, last = (np.searchsorted(self.segments, self.offsets[rows + end]) for end in (0, 1))
+        counts = last - first
+        before = np.cumsum(counts) - counts
+        where = np.repeat(first - before, counts) + np.arange(counts.sum())
+        return np.append(self.segments[where] + np.repeat(offsets[:-1] - self.offsets[rows], counts), offsets[-1])
+
+    def unpacked(self) -> TokenRows:
+        """A row for each document, whose trained tokens are the same in the same order; the rows where none is packed.
+
+        Where a document's first token is trained, the run predicts it from the end of the document before it: it then
+        stands at that one's end, where it is a target and no other token sees it.
+        """
+        if self.segments is None:
+            return self
+        assert self.labels is not None
+        starts = self.segments[:-1]
+        trained = self.target_mask[starts]
+        lengths = np.diff(self.segments) + np.append(trained[1:], np.zeros(min(1, len(starts)), np.bool_))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        where = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenRows(values=self.values[where], offsets=offsets, labels=self.labels[where])
+
+    def by_row(self, sums: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(N,) sums over the documents of each row of what `unpacked` has of each, (S,)."""
+        found = np.zeros(len(self), sums.dtype)
+        np.add.at(found, self.owners, sums)
+        return found
+
+    @property
+    def owners(self) -> npt.NDArray[np.int64]:
+        """(S,) int64 row of each document; where none is packed, a row is one."""
+        if self.segments is None:
+            return np.arange(len(self))
+        return np.asarray(np.searchsorted(self.offsets, self.segments[:-1], side="right") - 1, np.int64)
+
     def padded(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """All rows padded on the right with token 0: ids, where there is a token, and labels, each (N, L)."""
+        """All rows padded on the right with token 0: ids, where there is a token, and labels, each (N, L).
+
+        Documents of packed rows are no rows here; `unpacked` makes them some.
+        """
         here = np.arange(self.lengths.max(initial=0)) < self.lengths[:, None]
         ids, labels = np.zeros(here.shape, np.int64), np.full(here.shape, IGNORED, np.int64)
         ids[here] = self.values
@@ -101,22 +166,37 @@ class TokenRows:
         return ids, here, labels
 
     def batch(self, index: npt.NDArray[Any], device: torch.device | str) -> ModelBatch:
-        """The rows `index` in one batch, padded on the right and masked, on a device.
+        """The rows `index` in one batch, padded on the right and masked, on a device; documents of packed rows apart.
 
         Padding is token 0: any id does, nothing that counts looks at it.
         """
         import torch
 
-        ids_BL, here_BL, labels_BL = self.take(index).padded()
+        ids_BL, here_BL, labels_BL = self.take(index).unpacked().padded()
         mask = torch.from_numpy(here_BL.astype(np.int64)).to(device)
         inputs = {"input_ids": torch.from_numpy(ids_BL).to(device), "attention_mask": mask}
         return ModelBatch(inputs, torch.from_numpy(labels_BL).to(device))
 
     @classmethod
     def from_lists(
-        cls, input_ids: Iterable[Sequence[int]], labels: Iterable[Sequence[int]] | None = None
+        cls,
+        input_ids: Iterable[Sequence[int]],
+        labels: Iterable[Sequence[int]] | None = None,
+        seq_lengths: Iterable[Sequence[int]] | None = None,
     ) -> TokenRows:
-        """Rows from sequences of ids and, where not every token is trained, of labels of the same lengths."""
+        """Rows from sequences of ids and, where not every token is trained, of labels of the same lengths.
+
+        Args:
+            input_ids: token ids of each row.
+            labels: labels of each row; None where every token but the first of a document is its own.
+            seq_lengths: lengths of the documents of each packed row; None where a row is one document.
+
+        Returns:
+            The rows.
+
+        Raises:
+            ValueError: labels or lengths do not fit the ids.
+        """
         rows = [np.asarray(row, np.int64) for row in input_ids]
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         values = np.concatenate(rows) if rows else np.zeros(0, np.int64)
@@ -126,7 +206,14 @@ class TokenRows:
             if [len(row) for row in label_rows] != [len(row) for row in rows]:
                 raise ValueError("`labels` must have the lengths of `input_ids`, row by row.")
             flat_labels = np.concatenate(label_rows) if label_rows else np.zeros(0, np.int64)
-        return cls(values=values, offsets=offsets, labels=flat_labels)
+        segments = None
+        if seq_lengths is not None:
+            parts = [np.asarray(row, np.int64) for row in seq_lengths]
+            if [int(row.sum()) for row in parts] != [len(row) for row in rows]:
+                raise ValueError("`seq_lengths` must add up to the lengths of `input_ids`, row by row.")
+            lengths = np.concatenate([*parts, np.zeros(0, np.int64)])
+            segments = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int64)
+        return cls(values=values, offsets=offsets, labels=flat_labels, segments=segments)
 
 
 def stretches(lengths: npt.NDArray[np.int64], max_tokens: int) -> Iterator[slice]:

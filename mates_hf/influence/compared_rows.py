@@ -7,6 +7,8 @@ of them changed.
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +19,17 @@ from torch import Tensor, nn
 from mates_hf.data.batches import IGNORED, Reading
 from mates_hf.data.collated import collate, drew_random
 from mates_hf.data.columns import fixed_positions
+from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
-from mates_hf.engine.model_traits import accepts
-from mates_hf.errors import InfluenceError
+from mates_hf.data.segments import document_starts, is_packing_key
+from mates_hf.engine.model_traits import accepts, input_device
+from mates_hf.errors import InfluenceError, UnsupportedSettingError
+from mates_hf.influence.passes import logits_of_batch
+
+logger = logging.getLogger(__name__)
 
 NUM_LOOKED_AT = 64
+NO_LOGITS = (AttributeError, IndexError, KeyError, TypeError, UnsupportedSettingError)
 _TEXT_KEYS = ("input_ids", "labels", "attention_mask", "shift_labels")
 
 
@@ -37,6 +45,9 @@ class ComparedRows:
         rows: pool rows; the first ones, of several lengths, from the shortest on.
         batches: a batch of each of those rows alone, then variants of one of them with a further input changed.
         collated: the pool's dataset and collator.
+        flattens: true where the collator makes one row of the batch of several rows of the dataset.
+        packed: batches of one row each that have several documents, at most two; of several rows where the collator
+            flattens.
 
     Raises:
         InfluenceError: no row looked at has a trained token.
@@ -46,6 +57,7 @@ class ComparedRows:
         self.model, self.base = model, base
         self.collated = pool.collated(np.zeros(0, np.int64), base)
         self._looked_at = self._look(pool)
+        self.flattens, self.packed = self._find_packed()
         self.extras = self.further_inputs(reads_all=False)
         self.rows = self._choose()
         self.batches = [self._looked_at[i] for i in self.rows] + self._variants()
@@ -63,6 +75,8 @@ class ComparedRows:
         """Inputs beside ids, labels and mask that reach the model; every key where the run's loss `reads_all`."""
         batches = self._looked_at.values()
         keys = {str(key) for batch in batches for key, value in batch.items() if value is not None}
+        if self.packed:  # how documents are kept apart, which is looked at by itself
+            keys = {key for key in keys if not is_packing_key(key) and key != "use_cache"}
         return {key for key in keys - set(_TEXT_KEYS) if reads_all or accepts(self.model, key)}
 
     def constants(self) -> dict[str, int]:
@@ -84,6 +98,20 @@ class ComparedRows:
             for value, labels in pairs
         )
 
+    def count_virtual(self) -> int:
+        """Positions that an adapter puts before each row's; 0 where logits have another shape for other reasons."""
+        counts = set()
+        for batch in self.batches[:2] if hasattr(self.model, "peft_config") else ():
+            given = model_batch(batch, self.base, input_device(self.model))
+            try:
+                logits = logits_of_batch(self.model, given)
+                counts.add(
+                    logits.shape[1] - given.labels.shape[1] if given.labels.dim() > 1 and given.labels.numel() else 0
+                )
+            except NO_LOGITS:
+                return 0
+        return max(0, counts.pop()) if len(counts) == 1 else 0
+
     def _look(self, pool: CandidatePool) -> dict[int, Mapping[str, Any]]:
         """Batches of one row each, of the rows looked at that train something."""
         ids = pool.candidate_ids[fixed_positions(len(pool), NUM_LOOKED_AT)]
@@ -95,6 +123,20 @@ class ComparedRows:
                 "and a label other than -100 after its first."
             )
         return trained
+
+    def _find_packed(self) -> tuple[bool, list[Mapping[str, Any]]]:
+        """Whether the collator makes one row of several, and batches in which documents share a row."""
+        rows = list(self._looked_at)
+        few = (rows * 2)[:2]
+        try:
+            pair = self.together(few)
+        except Exception as error:  # a collator of single rows, or of rows of one length
+            logger.debug("The collator makes no batch of pool rows %s: %s", few, error)
+            pair = {}
+        if len(pair.get("input_ids", ())) == 1:
+            return True, [pair, self.together([rows[-1], rows[0]])]
+        several = (batch for batch in self._looked_at.values() if document_starts(batch, "the collator") is not None)
+        return False, list(itertools.islice(several, 2))
 
     def _trains(self, batch: Mapping[str, Any]) -> bool:
         """Whether a row has a label that any reading counts."""

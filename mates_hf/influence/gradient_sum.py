@@ -50,6 +50,7 @@ def add_gradient_of_sum(
         ProcessError: another process failed.
     """
     parts: list[float] = []
+    rows = passes.measured_apart(rows)
 
     def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
         values = passes.batch_losses(model, rows, batch, loss)

@@ -82,6 +82,7 @@ def token_losses(
         ProbeMemoryError: one row alone does not fit into memory, or memory ran out where weights are sharded.
         ProcessError: another process failed.
     """
+    rows = measured_apart(rows)
     ends = np.cumsum(rows.num_targets, dtype=np.int64)
     starts = ends - rows.num_targets
     dtype = np.float64 if _dtype(model) == torch.float64 else np.float32
@@ -157,14 +158,16 @@ def mean_loss_gradient(
         ProbeMemoryError: one row alone does not fit into memory, or memory ran out where weights are sharded.
         ProcessError: another process failed.
     """
+    packed, rows = rows, measured_apart(rows)
     num_targets = _require_targets(rows)
+    sums = None if row_sums is None else np.zeros(len(rows))
     power = 2.0 ** (num_targets - 1).bit_length()  # dividing by it is exact, so float32 gradients are the mean's
     parts: list[float] = []
 
     def forget() -> None:
         parts.clear()
-        if row_sums is not None:
-            row_sums[:] = 0
+        if sums is not None:
+            sums[:] = 0
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -173,9 +176,9 @@ def mean_loss_gradient(
         values.backward(torch.full_like(values, power / num_targets if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
-            if row_sums is not None:
+            if sums is not None:
                 starts = np.cumsum(rows.num_targets[batch], dtype=np.int64) - rows.num_targets[batch]
-                row_sums[batch] = np.add.reduceat(values.detach().cpu().numpy().astype(np.float64), starts)
+                sums[batch] = np.add.reduceat(values.detach().cpu().numpy().astype(np.float64), starts)
 
     forget()
     with torch.enable_grad():
@@ -192,9 +195,15 @@ def mean_loss_gradient(
         if parameter.grad is not None:
             parameter.grad.div_(power)
     processes.sum_gradients(model.parameters())
-    if row_sums is not None:
-        row_sums[:] = processes.sum(row_sums)
+    if row_sums is not None and sums is not None:
+        sums = processes.sum(sums)
+        row_sums[:] = packed.by_row(sums) if isinstance(packed, TokenRows) else sums
     return float(processes.sum(np.array([sum(parts)]))[0]) / num_targets
+
+
+def measured_apart(rows: Candidates) -> Candidates:
+    """Documents of packed rows as rows of their own, with the same trained tokens in the same order."""
+    return rows.unpacked() if isinstance(rows, TokenRows) else rows
 
 
 def _require_targets(rows: Candidates) -> int:

@@ -159,8 +159,15 @@ def text_rows(rows: TokenRows, reading: Reading) -> Candidates:
     Raises:
         UnsupportedSettingError: what the model wants cannot be made of a text.
     """
+    if reading.likelihood == "shifted" and not reading.num_virtual:
+        return rows
+    if rows.segments is not None:
+        raise UnsupportedSettingError(
+            "`candidates` must be a `CandidatePool(dataset, collate_fn)` where rows are packed and the model does not "
+            "read them as texts, got token rows. Pass the dataset with the collator of the run."
+        )
     if reading.likelihood == "shifted":
-        return TextRows(rows, reading) if reading.num_virtual else rows
+        return TextRows(rows, reading)
     if reading.likelihood == "classes" or reading.encoder_decoder or (reading.looks_ahead and rows.labels is None):
         raise UnsupportedSettingError(
             "`candidates` must be a `CandidatePool(dataset, collate_fn)` for a model that is not trained to predict "

@@ -25,9 +25,11 @@ from mates_hf.data.batches import IGNORED, Feed, Likelihood, Reading
 from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
 from mates_hf.engine.model_traits import input_device, is_low_precision
-from mates_hf.engine.preserve import local_shard, preserved, undisturbed
+from mates_hf.engine.preserve import undisturbed
 from mates_hf.errors import InfluenceError, UnsupportedSettingError
-from mates_hf.influence.compared_rows import ComparedRows
+from mates_hf.influence.compared_rows import NO_LOGITS, ComparedRows
+from mates_hf.influence.other_weights import at_other_weights
+from mates_hf.influence.packed_rows import documents, require_own_targets
 from mates_hf.influence.passes import likelihood, likelihood_of, logits_of_batch, needs_labels, token_losses
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
 from mates_hf.records import IntArray
@@ -41,7 +43,6 @@ _APART = 0.05  # nats: readings that part by less are compared at other weights,
 WAY_OUT = (
     "Pass the loss that the run trains with to the probe, as `MatesCallback(..., probe=DirectionalProbe(loss=...))`."
 )
-_NO_LOGITS = (AttributeError, IndexError, KeyError, TypeError, UnsupportedSettingError)
 # What a model raises that cannot run a batch; out-of-memory is a RuntimeError, too, and passed on.
 CANNOT_RUN = (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
@@ -81,9 +82,8 @@ class _Comparison:
         self.base = Reading(encoder_decoder=needs_labels(model))
         self.rows = ComparedRows(model, pool, self.base)
         has_shift_labels = self.rows.longest.get("shift_labels") is not None
-        self.base = dataclasses.replace(
-            self.base, num_virtual=self._count_virtual(), has_shift_labels=has_shift_labels
-        )
+        num_virtual = self.rows.count_virtual()
+        self.base = dataclasses.replace(self.base, num_virtual=num_virtual, has_shift_labels=has_shift_labels)
 
     def find(self) -> Reading:
         """The reading, and how rows are to be fed."""
@@ -95,6 +95,7 @@ class _Comparison:
                 f"The run's loss must be finite, got {own.tolist()} of pool rows {self.rows.rows} before the first "
                 "step. Look for NaN in the model."
             )
+        self._look_at_documents(self.run_loss, own)
         compared: dict[str, Any] = {"loss": self.run_loss.name, "own_loss": float(own.mean()), "num_rows": len(own)}
         reading, error, read = self._nearest(self.run_loss, own)
         if error <= self._tolerance(own):
@@ -119,22 +120,20 @@ class _Comparison:
             reading = dataclasses.replace(reading, feed="row")
         return dataclasses.replace(reading, compared=compared)
 
-    def _count_virtual(self) -> int:
-        """Positions that an adapter puts before each row's; 0 where logits have another shape for other reasons."""
-        counts = set()
-        for batch in self.rows.batches[:2] if hasattr(self.model, "peft_config") else ():
-            given = model_batch(batch, self.base, self.device)
-            try:
-                logits = logits_of_batch(self.model, given)
-                counts.add(
-                    logits.shape[1] - given.labels.shape[1] if given.labels.dim() > 1 and given.labels.numel() else 0
-                )
-            except _NO_LOGITS:
-                return 0
-        return max(0, counts.pop()) if len(counts) == 1 else 0
+    def _look_at_documents(self, run_loss: RunLoss, own: FloatArray) -> None:
+        """Find out how documents that share a row are trained, for all readings."""
+
+        def loss(batch: Mapping[str, Any]) -> float | None:
+            value = self._loss(run_loss, batch)
+            read = self._read(batch, self.base) if value is None else None
+            return float(read.mean()) if read is not None and len(read) else value
+
+        packed = documents(self.model, self.pool, self.rows, loss, self._tolerance(own))
+        self.base = dataclasses.replace(self.base, packed=packed)
 
     def given(self) -> Reading:
         """How to feed rows to a loss that is not compared."""
+        self._look_at_documents(MODEL_LOSS, np.ones(1))
         near = self._of_model() or self.base
         reading = dataclasses.replace(near, mask_key=None, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name)
         if reading.likelihood == "unshifted" and not reading.encoder_decoder:
@@ -144,6 +143,7 @@ class _Comparison:
             not self.rows.further_inputs(reads_all=True)
             and reading.likelihood == "shifted"
             and not self.rows.is_random()
+            and not self.base.packed
         )
         return dataclasses.replace(reading, feed="plain" if plain else "row", constants=constants)
 
@@ -175,7 +175,7 @@ class _Comparison:
         """(T,) losses of a batch's trained tokens by a reading, or None where the model does not give them."""
         try:
             return likelihood(self.model, model_batch(batch, reading, self.device)).double().cpu().numpy()
-        except _NO_LOGITS:
+        except NO_LOGITS:
             return None
 
     def _readings(self) -> list[Reading]:
@@ -201,10 +201,7 @@ class _Comparison:
         best, values = read[0]
         if len(read) > 1 and _gap(read[1][1], own) < _APART:
             # A model that has learnt little says much the same of every token; at other weights the readings part.
-            with preserved(self.model) as snapshot:
-                self.model.eval()
-                _disturb(snapshot.parameters)
-                snapshot.written()
+            with at_other_weights(self.model):
                 there, apart = self._losses(run_loss), self._means()
             assert there is not None
             if not apart:
@@ -222,12 +219,12 @@ class _Comparison:
         for batch in self.rows.batches:
             try:
                 logits = logits_of_batch(self.model, model_batch(batch, self.base, self.device))
-            except _NO_LOGITS:
+            except NO_LOGITS:
                 return []
             for number, reading in enumerate(readings):
                 try:
                     value = likelihood_of(logits, model_batch(batch, reading, self.device)).double().cpu().numpy()
-                except _NO_LOGITS:
+                except NO_LOGITS:
                     continue
                 if len(value) or reading.mask_key:
                     means.setdefault(number, []).append(float(value.mean()) if len(value) else 0.0)
@@ -243,10 +240,7 @@ class _Comparison:
         if self._sees_later():
             return True
         # A model that has learnt little attends to everything a little: at other weights it shows.
-        with preserved(self.model) as snapshot:
-            self.model.eval()
-            _disturb(snapshot.parameters, until_it_passes_on=True)
-            snapshot.written()
+        with at_other_weights(self.model, until_it_passes_on=True):
             return self._sees_later()
 
     def _sees_later(self) -> bool:
@@ -268,10 +262,13 @@ class _Comparison:
         """How rows reach the model as the collator makes them, the fastest way first; and inputs that are constant."""
         extras = self.rows.further_inputs(reads_all=reading.loss is not None and self.run_loss.reads_all)
         constants = self.rows.constants()
+        if reading.packed == "together" or (reading.packed and (reading.loss is not None or extras)):
+            return "row", constants
         without_labels = reading.loss is not None and self.base.labels_of(self.rows.longest) is None
-        if not reading.is_plain_text or extras or without_labels:
-            return "collated", constants
-        return ("plain" if self._feeds_the_same(reading, own) else "collated"), constants
+        is_plain = reading.is_plain_text and not extras and not without_labels
+        if is_plain and self._feeds_the_same(reading, own):
+            return "plain", constants
+        return ("row" if reading.packed else "collated"), constants
 
     def _feeds_the_same(self, reading: Reading, own: FloatArray) -> bool:
         """True where rows that this library pads have the run's loss, beside longer ones."""
@@ -315,20 +312,25 @@ class _Comparison:
         except Exception as error:  # a collator of single rows, or of rows of one length
             logger.debug("The collator makes no batch of pool rows %s: %s", rows, error)
             return None
-        if len(batch.get("input_ids", rows)) != len(rows):
+        if len(batch.get("input_ids", rows)) != len(rows) and not self.rows.flattens:
             return None
         together = self._loss(self.run_loss, batch)
         counts = self.pool.collated(np.array(rows), reading).num_targets
         if together is None or not counts.sum():
             return None
-        if reading.loss is None and len(model_batch(batch, reading).targets()[0]) != counts.sum():
+        found = len(model_batch(batch, reading).targets()[0])
+        if self.rows.flattens:
+            require_own_targets(self.pool, rows, found, int(counts.sum()))
+        if reading.loss is None and found != counts.sum():
             return None  # padding on the left: a row's first token is trained behind it
         means = {"tokens": float(np.average(own[chosen], weights=counts)), "rows": float(own[chosen].mean())}
         tolerance = 2 * self._tolerance(own)
         weighs = {name: means[name] for name in possible if abs(means[name] - together) <= tolerance}
         if weighs:
             return {**weighs, "batch_loss": together}
-        if self._padding_moves(batch, reading, chosen, counts, together if reading.loss is None else None):
+        if not self.rows.flattens and self._padding_moves(
+            batch, reading, chosen, counts, together if reading.loss is None else None
+        ):
             return None
         with without_router_loss(self.model) as has_router_loss:  # which is a batch's, and part of an own loss
             if has_router_loss:
@@ -369,6 +371,7 @@ class _Comparison:
             batch = batch._replace(labels=batch.inputs["input_ids"])
         values = likelihood(self.model, batch)
         read = [means for reading, means in self._means() if reading.likelihood == "shifted"]
+        self._look_at_documents(self.run_loss, np.ones(1))
         feed, constants = self._feed(self.base, read[0] if read else np.zeros(len(self.rows.rows)))
         return dataclasses.replace(
             self.base,
@@ -382,14 +385,3 @@ def _gap(a: FloatArray, b: FloatArray) -> float:
     """The largest difference; infinite where one is not finite."""
     gap = float(np.abs(a - b).max())
     return gap if np.isfinite(gap) else np.inf
-
-
-def _disturb(parameters: list[nn.Parameter], *, until_it_passes_on: bool = False) -> None:
-    """Add a little noise to parameters, the same in every process; to narrow ones enough to pass on what comes in."""
-    for number, parameter in enumerate(parameters):
-        local = local_shard(parameter)
-        if local.dtype.is_floating_point:
-            generator = torch.Generator(device="cpu").manual_seed(number)
-            noise = torch.randn(local.shape, generator=generator, dtype=torch.float32)
-            passes_on = local.shape[-1] ** -0.5 if until_it_passes_on and local.dim() > 1 else 0.0
-            local.add_(noise.to(local.device, local.dtype), alpha=max(0.05, passes_on))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.batches import IGNORED, Candidates, ModelBatch, Reading
-from mates_hf.data.collated import CollatedRow
+from mates_hf.data.collated import TOKEN_KEYS
 from mates_hf.data.feeds import CollatedRows, StackedColumns, TextRows
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
@@ -122,7 +122,7 @@ def _collated(
     """Passages put through the run's collator."""
     try:
         fed = CollatedRows.of(
-            rows, collate_fn or StackedColumns(CollatedRow._fields), reading, np.arange(len(rows), dtype=np.int64)
+            rows, collate_fn or StackedColumns(TOKEN_KEYS), reading, np.arange(len(rows), dtype=np.int64)
         )
     except CANNOT_RUN as error:
         raise UnsupportedSettingError(

@@ -381,6 +381,7 @@ def _states_module(model: Any) -> tuple[Any, int, int]:
 
 def _mean_over_targets(module: Any, layers: Sequence[int], rows: TokenRows) -> Tensor:
     """(B, D) float32 mean states over each row's trained tokens, layer by layer: states that have read the token."""
+    num, owners, rows = len(rows), rows.owners, rows.unpacked()
     here_BL = np.arange(rows.lengths.max()) < rows.lengths[:, None]
     ids_BL = np.zeros(here_BL.shape, np.int64)  # padding on the right: any id does where the mask says so
     ids_BL[here_BL] = rows.values
@@ -393,5 +394,5 @@ def _mean_over_targets(module: Any, layers: Sequence[int], rows: TokenRows) -> T
     deep = any(layer != -1 for layer in layers)
     output = module(**inputs, use_cache=False, output_hidden_states=deep, return_dict=True)
     states = [output["last_hidden_state"] if layer == -1 else output["hidden_states"][layer] for layer in layers]
-    counted, owner = torch.from_numpy(counted_BL).to(device), torch.arange(len(rows), device=device)
-    return torch.cat([mean_states(state, counted, owner, len(rows)) for state in states], dim=1)
+    counted, owner = torch.from_numpy(counted_BL).to(device), torch.from_numpy(owners).to(device)
+    return torch.cat([mean_states(state, counted, owner, num) for state in states], dim=1)

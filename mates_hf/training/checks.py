@@ -18,8 +18,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import IterableDataset
 
 from mates_hf.config import MatesConfig
-from mates_hf.data.collated import TRL_WITHOUT_PACKING, forked_rng, name_of, read_row
+from mates_hf.data.collated import forked_rng, name_of, read_row
 from mates_hf.data.pool import CandidatePool
+from mates_hf.data.segments import ONE_DOCUMENT_A_ROW, is_packing_key
 from mates_hf.engine.model_traits import vocabulary_size
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import UnsupportedSettingError
@@ -142,17 +143,19 @@ def check_pool(pool: CandidatePool, model: Any) -> None:
         model: the model that trains.
 
     Raises:
-        UnsupportedSettingError: the collator packs rows into one.
+        UnsupportedSettingError: the collator packs rows into one without a word of where they begin.
         ValueError: a token id of a few fixed rows is not in the model's vocabulary; names the row and the id.
     """
     if pool.collate_fn is not None:
         with forked_rng(0):
-            num = len(pool.collate_fn([pool.dataset[0]] * 2).get("input_ids", "ab"))
-        if num != 2:
+            batch = pool.collate_fn([pool.dataset[0]] * 2)
+        num = len(batch.get("input_ids", "ab"))
+        if num != 2 and not (num == 1 and any(is_packing_key(key) for key in batch)):
             raise UnsupportedSettingError(
-                "A collator must make one row of the batch from one row of the dataset, got "
-                f"{num} from 2 by `{name_of(pool.collate_fn)}`. Use one that pads instead of packing "
-                f"(`DataCollatorForLanguageModeling`), or pack the dataset before training. {TRL_WITHOUT_PACKING}"
+                "A collator must make one row of the batch from one row of the dataset, or say where rows begin in "
+                f"the one that it makes of several, got {num} from 2 by `{name_of(pool.collate_fn)}` and nothing that "
+                "says so. Use one that gives `position_ids` that begin anew (`DataCollatorWithFlattening`), or one "
+                f"that pads (`DataCollatorForLanguageModeling`). {ONE_DOCUMENT_A_ROW}"
             )
     size = vocabulary_size(model)
     for i in np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64)).tolist():

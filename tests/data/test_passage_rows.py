@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
+    default_data_collator,
+)
 
 from mates_hf.data.passage_layout import lay_out
 from mates_hf.data.passage_rows import MixedDataset, PassageRows
@@ -133,12 +138,16 @@ def pixels(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "pixel_values": torch.stack([torch.tensor(row["image"]) for row in rows])}
 
 
-def flat(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"input_ids": torch.tensor([sum((list(row["input_ids"]) for row in rows), [])])}
-
-
 def cut(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.tensor([(row["input_ids"] + [0] * 3)[:3] for row in rows]) for name in ("input_ids", "labels")}
+
+
+@pytest.mark.parametrize("columns", [{}, {"seq_lengths": [[2, len(row) - 2] for row in texts()["input_ids"]]}])
+def test_passages_lie_between_flattened_and_packed_rows(columns):
+    """A passage is a row of one document, whichever way the rows of the pool are packed."""
+    rows = lay_out(task(), CandidatePool(texts(**columns), DataCollatorWithFlattening()))
+    assert [rows[i]["input_ids"] for i in range(len(rows))] == list(PASSAGES)
+    assert all(rows[i].get("seq_lengths", [len(rows[i]["input_ids"])]) == [len(PASSAGES[i])] for i in range(len(rows)))
 
 
 @pytest.mark.parametrize(
@@ -147,11 +156,10 @@ def cut(rows: list[dict[str, Any]]) -> dict[str, Any]:
         (blocks(image=np.random.default_rng(0).random((20, 2, 2)).tolist()), pixels, "KeyError: 'image'"),
         (blocks().remove_columns("labels"), default_data_collator, "rows of one length without `labels`"),
         (blocks().remove_columns("labels"), None, "rows of one length without `labels`"),
-        (texts(), flat, "IndexError"),
         (texts(), cut, "the tokens of passage 3 are not in the batch as they are"),
         (Dataset.from_dict({"text": ["a"] * 20}), lambda rows: {}, "they have no `input_ids`"),
     ],
-    ids=["images", "blocks without labels", "a loop's blocks without labels", "packed", "cut", "texts"],
+    ids=["images", "blocks without labels", "a loop's blocks without labels", "cut", "texts"],
 )
 def test_what_cannot_be_mixed_is_refused_with_the_way_out(pool, collator, said):
     with pytest.raises(UnsupportedSettingError, match=rf"(?s){said}.*or set `reference_passes=0`"):

@@ -54,6 +54,7 @@ MODULES = (
     "test_samplers.py",
     "test_passes.py",
     "test_mixed_in.py",
+    "test_packing.py",
 )
 ORDER = "order"
 NO_TRACE = "order, no trace"

@@ -385,7 +385,7 @@ def test_a_model_without_logits_is_probed_by_losses_of_its_own(tmp_path):
     assert spearman(plain.influence, record.labels.influence) > SAME_RANKS
 
 
-@proves("TRL's `SFTTrainer`", NO_TRACE, note="`packing` and `padding_free` are refused, as by the collator below")
+@proves("TRL's `SFTTrainer`", NO_TRACE)
 @proves("TRL's `SFTTrainer`", "its losses are the model's likelihood; its metrics keep no trace")
 def test_sft_trainer(tmp_path, tiny_tokenizer, caplog):
     trl = pytest.importorskip("trl")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, WeightedRandomSampler
-from transformers import DataCollatorWithFlattening, Trainer
+from transformers import Trainer
 
 from mates_hf.errors import UnsupportedSettingError
 from tests.training.kit import VOCAB, make_pool
@@ -119,11 +119,8 @@ REFUSED = [
     refused("a dataloader that `get_train_dataloader` did not prepare", Setup(trainer_class=PlainLoader),
             "set_sampler"),
     refused("a `batch_sampler` of one's own", Setup(trainer_class=OwnBatches), "no sampler that could be replaced"),
-    refused("packing by the collator (`DataCollatorWithFlattening`, TRL's `padding_free`)",
-            Setup(collator=DataCollatorWithFlattening(), pool=lambda: make_pool(200)), "DataCollatorWithFlattening",
-            note="pad, or pack the dataset before training"),
-    refused("packing by the collator (`DataCollatorWithFlattening`, TRL's `padding_free`)",
-            Setup(collator=flattened), "flattened"),
+    refused("rows that a collator puts into one without a word of where they begin", Setup(collator=flattened),
+            "flattened", note="give `position_ids` that begin anew, or pad"),
     refused("workers x prefetch beyond `switch_lead_steps`",
             Setup(args={"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4}),
             "must be at least 9", ValueError),
@@ -141,13 +138,6 @@ REFUSED = [
 @pytest.mark.parametrize(("setting", "setup", "match", "error"), REFUSED)
 def test_refused(tmp_path, setting, setup, match, error):
     assert_refused(tmp_path, setup, match, error=error)
-
-
-@proves("packing by the collator (`DataCollatorWithFlattening`, TRL's `padding_free`)", NO_FILE, outcome="refused")
-def test_trl_without_padding(tmp_path):
-    sft = pytest.importorskip("trl.trainer.sft_trainer")
-    collator = sft.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    assert_refused(tmp_path, Setup(collator=collator), "padding_free=False")
 
 
 @proves("several `MatesCallback`s", NO_FILE, outcome="refused")

@@ -128,8 +128,8 @@ add("state space, padded on the left", functools.partial(build, "MambaForCausalL
 add("prompts without labels", llama, columns=prompted, collator=lambda model: DataCollatorForSeq2Seq(tokenizer()))
 add("token types", gpt2, columns=with_column("token_type_ids", lambda row, i: 0))
 add("token types of two kinds", gpt2, columns=with_column("token_type_ids", lambda row, i: 7 + int(i > 4)))
-add("packed", llama, columns=unlabelled, collator=lambda model: DataCollatorWithFlattening(),
-    refused=r"one row of the batch from one row of the dataset")  # fmt: skip
+add("packed", functools.partial(build, "LlamaForCausalLM", use_cache=False), columns=unlabelled,
+    collator=lambda model: DataCollatorWithFlattening())  # fmt: skip
 
 # --- losses of one's own ---------------------------------------------------------------------------------------------
 
