@@ -35,7 +35,7 @@ from mates_hf.data.passages import (
     tokenise,
 )
 from mates_hf.data.rows import TokenRows
-from mates_hf.data.weighted import WeightedRows, Weights, checked_weights, positions
+from mates_hf.data.weighted import WeightedRows, Weights, checked_weights, stretches_of
 from mates_hf.display import card
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class ReferenceTask:
         fed = None if self.fed is None else self.fed.take(passages)
         weights = self.weights
         if weights is not None:
-            weights = weights[positions(self.rows.offsets[passages], self.rows.lengths[passages])]
+            weights = weights[stretches_of(self.rows.offsets[passages], self.rows.lengths[passages])]
         return dataclasses.replace(self, rows=self.rows.take(passages), fed=fed, weights=weights)
 
     @classmethod

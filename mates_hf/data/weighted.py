@@ -65,10 +65,10 @@ class WeightedRows:
         """Weights of the trained tokens of some rows, row after row."""
         rows = np.flatnonzero(index) if index.dtype == bool else np.asarray(index, np.int64)
         starts = np.concatenate([[0], np.cumsum(self.num_targets, dtype=np.int64)])[:-1]
-        return self.weights[positions(starts[rows], self.num_targets[rows])]
+        return self.weights[stretches_of(starts[rows], self.num_targets[rows])]
 
 
-def positions(starts: IntArray, counts: npt.NDArray[Any]) -> IntArray:
+def stretches_of(starts: IntArray, counts: npt.NDArray[Any]) -> IntArray:
     """Where stretches lie: each `counts[i]` positions from `starts[i]` on, one after the other."""
     counts = np.asarray(counts, np.int64)
     ends = np.cumsum(counts)

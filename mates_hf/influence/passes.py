@@ -15,6 +15,7 @@ Shapes: N rows, T trained tokens over all rows, B rows of a micro-batch padded t
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -203,6 +204,8 @@ def mean_loss_gradient(
 
 def measured_apart(rows: Candidates) -> Candidates:
     """Documents of packed rows as rows of their own, with the same trained tokens in the same order."""
+    if isinstance(rows, WeightedRows):
+        return dataclasses.replace(rows, rows=measured_apart(rows.rows))
     return rows.unpacked() if isinstance(rows, TokenRows) else rows
 
 
