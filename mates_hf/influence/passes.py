@@ -39,6 +39,7 @@ from mates_hf.engine.model_traits import (
     without_needless_mask,
 )
 from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.engine.weight_store import weight_store
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.cross_entropy import cross_entropy_at
 
@@ -159,17 +160,18 @@ def mean_loss_gradient(
     num_targets = _require_targets(rows)
     power = 2.0 ** (num_targets - 1).bit_length()  # dividing by it is exact, so float32 gradients are the mean's
     parts: list[float] = []
+    store = weight_store(model)
 
     def forget() -> None:
         parts.clear()
         if row_sums is not None:
             row_sums[:] = 0
-        for parameter in model.parameters():
+        for parameter in store.parameters().values():
             parameter.grad = None
 
     def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
         values = batch_losses(model, rows, batch, loss)
-        values.backward(torch.full_like(values, power / num_targets if counts else 0.0))
+        store.backward(values, torch.full_like(values, power / num_targets if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
             if row_sums is not None:
@@ -187,10 +189,10 @@ def mean_loss_gradient(
             restart=forget,
             processes=processes,
         )
-    for parameter in model.parameters():
+    for parameter in store.parameters().values():
         if parameter.grad is not None:
             parameter.grad.div_(power)
-    processes.sum_gradients(model.parameters())
+    processes.sum_gradients(store.parameters().values())
     if row_sums is not None:
         row_sums[:] = processes.sum(row_sums)
     return float(processes.sum(np.array([sum(parts)]))[0]) / num_targets
