@@ -121,8 +121,10 @@ class WeightAverage:
         try:
             self._put_in(own)
             yield
-        finally:
-            self._put_back(own, exact)
+        except BaseException:
+            self._put_back(own, exact, failing=True)
+            raise
+        self._put_back(own, exact)
 
     @torch.no_grad()
     def _put_in(self, own: list[Tensor]) -> None:
@@ -147,13 +149,13 @@ class WeightAverage:
         self._warn_of_different(marks)
 
     @torch.no_grad()
-    def _put_back(self, own: list[Tensor], exact: Exact) -> None:
+    def _put_back(self, own: list[Tensor], exact: Exact, *, failing: bool = False) -> None:
         """Write back the weights that were exchanged, which are the first of all."""
         shards = self._shards()
         for piece, live in zip(self._pieces, own, strict=False):
             piece.of(shards[piece.number]).copy_(live)
         own.clear()
-        self._store.written(exact)
+        self._store.written(exact, failing=failing)
 
     def _warn_of_different(self, marks: list[Tensor]) -> None:
         """Copies that are no longer one model would not show any more: what was put in is the same in all."""

@@ -15,21 +15,23 @@ process group can do; scattering it would take half of the traffic.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mates_hf.engine.fragments import Fragment, whole_shape
+from mates_hf.engine.deepspeed_gradient import Sums, refuse_reentrant
+from mates_hf.engine.deepspeed_places import Place, Stage3Place, Stage12Place
+from mates_hf.engine.fragments import Fragment
+from mates_hf.engine.processes import ProcessError
 from mates_hf.engine.weight_store import Exact
 from mates_hf.errors import UnsupportedSettingError
 
+MEETING_SECONDS = 60.0  # that processes which fail alike may be apart
 _KEPT = "_mates_hf_weights"  # attribute of DeepSpeed's optimizer
 _BY_CLASS = {"DeepSpeedZeroOptimizer": 2, "BF16_Optimizer": 1, "DeepSpeedZeroOptimizer_Stage3": 3}
-# DeepSpeed's own optimizers that step as torch's do, and the attribute that says that weight decay is decoupled.
-_AS_ADAM = ("DeepSpeedCPUAdam", "FusedAdam")
 
 
 def weights_of(engine: Any, model: nn.Module) -> DeepSpeedWeights:
@@ -105,11 +107,15 @@ class DeepSpeedWeights:
         return found
 
     @torch.no_grad()
-    def written(self, exact: Exact | None = None) -> None:
+    def written(self, exact: Exact | None = None, *, failing: bool = False) -> None:
         """Round the fragments into what forward passes read, in every process. All processes must call it.
 
         Args:
             exact: what `remember` gave, to be put back as it was.
+            failing: an error is on its way, so the other processes are not waited for without end.
+
+        Raises:
+            ProcessError: they did not come.
         """
         self.forget_derived()
         self._release()
@@ -117,7 +123,7 @@ class DeepSpeedWeights:
             place.low().copy_(place.master())
         for low, bits in exact or ():
             low.copy_(bits)
-        self._spread()
+        self._spread(failing)
 
     def backward(self, values: Tensor, weights: Tensor) -> None:
         """Add the mean over processes of the gradient to the fragments' `.grad`. All processes must call it.
@@ -129,9 +135,9 @@ class DeepSpeedWeights:
         Raises:
             UnsupportedSettingError: a part of the graph is recomputed by reentrant checkpointing.
         """
-        _refuse_reentrant(values)
+        refuse_reentrant(values)
         sources = [fragment.source for fragment in self._fragments.values()]
-        sums = _Sums([id(source) for source in reversed(sources)], self._add)
+        sums = Sums([id(source) for source in reversed(sources)], self._add)
         handles = [source.register_hook(functools.partial(sums.take, id(source))) for source in sources]
         try:
             torch.autograd.grad(values, sources, grad_outputs=weights, allow_unused=True)
@@ -142,10 +148,6 @@ class DeepSpeedWeights:
         if self._is_stage3:  # what the backward pass gathered and nothing of DeepSpeed's lets go
             self._release()
             self._spread()
-
-    def sharded_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer as if it held the fragments."""
-        return ShardedOptimizer(self, self._engine)
 
     def groups(self) -> list[list[str]]:
         """Names of the parameters in each group of the optimizer."""
@@ -175,8 +177,8 @@ class DeepSpeedWeights:
         part = whole.narrow(0, fragment.start, fragment.numel()).to(fragment.device).div(size)
         fragment.grad = part if fragment.grad is None else fragment.grad.add_(part)
 
-    def _place(self, name: str, parameter: nn.Parameter) -> _Place:
-        make = _Stage3Place if self._is_stage3 else _Stage12Place
+    def _place(self, name: str, parameter: nn.Parameter) -> Place:
+        make = Stage3Place if self._is_stage3 else Stage12Place
         try:
             return make(parameter, self._engine)
         except (AttributeError, KeyError) as error:
@@ -190,219 +192,31 @@ class DeepSpeedWeights:
         if self._is_stage3:
             self._engine.empty_partition_cache()
 
-    def _spread(self) -> None:
+    def _spread(self, failing: bool = False) -> None:
         """Give every process what the others wrote, as the end of DeepSpeed's step does."""
         if self._is_stage3:
             persistent = self._engine.persistent_parameters
-            if persistent:
+            if persistent and not failing:  # else the next forward pass gathers them
                 persistent[0].all_gather(persistent)
             return
         flat = getattr(self._engine, "parallel_partitioned_bit16_groups", None) or self._engine.bf16_partitioned_groups
         for number, parts in enumerate(flat):
             group = self._engine.real_dp_process_group[number]
             if len(parts) > 1:
-                dist.all_gather(list(parts), parts[dist.get_rank(group)].clone(), group=group)
+                mine = parts[dist.get_rank(group)].clone()
+                work = dist.all_gather(list(parts), mine, group=group, async_op=failing)
+                if work is not None:
+                    _wait_a_while(work)
 
 
-class _Place:
-    """Where the engine keeps what belongs to a parameter.
-
-    Attributes:
-        source: the parameter.
-        whole: its shape.
-        start: place of this process's first entry in the flattened parameter.
-        num: how many entries it has.
-        group: number of its group in the optimizer.
-    """
-
-    source: nn.Parameter
-    whole: torch.Size
-    start: int
-    num: int
-    group: int
-
-    def __init__(self, source: nn.Parameter, engine: Any) -> None:
-        self.source, self._engine, self.whole = source, engine, whole_shape(source)
-
-    def master(self) -> Tensor:
-        """The entries that the optimizer updates."""
-        flat, offset = self._flat()
-        return flat.detach().narrow(0, offset, self.num)
-
-    def low(self) -> Tensor:
-        """The entries that forward passes are gathered from."""
-        raise NotImplementedError
-
-    def state(self) -> dict[str, Any]:
-        flat, offset = self._flat()
-        held = self._engine.optimizer.state.get(flat, {})
-        return {
-            key: value.narrow(0, offset, self.num)
-            if isinstance(value, Tensor) and value.shape == flat.shape
-            else value
-            for key, value in held.items()
-        }
-
-    def _flat(self) -> tuple[Tensor, int]:
-        """The flat buffer that the optimizer steps with, and where this parameter's entries begin in it."""
-        raise NotImplementedError
-
-
-class _Stage12Place(_Place):
-    """ZeRO 1 and 2: the model's parameters are views of a flat buffer, of which each process updates a part."""
-
-    def __init__(self, source: nn.Parameter, engine: Any) -> None:
-        super().__init__(source, engine)
-        mapping: Any = source._hp_mapping  # type: ignore[attr-defined]
-        self.start = self.num = self._offset = 0
-        if mapping is not None:
-            self.start, self.num = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            self._offset = mapping.hp_fragment_address.start
-        self.group = _group_of(source, getattr(engine, "bit16_groups", None) or engine.bf16_groups)
-
-    def low(self) -> Tensor:
-        return self.source.data.view(-1).narrow(0, self.start, self.num)
-
-    def _flat(self) -> tuple[Tensor, int]:
-        flats = getattr(self._engine, "single_partition_of_fp32_groups", None)
-        return (flats or self._engine.fp32_groups_flat_partition)[self.group], self._offset
-
-
-class _Stage3Place(_Place):
-    """ZeRO 3: each process has an equal part of every parameter, the last of them padded."""
-
-    def __init__(self, source: nn.Parameter, engine: Any) -> None:
-        super().__init__(source, engine)
-        of: Any = source
-        size = of.ds_tensor.ds_numel
-        rank = dist.get_rank(engine.dp_process_group) if dist.is_initialized() else 0
-        self.start = min(size * rank, of.ds_numel)
-        self.num = max(0, min(size, of.ds_numel - self.start))
-        self._sub, self._offset, _ = engine.grad_position[engine.get_param_id(source)]
-        self.group = engine.sub_group_to_group_id[self._sub]
-
-    def low(self) -> Tensor:
-        of: Any = self.source
-        part: Tensor = of.ds_tensor.data.view(-1).narrow(0, 0, self.num)
-        return part
-
-    def _flat(self) -> tuple[Tensor, int]:
-        return self._engine.fp32_partitioned_groups_flat[self._sub], self._offset
-
-
-def _group_of(parameter: nn.Parameter, groups: list[list[nn.Parameter]]) -> int:
-    """Number of the group that a parameter is in."""
-    for number, group in enumerate(groups):
-        if any(each is parameter for each in group):
-            return number
-    raise KeyError("it is in none of its groups")
-
-
-class _Sums:
-    """Adds up gradients over processes in one order, whichever the backward pass of a process finds them in.
-
-    A gradient waits for those before it. Parameters that this process's rows do not reach (experts) count as zero.
-
-    Args:
-        order: keys of all parameters, in the order they are added up in.
-        add: adds up the gradient of a key over processes; None where this process has none.
-    """
-
-    def __init__(self, order: list[int], add: Callable[[int, Tensor | None], None]) -> None:
-        self._order, self._add, self._next = order, add, 0
-        self._waiting: dict[int, Tensor] = {}
-
-    def take(self, key: int, gradient: Tensor) -> Tensor:
-        """Take a gradient from the backward pass, and give it zeros that take no memory."""
-        self._waiting[key] = gradient.detach()
-        while self._next < len(self._order) and self._order[self._next] in self._waiting:
-            first = self._order[self._next]
-            self._next += 1
-            self._add(first, self._waiting.pop(first))
-        return gradient.new_zeros(()).expand_as(gradient)
-
-    def finish(self) -> None:
-        """Add up what is left, after the backward pass."""
-        for key in self._order[self._next :]:
-            self._add(key, self._waiting.pop(key, None))
-
-
-def _refuse_reentrant(values: Tensor) -> None:
-    """Parameters inside of reentrant checkpointing get no gradient here, and torch does not say so."""
-    pending, seen = [values.grad_fn], set()
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith("CheckpointFunction"):
-            raise UnsupportedSettingError(
-                "Under DeepSpeed activations must be recomputed without reentrant checkpointing, whose gradients a "
-                "probe cannot take. Set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+def _wait_a_while(work: Any) -> None:
+    """Wait for the other processes, which fail with the same error or never come."""
+    deadline = time.monotonic() + MEETING_SECONDS
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise ProcessError(
+                "The weights must be put back in all processes after an error, but another process did not come. The "
+                "error above is this process's."
             )
-        pending += [following for following, _ in node.next_functions]
-
-
-class ShardedOptimizer(torch.optim.Optimizer):
-    """What DeepSpeed's optimizer wraps, as if it held the fragments: its groups, rates and state, to be read only.
-
-    `optimizers` has one optimizer of the class that steps, by which its closed form is found.
-
-    Args:
-        weights: the fragments.
-        engine: DeepSpeed's optimizer.
-    """
-
-    def __init__(self, weights: DeepSpeedWeights, engine: Any) -> None:
-        # Without torch's own: this one holds nothing and never steps.
-        self._weights, self.engine = weights, engine
-        self._kind = _kind_of(engine.optimizer)
-        fragments = weights.parameters()
-        self._groups = [{"params": [fragments[name] for name in names]} for names in weights.groups()]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups with the settings of now."""
-        self._weights.parameters()
-        for own, group in zip(self._groups, self.engine.optimizer.param_groups, strict=True):
-            own.update({"amsgrad": False} | {key: value for key, value in group.items() if key != "params"})
-        return self._groups
-
-    @property
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The one that steps, with its state of now."""
-        view: torch.optim.Optimizer = self._kind.__new__(self._kind)
-        view.param_groups = self.param_groups
-        view.state = {}  # type: ignore[assignment]
-        for names, group in zip(self._weights.groups(), view.param_groups, strict=True):
-            for name, fragment in zip(names, group["params"], strict=True):
-                state = self._weights.state(name)
-                if state:
-                    view.state[fragment] = state
-        return [view]
-
-    def step(self, closure: Any = None) -> Any:
-        """Refuse.
-
-        Args:
-            closure: not used.
-
-        Raises:
-            UnsupportedSettingError: always.
-        """
-        raise UnsupportedSettingError(
-            "No real steps can be taken with DeepSpeed's optimizer beside its engine's. Use `DirectionalProbe`."
-        )
-
-
-def _kind_of(inner: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
-    """The class by which an optimizer's closed form is known."""
-    kind = type(inner)
-    if kind.__name__ not in _AS_ADAM or not kind.__module__.startswith("deepspeed.ops.adam."):
-        return kind
-    if not all(group.get("bias_correction", True) for group in inner.param_groups):
-        raise UnsupportedSettingError(
-            f"{kind.__name__} must correct the bias of its moments, got `bias_correction` false. Leave it out of the "
-            "DeepSpeed config."
-        )
-    return torch.optim.AdamW if getattr(inner, "adam_w_mode", True) else torch.optim.Adam
+        time.sleep(0.01)
+    work.wait()

@@ -63,14 +63,18 @@ class Snapshot:
         copied = optimizer if copy_state else None
         self._rewind_optimizer = _remember_optimizer(copied) if copied is not None else None
 
-    def restore(self) -> None:
-        """Copy parameters and optimizer state back and drop gradients; exact, any number of times."""
+    def restore(self, *, failing: bool = False) -> None:
+        """Copy parameters and optimizer state back and drop gradients; exact, any number of times.
+
+        Args:
+            failing: an error is on its way, of which other processes may not know.
+        """
         self.rewind_parameters()
         for parameter in self.parameters:
             parameter.grad = None
         if self._rewind_optimizer is not None:
             self._rewind_optimizer()
-        self._store.written(self._exact)
+        self._store.written(self._exact, failing=failing)
 
     @torch.no_grad()
     def rewind_parameters(self) -> None:
@@ -115,7 +119,7 @@ def preserved(
     """
     snapshot = Snapshot(model, optimizer, copy_state=copy_state)
     gradients = [parameter.grad for parameter in snapshot.parameters]
-    put_back = [_remember_modules(model), _remember_random_streams(snapshot.parameters)]
+    put_back = [_remember_modules(model), _remember_random_streams([*model.parameters(), *snapshot.parameters])]
     hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in snapshot.parameters]
     if optimizer is not None:
         for stepper in {id(o): o for o in (optimizer, *optimizer_parts(optimizer))}.values():
@@ -128,8 +132,12 @@ def preserved(
             parameter.grad = None
         with _eagerly():
             yield snapshot
-    finally:
+    except BaseException:
+        snapshot.restore(failing=True)
+        raise
+    else:
         snapshot.restore()
+    finally:
         for parameter, gradient in zip(snapshot.parameters, gradients, strict=True):
             parameter.grad = gradient
         for action in reversed(put_back):

@@ -37,8 +37,13 @@ class WeightStore(Protocol):
         """What `written` cannot make of the weights alone, to be given to it once they are put back."""
         ...
 
-    def written(self, exact: Exact | None = None) -> None:
-        """Must follow every write to the parameters: the next forward pass is at what was written."""
+    def written(self, exact: Exact | None = None, *, failing: bool = False) -> None:
+        """Must follow every write to the parameters: the next forward pass is at what was written.
+
+        Args:
+            exact: what `remember` gave, where its weights were put back.
+            failing: an error is on its way, of which other processes may not know.
+        """
         ...
 
     def backward(self, values: Tensor, weights: Tensor) -> None:
@@ -80,8 +85,13 @@ class ModelWeights:
         """Nothing: forward passes read what is written."""
         return []
 
-    def written(self, exact: Exact | None = None) -> None:
-        """Drop what was derived."""
+    def written(self, exact: Exact | None = None, *, failing: bool = False) -> None:
+        """Drop what was derived.
+
+        Args:
+            exact: not used.
+            failing: not used.
+        """
         self.forget_derived()
 
     def backward(self, values: Tensor, weights: Tensor) -> None:

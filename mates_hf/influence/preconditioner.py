@@ -85,9 +85,10 @@ def unwrap_optimizer(optimizer: Any, model: nn.Module | None = None) -> torch.op
     inner = optimizer.optimizer if type(optimizer).__module__.startswith("accelerate.") else optimizer
     engine = engine_optimizer(inner)
     if engine is not None and model is not None:
+        from mates_hf.engine.deepspeed_optimizer import ShardedOptimizer
         from mates_hf.engine.deepspeed_shards import weights_of
 
-        return weights_of(engine, model).sharded_optimizer()
+        return ShardedOptimizer(weights_of(engine, model), engine)
     if not isinstance(inner, torch.optim.Optimizer):
         raise UnsupportedOptimizerError(
             f"`optimizer` must be a torch.optim.Optimizer, got {type(inner).__module__}.{type(inner).__qualname__}. "

@@ -78,7 +78,7 @@ def deepspeed_refusals(args: Any, state: Mapping[str, Any], model: nn.Module) ->
             found.append(f"DeepSpeed's `{path}` {why}: {way}")
     if any(_stage(config) == 0 and _in_16_bits(config) for config in configs):
         found.append(
-            "DeepSpeed in 16 bits without ZeRO (`zero_optimization.stage` 0) keeps float32 copies in an optimizer that "
+            "DeepSpeed in 16 bits without ZeRO (`zero_optimization.stage` 0) keeps float32 copies in a way that "
             "is not known: set the stage to 1"
         )
     for name, module in model.named_modules():
