@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.disk import written_whole_by_name
-from mates_hf.engine.fragments import own_part, whole_tensor
+from mates_hf.engine.fragments import Exact, own_part, whole_tensor
 from mates_hf.engine.pieces import HostMemory, Piece, SideStream, cut, groups, mean_dtype
 from mates_hf.engine.preserve import local_shard
 from mates_hf.engine.processes import ALONE, Processes
-from mates_hf.engine.weight_store import Exact, weight_store
+from mates_hf.engine.weight_store import weight_store
 from mates_hf.errors import MatesError
 
 logger = logging.getLogger(__name__)

@@ -80,6 +80,7 @@ class Stage12Place(Place):
         self.group = _group_of(source, getattr(engine, "bit16_groups", None) or engine.bf16_groups)
 
     def low(self) -> Tensor:
+        """A part of the parameter."""
         return self.source.data.view(-1).narrow(0, self.start, self.num)
 
     def _flat(self) -> tuple[Tensor, int]:
@@ -101,6 +102,7 @@ class Stage3Place(Place):
         self.group = engine.sub_group_to_group_id[self._sub]
 
     def low(self) -> Tensor:
+        """What of the parameter is in this process."""
         of: Any = self.source
         part: Tensor = of.ds_tensor.data.view(-1).narrow(0, 0, self.num)
         return part

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from mates_hf.engine.deepspeed_gradient import Sums, refuse_reentrant
 from mates_hf.engine.deepspeed_places import Place, Stage3Place, Stage12Place
-from mates_hf.engine.fragments import Fragment
+from mates_hf.engine.fragments import Exact, Fragment
 from mates_hf.engine.processes import ProcessError
-from mates_hf.engine.weight_store import Exact
 from mates_hf.errors import UnsupportedSettingError
 
 MEETING_SECONDS = 60.0  # that processes which fail alike may be apart

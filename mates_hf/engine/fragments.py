@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# Entries of the model that are not those of its fragments rounded, and their bits.
+Exact = list[tuple[Tensor, Tensor]]
+
 
 class Fragment(nn.Parameter):
     """This process's entries of a parameter, in the precision that the optimizer updates; there may be none.

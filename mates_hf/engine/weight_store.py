@@ -16,10 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mates_hf.engine.fragments import Exact
 from mates_hf.engine.model_traits import unwrap
-
-# Low-precision entries that are not their float32 copies rounded, and their bits.
-Exact = list[tuple[Tensor, Tensor]]
 
 
 class WeightStore(Protocol):

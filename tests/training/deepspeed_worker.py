@@ -22,9 +22,10 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from mates_hf import MatesCallback
+from mates_hf.engine import deepspeed_shards
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weights_digest
-from mates_hf.engine.preserve import undisturbed
+from mates_hf.engine.preserve import preserved, undisturbed
 from mates_hf.engine.processes import Processes
 from mates_hf.engine.weight_store import adopt_engine, weight_store
 from mates_hf.influence.passes import mean_loss
@@ -124,17 +125,38 @@ def forget_the_engine() -> None:
     AcceleratorState._reset_state(reset_partial_state=False)
 
 
+class FailingProbe(DirectionalProbe):
+    """Process 1 alone fails, inside of what puts the weights back."""
+
+    def directional_derivatives(self, model: Any, *args: Any) -> Any:
+        if os.environ.get("RANK") == "1":
+            with preserved(model):
+                raise RuntimeError("process 1 broke")
+        return super().directional_derivatives(model, *args)
+
+
 def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One run as told, with DeepSpeed unless `deepspeed` is missing."""
     config = settings.get("deepspeed")
     changes: dict[str, Any] = {"max_steps": MAX_STEPS, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
     if config is not None:
-        changes |= {"deepspeed": with_defaults(config), "use_cpu": False, "bf16": "bf16" in config}
+        changes |= {"deepspeed": with_defaults(config), "bf16": "bf16" in config}
+    if "RANK" in os.environ:
+        changes["use_cpu"] = False
     changes |= settings.get("args", {})
+    if "evaluation" in settings:
+        from tests.evaluation import worker
+
+        given = {**settings["evaluation"], "args": changes | {"max_steps": 4}, "output_dir": str(folder / "evaluated")}
+        try:
+            return worker.main(given)
+        finally:
+            forget_the_engine()
     look = Look(settings.get("looks", False))
     callbacks: list[Any] = [look]
     if settings.get("selects"):
-        callbacks.append(MatesCallback(make_reference(), small_config(**settings.get("config", {}))))
+        probe = FailingProbe() if settings.get("fails") else None
+        callbacks.append(MatesCallback(make_reference(), small_config(**settings.get("config", {})), probe=probe))
     make_model = kit.make_model
     kit.make_model = lambda *args, **kwargs: changed_model(make_model(*args, **kwargs), settings)
     try:
@@ -151,7 +173,8 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         "engine": type(engine).__name__,
         "optimizer": type(optimizer).__name__,
         "inner": type(getattr(optimizer, "optimizer", optimizer)).__name__,
-        "end": engine_digest(engine) if config is not None else "",
+        "end": engine_digest(engine) if hasattr(engine, "zero_optimization_stage") else "",
+        "weights": weights_digest(done.trainer.model, Processes.of_run()),
         "rounds": [entry for entry in done.trainer.state.log_history if "mates/round" in entry],
         **look.seen,
     }
@@ -178,6 +201,7 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     if "RANK" in os.environ:
         let_deepspeed_run_on_a_cpu()
+    deepspeed_shards.MEETING_SECONDS = 3
     results = [train(settings, Path(given["output_dir"])) for settings in given["runs"]]
     Path(f"{given['result']}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results), encoding="utf-8")
     if torch.distributed.is_initialized():
