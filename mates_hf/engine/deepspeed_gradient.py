@@ -22,14 +22,19 @@ class Sums:
     Args:
         order: keys of all parameters, in the order they are added up in.
         add: adds up the gradient of a key over processes; None where this process has none.
+
+    Attributes:
+        reached: keys that this process has a gradient of.
     """
 
     def __init__(self, order: list[int], add: Callable[[int, Tensor | None], None]) -> None:
         self._order, self._add, self._next = order, add, 0
         self._waiting: dict[int, Tensor] = {}
+        self.reached: set[int] = set()
 
     def take(self, key: int, gradient: Tensor) -> Tensor:
         """Take a gradient from the backward pass, and give it zeros that take no memory."""
+        self.reached.add(key)
         self._waiting[key] = gradient.detach()
         while self._next < len(self._order) and self._order[self._next] in self._waiting:
             first = self._order[self._next]

@@ -1,4 +1,4 @@
-"""The weights of a model that DeepSpeed trains: ZeRO 1, 2 and 3, in float32, bfloat16 and float16, offloaded or not.
+"""The weights of a model that DeepSpeed trains: ZeRO 1, 2 and 3, in float32 and in 16 bits, offloaded or not.
 
 Where it is used: `weight_store` opens it where an optimizer is DeepSpeed's, and nothing else imports it. DeepSpeed's
 optimizer updates float32 copies of the weights, of which each process has a flat part. One `Fragment` a parameter is a
@@ -136,6 +136,7 @@ class DeepSpeedWeights:
         """
         refuse_reentrant(values)
         sources = [fragment.source for fragment in self._fragments.values()]
+        fresh = [fragment for fragment in self._fragments.values() if fragment.grad is None]
         sums = Sums([id(source) for source in reversed(sources)], self._add)
         handles = [source.register_hook(functools.partial(sums.take, id(source))) for source in sources]
         try:
@@ -144,6 +145,7 @@ class DeepSpeedWeights:
             for handle in handles:
                 handle.remove()
         sums.finish()
+        self._forget_unreached(fresh, sums.reached)
         if self._is_stage3:  # what the backward pass gathered and nothing of DeepSpeed's lets go
             self._release()
             self._spread()
@@ -163,18 +165,26 @@ class DeepSpeedWeights:
     def _add(self, key: int, gradient: Tensor | None) -> None:
         """Add up one parameter's gradient over processes, and keep this process's part."""
         fragment = self._by_source[key]
-        if gradient is None:
-            device = fragment.source.device
-            whole = torch.zeros(fragment.whole.numel() + 1, device=device)
-        else:
-            whole = torch.cat([gradient.reshape(-1).float(), gradient.new_ones(1, dtype=torch.float32)])
         size = dist.get_world_size() if dist.is_initialized() else 1
+        if gradient is None:
+            whole = torch.zeros(fragment.whole.numel(), device=fragment.source.device)
+        else:
+            whole = gradient.reshape(-1).to(torch.float32, copy=True)
         if size > 1:
             dist.all_reduce(whole)
-        if not float(whole[-1]):
-            return  # no process reached it
-        part = whole.narrow(0, fragment.start, fragment.numel()).to(fragment.device).div(size)
+        part = fragment.part_of(whole).to(fragment.device).div(size).to(fragment.dtype)
         fragment.grad = part if fragment.grad is None else fragment.grad.add_(part)
+
+    def _forget_unreached(self, fresh: list[Fragment], reached: set[int]) -> None:
+        """Leave those without a gradient that no process reached, and that had none before; one small sum."""
+        if not fresh:
+            return
+        counts = torch.tensor([float(id(each.source) in reached) for each in fresh], device=fresh[0].source.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(counts)
+        for fragment, count in zip(fresh, counts.tolist(), strict=True):
+            if not count:
+                fragment.grad = None
 
     def _place(self, name: str, parameter: nn.Parameter) -> Place:
         make = Stage3Place if self._is_stage3 else Stage12Place

@@ -144,8 +144,17 @@ def test_a_gradient_is_the_backward_pass_of_the_model_and_stays_out_of_its_param
     store.backward(values, torch.full_like(values, 0.5))
     assert all(parameter.grad is None for parameter in model.parameters())
     (model(inputs).float().logsumexp(-1).sum() * 0.5).backward()
-    for found, parameter in zip(store.parameters().values(), model.parameters(), strict=True):
+    first, *others = store.parameters().values()
+    for found, parameter in zip((first, *others), model.parameters(), strict=True):
         assert torch.equal(found.grad, parameter.grad.float().reshape(-1))
+    once = first.grad.clone()
+    store.backward(model(inputs).float().logsumexp(-1).sum(), torch.tensor(0.5))
+    assert torch.allclose(first.grad, 2 * once)
+    for each in (first, *others):
+        each.grad = None
+    store.backward(model[1](torch.ones(1, 4, dtype=torch.bfloat16)).sum(), torch.tensor(1.0))
+    assert first.grad is None  # it was not reached
+    assert all(each.grad is not None for each in others)
 
 
 def test_the_optimizer_is_read_as_one_that_holds_the_fragments():

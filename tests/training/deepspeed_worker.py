@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+os.environ.pop("ACCELERATE_USE_CPU", None)  # which would leave DeepSpeed out
 
 import deepspeed.ops
 import torch
