@@ -29,7 +29,7 @@ ZERO = (
 )
 ZERO_0 = "DeepSpeed ZeRO 0 in float32"
 WORKER = "tests/training/deepspeed_worker.py"
-FLOAT32 = 3e-5  # of the largest label: sums of gradients in another order
+FLOAT32 = 1e-4  # of the largest label: sums of gradients in another order
 BFLOAT16 = 0.98  # rank correlation with labels in float32
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
