@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.launch import ROOT, free_port, start_processes
+from tests.launch import ROOT, free_port, run_script, start_processes
 from tests.training.settings import proves
 
 pytestmark = [
@@ -218,3 +218,37 @@ def test_accelerate_launch_starts_it_as_well(results, tmp_path):
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text(encoding="utf-8"))[0] for rank in (0, 1))
     assert first["optimizer"] == "DeepSpeedZeroOptimizer"
     assert in_order(first["rows"], second["rows"]) == results["selects"]["rows"]
+
+
+CPU_ADAM = """
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+from mates_hf.engine.deepspeed_optimizer import ShardedOptimizer
+from mates_hf.engine.deepspeed_shards import weights_of
+from mates_hf.influence.preconditioner import parameter_steps
+from tests.engine.test_fragments import make_engine
+
+for decoupled in (True, False):
+    model, engine, flat = make_engine(DeepSpeedCPUAdam, weight_decay=0.1, adamw_mode=decoupled)
+    weights = weights_of(engine, model)
+    before = flat.detach().clone()
+    for step in parameter_steps(ShardedOptimizer(weights, engine), list(weights.parameters().values())):
+        step.write_null()
+    null = flat.detach().clone()
+    with torch.no_grad():
+        flat.copy_(before)
+    flat.grad = torch.zeros_like(flat)
+    engine.optimizer.step()
+    assert (null - before).abs().max() > 0.01
+    assert torch.allclose(flat, null, atol=1e-5)
+"""
+
+
+def test_the_null_step_of_deepspeeds_cpu_adam_is_its_real_one(tmp_path, monkeypatch):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    if not (Path(_get_build_directory("cpu_adam", False)) / "cpu_adam.so").exists():
+        pytest.skip("its C++ part, which takes minutes to build, was never built here")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run_script(tmp_path, CPU_ADAM, size=1)
