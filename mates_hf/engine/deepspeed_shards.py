@@ -129,7 +129,7 @@ class DeepSpeedWeights:
 
         Args:
             values: losses, with a graph.
-            weights: of the same shape.
+            weights: What each loss is multiplied with, of the same shape.
 
         Raises:
             UnsupportedSettingError: a part of the graph is recomputed by reentrant checkpointing.

@@ -51,7 +51,7 @@ class WeightStore(Protocol):
 
         Args:
             values: losses, with a graph.
-            weights: of the same shape.
+            weights: What each loss is multiplied with, of the same shape.
         """
         ...
 

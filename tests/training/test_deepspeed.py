@@ -24,9 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
-ZERO = (
-    "DeepSpeed ZeRO 1, 2 and 3 (`deepspeed`, `accelerate launch --use_deepspeed`), float32, bf16, offload to the CPU"
-)
+ZERO = "DeepSpeed ZeRO 1, 2 and 3 (`deepspeed`, `accelerate launch --use_deepspeed`), float32, bf16, CPU offload"
 ZERO_0 = "DeepSpeed ZeRO 0 in float32"
 WORKER = "tests/training/deepspeed_worker.py"
 FLOAT32 = 1e-4  # of the largest label: sums of gradients in another order
