@@ -41,8 +41,15 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 test: $(STAMP)
 	$(BIN)/python -m pytest $(FAST)
 
+# Built beside the torch that is installed, which its set-up imports. Where it cannot be, its tests are skipped.
+DEEPSPEED := $(VENV)/.with-deepspeed
+
+$(DEEPSPEED): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed && touch $@ || \
+		echo "DeepSpeed could not be installed: its tests are skipped."
+
 # Two at once at most: some start two processes of their own. pytest exits with 5 where no test carries the marker.
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(DEEPSPEED)
 	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile || [ $$? -eq 5 ]
 
 test-oldest: pyproject.toml constraints-oldest.txt constraints.txt

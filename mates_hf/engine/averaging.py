@@ -15,40 +15,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mates_hf.disk import written_whole_by_name
+from mates_hf.engine.fragments import Exact, own_part, whole_tensor
 from mates_hf.engine.pieces import HostMemory, Piece, SideStream, cut, groups, mean_dtype
-from mates_hf.engine.preserve import forget_derived, local_shard
+from mates_hf.engine.preserve import local_shard
 from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.engine.weight_store import weight_store
 from mates_hf.errors import MatesError
 
 logger = logging.getLogger(__name__)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name, tied ones once; of a model sharded by FSDP2 the sharded ones."""
-    forget_derived(model)
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def whole_tensor(shard: Tensor, parameter: nn.Parameter) -> Tensor:
-    """All of a tensor of which `shard` is this process's part, sharded as `parameter` is; all processes must call."""
-    if not hasattr(parameter, "to_local"):
-        return shard
-    from torch.distributed.tensor import DTensor
-
-    of: Any = parameter
-    return DTensor.from_local(
-        shard, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
-    ).full_tensor()
+    """Trainable parameters by name, tied ones once; of a model that is sharded this process's parts."""
+    return weight_store(model).parameters()
 
 
 class WeightAverage:
@@ -62,8 +49,8 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, processes: Processes = ALONE, *, on_host: bool = False) -> None:
         self.num_steps = 0
-        self._parameters = trainable_parameters(model)
-        self._forget_derived = functools.partial(forget_derived, model)
+        self._store = weight_store(model)
+        self._parameters = self._store.parameters()
         self._processes = processes
         shards = self._shards()
         shared = [processes.size > 1 and not hasattr(p, "to_local") for p in self._parameters.values()]
@@ -130,11 +117,14 @@ class WeightAverage:
         back. All processes must call it.
         """
         own: list[Tensor] = []  # the model's weights, as far as they were exchanged
+        exact = self._store.remember()
         try:
             self._put_in(own)
             yield
-        finally:
-            self._put_back(own)
+        except BaseException:
+            self._put_back(own, exact, failing=True)
+            raise
+        self._put_back(own, exact)
 
     @torch.no_grad()
     def _put_in(self, own: list[Tensor]) -> None:
@@ -155,17 +145,17 @@ class WeightAverage:
                 own.append(live.to("cpu", copy=True) if self._on_host else live.clone())
                 live.copy_(mean)
             del mean
-        self._forget_derived()
+        self._store.written()
         self._warn_of_different(marks)
 
     @torch.no_grad()
-    def _put_back(self, own: list[Tensor]) -> None:
+    def _put_back(self, own: list[Tensor], exact: Exact, *, failing: bool = False) -> None:
         """Write back the weights that were exchanged, which are the first of all."""
         shards = self._shards()
         for piece, live in zip(self._pieces, own, strict=False):
             piece.of(shards[piece.number]).copy_(live)
         own.clear()
-        self._forget_derived()
+        self._store.written(exact, failing=failing)
 
     def _warn_of_different(self, marks: list[Tensor]) -> None:
         """Copies that are no longer one model would not show any more: what was put in is the same in all."""
@@ -332,7 +322,7 @@ class WeightAverage:
 @torch.no_grad()
 def _take_part(whole: Tensor, parameter: nn.Parameter, means: list[tuple[Piece, Tensor]]) -> None:
     """Fill the means of pieces from that of the whole parameter."""
-    part, shard = _own_part(whole, parameter), local_shard(parameter)
+    part, shard = own_part(whole, parameter), local_shard(parameter)
     if not shard.is_contiguous():  # then no piece of it is flattened
         part = torch.empty_like(shard, dtype=part.dtype, device=part.device).copy_(part)
     for piece, mean in means:
@@ -343,14 +333,3 @@ def _mark(tensor: Tensor) -> Tensor:
     """() int64 by which two copies of a tensor are told apart, unless someone means them not to be."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
     return tensor.detach().contiguous().view(-1).view(integers).sum(dtype=torch.int64)
-
-
-def _own_part(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This process's part of `whole`: all of it, unless `parameter` is sharded."""
-    if not hasattr(parameter, "to_local"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    of: Any = parameter
-    shard: Tensor = distribute_tensor(whole.to(of.device), of.device_mesh, of.placements).to_local()
-    return shard.contiguous()

@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mates_hf.engine.averaging import trainable_parameters, whole_tensor
+from mates_hf.engine.averaging import trainable_parameters
+from mates_hf.engine.fragments import Fragment, whole_shape, whole_size, whole_tensor
 from mates_hf.engine.preserve import local_shard
 from mates_hf.engine.processes import ALONE, Processes
 
@@ -55,7 +56,7 @@ def weights_digest(model: nn.Module, processes: Processes = ALONE) -> str:
     sums = _sums(parameters, processes, (_lanes, _lanes_at), CHUNK)
     digest = hashlib.sha256()
     for (name, parameter), lanes in zip(parameters.items(), sums, strict=True):
-        digest.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
+        digest.update(f"{name}\0{parameter.dtype}\0{tuple(whole_shape(parameter))}\0".encode())
         digest.update(lanes.astype("<i8").tobytes())
     different = processes.differing(digest.hexdigest())
     if different:
@@ -120,7 +121,9 @@ def _sums(
     with torch.no_grad():
         for number, parameter in enumerate(parameters.values()):
             shard, place = local_shard(parameter), None
-            if hasattr(parameter, "to_local"):
+            if isinstance(parameter, Fragment):
+                place, shared[number] = _Place((parameter.start,), tuple(shard.shape), tuple(shard.shape), True), True
+            elif hasattr(parameter, "to_local"):
                 place = _find_place(parameter, shard)
                 shared[number] = place is not None
                 if place is None:  # of a kind that no supported run has: gathered
@@ -128,7 +131,7 @@ def _sums(
                 elif not place.counted:
                     shard, place = shard[:0] if shard.ndim else shard.reshape(1)[:0], None
             each = max(1, parameter.element_size() // 4)  # integers an entry
-            values, num = _as_integers(shard), parameter.numel() * each
+            values, num = _as_integers(shard), whole_size(parameter) * each
             start = 0 if place is None else place.start
             if start is not None:
                 found.append(in_one_piece(values, start * each, num, factors))

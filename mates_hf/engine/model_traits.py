@@ -22,7 +22,7 @@ _ANSWERS = ("start_positions", "end_positions")  # the labels of answers in a te
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module to run: without `torch.compile` and `DistributedDataParallel` around it.
+    """The module to run: without `torch.compile`, `DistributedDataParallel` or DeepSpeed's engine around it.
 
     Forward passes of ours run eagerly, because every new shape would be compiled again, and outside of DDP, whose
     backward would average gradients over processes that may be looking at different rows. What accelerate wraps around
@@ -31,10 +31,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or _is_deepspeed(model):
+            model = model.module  # type: ignore[assignment]
         else:
             return model
+
+
+def _is_deepspeed(model: nn.Module) -> bool:
+    """True of DeepSpeed's engine around a model, without importing it."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
 def context_length(model: Any) -> int | None:
@@ -143,7 +148,7 @@ def input_device(model: nn.Module) -> torch.device:
     embedding = get() if callable(get) else None
     first = next(iter(embedding.parameters()), None) if isinstance(embedding, nn.Module) else None
     parameter = next(model.parameters()) if first is None or first.device.type == "meta" else first
-    if parameter.device.type == "cpu" and hasattr(parameter, "to_local") and torch.cuda.is_available():
+    if parameter.device.type == "cpu" and _in_parts(parameter) and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return parameter.device
 
@@ -158,8 +163,13 @@ def hub_name(model: Any) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """True where a process holds a part of each parameter (FSDP2), so that all must run forward together."""
-    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
+    """True where a process holds a part of each parameter (FSDP2, ZeRO), so that all must run the model together."""
+    return any(_in_parts(parameter) for parameter in model.parameters())
+
+
+def _in_parts(parameter: nn.Parameter) -> bool:
+    # ZeRO 1 and 2 cut what the optimizer holds of each parameter, ZeRO 3 the parameter.
+    return any(hasattr(parameter, name) for name in ("to_local", "_hp_mapping", "ds_tensor"))
 
 
 def accepts(model: nn.Module, name: str) -> bool:

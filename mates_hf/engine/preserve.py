@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mates_hf.engine.weight_store import weight_store
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -39,23 +41,10 @@ def optimizer_parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimi
     return [optimizer]
 
 
-def forget_derived(model: nn.Module) -> None:
-    """Drop what was derived from the parameters' values, so that the next forward pass derives it anew.
-
-    An enclosing autocast caches low-precision copies of parameters, FSDP2 gathered ones; after this
-    `model.parameters()` are the sharded ones.
-    """
-    torch.clear_autocast_cache()
-    for module in model.modules():
-        reshard: Any = getattr(module, "reshard", None)
-        if hasattr(module, "unshard") and callable(reshard):
-            reshard()
-
-
 class Snapshot:
     """Saved trainable parameters of a model, and the state of an optimizer where one was given.
 
-    `parameters` are the trainable ones of the model, then those that only the optimizer has.
+    `parameters` are those of the model's weight store, then those that only the optimizer has.
 
     Args:
         model: the live model, unwrapped.
@@ -64,24 +53,28 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, copy_state: bool = True) -> None:
-        self._model = model
-        self.written()
-        found = {id(p): p for p in model.parameters() if p.requires_grad}
+        self._store = weight_store(model)
+        found = {id(p): p for p in self._store.parameters().values()}
         for group in optimizer.param_groups if optimizer is not None else ():
             found.update((id(p), p) for p in group["params"] if p.requires_grad)
         self.parameters: list[nn.Parameter] = list(found.values())
         self._saved = [local_shard(p).clone() for p in self.parameters]
+        self._exact = self._store.remember()
         copied = optimizer if copy_state else None
         self._rewind_optimizer = _remember_optimizer(copied) if copied is not None else None
 
-    def restore(self) -> None:
-        """Copy parameters and optimizer state back and drop gradients; exact, any number of times."""
+    def restore(self, *, failing: bool = False) -> None:
+        """Copy parameters and optimizer state back and drop gradients; exact, any number of times.
+
+        Args:
+            failing: an error is on its way, of which other processes may not know.
+        """
         self.rewind_parameters()
         for parameter in self.parameters:
             parameter.grad = None
         if self._rewind_optimizer is not None:
             self._rewind_optimizer()
-        self.written()
+        self._store.written(self._exact, failing=failing)
 
     @torch.no_grad()
     def rewind_parameters(self) -> None:
@@ -101,7 +94,7 @@ class Snapshot:
 
     def written(self) -> None:
         """Must follow every write to the parameters in place: what was derived from their old values is dropped."""
-        forget_derived(self._model)
+        self._store.written()
 
 
 @contextmanager
@@ -126,7 +119,7 @@ def preserved(
     """
     snapshot = Snapshot(model, optimizer, copy_state=copy_state)
     gradients = [parameter.grad for parameter in snapshot.parameters]
-    put_back = [_remember_modules(model), _remember_random_streams(snapshot.parameters)]
+    put_back = [_remember_modules(model), _remember_random_streams([*model.parameters(), *snapshot.parameters])]
     hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in snapshot.parameters]
     if optimizer is not None:
         for stepper in {id(o): o for o in (optimizer, *optimizer_parts(optimizer))}.values():
@@ -139,8 +132,12 @@ def preserved(
             parameter.grad = None
         with _eagerly():
             yield snapshot
-    finally:
+    except BaseException:
+        snapshot.restore(failing=True)
+        raise
+    else:
         snapshot.restore()
+    finally:
         for parameter, gradient in zip(snapshot.parameters, gradients, strict=True):
             parameter.grad = gradient
         for action in reversed(put_back):
@@ -161,12 +158,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     put_back = [_remember_modules(model), _remember_random_streams(list(model.parameters()))]
-    forget_derived(model)
+    store = weight_store(model)
+    store.forget_derived()
     try:
         with _eagerly():
             yield
     finally:
-        forget_derived(model)
+        store.forget_derived()
         for action in reversed(put_back):
             action()
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from mates_hf.data.batches import Candidates
+from mates_hf.engine.fragments import sharding_of, sum_over_shards
 from mates_hf.engine.model_traits import is_low_precision, unwrap
 from mates_hf.engine.preserve import local_shard, preserved
 from mates_hf.engine.processes import ALONE, Processes
@@ -209,6 +210,11 @@ def norm_of(tensors: Iterable[Tensor]) -> float:
     return joint_norm((tensor, sum_of_squares(local_shard(tensor))) for tensor in tensors)
 
 
+def norm_by_parameter(tensors: Mapping[nn.Parameter, Tensor]) -> float:
+    """Norm over all tensors together, each sharded as the parameter that it belongs to."""
+    return joint_norm((parameter, sum_of_squares(local_shard(tensor))) for parameter, tensor in tensors.items())
+
+
 def joint_norm(squares: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Norm of what has these sums of squares: one wait for the device, one collective for each way of sharding.
 
@@ -220,19 +226,10 @@ def joint_norm(squares: Iterable[tuple[Tensor, Tensor]]) -> float:
     """
     by_sharding: dict[Any, list[Tensor]] = {}
     for like, square in squares:
-        of: Any = like
-        sharding = (of.device_mesh, of.placements) if hasattr(like, "to_local") else None
-        by_sharding.setdefault(sharding, []).append(square)
+        by_sharding.setdefault(sharding_of(like), []).append(square)
     sums = []
     for sharding, parts in by_sharding.items():
-        total = add_up(parts)
-        if sharding is not None:
-            from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-            mesh, placements = sharding
-            parts_of_it = [Partial() if isinstance(p, Shard) else Replicate() for p in placements]
-            total = DTensor.from_local(total, mesh, parts_of_it, run_check=False).full_tensor()
-        sums.append(total)
+        sums.append(sum_over_shards(add_up(parts), sharding))
     return math.sqrt(float(add_up(sums)))
 
 

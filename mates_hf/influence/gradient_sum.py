@@ -16,7 +16,9 @@ from torch import nn
 
 from mates_hf.data.batches import Candidates
 from mates_hf.engine.processes import Processes
+from mates_hf.engine.weight_store import weight_store
 from mates_hf.influence import passes as passes
+from mates_hf.influence.micro_batches import run_batches
 from mates_hf.influence.passes import LossFunction
 
 
@@ -51,10 +53,11 @@ def add_gradient_of_sum(
     """
     parts: list[float] = []
     rows = passes.measured_apart(rows)
+    store = weight_store(model)
 
     def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
         values = passes.batch_losses(model, rows, batch, loss)
-        values.backward(torch.full_like(values, 1.0 if counts else 0.0))
+        store.backward(values, torch.full_like(values, 1.0 if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
 
@@ -65,7 +68,7 @@ def add_gradient_of_sum(
     lost = False
     try:
         with torch.enable_grad():
-            passes.run_batches(
+            run_batches(
                 model,
                 rows,
                 accumulate,
@@ -79,14 +82,14 @@ def add_gradient_of_sum(
     total, num_lost = processes.sum(np.array([sum(parts), float(lost)]))
     if num_lost:
         return None
-    processes.sum_gradients(model.parameters())
+    processes.sum_gradients(store.parameters().values())
     return float(total) / int(rows.num_targets.sum())
 
 
 @torch.no_grad()
 def _leave_to_one(model: nn.Module, processes: Processes) -> None:
     """What every process holds so far, in a form that adding up over processes counts once."""
-    for parameter in model.parameters():
+    for parameter in weight_store(model).parameters().values():
         if parameter.grad is None or processes.size == 1:
             continue
         if hasattr(parameter, "to_local"):

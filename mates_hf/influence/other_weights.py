@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from mates_hf.engine.fragments import whole_shape
 from mates_hf.engine.preserve import local_shard, preserved
 
 
@@ -34,9 +35,9 @@ def at_other_weights(model: nn.Module, *, until_it_passes_on: bool = False) -> I
 def _disturb(parameters: list[nn.Parameter], *, until_it_passes_on: bool) -> None:
     """Add a little noise to parameters, the same in every process; to narrow ones enough to pass on what comes in."""
     for number, parameter in enumerate(parameters):
-        local = local_shard(parameter)
+        local, shape = local_shard(parameter), whole_shape(parameter)
         if local.dtype.is_floating_point:
             generator = torch.Generator(device="cpu").manual_seed(number)
             noise = torch.randn(local.shape, generator=generator, dtype=torch.float32)
-            passes_on = local.shape[-1] ** -0.5 if until_it_passes_on and local.dim() > 1 else 0.0
+            passes_on = shape[-1] ** -0.5 if until_it_passes_on and len(shape) > 1 else 0.0
             local.add_(noise.to(local.device, local.dtype), alpha=max(0.05, passes_on))

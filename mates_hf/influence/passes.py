@@ -7,8 +7,7 @@ Trade-off: the logits of a micro-batch exist in full, in the dtype the model gav
 output head differs from architecture to architecture. Micro-batches are therefore sized by the vocabulary as well as
 by tokens.
 
-Several processes share the rows of each micro-batch and end up with the same losses and gradients. Where weights are
-sharded (FSDP2) they must run forward together, so none may try again alone when its memory runs out.
+Several processes share the rows of each micro-batch (`micro_batches`) and end up with the same losses and gradients.
 
 Shapes: N rows, T trained tokens over all rows, B rows of a micro-batch padded to L tokens, V logits a token.
 """
@@ -16,8 +15,6 @@ Shapes: N rows, T trained tokens over all rows, B rows of a micro-batch padded t
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,27 +30,18 @@ from mates_hf.data.weighted import WeightedRows, plain
 from mates_hf.engine.model_traits import (
     accepts,
     input_device,
-    is_out_of_memory,
-    is_sharded,
     require_known_tokens,
     run_inputs,
-    vocabulary_size,
     without_needless_mask,
 )
 from mates_hf.engine.processes import ALONE, Processes
-from mates_hf.errors import MatesError, UnsupportedSettingError
+from mates_hf.engine.weight_store import weight_store
+from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.cross_entropy import cross_entropy_at
+from mates_hf.influence.micro_batches import run_batches
 
 DEFAULT_TOKENS_PER_BATCH = 8_192
 _TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}  # beside pixels ids mean other things
-# glibc hands every block above 32 MiB back to the kernel when it is freed, so each larger logits tensor would be
-# page-faulted in anew; on an accelerator the limit only keeps a large vocabulary from filling the card.
-_MAX_LOGITS_BYTES_CPU = 32 * 2**20
-_MAX_LOGITS_BYTES = 2**30
-
-
-class ProbeMemoryError(MatesError):
-    """One row alone does not fit into memory."""
 
 
 def token_losses(
@@ -164,17 +152,18 @@ def mean_loss_gradient(
     sums = None if row_sums is None else np.zeros(len(rows))
     power = 2.0 ** (num_targets - 1).bit_length()  # dividing by it is exact, so float32 gradients are the mean's
     parts: list[float] = []
+    store = weight_store(model)
 
     def forget() -> None:
         parts.clear()
         if sums is not None:
             sums[:] = 0
-        for parameter in model.parameters():
+        for parameter in store.parameters().values():
             parameter.grad = None
 
     def accumulate(batch: npt.NDArray[np.int64], counts: bool) -> None:
         values = batch_losses(model, rows, batch, loss)
-        values.backward(torch.full_like(values, power / num_targets if counts else 0.0))
+        store.backward(values, torch.full_like(values, power / num_targets if counts else 0.0))
         if counts:
             parts.append(float(values.detach().sum(dtype=torch.float64)))
             if sums is not None:
@@ -192,13 +181,13 @@ def mean_loss_gradient(
             restart=forget,
             processes=processes,
         )
-    for parameter in model.parameters():
+    for parameter in store.parameters().values():
         if parameter.grad is not None:
             parameter.grad.div_(power)
-    processes.sum_gradients(model.parameters())
+    processes.sum_gradients(store.parameters().values())
     if row_sums is not None and sums is not None:
-        sums = processes.sum(sums)
-        row_sums[:] = packed.by_row(sums) if isinstance(packed, TokenRows) else sums
+        sums, whole = processes.sum(sums), plain(packed)
+        row_sums[:] = whole.by_row(sums) if isinstance(whole, TokenRows) else sums
     return float(processes.sum(np.array([sum(parts)]))[0]) / num_targets
 
 
@@ -217,100 +206,6 @@ def _require_targets(rows: Candidates) -> int:
             "and a label other than -100 after its first."
         )
     return num_targets
-
-
-def run_batches(
-    model: nn.Module,
-    rows: Candidates,
-    work: Callable[[npt.NDArray[np.int64], bool], None],
-    *,
-    tokens_per_batch: int,
-    one_row: bool,
-    restart: Callable[[], None] | None = None,
-    bar: Any = None,
-    processes: Processes = ALONE,
-) -> None:
-    """Call `work` with this process's row numbers, micro-batch by micro-batch; smaller ones after memory has run out.
-
-    Which process runs which row depends on the rows alone. Where weights are sharded, or the loss is the run's own,
-    every process runs every micro-batch: one without a row of its own runs the first row of all, and is told (False)
-    that it does not count.
-
-    Args:
-        model: The live model.
-        rows: N rows, the same in every process.
-        work: Runs the micro-batch of these row numbers; its second argument is False where the batch does not count.
-        tokens_per_batch: Padded tokens in one micro-batch of a process at most.
-        one_row: Run one row at a time.
-        restart: Called before everything starts again with smaller micro-batches; None tries the failed one alone.
-        bar: Progress bar, updated by rows.
-        processes: Those that share the rows and call this together.
-
-    Raises:
-        ProbeMemoryError: One row alone does not fit into memory, or memory ran out where weights are sharded.
-        ProcessError: Another process failed.
-    """
-    if isinstance(tokens := plain(rows), TokenRows):  # all at once; other rows as they are collated
-        require_known_tokens(model, tokens.values)
-    limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
-    # A run's own loss may wait for the other processes as well (to add up its metrics, say).
-    together = processes.size > 1 and (one_row or is_sharded(model))
-    planned = _plan(rows.lengths, np.flatnonzero(rows.num_targets), limit, processes.size)
-    shares = [(batch[processes.rank :: processes.size], batch) for batch in planned]
-    pending = deque((share, True) if len(share) else (whole[:1], False) for share, whole in shares)
-    while pending:
-        batch, counts = pending.popleft()
-        if not (counts or together):
-            continue
-        out_of_memory = False
-        try:
-            work(batch, counts)
-        except RuntimeError as error:
-            if isinstance(error, MatesError) or not is_out_of_memory(error):
-                raise
-            out_of_memory = True
-        if not out_of_memory:
-            if bar is not None:
-                bar.update(len(batch) * processes.size)
-            continue
-        # Outside of the handler, so that the traceback no longer holds the tensors of the batch that failed.
-        length = int(rows.lengths[batch].max())
-        if together:
-            raise ProbeMemoryError(
-                f"A probe's micro-batch of {len(batch)} rows of up to {length} tokens must fit into memory beside the "
-                "model, but memory ran out, and the processes can only go on together. Lower "
-                f"`probe_tokens_per_batch` (micro-batches had up to {limit} tokens), or shorten the rows."
-            )
-        if len(batch) == 1:
-            raise ProbeMemoryError(
-                f"One row of {length} tokens must fit into memory beside the model, but memory ran out. Shorten the "
-                "rows, or free memory: a probe needs 2 to 3 times the trainable parameters' bytes on top of it."
-            )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        limit = len(batch) * length // 2
-        todo = [batch, *(share for share, counts in pending if counts)]
-        if restart is not None:
-            restart()
-            todo = [share for share, _ in shares]
-        pending = deque((smaller, True) for smaller in _plan(rows.lengths, np.concatenate(todo), limit))
-
-
-def _plan(
-    lengths: npt.NDArray[np.int64], index: npt.NDArray[np.int64], limit: int, size: int = 1
-) -> list[npt.NDArray[np.int64]]:
-    """Micro-batches of row numbers for `size` processes, with up to `limit` padded tokens in each.
-
-    Longest rows come first (memory runs out early, or not), ties in row order.
-    """
-    order = index[np.lexsort((index, -lengths[index]))]
-    batches = []
-    start = 0
-    while start < len(order):
-        count = size * max(1, limit // int(lengths[order[start]]))
-        batches.append(order[start : start + count])
-        start += count
-    return batches
 
 
 def batch_losses(
@@ -397,10 +292,3 @@ def needs_labels(model: nn.Module) -> bool:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
-
-
-def _max_tokens(model: nn.Module) -> int:
-    """Padded tokens whose logits, as float32, stay below the limit of the device."""
-    width = vocabulary_size(model) or 1
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return max(1, (_MAX_LOGITS_BYTES_CPU if on_cpu else _MAX_LOGITS_BYTES) // (4 * width))

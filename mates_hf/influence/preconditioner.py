@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mates_hf.engine.preserve import optimizer_parts
+from mates_hf.engine.weight_store import engine_optimizer
 from mates_hf.errors import MatesError
 from mates_hf.influence.optimizer import adaptive_state, factored_step
 from mates_hf.influence.optimizer.muon_step import MuonStep
@@ -65,11 +66,14 @@ class ZeroLearningRateError(MatesError):
     """Every learning rate is 0, so no candidate has any influence."""
 
 
-def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's `AcceleratedOptimizer`, or the one given.
+
+    DeepSpeed's is given as one that holds the `Fragment`s of the model's weights.
 
     Args:
         optimizer: wrapped by accelerate or not.
+        model: the live model, unwrapped; DeepSpeed's optimizer does not say which it trains.
 
     Returns:
         The torch optimizer.
@@ -79,10 +83,16 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """
     # By name, because other wrappers (Lookahead) change the step and must not be looked through.
     inner = optimizer.optimizer if type(optimizer).__module__.startswith("accelerate.") else optimizer
+    engine = engine_optimizer(inner)
+    if engine is not None and model is not None:
+        from mates_hf.engine.deepspeed_optimizer import ShardedOptimizer
+        from mates_hf.engine.deepspeed_shards import weights_of
+
+        return ShardedOptimizer(weights_of(engine, model), engine)
     if not isinstance(inner, torch.optim.Optimizer):
         raise UnsupportedOptimizerError(
             f"`optimizer` must be a torch.optim.Optimizer, got {type(inner).__module__}.{type(inner).__qualname__}. "
-            "Train with an optimizer of torch.optim; DeepSpeed's own cannot be probed."
+            "Train with an optimizer of torch.optim, by itself or under DeepSpeed's ZeRO."
         )
     return inner
 
@@ -149,6 +159,23 @@ def require_steps(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
+def require_real_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that a probe cannot take steps with and put back.
+
+    Args:
+        optimizer: the live optimizer, unwrapped.
+
+    Raises:
+        UnsupportedOptimizerError: says what stands in the way.
+    """
+    if engine_optimizer(optimizer) is not None:
+        raise UnsupportedOptimizerError(
+            "`OneStepProbe` takes real steps, which DeepSpeed's engine takes alone. Use `DirectionalProbe`, or train "
+            "with DDP or FSDP2."
+        )
+    require_steps(optimizer)
+
+
 def require_known(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that has no closed form here, by exact class; a container is as good as its parts.
 
@@ -163,10 +190,12 @@ def require_known(optimizer: torch.optim.Optimizer) -> None:
         kind, make = type(part), _make_step_of(part)
         if make is None:
             known = ", ".join(sorted(kind.__name__ for kind in _KNOWN))
+            ways = "Use `OneStepProbe`, which takes real steps of any torch optimizer (`probe=OneStepProbe()`), or one"
+            if engine_optimizer(optimizer) is not None:
+                ways = "Leave `optimizer` out of the DeepSpeed config, so that it steps with the Trainer's, or use one"
             raise UnsupportedOptimizerError(
                 f"`optimizer` must be one whose preconditioner DirectionalProbe knows (torch.optim's {known}, or "
-                f"Adafactor of transformers), got {kind.__module__}.{kind.__qualname__}. Use `OneStepProbe`, which "
-                "takes real steps of any torch optimizer (`probe=OneStepProbe()`), or one of these."
+                f"Adafactor of transformers), got {kind.__module__}.{kind.__qualname__}. {ways} of these."
             )
         sharded = any(hasattr(p, "to_local") for group in part.param_groups for p in group["params"])
         if sharded and make in _NEED_WHOLE_TENSORS:

@@ -17,6 +17,7 @@ from mates_hf.data.feeds import TextRows
 from mates_hf.data.pool import CandidatePool, open_candidates
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
+from mates_hf.engine.fragments import whole_size
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import InfluenceError, UnsupportedSettingError
 from mates_hf.influence.reading import find_reading
@@ -206,7 +207,7 @@ def read_given(
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(whole_size(parameter) for parameter in model.parameters())
 
 
 def count_multiplied_parameters(model: nn.Module) -> int:
@@ -220,4 +221,4 @@ def count_multiplied_parameters(model: nn.Module) -> int:
         if not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     ]
-    return sum(parameter.numel() for parameter in {id(parameter): parameter for parameter in owned}.values())
+    return sum(whole_size(parameter) for parameter in {id(parameter): parameter for parameter in owned}.values())

@@ -38,6 +38,7 @@ from mates_hf.display import changed_fields
 from mates_hf.engine.model_traits import unwrap
 from mates_hf.engine.preserve import in_evaluation, preserved
 from mates_hf.engine.processes import ALONE, Processes
+from mates_hf.engine.weight_store import adopt_engine, ids_in_store
 from mates_hf.errors import InfluenceError
 from mates_hf.flops import forward_flops, gradient_flops
 from mates_hf.influence.difference import (
@@ -206,7 +207,7 @@ class DirectionalProbe:
             "epsilon": choice.epsilon,
             "epsilon_agreement": choice.agreement,
             "reference_loss": direction.reference_loss,
-            "learning_rates": group_learning_rates(unwrap_optimizer(optimizer), self.learning_rates),
+            "learning_rates": group_learning_rates(unwrap_optimizer(optimizer, unwrap(model)), self.learning_rates),
             "second_moment": self.second_moment,
             **direction.path_info(),
             "parameters": self.parameters,
@@ -252,11 +253,12 @@ class DirectionalProbe:
             InfluenceError: the gradient of the reference loss is zero or not finite.
             ValueError: `second_moment="batches"` without `batch_rows` or candidates.
         """
-        model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
+        adopt_engine(model, optimizer)
+        model, optimizer = unwrap(model), unwrap_optimizer(optimizer, unwrap(model))
         num_points = len(shares_of_path(reference.measured, self.path_steps, 0))
         seed = self.seed or 0
         with preserved(model) as snapshot, in_evaluation(model):
-            rarely = rarely_reached_parameters(model)
+            rarely = ids_in_store(model, rarely_reached_parameters(model))
             steps = parameter_steps(optimizer, snapshot.parameters, self.learning_rates, rarely)
             batches = UsualBatches(
                 model,
@@ -278,7 +280,7 @@ class DirectionalProbe:
                 reference.measured,
                 self._reader(model),
                 squares=batches.mean_squares(steps) if self.second_moment == "batches" else {},
-                left_out=self._left_out(model),
+                left_out=ids_in_store(model, self._left_out(model)),
                 batch_squares=batches.square_of_one,
             )
             if num_points > 1:

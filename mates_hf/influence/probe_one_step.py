@@ -31,7 +31,7 @@ from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH, LossFunction, me
 from mates_hf.influence.preconditioner import (
     FreshOptimizerError,
     group_learning_rates,
-    require_steps,
+    require_real_steps,
     unwrap_optimizer,
 )
 from mates_hf.influence.probe import RunSettings, count_multiplied_parameters, read_measurable
@@ -113,8 +113,8 @@ class OneStepProbe:
         """
         started = time.perf_counter()
         check_measure(model, optimizer, reference, candidates)
-        model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
-        require_steps(optimizer)
+        model, optimizer = unwrap(model), unwrap_optimizer(optimizer, unwrap(model))
+        require_real_steps(optimizer)
         rates = group_learning_rates(optimizer, self.learning_rates)
         ids, rows, skipped, reference, loss, reading, num_compared = read_measurable(
             model, reference, candidates, loss=self.loss, reference_loss=self.reference_loss

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from mates_hf.data.batches import Candidates
 from mates_hf.engine.preserve import Snapshot, local_shard
 from mates_hf.flops import checked_passages, num_path_points
-from mates_hf.influence.difference import Direction, FloatArray, joint_norm, norm_of, row_means
+from mates_hf.influence.difference import Direction, FloatArray, joint_norm, norm_by_parameter, norm_of, row_means
 from mates_hf.influence.preconditioner import ParameterStep, sum_of_squares
 from mates_hf.records import IntArray
 
@@ -262,7 +262,7 @@ class ReferencePath:
         return Direction(
             by_parameter=total,
             step_size=self._step_size,
-            norm=norm_of(total.values()),
+            norm=norm_by_parameter(total),
             parameter_norm=norm_of(total),
             reference_loss=loss,
             flops=0.0,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.batches import Candidates
+from mates_hf.engine.averaging import trainable_parameters
 from mates_hf.engine.preserve import local_shard
 from mates_hf.flops import NUM_SECOND_MOMENT_BATCHES
-from mates_hf.influence.difference import norm_of
+from mates_hf.influence.difference import norm_by_parameter
 from mates_hf.influence.preconditioner import ParameterStep, sum_of_squares
 
 
@@ -96,10 +97,10 @@ class UsualBatches:
         factor = self._read(np.random.default_rng(self._seed))
         squares = {
             parameter: factor**2 * sum_of_squares(local_shard(parameter.grad))
-            for parameter in self._model.parameters()
+            for parameter in trainable_parameters(self._model).values()
             if parameter.grad is not None
         }
-        for parameter in self._model.parameters():
+        for parameter in trainable_parameters(self._model).values():
             parameter.grad = None
         return squares
 
@@ -113,5 +114,6 @@ class UsualBatches:
         self._mean_gradient(batch)
         if not self._max_grad_norm:
             return 1.0
-        norm = norm_of(p.grad for p in self._model.parameters() if p.grad is not None)
+        found = trainable_parameters(self._model).values()
+        norm = norm_by_parameter({p: p.grad for p in found if p.grad is not None})
         return min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_ does

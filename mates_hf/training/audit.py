@@ -16,6 +16,7 @@ import numpy as np
 
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED
 from mates_hf.disk import read_json, unless_disk_fails, write_json
+from mates_hf.engine.weight_store import engine_optimizer
 from mates_hf.evaluation.agreement import bootstrap_interval, rank_correlation
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.records import FloatArray, InfluenceLabels
@@ -45,6 +46,8 @@ def audit_round(run: Run, path: Path, labels: InfluenceLabels, number: int) -> d
         return read_json(audit_path)
     if not isinstance(run.probe, DirectionalProbe) or len(labels) < NUM_AUDITED:
         return {}
+    if engine_optimizer(run.optimizer) is not None:
+        return {"not_audited": "DeepSpeed's engine takes real steps alone"}
     seed = stage_seed(run.config.selection_seed, number, "audit")
     picked = np.sort(np.random.default_rng(seed).choice(len(labels), NUM_AUDITED, replace=False))
     found = measure_audit(run, labels.candidate_id[picked], epsilon=labels.info["epsilon"], seed=seed)

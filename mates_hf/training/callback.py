@@ -190,7 +190,7 @@ class MatesCallback(TrainerCallback):
         """Into every reporter; a round that somebody should look at as an alert too."""
         report(self, self._trainer, state, metrics)
         order = session.order
-        if "mates/round" in metrics and order is not None and state.is_world_process_zero:
+        if "mates/round" in metrics and order is not None and session.run.processes.is_main:
             send_alert(round_alert(order.info))
 
     def _refuse_unsupported(self, args: Any, dataloader: Any, model: Any) -> None:

@@ -24,7 +24,7 @@ from mates_hf.data.segments import ONE_DOCUMENT_A_ROW, is_packing_key
 from mates_hf.engine.model_traits import vocabulary_size
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import UnsupportedSettingError
-from mates_hf.influence.passes import ProbeMemoryError
+from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.paths import expand_path
 from mates_hf.training.own_order import find_sampler
 from mates_hf.training.parallel import parallel_refusals

@@ -30,7 +30,7 @@ from mates_hf.data.reference import ReferenceTask
 from mates_hf.display import card
 from mates_hf.engine.digest import weight_marks
 from mates_hf.engine.model_traits import unwrap
-from mates_hf.engine.preserve import forget_derived
+from mates_hf.engine.weight_store import weight_store
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.preconditioner import unwrap_optimizer
 from mates_hf.influence.probe import Probe
@@ -282,7 +282,7 @@ class MatesRounds:
                 "`random_rounds` to have data selected.", loop.max_steps,
             )  # fmt: skip
         require_its_parameters(loop.model, loop.optimizer)
-        self._optimizer = unwrap_optimizer(loop.optimizer)
+        self._optimizer = unwrap_optimizer(loop.optimizer, loop.model)
         session = open_session(self._parts, loop, plan)
         try:
             if saved and saved.get("has_optimizer_state") and not has_state(self._optimizer):
@@ -358,7 +358,7 @@ class MatesRounds:
     def _require_trained(self, session: Session, step: int) -> None:
         """Before a round: refuse to measure a model that is not the one that trains."""
         run, first = session.run, self._first_marks
-        forget_derived(run.model)
+        weight_store(run.model).forget_derived()
         require_its_parameters(run.model, run.optimizer)
         if first is None:
             return

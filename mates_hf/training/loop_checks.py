@@ -17,6 +17,7 @@ from torch import nn
 from mates_hf.engine.model_traits import unwrap
 from mates_hf.engine.preserve import optimizer_parts
 from mates_hf.engine.processes import Processes
+from mates_hf.engine.weight_store import adopt_engine, weight_store
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.preconditioner import unwrap_optimizer
 from mates_hf.training import resume
@@ -116,8 +117,9 @@ def refuse_unsupported(model: Any, optimizer: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got {type(model).__name__}.")
-    unwrap_optimizer(optimizer)
     found = parallel_refusals(None, unwrap(model))
+    if not found:
+        unwrap_optimizer(optimizer, unwrap(model))
     if any(isinstance(module, nn.DataParallel) for module in model.modules()):
         found.append(
             "nn.DataParallel splits a batch behind the loop: start one process a GPU with `accelerate launch`"
@@ -136,8 +138,9 @@ def require_its_parameters(model: nn.Module, optimizer: Any) -> None:
     Raises:
         MatesError: Says how many parameters are of another model.
     """
-    known = {id(parameter) for parameter in model.parameters()}
-    parts = optimizer_parts(unwrap_optimizer(optimizer))
+    adopt_engine(model, optimizer)
+    known = {id(p) for p in (*model.parameters(), *weight_store(model).parameters().values())}
+    parts = optimizer_parts(unwrap_optimizer(optimizer, model))
     given = [parameter for part in parts for group in part.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in known for parameter in given)
     if foreign:

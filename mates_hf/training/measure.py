@@ -28,7 +28,7 @@ from mates_hf.engine.digest import weights_digest
 from mates_hf.engine.model_traits import is_out_of_memory, is_sharded
 from mates_hf.engine.processes import ProcessError, Processes
 from mates_hf.errors import InfluenceError, UnrankableError
-from mates_hf.influence.passes import ProbeMemoryError
+from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.records import InfluenceLabels, IntArray

@@ -24,7 +24,8 @@ from mates_hf.engine.averaging import trainable_parameters
 from mates_hf.engine.model_traits import is_low_precision, is_sharded, vocabulary_size
 from mates_hf.engine.pieces import MAX_PIECE, mean_dtype
 from mates_hf.engine.preserve import local_shard, optimizer_parts
-from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH, ProbeMemoryError
+from mates_hf.influence.micro_batches import ProbeMemoryError
+from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH
 from mates_hf.influence.preconditioner import stepped_alone
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe

@@ -22,6 +22,7 @@ from typing import Any
 from mates_hf.config import MatesConfig
 from mates_hf.data.columns import fixed_positions
 from mates_hf.disk import make_directory, written_whole
+from mates_hf.engine.fragments import whole_size
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.selection.plan import RunPlan, num_candidates
@@ -190,7 +191,7 @@ def round_bytes(run: Run, plan: RunPlan) -> tuple[dict[str, int], dict[str, int]
     targets = float(pool.token_rows(fixed_positions(len(pool), _NUM_LOOKED_AT)).num_targets.mean())
     probed_tokens = int(config.num_probes * targets)
     mean = sum(
-        parameter.numel() * max(parameter.element_size(), 4)
+        whole_size(parameter) * max(parameter.element_size(), 4)
         for parameter in run.model.parameters()
         if parameter.requires_grad
     )

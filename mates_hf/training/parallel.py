@@ -1,4 +1,4 @@
-"""Which ways of training on several devices are supported: one model in every process, or FSDP2. The others by name.
+"""Which ways of training on several devices are supported: DDP, FSDP2 and DeepSpeed's ZeRO. The others by name.
 
 Where it is used: part of what `checks` refuses before the first step. Trade-off: a probe needs plain forward passes
 of the live model at weights it wrote, and the optimizer's state parameter by parameter; where an engine keeps either
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+
+from mates_hf.training.deepspeed_settings import deepspeed_refusals
 
 DATA_PARALLEL = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU",
                  "MULTI_HPU", "FSDP")  # fmt: skip
@@ -44,12 +46,9 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
     state = AcceleratorState._shared_state
     kind = getattr(state.get("distributed_type"), "name", "NO")
     if getattr(args, "deepspeed", None) or kind == "DEEPSPEED":
-        found.append(
-            "DeepSpeed (`deepspeed`) keeps weights and optimizer state in flat buffers of its own, which a probe "
-            "cannot move or read by parameter: train with FSDP2 (`fsdp`) or DDP"
-        )
+        found += deepspeed_refusals(args, state, model)
     elif kind not in DATA_PARALLEL:
-        found.append(f"accelerate's {kind} is not supported: train with DDP or FSDP2")
+        found.append(f"accelerate's {kind} is not supported: train with DDP, FSDP2 or DeepSpeed's ZeRO")
     modules = {type(module).__name__ for module in model.modules()}
     if "FullyShardedDataParallel" in modules or "XlaFullyShardedDataParallel" in modules:
         found.append(

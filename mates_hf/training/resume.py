@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mates_hf.config import BEFORE, MatesConfig
+from mates_hf.engine.averaging import trainable_parameters
 from mates_hf.engine.digest import MARK, weight_marks
 from mates_hf.errors import MatesError, RoundMismatchError
 from mates_hf.records import STATE_KEY
@@ -94,7 +95,7 @@ def check_weights(model: torch.nn.Module, marks: Mapping[str, str], checkpoint: 
     if not wrong:
         return
     if checkpoint is not None:
-        parameters = {name: p for name, p in model.named_parameters() if not hasattr(p, "to_local")}
+        parameters = {name: p for name, p in trainable_parameters(model).items() if not hasattr(p, "to_local")}
         with torch.no_grad():
             for name, value in _read_parameters(model, checkpoint, set(wrong) & set(parameters)).items():
                 parameters[name].copy_(value)

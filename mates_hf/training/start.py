@@ -20,9 +20,10 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.engine.model_traits import context_length, unwrap, vocabulary_size
 from mates_hf.engine.processes import Processes
+from mates_hf.engine.weight_store import adopt_engine
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.flops import PATH_STEPS
-from mates_hf.influence.preconditioner import require_known, require_steps, unwrap_optimizer
+from mates_hf.influence.preconditioner import require_known, require_real_steps, unwrap_optimizer
 from mates_hf.influence.probe import Probe, RunSettings, read_given
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
@@ -209,11 +210,12 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     """
     if not loop.has_selected:  # else the ledger says what is left, once the rounds are read back
         plan.check()
-    optimizer = unwrap_optimizer(loop.optimizer)
+    adopt_engine(loop.model, loop.optimizer)
+    optimizer = unwrap_optimizer(loop.optimizer, unwrap(loop.model))
     if isinstance(parts.probe, DirectionalProbe):
         require_known(optimizer)
     elif isinstance(parts.probe, OneStepProbe):
-        require_steps(optimizer)
+        require_real_steps(optimizer)
     check_pool(loop.pool, loop.model)
     reference = parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model))
     reference = _compare(parts.probe, loop, reference)

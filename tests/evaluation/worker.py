@@ -54,7 +54,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
             model.lm_head.weight[5] = float("nan")
     trainer = Trainer(
         model=model,
-        args=make_arguments(Path(f"{settings['output_dir']}-{rank}"), max_steps=4, **settings.get("args", {})),
+        args=make_arguments(Path(f"{settings['output_dir']}-{rank}"), **{"max_steps": 4, **settings.get("args", {})}),
         train_dataset=make_pool(),
         callbacks=callbacks,
     )

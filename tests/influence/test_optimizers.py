@@ -161,7 +161,12 @@ CLASSES: dict[str, Known] = {
     "any other subclass of torch.optim.Optimizer": Known(
         ONE_STEP, "by exact class: a subclass may step otherwise", {}
     ),
-    "DeepSpeed's own": Known(REFUSED, "not a torch optimizer", {}),
+    "DeepSpeed's ZeRO": Known(
+        DIRECTIONAL,
+        "around AdamW or another elementwise optimizer of torch, `DeepSpeedCPUAdam` or `FusedAdam`; others, 1-bit "
+        "ones too, are refused",
+        {},
+    ),
 }
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine import model_traits
-from mates_hf.influence import passes as module
-from mates_hf.influence.passes import ProbeMemoryError, mean_loss, mean_loss_gradient, token_losses
+from mates_hf.influence import micro_batches as module
+from mates_hf.influence.micro_batches import ProbeMemoryError
+from mates_hf.influence.passes import mean_loss, mean_loss_gradient, token_losses
 
 ROUNDING = 2e-5  # float32 sums in another order, of losses of about 4
 

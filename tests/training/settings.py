@@ -51,6 +51,7 @@ MODULES = (
     "test_models.py",
     "test_parallel.py",
     "test_processes.py",
+    "test_deepspeed.py",
     "test_samplers.py",
     "test_passes.py",
     "test_mixed_in.py",

@@ -340,7 +340,7 @@ def test_planted_pool_is_found_and_with_shuffled_labels_it_is_not(tmp_path, shuf
     noise = rng.integers(32, VOCAB, (1000, LENGTH - 2))
     rows = [[i // 32, i % 32, *(counting[i] if planted[i] else noise[i]).tolist()] for i in range(1000)]
     pool = Dataset.from_dict({"input_ids": rows, "labels": rows})
-    config = MatesConfig(update_steps=24, num_probes=200, selection_ratio=0.2, temperature=0.0)
+    config = MatesConfig(update_steps=24, num_probes=200, selection_ratio=0.2, random_share=0.0)
     probe = Shuffled(DirectionalProbe()) if shuffled else DirectionalProbe()
     args = make_arguments(tmp_path, max_steps=48, learning_rate=1e-3, lr_scheduler_type="constant")
     result = run(args, [MatesCallback(make_reference(), config, probe=probe)], pool)

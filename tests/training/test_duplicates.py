@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from mates_hf import MatesCallback, NgramInfluenceModel
-from mates_hf.config import MatesConfig
+from mates_hf.config import BEFORE, MatesConfig
 from mates_hf.data.token_overlap import shared_rows
 from mates_hf.disk import read_json, write_json
 from mates_hf.errors import RoundMismatchError
@@ -214,9 +214,9 @@ def test_rows_of_equal_tokens_and_other_pictures_are_no_copies(make_tiny_model):
 
 
 def test_what_a_run_without_a_checkpoint_or_with_one_of_this_version_goes_on_with():
-    for saved in (None, {}, {"config": None}, {"config": {"max_copies": 1}}, {"config": {"max_copies": None}}):
-        assert config_to_resume(saved, MatesConfig()) == MatesConfig()
-    assert config_to_resume({"config": {}}, MatesConfig(temperature=1.0)) == MatesConfig(
-        max_copies=None, temperature=1
-    )
+    newer = {"random_share": 0.3, "first_round_steps": 50}
+    for config in ({"max_copies": 1, **newer}, {"max_copies": None, **newer}, None):
+        assert config_to_resume({"config": config}, MatesConfig()) == MatesConfig()
+    assert config_to_resume(None, MatesConfig()) == config_to_resume({}, MatesConfig()) == MatesConfig()
+    assert config_to_resume({"config": {}}, MatesConfig(temperature=1.0)) == MatesConfig(**BEFORE, temperature=1)
     assert config_to_resume({"config": {}}, MatesConfig(max_copies=2)).max_copies == 2

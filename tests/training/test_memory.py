@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.lab.boundary import measure
 from mates_hf import MatesCallback, load_round
 from mates_hf.engine.averaging import WeightAverage
-from mates_hf.influence.passes import ProbeMemoryError
+from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training import memory

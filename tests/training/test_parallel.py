@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -43,17 +44,77 @@ def test_one_process_and_replicas_are_supported(monkeypatch):
 def test_each_other_arrangement_is_refused_by_name(monkeypatch):
     with_state(monkeypatch)
     assert "`n_gpu` is 4" in parallel_refusals(SimpleNamespace(n_gpu=4, deepspeed=None), make_model())[0]
-    assert "DeepSpeed" in parallel_refusals(SimpleNamespace(n_gpu=1, deepspeed="zero.json"), make_model())[0]
     assert "FSDP1" in parallel_refusals(ONE, nn.Sequential(FullyShardedDataParallel()))[0]
     split = nn.Module()
     split.weight = ShardedParameter(torch.zeros(2, 2))
     assert "tensor parallelism (`weight`" in parallel_refusals(ONE, split)[0]
-    with_state(monkeypatch, distributed_type=DistributedType.DEEPSPEED)
-    assert "DeepSpeed" in parallel_refusals(ONE, make_model())[0]
     with_state(monkeypatch, distributed_type=DistributedType.MEGATRON_LM)
     assert "MEGATRON_LM" in parallel_refusals(ONE, make_model())[0]
     with_state(monkeypatch, parallelism_config=SimpleNamespace(non_data_parallel_size=2))
     assert "parallelism_config" in parallel_refusals(ONE, make_model())[0]
+
+
+# What is refused of DeepSpeed, and what its message says to set instead; None leaves it out.
+DEEPSPEED: dict[str, tuple[Any, Any]] = {
+    "zero_optimization.zero_hpz_partition_size": (2, 1),
+    "zero_optimization.zero_quantized_weights": (True, False),
+    "zero_optimization.zero_quantized_nontrainable_weights": (True, False),
+    "zero_optimization.zero_quantized_gradients": (True, False),
+    "zero_optimization.offload_optimizer": ({"device": "nvme"}, {"device": "cpu"}),
+    "zero_optimization.offload_param": ({"device": "nvme"}, {"device": "cpu"}),
+    "zero_optimization.offload_optimizer.super_offload": (True, False),
+    "zero_optimization.zenflow": ({"topk_ratio": 0.1}, None),
+    "zero_optimization.mics_shard_size": (2, None),
+    "zero_optimization.stage": (0, 1),
+    "compile.deepcompile": (True, False),
+    "torch_autocast": ({"enabled": True}, None),
+    "tensor_parallel.autotp_size": (2, 1),
+    "pipeline": ({"stages": 2}, None),
+    "sequence_parallel_size": (2, 1),
+    "expert_parallel": ({"enabled": True}, None),
+    "compression_training": ({"weight_quantization": {}}, None),
+    "progressive_layer_drop": ({"enabled": True}, None),
+    "data_efficiency": ({"enabled": True}, None),
+    "curriculum_learning": ({"enabled": True}, None),
+}
+
+
+def zero_config(path: str, value: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    *sections, name = path.split(".")
+    section = config
+    for each in sections:
+        section = section.setdefault(each, {})
+    section[name] = value
+    return config
+
+
+@pytest.mark.parametrize("path", DEEPSPEED)
+def test_what_is_refused_of_deepspeed_is_named_and_its_advice_is_accepted(monkeypatch, tmp_path, path):
+    refused, advised = (zero_config(path, value) for value in DEEPSPEED[path])
+    model = make_model()
+    with_state(monkeypatch, distributed_type=DistributedType.DEEPSPEED)
+    (written := tmp_path / "zero.json").write_text(json.dumps(refused), encoding="utf-8")
+    for given in (refused, str(written)):
+        (found,) = parallel_refusals(SimpleNamespace(n_gpu=1, deepspeed=given), model)
+        assert "DeepSpeed" in found
+        assert f"`{path}`" in found
+    assert parallel_refusals(SimpleNamespace(n_gpu=1, deepspeed=advised), model) == []
+    plugin = SimpleNamespace(deepspeed_config=refused)  # as `accelerate launch` leaves it, with no Trainer's arguments
+    with_state(monkeypatch, distributed_type=DistributedType.DEEPSPEED, deepspeed_plugins={"default": plugin})
+    assert len(parallel_refusals(None, model)) == 1
+
+
+def test_reentrant_checkpointing_and_layers_of_deepspeed_are_refused(monkeypatch):
+    with_state(monkeypatch, distributed_type=DistributedType.DEEPSPEED)
+    model = make_model()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert "`gradient_checkpointing_kwargs={'use_reentrant': False}`" in parallel_refusals(ONE, model)[0]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert parallel_refusals(ONE, model) == []
+    model = make_model()
+    model.extra = type("MoE", (nn.Module,), {"__module__": "deepspeed.moe.layer"})()
+    assert "`extra` is a MoE of DeepSpeed" in parallel_refusals(ONE, model)[0]
 
 
 def test_weights_that_fsdp2_sharded_are_supported(monkeypatch):
@@ -194,6 +255,12 @@ def of_kind(kind: DistributedType) -> Callable[[Any, pytest.MonkeyPatch], None]:
     return arrange
 
 
+def in_zenflow(args: Any, patch: pytest.MonkeyPatch) -> None:
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}})
+    patch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    patch.setitem(AcceleratorState._shared_state, "deepspeed_plugins", {"default": plugin})
+
+
 def several_gpus(args: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(args, "_n_gpu", 4)
 
@@ -234,8 +301,9 @@ def arranged(setting: str, match: str, arrange: Any = nothing, model: Any = make
 
 
 REFUSED = [
-    arranged("DeepSpeed", "DeepSpeed", of_kind(DistributedType.DEEPSPEED),
-             note="flat buffers of weights and optimizer state; use FSDP2"),
+    arranged("DeepSpeed with hpZ, quantized ZeRO++, NVMe offload, MiCS, ZenFlow, SuperOffload, DeepCompile, its MoE, "
+             "tensor, sequence or pipeline parallelism, `torch_autocast`, or 16 bits at stage 0",
+             "zenflow", in_zenflow, note="by the name of the setting, each with the way out"),
     arranged("Megatron-LM, XLA and other engines of accelerate", "MEGATRON_LM", of_kind(DistributedType.MEGATRON_LM)),
     arranged("nn.DataParallel (several GPUs in one process)", "n_gpu", several_gpus, note="use DDP"),
     arranged("FSDP1", "FSDP1", model=with_module(FullyShardedDataParallel), note="use FSDP2"),

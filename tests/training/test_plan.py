@@ -35,7 +35,7 @@ def test_the_ragged_last_step_of_an_epoch_counts_as_what_it_is():
     with pytest.raises(ValueError, match="of the 44 rows in the pool 4 are unused by then"):
         plan.check()
     long = RowClock(batches_per_epoch=1001, accumulation=16, batch_rows=4)  # 63 steps an epoch, the last of 9 batches
-    config = {"update_steps": 63 * 32, "switch_lead_steps": 1, "num_probes": 10}
+    config = {"update_steps": 63 * 32, "first_round_steps": None, "switch_lead_steps": 1, "num_probes": 10}
     assert plan_of(long, 4004, 10_000, **config).rows_before == 64  # one step of the 33rd
     assert plan_of(long, 4004, 10_000, **config).rounds[0].num_rows == 32 * 4004  # whole epochs, shifted by a step
 

@@ -16,7 +16,7 @@ from torch.utils.data import SubsetRandomSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from mates_hf import DirectionalProbe
-from mates_hf.influence.passes import ProbeMemoryError
+from mates_hf.influence.micro_batches import ProbeMemoryError
 from tests.training.kit import OLD_TRAINER, assert_same, make_model, make_pool
 from tests.training.settings import (
     FROM_STEP,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mates_hf.engine.fragments import Fragment, whole_shape
 from mates_hf.engine.preserve import local_shard
 from mates_hf.influence.optimizer.parameter_step import (
     ParameterStep,
@@ -89,7 +90,7 @@ class AdaptiveStep(ParameterStep):
 
     def _size(self, second: Tensor) -> Tensor:
         """Mean squares of rows of v."""
-        return row_means(second)
+        return row_means(second, self.parameter)
 
     def write_null(self) -> None:
         """Move the parameter to where a step with zero gradient takes it."""
@@ -158,18 +159,19 @@ class AdaptiveStep(ParameterStep):
 
     def _at_least(self, squares: Tensor | None) -> Tensor | None:
         """(R,) what E[g_B²] is raised to in rows that hardly any batch reaches; every batch reaches a vector."""
-        if self._second.dim() < 2 or not self.rows_may_be_rare:
+        if len(whole_shape(self.parameter)) < 2 or not self.rows_may_be_rare:
             return None
         given = squares is not None
         if given not in self._floors:
             memory = self._size(self._state_second)
-            average = memory * self._to_average if squares is None else row_means(squares)
+            average = memory * self._to_average if squares is None else row_means(squares, self.parameter)
             found = rarely_reached(memory, average, keep=self._keep, add=self._add, like=self._state_second)
-            self._floors[given] = (
-                None
-                if found is None
-                else torch.where(found[0], found[1], torch.zeros_like(found[1])).to(self._second.dtype)
-            )
+            floor = None
+            if found is not None:
+                floor = torch.where(found[0], found[1], torch.zeros_like(found[1])).to(self._second.dtype)
+                if isinstance(self.parameter, Fragment):
+                    floor = self.parameter.by_entry(floor)
+            self._floors[given] = floor
         return self._floors[given]
 
 
@@ -232,7 +234,7 @@ class PeakStep(AdaptiveStep):
         return second
 
     def _size(self, second: Tensor) -> Tensor:
-        return row_means(second) ** 2
+        return row_means(second, self.parameter) ** 2
 
     def _usual(self, second: Tensor) -> Tensor:
         return second * second  # at most

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mates_hf.engine.fragments import Fragment, sum_over_shards
 from mates_hf.engine.preserve import local_shard
 
 _CHUNK = 2**20  # elements worked on at once
@@ -124,8 +125,13 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def row_means(tensor: Tensor) -> Tensor:
-    """(R,) mean of each slice along dimension 0 of the local shard, float32 or wider."""
+def row_means(tensor: Tensor, parameter: nn.Parameter | None = None) -> Tensor:
+    """(R,) mean of each slice along dimension 0 of the local shard, float32 or wider.
+
+    Where an engine flattened the parameter, of each of its rows: all processes must call it.
+    """
+    if isinstance(parameter, Fragment):
+        return parameter.row_means(tensor)
     local = local_shard(tensor)
     dtype = torch.promote_types(local.dtype, torch.float32)
     parts = [part.reshape(len(part), -1).mean(1, dtype=dtype) for (part,) in chunks(local)]
@@ -154,11 +160,7 @@ def rarely_reached(
     """
     reached = average > 0
     total = torch.stack([average.sum(), reached.sum().to(average.dtype)])
-    if hasattr(like, "to_local"):
-        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-        placements = [Partial() if isinstance(p, Shard) else Replicate() for p in like.placements]
-        total = DTensor.from_local(total, like.device_mesh, placements).full_tensor()
+    total = sum_over_shards(total, like)
     usual = total[0] / total[1].clamp(min=1)
     rarely = memory * keep < usual * add
     return (rarely, usual) if bool(rarely.any()) else None
