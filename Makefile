@@ -48,8 +48,14 @@ $(DEEPSPEED): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed && touch $@ || \
 		echo "DeepSpeed could not be installed: its tests are skipped."
 
+TRACKERS := $(VENV)/.with-trackers
+
+$(TRACKERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt tensorboard trackio wandb && touch $@ || \
+		echo "Trackers could not be installed: their tests are skipped."
+
 # Two at once at most: some start two processes of their own. pytest exits with 5 where no test carries the marker.
-test-slow: $(STAMP) $(DEEPSPEED)
+test-slow: $(STAMP) $(DEEPSPEED) $(TRACKERS)
 	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile || [ $$? -eq 5 ]
 
 test-oldest: pyproject.toml constraints-oldest.txt constraints.txt
