@@ -128,7 +128,7 @@ def test_wrapped_blocks_are_rows():
 @pytest.mark.parametrize(
     "which",
     [
-        ("llama", "eager"),
+        pytest.param(("llama", "eager"), marks=pytest.mark.slow),
         ("llama", "sdpa"),
         pytest.param(("llama", "flex_attention"), marks=pytest.mark.slow),
         ("gpt2", "sdpa"),
@@ -201,14 +201,15 @@ def test_a_packer_that_trains_first_tokens_is_followed():
         (Packer("position_ids", padded=True), ("llama", "sdpa")),  # a mask hides from transformers where they begin
         (Packer("position_ids"), ("llama", "sdpa", True)),  # with a cache it does not look
         (Packer("cu_seq_lens_q"), ("llama", "sdpa")),  # this kernel does not know them
-        (Packer("seq_idx"), ("mamba", "sdpa")),
+        pytest.param(Packer("seq_idx"), ("mamba", "sdpa"), marks=pytest.mark.slow),
     ],
 )
-def test_documents_that_see_each_other_are_one_block(packer, which):
+def test_documents_that_see_each_other_are_one_block(packer, which, caplog):
     """A model that does not keep documents apart is trained on the block, and measured on it, with all its inputs."""
     pool = CandidatePool(OWN_ROWS, packer)
     labels = measure(pool, *which)
     assert labels.info["reading"]["documents"] == "together"
+    assert "lets a document see the ones in front" in caplog.text
     assert labels.info["reading"]["fed"] == "collated, a row at a time"
     model, _ = trained(*which)
     with torch.no_grad():
@@ -242,6 +243,17 @@ def test_flattened_rows_that_meet_are_refused(collator, which, match):
     else:
         even = Dataset.from_dict({"input_ids": [doc[:3] for doc in DOCS], "labels": [doc[:3] for doc in DOCS]})
         assert find_reading(trained(*which)[0], CandidatePool(even, default_data_collator)).packed is None
+
+
+def flat_with_a_mask(rows: list[Any]) -> dict[str, torch.Tensor]:
+    batch = DataCollatorWithFlattening()(rows)
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def test_what_keeps_rows_apart_is_named_where_it_is_known():
+    pool = CandidatePool(Dataset.from_dict({"input_ids": DOCS}), flat_with_a_mask)
+    with pytest.raises(UnsupportedSettingError, match="Leave `attention_mask` out of the batch"):
+        find_reading(trained()[0], pool)
 
 
 def test_a_step_on_a_flattened_batch_agrees_with_the_label():
