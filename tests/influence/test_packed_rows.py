@@ -28,6 +28,7 @@ from mates_hf.data.rows import TokenRows
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.passes import mean_loss_gradient
 from mates_hf.influence.reading import find_reading
+from mates_hf.prediction.hidden_states import _mean_over_targets
 
 VOCAB, BLOCK = 64, 24
 RNG = np.random.default_rng(0)
@@ -289,6 +290,18 @@ def test_row_sums_of_a_gradient_are_by_row():
     assert mean == pytest.approx(mean_loss_gradient(model, rows.unpacked(), row_sums=alone))
     assert np.allclose(found, alone.reshape(-1, 4).sum(1))
     model.zero_grad()
+
+
+def test_hidden_states_of_a_packed_row_are_those_of_its_documents():
+    module = trained()[0].base_model
+    rows = TokenRows.from_lists(
+        [sum(four, []) for four in FOURS], seq_lengths=[[len(doc) for doc in four] for four in FOURS]
+    )
+    apart = rows.unpacked()
+    with torch.no_grad():
+        found, alone = (_mean_over_targets(module, [0, -1], some).numpy() for some in (rows, apart))
+    sums = np.add.reduceat(alone * apart.num_targets[:, None], np.arange(0, len(apart), 4))
+    assert np.allclose(found, sums / rows.num_targets[:, None], atol=1e-6)
 
 
 def test_a_pool_without_packing_is_read_as_before():

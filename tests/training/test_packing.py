@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening, Trainer, default_data_colla
 
 from mates_hf import MatesCallback, MatesRounds, load_round
 from mates_hf.errors import UnsupportedSettingError
+from mates_hf.training.verify import verify_run
 from tests.training.kit import VOCAB, make_arguments, make_model, make_pool, make_reference, small_config
 from tests.training.settings import proves
 
@@ -74,8 +75,6 @@ def test_flattened_rows_select(tmp_path, returns):
 @pytest.mark.slow
 @proves(FLATTENED, "resumes exactly; verifies")
 def test_a_flattened_run_resumes_and_verifies(tmp_path):
-    from mates_hf.training.verify import verify_run
-
     dataset, collator = Dataset.from_dict({"input_ids": texts()}), DataCollatorWithFlattening()
     whole = train(tmp_path / "run", dataset, collator, callback(), save_strategy="steps", save_steps=6)
     assert verify_run(tmp_path / "run").problem is None
@@ -119,6 +118,7 @@ def test_sft_trainer(tmp_path, tiny_tokenizer, strategy):
         pytest.skip(f"not in this TRL: {error}")
     trainer.train()
     record = only_round(tmp_path)
+    assert verify_run(tmp_path).problem is None
     assert record.info["loss"]["candidates"] == "shifted"
     assert record.info["loss"]["fed"] == "padded"
     assert record.info["loss"].get("documents") == (None if strategy == "wrapped" else "apart")
