@@ -11,6 +11,7 @@ that has learnt little attends to everything a little.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from mates_hf.engine.model_traits import accepts
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.compared_rows import ComparedRows
 from mates_hf.influence.other_weights import at_other_weights
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
@@ -67,32 +70,30 @@ def sees_other_documents(batch: Batch, loss: Callable[[Batch], float | None], to
     return False
 
 
-def refuse_rows_that_meet(
-    model: nn.Module, pool: CandidatePool, is_apart_without_cache: bool
-) -> UnsupportedSettingError:
-    """The error for a collator that puts rows into one, in which they then see each other.
+def _remedy(model: nn.Module, batches: list[Batch], sees: Callable[[Batch], bool]) -> str:
+    """What would keep the documents of these batches apart, tried; empty where neither does."""
+    ways: list[tuple[str, dict[str, Any], bool]] = [
+        (
+            "Set `model.config.use_cache = False`: with a cache transformers ignores where documents begin. ",
+            {"use_cache": False},
+            accepts(model, "use_cache"),
+        ),
+        (
+            "Leave `attention_mask` out of the batch: with one transformers ignores where documents begin. ",
+            {"attention_mask": None},
+            all(batch.get("attention_mask") is not None for batch in batches),
+        ),
+    ]
+    for way, change, is_possible in ways:
+        if is_possible and not any(sees({**batch, **change}) for batch in batches):
+            return way
+    return ""
 
-    Args:
-        model: The model that trains.
-        pool: Rows and collator.
-        is_apart_without_cache: Whether the model keeps them apart with `use_cache=False`.
 
-    Returns:
-        The error, with the ways that work.
-    """
+def _meeting(model: nn.Module) -> str:
+    """The model and its attention, for messages."""
     kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    with_kernel = f" with attention `{kernel}`" if kernel else ""
-    way = (
-        "Set `model.config.use_cache = False`: with a cache transformers ignores where documents begin. Or use"
-        if is_apart_without_cache
-        else "Use"
-    )
-    return UnsupportedSettingError(
-        f"Rows that a collator puts into one must not see each other, so that a row has a loss of its own; "
-        f"`{name_of(pool.collate_fn)}` makes one row of several, and {type(model).__name__}{with_kernel} lets a row "
-        f"see the ones in front of it. {way} a collator that pads (transformers' `DataCollatorForLanguageModeling` or "
-        f"`default_data_collator`). {ONE_DOCUMENT_A_ROW}"
-    )
+    return f"{type(model).__name__}{f' with attention `{kernel}`' if kernel else ''}"
 
 
 def require_own_targets(pool: CandidatePool, rows: list[int], found: int, wanted: int) -> None:
@@ -145,7 +146,17 @@ def documents(
         return None
     if not any(sees(batch) for batch in rows.packed):
         return "apart"
+    way = _remedy(model, rows.packed, sees)
     if rows.flattens:
-        without = [{**batch, "use_cache": False} for batch in rows.packed if accepts(model, "use_cache")]
-        raise refuse_rows_that_meet(model, pool, bool(without) and not any(sees(batch) for batch in without))
+        raise UnsupportedSettingError(
+            "Rows that a collator puts into one must not see each other, so that a row has a loss of its own; "
+            f"`{name_of(pool.collate_fn)}` makes one row of several, and {_meeting(model)} lets a row see the ones in "
+            f"front of it. {way}{'Or use' if way else 'Use'} a collator that pads (transformers' "
+            f"`DataCollatorForLanguageModeling` or `default_data_collator`). {ONE_DOCUMENT_A_ROW}"
+        )
+    logger.warning(
+        "Rows hold several documents, and %s lets a document see the ones in front of it: a row is trained, and "
+        "measured, as one text. %s",
+        _meeting(model), way,
+    )  # fmt: skip
     return "together"

@@ -28,6 +28,7 @@ from mates_hf.data.rows import TokenRows
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.passes import mean_loss_gradient
 from mates_hf.influence.reading import find_reading
+from mates_hf.prediction.hidden_states import _mean_over_targets
 
 VOCAB, BLOCK = 64, 24
 RNG = np.random.default_rng(0)
@@ -128,7 +129,7 @@ def test_wrapped_blocks_are_rows():
 @pytest.mark.parametrize(
     "which",
     [
-        ("llama", "eager"),
+        pytest.param(("llama", "eager"), marks=pytest.mark.slow),
         ("llama", "sdpa"),
         pytest.param(("llama", "flex_attention"), marks=pytest.mark.slow),
         ("gpt2", "sdpa"),
@@ -201,14 +202,15 @@ def test_a_packer_that_trains_first_tokens_is_followed():
         (Packer("position_ids", padded=True), ("llama", "sdpa")),  # a mask hides from transformers where they begin
         (Packer("position_ids"), ("llama", "sdpa", True)),  # with a cache it does not look
         (Packer("cu_seq_lens_q"), ("llama", "sdpa")),  # this kernel does not know them
-        (Packer("seq_idx"), ("mamba", "sdpa")),
+        pytest.param(Packer("seq_idx"), ("mamba", "sdpa"), marks=pytest.mark.slow),
     ],
 )
-def test_documents_that_see_each_other_are_one_block(packer, which):
+def test_documents_that_see_each_other_are_one_block(packer, which, caplog):
     """A model that does not keep documents apart is trained on the block, and measured on it, with all its inputs."""
     pool = CandidatePool(OWN_ROWS, packer)
     labels = measure(pool, *which)
     assert labels.info["reading"]["documents"] == "together"
+    assert "lets a document see the ones in front" in caplog.text
     assert labels.info["reading"]["fed"] == "collated, a row at a time"
     model, _ = trained(*which)
     with torch.no_grad():
@@ -244,6 +246,17 @@ def test_flattened_rows_that_meet_are_refused(collator, which, match):
         assert find_reading(trained(*which)[0], CandidatePool(even, default_data_collator)).packed is None
 
 
+def flat_with_a_mask(rows: list[Any]) -> dict[str, torch.Tensor]:
+    batch = DataCollatorWithFlattening()(rows)
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def test_what_keeps_rows_apart_is_named_where_it_is_known():
+    pool = CandidatePool(Dataset.from_dict({"input_ids": DOCS}), flat_with_a_mask)
+    with pytest.raises(UnsupportedSettingError, match="Leave `attention_mask` out of the batch"):
+        find_reading(trained()[0], pool)
+
+
 def test_a_step_on_a_flattened_batch_agrees_with_the_label():
     """Rows in place of one of a batch: the loss of the reference task after a real step ranks as the labels do."""
     model = copy.deepcopy(trained()[0]).double()
@@ -277,6 +290,18 @@ def test_row_sums_of_a_gradient_are_by_row():
     assert mean == pytest.approx(mean_loss_gradient(model, rows.unpacked(), row_sums=alone))
     assert np.allclose(found, alone.reshape(-1, 4).sum(1))
     model.zero_grad()
+
+
+def test_hidden_states_of_a_packed_row_are_those_of_its_documents():
+    module = trained()[0].base_model
+    rows = TokenRows.from_lists(
+        [sum(four, []) for four in FOURS], seq_lengths=[[len(doc) for doc in four] for four in FOURS]
+    )
+    apart = rows.unpacked()
+    with torch.no_grad():
+        found, alone = (_mean_over_targets(module, [0, -1], some).numpy() for some in (rows, apart))
+    sums = np.add.reduceat(alone * apart.num_targets[:, None], np.arange(0, len(apart), 4))
+    assert np.allclose(found, sums / rows.num_targets[:, None], atol=1e-6)
 
 
 def test_a_pool_without_packing_is_read_as_before():

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorWithFlattening, Trainer, default_data_collator
 
-from mates_hf import MatesCallback, load_round
+from mates_hf import MatesCallback, MatesRounds, load_round
 from mates_hf.errors import UnsupportedSettingError
+from mates_hf.training.verify import verify_run
 from tests.training.kit import VOCAB, make_arguments, make_model, make_pool, make_reference, small_config
 from tests.training.settings import proves
 
@@ -55,9 +56,8 @@ def only_round(folder: Any) -> Any:
 
 @proves(FLATTENED, "no trace")
 @proves(FLATTENED, APART, note="rows that a model lets see each other are refused by name, with the way out")
-@pytest.mark.parametrize(
-    "returns", [pytest.param({}, marks=pytest.mark.slow), {"return_seq_idx": True, "return_flash_attn_kwargs": True}]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("returns", [{}, {"return_seq_idx": True, "return_flash_attn_kwargs": True}])
 def test_flattened_rows_select(tmp_path, returns):
     dataset, collator = Dataset.from_dict({"input_ids": texts()}), DataCollatorWithFlattening(**returns)
     run = train(tmp_path / "run", dataset, collator, callback())
@@ -75,8 +75,6 @@ def test_flattened_rows_select(tmp_path, returns):
 @pytest.mark.slow
 @proves(FLATTENED, "resumes exactly; verifies")
 def test_a_flattened_run_resumes_and_verifies(tmp_path):
-    from mates_hf.training.verify import verify_run
-
     dataset, collator = Dataset.from_dict({"input_ids": texts()}), DataCollatorWithFlattening()
     whole = train(tmp_path / "run", dataset, collator, callback(), save_strategy="steps", save_steps=6)
     assert verify_run(tmp_path / "run").problem is None
@@ -120,6 +118,7 @@ def test_sft_trainer(tmp_path, tiny_tokenizer, strategy):
         pytest.skip(f"not in this TRL: {error}")
     trainer.train()
     record = only_round(tmp_path)
+    assert verify_run(tmp_path).problem is None
     assert record.info["loss"]["candidates"] == "shifted"
     assert record.info["loss"]["fed"] == "padded"
     assert record.info["loss"].get("documents") == (None if strategy == "wrapped" else "apart")
@@ -182,3 +181,19 @@ def test_each_advice_works(tmp_path, collator, match, ways):
         trainer = train(folder, pool, way, callback(), max_steps=9)
         assert trainer.state.global_step == 9
         assert len(only_round(folder).selection)
+
+
+def test_a_loop_of_ones_own_over_flattened_rows(tmp_path):
+    dataset, collator = Dataset.from_dict({"input_ids": texts(120)}), DataCollatorWithFlattening()
+    model = make_model()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    config = small_config(update_steps=4, switch_lead_steps=1)
+    rounds = MatesRounds(make_reference(8), dataset, config, output_dir=tmp_path, collate_fn=collator)
+    for _, rows in rounds.order(model, optimizer, batch_size=4, max_steps=8):
+        model(**collator([dataset[int(i)] for i in rows])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    record = load_round(sorted(tmp_path.rglob("round-0001"))[0])
+    assert record.info["loss"]["documents"] == "apart"
+    assert len(record.selection)
