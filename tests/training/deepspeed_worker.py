@@ -18,11 +18,12 @@ os.environ.pop("ACCELERATE_USE_CPU", None)  # which would leave DeepSpeed out
 import deepspeed.ops
 import torch
 import transformers.training_args
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
-from mates_hf import MatesCallback
+from mates_hf import MatesCallback, MatesRounds
 from mates_hf.engine import deepspeed_shards
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weights_digest
@@ -138,6 +139,8 @@ class FailingProbe(DirectionalProbe):
 
 def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One run as told, with DeepSpeed unless `deepspeed` is missing."""
+    if "loop" in settings:
+        return own_loop(settings, folder)
     config = settings.get("deepspeed")
     changes: dict[str, Any] = {"max_steps": MAX_STEPS, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
     if config is not None:
@@ -181,6 +184,33 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     forget_the_engine()
     return found
+
+
+def own_loop(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A loop of one's own with `MatesRounds`, under DeepSpeed in several processes."""
+    plugin = None
+    if "RANK" in os.environ:
+        plugin = DeepSpeedPlugin(
+            hf_ds_config={**settings["loop"], "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0}
+        )
+    accelerator = Accelerator(cpu=plugin is None, deepspeed_plugin=plugin)
+    pool, model = make_pool(), kit.make_model()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
+    rounds = MatesRounds(make_reference(), pool, small_config(switch_lead_steps=3), output_dir=folder / "loop",
+                         progress=False)  # fmt: skip
+    rows, losses = [], []
+    for _, mine in rounds.order(model, optimizer, batch_size=8, max_steps=20):
+        batch = default_data_collator([pool[int(i)] for i in mine])
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        if plugin is None:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(float(accelerator.gather(loss.detach().reshape(1)).mean()))
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append(accelerator.gather(torch.tensor(mine)).tolist())
+    forget_the_engine()
+    return {"rows": rows, "losses": losses, "optimizer": type(optimizer.optimizer).__name__}
 
 
 def changed_model(model: Any, settings: dict[str, Any]) -> Any:

@@ -75,6 +75,7 @@ def further_runs(folder: Path) -> dict[str, dict[str, Any]]:
         found[f"selects{stage}"] = run
         checkpoint = str(folder / "two" / f"saved{stage}" / "checkpoint-8")
         found[f"resumes{stage}"] = {**run, "resume": checkpoint}
+    found["loop"] = {"loop": zero(3, **EVERYTHING_CUT)}
     for evaluates in (True, False):
         found[f"evaluates{evaluates}"] = {"deepspeed": zero(3, **EVERYTHING_CUT), "evaluation": evaluation(evaluates)}
     return found
@@ -115,6 +116,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "plain": {"looks": True, "args": batch},
         "tied": {"looks": True, **TIED, "args": {**CHECKPOINTED, **batch}},
         "selects": {"selects": True, "args": {"max_steps": 20, **batch}},
+        "plain loop": {"loop": None},
     }
     codes, errors, (one,) = start(folder, list(plain.values()), 1, "one")
     assert codes == [0], errors
@@ -181,6 +183,12 @@ def test_rows_are_those_of_one_plain_process_also_when_resumed(results, stage):
     assert in_order(resumed[0]["rows"], resumed[1]["rows"]) == plain["rows"][8 * 8 :]
     assert resumed[0]["losses"] == first["losses"]
     assert [seen["weights"] for seen in resumed] == [first["weights"]] * 2
+
+
+def test_a_loop_of_ones_own_chooses_the_rows_of_one_plain_process(results):
+    assert [seen["optimizer"] for seen in results["loop"]] == ["DeepSpeedZeroOptimizer_Stage3"] * 2
+    for seen in results["loop"]:
+        assert [sorted(step) for step in seen["rows"]] == [sorted(step) for step in results["plain loop"]["rows"]]
 
 
 def test_the_live_model_is_evaluated_under_zero_3_without_a_trace(results):
