@@ -39,7 +39,7 @@ from mates_hf.training.own_order import check_rows_once, find_sampler, install
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
-from mates_hf.training.start import Loop, Parts, checked_parts, open_session, tell_opened, with_passages
+from mates_hf.training.start import Loop, Parts, checked_parts, open_session, tell_no_round, tell_opened, with_passages
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,7 @@ class MatesCallback(TrainerCallback):
         loop = with_passages(self._parts, self._describe(args, state, dataloader, kwargs))
         plan = loop.plan(self.config)
         if not plan.rounds and not loop.has_selected:
-            logger.warning(
-                "No round takes effect before step %d: this run stays in the Trainer's own order.", state.max_steps
-            )
+            tell_no_round(plan)
             if loop.mixed is None:
                 return
         self._session = open_session(self._parts, loop, plan)

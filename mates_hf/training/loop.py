@@ -51,7 +51,7 @@ from mates_hf.training.loop_checks import (
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
-from mates_hf.training.start import Loop, checked_parts, open_session, tell_opened, with_passages
+from mates_hf.training.start import Loop, checked_parts, open_session, tell_no_round, tell_opened, with_passages
 
 logger = logging.getLogger(__name__)
 
@@ -277,10 +277,7 @@ class MatesRounds:
         loop = with_passages(self._parts, loop)
         plan = loop.plan(self._parts.config)
         if not plan.rounds and not loop.has_selected:
-            logger.warning(
-                "No round takes effect before step %d: this run stays in its own order. Lower `update_steps` or "
-                "`random_rounds` to have data selected.", loop.max_steps,
-            )  # fmt: skip
+            tell_no_round(plan)
         require_its_parameters(loop.model, loop.optimizer)
         self._optimizer = unwrap_optimizer(loop.optimizer, loop.model)
         session = open_session(self._parts, loop, plan)

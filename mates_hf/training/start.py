@@ -8,6 +8,7 @@ everything that can be refused is refused before a step is taken or a file is wr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -244,6 +245,23 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
         saved=loop.saved,
         saved_rounds=loop.saved_rounds,
     )
+
+
+def tell_no_round(plan: RunPlan) -> None:
+    """Warn that a run is too short for its rounds, with an `update_steps` that would let it select.
+
+    Args:
+        plan: has no round.
+    """
+    steps = max(1, (plan.max_steps - plan.first_step) // 10)
+    way_out = "Lower `random_rounds`, or train longer"
+    with contextlib.suppress(ValueError):  # what else the config asks for may not fit into rounds so short
+        if dataclasses.replace(plan, config=dataclasses.replace(plan.config, update_steps=steps)).rounds:
+            way_out = f"Set `update_steps={steps}`"
+    logger.warning(
+        "No round takes effect: the first selection would be trained on from step %d, and the run ends at step %d. It "
+        "stays in its own order. %s to have data selected.", plan.first_from_step, plan.max_steps, way_out,
+    )  # fmt: skip
 
 
 def tell_opened(session: Session) -> None:
