@@ -131,7 +131,7 @@ def shared_rows(candidates: Any, reference: ReferenceTask, n: int = NGRAM_TOKENS
     Raises:
         ValueError: there is no row, no `input_ids`, or `n` is too small.
         TypeError: these are no candidates.
-        UnsupportedSettingError: the candidates are streamed or packed.
+        UnsupportedSettingError: the candidates are streamed.
     """
     pool, rows = open_candidates(candidates)
     index = TokenNgramIndex(reference.rows, n)

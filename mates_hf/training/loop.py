@@ -88,7 +88,7 @@ class MatesRounds:
     Raises:
         TypeError: An argument is of another kind, or `pool` is no map-style dataset.
         ValueError: `pool` is empty, or has neither `input_ids` nor a collator to make them.
-        UnsupportedSettingError: `pool` is a stream or packed, or belongs to preference training.
+        UnsupportedSettingError: `pool` is a stream, or belongs to preference training.
     """
 
     def __init__(
