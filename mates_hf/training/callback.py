@@ -39,7 +39,7 @@ from mates_hf.training.own_order import check_rows_once, find_sampler, install
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
-from mates_hf.training.start import Loop, Parts, checked_parts, open_session, tell_no_round, tell_opened, with_passages
+from mates_hf.training.start import Loop, Parts, checked_parts, open_session, prepare, tell_no_round, tell_opened
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +102,12 @@ class MatesCallback(TrainerCallback):
         self._refuse_unsupported(args, dataloader, model)
         for caveat in resume_caveats():
             logger.warning("%s", caveat)
-        loop = with_passages(self._parts, self._describe(args, state, dataloader, kwargs))
-        plan = loop.plan(self.config)
+        parts, loop, plan = prepare(self._parts, self._describe(args, state, dataloader, kwargs))
         if not plan.rounds and not loop.has_selected:
             tell_no_round(plan)
             if loop.mixed is None:
                 return
-        self._session = open_session(self._parts, loop, plan)
+        self._session = open_session(parts, loop, plan)
         dataset = None if loop.mixed is None else loop.mixed.dataset
         self._restore_sampler = install(dataloader, self._session.sampler, dataset)
         written = num_random_states(args.world_size, args.save_on_each_node)

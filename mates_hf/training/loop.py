@@ -51,7 +51,7 @@ from mates_hf.training.loop_checks import (
 from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
-from mates_hf.training.start import Loop, checked_parts, open_session, tell_no_round, tell_opened, with_passages
+from mates_hf.training.start import Loop, checked_parts, open_session, prepare, tell_no_round, tell_opened
 
 logger = logging.getLogger(__name__)
 
@@ -274,13 +274,12 @@ class MatesRounds:
     @own_memory
     def _open(self, loop: Loop, saved: Mapping[str, Any] | None) -> None:
         """Check everything that can be known, before any step or file."""
-        loop = with_passages(self._parts, loop)
-        plan = loop.plan(self._parts.config)
+        parts, loop, plan = prepare(self._parts, loop)
         if not plan.rounds and not loop.has_selected:
             tell_no_round(plan)
         require_its_parameters(loop.model, loop.optimizer)
         self._optimizer = unwrap_optimizer(loop.optimizer, loop.model)
-        session = open_session(self._parts, loop, plan)
+        session = open_session(parts, loop, plan)
         try:
             if saved and saved.get("has_optimizer_state") and not has_state(self._optimizer):
                 logger.warning(

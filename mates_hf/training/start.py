@@ -8,7 +8,6 @@ everything that can be refused is refused before a step is taken or a file is wr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -165,6 +164,25 @@ class Loop:
         )
 
 
+def prepare(parts: Parts, loop: Loop) -> tuple[Parts, Loop, RunPlan]:
+    """What `open_session` takes.
+
+    Args:
+        parts: What the user gave.
+        loop: The training loop.
+
+    Returns:
+        The parts with the config that the run goes by, which is what it began with; the loop with the passages that
+        it trains on as well; and when its rounds happen.
+
+    Raises:
+        MatesError: the run cannot be trained on the passages; the message names the way out.
+    """
+    parts = parts._replace(config=resume.config_to_resume(loop.saved, parts.config))
+    loop = with_passages(parts, loop)
+    return parts, loop, loop.plan(parts.config)
+
+
 def with_passages(parts: Parts, loop: Loop) -> Loop:
     """The loop with the passages of the reference task between its rows, where `reference_passes` asks for them.
 
@@ -248,20 +266,32 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
 
 
 def tell_no_round(plan: RunPlan) -> None:
-    """Warn that a run is too short for its rounds, with an `update_steps` that would let it select.
+    """Warn that a run is too short for its rounds, with settings that would let it select.
 
     Args:
         plan: has no round.
     """
-    steps = max(1, (plan.max_steps - plan.first_step) // 10)
-    way_out = "Lower `random_rounds`, or train longer"
-    with contextlib.suppress(ValueError):  # what else the config asks for may not fit into rounds so short
-        if dataclasses.replace(plan, config=dataclasses.replace(plan.config, update_steps=steps)).rounds:
-            way_out = f"Set `update_steps={steps}`"
+    ahead = max(plan.max_steps - plan.first_step, 1)
+    tried = [{"update_steps": max(ahead // part, 1)} for part in (10, 20, 50, 5, 3, 2)]
+    tried += [{**changes, "random_rounds": 1} for changes in tried]
+    found = next((changes for changes in tried if _selects(plan, changes)), None)
+    way_out = "Train longer, or on a larger pool,"
+    if found is not None:
+        way_out = "Set " + " and ".join(f"`{name}={value}`" for name, value in found.items())
     logger.warning(
         "No round takes effect: the first selection would be trained on from step %d, and the run ends at step %d. It "
         "stays in its own order. %s to have data selected.", plan.first_from_step, plan.max_steps, way_out,
     )  # fmt: skip
+
+
+def _selects(plan: RunPlan, changes: Mapping[str, Any]) -> bool:
+    """Whether a run with these changes of its config has a round, and rows for all of them."""
+    try:
+        other = dataclasses.replace(plan, config=dataclasses.replace(plan.config, **changes))
+        other.check()
+    except ValueError:  # what else the config asks for, or the pool
+        return False
+    return bool(other.rounds)
 
 
 def tell_opened(session: Session) -> None:
@@ -293,7 +323,7 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
         loss_reading={} if loop.pool.reading is None else loop.pool.reading.to_dict(),
         influence_model=bound_to_run(parts.influence_model, loop.model, loop.tokenizer),
         tokenizer=loop.tokenizer,
-        config=resume.config_to_resume(loop.saved, parts.config),
+        config=parts.config,
         settings=RunSettings(
             max_grad_norm=loop.max_grad_norm or None,
             batch_rows=loop.clock.batch_rows * loop.clock.accumulation,

@@ -178,19 +178,22 @@ def test_metrics_reach_the_log(tmp_path, attach):
 
 @pytest.mark.parametrize(
     ("changes", "way_out"),
-    [({"update_steps": 20}, "Set `update_steps=2`"), ({"random_rounds": 99}, "Lower `random_rounds`"),
-     ({"update_steps": 30, "switch_lead_steps": 9}, "Lower `random_rounds`")],
+    [({"update_steps": 20}, {"update_steps": 2}), ({"random_rounds": 99}, {"update_steps": 2, "random_rounds": 1}),
+     ({"random_rounds": 9}, {"update_steps": 2}), ({"update_steps": 30, "switch_lead_steps": 9}, {"update_steps": 10}),
+     ({"update_steps": 30, "switch_lead_steps": 19}, None)],
 )  # fmt: skip
 def test_a_run_without_rounds_says_so_once_and_its_advice_works(tmp_path, caplog, changes, way_out):
     run(make_arguments(tmp_path / "a"), [MatesCallback(make_reference(), small_config(**changes))])
     told = [record.getMessage() for record in caplog.records if "No round takes effect" in record.getMessage()]
     assert len(told) == 1
-    assert way_out in told[0]
     assert "the run ends at step 20" in told[0]
     assert not (tmp_path / "a" / "_mates").exists()
-    if "update_steps" in way_out:
-        run(make_arguments(tmp_path / "b"), [MatesCallback(make_reference(), small_config(update_steps=2))])
-        assert selections(tmp_path / "b")
+    if way_out is None:
+        assert "Train longer" in told[0]
+        return
+    assert "Set " + " and ".join(f"`{name}={value}`" for name, value in way_out.items()) in told[0]
+    run(make_arguments(tmp_path / "b"), [MatesCallback(make_reference(), small_config(**{**changes, **way_out}))])
+    assert selections(tmp_path / "b")
 
 
 def test_text_pool_with_a_tokenising_collator(tmp_path):

@@ -22,6 +22,7 @@ from mates_hf.errors import RoundMismatchError
 from mates_hf.round_files import write_checksums
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.resume import config_to_resume
+from mates_hf.training.start import Parts, prepare
 from mates_hf.training.verify import verify_run
 from tests.training.kit import LENGTH, VOCAB, Result, make_arguments, make_reference, run, small_config
 
@@ -220,3 +221,10 @@ def test_what_a_run_without_a_checkpoint_or_with_one_of_this_version_goes_on_wit
     assert config_to_resume(None, MatesConfig()) == config_to_resume({}, MatesConfig()) == MatesConfig()
     assert config_to_resume({"config": {}}, MatesConfig(temperature=1.0)) == MatesConfig(**BEFORE, temperature=1)
     assert config_to_resume({"config": {}}, MatesConfig(max_copies=2)).max_copies == 2
+
+
+def test_an_older_checkpoint_is_planned_by_the_config_that_it_goes_on_with():
+    parts = Parts(None, MatesConfig(), None, None)  # type: ignore[arg-type]
+    loop = SimpleNamespace(saved={"config": {"max_copies": 1}}, plan=lambda config: config)
+    found, _, planned = prepare(parts, loop)  # type: ignore[arg-type]
+    assert found.config == planned == MatesConfig(**{**BEFORE, "max_copies": 1})
