@@ -330,11 +330,6 @@ def test_wrong_arguments(value):
         MatesCallback(make_reference(), {"update_steps": 3})
 
 
-def test_a_run_too_short_for_a_round_says_so(tmp_path, caplog):
-    run(make_arguments(tmp_path, max_steps=8), [mates()])
-    assert "stays in the Trainer's own order" in caplog.text
-
-
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
     """A probe whose labels are given to the wrong candidates: the control of the planted pool."""
