@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.column_types import is_list_view
-from mates_hf.data.rows import IGNORED, Piece, TokenRows, TokenSpans
+from mates_hf.data.rows import IGNORED, Piece, TokenRows, TokenSpans, flat_index
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.records import IntArray
 
@@ -109,11 +109,11 @@ class ListColumn:
         for chunk, _, where, _ in groups:
             begin, sizes, targets = starts[where], lengths[where], offsets[where]
             in_order = np.array_equal(targets[1:], targets[:-1] + sizes[:-1])
-            to = slice(int(targets[0]), int(targets[-1] + sizes[-1])) if in_order else _flat_index(targets, sizes)
+            to = slice(int(targets[0]), int(targets[-1] + sizes[-1])) if in_order else flat_index(targets, sizes)
             if np.array_equal(begin[1:], begin[:-1] + sizes[:-1]):
                 out[to] = chunk.values[begin[0] : begin[-1] + sizes[-1]]
             else:
-                out[to] = chunk.values[_flat_index(begin, sizes)]
+                out[to] = chunk.values[flat_index(begin, sizes)]
         return Ragged(out, offsets, valid)
 
     def spans(self, ids: IntArray) -> TokenSpans:
@@ -262,12 +262,6 @@ def _stretch(
         return chunk.offset * size, (chunk.offset + len(chunk)) * size
     there = (ends > begins) if valid is None else (ends > begins) & valid
     return (int(begins[there].min()), int(ends[there].max())) if there.any() else (0, 0)
-
-
-def _flat_index(starts: IntArray, lengths: IntArray) -> IntArray:
-    """(T,) int64 positions of all tokens of rows that begin at `starts`, row after row."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
 
 
 def assemble(

@@ -104,6 +104,35 @@ class Candidates(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class RowsAround:
+    """What rows that are fed in another way, or count in another way, have of the rows inside of them.
+
+    Attributes:
+        rows: the N rows.
+    """
+
+    rows: Candidates
+
+    @property
+    def lengths(self) -> IntArray:
+        """(N,) int64 positions of each row alone."""
+        return self.rows.lengths
+
+    @property
+    def num_targets(self) -> npt.NDArray[np.int32]:
+        """(N,) int32 trained tokens of each row."""
+        return self.rows.num_targets
+
+    @property
+    def one_by_one(self) -> bool:
+        """True where a batch must have one row."""
+        return self.rows.one_by_one
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
     """How the run's loss follows from a batch, as it was found by comparing the two.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.batches import IGNORED, ModelBatch, Reading
+from mates_hf.data.batches import IGNORED, ModelBatch, Reading, RowsAround
 from mates_hf.data.collated import Collator, collate, name_of
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.segments import document_starts, is_packing_key, positions
@@ -102,7 +102,7 @@ class CollatedRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextRows:
+class TextRows(RowsAround):
     """Passages of tokens in the layout that a model wants which `TokenRows` alone does not give.
 
     Attributes:
@@ -113,24 +113,6 @@ class TextRows:
 
     rows: TokenRows
     reading: Reading
-
-    @property
-    def lengths(self) -> IntArray:
-        """(N,) int64 tokens of each passage."""
-        return self.rows.lengths
-
-    @property
-    def num_targets(self) -> npt.NDArray[np.int32]:
-        """(N,) int32 trained tokens of each passage."""
-        return self.rows.num_targets
-
-    @property
-    def one_by_one(self) -> bool:
-        """False: passages go into one batch."""
-        return False
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def take(self, index: npt.NDArray[Any]) -> TextRows:
         """Some passages: `index` is (M,) int numbers or an (N,) bool mask; order and repeats are kept."""

@@ -34,8 +34,8 @@ from mates_hf.data.passages import (
     join,
     tokenise,
 )
-from mates_hf.data.rows import TokenRows
-from mates_hf.data.weighted import WeightedRows, Weights, checked_weights, stretches_of
+from mates_hf.data.rows import TokenRows, flat_index
+from mates_hf.data.weighted import WeightedRows, Weights, checked_weights
 from mates_hf.display import card
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,10 @@ class ReferenceTask:
     @property
     def measured(self) -> Candidates:
         """What a probe reads: the passages as the model is fed them, with the weights of their targets."""
-        rows = self.rows if self.fed is None else self.fed
-        return rows if self.weights is None else WeightedRows(rows, self.weights[self.rows.target_mask])
+        weighted = self.weighted_rows
+        if self.fed is None:
+            return weighted
+        return dataclasses.replace(weighted, rows=self.fed) if isinstance(weighted, WeightedRows) else self.fed
 
     @property
     def weighted_rows(self) -> TokenRows | WeightedRows:
@@ -182,7 +184,7 @@ class ReferenceTask:
         fed = None if self.fed is None else self.fed.take(passages)
         weights = self.weights
         if weights is not None:
-            weights = weights[stretches_of(self.rows.offsets[passages], self.rows.lengths[passages])]
+            weights = weights[flat_index(self.rows.offsets[passages], self.rows.lengths[passages])]
         return dataclasses.replace(self, rows=self.rows.take(passages), fed=fed, weights=weights)
 
     @classmethod

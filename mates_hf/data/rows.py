@@ -108,7 +108,7 @@ class TokenRows:
         rows = np.flatnonzero(index) if index.dtype == bool else np.asarray(index, np.int64)
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        where = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        where = flat_index(self.offsets[rows], lengths)
         return TokenRows(
             values=self.values[where],
             offsets=offsets,
@@ -121,8 +121,7 @@ class TokenRows:
         assert self.segments is not None
         first, last = (np.searchsorted(self.segments, self.offsets[rows + end]) for end in (0, 1))
         counts = last - first
-        before = np.cumsum(counts) - counts
-        where = np.repeat(first - before, counts) + np.arange(counts.sum())
+        where = flat_index(first, counts)
         return np.append(self.segments[where] + np.repeat(offsets[:-1] - self.offsets[rows], counts), offsets[-1])
 
     def unpacked(self) -> TokenRows:
@@ -138,7 +137,7 @@ class TokenRows:
         trained = self.target_mask[starts]
         lengths = np.diff(self.segments) + np.append(trained[1:], np.zeros(min(1, len(starts)), np.bool_))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        where = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        where = flat_index(starts, lengths)
         return TokenRows(values=self.values[where], offsets=offsets, labels=self.labels[where])
 
     def by_row(self, sums: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -214,6 +213,12 @@ class TokenRows:
             lengths = np.concatenate([*parts, np.zeros(0, np.int64)])
             segments = np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int64)
         return cls(values=values, offsets=offsets, labels=flat_labels, segments=segments)
+
+
+def flat_index(starts: npt.NDArray[np.int64], lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """(T,) int64 positions of all tokens of rows that begin at `starts`, row after row."""
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
 
 
 def stretches(lengths: npt.NDArray[np.int64], max_tokens: int) -> Iterator[slice]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.batches import Candidates, ModelBatch
+from mates_hf.data.batches import Candidates, ModelBatch, RowsAround
+from mates_hf.data.rows import flat_index
 from mates_hf.records import IntArray
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Weights = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightedRows:
+class WeightedRows(RowsAround):
     """Rows that a probe can run, with a weight for each trained token.
 
     Attributes:
@@ -34,24 +35,6 @@ class WeightedRows:
 
     rows: Candidates
     weights: Weights
-
-    @property
-    def lengths(self) -> IntArray:
-        """(N,) int64 positions of each row alone."""
-        return self.rows.lengths
-
-    @property
-    def num_targets(self) -> npt.NDArray[np.int32]:
-        """(N,) int32 trained tokens of each row."""
-        return self.rows.num_targets
-
-    @property
-    def one_by_one(self) -> bool:
-        """True where a batch must have one row."""
-        return self.rows.one_by_one
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def take(self, index: npt.NDArray[Any]) -> WeightedRows:
         """Some rows: `index` is (M,) int row numbers or an (N,) bool mask; order and repeats are kept."""
@@ -65,15 +48,7 @@ class WeightedRows:
         """Weights of the trained tokens of some rows, row after row."""
         rows = np.flatnonzero(index) if index.dtype == bool else np.asarray(index, np.int64)
         starts = np.concatenate([[0], np.cumsum(self.num_targets, dtype=np.int64)])[:-1]
-        return self.weights[stretches_of(starts[rows], self.num_targets[rows])]
-
-
-def stretches_of(starts: IntArray, counts: npt.NDArray[Any]) -> IntArray:
-    """Where stretches lie: each `counts[i]` positions from `starts[i]` on, one after the other."""
-    counts = np.asarray(counts, np.int64)
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(np.asarray(starts, np.int64) - (ends - counts), counts) + np.arange(total)
+        return self.weights[flat_index(starts[rows], self.num_targets[rows])]
 
 
 def plain(rows: Candidates) -> Candidates:

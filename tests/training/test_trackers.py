@@ -155,21 +155,23 @@ def tracked(folder: Path, name: str, **variables: str) -> None:
 
 
 @pytest.mark.slow
-def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    tracked(tmp_path / "run", "tensorboard", TENSORBOARD_LOGGING_DIR=str(tmp_path / "events"))
-    found = b"".join(file.read_bytes() for file in tmp_path.rglob("events.out.tfevents*"))
-    assert b"train/mates/spearman" in found
-    assert b"train/mates/selected" in found
-
-
-@pytest.mark.slow
-def test_wandb_has_the_metrics_and_the_alert(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    tracked(tmp_path / "run", "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
-    found = b"".join(file.read_bytes() for file in tmp_path.rglob("*.wandb"))
-    assert b"train/mates/spearman" in found
-    assert b"MATES round 1 refused: weak signal" in found
+@pytest.mark.parametrize(
+    ("name", "variables", "files", "words"),
+    [
+        ("tensorboard", {"TENSORBOARD_LOGGING_DIR": "events"}, "events.out.tfevents*", ["train/mates/selected"]),
+        ("wandb", {"WANDB_MODE": "offline", "WANDB_DIR": ".", "WANDB_SILENT": "true"}, "*.wandb",
+         ["MATES round 1 refused: weak signal"]),
+    ],
+)  # fmt: skip
+def test_a_tracker_of_files_has_the_metrics_and_the_alert(
+    tmp_path: Path, name: str, variables: dict[str, str], files: str, words: list[str]
+) -> None:
+    pytest.importorskip(name)
+    folders = {key: str(tmp_path / value) if key.endswith("DIR") else value for key, value in variables.items()}
+    tracked(tmp_path / "run", name, **folders)
+    found = b"".join(file.read_bytes() for file in tmp_path.rglob(files))
+    for word in ("train/mates/spearman", *words):
+        assert word.encode() in found
 
 
 @pytest.mark.slow
