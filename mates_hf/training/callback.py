@@ -31,7 +31,7 @@ from mates_hf.records import STATE_KEY
 from mates_hf.reporting.alerts import round_alert, send_alert
 from mates_hf.training import resume
 from mates_hf.training.checkpoints import num_random_states
-from mates_hf.training.checks import check_run, look_ahead_steps, own_memory, resume_caveats
+from mates_hf.training.checks import check_look_ahead, check_run, look_ahead_steps, own_memory, resume_caveats
 from mates_hf.training.clock import RowClock
 from mates_hf.training.opening import run_folders
 from mates_hf.training.own_loss import refuse_unknown_loss, run_loss_of
@@ -103,6 +103,7 @@ class MatesCallback(TrainerCallback):
         for caveat in resume_caveats():
             logger.warning("%s", caveat)
         parts, loop, plan = prepare(self._parts, self._describe(args, state, dataloader, kwargs))
+        check_look_ahead(args, dataloader, parts.config)
         if not plan.rounds and not loop.has_selected:
             tell_no_round(plan)
             if loop.mixed is None:

@@ -120,11 +120,23 @@ def check_run(args: Any, dataloader: Any, model: Any, config: MatesConfig) -> No
 
     Raises:
         UnsupportedSettingError: names every setting that stands in the way, and what to set instead.
-        ValueError: `switch_lead_steps` does not cover what the dataloader fetches ahead; says the number that would.
     """
     found = refusals(args, dataloader, model, config)
     if found:
         raise UnsupportedSettingError(f"MatesCallback cannot select data in this run: {'; '.join(found)}.")
+
+
+def check_look_ahead(args: Any, dataloader: Any, config: MatesConfig) -> None:
+    """Refuse a selection that would take effect behind rows that the dataloader has fetched already.
+
+    Args:
+        args: the run's `TrainingArguments`.
+        dataloader: the prepared training dataloader.
+        config: what the run goes by, which is what it began with.
+
+    Raises:
+        ValueError: `switch_lead_steps` does not cover what the dataloader fetches ahead; says the number that would.
+    """
     needed = look_ahead_steps(dataloader, args.gradient_accumulation_steps)
     if config.lead_steps < needed:
         raise ValueError(

@@ -20,6 +20,7 @@ from mates_hf.data.token_overlap import shared_rows
 from mates_hf.disk import read_json, write_json
 from mates_hf.errors import RoundMismatchError
 from mates_hf.round_files import write_checksums
+from mates_hf.training.checks import check_look_ahead
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.resume import config_to_resume
 from mates_hf.training.start import Parts, prepare
@@ -228,3 +229,13 @@ def test_an_older_checkpoint_is_planned_by_the_config_that_it_goes_on_with():
     loop = SimpleNamespace(saved={"config": {"max_copies": 1}}, plan=lambda config: config)
     found, _, planned = prepare(parts, loop)  # type: ignore[arg-type]
     assert found.config == planned == MatesConfig(**{**BEFORE, "max_copies": 1})
+
+
+def test_what_is_fetched_ahead_is_held_against_the_lead_that_an_older_run_has():
+    """By today's defaults the first round is 50 steps and the lead 25; rounds of one length had 32."""
+    args = SimpleNamespace(gradient_accumulation_steps=1)
+    loader = SimpleNamespace(num_workers=7, prefetch_factor=4)
+    with pytest.raises(ValueError, match="`switch_lead_steps` must be at least 29"):
+        check_look_ahead(args, loader, MatesConfig())
+    check_look_ahead(args, loader, config_to_resume({"config": {}}, MatesConfig()))
+    check_look_ahead(args, loader, MatesConfig(switch_lead_steps=29))  # what the error says to set
