@@ -16,8 +16,8 @@ with the passages (`mates_hf.evaluation.check_contamination`). It took 140 secon
 1.3 GB of memory. Of its last lines:
 
     seed  loss: mates   random  tokens random needs  FLOPs of selecting
-       0        4.668    5.257                1.70x                 47%
-    Difference in held-out loss, nats/token, below 0 where selecting helps: -0.588 (one seed: no interval)
+       0        4.734    5.173                1.56x                 50%
+    Difference in held-out loss, nats/token, below 0 where selecting helps: -0.439 (one seed: no interval)
 """
 
 import argparse
