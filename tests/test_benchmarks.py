@@ -185,7 +185,7 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
     sizes = Sizes(warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, held=1)
     lab, runs = open_lab(write_built_in(tmp_path / "data"), tmp_path, "style", None, 8), {}
     for name in names:
-        small = {"random_first": 2, "round_steps": 4, "probes": 24, "passages": 16}
+        small = {"random_first": 2, "first_steps": None, "round_steps": 4, "probes": 24, "passages": 16}
         monkeypatch.setitem(ARMS, name, dataclasses.replace(ARMS[name], **small))
         run = training.Run(lab, SETTINGS["style"], sizes, tmp_path, Unit(setting="style", arm=name, seed=10))
         runs[name] = (run, run.train())
