@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mates_hf.influence.probe_one_step import OneStepProbe
     from mates_hf.prediction.encoder_model import EncoderInfluenceModel
     from mates_hf.prediction.ngram_model import NgramInfluenceModel
+    from mates_hf.prediction.text_model import TextInfluenceModel
     from mates_hf.round_files import load_round
     from mates_hf.selection.choose import gumbel_top_k
     from mates_hf.selection.selector import MatesSelector
@@ -42,6 +43,7 @@ __all__ = [
     "NgramInfluenceModel",
     "OneStepProbe",
     "ReferenceTask",
+    "TextInfluenceModel",
     "gumbel_top_k",
     "load_round",
 ]
@@ -58,6 +60,7 @@ _HOME = {
     "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
     "OneStepProbe": "mates_hf.influence.probe_one_step",
     "ReferenceTask": "mates_hf.data.reference",
+    "TextInfluenceModel": "mates_hf.prediction.text_model",
     "gumbel_top_k": "mates_hf.selection.choose",
     "load_round": "mates_hf.round_files",
 }

@@ -35,9 +35,11 @@ from mates_hf.data.column_types import (
 )
 from mates_hf.data.conversations import check_chat_template, render_conversations
 from mates_hf.data.rows import TokenRows, TokenSpans
+from mates_hf.data.text_spans import TextSpans
 from mates_hf.data.token_columns import TokenColumns, read_batch, read_lists
 from mates_hf.records import IntArray
 
+SPAN_TARGETS = 32  # of a row are explained together
 _LOOKED_FOR = ("input_ids", "text", "messages")  # columns that are scored without being named, the first there is
 
 
@@ -92,11 +94,13 @@ def find_column(schema: Any, column: str | None, tokenizer: Any = None, max_leng
 class OpenRows(Protocol):
     """Rows of a dataset or of a table, opened once."""
 
-    def parts(self, begin: int, end: int, *, in_place: bool) -> Iterator[tuple[int, TokenRows | TokenSpans]]:
+    def parts(
+        self, begin: int, end: int, *, in_place: bool
+    ) -> Iterator[tuple[int, TokenRows | TokenSpans | TextSpans]]:
         """The rows from `begin` to before `end`, some at a time, each part with what errors call its first row."""
 
-    def rows(self, ids: IntArray) -> TokenRows:
-        """The rows `ids`, copied."""
+    def rows(self, ids: IntArray) -> TokenRows | TextSpans:
+        """The rows `ids`, copied where they are tokens."""
 
     def content(self, ids: IntArray) -> bytes:
         """What the rows `ids` hold, for a key."""
@@ -134,7 +138,7 @@ class ScoredColumn(abc.ABC):
         """The rows of a `pyarrow.Table`, a null one as an empty one; errors call the first `first_row`."""
 
     @abc.abstractmethod
-    def read_batch(self, batch: Mapping[str, Any]) -> TokenRows:
+    def read_batch(self, batch: Mapping[str, Any]) -> TokenRows | TextSpans:
         """The rows of a batch as `datasets` hands it out of a stream: lists of plain Python values by column."""
 
     def names_among(self, names: Sequence[str]) -> list[str]:
@@ -143,7 +147,7 @@ class ScoredColumn(abc.ABC):
 
     def identities(self, batch: Mapping[str, Any]) -> list[bytes]:
         """What the rows of a stream's batch are known by, wherever they stand in it."""
-        return [b"" if value is None else self._bytes_of(value) for value in _values_at(batch, self.path)]
+        return [b"" if value is None else self._bytes_of(value) for value in values_at(batch, self.path)]
 
     def check_ids(self, rows: TokenRows, first_row: int = 0) -> None:
         """Refuse ids outside the vocabulary, for models that would look them up unchecked.
@@ -164,6 +168,26 @@ class ScoredColumn(abc.ABC):
                 "They were made with another tokenizer than the influence model's, or untrained tokens are masked in "
                 "`input_ids` instead of `labels`."
             )
+
+    def stretches(self, dataset: Any, row: int) -> tuple[TokenRows | TextSpans, list[str | None]]:
+        """One row in stretches of 32 targets at most; each begins with the token before its first target.
+
+        Args:
+            dataset: The `datasets.Dataset`.
+            row: Number of the row.
+
+        Returns:
+            The stretches as rows, and the text of each; None without a tokenizer.
+        """
+        rows = self.open(dataset).rows(np.array([row]))
+        assert isinstance(rows, TokenRows)
+        ids, labels = rows.row(0)
+        parts = [slice(cut, cut + SPAN_TARGETS + 1) for cut in range(0, max(len(ids) - 1, 0), SPAN_TARGETS)]
+        found = TokenRows.from_lists([ids[part].tolist() for part in parts], [labels[part].tolist() for part in parts])
+        if self.tokenizer is None:
+            return found, [None] * len(parts)
+        shown = [ids[part][0 if i == 0 else 1 :].tolist() for i, part in enumerate(parts)]
+        return found, [self.tokenizer.decode(part) for part in shown]
 
     @abc.abstractmethod
     def _bytes_of(self, value: Any) -> bytes:
@@ -187,13 +211,13 @@ class TokenIds(ScoredColumn):
 
     def read_batch(self, batch: Mapping[str, Any]) -> TokenRows:
         """See `ScoredColumn`."""
-        return read_batch({**batch, self.name: _values_at(batch, self.path)}, self.name)
+        return read_batch({**batch, self.name: values_at(batch, self.path)}, self.name)
 
     def _columns(self, table: Any, indices: IntArray | None, first_row: int = 0) -> TokenColumns:
         if len(self.path) > 1:  # set free of the structs around it
             import pyarrow as pa
 
-            table = pa.table({self.name: _column_at(table, self.path)})
+            table = pa.table({self.name: column_at(table, self.path)})
         return TokenColumns(table, self.name, indices, first_row, self._num_tokens)
 
     @property
@@ -221,7 +245,7 @@ class Texts(ScoredColumn):
 
     def read_batch(self, batch: Mapping[str, Any]) -> TokenRows:
         """See `ScoredColumn`."""
-        return self.tokens_of(_values_at(batch, self.path))
+        return self.tokens_of(values_at(batch, self.path))
 
     def tokens_of(self, values: Sequence[Any], first_row: int = 0) -> TokenRows:
         """The tokens of values of the column; errors call the first one `first_row`."""
@@ -304,10 +328,10 @@ class OpenTexts:
         return self._column.stored(self._values(slice(begin, end)))
 
     def _values(self, rows: slice | list[int]) -> list[Any]:
-        return _python_values(_column_at(self._source[rows], self._column.path))
+        return _python_values(column_at(self._source[rows], self._column.path))
 
 
-def _column_at(table: Any, path: Sequence[str]) -> Any:
+def column_at(table: Any, path: Sequence[str]) -> Any:
     """`pyarrow.ChunkedArray` of the column at a path; null where a struct above it is."""
     import pyarrow.compute as pc
 
@@ -343,7 +367,7 @@ def _read_json(value: Any, kind: Any) -> Any:
     return value
 
 
-def _values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
+def values_at(batch: Mapping[str, Any], path: Sequence[str]) -> list[Any]:
     """The column at a path of a batch of plain Python values."""
     found = list(batch[path[0]])
     for name in path[1:]:

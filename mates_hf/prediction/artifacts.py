@@ -34,6 +34,7 @@ _HOMES = {
     "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
     "EncoderInfluenceModel": "mates_hf.prediction.encoder_model",
     "HiddenStateInfluenceModel": "mates_hf.prediction.hidden_states",
+    "TextInfluenceModel": "mates_hf.prediction.text_model",
 }
 
 

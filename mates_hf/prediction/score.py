@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.data.scored_column import OpenRows, ScoredColumn, TokenIds
+from mates_hf.data.text_spans import TextSpans
 from mates_hf.errors import InfluenceError
 from mates_hf.prediction.artifacts import model_digest
 from mates_hf.records import FloatArray
@@ -41,7 +42,7 @@ class Predictions(NamedTuple):
     Attributes:
         influence: (N,) float32 predicted influence in the unit of the labels, higher is better; the model's intercept
             where a row has no target.
-        num_targets: (N,) int32 trained tokens of each row.
+        num_targets: (N,) int32 trained tokens of each row; estimated at four bytes a token for a model of texts.
     """
 
     influence: FloatArray
@@ -66,7 +67,8 @@ class Scorer:
     """An influence model and the column to score: all that a worker process needs.
 
     Attributes:
-        model: fitted; anything with `predict(TokenRows)`. One whose class says `reads_spans = True` gets `TokenSpans`.
+        model: fitted; anything with `predict(TokenRows)`. One whose class says `reads_spans = True` gets `TokenSpans`,
+            one whose class says `reads_texts = True` gets `TextSpans`.
         column: what is scored.
     """
 
@@ -91,8 +93,8 @@ class Scorer:
             logger.debug("Scores are not kept for later calls: the influence model has no digest (%s).", error)
             return None
 
-    def predict(self, rows: TokenRows | TokenSpans, first_row: int = 0) -> Predictions:
-        """Predict rows of tokens.
+    def predict(self, rows: TokenRows | TokenSpans | TextSpans, first_row: int = 0) -> Predictions:
+        """Predict rows of tokens, or texts.
 
         Args:
             rows: N rows, as the column reads them.

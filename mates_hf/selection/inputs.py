@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mates_hf.data.raw_texts import find_text_column
 from mates_hf.data.scored_column import find_column
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.paths import expand_path
@@ -56,6 +57,8 @@ class Fitted(NamedTuple):
 
     def scorer(self, schema: Any, column: str | None) -> Scorer:
         """What scores this column of a dataset of this `pyarrow.Schema`."""
+        if getattr(self.model, "reads_texts", False):
+            return Scorer(self.model, find_text_column(schema, column))
         return Scorer(self.model, find_column(schema, column, self.tokenizer, self.max_length))
 
     @property

@@ -16,13 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.rows import TokenRows
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.records import IntArray
 from mates_hf.selection.budget import Budget, Ranking, asked_for, keep_rows, rank_values
-
-SPAN_TARGETS = 32  # of a row are explained together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -173,20 +170,10 @@ class Selection:
 
     def _spans(self, i: int) -> list[dict[str, Any]]:
         """Predictions of the row's stretches; each begins with the token before its first target."""
-        ids, labels = self.scorer.column.open(self.dataset).rows(np.array([i])).row(0)
-        cuts = range(0, max(len(ids) - 1, 0), SPAN_TARGETS)
-        parts = [slice(cut, cut + SPAN_TARGETS + 1) for cut in cuts]
-        rows = TokenRows.from_lists([ids[part].tolist() for part in parts], [labels[part].tolist() for part in parts])
+        rows, texts = self.scorer.column.stretches(self.dataset, i)
         influence, num_targets = self.scorer.predict(rows)
-        tokenizer = self.scorer.column.tokenizer
-        return [
-            {
-                "num_targets": int(num_targets[j]),
-                "text": None if tokenizer is None else tokenizer.decode(ids[part][0 if j == 0 else 1 :].tolist()),
-                "influence": float(influence[j]),
-            }
-            for j, part in enumerate(parts)
-        ]
+        found = zip(num_targets.tolist(), texts, influence.tolist(), strict=True)
+        return [{"num_targets": num, "text": text, "influence": value} for num, text, value in found]
 
     def _values(self) -> npt.NDArray[np.float32]:
         return rank_values(Predictions(self.influence, self.num_targets), self.ranked_by)

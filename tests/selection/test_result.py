@@ -11,11 +11,12 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mates_hf.data.scored_column import SPAN_TARGETS
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.prediction.score import Predictions
 from mates_hf.prediction.worth import row_worth
 from mates_hf.selection.budget import Budget, keep_rows, temperature_unit
-from mates_hf.selection.result import SPAN_TARGETS, Selection
+from mates_hf.selection.result import Selection
 from mates_hf.selection.selector import MatesSelector
 from tests.selection.selector_kit import BAD, GOOD, MeanId, fit_model, make_lists
 

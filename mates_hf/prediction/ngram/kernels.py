@@ -12,8 +12,6 @@ Shape suffixes: N rows, T tokens over all rows, V vocabulary, H hash buckets, C 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -21,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.rows import IGNORED, Piece, TokenSpans
-from mates_hf.prediction.threads import num_threads
+from mates_hf.prediction.threads import spread
 
-_PARTS_PER_THREAD = 8
 _SMALL = 2**18  # tokens below which threads are not worth starting
 _PART = 2**15  # tokens below which handing a part to a thread costs more than it saves
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -257,34 +254,11 @@ def _score(
         _score_spans(piece.values, labels, piece.starts, piece.lengths, *tables, shift, np.uint64(limit), found)
         out[piece.where] = found
 
-    _spread(score, spans.pieces, parallel)
+    spread(score, spans.pieces, parallel, small=_SMALL, part=_PART)
     bad = np.flatnonzero(np.isnan(out))
     if len(bad):
         raise _impossible_id(spans, labels, limit, int(bad[0]))
     return out
-
-
-def _spread(work: Callable[[Piece], None], pieces: tuple[Piece, ...], parallel: bool | None) -> None:
-    """Do the pieces' work on threads where it is worth them, in parts of about equal tokens."""
-    threads = num_threads()
-    total = sum(int(piece.lengths.sum()) for piece in pieces)
-    if parallel is None:
-        parallel = threads > 1 and total >= _SMALL
-    if not parallel:
-        for piece in pieces:
-            work(piece)
-        return
-    goal = max(total // (_PARTS_PER_THREAD * threads), _PART)
-    parts = []
-    for piece in pieces:
-        done = np.cumsum(piece.lengths)
-        cuts = np.searchsorted(done, np.arange(goal, int(done[-1]) if len(done) else 0, goal))
-        bounds = [0, *np.unique(cuts[cuts > 0]).tolist(), len(done)]
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-            starts, lengths, where = (part[begin:end] for part in piece[1:])
-            parts.append(Piece(piece.values, starts, lengths, where))
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, parts))
 
 
 def _impossible_id(spans: TokenSpans, labels: npt.NDArray[Any] | None, limit: int, row: int) -> ValueError:
