@@ -16,6 +16,8 @@ from mates_hf import load_round
 from mates_hf.round_record import RoundRecord
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "launchers.md"
+SELECTS = "a run of it selects with what the page adds, by its settings"  # what a row of docs/settings.md proves
+REDUCED = "[lines to add](launchers.md); tested with a copy reduced to its structure"
 SMALLER = "update_steps=8, num_probes=60, first_round_steps=None, on_weak_signal='select'"  # than what the page says
 TRAINER_FLAGS = {
     "max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.integrations.kit import TRAINER_FLAGS, blocks, selected_rounds, write_inputs
+from tests.integrations.kit import PAGE, REDUCED, SELECTS, TRAINER_FLAGS, blocks, selected_rounds, write_inputs
+from tests.training.settings import proves
 
 NAME = "mates_hf.integrations.axolotl"
 
@@ -64,23 +64,27 @@ class PluginManager:
         return [c for plugin in self.plugins.values() for c in plugin.add_callbacks_post_trainer(cfg, trainer) or []]
 
 
-@pytest.fixture(params=["reduced", "real"])
-def manager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginManager]:
+    """The reduced one, in the place of the package."""
     pytest.importorskip("pydantic")
+    base = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = BasePlugin  # type: ignore[attr-defined]
+    for name in ("axolotl", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, base.__name__, base)
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    if request.param == "real":
-        made = pytest.importorskip("axolotl.integrations.base").PluginManager.get_instance()
-        made.plugins.clear()
-        yield made
-        made.plugins.clear()
-    else:
-        base = types.ModuleType("axolotl.integrations.base")
-        base.BasePlugin = BasePlugin  # type: ignore[attr-defined]
-        for name in ("axolotl", "axolotl.integrations"):
-            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        monkeypatch.setitem(sys.modules, base.__name__, base)
-        yield PluginManager()
+    yield PluginManager()
     sys.modules.pop(NAME, None)  # its class inherits from what goes
+
+
+@pytest.fixture
+def real_manager() -> Iterator[Any]:
+    """That of the installed Axolotl, which is a singleton."""
+    made = pytest.importorskip("axolotl.integrations.base").PluginManager.get_instance()
+    made.plugins.clear()
+    yield made
+    made.plugins.clear()
 
 
 def load(manager: Any, text: str) -> dict[str, Any]:
@@ -149,22 +153,43 @@ def page_config() -> str:
     return text.replace(line, SMALL)
 
 
-@pytest.mark.parametrize("flat", [True, False])
-def test_the_config_of_the_page_selects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manager: Any, tiny_model: Any, tiny_tokenizer: Any, flat: bool
-) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Any, tiny_tokenizer: Any) -> Path:
     write_inputs(tmp_path, tiny_model, tiny_tokenizer)
     monkeypatch.chdir(tmp_path)
-    text = page_config()
-    cfg = load(manager, text if flat else text.replace("batch_flattening: true", "batch_flattening: false"))
-    trainer = build(manager, cfg, tmp_path)
+    return tmp_path
+
+
+def assert_selects(manager: Any, text: str, folder: Path) -> None:
+    """A run of the config selects, by the settings that are in it."""
+    trainer = build(manager, load(manager, text), folder)
     trainer.train()
-    (first, *_) = selected_rounds(tmp_path / "out")
+    (first, *_) = selected_rounds(folder / "out")
     assert first.info["config"]["update_steps"] == 8
     assert first.info["config"]["first_round_steps"] is None  # `null` in the file is no missing key
     assert any("mates/spearman" in entry for entry in trainer.state.log_history)
 
 
+@proves("Axolotl (`plugins: [mates_hf.integrations.axolotl.MatesPlugin]`)", SELECTS, note=REDUCED)
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_config_of_the_page_selects(folder: Path, manager: PluginManager, flat: bool) -> None:
+    text = page_config()
+    assert_selects(
+        manager, text if flat else text.replace("batch_flattening: true", "batch_flattening: false"), folder
+    )
+
+
+def test_the_installed_axolotl_takes_the_plugin(folder: Path, real_manager: Any) -> None:
+    assert_selects(real_manager, page_config(), folder)
+
+
+@proves(
+    "keys of Axolotl: `sample_packing`, `streaming`, `pretraining_dataset`, `rl`, `reward_model`, "
+    "`process_reward_model`",
+    "refused when the config file is read, before a model is loaded",
+    outcome="refused",
+    note="each with the way out",
+)
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -184,16 +209,18 @@ def test_the_config_of_the_page_selects(
         ({"streaming": True}, "`streaming` must not be set.*`datasets`"),
         ({"pretraining_dataset": [{"path": "pool"}]}, "`pretraining_dataset` must not be set.*`type: completion`"),
         ({"rl": "dpo"}, "`rl` must not be set"),
+        ({"reward_model": True}, "`reward_model` must not be set"),
+        ({"process_reward_model": True}, "`process_reward_model` must not be set"),
     ],
 )
 def test_what_is_wrong_is_an_error_before_a_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manager: Any, changes: dict[str, Any], match: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manager: PluginManager, changes: dict[str, Any], match: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "passages.jsonl").write_text('{"text": "w1 w2"}\n')
     cfg = yaml.safe_load(page_config())
     for key, value in changes.items():
-        is_own = key in ("mates", "sample_packing", "streaming", "pretraining_dataset", "rl")
+        is_own = key == "mates" or key in importlib.import_module(NAME)._REFUSED
         (cfg if is_own else cfg["mates"])[key] = value
     with pytest.raises(ValueError, match=match):
         load(manager, yaml.safe_dump(cfg))
@@ -211,7 +238,7 @@ def test_what_is_wrong_is_an_error_before_a_model_is_loaded(
 def test_passages_are_read_from_files_and_folders(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    manager: Any,
+    manager: PluginManager,
     tiny_tokenizer: Any,
     reference: dict[str, Any],
     num: int,
@@ -228,7 +255,9 @@ def test_passages_are_read_from_files_and_folders(
     assert callback.reference.num_targets == (2 if "ask" in reference.values() else num)
 
 
-def test_an_lm_eval_task_is_asked_for_with_its_arguments(monkeypatch: pytest.MonkeyPatch, manager: Any) -> None:
+def test_an_lm_eval_task_is_asked_for_with_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, manager: PluginManager
+) -> None:
     _, text = blocks("yaml", "Axolotl")
     cfg = yaml.safe_load(page_config())
     cfg["mates"] |= yaml.safe_load(text)
@@ -244,16 +273,14 @@ def test_an_lm_eval_task_is_asked_for_with_its_arguments(monkeypatch: pytest.Mon
     assert asked == [(("lambada_openai", "tokenizer"), {"limit": 1024})]
 
 
-def test_every_refused_key_is_on_the_page(manager: Any) -> None:
-    from tests.integrations.kit import PAGE
-
+def test_every_refused_key_is_on_the_page(manager: PluginManager) -> None:
     refused = importlib.import_module(NAME)._REFUSED
     page = PAGE.read_text(encoding="utf-8")
     assert [key for key in refused if f"`{key}`" not in page] == []
 
 
-def test_without_axolotl_the_error_says_what_to_install() -> None:
-    code = f"import sys; sys.modules['axolotl'] = None; import {NAME}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "must have Axolotl, which is not installed: `pip install axolotl`" in done.stderr
+def test_without_axolotl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    monkeypatch.setitem(sys.modules, "axolotl", None)  # type: ignore[arg-type]
+    with pytest.raises(ImportError, match="must have Axolotl, which is not installed: `pip install axolotl`"):
+        importlib.import_module(NAME)

@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.integrations.kit import blocks, flags, patched, run_script, selected_rounds, smaller, write_inputs
+from tests.integrations.kit import (
+    REDUCED,
+    SELECTS,
+    TRAINER_FLAGS,
+    blocks,
+    flags,
+    patched,
+    run_script,
+    selected_rounds,
+    smaller,
+    write_inputs,
+)
+from tests.training.settings import proves
 
 RUN_CLM = (Path(__file__).parent / "reduced_run_clm.py").read_text(encoding="utf-8")
 
@@ -27,6 +39,7 @@ def clm_flags(**settings: Any) -> list[str]:
     return flags(**data, **settings)
 
 
+@proves("transformers' `run_clm.py`", SELECTS, note=REDUCED)
 def test_run_clm_selects_with_four_lines_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diff, _ = blocks("diff", "`run_clm.py` of transformers")
     assert sum(line.startswith("+") for line in diff.splitlines()) == 4  # as the page says
@@ -55,6 +68,7 @@ def test_the_lines_of_the_page_fit_one_place_only() -> None:
             patched(changed, diff)
 
 
+@proves("TRL's `sft.py`", SELECTS, note="[lines to add](launchers.md)")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
@@ -123,9 +137,8 @@ class ReducedFactory(types.ModuleType):
         self.trainer.train(resume_from_checkpoint=self.trainer.args.resume_from_checkpoint)
 
 
+@proves("LLaMA-Factory (`run_exp` with callbacks)", SELECTS, note=REDUCED)
 def test_a_launcher_of_llama_factory_selects(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.integrations.kit import TRAINER_FLAGS
-
     (source,) = blocks("python", "LLaMA-Factory")
     assert len([line for line in source.splitlines() if line]) == 7  # as the page says
     factory = ReducedFactory()
