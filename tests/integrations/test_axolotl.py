@@ -281,6 +281,7 @@ def test_every_refused_key_is_on_the_page(manager: PluginManager) -> None:
 
 def test_without_axolotl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    monkeypatch.setitem(sys.modules, "axolotl", None)  # type: ignore[arg-type]
+    for name in ("axolotl", "axolotl.integrations.base"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     with pytest.raises(ImportError, match="must have Axolotl, which is not installed: `pip install axolotl`"):
         importlib.import_module(NAME)
