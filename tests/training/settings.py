@@ -57,6 +57,7 @@ MODULES = (
     "test_mixed_in.py",
     "test_packing.py",
 )
+LAUNCHERS = ("test_axolotl.py", "test_launchers.py")  # of `tests/integrations`
 ORDER = "order"
 NO_TRACE = "order, no trace"
 NO_FILE = "no step, no file"
@@ -317,7 +318,8 @@ def write_table(path: Path, results: dict[str, set[str]]) -> None:
 def main(path: str) -> None:
     outcomes = Outcomes()
     here = Path(__file__).parent
-    pytest.main(["-q", *(str(here / name) for name in MODULES)], plugins=[outcomes])
+    files = [*(here / name for name in MODULES), *(here.parent / "integrations" / name for name in LAUNCHERS)]
+    pytest.main(["-q", *map(str, files)], plugins=[outcomes])
     # The tests registered their rows in the module of this name, not in `__main__`.
     from tests.training import settings
 

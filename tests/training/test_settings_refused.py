@@ -13,7 +13,18 @@ from transformers import Trainer
 
 from mates_hf.errors import UnsupportedSettingError
 from tests.training.kit import VOCAB, make_pool
-from tests.training.settings import MODULES, NO_FILE, ROWS, Setup, assert_refused, case, mates, proves, read_table
+from tests.training.settings import (
+    LAUNCHERS,
+    MODULES,
+    NO_FILE,
+    ROWS,
+    Setup,
+    assert_refused,
+    case,
+    mates,
+    proves,
+    read_table,
+)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 
@@ -165,6 +176,7 @@ def test_rounds_that_would_be_uploaded(tmp_path, monkeypatch, inside, is_refused
 def test_the_table_in_the_docs_has_these_rows():
     import importlib
 
-    for name in MODULES:
-        importlib.import_module(f"tests.training.{name.removesuffix('.py')}")
+    for folder, names in (("training", MODULES), ("integrations", LAUNCHERS)):
+        for name in names:
+            importlib.import_module(f"tests.{folder}.{name.removesuffix('.py')}")
     assert read_table(DOCS) == {row.setting: row.outcome for row in ROWS.values()}
