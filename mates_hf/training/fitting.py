@@ -73,8 +73,8 @@ def settle(plan: RunPlan, saved: Mapping[str, Any] | None, look_ahead_steps: int
     if Processes.of_run().is_main and steps < config.update_steps:
         logger.warning(
             "Rounds are fitted to the pool: `update_steps` is %d in place of %d. The pool's %d rows are few for %d "
-            "steps of %d rows, so rows come back in new passes, and a round chooses from half of the pool at most. "
-            "With `max_passes=1` no row is trained on twice.",
+            "steps of %d rows, so rows come back in new passes, and a round should choose from half of the pool at "
+            "most. With `max_passes=1` no row is trained on twice.",
             steps, config.update_steps, plan.num_rows, plan.max_steps, plan.batch_rows,
         )  # fmt: skip
     return Settled(fitted.config, {"update_steps": config.update_steps} if steps < config.update_steps else {})
@@ -130,11 +130,11 @@ def _comes_to_select(fitted: RunPlan) -> bool:
 
 def _as_begun(config: MatesConfig, saved: Mapping[str, Any]) -> Settled:
     """What a run that resumes was fitted to."""
-    asked = saved.get("asked") or {}
-    if not asked:
-        return Settled(config, {})
-    given = {name: getattr(config, name) for name in asked}
-    fitted = {name: saved["config"][name] for name in asked}
+    asked, began_with = saved.get("asked"), saved.get("config")
+    if not isinstance(asked, Mapping) or not isinstance(began_with, Mapping):
+        return Settled(config, {})  # it was not fitted, or `resume.check_same_run` says what is wrong
+    given = {name: getattr(config, name, None) for name in asked}
+    fitted: dict[str, Any] = {name: began_with.get(name) for name in asked}
     if given == fitted:
         return Settled(config, asked)
     if given != asked:
