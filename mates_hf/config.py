@@ -19,7 +19,9 @@ NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both 
 NUM_SENTINELS = 128  # candidates of a drift check
 SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
-BEFORE: dict[str, Any] = {"max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0}
+BEFORE: dict[str, Any] = {
+    "max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0, "max_passes": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +48,14 @@ class MatesConfig:
     selection_ratio: float = field(
         default=0.2, metadata={"help": "Share of the candidates of a round that is trained on, in (0, 1]."}
     )
-    max_passes: int = field(
-        default=1,
+    max_passes: int | None = field(
+        default=None,
         metadata={
-            "help": "Passes over the pool, and so how often a row may be trained on. 1: the pool must have rows "
-            "enough for the run. More: where the unused rows do not suffice for a round, every row counts as unused "
-            "again. The first pass is the one in which the first selection is made."
+            "help": "Passes over the pool, and so how often a row may be trained on. None: as many as the run needs; "
+            "where one does not suffice, `update_steps` is lowered so far that a round chooses from half of the pool "
+            "at most. A number is a limit: a run that needs more is refused. Where the unused rows are too few for a "
+            "round, a new pass begins, and every row counts as unused again. The first pass is the one in which the "
+            "first selection is made."
         },
     )
     candidate_scope: Literal["slice", "pool"] = field(
@@ -196,7 +200,9 @@ class MatesConfig:
             "None or a whole number of at least 1",
         )
         require(number("selection_ratio") and 0 < self.selection_ratio <= 1, "selection_ratio", "in (0, 1]")
-        require(whole("max_passes", 1), "max_passes", "a whole number of at least 1")
+        require(
+            self.max_passes is None or whole("max_passes", 1), "max_passes", "None or a whole number of at least 1"
+        )
         require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
         require(number("random_share") and 0 <= self.random_share < 1, "random_share", "in [0, 1)")
         require(whole("reference_passes", 0), "reference_passes", "a whole number of at least 0")
@@ -244,6 +250,17 @@ class MatesConfig:
             "None or the name of a column as a non-empty str",
         )
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
+
+    @property
+    def most_passes(self) -> int:
+        """Passes over the pool that there may be; a number that no run reaches where `max_passes` is None."""
+        return sys.maxsize if self.max_passes is None else self.max_passes
+
+    @property
+    def least_update_steps(self) -> int:
+        """The least `update_steps` that the other fields leave room for."""
+        drift = 0 if self.drift_check_steps is None else self.drift_check_steps + 1
+        return max(1, self.switch_lead_steps or 0, self.average_steps or 0, drift)
 
     @property
     def first_steps(self) -> int | None:
@@ -318,6 +335,7 @@ class MatesConfig:
             "update_steps": 10_000,
             "first_round_steps": None,
             "selection_ratio": 0.2,
+            "max_passes": 1,
             "candidate_scope": "slice",
             "random_share": 0.0,
             "reference_passes": 0,

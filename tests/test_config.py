@@ -59,7 +59,7 @@ EDGES = {
     "update_steps": ([0, -1, 1.0, True, "10", None], [1]),
     "first_round_steps": ([0, -1, 2.0, True, "5"], [None, 1, 1_000, 10**9]),
     "selection_ratio": ([0, 0.0, -0.1, 1.0001, math.nan, math.inf, True, "0.2", None], [1e-9, 1, 1.0]),
-    "max_passes": ([0, -1, 1.0, True, None], [1, 10**9]),
+    "max_passes": ([0, -1, 1.0, True, "1"], [None, 1, 10**9]),
     "candidate_scope": (["all", "Slice", "", None, []], ["slice", "pool"]),
     "random_share": ([-1e-9, 1, 1.0, math.nan, True, "0.3", None], [0, 0.0, 0.3, 0.999]),
     "reference_passes": ([-1, 1.0, True, "4", None], [0, 4, 10**9]),

@@ -5,8 +5,9 @@ chose. A row is marked when it is assigned to a round, not when its step is over
 switch still train on the earlier assignment.
 
 Trade-off: one byte a pool row and a shuffled order of four (made when first needed), so that every draw is a plain
-numpy scan and any round can be replayed from the mask, the seed and the cursor alone. A draw takes another four bytes
-a pool row, and eight a candidate that it returns; it goes through the pool in blocks for that.
+numpy scan and any round can be replayed from the mask, the seed and the cursor alone; from the second pass on also
+from another mask, which says whose turn is still to come (`turns`). A draw takes another four bytes a pool row, and
+eight a candidate that it returns; it goes through the pool in blocks for that.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from mates_hf.errors import MatesError
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.selection.choose import nth_true
 from mates_hf.selection.plan import num_candidates
+from mates_hf.selection.turns import Mask, next_in_turn, next_rows, waiting_after, waiting_in_new_pass
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 1 << 20  # rows of an order looked at at once
 SHUFFLE, PROBES = 0x7368, 0x7072  # keep the streams of one seed apart; never 0, which seeds like no word
 
 
@@ -52,8 +53,8 @@ class RoundDraw:
 class Ledger:
     """The rows of a pool that were trained on in the current pass or probed, and a cursor into the shuffled pool.
 
-    Nothing but `mark_trained`, `release`, `mark_probed`, `make_room`, `start_new_pass` and setting `cursor` changes
-    it, so a draw can be repeated.
+    Nothing but `mark_trained`, `release`, `mark_probed`, `mark_offered`, `make_room`, `start_new_pass` and setting
+    `cursor` changes it, so a draw can be repeated.
 
     Args:
         num_rows: Number of rows in the pool.
@@ -66,6 +67,8 @@ class Ledger:
         probed: (num_rows,) bool, True where an earlier round probed the row, in whatever pass.
         cursor: position in `shuffled` where the next slice begins.
         pass_number: passes over the pool that were begun, from 1.
+        waiting: (num_rows,) bool, True where a row's turn is still to come; None in the first pass, whose cursor says
+            it, and in rounds of earlier versions.
     """
 
     def __init__(self, num_rows: int, seed: int) -> None:
@@ -77,6 +80,7 @@ class Ledger:
         self.probed = np.zeros(num_rows, np.bool_)
         self.cursor = 0
         self.pass_number = 1
+        self.waiting: Mask | None = None
         self._shuffling: threading.Thread | None = None
         self._shuffled: npt.NDArray[np.integer[Any]] | None = None
 
@@ -141,10 +145,15 @@ class Ledger:
         """Record that rows were probed: later rounds probe others, and may choose these."""
         self.probed[rows] = True
 
+    def mark_offered(self, rows: npt.NDArray[np.integer[Any]]) -> None:
+        """Record that rows had their turn: a round chose from them, or trained on them in the own order."""
+        if self.waiting is not None:
+            self.waiting = waiting_after(self.waiting, rows)
+
     def start_new_pass(self) -> None:
-        """Make every row unused again and go back to the start of the shuffled pool: the pool is used up."""
+        """Make every row unused again; those whose turn is still to come are the first that rounds draw."""
+        self.waiting = waiting_in_new_pass(self.waiting, self.consumed, self.shuffled[: self.cursor])
         self.consumed = np.zeros(self.num_rows, np.bool_)
-        self.cursor = 0
         self.pass_number += 1
 
     def make_room(self, num_selected: int, config: MatesConfig) -> None:
@@ -155,7 +164,7 @@ class Ledger:
             config: Settings of the run; its ratio, probes and passes count here.
         """
         needed = num_candidates(num_selected, config.selection_ratio) + config.num_probes
-        if needed > self.num_unused and self.pass_number < config.max_passes:
+        if needed > self.num_unused and self.pass_number < config.most_passes:
             logger.info(
                 "Pass %d over the pool begins: %d rows are unused, a round needs %d.",
                 self.pass_number + 1, self.num_unused, needed,
@@ -178,7 +187,8 @@ class Ledger:
             num_selected: Number of rows that the round will train on.
             selection_ratio: Share of the candidates that is trained on, in (0, 1].
             candidate_scope: `slice`: the next `num_selected / selection_ratio` unused rows from the cursor, from the
-                start again where the shuffled pool ends; `pool`: all unused rows but the probes.
+                start again where the shuffled pool ends, in a later pass those whose turn is still to come first;
+                `pool`: all unused rows but the probes.
             num_probes: rows to probe, uniformly without replacement. In a slice's scope they are of the rows behind
                 the slice, which are of the distribution it is of, and not of those that were passed over; in a pool's,
                 of all unused rows. Rows that an earlier round probed come last, passed-over ones before them: they
@@ -198,7 +208,7 @@ class Ledger:
                 "lower `num_probes` or `max_steps`, or raise `selection_ratio`."
             )
         if candidate_scope == "slice":
-            candidates, cursor = self._next_unused(self.shuffled, self.cursor, num_slice, self.consumed)
+            candidates, cursor = self._next_slice(num_slice)
             ahead = np.zeros(self.num_rows, np.bool_)
             ahead[self.shuffled[cursor:]] = True
             free = self._blocked(candidates)
@@ -206,7 +216,7 @@ class Ledger:
             probes = self._draw_probes(free, ahead, num_probes, round_number)
             return RoundDraw(candidates, probes, cursor)
         probes = self._draw_probes(~self.consumed, np.ones(1, np.bool_), num_probes, round_number)
-        candidates, _ = self._next_unused(self.shuffled, 0, self.num_rows, self._blocked(probes))
+        candidates, _ = next_rows(self.shuffled, 0, self.num_rows, self._blocked(probes))
         return RoundDraw(candidates, probes, self.cursor)
 
     def narrowed(self, draw: RoundDraw, num_selected: int, config: MatesConfig) -> RoundDraw:
@@ -224,13 +234,15 @@ class Ledger:
         num_slice = num_candidates(num_selected, config.selection_ratio)
         if config.candidate_scope == "pool" or num_slice >= len(draw.candidates):
             return draw
-        candidates, cursor = self._next_unused(self.shuffled, self.cursor, num_slice, self.consumed)
+        candidates, cursor = self._next_slice(num_slice)
         return replace(draw, candidates=candidates, cursor_after=cursor)
 
     def own_order(
         self, own_rows: npt.NDArray[np.integer[Any]], num_rows_needed: int, exclude: npt.NDArray[np.integer[Any]]
     ) -> IntArray:
         """The rows of a round that does not select: the next unused ones of the Trainer's own order. Changes nothing.
+
+        In a later pass those whose turn is still to come are first.
 
         Args:
             own_rows: (L,) integer pool rows in the Trainer's own order, no row twice.
@@ -243,7 +255,7 @@ class Ledger:
         Raises:
             MatesError: the order has too few such rows.
         """
-        rows, _ = self._next_unused(own_rows, 0, num_rows_needed, self._blocked(exclude))
+        rows, _ = next_in_turn(own_rows, 0, num_rows_needed, self._blocked(exclude), self.waiting)
         if len(rows) < num_rows_needed:
             raise MatesError(
                 f"A round in the Trainer's own order must have {num_rows_needed} unused rows that it did not probe, "
@@ -279,6 +291,10 @@ class Ledger:
         """(ceil(num_rows / 8),) uint8 for disk: `probed`, eight rows a byte."""
         return np.packbits(self.probed)
 
+    def waiting_to_bits(self) -> npt.NDArray[np.uint8] | None:
+        """(ceil(num_rows / 8),) uint8 for disk: `waiting`, eight rows a byte; None where it is None."""
+        return None if self.waiting is None else np.packbits(self.waiting)
+
     @classmethod
     def from_bits(
         cls,
@@ -287,8 +303,9 @@ class Ledger:
         seed: int,
         cursor: int,
         probed: npt.NDArray[np.uint8] | None = None,
+        waiting: npt.NDArray[np.uint8] | None = None,
     ) -> Ledger:
-        """Inverse of `to_bits`; the seed and the cursor are kept separately.
+        """Inverse of `to_bits`; the seed, the cursor and the number of the pass are kept separately.
 
         Args:
             bits: (ceil(num_rows / 8),) uint8 as from `to_bits`.
@@ -296,6 +313,7 @@ class Ledger:
             seed: Random seed of the pool's shuffle and of the probes.
             cursor: position in `shuffled` where the next slice begins.
             probed: (ceil(num_rows / 8),) uint8 as from `probed_to_bits`; None: no row was probed.
+            waiting: (ceil(num_rows / 8),) uint8 as from `waiting_to_bits`, or None.
 
         Returns:
             A ledger that draws what the saved one would have drawn.
@@ -309,8 +327,14 @@ class Ledger:
         ledger.consumed = _mask(bits, num_rows, "bits")
         if probed is not None:
             ledger.probed = _mask(probed, num_rows, "probed")
+        if waiting is not None:
+            ledger.waiting = _mask(waiting, num_rows, "waiting")
         ledger.cursor = cursor
         return ledger
+
+    def _next_slice(self, num: int) -> tuple[IntArray, int]:
+        """The next `num` unused rows, and the cursor behind them."""
+        return next_in_turn(self.shuffled, self.cursor, num, self.consumed, self.waiting)
 
     def _blocked(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         """(num_rows,) bool, True where a row is consumed or among `rows`."""
@@ -340,25 +364,6 @@ class Ledger:
             if not missing:
                 break
         return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-    @staticmethod
-    def _next_unused(
-        order: npt.NDArray[np.integer[Any]], start: int, num: int, blocked: npt.NDArray[np.bool_]
-    ) -> tuple[IntArray, int]:
-        """Up to `num` rows of `order` that are not blocked, from `start` and round the end; and where it stopped."""
-        rows = np.empty(min(num, len(order)), np.int64)
-        done, stop = 0, start
-        for low, high in ((start, len(order)), (0, start)):
-            for at in range(low, high, BLOCK):
-                if done == num:
-                    break
-                block = order[at : min(at + BLOCK, high)]
-                where = np.flatnonzero(~blocked[block])[: num - done]
-                if len(where):
-                    rows[done : done + len(where)] = block[where]
-                    done += len(where)
-                    stop = at + int(where[-1]) + 1
-        return rows[:done], stop % max(len(order), 1)
 
 
 def _mask(bits: npt.NDArray[np.uint8], num_rows: int, name: str) -> npt.NDArray[np.bool_]:

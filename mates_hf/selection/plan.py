@@ -10,6 +10,7 @@ count of its own.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -201,11 +202,14 @@ class RunPlan:
     def whole(self) -> Rest:
         """What is ahead of a run that has not selected yet."""
         first = self.rounds[0] if self.rounds else None
-        return Rest(first, self.num_rows - self.rows_before, self.config.max_passes - 1, self.first_boundary_step)
+        return Rest(first, self.num_rows - self.rows_before, self.config.most_passes - 1, self.first_boundary_step)
 
     @property
     def max_steps_that_fit(self) -> int:
-        """The largest `max_steps` for which the pool suffices; `first_from_step` where not even one selection fits."""
+        """The largest `max_steps` for which the pool suffices; `first_from_step` where not even one selection fits.
+
+        `sys.maxsize` where a new pass may begin with each round.
+        """
         return self._most_steps(None)
 
     def _most_steps(self, rest: Rest | None) -> int:
@@ -220,6 +224,10 @@ class RunPlan:
                 ahead = ahead._replace(first=plan.round_at(first.number, first.boundary_step, first.steps))
             return next(plan._too_large(ahead), None) is None
 
+        config = self.config
+        whole_round = config.update_steps * self.batch_rows
+        if config.max_passes is None and self._rows_needed_for(whole_round) <= self.num_rows:
+            return sys.maxsize  # a pass may begin with each round
         first = self.whole.first if rest is None else rest.first
         low = self.first_from_step if first is None else first.from_step
         room = 1
@@ -248,25 +256,64 @@ class RunPlan:
             else:
                 way_out = f"No selection of this config fits this pool; up to `max_steps` {fits} nothing is selected"
             passes = self.config.max_passes
-            allowed = "none is trained on twice" if passes == 1 else f"`max_passes` ({passes}) suffice"
+            allowed = {1: "none is trained on twice", None: "each round finds its own"}
+            suffices = allowed.get(passes, f"`max_passes` ({passes}) suffice")
+            room = self.update_steps_within(self.num_rows - self.config.num_probes)
+            ways = ["enlarge the pool", "lower `update_steps` or `num_probes`", "raise `selection_ratio`"]
+            if passes is not None and room >= self.config.least_update_steps:
+                ways.append("let rows be trained on again in new passes (`max_passes=None`)")
+            # A run that resumes keeps its config.
+            further = "" if rest is not None else f", or {', '.join(ways[:-1])}, or {ways[-1]}"
             raise ValueError(
-                f"The pool must have rows enough that {allowed}. Round {planned.number} (steps "
+                f"The pool must have rows enough that {suffices}. Round {planned.number} (steps "
                 f"{planned.from_step} to {planned.to_step}) must choose {planned.num_rows} rows from {candidates} "
                 f"unused ones (`selection_ratio` {self.config.selection_ratio}) and probe {self.config.num_probes} "
                 f"others (`num_probes`), {candidates + self.config.num_probes} in all; of the {self.num_rows} rows in "
-                f"the pool {unused} are unused by then. {way_out}, or enlarge the pool, lower `update_steps` or "
-                "`num_probes`, raise `selection_ratio`, or let rows be trained on again in a new pass (`max_passes`). "
-                "A run of whole epochs leaves nothing to choose."
+                f"the pool {unused} are unused by then. {way_out}{further}."
             )
 
     def _too_large(self, rest: Rest) -> Iterator[tuple[PlannedRound, int, int]]:
         """The rounds for which the pool does not suffice, the candidates they need and the rows unused by then."""
-        for planned, unused in self._with_unused(rest):
+        ahead = self._with_unused(rest) if self.config.max_passes is not None else self._longest(rest)
+        for planned, unused in ahead:
             if self._rows_needed(planned) > unused:
                 yield planned, num_candidates(planned.num_rows, self.config.selection_ratio), unused
 
     def _rows_needed(self, planned: PlannedRound) -> int:
-        return num_candidates(planned.num_rows, self.config.selection_ratio) + self.config.num_probes
+        return self._rows_needed_for(planned.num_rows)
+
+    def update_steps_within(self, num_rows: int) -> int:
+        """The largest `update_steps` whose rounds choose from so many rows at most; 0 where not even one step does."""
+        return int(num_rows * _exact(self.config.selection_ratio)) // self.batch_rows
+
+    def _rows_needed_for(self, num_rows: int) -> int:
+        return num_candidates(num_rows, self.config.selection_ratio) + self.config.num_probes
+
+    def _longest(self, rest: Rest) -> Iterator[tuple[PlannedRound, int]]:
+        """Where a pass may begin with any round: the longest that may come, and all rows of the pool."""
+        if rest.first is not None:
+            boundary = rest.first.boundary_step if self.config.first_steps is None else self._peak(rest.first)
+            yield self._numbered(self._longest_at(boundary, rest.first), rest.first), self.num_rows
+
+    def _longest_at(self, boundary: int, first: PlannedRound) -> PlannedRound:
+        """The longest round that may begin at a boundary, of steps that are all whole; its number is the first's."""
+        length = min(self.config.update_steps, boundary - first.boundary_step + first.steps)
+        planned = self.round_at(first.number, boundary, length)
+        assert planned is not None
+        return replace(planned, num_rows=(planned.to_step - planned.from_step) * self.batch_rows)
+
+    def _numbered(self, planned: PlannedRound, first: PlannedRound) -> PlannedRound:
+        """A round with the number that it has where rounds grow as fast as they may."""
+        numbers = [each.number for each in self._rounds_from(first) if each.boundary_step <= planned.boundary_step]
+        return replace(planned, number=numbers[-1])
+
+    def _peak(self, first: PlannedRound) -> int:
+        """Where rounds grow, the boundary of the longest that may come: the last that the run's end does not cut."""
+        end, config = self.max_steps - self.config.lead_steps, self.config
+        peak = end - config.update_steps  # the last that is not cut, if one may be as long by then
+        if peak < first.boundary_step + config.update_steps - first.steps:
+            peak = (end + first.boundary_step - first.steps) // 2
+        return min(max(peak, first.boundary_step), end - 1)
 
     def _with_unused(self, rest: Rest) -> Iterator[tuple[PlannedRound, int]]:
         """Each round with the rows unused when it draws; last those at other steps that would find least to spare."""
@@ -303,16 +350,13 @@ class RunPlan:
         What a round needs beyond the unused rows rises with its boundary as long as later rounds may be longer, and
         falls where the end of the run cuts them. A pass that begins earlier leaves fewer unused rows at later steps.
         """
-        position, config = self._clock.pool_position, self.config
+        position = self._clock.pool_position
         own, begins = unused, first.from_step
-        end = self.max_steps - config.lead_steps
+        end = self.max_steps - self.config.lead_steps
 
         def at(boundary: int) -> tuple[PlannedRound, int]:
-            """The longest round that may be there, of steps that are all whole, and its unused rows."""
-            length = min(config.update_steps, boundary - first.boundary_step + first.steps)
-            planned = self.round_at(first.number, boundary, length)
-            assert planned is not None
-            planned = replace(planned, num_rows=(planned.to_step - planned.from_step) * self.batch_rows)
+            """The longest round that may be there, and its unused rows."""
+            planned = self._longest_at(boundary, first)
             return planned, own - (position(planned.from_step) - position(begins))
 
         def lacks(boundary: int) -> bool:
@@ -321,13 +365,9 @@ class RunPlan:
 
         def told(boundary: int) -> tuple[PlannedRound, int]:
             planned, left = at(boundary)
-            numbers = [each.number for each in self._rounds_from(first) if each.boundary_step <= boundary]
-            return replace(planned, number=numbers[-1]), left
+            return self._numbered(planned, first), left
 
-        peak = end - config.update_steps  # the last that is not cut, if one may be as long by then
-        if peak < first.boundary_step + config.update_steps - first.steps:
-            peak = (end + first.boundary_step - first.steps) // 2
-        peak = min(max(peak, first.boundary_step), end - 1)
+        peak = self._peak(first)
         low = first.boundary_step
         while low <= peak:
             most = next((step for step in (peak, peak + 1) if step < end and lacks(step)), None)

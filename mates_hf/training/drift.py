@@ -94,7 +94,7 @@ def _has_rows(run: Run, order: Order, early: PlannedRound, position: Callable[[i
     config, ledger = run.config, run.ledger
     unused = ledger.num_unused + len(order.rows_from(position(early.from_step)))
     needed = num_candidates(early.num_rows, config.selection_ratio) + config.num_probes
-    return needed <= unused or ledger.pass_number < config.max_passes
+    return needed <= unused or ledger.pass_number < config.most_passes
 
 
 def check_gap(run: Run, order: Order, path: Path, step: int, num_done: int) -> dict[str, Any] | None:

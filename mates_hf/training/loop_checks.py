@@ -42,8 +42,8 @@ def check_numbers(batch_size: Any, max_steps: Any, max_grad_norm: Any, seed: Any
     """
     if max_steps is None:
         raise TypeError(
-            "`order` must be given `max_steps`, the optimizer steps of the whole run, got None. A run of whole "
-            "epochs leaves nothing to choose, so a selection needs fewer steps than the pool has rows for."
+            "`order` must be given `max_steps`, the optimizer steps of the whole run, got None. An epoch has "
+            "as many steps as the pool has batches: `math.ceil(len(pool) / batch_size)`."
         )
     for name, value, least in (("batch_size", batch_size, 1), ("max_steps", max_steps, 1), ("seed", seed, 0)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:

@@ -175,7 +175,7 @@ def round_bytes(run: Run, plan: RunPlan) -> tuple[dict[str, int], dict[str, int]
     - labels: 40 P, of which 4 are what the last round's model predicts, and 4 P t for the derivatives of tokens
     - scores: 16 M, of which 8 are the candidate's number
     - order: 8 k
-    - ledger: 2 N / 8, a bit a row for those trained on and those probed
+    - ledger: 2 N / 8, a bit a row for those trained on and those probed; where passes may follow, 3 N / 8
     - influence model: as large as the largest that is there, 64 MiB where none is
 
     Args:
@@ -200,7 +200,7 @@ def round_bytes(run: Run, plan: RunPlan) -> tuple[dict[str, int], dict[str, int]
         "labels": 40 * config.num_probes + 4 * probed_tokens,
         "scores": 16 * min(scored, len(pool)),
         "order": 8 * num_selected,
-        "ledger": 2 * -(-len(pool) // 8),
+        "ledger": (2 if config.max_passes == 1 else 3) * -(-len(pool) // 8),
         "influence model": _largest_model(run.rounds_dir) or _INFLUENCE_MODEL_BYTES,
     }
     return passing, staying

@@ -32,10 +32,10 @@ from mates_hf.round_files import (
 )
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
-from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
 from mates_hf.training.replay_passages import RoundWithPassages, check_passages
+from mates_hf.training.replay_passes import WAITING_FILE, RoundWithPasses, asked_of, check_pass, pass_of, read_waiting
 from mates_hf.training.round_reader import WrongError
 
 DECISIONS = ("select", "keep_previous", "own_order")
@@ -48,7 +48,7 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class FinishedRound(RoundWithLength, RoundWithPassages):
+class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:
@@ -74,10 +74,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
         what = "`num_rows` of `pool` as a number of rows"
         ok = isinstance(self.num_pool_rows, int) and 0 < self.num_pool_rows < 2**63
         self.require(ok, ROUND_FILE, what, repr(self.num_pool_rows))
-        self.pass_number = info.get("pass", 1)  # not there in rounds of versions that had one pass
-        ok = isinstance(self.pass_number, int) and 1 <= self.pass_number <= self.config.max_passes
-        what = f"`pass` from 1 to `max_passes` ({self.config.max_passes})"
-        self.require(ok, ROUND_FILE, what, repr(self.pass_number))
+        self.pass_number = pass_of(self)
         self.require(info["cursor"] < self.num_pool_rows, ROUND_FILE, "`cursor` in the pool", f"{info['cursor']}")
 
         self.steps, self.num_rows_drawn_for = lengths_of(self)
@@ -106,12 +103,13 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
         self.rows: IntArray = self.array(order_file, np.int64, self.info["num_rows"])
         self._check_order_hash()
         consumed = self.array("consumed.npy", np.uint8, -(-self.num_pool_rows // 8))
-        cursor = self._cursor_before(before)
         try:
             ledger = Ledger.from_bits(np.asarray(consumed), self.num_pool_rows, self.config.selection_seed, 0)
         except ValueError as error:
             raise WrongError("consumed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
         self.consumed, self.ledger = ledger.consumed, ledger
+        self.waiting = read_waiting(self)
+        cursor = self._cursor_before(before)
         self._read_probed(before)
         if before is not None:
             self._check_goes_on(before)
@@ -168,6 +166,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
             names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
             names += ["probed.npy"] + (_SCORED if self.decision != "own_order" else [])
             names += ["hashes.npy"] if self.decision != "own_order" and self.has_hashes else []
+            names += [WAITING_FILE] if "num_waiting" in self.info else []
             names += [] if self.info.get("fit") is None else ["influence_model/"]
             for name in names:
                 ok = any(listed == name or (name[-1] == "/" and listed.startswith(name)) for listed in checksums)
@@ -188,7 +187,8 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
     def _cursor_before(self, before: FinishedRound | None) -> int | None:
         """Where the round's slice begins in the shuffled pool; None where the round that tells is deleted."""
         if before is not None:
-            return int(before.info["cursor"]) if self.pass_number == before.pass_number else 0
+            goes_on = self.pass_number == before.pass_number or self.waiting is not None
+            return int(before.info["cursor"]) if goes_on else 0  # earlier versions began a pass at the start
         if self.number == self.config.random_rounds:
             return 0
         moved = self.decision != "own_order" and self.config.candidate_scope == "slice"
@@ -198,6 +198,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
         """The round goes on where the one before it ends: the same run, positions in a row, its rows consumed."""
         for name in ("pool", "reference"):
             self.same(ROUND_FILE, self.info[name], before.info[name], f"round {before.number}")
+        self.same(ROUND_FILE, asked_of(self), asked_of(before), f"`asked` of round {before.number}")
         self.same(ROUND_FILE, self.key["config"], before.key["config"], f"round {before.number}")
         info, earlier = self.info, before.info
         ok = info["step"] > earlier["step"]
@@ -213,8 +214,9 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
         self.require(ok, ROUND_FILE, what, str(info["from_position"]))
         was, now = before.consumed.copy(), self.consumed
         was[before.rows[:kept]] = True
-        was[self._rows_between(before, kept - len(before.rows))] = True
-        if self._begins_a_pass(before, self.num_pool_rows - int(np.count_nonzero(was))):
+        more = self._rows_between(before, kept - len(before.rows))
+        was[more] = True
+        if check_pass(self, before, was, more):
             was[:] = False
         wrong = np.flatnonzero(was != now)
         if len(wrong):
@@ -226,20 +228,12 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
                 f"{len(wrong)} rows that differ, the first of them row {row}",
             )  # fmt: skip
 
-    def _begins_a_pass(self, before: FinishedRound, num_unused: int) -> bool:
-        """Whether every row counts as unused again, which is so where too few are left and `max_passes` allows it."""
-        needed = num_candidates(self.num_rows_drawn_for, self.config.selection_ratio) + self.config.num_probes
-        begins = needed > num_unused and before.pass_number < self.config.max_passes
-        expected = before.pass_number + begins
-        what = f"`pass` {expected}, as {num_unused} rows are unused and {needed} needed"
-        self.require(self.pass_number == expected, ROUND_FILE, what, str(self.pass_number))
-        return begins
-
     def _rows_between(self, before: FinishedRound, num_more: int) -> IntArray:
         """The rows trained on after those of a round and before those of the next one."""
         if num_more <= 0:
             return np.zeros(0, np.int64)
-        before.ledger.consumed, before.ledger.cursor = before.consumed, int(before.info["cursor"])
+        before.ledger.consumed, before.ledger.waiting = before.consumed, before.waiting
+        before.ledger.cursor = int(before.info["cursor"])
         try:
             return before.ledger.rows_after(before.rows, num_more, exclude=before.labels.candidate_id)
         except MatesError as error:
@@ -320,6 +314,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages):
             cursor = int(np.flatnonzero(self.ledger.shuffled == candidates[0])[0]) if len(candidates) else 0
         file = PROBES_FILE if candidates is None else "candidates.npy"
         self.ledger.consumed, self.ledger.probed, self.ledger.cursor = self.consumed, self.probed, cursor
+        self.ledger.waiting = self.waiting
         try:
             draw = self.ledger.draw(
                 round_number=self.number,

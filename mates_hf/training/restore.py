@@ -15,6 +15,7 @@ import numpy as np
 
 from mates_hf.disk import read_array
 from mates_hf.errors import MatesError
+from mates_hf.records import IntArray
 from mates_hf.round_files import PROBES_FILE, read_labels, round_path
 from mates_hf.selection.ledger import Ledger, probed_rows
 from mates_hf.training import rounds_on_disk
@@ -63,16 +64,19 @@ def restore_order(run: Run, path: Path, until: int) -> Order:
         raise MatesError(f"`{path}` must hold consumed.npy, which says what was trained on before it, got none.")
     cursor = int(order.info["cursor"])
     before = read_array(path / "probed.npy", np.uint8)  # not there in rounds of earlier versions
+    waiting = read_array(path / "waiting.npy", np.uint8)  # there from the second pass on
     run.ledger = Ledger.from_bits(
         np.asarray(bits),
         len(run.pool),
         run.config.selection_seed,
         cursor,
         None if before is None else np.asarray(before),
+        None if waiting is None else np.asarray(waiting),
     )
     run.ledger.pass_number = int(order.info.get("pass", 1))
     probed = probed_rows(read_labels(path / PROBES_FILE))
     run.ledger.mark_probed(probed)
+    offered = rows_offered(path, order)
     missing = until - order.from_position - len(order.rows)
     if missing > 0:
         more = run.ledger.rows_after(order.rows, missing, exclude=probed)
@@ -82,8 +86,24 @@ def restore_order(run: Run, path: Path, until: int) -> Order:
             order.number, missing,
         )  # fmt: skip
         order = dataclasses.replace(order, rows=np.concatenate([order.rows, more]))
+        offered = np.concatenate([offered, more])
+    run.ledger.mark_offered(offered)
     run.ledger.mark_trained(np.asarray(order.rows))
     return order
+
+
+def rows_offered(path: Path, order: Order) -> IntArray:
+    """The rows that had their turn in a finished round: those it chose from, or those of the own order.
+
+    Args:
+        path: the round's directory.
+        order: its order.
+
+    Returns:
+        (M,) int64 pool rows.
+    """
+    candidates = read_array(path / "candidates.npy", np.int64)
+    return np.asarray(order.rows if candidates is None else candidates)
 
 
 def restore_models(run: Run, number: int) -> None:

@@ -48,6 +48,7 @@ from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest, measure_labels
 from mates_hf.training.mixed_in import passage_facts
+from mates_hf.training.restore import rows_offered
 from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
 from mates_hf.training.scoring import Scored, predict_rows, score_candidates
@@ -126,6 +127,9 @@ def run_round(
     stages.load(writer.path)
     write_array(writer.path / "consumed.npy", run.ledger.to_bits())
     write_array(writer.path / "probed.npy", run.ledger.probed_to_bits())
+    waiting = run.ledger.waiting_to_bits()
+    if waiting is not None:
+        write_array(writer.path / "waiting.npy", waiting)
     draw = run.ledger.draw(
         round_number=planned.number,
         num_selected=planned.num_rows,
@@ -229,6 +233,7 @@ def _record(
         "order_sha256": hashlib.sha256(np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest(),
         "cursor": cursor,
         "pass": run.ledger.pass_number,
+        **({} if run.ledger.waiting is None else {"num_waiting": int(np.count_nonzero(run.ledger.waiting))}),
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
         "num_probed_before": int(np.count_nonzero(run.ledger.probed[draw.probes])),
@@ -278,6 +283,9 @@ def _take_over(run: Run, order: Order) -> Order:
         run.remember(run.load_model(path), order.info)
     run.ledger.mark_probed(probed_rows(read_labels(path / PROBES_FILE)))
     run.ledger.cursor = int(order.info["cursor"])
+    if "num_waiting" not in order.info:  # of an earlier version, or of the first pass
+        run.ledger.waiting = None
+    run.ledger.mark_offered(rows_offered(path, order))
     return order
 
 

@@ -128,6 +128,7 @@ class Run:
         reference_overlap: the reference task's n-grams, made at the first selection; only in the main process.
         overlap_told: whether the run has warned of selected rows that share text with the reference task.
         passages: identity of the passages that the run trains on as well, and of their places; empty without any.
+        asked: The fields of the config that were given otherwise than the run goes by, as they were given.
 
     Raises:
         ValueError: the pool has no `document_column`.
@@ -164,6 +165,7 @@ class Run:
     reference_overlap: TokenNgramIndex | None = None
     overlap_told: bool = False
     passages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.config.document_column is not None:
@@ -180,7 +182,7 @@ class Run:
             "versions": library_versions(),
             "measured_with": self.measured_with(),
             "loss": dict(self.loss_reading),
-            **self._named_passages(),
+            **self._where_any(),
         }
 
     def load_model(self, path: Path) -> InfluenceModel:
@@ -221,12 +223,13 @@ class Run:
             "pool": dict(self.pool_identity),
             "reference": {"digest": self.reference.digest()},
             "measured_with": self.measured_with(),
-            **self._named_passages(),
+            **self._where_any(),
         }
 
-    def _named_passages(self) -> dict[str, Any]:
-        """Left out without passages, so that runs of versions without them go on."""
-        return {"passages": dict(self.passages)} if self.passages else {}
+    def _where_any(self) -> dict[str, Any]:
+        """Left out where there is nothing to say, so that runs of versions without them go on."""
+        named = {"passages": dict(self.passages), "asked": dict(self.asked)}
+        return {name: value for name, value in named.items() if value}
 
     def key(self, step: int, weights: str) -> dict[str, Any]:
         """What a round's stages depend on; a round directory with this key is loaded instead of recomputed.
@@ -239,8 +242,9 @@ class Run:
             JSON values.
         """
         rates, identity = self.settings.learning_rates, self.identity()
-        if identity["config"]["max_copies"] is None:
-            del identity["config"]["max_copies"]  # rounds made before there was a limit have none in their key
+        for name in _ALWAYS_SAID:
+            if identity["config"][name] == BEFORE[name]:
+                del identity["config"][name]
         return {
             **identity,
             "learning_rates": None if rates is None else list(rates),
@@ -323,8 +327,9 @@ class Stages:
         logger.info("stage %s: %.2f s", name, stage["seconds"])
 
 
-# `max_copies` is always said: its default changes what is chosen.
-_CHANGES_NOTHING = {"max_passes": 1, **{name: value for name, value in BEFORE.items() if name != "max_copies"}}
+# Always said, because their defaults change what is chosen; the keys of rounds that were made without them have none.
+_ALWAYS_SAID = ("max_copies", "max_passes")
+_CHANGES_NOTHING = {name: value for name, value in BEFORE.items() if name not in _ALWAYS_SAID}
 
 
 def order_config(config: MatesConfig) -> dict[str, Any]:

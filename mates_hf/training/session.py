@@ -370,7 +370,7 @@ class Session:
             until = self.clock.pool_position(planned.from_step if planned is not None else self.plan.max_steps)
             orders.append(restore_order(run, path, until))
             restore_models(run, last.number)
-            left = run.config.max_passes - run.ledger.pass_number
+            left = run.config.most_passes - run.ledger.pass_number
             self.plan.check(Rest(planned, run.ledger.num_unused, left, step))
             publish_orders(run, orders)
         self.order = orders[-1]

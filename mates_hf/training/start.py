@@ -36,6 +36,7 @@ from mates_hf.training import resume
 from mates_hf.training.checks import check_pool
 from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
+from mates_hf.training.fitting import settle
 from mates_hf.training.mixed_in import MixedIn, mix_in, require_text
 from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
@@ -125,6 +126,7 @@ class Loop:
         saved_rounds: The rounds that checkpoints need, for the loop to add to, where their files do not tell; None
             where they are the Trainer's.
         mixed: the passages that the run trains on as well; None where there are none.
+        asked: the fields of the config that were given otherwise than the run goes by (`fitting`).
     """
 
     model: Any
@@ -146,6 +148,7 @@ class Loop:
     progress: bool = True
     saved_rounds: list[int] | None = None
     mixed: MixedIn | None = None
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def has_selected(self) -> bool:
@@ -172,15 +175,17 @@ def prepare(parts: Parts, loop: Loop) -> tuple[Parts, Loop, RunPlan]:
         loop: The training loop.
 
     Returns:
-        The parts with the config that the run goes by, which is what it began with; the loop with the passages that
-        it trains on as well; and when its rounds happen.
+        The parts with the config that the run goes by, which is what it began with, and fits a small pool; the loop
+        with the passages that it trains on as well; and when its rounds happen.
 
     Raises:
+        ValueError: no round fits the pool; the message names settings that do.
         MatesError: the run cannot be trained on the passages; the message names the way out.
     """
     parts = parts._replace(config=resume.config_to_resume(loop.saved, parts.config))
     loop = with_passages(parts, loop)
-    return parts, loop, loop.plan(parts.config)
+    config, asked = settle(loop.plan(parts.config), loop.saved, loop.look_ahead_steps)
+    return parts._replace(config=config), dataclasses.replace(loop, asked=asked), loop.plan(config)
 
 
 def with_passages(parts: Parts, loop: Loop) -> Loop:
@@ -274,6 +279,8 @@ def tell_no_round(plan: RunPlan) -> None:
     ahead = max(plan.max_steps - plan.first_step, 1)
     tried = [{"update_steps": max(ahead // part, 1)} for part in (10, 20, 50, 5, 3, 2)]
     tried += [{**changes, "random_rounds": 1} for changes in tried]
+    fewer = [num for num in (500, 200, 100, 50, 20, 10) if num < plan.config.num_probes]
+    tried += [{**changes, "num_probes": num} for num in fewer for changes in tried]
     found = next((changes for changes in tried if _selects(plan, changes)), None)
     way_out = "Train longer, or on a larger pool,"
     if found is not None:
@@ -318,6 +325,7 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
         pool=loop.pool,
         pool_identity=loop.pool.identity(),
         passages={} if loop.mixed is None else loop.mixed.identity(),
+        asked=loop.asked,
         probe=parts.probe,
         lr_scheduler=loop.lr_scheduler,
         loss_reading={} if loop.pool.reading is None else loop.pool.reading.to_dict(),

@@ -65,7 +65,7 @@ def make_model(seed: int = 0, dropout: float = 0.0) -> LlamaForCausalLM:
 def small_config(**changes: Any) -> MatesConfig:
     settings: dict[str, Any] = {
         "update_steps": 6, "first_round_steps": None, "num_probes": 40, "selection_ratio": 0.5, "random_share": 0.0,
-        "on_weak_signal": "select",
+        "on_weak_signal": "select", "max_passes": 1,
     }  # fmt: skip
     return MatesConfig(**{**settings, **changes})
 

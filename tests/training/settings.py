@@ -54,6 +54,7 @@ MODULES = (
     "test_deepspeed.py",
     "test_samplers.py",
     "test_passes.py",
+    "test_fitting.py",
     "test_mixed_in.py",
     "test_packing.py",
 )

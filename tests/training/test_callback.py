@@ -285,7 +285,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 BIG = Dataset.from_dict({"input_ids": [[VOCAB + 5] * LENGTH] * 400, "labels": [[1] * LENGTH] * 400})
 REFUSED = [
-    pytest.param({"num_train_epochs": 1, "max_steps": -1}, {}, None, ValueError, "max_steps", id="whole-epochs"),
+    pytest.param({"num_train_epochs": 1, "max_steps": -1}, {}, None, ValueError, "max_steps", id="epoch-in-one-pass"),
     pytest.param({"max_steps": 95}, {}, None, ValueError, "largest `max_steps` that fits", id="too-few-rows"),
     pytest.param({}, {}, Stream(), UnsupportedSettingError, "streaming", id="streaming"),
     pytest.param(

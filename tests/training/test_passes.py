@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from transformers import TrainerCallback
 
 from mates_hf import load_round
 from mates_hf.errors import MatesError
+from mates_hf.records import STATE_KEY
+from mates_hf.selection.ledger import Ledger
 from mates_hf.training.verify import verify_run
 from tests.training.kit import OLD_TRAINER, Stop, make_pool, run
 from tests.training.kit import make_arguments as arguments
@@ -87,7 +90,7 @@ SMALL = {"update_steps": 6, "switch_lead_steps": 2, "selection_ratio": 0.5, "num
 def test_a_small_pool_is_gone_through_several_times(tmp_path):
     pool = make_pool(100)
     args = arguments(tmp_path, max_steps=32, **SAVES)
-    with pytest.raises(ValueError, match=r"in a new pass \(`max_passes`\)"):
+    with pytest.raises(ValueError, match=r"in new passes \(`max_passes=None`\)"):
         run(args, [mates(**SMALL)], pool)
     with pytest.raises(ValueError, match=r"that `max_passes` \(2\) suffice"):
         run(args, [mates(max_passes=2, **SMALL)], pool)
@@ -118,6 +121,45 @@ def test_a_small_pool_is_gone_through_several_times(tmp_path):
         assert problem is not None
         assert problem.round == "round-0002"
         assert "`pass`" in problem.expected
+
+
+def test_rounds_of_versions_that_began_each_pass_at_the_start_verify_and_go_on(tmp_path, monkeypatch):
+    def from_the_start(ledger):
+        ledger.consumed, ledger.cursor, ledger.pass_number = np.zeros(100, bool), 0, ledger.pass_number + 1
+
+    pool, config = make_pool(100), {"max_passes": 3, **SMALL}
+    args = arguments(tmp_path, max_steps=38, **SAVES)
+    with monkeypatch.context() as before:
+        before.setattr(Ledger, "start_new_pass", from_the_start)
+        whole = run(args, [mates(**config)], pool)
+
+    def waits() -> list[bool]:
+        return ["num_waiting" in record.info for record in rounds_of(tmp_path)]
+
+    assert [record.info["pass"] for record in rounds_of(tmp_path)] == [1, 2, 2, 3, 3]
+    assert waits() == [False] * 5
+    assert verify_run(tmp_path).problem is None
+    for gone, after in ((5, [False] * 5), (4, [False] * 3 + [True] * 2)):  # what a stop in the round leaves
+        for number in range(gone, 6):
+            shutil.rmtree(tmp_path / f"_mates/round-000{number}")
+        rest = run(args, [mates(**config)], pool, resume=str(tmp_path / "checkpoint-15"))  # in the second pass
+        from_step = 8 + 6 * (gone - 1)
+        assert rest.rows[: (from_step - 15) * 4] == whole.rows[15 * 4 : from_step * 4]
+        assert waits() == after
+        assert verify_run(tmp_path).problem is None
+
+
+def test_a_checkpoint_of_a_version_with_one_pass_keeps_it(tmp_path, caplog):
+    pool, config = make_pool(200), {"update_steps": 5, "switch_lead_steps": 3, "num_probes": 10}
+    args = arguments(tmp_path, max_steps=20, **SAVES)
+    whole = run(args, [mates(max_passes=1, **config)], pool)
+    path = tmp_path / "checkpoint-10" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"][STATE_KEY]["config"]["max_passes"]
+    path.write_text(json.dumps(state))
+    rest = run(args, [mates(max_passes=None, **config)], pool, resume=str(path.parent))
+    assert rest.rows == whole.rows[40:]
+    assert "it began, with `max_passes=1`" in caplog.text
 
 
 # ---- another batch after a stop

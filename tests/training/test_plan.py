@@ -30,7 +30,9 @@ def plan_of(clock: RowClock, num_rows: int, max_steps: int, **config) -> RunPlan
 def test_the_ragged_last_step_of_an_epoch_counts_as_what_it_is():
     # 11 batches, accumulation 2: an epoch is 6 steps and 44 rows. After 11 steps 40 rows of the second are trained on.
     clock = RowClock(batches_per_epoch=11, accumulation=2, batch_rows=4)
-    plan = plan_of(clock, 44, 13, update_steps=10, switch_lead_steps=1, selection_ratio=1.0, num_probes=10)
+    plan = plan_of(
+        clock, 44, 13, update_steps=10, switch_lead_steps=1, selection_ratio=1.0, num_probes=10, max_passes=1
+    )
     assert (plan.first_from_step, plan.rows_before) == (11, 40)
     with pytest.raises(ValueError, match="of the 44 rows in the pool 4 are unused by then"):
         plan.check()
@@ -42,7 +44,7 @@ def test_the_ragged_last_step_of_an_epoch_counts_as_what_it_is():
 
 def test_after_a_stop_only_what_is_ahead_counts_with_the_batch_of_now():
     # 900 of 1,000 steps done at batch 8, rounds of 200: 7,200 rows trained on, and 100 steps of 16 rows ahead.
-    config = {"update_steps": 200, "switch_lead_steps": 1, "selection_ratio": 1.0, "num_probes": 10}
+    config = {"update_steps": 200, "switch_lead_steps": 1, "selection_ratio": 1.0, "num_probes": 10, "max_passes": 1}
     now = RowClock(batches_per_epoch=875, accumulation=1, batch_rows=16, start_step=900, start_position=7200,
                    first_epoch=1, first_epoch_step=875)  # fmt: skip
     plan = plan_of(now, 14_000, 1_000, **config)
@@ -130,7 +132,7 @@ def test_a_new_pass_begins_where_rows_are_too_few_and_only_where_it_may():
     assert (ledger.pass_number, ledger.num_unused) == (1, 30)
     ledger.cursor = 7
     ledger.make_room(11, twice)
-    assert (ledger.pass_number, ledger.num_unused, ledger.cursor) == (2, 40, 0)
+    assert (ledger.pass_number, ledger.num_unused, ledger.cursor) == (2, 40, 7)
     ledger.mark_trained(np.arange(40))
     ledger.make_room(11, twice)
     with pytest.raises(MatesError, match="got 0 unused"):
