@@ -87,6 +87,11 @@ class CandidatePool:
         return card("CandidatePool", {**facts, "collator": collator})
 
     @property
+    def trained_from(self) -> Any:
+        """What the dataloader reads rows from."""
+        return self.dataset
+
+    @property
     def candidate_ids(self) -> IntArray:
         """(N,) int64 pool rows of the view."""
         return np.arange(self._num_rows) if self._ids is None else self._ids

@@ -141,6 +141,10 @@ class Ledger:
         """Record that rows were probed: later rounds probe others, and may choose these."""
         self.probed[rows] = True
 
+    def num_probed_before(self, rows: npt.NDArray[np.integer[Any]]) -> int:
+        """How many of some rows an earlier round probed."""
+        return int(np.count_nonzero(self.probed[rows]))
+
     def start_new_pass(self) -> None:
         """Make every row unused again and go back to the start of the shuffled pool: the pool is used up."""
         self.consumed = np.zeros(self.num_rows, np.bool_)
