@@ -192,7 +192,20 @@ def as_dataset(table: pa.Table) -> Any:
     """A table as a `datasets.Dataset`, without a look at its content for a fingerprint."""
     import datasets
 
-    return datasets.Dataset(datasets.table.InMemoryTable(table.combine_chunks()), fingerprint="mates-stream")
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="mates-stream")
+
+
+def take_rows(table: pa.Table, places: IntArray) -> pa.Table:
+    """Some rows of a table, by their places in it, ascending; chunk by chunk, since Arrow would join all of them."""
+    import pyarrow as pa
+
+    parts, start = [], 0
+    for batch in table.to_batches():
+        first, last = np.searchsorted(places, (start, start + len(batch)))
+        if first < last:
+            parts.append(batch.take(pa.array(places[first:last] - start)))
+        start += len(batch)
+    return pa.Table.from_batches(parts, table.schema)
 
 
 def buffer_pool(table: pa.Table, pool: CandidatePool) -> CandidatePool:

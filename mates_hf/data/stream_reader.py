@@ -8,7 +8,6 @@ move training's own from another thread, so it is refused at its first rows.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import queue
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 AHEAD = 2  # buffers that wait
-_CHUNK = 4_096  # rows that become a table at once
 
 
 class RawBuffer(NamedTuple):
@@ -53,27 +51,16 @@ def read_buffers(source: StreamSource, number: int, place: Mapping[str, Any], si
     Yields:
         The buffers.
     """
-    import pyarrow as pa
-
-    rows, first_row, place = source.rows(place), number * size, dict(place)
-    held: list[Any] = []  # the row that was read to see whether there is one
+    tables, place = source.tables(place, number * size, size), dict(place)
+    table = next(tables, None)
     while True:
-        parts, num = [], 0
-        while num < size:
-            wanted = min(_CHUNK, size - num)
-            part = [*held, *itertools.islice(rows, wanted - len(held))]
-            held = []
-            if not part:
-                break
-            parts.append(to_table(part, first_row + num))
-            num += len(part)
-        behind = source.place(first_row + num)
-        held = list(itertools.islice(rows, 1)) if num == size else []
-        table = pa.concat_tables(parts, promote_options="permissive") if parts else to_table([], 0)
-        yield RawBuffer(number, place, table, not held)
-        if not held:
+        table = to_table([], 0) if table is None else table
+        behind = source.place(number * size + len(table))
+        following = next(tables, None) if len(table) == size else None
+        yield RawBuffer(number, place, table, following is None)
+        if following is None:
             return
-        number, first_row, place = number + 1, first_row + num, behind
+        number, table, place = number + 1, following, behind
 
 
 def first_rows(source: StreamSource, num: int) -> pa.Table:

@@ -44,7 +44,8 @@ class StreamSource:
 
     def __init__(self, source: Any, resume: Resume) -> None:
         _refuse(source, resume)
-        self._source = source
+        self._in_tables = resume == "state" and _gives_tables(source)
+        self._source = source.with_format("arrow") if self._in_tables else source
         self._by_state = resume == "state"
         self._beginning = _plain(source.state_dict()) if hasattr(source, "state_dict") else None
 
@@ -56,8 +57,28 @@ class StreamSource:
         assert self._beginning is not None
         return self._beginning
 
-    def rows(self, place: Mapping[str, Any]) -> Iterator[Any]:
-        """The rows from a place on. A reading that was begun before must not go on."""
+    def tables(self, place: Mapping[str, Any], first_row: int, size: int) -> Iterator[pa.Table]:
+        """The rows from a place on, in tables; a reading that was begun before must not go on.
+
+        Args:
+            place: Where they begin.
+            first_row: Number of the first of them, for errors.
+            size: Rows of each table; the last one may have fewer.
+
+        Yields:
+            The tables.
+        """
+        if self._in_tables:
+            self._source.load_state_dict(_plain(place))
+            yield from self._source.iter(size)
+            return
+        rows = self._rows(place)
+        while part := list(itertools.islice(rows, size)):
+            yield to_table(part, first_row)
+            first_row += len(part)
+
+    def _rows(self, place: Mapping[str, Any]) -> Iterator[Any]:
+        """The rows from a place on, one by one."""
         if self._by_state:
             self._source.load_state_dict(_plain(place))
             by_state: Iterator[Any] = iter(self._source)
@@ -133,6 +154,13 @@ def _refuse(source: Any, resume: Resume) -> None:
             "whose rows are gone once they were read. Pass an object whose `__iter__` begins anew, such as "
             "`datasets.IterableDataset.from_generator(function)`."
         )
+
+
+def _gives_tables(source: Any) -> bool:
+    """Whether a stream of `datasets` reads Arrow tables, of which no row is made a Python object."""
+    datasets = sys.modules.get("datasets")
+    is_one = datasets is not None and isinstance(source, datasets.IterableDataset)
+    return is_one and getattr(getattr(source, "_ex_iterable", None), "iter_arrow", None) is not None
 
 
 def _inside(found: Any) -> Iterator[Any]:

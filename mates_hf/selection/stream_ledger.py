@@ -32,7 +32,7 @@ class StreamLedger:
     Attributes:
         seed: Selection seed of the run.
         position: Pool rows that are trained on.
-        cursor: 0; a stream has no order to go through.
+        cursor: position at which the last round drew.
         pass_number: 1; a stream is read once.
         num_unused: 0; nobody knows how many rows follow.
         waiting: None; no row waits for its turn.
@@ -93,7 +93,7 @@ class StreamLedger:
                 rows that an earlier round probed only where others are too few.
 
         Returns:
-            The probes, without candidates.
+            The probes, without candidates; `cursor_after` is the position.
 
         Raises:
             MatesError: too few rows were set aside.
@@ -109,7 +109,7 @@ class StreamLedger:
         generator = np.random.default_rng([self.seed, round_number, PROBES])
         again = np.isin(rows, self._probed)
         order = np.concatenate([generator.permutation(rows[~again]), generator.permutation(rows[again])])
-        return RoundDraw(np.zeros(0, np.int64), order[:num_probes], 0)
+        return RoundDraw(np.zeros(0, np.int64), order[:num_probes], self.position)
 
     def num_probed_before(self, rows: IntArray) -> int:
         """How many of some rows an earlier round probed."""

@@ -171,7 +171,7 @@ def _conclude(run: Run, measured: Measured) -> Order:
     draw = run.ledger.narrowed(measured.draw, planned.num_rows, run.config)
     found: dict[str, Any] = {}
     if isinstance(run.ledger, StreamLedger):
-        rows, cursor = np.zeros(0, np.int64), 0
+        rows, cursor = np.zeros(0, np.int64), draw.cursor_after
         write_array(measured.writer.path / ("own_order.npy" if scorer is None else "selection.npy"), rows)
         found = stream_facts(run, planned, measured.labels, scorer, measured.writer.key["weights"])
     elif scorer is None:

@@ -39,7 +39,7 @@ from mates_hf.training.mixed_in import MixedIn, mix_in, require_text
 from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.session import Session
-from mates_hf.training.supply import check_stream, make_ledger, make_sampler, num_rows_of
+from mates_hf.training.supply import check_stream, make_ledger, make_sampler, num_rows_of, told_rows
 
 logger = logging.getLogger(__name__)
 
@@ -298,8 +298,8 @@ def tell_opened(session: Session) -> None:
     """One line on what is ahead of a run, once it is sure to begin."""
     run, plan = session.run, session.plan
     logger.info(
-        "%s%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
-        "at least " if run.config.first_steps else "", len(plan.rounds), len(run.pool),
+        "%s%d rounds over %s, the first at step %d; %d reference tokens; %d processes",
+        "at least " if run.config.first_steps else "", len(plan.rounds), told_rows(session),
         plan.first_boundary_step, run.reference.num_targets, run.processes.size,
     )  # fmt: skip
     schedule = session.clock.passages

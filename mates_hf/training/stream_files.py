@@ -20,6 +20,7 @@ import numpy.typing as npt
 from mates_hf.disk import written_whole
 from mates_hf.records import FloatArray, IntArray
 from mates_hf.selection.copies import Hashes
+from mates_hf.training.order import Files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +33,8 @@ class BufferRecord(NamedTuple):
 
     Attributes:
         facts: `number`, `position` (pool rows before its first), `round` whose rule it was made by (-1: none),
-            `num_rows` read, `first_row`, and `num_repeated`, `num_passed_over`, `num_random` as a round records them.
+            `sizes` of the run's buffers, `num_rows` read, `first_row`, and `num_repeated`, `num_passed_over` and
+            `num_random` as a round records them.
         rows: (C,) int64 numbers in the stream of the rows that could be trained on.
         places: (C,) int64 place of each in the order of training; -1 where it was not chosen.
         influence: (C,) float32 predicted influence of each, > 0 helps; None in the own order.
@@ -115,3 +117,9 @@ def numbered(rounds_dir: Path, kind: str) -> Iterator[tuple[int, Path]]:
         number = path.name.split(".")[0].removeprefix(f"{kind}-")
         if number.isdigit() and path.suffix != ".tmp":
             yield int(number), path
+
+
+def files_in(folder: Path) -> Files:
+    """All files of a folder as bytes, by their names."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): np.frombuffer(path.read_bytes(), np.uint8) for path in paths}

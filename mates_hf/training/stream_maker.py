@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mates_hf.data.spool import Spool
-from mates_hf.data.stream_pool import StreamPool
+from mates_hf.data.stream_pool import StreamPool, take_rows
 from mates_hf.data.stream_reader import RawBuffer
 from mates_hf.data.stream_source import StreamSource
 from mates_hf.disk import make_directory
@@ -76,11 +76,12 @@ class BufferMaker:
         if rule.scorer is None or not len(candidates):
             selected = SelectedRows(whole(candidates, raw.number, config.selection_seed), 0, 0)
         else:
-            scored = score(self.run, rule, raw.table, candidates, first_row)
+            scored = score(self.run, rule, raw.table, first_row).take(candidates)
             selected = best(config, raw.number, candidates, *scored, rule.unit)
         rows = first_row + selected.rows
+        held = take_rows(raw.table, aside)
         if len(aside):
-            self.hold_in(self.run, raw.number, position, first_row + aside, raw.table.take(aside))
+            self.hold_in(self.run, raw.number, position, first_row + aside, held)
         if self.run.processes.is_main:
             places = np.full(len(candidates), -1, np.int64)
             places[np.searchsorted(candidates, selected.rows)] = np.arange(len(selected.rows))
@@ -88,6 +89,7 @@ class BufferMaker:
                 "number": raw.number,
                 "position": position,
                 "round": rule.number,
+                "sizes": list(self.sizes),
                 "num_rows": len(raw.table),
                 "first_row": first_row,
                 "num_repeated": selected.num_repeated,
@@ -97,11 +99,12 @@ class BufferMaker:
             record = BufferRecord(facts, first_row + candidates, places, *(scored or ()))
             with disk_errors_named(self.run.rounds_dir):
                 if len(aside):
-                    write_aside(self.run.rounds_dir, raw.number, position, first_row + aside, raw.table.take(aside))
+                    write_aside(self.run.rounds_dir, raw.number, position, first_row + aside, held)
                 write_buffer(self.run.rounds_dir, record)
         if len(rows):
             with _spooling(self.spool.folder):
-                self.spool.write(raw.number, rows, raw.table.take(selected.rows))
+                chosen = np.sort(selected.rows)
+                self.spool.write(raw.number, first_row + chosen, take_rows(raw.table, chosen))
         return rows
 
     @staticmethod

@@ -29,9 +29,8 @@ from mates_hf.training import rounds_on_disk
 from mates_hf.training.order import Files, Order, load_order, stream_digest
 from mates_hf.training.restore import restore_models
 from mates_hf.training.run import InfluenceModel, Run
-from mates_hf.training.stream_files import numbered, read_aside
+from mates_hf.training.stream_files import files_in, numbered, read_aside
 from mates_hf.training.stream_maker import BufferMaker
-from mates_hf.training.stream_rules import files_in
 from mates_hf.training.stream_sampler import StreamSampler
 
 

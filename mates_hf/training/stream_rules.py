@@ -48,30 +48,34 @@ class Rule(NamedTuple):
 
 
 class ScoredBuffer(NamedTuple):
-    """Of each candidate of a buffer predicted influence (float32, > 0 helps), trained tokens and text (uint64)."""
+    """Of each row of a buffer predicted influence (float32, > 0 helps), trained tokens and text (uint64)."""
 
     influence: FloatArray
     num_targets: np.ndarray[Any, np.dtype[np.int32]]
     hashes: Hashes
 
+    def take(self, places: IntArray) -> ScoredBuffer:
+        """Some of the rows."""
+        return ScoredBuffer(self.influence[places], self.num_targets[places], self.hashes[places])
 
-def score(run: Run, rule: Rule, table: Any, places: IntArray, first_row: int) -> ScoredBuffer:
-    """Predict the influence of a buffer's candidates.
+
+def score(run: Run, rule: Rule, table: Any, first_row: int) -> ScoredBuffer:
+    """Predict the influence of all rows of a buffer; those that it sets aside are few, and rows in order read fast.
 
     Args:
         run: the run's state.
         rule: with a scorer.
         table: Rows of the buffer, in Arrow.
-        places: (C,) int64 of the candidates in it.
         first_row: Number of the buffer's first row in the stream.
 
     Returns:
-        The C predictions, in the unit of the labels.
+        The predictions, in the unit of the labels.
     """
     assert rule.scorer is not None
     pool: CandidatePool = buffer_pool(table, run.pool)
-    influence, num_targets = np.zeros(len(places), np.float32), np.zeros(len(places), np.int32)
-    hashes, start = np.zeros(len(places), np.uint64), 0
+    places = np.arange(len(table))
+    influence, num_targets = np.zeros(len(table), np.float32), np.zeros(len(table), np.int32)
+    hashes, start = np.zeros(len(table), np.uint64), 0
     for rows in pool.chunks(places, SCORE_ROWS, max_tokens=SCORE_TOKENS):
         span = slice(start, start + len(rows))
         influence[span] = rule.scorer.predict(rows)
@@ -79,12 +83,6 @@ def score(run: Run, rule: Rule, table: Any, places: IntArray, first_row: int) ->
         hashes[span] = run.copy_marks.hashes(rows, first_row + places[span])
         start = span.stop
     return ScoredBuffer(influence * np.float32(rule.scale), num_targets, hashes)
-
-
-def files_in(folder: Path) -> Files:
-    """All files of a folder as bytes, by their names."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): np.frombuffer(path.read_bytes(), np.uint8) for path in paths}
 
 
 def model_of(run: Run, files: Files) -> InfluenceModel:

@@ -158,8 +158,12 @@ class StreamSampler(Sampler[int]):
                 "dataloader looks further ahead than `switch_lead_steps` covers. Raise `switch_lead_steps`, or lower "
                 "`dataloader_num_workers` or `dataloader_prefetch_factor`."
             )
-        self._rules = [rule for rule in self._rules if rule.from_position < order.from_position]
-        self._rules.append(Rule.of(self.maker.run, order))
+        self.select_by(Rule.of(self.maker.run, order))
+
+    def select_by(self, rule: Rule) -> None:
+        """Select from buffers by a rule, from the first that begins at its position or later."""
+        self._rules = [each for each in self._rules if each.from_position < rule.from_position or each.number < 0]
+        self._rules.append(rule)
 
     def drop_finished(self, position: int) -> None:
         """Forget rules by which no buffer is made any more."""

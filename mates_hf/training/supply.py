@@ -26,6 +26,7 @@ from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.clock import RowClock
 from mates_hf.training.run import Run
 from mates_hf.training.sampler import ScheduledSampler
+from mates_hf.training.session import Session
 from mates_hf.training.stream_files import stream_dir
 from mates_hf.training.stream_maker import BufferMaker
 from mates_hf.training.stream_sampler import StreamSampler
@@ -52,6 +53,17 @@ def is_stream(pool: CandidatePool) -> bool:
 def num_rows_of(pool: CandidatePool) -> int:
     """Rows that a run may train on; of a stream more than any run has."""
     return LENGTH if is_stream(pool) else len(pool)
+
+
+def told_rows(session: Session) -> str:
+    """The rows of a run, for a line."""
+    if isinstance(session.sampler, StreamSampler):
+        sizes = session.sampler.maker.sizes
+        return (
+            f"a stream in buffers of {sizes.rows} rows, which set {sizes.set_aside} aside to be probed and train on "
+            f"{sizes.kept} where they are selected from"
+        )
+    return f"{len(session.run.pool)} candidates"
 
 
 def make_ledger(pool: CandidatePool, seed: int) -> Ledger | StreamLedger:

@@ -56,6 +56,7 @@ MODULES = (
     "test_passes.py",
     "test_mixed_in.py",
     "test_packing.py",
+    "test_stream.py",
 )
 ORDER = "order"
 NO_TRACE = "order, no trace"
