@@ -54,9 +54,12 @@ class Order:
 
 
 def stream_digest(weights: str, stream: Mapping[str, Any], files: Files) -> str:
-    """SHA-256 of the rule that a round of a stream decided: the weights it probed, what it says, and its model."""
+    """SHA-256 of the rule that a round of a stream decided: the weights it probed, what it says, and its model.
+
+    Of the model its numbers count; what it tells of its fit holds seconds, which no two fits share.
+    """
     digest = hashlib.sha256(json.dumps([weights, dict(stream)], sort_keys=True).encode())
-    for name in sorted(files):
+    for name in sorted(name for name in files if name.endswith(".safetensors")):
         digest.update(name.encode() + files[name].tobytes())
     return digest.hexdigest()
 

@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
+from datasets.distributed import split_dataset_by_node
 
 from mates_hf import MatesCallback, MatesRounds, MatesStream
 from mates_hf.data.stream_pool import StreamPool
@@ -353,7 +353,7 @@ class Draining:
         (lambda: MatesStream(interleave_datasets([source().shuffle(seed=3), source()])), "Leave the shuffle out"),
         (lambda: MatesStream(Plain()), "Set `resume='reread'`"),
         (lambda: MatesStream(Draining(), resume="reread"), "whose `__iter__` begins anew"),
-        (lambda: MatesStream(datasets.distributed.split_dataset_by_node(source(), 0, 2)), "before it is split"),
+        (lambda: MatesStream(split_dataset_by_node(source(), 0, 2)), "before it is split"),
         (lambda: MatesStream(make_pool(20)), "Give a Dataset to the Trainer as it is"),
         (lambda: MatesStream({"train": source()}), "Pass one split"),
         (lambda: MatesStream(source(), 1), "`buffer_rows` must be a whole number of at least 2, got 1"),
@@ -400,7 +400,7 @@ REFUSED = [
             average_steps=2),
     refused("a stream known to have fewer rows than the run reads", stream_setup(num_rows=90),
             r"Set `max_steps` to \d+ or less", ValueError),
-    refused("a stream in buffers that leave no row to choose", stream_setup(buffer_rows=4), "Set `buffer_rows` to"),
+    refused("a stream in buffers that leave no row to choose", stream_setup(buffer_rows=3), "Set `buffer_rows` to 8 or more"),
 ]  # fmt: skip
 
 
@@ -435,6 +435,7 @@ def test_the_sizes_of_buffers_serve_every_round():
         assert sorted([*rows.set_aside, *rows.candidates]) == list(range(sizes.rows))
         short = split(sizes, 3, 20, seed=1)
         assert short.set_aside.tolist() == [place for place in rows.set_aside if place < 20]
+    assert sizes_for(8, small_config(**CONFIG), BATCH).kept >= 1  # what the refusal of small buffers says
     assert (
         split(BufferSizes(50, 20, 15), 0, 50, 1).set_aside.tolist()
         != split(BufferSizes(50, 20, 15), 1, 50, 1).set_aside.tolist()
