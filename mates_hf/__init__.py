@@ -16,6 +16,7 @@ from mates_hf.moved import install as _keep_old_paths
 if TYPE_CHECKING:
     from mates_hf.config import MatesConfig
     from mates_hf.data.reference import ReferenceTask
+    from mates_hf.data.stream import MatesStream
     from mates_hf.engine.combined_optimizer import CombinedOptimizer
     from mates_hf.errors import MatesError
     from mates_hf.influence.probe_directional import DirectionalProbe
@@ -40,6 +41,7 @@ __all__ = [
     "MatesError",
     "MatesRounds",
     "MatesSelector",
+    "MatesStream",
     "NgramInfluenceModel",
     "OneStepProbe",
     "ReferenceTask",
@@ -57,6 +59,7 @@ _HOME = {
     "MatesError": "mates_hf.errors",
     "MatesRounds": "mates_hf.training.loop",
     "MatesSelector": "mates_hf.selection.selector",
+    "MatesStream": "mates_hf.data.stream",
     "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
     "OneStepProbe": "mates_hf.influence.probe_one_step",
     "ReferenceTask": "mates_hf.data.reference",

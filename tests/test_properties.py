@@ -32,7 +32,7 @@ from mates_hf.prediction.artifacts import CONFIG_FILE, FIT_FILE, WEIGHTS_FILE
 from mates_hf.records import FitReport
 from mates_hf.round_files import load_round, write_checksums
 from mates_hf.selection.saved import SELECTOR_FILE
-from mates_hf.training.run import load_order
+from mates_hf.training.order import load_order
 from mates_hf.training.verify import verify_run
 from tests.training.kit import make_arguments, make_reference, run, small_config
 

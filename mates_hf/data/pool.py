@@ -25,6 +25,7 @@ from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, vi
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
 from mates_hf.data.rows import TokenRows, stretches
 from mates_hf.data.segments import document_starts
+from mates_hf.data.stream import MatesStream
 from mates_hf.display import card
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.records import IntArray
@@ -85,6 +86,11 @@ class CandidatePool:
         collator = "none" if self.collate_fn is None else name_of(self.collate_fn)
         facts = {"rows": f"{len(self):,} of {self._num_rows:,}", "dataset": type(self.dataset).__name__}
         return card("CandidatePool", {**facts, "collator": collator})
+
+    @property
+    def trained_from(self) -> Any:
+        """What the dataloader reads rows from."""
+        return self.dataset
 
     @property
     def candidate_ids(self) -> IntArray:
@@ -355,13 +361,20 @@ def rows_of(candidates: Any, candidate_ids: Sequence[int] | IntArray) -> TokenRo
 
 def _refuse_streams(dataset: Any) -> None:
     """Raise for what has no numbered rows: streams, bare iterables, dicts of splits or columns."""
+    if isinstance(dataset, MatesStream):
+        raise UnsupportedSettingError(
+            "The candidate pool must have rows that are known beforehand, got a MatesStream, whose rows only the "
+            "sampler of a Trainer's dataloader reads. Train with a MatesCallback, or filter the stream before with "
+            "`MatesSelector.filter`."
+        )
     loaded = [(name, sys.modules.get(name)) for name in ("datasets", "torch.utils.data")]
     streams = tuple(module.IterableDataset for _, module in loaded if module is not None)
     if isinstance(dataset, streams):
         raise UnsupportedSettingError(
             "The candidate pool must be a map-style dataset, got a stream "
-            f"({type(dataset).__name__}), whose rows cannot be re-ordered. Select from it before the run with "
-            "`MatesSelector.filter`, or load it without streaming."
+            f"({type(dataset).__name__}), whose rows cannot be re-ordered. Wrap it for a Trainer "
+            "(`train_dataset=MatesStream(dataset)`), select from it before the run with `MatesSelector.filter`, or "
+            "load it without streaming."
         )
     if isinstance(dataset, (Mapping, str)) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(

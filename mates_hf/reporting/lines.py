@@ -74,6 +74,8 @@ def _outcome(info: Mapping[str, Any]) -> str:
     end = f" for steps {info['from_step']} to {info['to_step']}" if {"from_step", "to_step"} <= info.keys() else ""
     text = decision_text(info)
     how = "" if text in ("OK", "no decision recorded") else f" ({text.removeprefix('OK, ')})"
+    if "stream" in info:
+        return f"selects from the buffers of the stream{end}{how}"
     return f"selected {rows:,} of {candidates:,} candidates{end}{how}"
 
 

@@ -150,6 +150,10 @@ class Ledger:
         if self.waiting is not None:
             self.waiting = waiting_after(self.waiting, rows)
 
+    def num_probed_before(self, rows: npt.NDArray[np.integer[Any]]) -> int:
+        """How many of some rows an earlier round probed."""
+        return int(np.count_nonzero(self.probed[rows]))
+
     def start_new_pass(self) -> None:
         """Make every row unused again; those whose turn is still to come are the first that rounds draw."""
         self.waiting = waiting_in_new_pass(self.waiting, self.consumed, self.shuffled[: self.cursor])

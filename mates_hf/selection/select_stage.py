@@ -80,34 +80,77 @@ def select_rows(
         ValueError: k, temperature or share out of range, arrays of different lengths, or a limit without hashes.
         InfluenceError: influence is not finite, or the labels rank no row.
     """
-    if not len(candidates) == len(influence) == len(num_targets) >= num_rows >= 0:
-        raise ValueError(
-            "`candidates`, `influence` and `num_targets` must be of one length, at least `num_rows`, got "
-            f"{len(candidates)}, {len(influence)} and {len(num_targets)} for {num_rows} rows."
-        )
-    if (hashes is None and max_copies is not None) or (hashes is not None and len(hashes) != len(candidates)):
-        raise ValueError(
-            f"`hashes` must have one entry a candidate ({len(candidates)}) where `max_copies` is a number, got "
-            f"{'none' if hashes is None else len(hashes)}."
-        )
-    check_temperature(temperature)
-    if not 0 <= random_share <= 1:
-        raise ValueError(f"`random_share` must be in [0, 1], got {random_share!r}.")
-    finite = np.isfinite(influence)
-    if not finite.all():
-        raise InfluenceError(
-            f"Predicted influence must be finite; that of {len(finite) - int(np.count_nonzero(finite))} of "
-            f"{len(finite)} candidates is not, first candidate_id {candidates[~finite][:8].tolist()}. Look at how "
-            "these candidates were predicted."
-        )
+    return rows_by_worth(
+        candidates,
+        influence,
+        num_targets,
+        label_unit(labels),
+        num_rows,
+        temperature=temperature,
+        selection_seed=selection_seed,
+        round_number=round_number,
+        hashes=hashes,
+        max_copies=max_copies,
+        random_share=random_share,
+    )
+
+
+def label_unit(labels: InfluenceLabels) -> float:
+    """The temperature's unit: the standard deviation of what the probed candidates are worth.
+
+    Args:
+        labels: Measured influence of a round's probes.
+
+    Returns:
+        A number above 0.
+
+    Raises:
+        InfluenceError: the labels rank no row.
+    """
     unit = float(np.std(row_worth(labels.influence_per_token, labels.num_tokens)))
     if not (math.isfinite(unit) and unit > 0):
         raise InfluenceError(
             f"The labels' standard deviation, the temperature's unit, must be a finite number above 0, got {unit}: "
             "all probed candidates are worth the same. Check that they differ and that the learning rate is not 0."
         )
+    return unit * float(labels.step_size)
+
+
+def rows_by_worth(
+    candidates: IntArray,
+    influence: FloatArray,
+    num_targets: npt.NDArray[np.int32],
+    unit: float,
+    num_rows: int,
+    *,
+    temperature: float,
+    selection_seed: int,
+    round_number: int,
+    hashes: Hashes | None = None,
+    max_copies: int | None = None,
+    random_share: float = 0.0,
+) -> SelectedRows:
+    """`select_rows` for labels of which only their `label_unit` is at hand; buffers of a stream are chosen from by it.
+
+    Args:
+        candidates: As for `select_rows`.
+        influence: As for `select_rows`, in the unit of the labels.
+        num_targets: As for `select_rows`.
+        unit: `label_unit` of the labels.
+        num_rows: As for `select_rows`.
+        temperature: As for `select_rows`.
+        selection_seed: As for `select_rows`.
+        round_number: Number that seeds noise, ties and training order: of a round, or of a buffer of a stream.
+        hashes: As for `select_rows`.
+        max_copies: As for `select_rows`.
+        random_share: As for `select_rows`.
+
+    Returns:
+        The rows, and what was found of copies.
+    """
+    _check(candidates, influence, num_targets, num_rows, hashes, max_copies, temperature, random_share)
     values = row_worth(influence, num_targets)
-    values /= unit * float(labels.step_size)
+    values /= unit
     trainable = np.greater(num_targets, 0)
     num_trainable = int(np.count_nonzero(trainable))
     seed = stage_seed(selection_seed, round_number, "select")
@@ -132,6 +175,39 @@ def select_rows(
         chosen = np.concatenate([chosen, np.flatnonzero(num_targets == 0)[: num_rows - len(chosen)]])
     order = np.random.default_rng(stage_seed(selection_seed, round_number, "order")).permutation(len(chosen))
     return SelectedRows(candidates[chosen[order]].astype(np.int64), num_repeated, num_passed_over, num_random)
+
+
+def _check(
+    candidates: IntArray,
+    influence: FloatArray,
+    num_targets: npt.NDArray[np.int32],
+    num_rows: int,
+    hashes: Hashes | None,
+    max_copies: int | None,
+    temperature: float,
+    random_share: float,
+) -> None:
+    """Refuse arrays that do not fit, settings out of range and influence that is not finite."""
+    if not len(candidates) == len(influence) == len(num_targets) >= num_rows >= 0:
+        raise ValueError(
+            "`candidates`, `influence` and `num_targets` must be of one length, at least `num_rows`, got "
+            f"{len(candidates)}, {len(influence)} and {len(num_targets)} for {num_rows} rows."
+        )
+    if (hashes is None and max_copies is not None) or (hashes is not None and len(hashes) != len(candidates)):
+        raise ValueError(
+            f"`hashes` must have one entry a candidate ({len(candidates)}) where `max_copies` is a number, got "
+            f"{'none' if hashes is None else len(hashes)}."
+        )
+    check_temperature(temperature)
+    if not 0 <= random_share <= 1:
+        raise ValueError(f"`random_share` must be in [0, 1], got {random_share!r}.")
+    finite = np.isfinite(influence)
+    if not finite.all():
+        raise InfluenceError(
+            f"Predicted influence must be finite; that of {len(finite) - int(np.count_nonzero(finite))} of "
+            f"{len(finite)} candidates is not, first candidate_id {candidates[~finite][:8].tolist()}. Look at how "
+            "these candidates were predicted."
+        )
 
 
 def _largest_without(values_N: npt.NDArray[Any], k: int, seed: Seed, copies: IntArray) -> tuple[IntArray, int]:

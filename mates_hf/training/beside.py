@@ -12,7 +12,6 @@ device or a random stream would be training's own. Everything else is done at th
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -21,10 +20,30 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from mates_hf.engine.processes import ProcessError
-from mates_hf.training.run import Order, Run
+from mates_hf.training.opening import disk_errors_named
+from mates_hf.training.order import Order
+from mates_hf.training.run import Run
 from mates_hf.training.scoring import help_to_score
 
 T = TypeVar("T")
+
+
+def conclude_round(run: Run, rest: Callable[[], Order] | None) -> Order:
+    """In the main process: the rest of a round, whose order the other processes are told.
+
+    Args:
+        run: the run's state.
+        rest: what follows the labels.
+
+    Returns:
+        The order to train on.
+    """
+    assert rest is not None
+    with disk_errors_named(run.rounds_dir):
+        order = rest()
+        run.ledger.mark_trained(np.asarray(order.rows))
+    share_order(run, order)
+    return order
 
 
 def share_order(run: Run, order: Order) -> None:
@@ -39,7 +58,7 @@ def share_order(run: Run, order: Order) -> None:
     """
     rows = np.ascontiguousarray(order.rows, np.int64)
     message = {"number": order.number, "from_position": order.from_position, "info": dict(order.info)}
-    run.side.publish(message, rows=rows)
+    run.side.publish(message, rows=rows, **order.files)
     run.side.require_same("selection", rows)
 
 
@@ -60,11 +79,12 @@ def await_order(run: Run) -> Order:
         if "score" in message:
             help_to_score(run, arrays)
             continue
-        rows = arrays["rows"]
+        rows = arrays.pop("rows")
         run.side.require_same("selection", rows)
-        if hashlib.sha256(rows.tobytes()).hexdigest() != message["info"]["order_sha256"]:
+        order = Order(**message, rows=rows, files=arrays)
+        if order.digest() != order.info["order_sha256"]:
             raise ProcessError("The rows received are not those whose hash the round recorded.")
-        return Order(**message, rows=rows)
+        return order
 
 
 def may_run_beside(run: Run) -> bool:

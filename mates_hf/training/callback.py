@@ -20,7 +20,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mates_hf.config import MatesConfig
-from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.display import card
 from mates_hf.engine.reporters import find_trainer, report
@@ -40,6 +39,7 @@ from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
 from mates_hf.training.start import Loop, Parts, checked_parts, open_session, prepare, tell_no_round, tell_opened
+from mates_hf.training.supply import is_stream, open_pool
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class MatesCallback(TrainerCallback):
         check_look_ahead(args, dataloader, parts.config)
         if not plan.rounds and not loop.has_selected:
             tell_no_round(plan)
-            if loop.mixed is None:
+            if loop.mixed is None and not is_stream(loop.pool):
                 return
         self._session = open_session(parts, loop, plan)
         dataset = None if loop.mixed is None else loop.mixed.dataset
@@ -149,6 +149,9 @@ class MatesCallback(TrainerCallback):
         if self._session is None:
             return
         session = self._session
+        if session.sampler.is_over(state.global_step):
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy != "no"
         metrics = session.after_step(state.global_step, control.should_save, control.should_evaluate)
         self._report(state, session, metrics)
         if control.should_save or session.last_look == state.global_step:
@@ -172,7 +175,10 @@ class MatesCallback(TrainerCallback):
         if self._session is not None:
             self._session.settle()
             self._report(state, self._session, self._session.new_metrics())
+        session = self._session
         self._let_go()
+        if session is not None:
+            session.sampler.require_more(state.global_step, state.max_steps)
 
     def _let_go(self) -> None:
         """As before `on_train_begin`; also what is left where training broke off, to be tried with a smaller batch."""
@@ -216,7 +222,7 @@ class MatesCallback(TrainerCallback):
             optimizer=given["optimizer"],
             lr_scheduler=given.get("lr_scheduler"),
             tokenizer=given.get("processing_class"),
-            pool=CandidatePool(dataloader.dataset, dataloader.collate_fn),
+            pool=open_pool(dataloader.dataset, dataloader.collate_fn),
             clock=_make_clock(args, state, dataloader, saved),
             own_sampler=find_sampler(dataloader),
             max_steps=state.max_steps,

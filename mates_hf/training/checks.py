@@ -50,8 +50,8 @@ def refusals(args: Any, dataloader: Any, model: Any, config: MatesConfig) -> lis
     found: list[str] = []
     if isinstance(getattr(dataloader, "dataset", None), IterableDataset):
         found.append(
-            "a streaming pool (`train_dataset` is an IterableDataset) cannot be re-indexed: use a map-style dataset, "
-            "or filter the stream before training"
+            "a streaming pool (`train_dataset` is an IterableDataset) must be wrapped, as "
+            "`train_dataset=MatesStream(dataset)`"
         )
         return found
     found += parallel_refusals(args, model)

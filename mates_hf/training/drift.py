@@ -35,7 +35,8 @@ from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.plan import PlannedRound, RunPlan, num_candidates
 from mates_hf.training.measure import measure_sentinel
-from mates_hf.training.run import Order, Run
+from mates_hf.training.order import Order
+from mates_hf.training.run import Run
 from mates_hf.training.trust import check_file, gap_between, longest_steps, rows_to_check
 
 logger = logging.getLogger(__name__)

@@ -95,7 +95,7 @@ def mix_in(
             "changed. Resume from another checkpoint."
         ) from error
     _warn(schedule, end, resumes=begun is not None)
-    return MixedIn(rows, schedule, MixedDataset(pool.dataset, rows))
+    return MixedIn(rows, schedule, MixedDataset(pool.trained_from, rows))
 
 
 def _refuse_evaluated(reference: ReferenceTask) -> None:

@@ -70,14 +70,18 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
             self.config = MatesConfig(**{**BEFORE, **info["config"]})
         except (TypeError, ValueError) as error:
             raise WrongError(ROUND_FILE, "`config` of this version of mates-hf", str(error)) from error
-        self.num_pool_rows = info["pool"].get("num_rows")
-        what = "`num_rows` of `pool` as a number of rows"
-        ok = isinstance(self.num_pool_rows, int) and 0 < self.num_pool_rows < 2**63
-        self.require(ok, ROUND_FILE, what, repr(self.num_pool_rows))
+        self.num_pool_rows = self._read_num_pool_rows()
         self.pass_number = pass_of(self)
         self.require(info["cursor"] < self.num_pool_rows, ROUND_FILE, "`cursor` in the pool", f"{info['cursor']}")
 
         self.steps, self.num_rows_drawn_for = lengths_of(self)
+
+    def _read_num_pool_rows(self) -> Any:
+        """Rows of the pool, as the round says."""
+        num = self.info["pool"].get("num_rows")
+        ok = isinstance(num, int) and 0 < num < 2**63
+        self.require(ok, ROUND_FILE, "`num_rows` of `pool` as a number of rows", repr(num))
+        return num
 
     @property
     def has_hashes(self) -> bool:
@@ -122,6 +126,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
                 f"at most {position} consumed rows, those before `from_position`", str(num),
             )  # fmt: skip
         self.labels = self._read_labels()
+        self._check_unused(self.probes, PROBES_FILE)
         self._check_rows()
         check_length(self, before)
         check_rise(self, before)
@@ -164,8 +169,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         try:
             checksums = read_checksums(self.path)
             names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
-            names += ["probed.npy"] + (_SCORED if self.decision != "own_order" else [])
-            names += ["hashes.npy"] if self.decision != "own_order" and self.has_hashes else []
+            names += ["probed.npy", *self._scored_files()]
             names += [WAITING_FILE] if "num_waiting" in self.info else []
             names += [] if self.info.get("fit") is None else ["influence_model/"]
             for name in names:
@@ -178,6 +182,12 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
                 self.require(now == digest, name, f"SHA-256 {digest}, as {CHECKSUMS_FILE}", now)
         except (OSError, MatesError) as error:
             raise WrongError(CHECKSUMS_FILE, "a checksum of each file", str(error)) from error
+
+    def _scored_files(self) -> list[str]:
+        """The files of a round that scored candidates."""
+        if self.decision == "own_order":
+            return []
+        return [*_SCORED, *(["hashes.npy"] if self.has_hashes else [])]
 
     def _check_order_hash(self) -> None:
         digest = hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest()
@@ -257,7 +267,6 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         self.probes: IntArray = np.concatenate([labels.candidate_id, np.asarray(skipped, np.int64)]).astype(np.int64)
         expected = self.info["num_probed"]
         self.require(len(self.probes) == expected, PROBES_FILE, f"{expected} probed rows", str(len(self.probes)))
-        self._check_unused(self.probes, PROBES_FILE)
         return labels
 
     def _read_probed(self, before: FinishedRound | None) -> None:

@@ -19,7 +19,8 @@ from mates_hf.records import IntArray
 from mates_hf.round_files import PROBES_FILE, read_labels, round_path
 from mates_hf.selection.ledger import Ledger, probed_rows
 from mates_hf.training import rounds_on_disk
-from mates_hf.training.run import Order, Run, load_order
+from mates_hf.training.order import Order, load_order
+from mates_hf.training.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -42,17 +42,20 @@ from mates_hf.selection.ledger import RoundDraw, probed_rows
 from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.selection.saved import write_round_model
 from mates_hf.selection.select_stage import select_rows
+from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.audit import audit_round
 from mates_hf.training.drift import set_sentinel
 from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest, measure_labels
 from mates_hf.training.mixed_in import passage_facts
+from mates_hf.training.order import Order, load_order
 from mates_hf.training.restore import rows_offered
 from mates_hf.training.rise import course_so_far, measure_rise
-from mates_hf.training.run import InfluenceModel, Order, Run, Stages, load_order, takes
+from mates_hf.training.run import InfluenceModel, Run, Stages, takes
 from mates_hf.training.scoring import Scored, predict_rows, score_candidates
 from mates_hf.training.static_evidence import evidence_for
+from mates_hf.training.stream_rounds import stream_facts, with_files
 from mates_hf.training.trust import GAP_FILE, Gap, length_facts, measure_gap, shortened
 
 logger = logging.getLogger(__name__)
@@ -171,7 +174,11 @@ def _conclude(run: Run, measured: Measured) -> Order:
     planned = shortened(run, measured.planned, measured.plan, decision, judged.gap)
     draw = run.ledger.narrowed(measured.draw, planned.num_rows, run.config)
     found: dict[str, Any] = {}
-    if scorer is None:
+    if isinstance(run.ledger, StreamLedger):
+        rows, cursor = np.zeros(0, np.int64), draw.cursor_after
+        write_array(measured.writer.path / ("own_order.npy" if scorer is None else "selection.npy"), rows)
+        found = stream_facts(run, planned, measured.labels, scorer, measured.writer.key["weights"])
+    elif scorer is None:
         rows = run.ledger.own_order(measured.own_rows, planned.num_rows, exclude=draw.probes)
         cursor = run.ledger.cursor
         write_array(measured.writer.path / "own_order.npy", rows)
@@ -236,7 +243,7 @@ def _record(
         **({} if run.ledger.waiting is None else {"num_waiting": int(np.count_nonzero(run.ledger.waiting))}),
         "num_candidates": len(draw.candidates),
         "num_probed": len(draw.probes),
-        "num_probed_before": int(np.count_nonzero(run.ledger.probed[draw.probes])),
+        "num_probed_before": run.ledger.num_probed_before(draw.probes),
         "num_skipped": len(labels.info.get("skipped", ())),
         "step_size": labels.step_size,
         "probe": dict(labels.info),
@@ -286,7 +293,7 @@ def _take_over(run: Run, order: Order) -> Order:
     if "num_waiting" not in order.info:  # of an earlier version, or of the first pass
         run.ledger.waiting = None
     run.ledger.mark_offered(rows_offered(path, order))
-    return order
+    return with_files(run, order)
 
 
 def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:

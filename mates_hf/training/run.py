@@ -16,22 +16,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from mates_hf.config import BEFORE, MatesConfig
 from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.token_overlap import TokenNgramIndex
-from mates_hf.disk import COPY_AGAIN, read_array, read_json, unless_disk_fails, write_json
+from mates_hf.disk import read_json, unless_disk_fails, write_json
 from mates_hf.engine.model_traits import hub_name
 from mates_hf.engine.processes import ALONE, Processes
-from mates_hf.errors import MatesError
 from mates_hf.influence.probe import Probe, RunSettings, count_parameters
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels, IntArray
-from mates_hf.round_files import ROUND_FILE
 from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.stream_ledger import StreamLedger
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +139,7 @@ class Run:
     influence_model: InfluenceModel
     config: MatesConfig
     settings: RunSettings
-    ledger: Ledger
+    ledger: Ledger | StreamLedger
     rounds_dir: Path
     processes: Processes = ALONE
     side: Processes = ALONE
@@ -252,44 +248,6 @@ class Run:
             "step": step,
             "weights": weights,
         }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a round decided: the rows to train on next.
-
-    Attributes:
-        number: the round.
-        from_position: pool rows before it takes effect; its global row position where no passages are mixed in.
-        rows: (k,) int64 pool rows in training order.
-        info: the round's `round.json`.
-    """
-
-    number: int
-    from_position: int
-    rows: npt.NDArray[Any]
-    info: Mapping[str, Any]
-
-    def rows_from(self, position: int) -> npt.NDArray[Any]:
-        """The rows at and after a position, counted as `from_position`."""
-        rows: npt.NDArray[Any] = self.rows[max(0, position - self.from_position) :]
-        return rows
-
-
-def load_order(path: Path) -> Order:
-    """The order a finished round decided, in memory: its file may be deleted while it is trained on."""
-    info = read_json(path / ROUND_FILE)
-    rows = read_array(path / "selection.npy", np.int64)
-    if rows is None:
-        rows = read_array(path / "own_order.npy", np.int64)
-    if rows is None:
-        raise FileNotFoundError(f"`{path}` has neither selection.npy nor own_order.npy.")
-    for name in ("number", "from_position", "cursor"):
-        if not isinstance(info.get(name), int):
-            raise MatesError(
-                f"`{path / ROUND_FILE}` must hold the number `{name}`, got {info.get(name)!r}. {COPY_AGAIN}"
-            )
-    return Order(number=info["number"], from_position=info["from_position"], rows=np.array(rows), info=info)
 
 
 def recorded_steps(info: Mapping[str, Any], config: MatesConfig) -> int:

@@ -30,6 +30,7 @@ from torch.utils.data import Sampler
 
 from mates_hf.errors import MatesError
 from mates_hf.training.clock import RowClock
+from mates_hf.training.order import Order
 from mates_hf.training.own_order import OrderHash, Rows, draw_pass
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,27 @@ class ScheduledSampler(Sampler[int]):
             "own_sha256": sha256,
             **self._own_random,
         }
+
+    def state_at(self, position: int) -> dict[str, Any]:
+        """What a checkpoint holds once the rows before a position are trained on."""
+        return self.own_state
+
+    def take(self, order: Order) -> None:
+        """Train on a round's rows from its position on."""
+        self.append(order.from_position, order.rows)
+
+    def begin(self) -> None:
+        """Nothing to prepare where rows are known."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def is_over(self, step: int) -> bool:
+        """False: how many rows there are was known before the first step."""
+        return False
+
+    def require_more(self, step: int, max_steps: int) -> None:
+        """Nothing to refuse: the plan has counted the rows."""
 
     @property
     def drawn_position(self) -> int:

@@ -27,18 +27,21 @@ from mates_hf.reporting.metrics import round_metrics
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import resume, rounds_on_disk
-from mates_hf.training.beside import Beside, CheckpointState, await_order, due_step, share_order
+from mates_hf.training.beside import Beside, CheckpointState, await_order, conclude_round, due_step
 from mates_hf.training.clock import RowClock
 from mates_hf.training.drift import look_inside
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
 from mates_hf.training.opening import disk_errors_named, open_rounds
+from mates_hf.training.order import Order, load_order
 from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
 from mates_hf.training.rounds import run_round
-from mates_hf.training.run import Order, Run, load_order, recorded_steps
+from mates_hf.training.run import Run, recorded_steps
 from mates_hf.training.sampler import ScheduledSampler
+from mates_hf.training.stream_rounds import go_on, prune_aside
+from mates_hf.training.stream_sampler import StreamSampler
 from mates_hf.training.trust import longest_steps, next_check
 
 logger = logging.getLogger(__name__)
@@ -64,7 +67,7 @@ class Session:
         self,
         run: Run,
         clock: RowClock,
-        sampler: ScheduledSampler,
+        sampler: ScheduledSampler | StreamSampler,
         plan: RunPlan,
         *,
         output_dir: Path,
@@ -106,7 +109,10 @@ class Session:
         else:
             run.processes.receive()
         with released_on_error(self.lock):
-            if saved and saved["last_round"] is not None:
+            sampler.begin()
+            if saved and isinstance(sampler, StreamSampler):
+                self.order = go_on(run, sampler, saved["last_round"], step)
+            elif saved and saved["last_round"] is not None:
                 self._restore_rounds(saved["last_round"], step)
             self._plan_next(step)
 
@@ -115,7 +121,7 @@ class Session:
         sampler, run = self.sampler, self.run
         if sampler.unproven:
             sampler.unproven = False
-            if sampler.uses_own_rows(self.clock.position(step)):
+            if sampler.uses_own_rows(self.clock.position(step)) and isinstance(sampler, ScheduledSampler):
                 with withdrawn_on_error(self.lock):
                     require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
             if run.processes.is_main and self.next_look:
@@ -140,7 +146,8 @@ class Session:
         Returns:
             `mates/...` metrics of what happened at this step, mostly none.
         """
-        self.state.update(step=step, position=self.clock.position(step), **self.sampler.own_state)
+        position = self.clock.position(step)
+        self.state.update(step=step, position=position, **self.sampler.state_at(position))
         rates = tuple(group["lr"] for group in self.run.optimizer.param_groups)
         # A boundary where a scheduler has them at 0 uses the last ones that moved. A rate kept in a tensor is left to
         # the probe: looking at it here would wait for the device at each step.
@@ -212,7 +219,7 @@ class Session:
                     rest = self._decide(step, beside=due > step)
                 due = None if rest is None else due
                 release(run, due)
-                conclude = functools.partial(self._conclude, rest)
+                conclude = functools.partial(conclude_round, run, rest)
             if due is not None and due <= step:  # with the weights that were probed still in place
                 with released_on_error(self.lock):
                     order = conclude()
@@ -223,15 +230,6 @@ class Session:
         else:
             self.next_look = 0
             self._pending = Beside(conclude, due)
-
-    def _conclude(self, rest: Callable[[], Order] | None) -> Order:
-        """In the main process: the rest of a round, whose order the other processes are told."""
-        assert rest is not None
-        with disk_errors_named(self.run.rounds_dir):
-            order = rest()
-            self.run.ledger.mark_trained(np.asarray(order.rows))
-        share_order(self.run, order)
-        return order
 
     def settle(self) -> None:
         """Wait for the order of the round that goes on beside training, where there is one, and schedule it."""
@@ -297,7 +295,7 @@ class Session:
 
     def _schedule(self, order: Order) -> None:
         """In every process: train on the order from its position on."""
-        self.sampler.append(order.from_position, order.rows)
+        self.sampler.take(order)
         self.sampler.drop_finished(self.clock.position(order.info["step"]))
         self.order = order
         self.state["last_round"] = {name: order.info[name] for name in ("number", "step", "order_sha256")}
@@ -349,6 +347,8 @@ class Session:
     def _next_check(self, step: int) -> int | None:
         """The step of the next check inside the round, or None where there is none or no round could start from it."""
         order = self.order
+        if isinstance(self.sampler, StreamSampler):  # the rows that a round has still to train on are not read yet
+            return None
         check = None if order is None else next_check(self.run.config, order.info, step)
         if order is None or check is None or self.plan.round_at(order.number + 1, check) is None:
             return None
@@ -356,6 +356,7 @@ class Session:
 
     def _restore_rounds(self, last_round: Mapping[str, Any], step: int) -> None:
         """Orders, ledger and influence models as they were in memory at `step`."""
+        assert isinstance(self.sampler, ScheduledSampler)
         run, start = self.run, self.clock.pool_rows(self.clock.start_position)
         if not run.processes.is_main:
             orders = receive_orders(run)
@@ -383,8 +384,10 @@ class Session:
         keep = self.run.config.keep_rounds
         if keep is not None and self.run.processes.is_main:
             rounds_on_disk.prune_rounds(self.run.rounds_dir, self.output_dir, number, keep, self.saved_rounds)
+        prune_aside(self.run, self.sampler, self.output_dir)
 
     def close(self) -> None:
-        """Let other runs write to the folder of the rounds."""
+        """Let go of the rows, and let other runs write to the folder of the rounds."""
+        self.sampler.close()
         if self.lock is not None:
             self.lock.release()

@@ -30,7 +30,6 @@ from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
-from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
 from mates_hf.training.checks import check_pool
@@ -40,8 +39,8 @@ from mates_hf.training.fitting import settle
 from mates_hf.training.mixed_in import MixedIn, mix_in, require_text
 from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
-from mates_hf.training.sampler import ScheduledSampler
 from mates_hf.training.session import Session
+from mates_hf.training.supply import check_stream, make_ledger, make_sampler, num_rows_of, told_rows
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ class Loop:
     def plan(self, config: MatesConfig) -> RunPlan:
         """When the rounds of the run happen."""
         return RunPlan(
-            num_rows=len(self.pool),
+            num_rows=num_rows_of(self.pool),
             batch_rows=self.clock.batch_rows * self.clock.accumulation,
             max_steps=self.max_steps,
             config=config,
@@ -234,6 +233,7 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     """
     if not loop.has_selected:  # else the ledger says what is left, once the rounds are read back
         plan.check()
+    check_stream(loop.pool, parts.config, parts.influence_model, plan, loop.saved)
     adopt_engine(loop.model, loop.optimizer)
     optimizer = unwrap_optimizer(loop.optimizer, unwrap(loop.model))
     if isinstance(parts.probe, DirectionalProbe):
@@ -256,7 +256,7 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     passes = -(-loop.clock.position(plan.first_from_step) // loop.clock.rows_per_epoch)
     warn_of_own_streams(processes, loop.own_sampler, passes)
     finished = loop.step >= loop.max_steps
-    sampler = ScheduledSampler(loop.own_sampler, loop.clock, loop.saved, num_rows=len(loop.pool), finished=finished)
+    sampler = make_sampler(run, loop.own_sampler, loop.clock, loop.saved, finished=finished)
     return Session(
         run,
         loop.clock,
@@ -305,8 +305,8 @@ def tell_opened(session: Session) -> None:
     """One line on what is ahead of a run, once it is sure to begin."""
     run, plan = session.run, session.plan
     logger.info(
-        "%s%d rounds over %d candidates, the first at step %d; %d reference tokens; %d processes",
-        "at least " if run.config.first_steps else "", len(plan.rounds), len(run.pool),
+        "%s%d rounds over %s, the first at step %d; %d reference tokens; %d processes",
+        "at least " if run.config.first_steps else "", len(plan.rounds), told_rows(session),
         plan.first_boundary_step, run.reference.num_targets, run.processes.size,
     )  # fmt: skip
     schedule = session.clock.passages
@@ -340,7 +340,7 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
             progress=loop.progress and processes.is_main,
             processes=processes,
         ),
-        ledger=Ledger(len(loop.pool), parts.config.selection_seed),
+        ledger=make_ledger(loop.pool, parts.config.selection_seed),
         rounds_dir=loop.rounds_dir,
         processes=processes,
         side=Processes.of_run(beside_training=True),

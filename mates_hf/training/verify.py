@@ -17,6 +17,7 @@ from typing import Any
 from mates_hf.paths import expand_path
 from mates_hf.round_files import ROUND_FILE, round_path
 from mates_hf.training.replay import FinishedRound
+from mates_hf.training.replay_stream import check_buffers, open_round
 from mates_hf.training.round_reader import WrongError
 
 
@@ -88,7 +89,8 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
     Checked: files, their types, lengths and checksums; `key.json` and `selection.json` against `round.json`; the hash
     of the order; that candidates and probes are what seed and ledger draw; that no row is trained on twice in a pass,
     none that was probed is in the selection; that the selection is what scores, labels, hashes of texts and seed give;
-    that each round goes on where the one before it ends.
+    that each round goes on where the one before it ends. Of a stream: that the buffers follow one another, and that
+    rows set aside and chosen are what seed, round, scores and hashes give.
 
     Args:
         path: a run's `output_dir`, or the directory that holds its rounds.
@@ -107,7 +109,7 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
     for number in numbers:
         directory = round_path(rounds_dir, number)
         try:
-            current = FinishedRound(directory, number)
+            current = open_round(directory, number)
             if before is None:
                 _check_first(current)
             elif number != before.number + 1:
@@ -120,6 +122,10 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
             return Verification(rounds_dir, tuple(checked), leftovers, Problem(directory.name, *wrong.args))
         checked.append(_summary(current))
         before = current
+    try:
+        check_buffers(rounds_dir)
+    except WrongError as wrong:
+        return Verification(rounds_dir, tuple(checked), leftovers, Problem("stream", *wrong.args))
     return Verification(rounds_dir, tuple(checked), leftovers, None)
 
 

@@ -22,7 +22,7 @@ from mates_hf.errors import MatesError
 from mates_hf.training import rounds_on_disk
 from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
 from mates_hf.training.opening import DiskError, run_folders
-from mates_hf.training.run import load_order
+from mates_hf.training.order import load_order
 from tests.training.kit import Stop, make_arguments, make_reference, run, small_config
 
 SAVES = {"save_strategy": "steps", "save_steps": 5}

@@ -116,9 +116,10 @@ def refused(setting: str, setup: Setup, match: str, error: type[Exception] = Uns
 WORKERS = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
 
 REFUSED = [
-    refused("a streaming pool (`IterableDataset`)", Setup(pool=Stream), "streaming", note="filter the stream before"),
+    refused("a streaming pool (`IterableDataset`)", Setup(pool=Stream), "MatesStream",
+            note="wrap it: `MatesStream(dataset)`"),
     refused("a streaming pool (`IterableDataset`)", Setup(pool=lambda: make_pool(200).to_iterable_dataset()),
-            "streaming"),
+            "MatesStream"),
     refused('`train_sampling_strategy="batch_rebalance"`', Setup(args={"train_sampling_strategy": "batch_rebalance"}),
             "batch_rebalance", note="it has no sampler"),
     refused("`dataloader_in_order=False`", Setup(args={"dataloader_in_order": False, **WORKERS}), "in_order"),
