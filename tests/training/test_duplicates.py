@@ -16,16 +16,18 @@ from datasets import Dataset
 
 from mates_hf import MatesCallback, NgramInfluenceModel
 from mates_hf.config import BEFORE, MatesConfig
+from mates_hf.data.pool import CandidatePool
 from mates_hf.data.token_overlap import shared_rows
 from mates_hf.disk import read_json, write_json
 from mates_hf.errors import RoundMismatchError
 from mates_hf.round_files import write_checksums
 from mates_hf.training.checks import check_look_ahead
+from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.resume import config_to_resume
-from mates_hf.training.start import Parts, prepare
+from mates_hf.training.start import Loop, Parts, prepare
 from mates_hf.training.verify import verify_run
-from tests.training.kit import LENGTH, VOCAB, Result, make_arguments, make_reference, run, small_config
+from tests.training.kit import LENGTH, VOCAB, Result, make_arguments, make_pool, make_reference, run, small_config
 
 NUM_ROWS, NUM_COPIED = 400, 100
 ROUNDS = ("round-0001", "round-0002", "round-0003")
@@ -200,7 +202,6 @@ def test_another_limit_than_the_run_began_with_is_refused(limited, unlimited, tm
 
 def test_rows_of_equal_tokens_and_other_pictures_are_no_copies(make_tiny_model):
     from mates_hf.data.batches import Reading
-    from mates_hf.data.pool import CandidatePool
 
     def collator(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
@@ -216,7 +217,7 @@ def test_rows_of_equal_tokens_and_other_pictures_are_no_copies(make_tiny_model):
 
 
 def test_what_a_run_without_a_checkpoint_or_with_one_of_this_version_goes_on_with():
-    newer = {"random_share": 0.3, "first_round_steps": 50}
+    newer = {"random_share": 0.3, "first_round_steps": 50, "max_passes": None}
     for config in ({"max_copies": 1, **newer}, {"max_copies": None, **newer}, None):
         assert config_to_resume({"config": config}, MatesConfig()) == MatesConfig()
     assert config_to_resume(None, MatesConfig()) == config_to_resume({}, MatesConfig()) == MatesConfig()
@@ -226,9 +227,15 @@ def test_what_a_run_without_a_checkpoint_or_with_one_of_this_version_goes_on_wit
 
 def test_an_older_checkpoint_is_planned_by_the_config_that_it_goes_on_with():
     parts = Parts(None, MatesConfig(), None, None)  # type: ignore[arg-type]
-    loop = SimpleNamespace(saved={"config": {"max_copies": 1}}, plan=lambda config: config)
-    found, _, planned = prepare(parts, loop)  # type: ignore[arg-type]
-    assert found.config == planned == MatesConfig(**{**BEFORE, "max_copies": 1})
+    unused = ("model", "optimizer", "lr_scheduler", "tokenizer", "own_sampler", "max_grad_norm", "run_loss")
+    loop = Loop(
+        **dict.fromkeys((*unused, "output_dir", "rounds_dir")), pool=CandidatePool(make_pool(20)), max_steps=9, step=3,
+        clock=RowClock(batches_per_epoch=5, accumulation=1, batch_rows=4),
+        saved={"config": {"max_copies": 1}, "origin_step": 0, "last_round": None},
+    )  # fmt: skip
+    found, prepared, planned = prepare(parts, loop)
+    assert found.config == planned.config == MatesConfig(**{**BEFORE, "max_copies": 1})
+    assert prepared.asked == {}
 
 
 def test_what_is_fetched_ahead_is_held_against_the_lead_that_an_older_run_has():
