@@ -22,7 +22,6 @@ with the passages (`mates_hf.evaluation.check_contamination`). It took 140 secon
 
 import argparse
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def train(arm: str, seed: int, given: argparse.Namespace, tokenizer: Any, data: 
     trainer.remove_callback(PrinterCallback)
     if arm == "mates":
         settings = {name: getattr(given, name) for name in ROUNDS}
-        trainer.add_callback(MatesCallback(data["reference"], MatesConfig(**settings, selection_seed=seed)))
+        MatesCallback(data["reference"], MatesConfig(**settings, selection_seed=seed)).attach(trainer)
     trainer.train()
     trainer.save_state()  # with the run's seconds, which `run_cost` and `mates-hf cost` read
     result = {"arm": arm, "seed": seed, "chosen": {}}
@@ -170,8 +169,6 @@ def main() -> None:
     given = parser.parse_args()
     given.max_steps -= given.max_steps % TRAINING["eval_steps"]  # both arms are compared where both are evaluated
     is_main = TrainingArguments(str(given.output_dir), **TRAINING).process_index == 0  # it sets the processes up
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("mates_hf.training.rounds").setLevel(logging.INFO if is_main else logging.WARNING)
 
     if given.data:
         files = (given.data / f"{name}.jsonl" for name in ("pool", "reference", "held_out"))

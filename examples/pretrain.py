@@ -22,7 +22,6 @@ command took 51 CPU seconds (a minute or less on two idle cores) and 1.0 GB of m
 
 import glob
 import json
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +165,6 @@ def main() -> None:
     """Read, cut, train."""
     data, training, config = parse(sys.argv[1:])
     is_main = training.process_index == 0  # it prints, and makes what must not differ between processes
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("mates_hf.training.rounds").setLevel(logging.INFO if is_main else logging.WARNING)
     pool = read_pool(data)
     tokenizer = broadcast_object_list([make_tokenizer(data, pool) if is_main else None])[0]
     reference, held_out = make_reference(data, tokenizer)

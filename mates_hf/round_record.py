@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.display import card, html_card, interval, number, spread
+from mates_hf.display import card, cut, html_card, interval, number, spread
 from mates_hf.records import FloatArray, InfluenceLabels, IntArray
 
+_MAX_WORD = 20  # characters of a token
 _DECISIONS = {
     "select": "OK",
     "keep_previous": "OK, by the previous influence model",
@@ -148,6 +149,14 @@ def gap_text(info: Mapping[str, Any]) -> str:
     return f"{gap['gap']:+.2f} {interval(gap.get('interval'))}".rstrip() + " sd"
 
 
+def bought_text(info: Mapping[str, Any]) -> str:
+    """What rows that the round chose have more often than its candidates, in words; empty where nothing stands out."""
+    found = info.get("bought_most")
+    texts = [part.get("text") for part in found or () if isinstance(part, Mapping)] if isinstance(found, list) else []
+    words = [f'"{cut(text, _MAX_WORD)}"' for text in texts[:3] if isinstance(text, str) and text]
+    return f"above all rows with {', '.join(words)}" if words else ""
+
+
 def _labels(record: RoundRecord) -> str:
     """How many labels, their standard deviation, and whether derivatives agree with real steps."""
     labels, fidelity = record.labels, _part(record.info, "fidelity")
@@ -188,7 +197,9 @@ def _chosen(record: RoundRecord) -> str:
     if mean is None or record.scores is None:
         return f"{len(record.selection):,} rows, not scored in this round"
     every = float(np.mean(record.scores, dtype=np.float64))
-    return f"predicted influence {mean:+.2e} nats/token on average, {every:+.2e} over all candidates"
+    above_all = bought_text(record.info)
+    text = f"predicted influence {mean:+.2e} nats/token on average, {every:+.2e} over all candidates"
+    return f"{text}; {above_all}" if above_all else text
 
 
 def mean_of_selected(record: RoundRecord) -> float | None:

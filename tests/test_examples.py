@@ -346,8 +346,7 @@ def check_filtered(folder: Path, run: Path, texts: list[str], printed: str) -> N
 
 
 @pytest.mark.slow
-def test_quickstart_and_its_run_filters_a_corpus(tmp_path, monkeypatch, capsys, caplog):
-    caplog.set_level("INFO", logger="mates_hf.training.rounds")  # the example sets it; afterwards it is as before
+def test_quickstart_and_its_run_filters_a_corpus(tmp_path, monkeypatch, capsys):
     quickstart = load("quickstart")
     sizes = {"MAX_STEPS": 8, "UPDATE_STEPS": 3, "NUM_PROBES": 40, "BATCH_SIZE": 4, "MAX_LENGTH": 64}
     for name, value in {**sizes, "OUTPUT_DIR": str(tmp_path / "run")}.items():

@@ -6,10 +6,13 @@ it is looked up in the frames that call them.
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from collections.abc import Mapping
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def find_trainer(callback: Any) -> Any:
@@ -32,6 +35,22 @@ def find_trainer(callback: Any) -> Any:
             return found
         frame = frame.f_back
     return None
+
+
+def tell_unreported(trainer: Any, report_to: Any) -> None:
+    """One hint where metrics reach no reporter although the run has some: its loop is no Trainer that is known.
+
+    Args:
+        trainer: The attached Trainer, or the one that calls the hooks; None where there is none.
+        report_to: The reporters of the run's arguments.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    if trainer is None and names and names != ["none"]:
+        logger.warning(
+            "Metrics go to `state.log_history` alone, and `report_to` (%s) gets none: no `transformers.Trainer` with "
+            "this callback calls its hooks. Call `callback.attach(trainer)` to have them reported.",
+            ", ".join(map(str, names)),
+        )
 
 
 def report(callback: Any, trainer: Any, state: Any, metrics: Mapping[str, float]) -> None:

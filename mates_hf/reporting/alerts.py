@@ -36,7 +36,7 @@ def round_alert(info: Mapping[str, Any]) -> Alert | None:
         info: The round's `round.json`.
 
     Returns:
-        The alert; None where the round did what it should.
+        The alert, without a word of the pool; None where the round did what it should.
     """
     guard = info.get("guard") or {}
     if guard.get("decision") == "own_order":
@@ -50,7 +50,7 @@ def round_alert(info: Mapping[str, Any]) -> Alert | None:
         title = f"MATES round {info.get('number')} early: choice used up"
     else:
         return None
-    return Alert(title, round_line(info))
+    return Alert(title, round_line({key: value for key, value in info.items() if key != "bought_most"}))
 
 
 def send_alert(alert: Alert | None) -> None:

@@ -6,6 +6,7 @@ a word such as "fine" is a rule of thumb; the figures stand next to it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from mates_hf.display import interval, spread
 from mates_hf.round_record import (
     RoundRecord,
+    bought_text,
     decision_text,
     gap_text,
     mean_of_selected,
@@ -22,6 +24,26 @@ from mates_hf.round_record import (
     round_title,
 )
 
+logger = logging.getLogger(__name__)
+
+
+def tell_round(info: Mapping[str, Any], *, has_bars: bool) -> None:
+    """Print a round's line where the Trainer prints its logs: above its bars, or plainly where there are none.
+
+    Nothing has to be set up for it. Where there are no bars and the log of this module is shown, the line goes there
+    instead; where its warnings are not wanted either, nowhere.
+
+    Args:
+        info: The round's `round.json`.
+        has_bars: Whether the run shows progress bars.
+    """
+    from tqdm.auto import tqdm
+
+    if has_bars or (logger.isEnabledFor(logging.WARNING) and not logger.isEnabledFor(logging.INFO)):
+        tqdm.write(round_line(info))
+    else:
+        logger.info("%s", round_line(info))
+
 
 def round_line(info: Mapping[str, Any]) -> str:
     """What a run says of a round when it is finished.
@@ -30,8 +52,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         info: The round's `round.json`; what it lacks is left out of the line.
 
     Returns:
-        One line: step, and a check that brought it forward, probes, signal with its interval, decision, rows, a length
-        that changed, random rows, passages, copies and leaks, seconds.
+        One line: step, and a check that brought it forward, probes, signal with its interval, decision, rows, what was
+        bought most, a length that changed, random rows, passages, copies and leaks, seconds.
     """
     guard = info.get("guard") or {}
     parts = [f"round {info.get('number', '?')} at step {info.get('step', '?')}"]
@@ -43,6 +65,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         signal = f"held-out Spearman {guard['spearman']:.2f}"
         parts.append(f"{signal} {interval(guard.get('interval'))}".rstrip())
     parts.append(_outcome(info))
+    if bought_text(info):
+        parts.append(bought_text(info))
     if "last_round_steps" in info:
         parts.append(f"{info['round_steps']:,} steps long after {info['last_round_steps']:,}")
     if info.get("num_random"):

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.display import card
-from mates_hf.engine.reporters import find_trainer, report
+from mates_hf.engine.reporters import find_trainer, report, tell_unreported
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.probe import Probe
 from mates_hf.influence.run_loss import RunLoss
@@ -105,7 +105,8 @@ class MatesCallback(TrainerCallback):
         parts, loop, plan = prepare(self._parts, self._describe(args, state, dataloader, kwargs))
         check_look_ahead(args, dataloader, parts.config)
         if not plan.rounds and not loop.has_selected:
-            tell_no_round(plan)
+            if state.is_world_process_zero:
+                tell_no_round(plan)
             if loop.mixed is None and not is_stream(loop.pool):
                 return
         self._session = open_session(parts, loop, plan)
@@ -116,6 +117,8 @@ class MatesCallback(TrainerCallback):
         state.stateful_callbacks[STATE_KEY] = self._session.state
         self._proven = False
         self._session.run.processes.meet()  # none trains while another one may still be refusing
+        if state.is_world_process_zero:
+            tell_unreported(self._trainer or find_trainer(self), args.report_to)
         tell_opened(self._session)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

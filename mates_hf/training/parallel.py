@@ -55,13 +55,8 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
             "FSDP1 flattens the parameters that a probe has to move one by one: use FSDP2 (`fsdp_config` with "
             "`version: 2`, `fully_shard`)"
         )
-    parallelism = state.get("parallelism_config")
-    if parallelism is not None and getattr(parallelism, "non_data_parallel_size", 1) > 1:
-        found.append(
-            "`parallelism_config` with tensor, context or sequence parallelism splits a row over processes: set "
-            "those sizes to 1"
-        )
-    found += _placement_refusals(model) + _load_time_refusals(model) + _device_refusals(model)
+    found += _row_refusals(state.get("parallelism_config")) + _placement_refusals(model) + _load_time_refusals(model)
+    found += _device_refusals(model)
     precision = _fp8(state, args, model)
     if precision is not None:
         found.append(
@@ -69,6 +64,24 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
             "probe's passes would move that: train in bf16 (`bf16=True`)"
         )
     return found
+
+
+def _row_refusals(parallelism: Any) -> list[str]:
+    """Sizes of accelerate's `ParallelismConfig` by which processes share a row or its computation, by their names.
+
+    torch's ring attention does not run on a CPU, so no test has seen a probe next to it.
+    """
+    sizes = {name: getattr(parallelism, name, None) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+    named = [f"`{name}={size}`" for name, size in sizes.items() if size > 1]
+    if not named and getattr(parallelism, "non_data_parallel_size", 1) > 1:
+        named = [f"`non_data_parallel_size` of {parallelism.non_data_parallel_size}"]
+    if not named:
+        return []
+    return [
+        f"`parallelism_config` with {' and '.join(named)} has processes share a row, and only whole rows are "
+        "measured: set it to 1, and `dp_shard_size` to the number of processes (FSDP2). Activation checkpointing "
+        "makes room for long rows"
+    ]
 
 
 def _placement_refusals(model: nn.Module) -> list[str]:

@@ -20,7 +20,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from mates_hf.disk import replace_path, sync_tree, write_array, write_json
 from mates_hf.errors import UnrankableError
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import InfluenceLabels, IntArray
-from mates_hf.reporting.lines import round_line
+from mates_hf.reporting.lines import tell_round
 from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path, write_labels
 from mates_hf.round_writer import RoundWriter
 from mates_hf.selection.choose import stage_seed
@@ -44,6 +42,7 @@ from mates_hf.selection.saved import write_round_model
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.audit import audit_round
+from mates_hf.training.bought import most_bought
 from mates_hf.training.drift import set_sentinel
 from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.guard import Judged, decide
@@ -57,8 +56,6 @@ from mates_hf.training.scoring import Scored, predict_rows, score_candidates
 from mates_hf.training.static_evidence import evidence_for
 from mates_hf.training.stream_rounds import stream_facts, with_files
 from mates_hf.training.trust import GAP_FILE, Gap, length_facts, measure_gap, shortened
-
-logger = logging.getLogger(__name__)
 
 CONCLUDING = ("fit", "guard", "score", "select")  # the stages that may run beside training
 
@@ -260,10 +257,7 @@ def _record(
         "weights": writer.key["weights"],
     }
     write_json(writer.path / "selection.json", {name: info[name] for name in SELECTION_KEYS})
-    if run.settings.progress:
-        tqdm.write(round_line(info))  # above the bars, as the Trainer writes its logs
-    else:
-        logger.info("%s", round_line(info))
+    tell_round(info, has_bars=run.settings.progress)
     return _take_over(run, load_order(writer.finish(info)))
 
 
@@ -392,4 +386,5 @@ def _select(
         max_copies=run.config.max_copies,
         random_share=run.config.random_share,
     )
-    return selected.rows, selection_facts(run, selected, len(scored.candidates), number)
+    found = selection_facts(run, selected, len(scored.candidates), number)
+    return selected.rows, {**found, "bought_most": most_bought(run, selected.rows, scored.candidates)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
-from mates_hf.reporting.lines import finite, round_line
+from mates_hf.reporting.lines import finite, round_line, tell_round
 
 INFO = {
     "number": 7,
@@ -55,6 +56,22 @@ INFO = {
             "round 7 at step 280, 400 probed, held-out Spearman 0.66 [0.49, 0.78], selected 640 of 3,200 candidates "
             "for steps 291 to 330, 1,200 passed over as copies, 3 with 13 tokens of the reference, 3.8 s",
         ),
+        (
+            {"bought_most": [{"token_id": 7, "text": "court"}, {"token_id": 9, "text": "law"}]},
+            "round 7 at step 280, 400 probed, held-out Spearman 0.66 [0.49, 0.78], selected 640 of 3,200 candidates "
+            'for steps 291 to 330, above all rows with "court", "law", 3.8 s',
+        ),
+        (
+            {"bought_most": [{"token_id": 7, "text": None}]},  # a run without a tokenizer
+            "round 7 at step 280, 400 probed, held-out Spearman 0.66 [0.49, 0.78], selected 640 of 3,200 candidates "
+            "for steps 291 to 330, 3.8 s",
+        ),
+        ({"bought_most": "damaged"}, None),
+        (
+            {"bought_most": [{"text": "longer than twenty characters"}, {"text": "\x1b[31mred"}, {"text": ""}, 5]},
+            "round 7 at step 280, 400 probed, held-out Spearman 0.66 [0.49, 0.78], selected 640 of 3,200 candidates "
+            'for steps 291 to 330, above all rows with "longer than twenty …", "?[31mred", 3.8 s',
+        ),
         ({"guard": {"decision": "select", "spearman": float("nan"), "interval": [float("nan")] * 2}}, None),
         ({"guard": None, "stages": None, "config": None}, None),
     ],
@@ -63,6 +80,21 @@ def test_a_round_is_one_line(changes, line):
     found = round_line({**INFO, **changes})
     assert "\n" not in found
     assert line is None or found == line
+
+
+@pytest.mark.parametrize("has_bars", [True, False])
+@pytest.mark.parametrize("level", [None, "INFO", "WARNING", "ERROR"])
+def test_a_round_is_told_once_and_where_it_is_seen(capsys, caplog, monkeypatch, has_bars, level):
+    """With bars, or where nobody set logging up, it is printed; else it is for the log."""
+    root = logging.getLogger("mates_hf")
+    monkeypatch.setattr(root, "level", root.level)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)  # as Python begins
+    root.setLevel(level or logging.NOTSET)
+    tell_round(INFO, has_bars=has_bars)
+    printed = capsys.readouterr().out.count("round 7 at step 280, ")
+    logged = caplog.text.count("round 7 at step 280, ")
+    is_printed = has_bars or level in (None, "WARNING")
+    assert (printed, logged) == (int(is_printed), int(not is_printed and level == "INFO"))
 
 
 def test_a_round_of_which_little_is_known_is_still_a_line():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -51,7 +53,7 @@ def test_each_other_arrangement_is_refused_by_name(monkeypatch):
     with_state(monkeypatch, distributed_type=DistributedType.MEGATRON_LM)
     assert "MEGATRON_LM" in parallel_refusals(ONE, make_model())[0]
     with_state(monkeypatch, parallelism_config=SimpleNamespace(non_data_parallel_size=2))
-    assert "parallelism_config" in parallel_refusals(ONE, make_model())[0]
+    assert "`non_data_parallel_size` of 2" in parallel_refusals(ONE, make_model())[0]
 
 
 # What is refused of DeepSpeed, and what its message says to set instead; None leaves it out.
@@ -265,8 +267,11 @@ def several_gpus(args: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(args, "_n_gpu", 4)
 
 
-def context_parallel(args: Any, patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(AcceleratorState._shared_state, "parallelism_config", SimpleNamespace(non_data_parallel_size=2))
+def sharing_rows(**sizes: int) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    def arrange(args: Any, patch: pytest.MonkeyPatch) -> None:
+        patch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**sizes))
+
+    return arrange
 
 
 def in_fp8(args: Any, patch: pytest.MonkeyPatch) -> None:
@@ -312,8 +317,27 @@ REFUSED = [
              "tp of 2", loaded_in_parallel),
     arranged("fp8 (`mixed_precision`, TransformerEngine, torchao, MS-AMP)", "fp8", in_fp8,
              note="its scales are no parameters and no buffers; use bf16"),
-    arranged("context and sequence parallelism (`parallelism_config`)", "parallelism_config", context_parallel),
+    arranged("context and sequence parallelism (`parallelism_config`)", "with `cp_size=2` has.*`dp_shard_size`",
+             sharing_rows(cp_size=2),
+             note="torch's ring attention runs on no CPU, so no test could see it; shard with FSDP2"),
+    arranged("tensor parallelism", "with `tp_size=2` and `cp_size=2` has.*`dp_shard_size`",
+             sharing_rows(tp_size=2, cp_size=2)),
 ]  # fmt: skip
+
+
+def test_what_is_advised_for_shared_rows_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, int] = {"tp_size": 2, "cp_size": 2}
+    with_state(monkeypatch, distributed_type=DistributedType.FSDP, parallelism_config=ParallelismConfig(**sizes))
+    (refusal,) = parallel_refusals(ONE, make_model())
+    for name in re.findall(r"`(\w+)=\d+`", refusal):
+        sizes[name] = 1
+    with_state(monkeypatch, parallelism_config=ParallelismConfig(**sizes, dp_shard_size=4))
+    assert parallel_refusals(ONE, make_model()) == []
+
+
+def test_sequence_parallelism_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_state(monkeypatch, parallelism_config=SimpleNamespace(sp_size=4, cp_size=1))
+    assert "with `sp_size=4` has" in parallel_refusals(ONE, make_model())[0]
 
 
 @pytest.mark.parametrize(("setting", "match", "arrange", "model"), REFUSED)

@@ -49,6 +49,8 @@ def test_what_is_worth_an_alert(info: dict[str, Any], title: str | None) -> None
     if alert is not None:
         assert len(alert.title) < 64  # what W&B takes
         assert alert.text.startswith("round 3 at step 10")
+        words = {"bought_most": [{"token_id": 7, "text": "court"}]}
+        assert round_alert({"number": 3, "step": 10, **info, **words}) == alert  # no word of the pool is sent
 
 
 @pytest.mark.parametrize("attach", [False, True])
