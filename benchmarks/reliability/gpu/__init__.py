@@ -75,10 +75,10 @@ def parts_of(quick: bool) -> dict[str, Part]:
 
 def run(bench: Bench) -> dict[str, Any]:
     """Run what is left, part by part."""
-    parts, done = parts_of(bench.quick), dict[str, dict[str, Any]]()
+    parts = parts_of(bench.quick)
+    done: dict[str, dict[str, Any]] = read_units(bench.work, parts)
     data = bench.data
     for name, part in parts.items():
-        done |= read_units(bench.work, [name])
         if done.get(name, {}).get("done"):
             continue
         later = [other for other in list(parts)[list(parts).index(name) :] if not done.get(other, {}).get("done")]
