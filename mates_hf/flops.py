@@ -64,9 +64,19 @@ def directional_flops(
     return once + forward_flops(num_parameters, 2 * num_candidate_tokens + num_epsilon_tokens + num_compared_tokens)
 
 
-def num_path_points(path_steps: int, num_passages: int) -> int:
-    """Points of a path over so many passages: fewer than asked for where they would read less than four each."""
-    return max(1, min(path_steps, num_passages // MIN_PASSAGES))
+def num_path_points(path_steps: int, num_passages: int, num_processes: int = 1) -> int:
+    """Points of a path over so many passages: fewer than asked for where they would read less than four each.
+
+    Args:
+        path_steps: points asked for.
+        num_passages: passages with a trained token.
+        num_processes: processes that must run each point together, because weights are sharded: each then reads one
+            passage of a point at least, instead of running one that does not count.
+
+    Returns:
+        The number, at least 1.
+    """
+    return max(1, min(path_steps, num_passages // max(MIN_PASSAGES, num_processes)))
 
 
 def checked_passages(num_passages: int) -> int:

@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks.lab import harness
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 MODULES = sorted(path for path in BENCHMARKS.rglob("*.py") if path.parent != BENCHMARKS)
+NOT_MEASURED = {"gpu"}  # needs a card
 RESULT = re.compile(r"(?P<name>[a-z_]+)_(cpu\d+|[a-z0-9]+)_20\d\d-(0[1-9]|1[0-2])")
 
 
@@ -84,7 +86,8 @@ def test_help_lists_every_question_and_the_readme_answers_it(capsys: pytest.Capt
         assert f"  {name} " in listed
         assert question.asks in listed
         assert len(question.asks) > 30
-        assert f"[`{name}`](results/{name}_" in readme, name
+        answered = f"`python -m benchmarks {name} " if name in NOT_MEASURED else f"[`{name}`](results/{name}_"
+        assert answered in readme, name
 
 
 def test_every_result_is_named_by_question_hardware_and_month() -> None:
@@ -126,6 +129,88 @@ def test_json_is_what_was_given_with_a_line_for_each_entry() -> None:
 @pytest.mark.slow
 def test_every_page_follows_from_the_committed_json() -> None:
     assert "follow from their JSON" in run("--check")
+
+
+@pytest.mark.slow
+def test_the_kit_for_a_card_runs_on_a_processor_and_goes_on(tmp_path: Path) -> None:
+    arguments = ("gpu", "--quick", "--threads", "1", "--out", str(tmp_path / "out"))
+    arguments = (*arguments, "--work", str(tmp_path / "work"))
+    said = run(*arguments)
+    (path,) = (tmp_path / "out").glob("gpu-quick_*.json")
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    assert set(parts) == {"tests", "fidelity tiny", "speed tiny", "overhead", "training"}
+    assert all(part["done"] and "error" not in part for part in parts.values()), said
+    assert {found["outcome"] for found in parts["tests"]["outcomes"].values()} <= {"passed", "skipped"}
+    points = {arm: found["points"] for arm, found in parts["training"]["arms"].items()}
+    assert {len(found) for found in points.values()} == {3}  # turns of four steps
+    assert {found[0]["reference"] for found in points.values()} == {points["random"][0]["reference"]}  # one start
+
+    # What is done is kept; an arm whose steps are raised goes on from its own.
+    unit = tmp_path / "work" / "gpu-quick" / "units" / "training.json"
+    unit.unlink()
+    times = {other: other.stat().st_mtime_ns for other in unit.parent.glob("*.json")}
+    run(*arguments)
+    assert {other: other.stat().st_mtime_ns for other in times} == times
+    again = json.loads(path.read_text(encoding="utf-8"))["parts"]["training"]["arms"]
+    assert {arm: found["points"] for arm, found in again.items()} == points
+    run("gpu", "--check", "--out", str(tmp_path / "out"))
+
+
+def test_parts_share_the_time_and_begin_nothing_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.reliability import gpu
+
+    begun: list[tuple[str, float]] = []
+
+    def measured(call: str, task: gpu.Task) -> dict[str, object]:
+        begun.append((task.part, task.seconds))
+        return {"done": task.part != "training"}
+
+    monkeypatch.setattr(gpu, "_measured", measured)
+    monkeypatch.setattr(gpu, "card", lambda: "a card")
+
+    def call(minutes: str) -> harness.Bench:
+        parser = harness.common_parser("gpu", "")
+        gpu.add_options(parser)
+        options = parser.parse_args(
+            ["--minutes", minutes, "--out", str(tmp_path), "--work", str(tmp_path), "--data", str(tmp_path)]
+        )
+        options.begun = time.monotonic()
+        bench = harness.Bench("gpu", gpu, options)
+        gpu.run(bench)
+        return bench
+
+    assert call("0.1").left == 7
+    assert begun == []  # six seconds are not enough for any
+    bench = call("10")
+    assert bench.left == 1
+    assert [part for part, _ in begun] == list(gpu.parts_of(False))
+    # What a part leaves goes to those behind it: all of what is left, in the end.
+    assert 150 < begun[0][1] < 185
+    assert 550 < begun[-1][1] <= 600
+    begun.clear()
+    assert call("10").left == 1
+    assert [part for part, _ in begun] == ["training"]
+    assert 590 < begun[0][1] <= 600
+    assert "a card" in next(tmp_path.glob("gpu_*.md")).read_text(encoding="utf-8")
+
+
+def test_a_part_of_the_kit_that_fails_says_so_and_ends_no_other(tmp_path: Path) -> None:
+    from benchmarks.reliability.gpu.device import Task
+    from benchmarks.reliability.gpu.isolated import in_child
+
+    task = Task(part="none", size="tiny", seconds=300.0, quick=True, data="", work=str(tmp_path), steps=1, threads=1)
+    found = in_child("benchmarks.reliability.gpu.device:no_such_part", task)
+    assert not found["done"]
+    assert "no_such_part" in found["error"]
+
+
+def test_a_folder_without_wheels_is_told(tmp_path: Path) -> None:
+    from benchmarks.lab.wheels import install_from
+
+    install_from(["gpu", "--minutes", "8"])
+    for arguments in (["gpu", "--wheels", str(tmp_path)], ["gpu", f"--wheels={tmp_path}"]):
+        with pytest.raises(SystemExit, match="pip wheel -w wheels"):
+            install_from(arguments)
 
 
 @pytest.mark.slow

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from benchmarks.lab.corpus import as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import alternate, median_ratio, seconds_of, temporary_folder
 from benchmarks.lab.models import llama, trainer_of
+from benchmarks.lab.operations import CountOperations
 from benchmarks.lab.tables import figure
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
@@ -35,22 +35,6 @@ from mates_hf.selection.plan import RunPlan
 from mates_hf.training.callback import MatesCallback
 
 LENGTH = 128
-# No memory is read or written by these.
-_VIEWS = ("aten.detach.default", "aten.alias.default", "aten.view.default", "aten.slice.Tensor")
-
-
-class CountOperations(TorchDispatchMode):
-    """Counts the tensor operations but views that are run inside it, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and run."""
-        if str(func) not in _VIEWS:
-            self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class WatchedCallback(MatesCallback):

@@ -35,6 +35,22 @@ Likelihood = Literal["shifted", "unshifted", "classes"]
 Feed = Literal["plain", "collated", "row"]
 
 
+class Targets(NamedTuple):
+    """Where a batch is trained, worked out on the host, so that no device is asked and waited for.
+
+    Attributes:
+        positions: (T,) int64 positions in the flattened logits that predict a trained label.
+        labels: (T,) int64 those labels.
+        lowest: the smallest of them; 0 without any.
+        highest: the largest of them; 0 without any.
+    """
+
+    positions: Tensor
+    labels: Tensor
+    lowest: int
+    highest: int
+
+
 class ModelBatch(NamedTuple):
     """One batch as the model's forward gets it.
 
@@ -43,34 +59,70 @@ class ModelBatch(NamedTuple):
         labels: (B, L) int64, -100 where not trained; (B,) for a class a row; no element where a batch has no labels.
         shifted: True where the logits at position t - 1 predict label t, False where those at t do.
         num_virtual: positions that the model puts before each row.
+        known: what `targets` gives, where it was found before the labels went to a device.
     """
 
     inputs: dict[str, Any]
     labels: Tensor
     shifted: bool = True
     num_virtual: int = 0
+    known: Targets | None = None
 
-    def targets(self) -> tuple[Tensor, Tensor]:
-        """Positions (T,) in the flattened logits that predict a trained label, and those labels (T,).
+    def targets(self) -> Targets:
+        """Where the batch is trained: positions in the flattened logits, and the labels that they predict.
 
         Logits have `num_virtual` positions before those of a row.
         """
-        labels = self.labels
-        if self.num_virtual:
-            import torch
+        if self.known is not None:
+            return self.known
+        import torch
 
-            before = labels.new_full((len(labels), self.num_virtual), IGNORED)
-            return self._replace(labels=torch.cat([before, labels], 1), num_virtual=0).targets()
-        if self.shifted and labels.dim() > 1:
-            labels = labels.new_full(labels.shape, IGNORED)
-            labels[:, :-1] = self.labels[:, 1:]
+        labels = (self.labels if self.labels.device.type == "cpu" else self.labels.cpu()).numpy()
+        if self.num_virtual:
+            before = np.full((len(labels), self.num_virtual), IGNORED, labels.dtype)
+            labels = np.concatenate([before, labels], 1)
+        if self.shifted and labels.ndim > 1:
+            given, labels = labels, np.full_like(labels, IGNORED)
+            labels[:, :-1] = given[:, 1:]
         flat = labels.reshape(-1)
-        index = (flat != IGNORED).nonzero()[:, 0]
-        return index, flat[index]
+        index = np.flatnonzero(flat != IGNORED)
+        wanted = flat[index]
+        lowest, highest = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, 0)
+        return Targets(torch.from_numpy(index), torch.from_numpy(wanted), lowest, highest)
+
+    def to(self, device: torch.device | str) -> ModelBatch:
+        """The batch on a device, its targets found before; copies to a GPU do not wait, and nothing waits for them."""
+        import torch
+
+        where, known = torch.device(device), self.known
+        if self.labels.dtype == torch.int64 and self.labels.dim() == 2:  # others are a loss of the run's own
+            known = self.targets()
+            known = known._replace(positions=moved_to(known.positions, where), labels=moved_to(known.labels, where))
+        inputs = {name: moved_to(value, where) for name, value in self.inputs.items()}
+        return self._replace(inputs=inputs, labels=moved_to(self.labels, where), known=known)
 
     def with_labels(self) -> dict[str, Any]:
         """The batch as training gets it: the inputs, and the labels where there are any."""
         return {**self.inputs, "labels": self.labels} if self.labels.numel() else dict(self.inputs)
+
+
+def moved_to(value: Any, device: torch.device) -> Any:
+    """A tensor on a device, from memory that a GPU reads by itself, so that the host does not wait for the copy.
+
+    Args:
+        value: a tensor; anything else is returned as it is.
+        device: where it goes.
+
+    Returns:
+        The tensor on the device.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.device == device:
+        return value
+    on_host = value.device.type == "cpu" and value.layout == torch.strided and value.numel() > 0
+    pins = on_host and device.type == "cuda"
+    return (value.pin_memory() if pins else value).to(device, non_blocking=pins)
 
 
 class Candidates(Protocol):

@@ -125,12 +125,13 @@ class TextRows(RowsAround):
         ids_BL, here_BL, labels_BL = self.rows.take(index).padded()
         if self.reading.likelihood == "unshifted" and not self.reading.looks_ahead and ids_BL.shape[1] > 1:
             ids_BL, here_BL, labels_BL = ids_BL[:, :-1], here_BL[:, 1:], labels_BL[:, 1:]
-        inputs = {"input_ids": torch.from_numpy(np.ascontiguousarray(ids_BL)).to(device)}
-        inputs["attention_mask"] = torch.from_numpy(here_BL.astype(np.int64)).to(device)
+        inputs = {"input_ids": torch.from_numpy(np.ascontiguousarray(ids_BL))}
+        inputs["attention_mask"] = torch.from_numpy(here_BL.astype(np.int64))
         for name, value in self.reading.constants.items():
             inputs[name] = value * inputs["attention_mask"]
-        labels = torch.from_numpy(np.ascontiguousarray(labels_BL)).to(device)
-        return ModelBatch(inputs, labels, self.reading.likelihood == "shifted", self.reading.num_virtual)
+        labels = torch.from_numpy(np.ascontiguousarray(labels_BL))
+        shifted = self.reading.likelihood == "shifted"
+        return ModelBatch(inputs, labels, shifted, self.reading.num_virtual).to(device)
 
 
 def model_batch(batch: Mapping[str, Any], reading: Reading, device: torch.device | str = "cpu") -> ModelBatch:
@@ -146,12 +147,12 @@ def model_batch(batch: Mapping[str, Any], reading: Reading, device: torch.device
     """
     import torch
 
-    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    labels = reading.labels_of(moved)
+    labels = reading.labels_of(batch)
     if labels is None:
-        labels = torch.zeros((1, 0), dtype=torch.int64, device=device)
-    inputs = {key: value for key, value in moved.items() if key != "labels"}
-    return ModelBatch(inputs, torch.as_tensor(labels), reading.likelihood == "shifted", reading.num_virtual)
+        labels = torch.zeros((1, 0), dtype=torch.int64)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    shifted = reading.likelihood == "shifted"
+    return ModelBatch(inputs, torch.as_tensor(labels), shifted, reading.num_virtual).to(device)
 
 
 @dataclasses.dataclass(frozen=True)

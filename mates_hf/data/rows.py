@@ -172,9 +172,9 @@ class TokenRows:
         import torch
 
         ids_BL, here_BL, labels_BL = self.take(index).unpacked().padded()
-        mask = torch.from_numpy(here_BL.astype(np.int64)).to(device)
-        inputs = {"input_ids": torch.from_numpy(ids_BL).to(device), "attention_mask": mask}
-        return ModelBatch(inputs, torch.from_numpy(labels_BL).to(device))
+        mask = torch.from_numpy(here_BL.astype(np.int64))
+        inputs = {"input_ids": torch.from_numpy(ids_BL), "attention_mask": mask}
+        return ModelBatch(inputs, torch.from_numpy(labels_BL)).to(device)
 
     @classmethod
     def from_lists(

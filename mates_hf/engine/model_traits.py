@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mates_hf.data.batches import moved_to
+
 _ANSWERS = ("start_positions", "end_positions")  # the labels of answers in a text
 
 
@@ -94,9 +96,9 @@ def logits_of(
         (B, L, V), or (B, last, V), as the model gives them.
     """
     device = input_device(model)
-    inputs: dict[str, Any] = {"input_ids": torch.from_numpy(ids_BL).to(device)}
+    inputs: dict[str, Any] = {"input_ids": moved_to(torch.from_numpy(ids_BL), device)}
     if not here_BL.all():
-        inputs["attention_mask"] = torch.from_numpy(here_BL.astype(np.int64)).to(device)
+        inputs["attention_mask"] = moved_to(torch.from_numpy(here_BL.astype(np.int64)), device)
     if last is not None and accepts(model, "logits_to_keep"):
         inputs["logits_to_keep"] = last
     logits = run_inputs(model, without_needless_mask(model, inputs))

@@ -33,6 +33,13 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+@torch.no_grad()
+def copy_all(to: list[Tensor], of: list[Tensor]) -> None:
+    """Copy tensors into as many others, in few launches on a device."""
+    if to:
+        torch._foreach_copy_(to, of)
+
+
 def optimizer_parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers that a container of several steps one after the other (`.optimizers`), else the one given."""
     parts = getattr(optimizer, "optimizers", None)
@@ -58,7 +65,9 @@ class Snapshot:
         for group in optimizer.param_groups if optimizer is not None else ():
             found.update((id(p), p) for p in group["params"] if p.requires_grad)
         self.parameters: list[nn.Parameter] = list(found.values())
-        self._saved = [local_shard(p).clone() for p in self.parameters]
+        live = [local_shard(parameter) for parameter in self.parameters]
+        self._saved = [torch.empty_like(tensor) for tensor in live]
+        copy_all(self._saved, live)
         self._exact = self._store.remember()
         copied = optimizer if copy_state else None
         self._rewind_optimizer = _remember_optimizer(copied) if copied is not None else None
@@ -79,17 +88,16 @@ class Snapshot:
     @torch.no_grad()
     def rewind_parameters(self) -> None:
         """Copy parameters back and nothing else; whoever moves them on calls `written`."""
-        for parameter, saved in zip(self.parameters, self._saved, strict=True):
-            local_shard(parameter).copy_(saved)
+        copy_all([local_shard(parameter) for parameter in self.parameters], self._saved)
 
     @torch.no_grad()
     def shift(self, direction: Mapping[nn.Parameter, Tensor], scale: float) -> None:
         """Set every parameter to its saved value plus `scale` times its direction; those without one to the saved."""
-        for parameter, saved in zip(self.parameters, self._saved, strict=True):
-            if parameter in direction:
-                torch.add(saved, local_shard(direction[parameter]), alpha=scale, out=local_shard(parameter))
-            else:
-                local_shard(parameter).copy_(saved)
+        self.rewind_parameters()
+        moved = [parameter for parameter in self.parameters if parameter in direction]
+        if moved:
+            changes = [local_shard(direction[parameter]) for parameter in moved]
+            torch._foreach_add_([local_shard(parameter) for parameter in moved], changes, alpha=scale)
         self.written()
 
     def written(self) -> None:

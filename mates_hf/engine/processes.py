@@ -35,6 +35,8 @@ _PATIENCE = datetime.timedelta(days=30)  # a process may work alone this long; o
 _OPENING = datetime.timedelta(minutes=5)  # connections between all of them take seconds
 _CAN_WAIT_LONGER = hasattr(getattr(dist, "ProcessGroupGloo", None), "_set_default_timeout")
 _CHUNK_BYTES = 2**28
+_BUCKET_BYTES = 2**26  # of gradients that are added up together
+_BUCKETS = 64  # at least, so that those of a small model take little memory
 _SPIN_SECONDS = 1e-3  # small collectives are done by then; a sleep would take longer than they do
 _LONGEST_PAUSE = 0.05
 
@@ -169,7 +171,7 @@ class Processes:
             summed.append(parameter.grad)
         if ((present > 0) & (present < self.size)).any():
             self.meet()  # where one of them had no memory for zeros, the others must not wait below
-        self._finish(_all_reduce_each, summed)
+        self._finish(_all_reduce_in_buckets, summed)
 
     def meet(self) -> None:
         """Wait until all processes are here, so that none leaves while another one is still failing.
@@ -284,7 +286,7 @@ class Processes:
         with self._watch.inside() if self._watch is not None else contextlib.nullcontext():
             try:
                 found = collective(*args, async_op=True, **kwargs)
-                for work in found if isinstance(found, list) else [found]:
+                for work in found if isinstance(found, Iterator) else [found]:
                     self._wait_for(work)
             except ProcessError:
                 raise
@@ -307,9 +309,51 @@ class Processes:
         work.wait()
 
 
-def _all_reduce_each(tensors: list[torch.Tensor], async_op: bool) -> list[Any]:
-    """All of them at once, through the group that trains."""
-    return [dist.all_reduce(tensor, async_op=async_op) for tensor in tensors]
+class _Bucket:
+    """Small tensors that are added up over processes in one piece of memory, through the group that trains.
+
+    Args:
+        tensors: Tensors of one dtype and device.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0]
+        self._work: Any = dist.all_reduce(self._flat, async_op=True)
+
+    def is_completed(self) -> bool:
+        """Whether the collective is done."""
+        return bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        """Put the sums where the tensors are."""
+        self._work.wait()
+        if len(self._tensors) > 1:
+            parts = self._flat.split([tensor.numel() for tensor in self._tensors])
+            sums = [part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True)]
+            torch._foreach_copy_(self._tensors, sums)
+
+
+def _all_reduce_in_buckets(tensors: list[torch.Tensor], async_op: bool) -> Iterator[_Bucket]:
+    """Tensors in buckets, one after the other, so that no more than two of them take memory; large ones alone."""
+    limit = min(_BUCKET_BYTES, sum(tensor.nbytes for tensor in tensors) // _BUCKETS)
+    buckets: list[list[torch.Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        alike = buckets and (buckets[-1][0].dtype, buckets[-1][0].device) == (tensor.dtype, tensor.device)
+        if not alike or size + tensor.nbytes > limit:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.nbytes
+    started = _Bucket(buckets[0]) if buckets else None
+    for bucket in buckets[1:]:
+        following = _Bucket(bucket)
+        if started is not None:
+            yield started
+        started = following
+    if started is not None:
+        yield started
 
 
 def _new_group(watch: Watch) -> Any:

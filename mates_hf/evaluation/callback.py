@@ -45,7 +45,8 @@ class LmEvalCallback(TrainerCallback):
         every_steps: evaluate after every so many optimizer steps, and after the last; None evaluates at each of
             `MatesCallback`'s rounds, and after the last step.
         limit: first documents of each task only.
-        batch_size: rows of a micro-batch, in each process.
+        batch_size: rows of a micro-batch of the longest texts, in each process; of shorter ones as many as have
+            as many tokens.
         metadata: for the tasks, as lm-eval's `--metadata`: `{"data_dir": ...}` for `mates_zero_shot_local`.
         truncate: cut contexts that are longer than the model's from the left, with one warning, as lm-eval does;
             without it they are an error before the first step.

@@ -47,7 +47,7 @@ class Evaluator:
         tasks: lm-eval tasks and groups: names (lm-eval's or this library's), paths of YAML files, configs, or tasks.
         tokenizer: the model's; a copy is used.
         limit: first documents of each task only.
-        batch_size: rows of a micro-batch.
+        batch_size: rows of a micro-batch of the longest texts; of shorter ones as many as have as many tokens.
         metadata: for the tasks, as lm-eval's `--metadata`: `{"data_dir": ...}` for the local ones.
         truncate: cut contexts that are longer than the model's from the left, with one warning, as lm-eval does;
             without it they are an error.

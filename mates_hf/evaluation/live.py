@@ -57,7 +57,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     Args:
         tokenizer: the model's; encoded with, never changed.
-        batch_rows: rows of a micro-batch.
+        batch_rows: rows of a micro-batch of the longest texts; of shorter ones as many as have as many tokens.
         max_tokens: Most tokens the model takes; longer contexts are cut from the left. None cuts nothing.
         progress: show progress bars.
         processes: those that answer together.

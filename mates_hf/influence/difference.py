@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from mates_hf.engine.model_traits import is_low_precision, unwrap
 from mates_hf.engine.preserve import local_shard, preserved
 from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.flops import NUM_EPSILON_CANDIDATES
-from mates_hf.influence.preconditioner import add_up, sum_of_squares
+from mates_hf.influence.preconditioner import add_up, squares_of
 
 logger = logging.getLogger(__name__)
 
@@ -207,12 +207,18 @@ def row_means(rows: Candidates, values: FloatArray) -> FloatArray:
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
     """Norm over all tensors together, over all shards of each."""
-    return joint_norm((tensor, sum_of_squares(local_shard(tensor))) for tensor in tensors)
+    return _norm_of_pairs([(tensor, tensor) for tensor in tensors])
 
 
 def norm_by_parameter(tensors: Mapping[nn.Parameter, Tensor]) -> float:
     """Norm over all tensors together, each sharded as the parameter that it belongs to."""
-    return joint_norm((parameter, sum_of_squares(local_shard(tensor))) for parameter, tensor in tensors.items())
+    return _norm_of_pairs(list(tensors.items()))
+
+
+def _norm_of_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Norm over the second tensors of all pairs together, each sharded as the first."""
+    squares = squares_of([local_shard(tensor) for _, tensor in pairs])
+    return joint_norm(zip((like for like, _ in pairs), squares, strict=True))
 
 
 def joint_norm(squares: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -51,7 +51,7 @@ def add_gradient_of_sum(
         ProbeMemoryError: one row alone does not fit into memory.
         ProcessError: another process failed.
     """
-    parts: list[float] = []
+    kept = passes.LossesOnDevice()
     rows = passes.measured_apart(rows)
     store = weight_store(model)
 
@@ -59,7 +59,7 @@ def add_gradient_of_sum(
         values = passes.batch_losses(model, rows, batch, loss)
         store.backward(values, torch.full_like(values, 1.0 if counts else 0.0))
         if counts:
-            parts.append(float(values.detach().sum(dtype=torch.float64)))
+            kept.add(batch, values.detach())
 
     def give_up() -> None:
         raise _MemoryRanOutError
@@ -79,7 +79,8 @@ def add_gradient_of_sum(
             )
     except _MemoryRanOutError:
         lost = True
-    total, num_lost = processes.sum(np.array([sum(parts), float(lost)]))
+    mine = sum(float(values.sum(dtype=torch.float64).numpy()) for _, values in kept.on_host())
+    total, num_lost = processes.sum(np.array([mine, float(lost)]))
     if num_lost:
         return None
     processes.sum_gradients(store.parameters().values())

@@ -26,6 +26,7 @@ from mates_hf.data.weighted import plain
 from mates_hf.engine.model_traits import is_out_of_memory, is_sharded, require_known_tokens, vocabulary_size
 from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.errors import MatesError
+from mates_hf.influence.output_head import has_plain_head
 
 # glibc hands every block above 32 MiB back to the kernel when it is freed, so each larger logits tensor would be
 # page-faulted in anew; on an accelerator the limit only keeps a large vocabulary from filling the card.
@@ -70,7 +71,7 @@ def run_batches(
     """
     if isinstance(tokens := plain(rows), TokenRows):  # all at once; other rows as they are collated
         require_known_tokens(model, tokens.values)
-    limit = 0 if one_row else min(tokens_per_batch, _max_tokens(model))
+    limit = 0 if one_row else most_tokens(model, tokens_per_batch)
     # A run's own loss may wait for the other processes as well (to add up its metrics, say).
     together = processes.size > 1 and (one_row or is_sharded(model))
     planned = _plan(rows.lengths, np.flatnonzero(rows.num_targets), limit, processes.size)
@@ -131,8 +132,14 @@ def _plan(
     return batches
 
 
-def _max_tokens(model: nn.Module) -> int:
-    """Padded tokens whose logits, as float32, stay below the limit of the device."""
+def most_tokens(model: nn.Module, tokens_per_batch: int) -> int:
+    """Padded tokens of a micro-batch: fewer than asked for where all of their logits would exist at once."""
+    limit = max_tokens(model)
+    return tokens_per_batch if tokens_per_batch <= limit or has_plain_head(model) else limit
+
+
+def max_tokens(model: nn.Module) -> int:
+    """Padded tokens whose logits, as float32, stay below the limit of the device; a processor's is that of a cache."""
     width = vocabulary_size(model) or 1
     on_cpu = next(model.parameters()).device.type == "cpu"
     return max(1, (_MAX_LOGITS_BYTES_CPU if on_cpu else _MAX_LOGITS_BYTES) // (4 * width))

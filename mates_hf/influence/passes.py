@@ -3,9 +3,9 @@
 Where it is used: both probes and nothing else run the model, and they run it through here. A candidate needs forward
 passes only; the reference task needs one backward pass a round.
 
-Trade-off: the logits of a micro-batch exist in full, in the dtype the model gave them, because reaching into the
-output head differs from architecture to architecture. Micro-batches are therefore sized by the vocabulary as well as
-by tokens.
+Trade-off: the logits of a micro-batch exist in full, in the dtype the model gave them, where they are small or where
+the output head is not a plain linear layer. Else `output_head` makes the losses inside of the head, some tokens at a
+time.
 
 Several processes share the rows of each micro-batch (`micro_batches`) and end up with the same losses and gradients.
 
@@ -15,6 +15,7 @@ Shapes: N rows, T trained tokens over all rows, B rows of a micro-batch padded t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mates_hf.data.batches import Candidates, ModelBatch
+from mates_hf.data.batches import Candidates, ModelBatch, moved_to
 from mates_hf.data.batches import LossFunction as LossFunction
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.rows import TokenRows, flat_index
 from mates_hf.data.weighted import WeightedRows, plain
 from mates_hf.engine.model_traits import (
     accepts,
@@ -34,11 +35,13 @@ from mates_hf.engine.model_traits import (
     run_inputs,
     without_needless_mask,
 )
+from mates_hf.engine.preserve import local_shard
 from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.engine.weight_store import weight_store
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.cross_entropy import cross_entropy_at
-from mates_hf.influence.micro_batches import run_batches
+from mates_hf.influence.micro_batches import max_tokens, run_batches
+from mates_hf.influence.output_head import has_plain_head, losses_in_head
 
 DEFAULT_TOKENS_PER_BATCH = 8_192
 _TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}  # beside pixels ids mean other things
@@ -72,20 +75,15 @@ def token_losses(
         ProcessError: another process failed.
     """
     rows = measured_apart(rows)
-    ends = np.cumsum(rows.num_targets, dtype=np.int64)
-    starts = ends - rows.num_targets
+    num_targets = np.asarray(rows.num_targets, np.int64)
     dtype = np.float64 if _dtype(model) == torch.float64 else np.float32
-    losses: npt.NDArray[np.floating[Any]] = np.zeros(int(ends[-1]) if len(rows) else 0, dtype)
+    losses: npt.NDArray[np.floating[Any]] = np.zeros(int(num_targets.sum()), dtype)
+    kept = LossesOnDevice()
 
     def measure(batch: npt.NDArray[np.int64], counts: bool) -> None:
-        values = batch_losses(model, rows, batch, loss).detach().cpu().numpy()
-        if not counts:
-            return
-        position = 0
-        for i in batch:
-            count = int(ends[i] - starts[i])
-            losses[starts[i] : ends[i]] = values[position : position + count]
-            position += count
+        values = batch_losses(model, rows, batch, loss).detach()
+        if counts:
+            kept.add(batch, values)
 
     with torch.no_grad(), tqdm(total=len(rows), desc="probe", unit="row", disable=not progress) as bar:
         run_batches(
@@ -97,6 +95,9 @@ def token_losses(
             bar=bar,
             processes=processes,
         )
+    starts = np.cumsum(num_targets) - num_targets
+    for batch, values in kept.on_host():
+        losses[flat_index(starts[batch], num_targets[batch])] = values.numpy()
     return processes.sum(losses)
 
 
@@ -151,13 +152,11 @@ def mean_loss_gradient(
     num_targets = _require_targets(rows)
     sums = None if row_sums is None else np.zeros(len(rows))
     power = 2.0 ** (num_targets - 1).bit_length()  # dividing by it is exact, so float32 gradients are the mean's
-    parts: list[float] = []
+    kept = LossesOnDevice()
     store = weight_store(model)
 
     def forget() -> None:
-        parts.clear()
-        if sums is not None:
-            sums[:] = 0
+        kept.clear()
         for parameter in store.parameters().values():
             parameter.grad = None
 
@@ -165,10 +164,7 @@ def mean_loss_gradient(
         values = batch_losses(model, rows, batch, loss)
         store.backward(values, torch.full_like(values, power / num_targets if counts else 0.0))
         if counts:
-            parts.append(float(values.detach().sum(dtype=torch.float64)))
-            if sums is not None:
-                starts = np.cumsum(rows.num_targets[batch], dtype=np.int64) - rows.num_targets[batch]
-                sums[batch] = np.add.reduceat(values.detach().cpu().numpy().astype(np.float64), starts)
+            kept.add(batch, values.detach())
 
     forget()
     with torch.enable_grad():
@@ -181,14 +177,47 @@ def mean_loss_gradient(
             restart=forget,
             processes=processes,
         )
-    for parameter in store.parameters().values():
-        if parameter.grad is not None:
-            parameter.grad.div_(power)
+    gradients = [parameter.grad for parameter in store.parameters().values() if parameter.grad is not None]
+    if gradients:
+        torch._foreach_div_([local_shard(gradient) for gradient in gradients], power)
     processes.sum_gradients(store.parameters().values())
+    total = 0.0
+    for batch, values in kept.on_host():
+        total += float(values.sum(dtype=torch.float64).numpy())
+        if sums is not None:
+            starts = np.cumsum(rows.num_targets[batch], dtype=np.int64) - rows.num_targets[batch]
+            sums[batch] = np.add.reduceat(values.numpy().astype(np.float64), starts)
     if row_sums is not None and sums is not None:
         sums, whole = processes.sum(sums), plain(packed)
         row_sums[:] = whole.by_row(sums) if isinstance(whole, TokenRows) else sums
-    return float(processes.sum(np.array([sum(parts)]))[0]) / num_targets
+    return float(processes.sum(np.array([total]))[0]) / num_targets
+
+
+class LossesOnDevice:
+    """Losses of micro-batches where the model left them, so that the host goes on to the next one; 4 bytes a token."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[npt.NDArray[np.int64], Tensor]] = []
+
+    def add(self, batch: npt.NDArray[np.int64], values: Tensor) -> None:
+        """Keep the losses of a micro-batch.
+
+        Args:
+            batch: its row numbers.
+            values: (T,) of its trained tokens, without a graph.
+        """
+        self._kept.append((batch, values))
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._kept.clear()
+
+    def on_host(self) -> Iterator[tuple[npt.NDArray[np.int64], Tensor]]:
+        """Each micro-batch and its losses in the host's memory, after one wait for the device."""
+        if self._kept:
+            sizes = [len(values) for _, values in self._kept]
+            together = torch.cat([values for _, values in self._kept]).cpu()
+            yield from zip((batch for batch, _ in self._kept), together.split(sizes), strict=True)
 
 
 def measured_apart(rows: Candidates) -> Candidates:
@@ -227,11 +256,13 @@ def batch_losses(
     """
     if isinstance(rows, WeightedRows):
         losses = batch_losses(model, rows.rows, index, loss)
-        return losses * torch.from_numpy(rows.weights_of(index)).to(losses)
-    batch = rows.batch(index, input_device(model))
+        weights: Tensor = moved_to(torch.from_numpy(rows.weights_of(index)), losses.device)
+        return losses * weights.to(losses.dtype)
+    batch = rows.batch(index, "cpu")
     ids = batch.inputs.get("input_ids")
     if not isinstance(rows, TokenRows) and ids is not None and not batch.inputs.keys() - _TEXT_INPUTS:
-        require_known_tokens(model, ids.cpu().numpy().reshape(-1))
+        require_known_tokens(model, ids.numpy().reshape(-1))
+    batch = batch.to(input_device(model))
     if loss is not None:
         value = loss(model, batch.with_labels())
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -256,6 +287,10 @@ def likelihood(model: nn.Module, batch: ModelBatch) -> Tensor:
     Raises:
         UnsupportedSettingError: the logits do not have the shape that the labels call for.
     """
+    num_logits = batch.labels.numel() if batch.labels.dim() > 1 and not needs_labels(model) else 0
+    if num_logits > max_tokens(model) and not batch.num_virtual and has_plain_head(model):
+        _require_known_labels(batch, model.get_output_embeddings().out_features)  # type: ignore[operator]
+        return losses_in_head(model, batch)
     return likelihood_of(logits_of_batch(model, batch), batch)
 
 
@@ -276,13 +311,18 @@ def likelihood_of(logits: Tensor, batch: ModelBatch) -> Tensor:
             f"{found}. Pass the run's own loss as `DirectionalProbe(loss=...)` and what "
             "the reference task is measured by as `reference_loss=`."
         )
-    index, wanted = batch.targets()
-    if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < logits.shape[-1]:
+    _require_known_labels(batch, logits.shape[-1])
+    index, wanted = (part.to(logits.device) for part in batch.targets()[:2])
+    return cross_entropy_at(logits.reshape(-1, logits.shape[-1]), index, wanted)
+
+
+def _require_known_labels(batch: ModelBatch, num_logits: int) -> None:
+    _, _, lowest, highest = batch.targets()
+    if not 0 <= lowest <= highest < num_logits:
         raise ValueError(
-            f"Labels must be -100 or 0 to {logits.shape[-1] - 1}, as the model's logits, got {int(wanted.min())} to "
-            f"{int(wanted.max())}. Use the tokenizer the model is trained with, or resize its embeddings."
+            f"Labels must be -100 or 0 to {num_logits - 1}, as the model's logits, got {lowest} to {highest}. Use the "
+            "tokenizer the model is trained with, or resize its embeddings."
         )
-    return cross_entropy_at(logits.reshape(-1, logits.shape[-1]), index.to(logits.device), wanted.to(logits.device))
 
 
 def needs_labels(model: nn.Module) -> bool:

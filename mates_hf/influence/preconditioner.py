@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mates_hf.engine.preserve import optimizer_parts
 from mates_hf.engine.weight_store import engine_optimizer
@@ -25,8 +25,11 @@ from mates_hf.influence.optimizer import adaptive_state, factored_step
 from mates_hf.influence.optimizer.muon_step import MuonStep
 from mates_hf.influence.optimizer.parameter_step import ParameterStep as ParameterStep
 from mates_hf.influence.optimizer.parameter_step import add_up as add_up
+from mates_hf.influence.optimizer.parameter_step import grouped as grouped
 from mates_hf.influence.optimizer.parameter_step import sum_of_squares as sum_of_squares
 from mates_hf.influence.optimizer.sgd_step import SgdStep
+from mates_hf.influence.optimizer.together import squares_of as squares_of
+from mates_hf.influence.optimizer.together import wide_dtype
 
 # `make(parameter, state, group, lr)`: the parameter's next step; None where no step has been taken with it.
 _MakeStep = Callable[[nn.Parameter, Mapping[str, Any], Mapping[str, Any], float], ParameterStep | None]
@@ -45,6 +48,7 @@ _KNOWN: dict[type, _MakeStep] = {
 for _name, _make in (("Muon", MuonStep), ("Adafactor", factored_step.torch_adafactor_step)):
     if hasattr(torch.optim, _name):  # newer than the oldest torch supported
         _KNOWN[getattr(torch.optim, _name)] = _make
+_NUMBERS = ("step", "mu_product")  # of a parameter's state
 _NEED_WHOLE_TENSORS = (MuonStep, factored_step.torch_adafactor_step, factored_step.transformers_adafactor_step)
 
 
@@ -251,6 +255,7 @@ def parameter_steps(
     require_known(optimizer)
     rates = iter(group_learning_rates(optimizer, learning_rates))
     wanted = {id(parameter) for parameter in parameters}
+    states = _states_on_host(optimizer, wanted)
     steps: list[ParameterStep] = []
     num_moved = 0
     for part in optimizer_parts(optimizer):
@@ -261,7 +266,7 @@ def parameter_steps(
                 if id(parameter) not in wanted:
                     continue
                 num_moved += 1
-                state = part.state.get(parameter, {})
+                state = states.get(id(parameter), {})
                 # A gradient scaler that skipped every step so far leaves state behind that has seen none.
                 stepped = bool(state) and float(state.get("step", 1)) > 0
                 step = make(parameter, state, group, lr) if stepped or isinstance(part, torch.optim.SGD) else None
@@ -277,6 +282,30 @@ def parameter_steps(
     if not any(step.moves for step in steps):
         raise FreshOptimizerError(optimizer)
     return steps
+
+
+def _states_on_host(optimizer: torch.optim.Optimizer, wanted: Collection[int]) -> dict[int, dict[str, Any]]:
+    """The state of each parameter by its id, counters and other single numbers as such, after one wait for a device.
+
+    Fused and capturable optimizers keep a counter on the device for each parameter.
+    """
+    states: dict[int, dict[str, Any]] = {}
+    for part in optimizer_parts(optimizer):
+        for parameter in (p for group in part.param_groups for p in group["params"] if id(p) in wanted):
+            states[id(parameter)] = dict(part.state.get(parameter, {}))
+    numbers = [
+        (state, name, value)
+        for state in states.values()
+        for name, value in state.items()
+        if name in _NUMBERS and isinstance(value, Tensor) and not hasattr(value, "to_local")
+    ]
+    if numbers:
+        device = numbers[0][2].device
+        wide = wide_dtype(device)
+        together = torch.stack([value.detach().reshape(()).to(device, wide) for _, _, value in numbers])
+        for (state, name, _), value in zip(numbers, together.tolist(), strict=True):
+            state[name] = value
+    return states
 
 
 def rarely_reached_parameters(model: nn.Module) -> set[int]:

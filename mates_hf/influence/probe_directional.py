@@ -35,7 +35,7 @@ from torch import nn
 from mates_hf.data.arguments import check_measure
 from mates_hf.data.batches import Candidates
 from mates_hf.display import changed_fields
-from mates_hf.engine.model_traits import unwrap
+from mates_hf.engine.model_traits import is_sharded, unwrap
 from mates_hf.engine.preserve import in_evaluation, preserved
 from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.engine.weight_store import adopt_engine, ids_in_store
@@ -93,8 +93,8 @@ class DirectionalProbe:
         second_moment: where Adam's E[g_B²] comes from: `"state"`, the running average in the optimizer's state, free;
             `"batches"`, the gradients of 4 batches of `batch_rows` candidates at the present weights.
         path_steps: points at which the reference gradient is taken, each on its share of the passages; 1 is θ_null
-            alone, the first-order value of one optimizer step. A share has four passages at least, else there are
-            fewer points.
+            alone, the first-order value of one optimizer step. There are fewer where a share would have less than four
+            passages, or, where weights are sharded, less than one for each process.
         path_rate: length of the strides from one to the next, in steps of the run at its learning rate; None makes all
             of them together as long as the coming round is by its schedule, but no longer than 64 steps at the run's
             peak rate. Alone 0.5.
@@ -255,7 +255,8 @@ class DirectionalProbe:
         """
         adopt_engine(model, optimizer)
         model, optimizer = unwrap(model), unwrap_optimizer(optimizer, unwrap(model))
-        num_points = len(shares_of_path(reference.measured, self.path_steps, 0))
+        together = self._processes.size if is_sharded(model) else 1
+        num_points = len(shares_of_path(reference.measured, self.path_steps, 0, together))
         seed = self.seed or 0
         with preserved(model) as snapshot, in_evaluation(model):
             rarely = ids_in_store(model, rarely_reached_parameters(model))

@@ -34,7 +34,7 @@ from mates_hf.data.batches import Candidates
 from mates_hf.engine.preserve import Snapshot, local_shard
 from mates_hf.flops import checked_passages, num_path_points
 from mates_hf.influence.difference import Direction, FloatArray, joint_norm, norm_by_parameter, norm_of, row_means
-from mates_hf.influence.preconditioner import ParameterStep, sum_of_squares
+from mates_hf.influence.preconditioner import ParameterStep, grouped, squares_of, sum_of_squares
 from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
@@ -62,19 +62,20 @@ class PathReader:
     smallest_step: float
 
 
-def shares_of_path(rows: Candidates, path_steps: int, seed: int) -> list[IntArray]:
+def shares_of_path(rows: Candidates, path_steps: int, seed: int, num_processes: int = 1) -> list[IntArray]:
     """Row numbers that each point of a path reads: all at a single one, else shares of about as many rows.
 
     Args:
         rows: the reference task's.
         path_steps: points asked for; fewer where they would read less than four passages.
         seed: Random seed of which passages a point reads.
+        num_processes: processes that must run each point together; fewer points where one would be without a passage.
 
     Returns:
         Numbers that have all trained rows once.
     """
     trained = np.flatnonzero(rows.num_targets)
-    num_points = num_path_points(path_steps, len(trained))
+    num_points = num_path_points(path_steps, len(trained), num_processes)
     if num_points == 1:
         return [np.arange(len(rows))]
     order = np.random.default_rng(seed).permutation(trained)
@@ -109,6 +110,8 @@ class ReferencePath:
         self._snapshot, self._rows, self._reading, self._squares = snapshot, rows, reading, squares
         self._steps = steps
         self._moving = [step for step in steps if id(step.parameter) not in left_out]
+        self._moves = {id(step) for step in self._moving}
+        self._alike = grouped(steps)
         self._batch_squares = batch_squares
         self._step_size = max(abs(step.coefficient) for step in steps)  # one scalar for all; the ratios go into u
         self.num_tokens_backward = 0
@@ -206,24 +209,50 @@ class ReferencePath:
         """Take the null step, then `length` down what `.grad` holds so far, of which P makes the direction."""
         factor = 0.0
         if number and length:
-            norm = joint_norm((s.parameter, sum_of_squares(g)) for s, pieces in self._pieces(1.0) for _, g in pieces)
+            norm = joint_norm(self._squares_of_direction())
             factor = length / norm if norm > 0 and np.isfinite(norm) else 0.0
         self._snapshot.rewind_parameters()
-        for step in self._steps:
-            step.write_null()
+        self._write_null()
         if factor:
-            for _, pieces in self._pieces(factor):
-                for theta, change in pieces:
-                    theta.sub_(change)
+            for steps in self._groups():
+                for _, theta, change in self._preconditioned(steps, factor):
+                    torch._foreach_sub_(theta, change)
         self._snapshot.written()
 
-    def _pieces(self, factor: float) -> Iterator[tuple[ParameterStep, Iterator[tuple[Tensor, Tensor]]]]:
-        """Pieces of each moving parameter, and of `factor` (c_p / step_size) Pᵀ times its `.grad`."""
-        for step in self._moving:
-            gradient = step.parameter.grad
-            if gradient is not None:
-                scale = factor * step.coefficient / self._step_size
-                yield step, step.preconditioned(local_shard(gradient), scale, self._squares.get(step.parameter))
+    def _write_null(self) -> None:
+        for numbers in self._alike:
+            steps = [self._steps[number] for number in numbers]
+            steps[0].write_null_of(steps)
+
+    def _groups(self) -> list[list[ParameterStep]]:
+        """Steps that move and have a gradient, those together that can be worked on at once."""
+        found = []
+        for numbers in self._alike:
+            alike = [self._steps[number] for number in numbers if id(self._steps[number]) in self._moves]
+            alike = [step for step in alike if step.parameter.grad is not None]
+            for given in (False, True):
+                same = [step for step in alike if (step.parameter in self._squares) == given]
+                found += [same] if same else []
+        return found
+
+    def _preconditioned(
+        self, steps: list[ParameterStep], factor: float
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Pieces of the parameters of a group, and of `factor` (c_p / step_size) Pᵀ times their `.grad`."""
+        scale = factor * steps[0].coefficient / self._step_size
+        return steps[0].preconditioned_of(steps, _gradients(steps), scale, self._squares_for(steps))
+
+    def _squares_for(self, steps: list[ParameterStep]) -> list[Tensor | None]:
+        return [self._squares.get(step.parameter) for step in steps]
+
+    def _squares_of_direction(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters, and () sums of squares of pieces of Pᵀ times what `.grad` holds, in the order of the steps."""
+        found: dict[int, list[Tensor]] = {id(step): [] for step in self._moving}
+        for steps in self._groups():
+            for owners, _, pieces in self._preconditioned(steps, 1.0):
+                for owner, square in zip(owners, squares_of(pieces), strict=True):
+                    found[id(steps[owner])].append(square)
+        return [(step.parameter, square) for step in self._moving for square in found[id(step)]]
 
     @torch.no_grad()
     def _own_step(self) -> float | None:
@@ -231,8 +260,12 @@ class ReferencePath:
         lengths: list[tuple[Tensor, Tensor]] = []
         unknown: list[ParameterStep] = []
         self._snapshot.rewind_parameters()
+        found: dict[int, Tensor] = {}
+        for numbers in self._alike:
+            steps = [self._steps[n] for n in numbers if id(self._steps[n]) in self._moves and self._steps[n].momentum]
+            found.update(zip(map(id, steps), steps[0].null_squares_of(steps) if steps else [], strict=True))
         for step in self._moving:
-            square = step.null_square() if step.momentum else step.usual_square()
+            square = found[id(step)] if step.momentum else step.usual_square()
             if square is None:
                 unknown.append(step)
             else:
@@ -248,14 +281,11 @@ class ReferencePath:
     @torch.no_grad()
     def _direction(self, scale: float, loss: float) -> Direction:
         """Precondition `.grad`, times `scale`, in place; parameters are put back, for ‖θ‖ is of where the run is."""
-        total: dict[nn.Parameter, Tensor] = {}
-        for step in self._moving:
-            if step.parameter.grad is not None:
-                found = step.parameter.grad
-                step.precondition(
-                    local_shard(found), scale * step.coefficient / self._step_size, self._squares.get(step.parameter)
-                )
-                total[step.parameter] = found
+        for steps in self._groups():
+            factor = scale * steps[0].coefficient / self._step_size
+            steps[0].precondition_of(steps, _gradients(steps), factor, self._squares_for(steps))
+        moved = [step.parameter for step in self._moving]
+        total = {parameter: parameter.grad for parameter in moved if parameter.grad is not None}
         for parameter in self._snapshot.parameters:
             parameter.grad = None
         self._snapshot.rewind_parameters()
@@ -282,10 +312,12 @@ class ReferencePath:
         last = np.sort(order[-checked_passages(len(order)) :])
         length = max(rate * (stride or 0.0), self._reading.smallest_step * found.parameter_norm)
         with torch.no_grad():
-            for step in self._steps:
-                step.write_null()
-            for parameter, change in found.by_parameter.items():
-                local_shard(parameter).sub_(local_shard(change), alpha=length / found.norm)
+            self._write_null()
+            torch._foreach_sub_(
+                [local_shard(parameter) for parameter in found.by_parameter],
+                [local_shard(change) for change in found.by_parameter.values()],
+                alpha=length / found.norm,
+            )
         self._snapshot.written()
         before, after = self._mean(at_null, last), self._mean(self._row_losses(last), last)
         self._snapshot.rewind_parameters()
@@ -308,6 +340,11 @@ class ReferencePath:
     def _mean(self, row_losses: FloatArray, share: IntArray) -> float:
         """Mean loss over the trained tokens of a share."""
         return float(np.average(row_losses[share], weights=self._rows.num_targets[share]))
+
+
+def _gradients(steps: list[ParameterStep]) -> list[Tensor]:
+    """Local shards of the gradients of parameters that have one."""
+    return [local_shard(step.parameter.grad) for step in steps if step.parameter.grad is not None]
 
 
 def _square_of_gradient(parameter: nn.Parameter) -> Tensor:

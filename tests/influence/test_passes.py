@@ -183,17 +183,20 @@ def test_one_row_that_does_not_fit_is_an_error_by_name(make_tiny_model: Callable
         token_losses(Crowded(make_tiny_model(), 5, False), make_rows([6, 2]))
 
 
-def test_micro_batches_shrink_with_the_vocabulary(
-    make_tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("plain", [False, True])
+def test_micro_batches_shrink_with_the_vocabulary_where_the_head_is_not_plain(
+    make_tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
     monkeypatch.setattr(module, "_MAX_LOGITS_BYTES_CPU", 4 * 64 * 10)  # ten tokens of 64 float32 logits
     model = make_tiny_model().eval()
+    if not plain:
+        model.lm_head.register_forward_hook(lambda *_: None)
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     token_losses(model, make_rows([5, 5, 5, 5, 2]))
-    assert max(shape.numel() for shape in shapes) == 10
+    assert max(shape.numel() for shape in shapes) == (25 if plain else 10)
 
 
 def test_unknown_token_ids_are_refused(make_tiny_model: Callable[..., Any]) -> None:

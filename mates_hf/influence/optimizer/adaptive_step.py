@@ -6,6 +6,8 @@ Where it is used: `adaptive_state` makes one of these for each parameter, of wha
 maximum under amsgrad). The square of a *batch* gradient matters: that of a single candidate's gradient over-damps at
 large batch. Rows that hardly any batch reaches are taken for usual ones once one does (`rarely_reached`).
 
+All arithmetic is on lists of tensors, matching pieces of parameters whose steps have the same numbers (`together`).
+
 Trade-off: what a candidate itself adds to the second moment, and through L2 weight decay to its first order, is left
 out; it is of the order of one row in a batch.
 """
@@ -14,21 +16,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mates_hf.engine.fragments import Fragment, whole_shape
 from mates_hf.engine.preserve import local_shard
-from mates_hf.influence.optimizer.parameter_step import (
-    ParameterStep,
-    add_up,
-    chunks,
-    rarely_reached,
-    row_means,
-    sum_of_squares,
-)
+from mates_hf.influence.optimizer.parameter_step import ParameterStep, add_up, rarely_reached, row_means
+from mates_hf.influence.optimizer.together import multiply, pieces, squares_of
+
+Tensors = list[Tensor]
 
 
 class AdaptiveStep(ParameterStep):
@@ -79,98 +77,155 @@ class AdaptiveStep(ParameterStep):
         self._floors: dict[bool, Tensor | None] = {}  # by whether E[g_B²] was given
 
     @abc.abstractmethod
-    def _divisor(self, second: Tensor, *beside: Tensor) -> Tensor:
+    def _divisor(self, second: Tensors, *beside: Tensors) -> Tensors:
         """D(v'), in place or new."""
 
-    def _next_second(self, second: Tensor, square: Tensor) -> Tensor:
-        return (second * self._keep).add_(square, alpha=self._add)
+    def _next_second(self, second: Tensors, square: Tensors | None) -> Tensors:
+        """The second moment after a gradient with these squares, None where it is zero; new tensors."""
+        found: Tensors = list(torch._foreach_mul(second, self._keep))
+        if square is not None:
+            torch._foreach_add_(found, square, alpha=self._add)
+        return found
 
-    def _next_beside(self, beside: list[Tensor], gradient: Tensor | None) -> list[Tensor]:
+    def _next_beside(self, beside: list[Tensors], gradient: Tensors | None) -> list[Tensors]:
         return beside
 
     def _size(self, second: Tensor) -> Tensor:
         """Mean squares of rows of v."""
         return row_means(second, self.parameter)
 
+    def likeness(self) -> Any:
+        """The numbers of the step, and whether rows of the parameter may be rare."""
+        return (*super().likeness(), self._first is None, len(self._beside), self._has_rare_rows)
+
     def write_null(self) -> None:
         """Move the parameter to where a step with zero gradient takes it."""
-        for theta, update, divisor in self._null_updates():
-            theta.mul_(self._shrink)
-            theta.addcdiv_(update, divisor, value=-1)
+        self.write_null_of([self])
+
+    def write_null_of(self, steps: Sequence[ParameterStep]) -> None:
+        """Move the parameters of steps like this one to where a step with zero gradient takes them."""
+        for _, theta, update, divisor in self._null_updates(steps):
+            if self._shrink != 1:
+                multiply(theta, self._shrink)
+            torch._foreach_addcdiv_(theta, update, divisor, value=-1)
 
     def null_square(self) -> Tensor:
         """() squared length of the null step of the local shard."""
-        return add_up(
-            sum_of_squares((theta * (1 - self._shrink)).addcdiv_(update, divisor))
-            for theta, update, divisor in self._null_updates()
-        )
+        return self.null_squares_of([self])[0]
 
-    def _null_updates(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Pieces of the parameter, of what a step with zero gradient takes off it, and of what that is divided by."""
-        for theta, second, first, *beside in chunks(
-            local_shard(self.parameter), self._second, self._first, *self._beside
-        ):
-            decay = theta * self.l2
-            divisor = self._divisor(self._next_second(second, decay * decay), *self._next_beside(beside, decay))
-            update = decay * self._gradient_rate
-            if first is not None:
-                update.add_((first * self._beta).add_(decay, alpha=1 - self._beta), alpha=self._first_rate)
-            yield theta, update, divisor
+    def null_squares_of(self, steps: Sequence[ParameterStep]) -> list[Tensor]:
+        """() squared lengths of the null steps of the local shards of steps like this one."""
+        squares: list[Tensors] = [[] for _ in steps]
+        for owners, theta, update, divisor in self._null_updates(steps):
+            moved = list(torch._foreach_mul(theta, 1 - self._shrink))
+            torch._foreach_addcdiv_(moved, update, divisor)
+            for owner, square in zip(owners, squares_of(moved), strict=True):
+                squares[owner].append(square)
+        return [add_up(parts) if len(parts) != 1 else parts[0] for parts in squares]
+
+    def _null_updates(self, steps: Sequence[ParameterStep]) -> Iterator[tuple[list[int], Tensors, Tensors, Tensors]]:
+        """Whose pieces they are, and pieces of the parameters, of what a null step takes off, and of its divisor."""
+        alike = cast("Sequence[AdaptiveStep]", steps)
+        columns = [(local_shard(s.parameter), s._second, s._first, *s._beside) for s in alike]
+        for owners, (theta, second, first, *beside) in pieces(columns):
+            decay = list(torch._foreach_mul(theta, self.l2)) if self.l2 else None
+            square = None if decay is None else list(torch._foreach_mul(decay, decay))
+            divisor = self._divisor(self._next_second(second, square), *self._next_beside(beside, decay))
+            yield owners, theta, self._null_update(theta, first, decay), divisor
+
+    def _null_update(self, theta: Tensors, first: Tensors | None, decay: Tensors | None) -> Tensors:
+        """first_rate m' + gradient_rate g, for the gradient that weight decay makes; new tensors."""
+        of, rate = (theta, 0.0) if decay is None else (decay, self._gradient_rate)
+        update: Tensors = list(torch._foreach_mul(of, rate))
+        if first is not None:
+            moved = list(torch._foreach_mul(first, self._beta))
+            if decay is not None:
+                torch._foreach_add_(moved, decay, alpha=1 - self._beta)
+            torch._foreach_add_(update, moved, alpha=self._first_rate)
+        return update
 
     def usual_square(self) -> Tensor | None:
         """() squared length of c P sqrt(E[g_B²]): about lr² for each element that batches reach."""
-        return self.coefficient**2 * add_up(
-            sum_of_squares(self._usual(second).sqrt_().div_(self._next_divisor(second, self._average(second), beside)))
-            for second, *beside in chunks(self._second, *self._beside)
-        )
+        squares: Tensors = []
+        for _, (second, *beside) in pieces([(self._second, *self._beside)]):
+            usual = self._usual(second)
+            torch._foreach_sqrt_(usual)
+            torch._foreach_div_(usual, self._next_divisor(second, self._average(second), beside))
+            squares += squares_of(usual)
+        return self.coefficient**2 * add_up(squares)
 
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale` and P, in place."""
-        for g, divisor in self._divisors(gradient, squares):
-            g.mul_(scale).div_(divisor)
+        self.precondition_of([self], [gradient], scale, [squares])
 
-    def preconditioned(
-        self, gradient: Tensor, scale: float, squares: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the parameter, and of the gradient multiplied by `scale` and P."""
-        pieces = chunks(local_shard(self.parameter))
-        for (theta,), (g, divisor) in zip(pieces, self._divisors(gradient, squares), strict=True):
-            yield theta, (g * scale).div_(divisor)
+    def precondition_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scale: float,
+        squares: Sequence[Tensor | None],
+    ) -> None:
+        """Multiply the gradients of steps like this one by `scale` and P, in place."""
+        for _, _, g, divisor in self._divisors(steps, gradients, squares):
+            multiply(g, scale)
+            torch._foreach_div_(g, divisor)
 
-    def _divisors(self, gradient: Tensor, squares: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the gradient, and of what P divides them by."""
-        at_least = self._at_least(squares)
-        for g, second, square, floor, *beside in chunks(gradient, self._second, squares, at_least, *self._beside):
+    def preconditioned_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scale: float,
+        squares: Sequence[Tensor | None],
+    ) -> Iterator[tuple[list[int], Tensors, Tensors]]:
+        """Pieces of the parameters of steps like this one, and of the gradients multiplied by `scale` and P."""
+        for owners, theta, g, divisor in self._divisors(steps, gradients, squares):
+            result = list(torch._foreach_mul(g, scale))
+            torch._foreach_div_(result, divisor)
+            yield owners, theta, result
+
+    def _divisors(
+        self, steps: Sequence[ParameterStep], gradients: Sequence[Tensor], squares: Sequence[Tensor | None]
+    ) -> Iterator[tuple[list[int], Tensors, Tensors, Tensors]]:
+        """Whose they are, and pieces of the parameters, of the gradients, and of what P divides those by."""
+        columns = [
+            (g, local_shard(s.parameter), s._second, square, s._at_least(square), *s._beside)
+            for s, g, square in zip(cast("Sequence[AdaptiveStep]", steps), gradients, squares, strict=True)
+        ]
+        for owners, (g, theta, second, square, floor, *beside) in pieces(columns):
             expected = self._average(second) if square is None else square
             if floor is not None:
-                expected = torch.maximum(expected, floor.reshape(-1, *(1,) * (g.dim() - 1)))
-            yield g, self._next_divisor(second, expected, beside)
+                by_row = [low.reshape(-1, *(1,) * (part.dim() - 1)) for low, part in zip(floor, g, strict=True)]
+                expected = [torch.maximum(each, low) for each, low in zip(expected, by_row, strict=True)]
+            yield owners, theta, g, self._next_divisor(second, expected, beside)
 
-    def _next_divisor(self, second: Tensor, expected: Tensor, beside: list[Tensor]) -> Tensor:
+    def _next_divisor(self, second: Tensors, expected: Tensors, beside: list[Tensors]) -> Tensors:
         """D after a step on a batch whose squares are as expected."""
         return self._divisor(self._next_second(second, expected), *self._next_beside(beside, None))
 
-    def _usual(self, second: Tensor) -> Tensor:
-        """E[g_B²], to tell the length of a usual step; a new tensor."""
-        return second * self._to_average
+    def _usual(self, second: Tensors) -> Tensors:
+        """E[g_B²], to tell the length of a usual step; new tensors."""
+        return list(torch._foreach_mul(second, self._to_average))
 
-    def _average(self, second: Tensor) -> Tensor:
-        return second * self._to_average
+    def _average(self, second: Tensors) -> Tensors:
+        return list(torch._foreach_mul(second, self._to_average))
+
+    @property
+    def _has_rare_rows(self) -> bool:
+        return len(whole_shape(self.parameter)) > 1 and self.rows_may_be_rare  # every batch reaches a vector
 
     def _at_least(self, squares: Tensor | None) -> Tensor | None:
-        """(R,) what E[g_B²] is raised to in rows that hardly any batch reaches; every batch reaches a vector."""
-        if len(whole_shape(self.parameter)) < 2 or not self.rows_may_be_rare:
+        """(R,) what E[g_B²] is raised to in rows that hardly any batch reaches, 0 in the others."""
+        if not self._has_rare_rows:
             return None
         given = squares is not None
         if given not in self._floors:
             memory = self._size(self._state_second)
             average = memory * self._to_average if squares is None else row_means(squares, self.parameter)
-            found = rarely_reached(memory, average, keep=self._keep, add=self._add, like=self._state_second)
-            floor = None
-            if found is not None:
-                floor = torch.where(found[0], found[1], torch.zeros_like(found[1])).to(self._second.dtype)
-                if isinstance(self.parameter, Fragment):
-                    floor = self.parameter.by_entry(floor)
+            rarely, usual = rarely_reached(memory, average, keep=self._keep, add=self._add, like=self._state_second)
+            floor = torch.where(rarely, usual, torch.zeros_like(usual)).to(self._second.dtype)
+            if isinstance(self.parameter, Fragment):
+                some = bool(rarely.any())  # by entry they take memory, zeros that are spread do not
+                floor = self.parameter.by_entry(floor) if some else floor.new_zeros(()).expand(self._second.shape)
             self._floors[given] = floor
         return self._floors[given]
 
@@ -182,17 +237,20 @@ class RootStep(AdaptiveStep):
         super().__init__(*args, **kwargs)
         self._correction, self._eps = correction, eps
 
-    def _divisor(self, second: Tensor, *beside: Tensor) -> Tensor:
+    def _divisor(self, second: Tensors, *beside: Tensors) -> Tensors:
         for peak in beside:
-            second = torch.maximum(second, peak)
-        return second.div(self._correction).sqrt_().add_(self._eps)
+            second = list(torch._foreach_maximum(second, peak))
+        torch._foreach_div_(second, self._correction)
+        torch._foreach_sqrt_(second)
+        torch._foreach_add_(second, self._eps)
+        return second
 
 
 class UndividedStep(AdaptiveStep):
     """RAdam before its variance is tractable: D = 1."""
 
-    def _divisor(self, second: Tensor, *beside: Tensor) -> Tensor:
-        return torch.ones_like(second)
+    def _divisor(self, second: Tensors, *beside: Tensors) -> Tensors:
+        return [torch.ones_like(part) for part in second]
 
 
 class CentredStep(RootStep):
@@ -202,22 +260,33 @@ class CentredStep(RootStep):
         super().__init__(*args, **kwargs)
         self._carried, self._carried_rate = None if carried is None else local_shard(carried), carried_rate
 
-    def _divisor(self, second: Tensor, *beside: Tensor) -> Tensor:
+    def likeness(self) -> Any:
+        """As of its kind, and whether momentum carries something on."""
+        return (*super().likeness(), self._carried is None)
+
+    def _divisor(self, second: Tensors, *beside: Tensors) -> Tensors:
         for mean in beside:
-            second = second.addcmul(mean, mean, value=-1).clamp_(min=0)
-        return second.sqrt().add_(self._eps)
+            torch._foreach_addcmul_(second, mean, mean, value=-1)
+            torch._foreach_clamp_min_(second, 0)
+        torch._foreach_sqrt_(second)
+        torch._foreach_add_(second, self._eps)
+        return second
 
-    def _next_beside(self, beside: list[Tensor], gradient: Tensor | None) -> list[Tensor]:
-        means = [mean * self._keep for mean in beside]
-        return means if gradient is None else [mean.add_(gradient, alpha=self._add) for mean in means]
+    def _next_beside(self, beside: list[Tensors], gradient: Tensors | None) -> list[Tensors]:
+        means = [list(torch._foreach_mul(mean, self._keep)) for mean in beside]
+        if gradient is not None:
+            for mean in means:
+                torch._foreach_add_(mean, gradient, alpha=self._add)
+        return means
 
-    def _null_updates(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for (carried,), (theta, update, divisor) in zip(
-            chunks(self._second if self._carried is None else self._carried), super()._null_updates(), strict=True
+    def _null_updates(self, steps: Sequence[ParameterStep]) -> Iterator[tuple[list[int], Tensors, Tensors, Tensors]]:
+        columns = [(s._second, s._carried) for s in cast("Sequence[CentredStep]", steps)]
+        for (_, (_, carried)), (owners, theta, update, divisor) in zip(
+            pieces(columns), super()._null_updates(steps), strict=True
         ):
-            if self._carried is not None:
-                update.addcmul_(carried, divisor, value=self._carried_rate)
-            yield theta, update, divisor
+            if carried is not None:
+                torch._foreach_addcmul_(update, carried, divisor, value=self._carried_rate)
+            yield owners, theta, update, divisor
 
 
 class PeakStep(AdaptiveStep):
@@ -227,20 +296,26 @@ class PeakStep(AdaptiveStep):
         super().__init__(*args, **kwargs)
         self._eps = eps
 
-    def _next_second(self, second: Tensor, square: Tensor) -> Tensor:
-        return torch.maximum(second * self._keep, square.sqrt().add_(self._eps))
+    def _next_second(self, second: Tensors, square: Tensors | None) -> Tensors:
+        kept: Tensors = list(torch._foreach_mul(second, self._keep))
+        if square is None:
+            torch._foreach_clamp_min_(kept, self._eps)
+            return kept
+        size: Tensors = list(torch._foreach_sqrt(square))
+        torch._foreach_add_(size, self._eps)
+        return list(torch._foreach_maximum(kept, size))
 
-    def _divisor(self, second: Tensor, *beside: Tensor) -> Tensor:
+    def _divisor(self, second: Tensors, *beside: Tensors) -> Tensors:
         return second
 
     def _size(self, second: Tensor) -> Tensor:
         return row_means(second, self.parameter) ** 2
 
-    def _usual(self, second: Tensor) -> Tensor:
-        return second * second  # at most
+    def _usual(self, second: Tensors) -> Tensors:
+        return list(torch._foreach_mul(second, second))  # at most
 
-    def _average(self, second: Tensor) -> Tensor:
-        return torch.zeros_like(second)  # how far below its peak a usual gradient is, u does not tell
+    def _average(self, second: Tensors) -> Tensors:
+        return [torch.zeros_like(part) for part in second]  # how far below its peak a gradient is, u does not tell
 
 
 class RatioStep(AdaptiveStep):
@@ -250,6 +325,10 @@ class RatioStep(AdaptiveStep):
         super().__init__(*args, **kwargs)
         self._eps = eps
 
-    def _divisor(self, second: Tensor, *beside: Tensor) -> Tensor:
-        (updates,) = beside
-        return second.add(self._eps).sqrt_().div_(updates.add(self._eps).sqrt_())
+    def _divisor(self, second: Tensors, *beside: Tensors) -> Tensors:
+        updates = torch._foreach_add(beside[0], self._eps)
+        torch._foreach_add_(second, self._eps)
+        torch._foreach_sqrt_(second)
+        torch._foreach_sqrt_(updates)
+        torch._foreach_div_(second, updates)
+        return second

@@ -17,13 +17,14 @@ it shortens all candidates alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.optimizer.parameter_step import ParameterStep, chunks, rarely_reached, sum_of_squares
+from mates_hf.influence.optimizer.parameter_step import ParameterStep, rarely_reached, sum_of_squares
+from mates_hf.influence.optimizer.together import chunks
 
 
 class _Rule(NamedTuple):
@@ -78,14 +79,20 @@ class FactoredStep(ParameterStep):
         for g, root in self._factors(gradient, squares):
             g.mul_(scale).mul_(root)
 
-    def preconditioned(
-        self, gradient: Tensor, scale: float, squares: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the parameter, and of the gradient multiplied by `scale` and P."""
-        whole = self._rule.whole is not None
-        pieces = iter([(self.parameter.detach(),)]) if whole else chunks(self.parameter.detach())
-        for (theta,), (g, root) in zip(pieces, self._factors(gradient, squares), strict=True):
-            yield theta, (g * scale).mul_(root)
+    def preconditioned_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scale: float,
+        squares: Sequence[Tensor | None],
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Pieces of the parameters of steps like this one, and of the gradients multiplied by `scale` and P."""
+        for number, step in enumerate(cast("Sequence[FactoredStep]", steps)):
+            whole = step._rule.whole is not None
+            pieces = iter([(step.parameter.detach(),)]) if whole else chunks(step.parameter.detach())
+            found = step._factors(gradients[number], squares[number])
+            for (theta,), (g, root) in zip(pieces, found, strict=True):
+                yield [number], [theta], [(g * scale).mul_(root)]
 
     def _factors(self, gradient: Tensor, squares: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of the gradient, and of what P multiplies them with."""
@@ -120,8 +127,8 @@ class FactoredStep(ParameterStep):
         average = row if squares is None else squares.mean(-1, dtype=row.dtype)
         if not self.rows_may_be_rare:
             return average
-        found = rarely_reached(row, average, keep=1 - self._rule.add, add=self._rule.add, like=row)
-        return average if found is None else torch.where(found[0], torch.maximum(average, found[1]), average)
+        rarely, usual = rarely_reached(row, average, keep=1 - self._rule.add, add=self._rule.add, like=row)
+        return torch.where(rarely, torch.maximum(average, usual), average)
 
 
 def transformers_adafactor_step(

@@ -4,14 +4,15 @@ Where it is used: the `*_step` modules fill it in for one optimizer each, `preco
 `DirectionalProbe` uses nothing else. The next step with gradient g moves a parameter to `null − coefficient · P g` to
 first order in g. P is that of the state, which no probe changes: the same at every point of a path.
 
-Trade-off: tensors are worked on a few rows at a time, so that temporaries stay small beside any parameter worth
-training; it costs a Python loop over pieces.
+Trade-off: steps are one a parameter, and whoever works on many of them asks the first of those that are alike
+(`grouped`) to work on all of them at once. Pieces are bounded, so that temporaries stay small beside any parameter
+worth training.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 
 from mates_hf.engine.fragments import Fragment, sum_over_shards
 from mates_hf.engine.preserve import local_shard
-
-_CHUNK = 2**20  # elements worked on at once
+from mates_hf.influence.optimizer.together import chunks, squares_of, wide_dtype
 
 
 class ParameterStep(abc.ABC):
@@ -50,9 +50,20 @@ class ParameterStep(abc.ABC):
         betas = group.get("betas") or (group.get("beta1"),)
         self.momentum = bool(betas[0] or group.get("momentum"))
 
+    def likeness(self) -> tuple[Any, ...]:
+        """What steps have in common that can be worked on at once: their numbers, and the kinds of their tensors."""
+        local = local_shard(self.parameter)
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, (bool, int, float))}
+        return type(self), local.dtype, local.device, *sorted(numbers.items())
+
     @abc.abstractmethod
     def write_null(self) -> None:
         """Move the parameter, in place, to where a step with zero gradient takes it; optimizer state is only read."""
+
+    def write_null_of(self, steps: Sequence[ParameterStep]) -> None:
+        """`write_null` of several steps like this one, at once where that is known."""
+        for step in steps:
+            step.write_null()
 
     @abc.abstractmethod
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
@@ -64,9 +75,31 @@ class ParameterStep(abc.ABC):
             squares: E[g_B²] of the same shape, or None to take the average that the optimizer's state holds.
         """
 
+    def precondition_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scale: float,
+        squares: Sequence[Tensor | None],
+    ) -> None:
+        """`precondition` of several steps like this one, at once where that is known.
+
+        Args:
+            steps: the steps.
+            gradients: The gradient of each.
+            scale: any factor.
+            squares: E[g_B²] of each, or None for all.
+        """
+        for step, gradient, square in zip(steps, gradients, squares, strict=True):
+            step.precondition(gradient, scale, square)
+
     @abc.abstractmethod
     def null_square(self) -> Tensor:
         """() squared length of the null step of the local shard, before it is rounded to the parameter's precision."""
+
+    def null_squares_of(self, steps: Sequence[ParameterStep]) -> list[Tensor]:
+        """`null_square` of several steps like this one, at once where that is known."""
+        return [step.null_square() for step in steps]
 
     def usual_square(self) -> Tensor | None:
         """() squared length, in the local shard, of the step that a usual batch makes where there is no momentum.
@@ -75,41 +108,42 @@ class ParameterStep(abc.ABC):
         """
         return None
 
-    def preconditioned(
-        self, gradient: Tensor, scale: float, squares: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `precondition` makes of a gradient that is left as it is, piece by piece.
+    def preconditioned_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scale: float,
+        squares: Sequence[Tensor | None],
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """What `precondition_of` makes of gradients that are left as they are, piece by piece.
 
         Args:
-            gradient: local shard of a gradient of the parameter's shape.
+            steps: steps like this one.
+            gradients: The gradient of each, local shards of the parameters' shapes.
             scale: any factor.
-            squares: Squares of a usual gradient, as `precondition` takes them.
+            squares: E[g_B²] of each, or None for all.
 
         Yields:
-            Matching pieces of the parameter's local shard and of the result, the latter to be used at once.
+            Which step each piece is of, and matching lists of pieces: of the parameters' local shards, and of the
+            result, the latter to be used at once.
         """
-        result = gradient.clone()
-        self.precondition(result, scale, squares)
-        yield local_shard(self.parameter), result
+        for number, (step, gradient, square) in enumerate(zip(steps, gradients, squares, strict=True)):
+            result = gradient.clone()
+            step.precondition(result, scale, square)
+            yield [number], [local_shard(step.parameter)], [result]
 
 
-def chunks(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Matching slices along dimension 0, of about 2^20 elements; None stays None.
-
-    Slices and not a flat view, so that writing reaches the tensor whatever its strides.
-    """
-    tensors = [t if t is None or t.dim() else t.unsqueeze(0) for t in (first, *others)]
-    rows = first.shape[0] if first.dim() else 1
-    size = max(1, _CHUNK * rows // max(1, first.numel()))
-    for start in range(0, rows, size):
-        yield tuple(t if t is None else t[start : start + size] for t in tensors)
+def grouped(steps: Sequence[ParameterStep]) -> list[list[int]]:
+    """Numbers of the steps that are alike, group by group."""
+    found: dict[Any, list[int]] = {}
+    for number, step in enumerate(steps):
+        found.setdefault(step.likeness(), []).append(number)
+    return list(found.values())
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """() sum of squares, float64 where the device has it, without a copy of the tensor."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
-    return norm.to(_wide(norm.device)).square()
+    return squares_of([tensor])[0]
 
 
 def add_up(squares: Iterable[Tensor]) -> Tensor:
@@ -118,11 +152,7 @@ def add_up(squares: Iterable[Tensor]) -> Tensor:
     if not parts:  # a shard without a row
         return torch.zeros((), dtype=torch.float64)
     device = parts[0].device
-    return torch.stack([part.reshape(()).to(device, _wide(device)) for part in parts]).sum()
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack([part.reshape(()).to(device, wide_dtype(device)) for part in parts]).sum()
 
 
 def row_means(tensor: Tensor, parameter: nn.Parameter | None = None) -> Tensor:
@@ -138,9 +168,7 @@ def row_means(tensor: Tensor, parameter: nn.Parameter | None = None) -> Tensor:
     return torch.cat(parts) if parts else local.new_zeros(0, dtype=dtype)
 
 
-def rarely_reached(
-    memory: Tensor, average: Tensor, *, keep: float, add: float, like: Any
-) -> tuple[Tensor, Tensor] | None:
+def rarely_reached(memory: Tensor, average: Tensor, *, keep: float, add: float, like: Any) -> tuple[Tensor, Tensor]:
     """Rows whose running second moment does not tell what a batch that reaches them would bring, and what it would.
 
     The gradient of an embedding's row is zero in each batch without that token, so its average of squares says how
@@ -156,11 +184,10 @@ def rarely_reached(
         like: the state tensor they come from; where it is sharded, all processes must call this.
 
     Returns:
-        (R,) bool rows, and the mean square of a usual row (a scalar tensor); None where there are no such rows here.
+        (R,) bool rows, and the mean square of a usual row (a scalar tensor).
     """
     reached = average > 0
     total = torch.stack([average.sum(), reached.sum().to(average.dtype)])
     total = sum_over_shards(total, like)
     usual = total[0] / total[1].clamp(min=1)
-    rarely = memory * keep < usual * add
-    return (rarely, usual) if bool(rarely.any()) else None
+    return memory * keep < usual * add, usual

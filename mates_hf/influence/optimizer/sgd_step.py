@@ -6,13 +6,15 @@ momentum; Nesterov: × (1 + momentum). Trade-off: none, the form is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from mates_hf.engine.preserve import local_shard
-from mates_hf.influence.optimizer.parameter_step import ParameterStep, add_up, chunks, sum_of_squares
+from mates_hf.influence.optimizer.parameter_step import ParameterStep, add_up
+from mates_hf.influence.optimizer.together import multiply, pieces, squares_of
 
 
 class SgdStep(ParameterStep):
@@ -36,34 +38,62 @@ class SgdStep(ParameterStep):
         factor = 1 + self._momentum * self._kept if self._nesterov else self._kept
         super().__init__(parameter, lr * factor, float(group["weight_decay"]), group)
 
+    def likeness(self) -> Any:
+        """The numbers of the step, and whether there is momentum."""
+        return (*super().likeness(), self._buffer is None)
+
     def write_null(self) -> None:
         """Move the parameter to where a step with zero gradient takes it."""
-        for theta, update in self._null_updates():
-            theta.sub_(update, alpha=self._lr)
+        self.write_null_of([self])
+
+    def write_null_of(self, steps: Sequence[ParameterStep]) -> None:
+        """Move the parameters of steps like this one to where a step with zero gradient takes them."""
+        for theta, update in self._null_updates(steps):
+            torch._foreach_add_(theta, update, alpha=-self._lr)
 
     def null_square(self) -> Tensor:
         """() squared length of the null step of the local shard."""
-        return self._lr**2 * add_up(sum_of_squares(update) for _, update in self._null_updates())
+        squares = [square for _, update in self._null_updates([self]) for square in squares_of(update)]
+        return self._lr**2 * add_up(squares)
 
-    def _null_updates(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the parameter, and of what a step with zero gradient takes off them, per learning rate."""
+    def _null_updates(self, steps: Sequence[ParameterStep]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Pieces of the parameters, and of what a step with zero gradient takes off them, per learning rate."""
         if not self.moves:  # has never had a gradient, and a null step brings none
             return
-        for theta, buffer in chunks(local_shard(self.parameter), self._buffer):
-            decay = theta * self.l2
+        columns = [(local_shard(s.parameter), s._buffer) for s in cast("Sequence[SgdStep]", steps)]
+        for _, (theta, buffer) in pieces(columns):
+            decay = list(torch._foreach_mul(theta, self.l2))
             if buffer is None:
                 yield theta, decay
                 continue
-            moved = (buffer * self._momentum).add_(decay, alpha=self._kept)
-            yield theta, decay.add_(moved, alpha=self._momentum) if self._nesterov else moved
+            moved = list(torch._foreach_mul(buffer, self._momentum))
+            torch._foreach_add_(moved, decay, alpha=self._kept)
+            if self._nesterov:
+                torch._foreach_add_(decay, moved, alpha=self._momentum)
+            yield theta, decay if self._nesterov else moved
 
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale`, in place."""
         gradient.mul_(scale)
 
-    def preconditioned(
-        self, gradient: Tensor, scale: float, squares: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the parameter, and of the gradient multiplied by `scale`."""
-        for theta, g in chunks(local_shard(self.parameter), gradient):
-            yield theta, g * scale
+    def precondition_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scale: float,
+        squares: Sequence[Tensor | None],
+    ) -> None:
+        """Multiply gradients by `scale`, in place."""
+        multiply(gradients, scale)
+
+    def preconditioned_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scale: float,
+        squares: Sequence[Tensor | None],
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Pieces of the parameters, and of the gradients multiplied by `scale`."""
+        columns = [(local_shard(s.parameter), g) for s, g in zip(steps, gradients, strict=True)]
+        for owners, (theta, g) in pieces(columns):
+            yield owners, theta, list(torch._foreach_mul(g, scale))
