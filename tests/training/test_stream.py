@@ -400,7 +400,8 @@ REFUSED = [
             average_steps=2),
     refused("a stream known to have fewer rows than the run reads", stream_setup(num_rows=90),
             r"Set `max_steps` to \d+ or less", ValueError),
-    refused("a stream in buffers that leave no row to choose", stream_setup(buffer_rows=3), "Set `buffer_rows` to 8 or more"),
+    refused("a stream in buffers that leave no row to choose", stream_setup(buffer_rows=3),
+            "Set `buffer_rows` to 8 or more"),
 ]  # fmt: skip
 
 
