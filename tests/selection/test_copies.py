@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mates_hf.data.arrow import assemble
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.prediction.worth import row_worth
-from mates_hf.selection.choose import noisy, stage_seed
 from mates_hf.selection import copies
+from mates_hf.selection.choose import noisy, stage_seed
 from mates_hf.selection.copies import end_tokens, find_copies, other_inputs, own_hashes, row_hashes
 from mates_hf.selection.select_stage import SelectedRows, select_rows
 from tests.selection.test_choose import probed
