@@ -25,6 +25,7 @@ from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.stream import MatesStream
 from mates_hf.data.stream_reader import first_rows
+from mates_hf.display import card
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 
@@ -54,6 +55,13 @@ class StreamPool(CandidatePool):
         held = HeldRows(first_rows(stream.source, HEAD_ROWS))
         super().__init__(held, collate_fn)
         self._columns: Any = held
+
+    def __repr__(self) -> str:
+        facts = {
+            "first rows": f"{len(self):,} at hand",
+            "stream": f"in buffers of up to {self.stream.buffer_rows:,} rows",
+        }
+        return card("StreamPool", facts)
 
     @property
     def stream_columns(self) -> list[str]:

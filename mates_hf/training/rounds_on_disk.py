@@ -239,13 +239,16 @@ def rounds_needed(rounds_dir: Path, output_dir: Path, number: int, saved: Sequen
     Returns:
         Their numbers.
     """
+    needed_by_stream: set[int] = set()
     last = [number, *(saved or ())[-2:]]  # a loop may be killed while it writes the last checkpoint
     checkpoint = last_complete_checkpoint(output_dir) if saved is None else None
     if checkpoint is not None:
         callbacks = read_json(Path(checkpoint) / "trainer_state.json").get("stateful_callbacks", {})
         last_round = callbacks.get(STATE_KEY, {}).get("last_round")
         last += [last_round["number"]] if last_round else []
-    needed = set(range(min(last), number + 1))
+        if last_round and "stream" in callbacks[STATE_KEY]:
+            needed_by_stream = rounds_of_buffer(rounds_dir, callbacks[STATE_KEY])
+    needed = set(range(min(last), number + 1)) | needed_by_stream
     for latest in last:
         before = round_before(rounds_dir, latest)
         if before is not None:
@@ -253,6 +256,28 @@ def rounds_needed(rounds_dir: Path, output_dir: Path, number: int, saved: Sequen
         models = (last_passed(rounds_dir, latest), last_fitted(rounds_dir, latest))
         needed.update(each for each in models if each is not None)
     return needed
+
+
+def rounds_of_buffer(rounds_dir: Path, state: Mapping[str, Any]) -> set[int]:
+    """Rounds by whose models a stream's buffers are made from the one on that a checkpoint lies in.
+
+    Args:
+        rounds_dir: where the run's rounds are.
+        state: this library's state in the checkpoint.
+
+    Returns:
+        Their numbers, and those of the rounds whose models they kept.
+    """
+    found: set[int] = set()
+    path: Path | None = round_path(rounds_dir, state["last_round"]["number"])
+    while path is not None and (path / ROUND_FILE).exists():
+        info = read_json(path / ROUND_FILE)
+        scored_by = info["stream"]["scored_by"]
+        found |= {info["number"]} | ({scored_by} if scored_by is not None else set())
+        if info["from_position"] <= state["stream"]["buffer"]["position"]:
+            break
+        path = round_before(rounds_dir, info["number"])
+    return found
 
 
 def average_path(rounds_dir: Path, step: int) -> Path:

@@ -8,6 +8,7 @@ reading it takes, and needs no collective inside of a data loop.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mates_hf.records import IntArray
 from mates_hf.selection.select_stage import SelectedRows
 from mates_hf.selection.stream_buffers import BufferSizes, best, split, whole
 from mates_hf.selection.stream_ledger import StreamLedger
-from mates_hf.training.opening import disk_errors_named
+from mates_hf.training.opening import DiskError, disk_errors_named
 from mates_hf.training.run import Run
 from mates_hf.training.stream_files import BufferRecord, stream_dir, write_aside, write_buffer
 from mates_hf.training.stream_rules import Rule, ScoredBuffer, score
@@ -124,6 +125,13 @@ class BufferMaker:
             self._pool.let_go_before(oldest)
 
 
-def _spooling(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """What a disk refuses inside is told by the folder's name."""
-    return disk_errors_named(folder, any_of_them=True)
+@contextlib.contextmanager
+def _spooling(folder: Path) -> Iterator[None]:
+    """What a disk refuses inside ends the run with the folder's name and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"Rows of a stream must be written to `{folder}`, which failed: {error}. Free some space there, set "
+            "`spool_dir` of the MatesStream to a folder that can be written to, or lower `buffer_rows`."
+        ) from error

@@ -141,7 +141,7 @@ def check_stream(pool: CandidatePool, config: MatesConfig, influence_model: Any,
 
 def _sizes(stream: MatesStream, config: MatesConfig, step_rows: int, saved: Mapping[str, Any] | None) -> BufferSizes:
     """Sizes of a run's buffers, which are those that it began with."""
-    if saved is not None:
+    if saved is not None and "stream" in saved:
         return BufferSizes(*saved["stream"]["sizes"])
     return sizes_for(stream.buffer_rows, config, step_rows)
 

@@ -63,14 +63,26 @@ def test_what_is_another_text():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=20), st.integers(1, 9))
-def test_a_hash_depends_on_its_row_alone(lists, block):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copies, "_BLOCK_TOKENS", block)
-        found = hashes_of(lists)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=20))
+def test_a_hash_depends_on_its_row_alone(lists):
+    found = hashes_of(lists)
     for i, row in enumerate(lists):
         rows = TokenRows.from_lists([row])
         assert row_hashes(rows, np.array([10 + i]), (BOS, EOS, PAD)) == found[i]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-5, 2**31), min_size=1, max_size=8), st.sampled_from([np.int32, np.int64, np.uint16]))
+def test_a_hash_is_the_sum_of_its_mixed_tokens(tokens, dtype):
+    def mix(value: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            value = ((value ^ (value >> shift)) * factor) % 2**64
+        return value ^ (value >> 31)
+
+    values, step = np.array(tokens).astype(dtype), 0x9E3779B97F4A7C15
+    rows = TokenRows(values=values, offsets=np.array([0, len(values)]))
+    total = sum(mix((place * step + int(token)) % 2**64) for place, token in enumerate(values.tolist()))
+    assert row_hashes(rows, np.array([3]))[0] == mix((total + len(values) * step) % 2**64)
 
 
 def test_which_tokens_are_ends_and_which_rows_are_more_than_tokens():

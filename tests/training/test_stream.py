@@ -24,7 +24,7 @@ from mates_hf.training.stream_files import numbered, read_buffer
 from mates_hf.training.stream_sampler import StreamEndedError
 from mates_hf.training.verify import verify_run
 from tests.launch import free_port, start_processes
-from tests.training.kit import make_arguments, make_pool, make_reference, run, small_config
+from tests.training.kit import DIGITS, make_arguments, make_pool, make_reference, run, small_config
 from tests.training.settings import NO_FILE, Setup, assert_refused, case, proves, rounds_of
 from tests.training.stream_worker import BUFFER_ROWS, CONFIG, STEPS, source, train
 
@@ -173,6 +173,23 @@ def test_a_run_that_is_killed_amid_a_buffer_goes_on(baseline, tmp_path):
     results = start(tmp_path, "killed", 2, resume=checkpoint, args=HALF)
     assert joined(results, 2) == baseline[1]["rows"][14 * BATCH :]
     assert verify_run(tmp_path / "killed").problem is None
+
+
+@pytest.mark.slow
+def test_passages_stand_between_the_rows_of_a_stream_and_old_rounds_can_go(tmp_path):
+    config = {"reference_passes": 2, "keep_rounds": 2}
+    whole = train({"output_dir": str(tmp_path), "config": config})
+    passages = [row for row in whole["rows"] if row >= DIGITS**2]  # they begin with no number of a row
+    assert len(passages) == 2 * 8
+    trained = np.concatenate([record.selection for record in buffers(tmp_path)]).tolist()
+    rows = [row for row in whole["rows"] if row < DIGITS**2]
+    assert rows == trained[: len(rows)]
+    args = {"dataloader_num_workers": 2}
+    checkpoint = str(tmp_path / "checkpoint-21")
+    rest = train({"output_dir": str(tmp_path), "config": config, "resume": checkpoint, "args": args})
+    assert rest["rows"] == whole["rows"][21 * BATCH :]
+    assert rest["losses"] == whole["losses"]
+    assert verify_run(tmp_path).problem is None
 
 
 # ---- sources
@@ -400,7 +417,8 @@ REFUSED = [
             average_steps=2),
     refused("a stream known to have fewer rows than the run reads", stream_setup(num_rows=90),
             r"Set `max_steps` to \d+ or less", ValueError),
-    refused("a stream in buffers that leave no row to choose", stream_setup(buffer_rows=3), "Set `buffer_rows` to 8 or more"),
+    refused("a stream in buffers that leave no row to choose", stream_setup(buffer_rows=3),
+            "Set `buffer_rows` to 8 or more"),
 ]  # fmt: skip
 
 
