@@ -279,9 +279,12 @@ def test_every_refused_key_is_on_the_page(manager: PluginManager) -> None:
     assert [key for key in refused if f"`{key}`" not in page] == []
 
 
-def test_without_axolotl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_axolotl_the_hooks_that_are_here_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     for name in ("axolotl", "axolotl.integrations.base"):
         monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
-    with pytest.raises(ImportError, match="must have Axolotl, which is not installed: `pip install axolotl`"):
-        importlib.import_module(NAME)
+    plugin = importlib.import_module(NAME).MatesPlugin()
+    assert plugin.get_input_args() == f"{NAME}.MatesArgs"
+    with pytest.raises(ValueError, match="`mates` must be a mapping of settings"):
+        plugin.register({})
+    sys.modules.pop(NAME)
