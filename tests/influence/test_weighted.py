@@ -98,7 +98,7 @@ def test_the_direction_is_the_mean_of_the_parts(live: Any, path_steps: int) -> N
         mixed = probe.compute_direction(model, optimizer, ReferenceTask.mixture(parts, [3, 1])).by_parameter
         for parameter, value in mixed.items():
             wanted = 0.75 * found[0][parameter] + 0.25 * found[1][parameter]
-            assert torch.allclose(value, wanted, rtol=1e-3, atol=1e-7)
+            assert torch.allclose(value, wanted, rtol=1e-3, atol=1e-5), (value - wanted).abs().max()
         return
     only = [probe.measure(model, optimizer, one, candidates).influence_per_token for one in parts]
     mixes = [ReferenceTask.mixture(parts, shares) for shares in ([30, 1], [1, 30])]
