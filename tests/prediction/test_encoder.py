@@ -217,7 +217,7 @@ def test_the_epoch_that_ranks_the_validation_candidates_best_is_kept(
         fitted = np.flatnonzero(~split_held_out(160, 0.1, 0))
         validation = fitted[split_held_out(len(fitted), 0.4, 1)]
         kept = spearmanr(found.predict(rows)[validation], labels.influence[validation]).statistic
-        assert kept == pytest.approx(max(values), abs=2e-3)  # float32 predictions tie where float64 ones do not
+        assert kept == pytest.approx(max(values), abs=6e-3)  # float32 predictions tie where float64 ones do not
     assert any(last_is_worse)
 
 

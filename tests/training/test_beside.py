@@ -163,7 +163,7 @@ def test_a_run_that_breaks_off_leaves_no_writer_behind(tmp_path, monkeypatch) ->
     with pytest.raises(InterruptedError):
         run(make_arguments(tmp_path), [callback, At(BOUNDARY + 1, fail)])
     threading.Timer(0.3, event.set).start()
-    callback.on_train_end(None, types.SimpleNamespace(log_history=[], epoch=0, global_step=7), None)
+    callback.on_train_end(None, types.SimpleNamespace(log_history=[], epoch=0, global_step=7, max_steps=7), None)
     assert not [thread for thread in threading.enumerate() if thread.name == "mates-round"]
 
 

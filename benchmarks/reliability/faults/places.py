@@ -59,7 +59,7 @@ def all_faults() -> list[Fault]:
     at("loss is read", start + "read_given", (MAIN, ERROR), (LAST, ERROR))
     at("connections are opened", processes + "_new_group", (LAST, ERROR), (LAST, KILL))
     at("config is compared", processes + "Processes.require_same", (MAIN, KILL), (LAST, ERROR))
-    at("sampler is made", start + "ScheduledSampler", (LAST, ERROR))
+    at("sampler is made", start + "make_sampler", (LAST, ERROR))
     at("lock is taken", opening + "RoundsLock", (MAIN, ERROR))
     at("folder is tried", opening + "written_whole", (MAIN, FULL))
     at("rounds set aside", opening + "set_earlier_run_aside", (MAIN, ERROR), (MAIN, KILL), (MAIN, STOP))
@@ -108,7 +108,7 @@ def all_faults() -> list[Fault]:
     at("round is finished", "mates_hf.round_writer:RoundWriter.finish", (MAIN, FULL), (MAIN, KILL))
     at("rounds are pruned", session + "Session._prune", (MAIN, ERROR))
     at("round is released", session + "release", (MAIN, ERROR), (MAIN, STOP))
-    at("order is told", session + "share_order", (MAIN, ERROR), (MAIN, STOP))
+    at("order is told", "mates_hf.training.beside:share_order", (MAIN, ERROR), (MAIN, STOP))
     at("order is scheduled", session + "Session._schedule", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), **in_round)
     at("metrics are reported", callback + "MatesCallback._report", (MAIN, ERROR), (LAST, ERROR))
     at("drift check", session + "look_inside", (MAIN, ERROR))
@@ -121,7 +121,7 @@ def all_faults() -> list[Fault]:
     at("share of the candidates, beside", scoring + "_predict", (MAIN, ERROR), (LAST, ERROR), (LAST, KILL), **beside)
     at("scores are written, beside", scoring + "write_array", (MAIN, FULL), call=2, **beside)
     at("round is finished, beside", "mates_hf.round_writer:RoundWriter.finish", (MAIN, FULL), (MAIN, KILL), **beside)
-    at("order is told, beside", session + "share_order", (MAIN, ERROR), (MAIN, STOP), **beside)
+    at("order is told, beside", "mates_hf.training.beside:share_order", (MAIN, ERROR), (MAIN, STOP), **beside)
     at("round is settled", session + "Session.settle", (MAIN, ERROR), (LAST, ERROR), **beside)
     # Weights sharded by FSDP2, whose collectives are not ours.
     sharded = {"sharded": True, "call": 2, **in_round}
