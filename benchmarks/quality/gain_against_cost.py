@@ -37,6 +37,7 @@ class Style(NamedTuple):
 
 
 # By the arm's name in the JSON; the order is that of the legend.
+FEWEST_SEEDS = 3  # of a point, as on the page of `selection`
 STYLES = {
     "ours": Style("circle", "ours: 500 probes each 100 steps"),
     "ours, frugal": Style("circle", "ours, frugal: 200 probes, once"),
@@ -105,7 +106,7 @@ def points_of(document: dict[str, Any], task: str, filtered: bool) -> dict[str, 
     found = {}
     for arm in STYLES:
         seeds = [seed for name, seed in sorted(units) if name == arm and ("random", seed) in units]
-        if len(seeds) < 2:
+        if len(seeds) < FEWEST_SEEDS:
             continue
         logs = np.log([random_steps(units[arm, seed], units["random", seed], steps) / steps for seed in seeds])
         mean, half = mean_interval(logs)

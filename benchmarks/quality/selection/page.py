@@ -7,6 +7,7 @@ the warm start on: above 1, random needs more.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ NOTES = {
     "has labels of documents only, so it is to be read beside the change `document labels` as well",
 }
 
+FEWEST_SEEDS = 3  # of an arm that is reported
+
 
 class Setting:
     """The trainings of one reference task and pool, by arm and seed; of some seeds where they are given."""
@@ -45,6 +48,10 @@ class Setting:
             for result in document["units"]
             if (result["task"], result["filtered"]) == (task, filtered) and (seeds is None or result["seed"] in seeds)
         }
+        if not document["settings"]["quick"]:  # an arm that was begun waits until its interval says something
+            done = Counter(arm for arm, _ in self.results)
+            few = {arm for arm in known.ARMS if done[arm] < FEWEST_SEEDS}
+            self.results = {key: result for key, result in self.results.items() if key[0] not in few}
 
     def seeds(self, *arms: str) -> list[int]:
         """Seeds that all these arms have, from one warm start."""
