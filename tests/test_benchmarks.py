@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import logging
 import os
 import pkgutil
 import re
@@ -24,6 +25,15 @@ BENCHMARKS = ROOT / "benchmarks"
 MODULES = sorted(path for path in BENCHMARKS.rglob("*.py") if path.parent != BENCHMARKS)
 NOT_MEASURED = {"gpu"}  # needs a card
 RESULT = re.compile(r"(?P<name>[a-z_]+)_(cpu\d+|[a-z0-9]+)_20\d\d-(0[1-9]|1[0-2])")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_silence_loggers_in_their_own_test_alone() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("mates_hf", "lm_eval")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def run(*arguments: str) -> str:
