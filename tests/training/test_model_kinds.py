@@ -141,4 +141,5 @@ def test_what_is_probed_is_what_is_trained(kind: Kind, tmp_path: Path) -> None:
     if any(counts):
         assert labels.num_tokens.tolist() == counts
     assert np.isfinite(labels.influence).all()
-    assert labels.influence.std() > 0
+    if record.info["probe"]["epsilon"] > 1e-6:  # else rounding alone decides
+        assert labels.influence.std() > 0

@@ -5,7 +5,7 @@ numbers (`ParameterStep.likeness`) share a list; large ones are cut along dimens
 
 Trade-off: temporaries are as large as what is worked on, some five of them at a time. On a device that is a 64th of
 the entries at hand, 2^22 at least and 2^24 at most; there a launch takes longer than the arithmetic on a small tensor.
-On a processor it is what a cache holds.
+On a processor it is what a cache holds, and no more than a 64th either.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 MOST_ENTRIES_CPU = 2**20
 MOST_ENTRIES = 2**24
+_LEAST_ENTRIES_CPU = 2**14
 _LEAST_ENTRIES = 2**22
 _PARTS = 64
 
@@ -32,10 +33,10 @@ def most_entries(device: torch.device, total: int) -> int:
         total: how many there are.
 
     Returns:
-        The number; on a device between 2^22 and 2^24.
+        The number: between 2^22 and 2^24 on a device, between 2^14 and 2^20 on a processor.
     """
     if device.type == "cpu":
-        return MOST_ENTRIES_CPU
+        return min(MOST_ENTRIES_CPU, max(_LEAST_ENTRIES_CPU, total // _PARTS))
     return max(_LEAST_ENTRIES, min(MOST_ENTRIES, total // _PARTS))
 
 
