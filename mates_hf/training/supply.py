@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,8 @@ def check_stream(pool: CandidatePool, config: MatesConfig, influence_model: Any,
     if not isinstance(pool, StreamPool):
         return
     found = []
+    if int(version("datasets").split(".")[0]) < 4:
+        found.append("`datasets` before 4.0 does not find its place in a stream again: `pip install -U datasets`")
     if config.candidate_scope == "pool":
         found.append(
             "`candidate_scope='pool'` chooses from all rows, and those of a stream are not read yet: use 'slice', by "

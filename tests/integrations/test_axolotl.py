@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 from tests.integrations.kit import PAGE, REDUCED, SELECTS, TRAINER_FLAGS, blocks, selected_rounds, write_inputs
@@ -173,6 +174,8 @@ def assert_selects(manager: Any, text: str, folder: Path) -> None:
 @proves("Axolotl (`plugins: [mates_hf.integrations.axolotl.MatesPlugin]`)", SELECTS, note=REDUCED)
 @pytest.mark.parametrize("flat", [True, False])
 def test_the_config_of_the_page_selects(folder: Path, manager: PluginManager, flat: bool) -> None:
+    if flat and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("models of older versions see across the rows that are flattened on a processor")
     text = page_config()
     assert_selects(
         manager, text if flat else text.replace("batch_flattening: true", "batch_flattening: false"), folder

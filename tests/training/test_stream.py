@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,9 @@ from tests.launch import free_port, start_processes
 from tests.training.kit import DIGITS, make_arguments, make_pool, make_reference, run, small_config
 from tests.training.settings import NO_FILE, Setup, assert_refused, case, proves, rounds_of
 from tests.training.stream_worker import BUFFER_ROWS, CONFIG, STEPS, source, train
+
+pytestmark = pytest.mark.skipif(int(datasets.__version__.split(".")[0]) < 4, reason="streams need datasets 4.0")
+
 
 STREAM = "a streaming pool wrapped in `MatesStream`"
 BATCH = 4

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,7 @@ PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)  # in variances of the value
 MOST_ENTRIES = 60_000_000  # of a design: about a gigabyte
 _SEARCH_TEXTS = 20_000  # that penalties are tried on
 _VALIDATION = 0.15  # of these, that a penalty is judged on
+_NAME_OF_TOLERANCE = "tol" if tuple(map(int, version("scipy").split(".")[:2])) < (1, 12) else "rtol"
 _TOLERANCE, _ITERATIONS = 1e-3, 100  # of the conjugate gradients
 _FIRST = 3  # number of the penalty that words and pairs are compared with
 
@@ -114,8 +116,8 @@ class Design:
             np.asarray(transposed @ ((wanted - centre) / scale), np.float64),
             x0=None if start is None else start / scale,
             M=LinearOperator((size, size), matvec=lambda residual: residual / diagonal, dtype=np.float64),
-            rtol=_TOLERANCE,
             maxiter=_ITERATIONS,
+            **{_NAME_OF_TOLERANCE: _TOLERANCE},
         )
         effects = np.asarray(found * scale, np.float64)
         return Effects(effects, centre - float(columns @ effects))
