@@ -223,7 +223,7 @@ def test_losses_made_in_the_head_are_those_of_logits(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(output_head, "CHUNK_BYTES_CPU", 4 * 64 * 5)
         assert output_head.has_plain_head(model) == (name in ("tied", "bias")), name
         assert micro_batches.most_tokens(model, 1000) == (1000 if name in ("tied", "bias") else 3)
-        np.testing.assert_allclose(token_losses(model, rows), wanted, rtol=1e-6, err_msg=name)  # older versions make logits float32
+        np.testing.assert_allclose(token_losses(model, rows), wanted, rtol=1e-6, err_msg=name)
         assert mean_loss_gradient(model, rows) == pytest.approx(loss, rel=1e-6)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-8)  # rotary is float32
