@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from huggingface_hub import ModelCard, ModelHubMixin
 
 from mates_hf.data.arguments import check_influence_model
@@ -203,8 +202,8 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         rows = texts if is_dataset else datasets.Dataset.from_dict({"text": as_text_list(texts)})
         found = find_text_column(rows.features.arrow_schema, column)
         values = self.score(rows, column=found.name).influence
-        ids = np.arange(len(rows))
-        model = TextInfluenceModel.distil(values, found.open(rows).rows(ids), num_buckets=num_buckets, seed=seed)
+        whole = found.open(rows).values(slice(0, len(rows)))
+        model = TextInfluenceModel.distil(values, whole, num_buckets=num_buckets, seed=seed)
         return type(self)(model, origin={**self.origin, "distilled_from": type(self.influence_model).__name__})
 
     # --- selection ---

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from benchmarks.lab.operations import CountOperations, counted
@@ -213,6 +214,7 @@ def mixed_rows() -> TokenRows:
 
 def test_losses_made_in_the_head_are_those_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = mixed_rows()
+    close = 1e-12 if int(transformers.__version__.split(".")[0]) >= 5 else 1e-6  # older ones make logits float32
     for name, model in models_of_heads().items():
         model.double().eval()
         monkeypatch.undo()
@@ -223,8 +225,8 @@ def test_losses_made_in_the_head_are_those_of_logits(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(output_head, "CHUNK_BYTES_CPU", 4 * 64 * 5)
         assert output_head.has_plain_head(model) == (name in ("tied", "bias")), name
         assert micro_batches.most_tokens(model, 1000) == (1000 if name in ("tied", "bias") else 3)
-        np.testing.assert_allclose(token_losses(model, rows), wanted, rtol=1e-6, err_msg=name)
-        assert mean_loss_gradient(model, rows) == pytest.approx(loss, rel=1e-6)
+        np.testing.assert_allclose(token_losses(model, rows), wanted, rtol=close, err_msg=name)
+        assert mean_loss_gradient(model, rows) == pytest.approx(loss, rel=close)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-8)  # rotary is float32
         assert "forward" not in vars(model.get_output_embeddings())
