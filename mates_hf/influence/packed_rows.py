@@ -113,7 +113,7 @@ def require_own_targets(pool: CandidatePool, rows: list[int], found: int, wanted
             f"A collator that puts rows into one must train the tokens that they train alone, got {found} trained "
             f"tokens from `{name_of(pool.collate_fn)}` for pool rows {rows}, which alone have {wanted}: the first "
             "token of a row is trained behind the row in front of it. Give it the label -100 (with "
-            "`DataCollatorWithFlattening` leave `separator_id` at -100)."
+            "`DataCollatorWithFlattening` leave `separator_id` at -100; TRL's own collator does so from 0.24 on)."
         )
 
 

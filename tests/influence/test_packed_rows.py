@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from scipy.stats import spearmanr
 from transformers import (
     DataCollatorWithFlattening,
@@ -111,6 +113,10 @@ def test_trl_packing(strategy):
     rows, collator = packed_by_trl(strategy)
     lists = documents_of(rows)
     assert any(len(row) > 1 for row in lists)
+    if Version(version("trl")) < Version("0.24"):  # which trains the first token of a document behind another one
+        with pytest.raises(UnsupportedSettingError, match=r"TRL's own collator does so from 0\.24 on"):
+            measure(CandidatePool(rows, collator))
+        return
     labels = assert_added_up(CandidatePool(rows, collator), lists)
     assert labels.info["reading"]["documents"] == "apart"
     # The stages alone, without a collator: the column says it.
