@@ -182,7 +182,7 @@ def test_a_package_that_is_missing_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mates_hf.cli.describe_environment", lambda: (1 / 0 for _ in range(1)))
+    monkeypatch.setattr("mates_hf.cli.env.describe_environment", lambda: (1 / 0 for _ in range(1)))
     with pytest.raises(ZeroDivisionError):
         main(["env"])
 

@@ -1,0 +1,66 @@
+"""`mates-hf`: what a person asks from a shell, one module a command.
+
+`mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took. Where it is used: right of
+everything, and the only folder that prints. Trade-off: what a command needs is imported when it runs, so that
+`mates-hf env` works in an installation that is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mates_hf.cli import env, runs
+from mates_hf.errors import MatesError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name; None reads `sys.argv`.
+
+    Returns:
+        Exit status: 0; 1 with one line on stderr where the command cannot be done or a run is not as it must be; 2
+        with the help where no command was given (and, as `SystemExit`, where arguments are wrong).
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        status = int(arguments.run(arguments))
+    except ImportError as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else None
+        what = f"`{missing}` must be installed and is not: `pip install {missing}`" if missing else str(error)
+        print(f"mates-hf: {what}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
+        print(f"mates-hf: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    """All commands; each sets `run`, a function of the arguments that returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mates-hf", description="Model-aware pretraining data selection.")
+    parser.add_argument("--version", action="version", version=f"mates-hf {_own_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    env.add_command(commands)
+    runs.add_commands(commands)
+    return parser
+
+
+def _own_version() -> str:
+    """The version of the package that runs, which need not be the one that is installed."""
+    return str(getattr(sys.modules.get("mates_hf"), "__version__", None) or env.version_of("mates-hf") or "unknown")
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What is said in one line; anything else is a fault of this program and keeps its traceback."""
+    return (OSError, ValueError, MatesError)
