@@ -141,15 +141,30 @@ def temperature_unit(num_targets: npt.NDArray[np.int32], ranking: Ranking, label
     Raises:
         ValueError: the fit did not record a standard deviation.
     """
+    trained = num_targets[num_targets > 0].astype(np.float64)
+    return temperature_unit_of(float(np.mean(trained**2)) if len(trained) else 1.0, ranking, label_std)
+
+
+def temperature_unit_of(mean_square: float, ranking: Ranking, label_std: float) -> float:
+    """`temperature_unit` where only the mean of the squares of the rows' numbers of trained tokens is at hand.
+
+    Args:
+        mean_square: Mean of n squared over the rows that have a trained token.
+        ranking: What the rows are ranked by.
+        label_std: Standard deviation of the labels' `influence`.
+
+    Returns:
+        As `temperature_unit`.
+
+    Raises:
+        ValueError: the fit did not record a standard deviation.
+    """
     if not (math.isfinite(label_std) and label_std > 0):
         raise ValueError(
             "A `temperature` above 0 is in standard deviations of the labels, and this model's fit records "
             f"{label_std}. Use `temperature=0`."
         )
-    if ranking == "influence":
-        return label_std
-    trained = num_targets[num_targets > 0].astype(np.float64)
-    return label_std * (float(np.sqrt(np.mean(trained**2))) if len(trained) else 1.0)
+    return label_std if ranking == "influence" else label_std * math.sqrt(mean_square)
 
 
 def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray:
@@ -198,11 +213,11 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
 def _filled(order: IntArray, num_targets: npt.NDArray[np.int32], budget: Budget) -> IntArray:
     """The rows of an order that fit into a budget of tokens, and random others that fit into its random share."""
     num_tokens = int(budget.num_tokens or 0)
-    rows = _fill(order, num_targets, num_tokens - round(budget.random_share * num_tokens))
+    rows = filled(order, num_targets, num_tokens - round(budget.random_share * num_tokens))
     if budget.random_share:
         others = np.random.default_rng([budget.seed, _SHARE]).permutation(np.setdiff1d(order, rows))
         left = num_tokens - int(num_targets[rows].sum(dtype=np.int64))
-        rows = np.concatenate([rows, _fill(others, num_targets, left)])
+        rows = np.concatenate([rows, filled(others, num_targets, left)])
     used = int(num_targets[rows].sum(dtype=np.int64))
     if used < _WELL_USED * num_tokens and len(rows) < len(order):
         skipped = int(order[~np.isin(order, rows)][0])
@@ -215,8 +230,17 @@ def _filled(order: IntArray, num_targets: npt.NDArray[np.int32], budget: Budget)
     return rows
 
 
-def _fill(order: IntArray, num_targets: npt.NDArray[np.int32], num_tokens: int) -> IntArray:
-    """The rows of an order that fit into a number of tokens, each tried in its turn."""
+def filled(order: IntArray, num_targets: npt.NDArray[np.int32], num_tokens: int) -> IntArray:
+    """The rows of an order that fit into a number of tokens, each tried in its turn.
+
+    Args:
+        order: Row numbers, the best first.
+        num_targets: (N,) int32 trained tokens of all rows.
+        num_tokens: Number of tokens that there is room for.
+
+    Returns:
+        The row numbers, in their order.
+    """
     left, parts = num_tokens, [order[:0]]
     while len(order):
         ends = np.cumsum(num_targets[order], dtype=np.int64)
