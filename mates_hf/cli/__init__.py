@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mates_hf.cli import env, runs
+from mates_hf.cli import env, plan, runs
 from mates_hf.errors import MatesError
 
 
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     env.add_command(commands)
     runs.add_commands(commands)
+    plan.add_command(commands)
     return parser
 
 
