@@ -21,6 +21,7 @@ SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
 BEFORE: dict[str, Any] = {
     "max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0, "max_passes": 1,
+    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0,
 }  # fmt: skip
 
 
@@ -103,6 +104,27 @@ class MatesConfig:
         metadata={
             "help": "Column of the pool with the document of each row. Rows of one document are fitted or held out "
             "together. None: only copies of a text are one document."
+        },
+    )
+    group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the pool with the group of each row: its source, its language. Rounds record each "
+            "group's share of what they choose, and its loss. None: rows have no group."
+        },
+    )
+    max_group_boost: float | None = field(
+        default=None,
+        metadata={
+            "help": "No group gets more rows of a round's choice than so many times its share of the candidates; at "
+            "least 1. Needs `group_column`. None: no bound."
+        },
+    )
+    min_group_boost: float = field(
+        default=0.0,
+        metadata={
+            "help": "Each group gets at least so many times its share of the candidates, in [0, 1], as far as it has "
+            "rows that may be chosen. Needs `group_column`. 0: no bound."
         },
     )
     min_spearman: float = field(
@@ -244,11 +266,16 @@ class MatesConfig:
             "rounds_dir",
             "None or a path as a non-empty str",
         )
-        require(
-            self.document_column is None or (isinstance(self.document_column, str) and self.document_column != ""),
-            "document_column",
-            "None or the name of a column as a non-empty str",
-        )
+        for name in ("document_column", "group_column"):
+            value = getattr(self, name)
+            ok = value is None or (isinstance(value, str) and value != "")
+            require(ok, name, "None or the name of a column as a non-empty str")
+        most, bounded = self.max_group_boost, self.group_column is not None
+        rule = "None without `group_column`" if not bounded else "None or a finite number of at least 1"
+        require(most is None or (bounded and number("max_group_boost") and most >= 1), "max_group_boost", rule)
+        rule = "in [0, 1]" if bounded else "0 without `group_column`"
+        ok = number("min_group_boost") and (0 <= self.min_group_boost <= 1 if bounded else self.min_group_boost == 0)
+        require(ok, "min_group_boost", rule)
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
 
     @property

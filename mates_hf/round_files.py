@@ -39,6 +39,7 @@ ROUND_FILE = "round.json"
 KEY_FILE = "key.json"
 CHECKSUMS_FILE = "SHA256SUMS"
 PROBES_FILE = "probes.parquet"
+GROUPS_FILE = "groups.npy"  # (M,) int32 group of each candidate
 REFERENCE_FILE = "reference_losses.npy"  # (R, 2) float32, mean loss and trained tokens of each reference passage
 SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "cursor")
 

@@ -157,6 +157,21 @@ def bought_text(info: Mapping[str, Any]) -> str:
     return f"above all rows with {', '.join(words)}" if words else ""
 
 
+def groups_text(info: Mapping[str, Any]) -> str:
+    """The groups whose share of the choice differs most from that of the candidates; empty where none are recorded."""
+    found = {
+        str(name): (facts["candidates"], facts["chosen"])
+        for name, facts in _part(info, "groups").items()
+        if isinstance(facts, Mapping) and all(_is_number(facts.get(key)) for key in ("candidates", "chosen"))
+    }
+    every, taken = (sum(counts[i] for counts in found.values()) for i in (0, 1))
+    if len(found) < 2 or not every or not taken:
+        return ""
+    boosts = {name: (got / taken) / (num / every) for name, (num, got) in found.items() if num}
+    most = sorted(boosts, key=lambda name: (-abs(found[name][1] / taken - found[name][0] / every), name))[:3]
+    return ", ".join(f"{cut(name, _MAX_WORD)} {boosts[name]:.2f}×" for name in most)
+
+
 def _labels(record: RoundRecord) -> str:
     """How many labels, their standard deviation, and whether derivatives agree with real steps."""
     labels, fidelity = record.labels, _part(record.info, "fidelity")
@@ -199,7 +214,8 @@ def _chosen(record: RoundRecord) -> str:
     every = float(np.mean(record.scores, dtype=np.float64))
     above_all = bought_text(record.info)
     text = f"predicted influence {mean:+.2e} nats/token on average, {every:+.2e} over all candidates"
-    return f"{text}; {above_all}" if above_all else text
+    by_group = f"{groups_text(record.info)} their share" if groups_text(record.info) else ""
+    return "; ".join(part for part in (text, above_all, by_group) if part)
 
 
 def mean_of_selected(record: RoundRecord) -> float | None:

@@ -68,6 +68,9 @@ EDGES = {
     "num_probes": ([9, 10.0, None], [10]),
     "held_out_fraction": ([0, 1, 1.0, -0.2, math.nan, None], [1e-6, 0.999]),
     "document_column": (["", 1, b"url"], [None, "url"]),
+    "group_column": (["", 1, b"source"], [None, "source"]),
+    "max_group_boost": ([0, 0.5, 2.0, math.nan, "2"], [None]),  # needs `group_column`
+    "min_group_boost": ([-0.1, 0.5, 1.1, math.nan, None, "0"], [0, 0.0]),
     "min_spearman": ([-1.01, 1.01, math.nan, None], [-1, 0, 1.0]),
     "on_weak_signal": (["own", "", None, 1], ["own_order", "select", "error"]),
     "random_rounds": ([0, -1, 1.5, None], [1, 10**9]),
@@ -97,6 +100,20 @@ def test_values_outside_the_range_are_refused_by_name_and_those_at_its_edge_are_
         assert str(caught.value).endswith(f"got {value!r}.")
     for value in taken:
         assert getattr(MatesConfig(**{name: value}), name) == value
+
+
+def test_bounds_on_groups_need_groups_and_a_choice():
+    for name, refused, taken in (
+        ("max_group_boost", [0.99, 0, math.inf, True], [None, 1, 1.5]),
+        ("min_group_boost", [-0.01, 1.01, math.nan, None], [0, 0.5, 1]),
+    ):
+        for value in refused:
+            with pytest.raises(ValueError, match=f"^`{name}` must be .+, got {value!r}"):
+                MatesConfig(group_column="source", **{name: value})
+        for value in taken:
+            assert getattr(MatesConfig(group_column="source", **{name: value}), name) == value
+    with pytest.raises(ValueError, match="`max_group_boost` must be None without `group_column`, got 2"):
+        MatesConfig(max_group_boost=2)
 
 
 def test_it_is_frozen_and_keyword_only():
@@ -178,6 +195,9 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         num_probes=77,
         held_out_fraction=0.3,
         document_column="url",
+        group_column="source",
+        max_group_boost=2.0,
+        min_group_boost=0.5,
         max_passes=3,
         min_spearman=-0.5,
         on_weak_signal="error",

@@ -74,12 +74,13 @@ def text_codes(texts: Iterable[Any], found: npt.NDArray[np.bool_] | None = None)
     return everyone
 
 
-def require_column(dataset: Any, column: str) -> None:
+def require_column(dataset: Any, column: str, setting: str = "document_column") -> None:
     """Raise unless a dataset has a column.
 
     Args:
         dataset: The dataset of the pool.
         column: Name of the column.
+        setting: Field of the config that names it, for the error.
 
     Raises:
         ValueError: it has none of that name; says which there are.
@@ -89,7 +90,7 @@ def require_column(dataset: Any, column: str) -> None:
         names = list(dataset[0])
     if column not in (names or ()):
         raise ValueError(
-            f"`document_column` must be a column of the pool, got {column!r}; it has {sorted(map(str, names or ()))}. "
+            f"`{setting}` must be a column of the pool, got {column!r}; it has {sorted(map(str, names or ()))}. "
             "The Trainer removes columns that the model does not take: set `remove_unused_columns=False`, and use a "
             "collator that leaves this column out."
         )

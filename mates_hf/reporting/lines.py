@@ -17,6 +17,7 @@ from mates_hf.round_record import (
     bought_text,
     decision_text,
     gap_text,
+    groups_text,
     mean_of_selected,
     rise_text,
     round_facts,
@@ -67,6 +68,8 @@ def round_line(info: Mapping[str, Any]) -> str:
     parts.append(_outcome(info))
     if bought_text(info):
         parts.append(bought_text(info))
+    if groups_text(info):
+        parts.append(f"{groups_text(info)} their share")
     if "last_round_steps" in info:
         parts.append(f"{info['round_steps']:,} steps long after {info['last_round_steps']:,}")
     if info.get("num_random"):

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from mates_hf.prediction.score import Predictions
 from mates_hf.prediction.worth import row_worth
 from mates_hf.records import IntArray
-from mates_hf.selection.choose import gumbel_top_k, nth_true, ranked, with_others
+from mates_hf.selection.choose import gumbel_top_k, noisy, nth_true, ranked, with_others
+from mates_hf.selection.quota import Quota, best_within
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def temperature_unit_of(mean_square: float, ranking: Ranking, label_std: float) 
     return label_std if ranking == "influence" else label_std * math.sqrt(mean_square)
 
 
-def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray:
+def keep_rows(scored: Predictions, budget: Budget, label_std: float, quota: Quota | None = None) -> IntArray:
     """The rows that a budget keeps.
 
     Args:
@@ -176,14 +177,21 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
             with `threshold` their influence, the intercept, decides. Rows that rank alike stand in one random order. A
             random share is of rows with a trained token, too, as far as there are any.
         label_std: Standard deviation of the labels' `influence`, the unit of a temperature.
+        quota: Bounds of what each group of rows gets; None sets none.
 
     Returns:
         (k,) int64 row numbers, ascending.
 
     Raises:
-        ValueError: `k` is more than there are rows, or a temperature without `label_std`.
+        ValueError: `k` is more than there are rows, a temperature without `label_std`, or a quota with a budget that
+            counts no rows.
     """
     num = len(scored.influence)
+    if quota is not None and budget.ranking != "row_worth":
+        raise ValueError(
+            "Bounds on groups hold for a number of rows, and `num_tokens` and `threshold` fix none. Use `ratio` or "
+            "`k`."
+        )
     if budget.threshold is not None:
         return np.flatnonzero(scored.influence >= np.float32(budget.threshold))
     if budget.k is not None and budget.k > num:
@@ -199,6 +207,8 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
         return kept
     k = budget.k if budget.k is not None else share_of(num, budget.ratio)
     num_ranked = min(k - round(budget.random_share * k), len(values))
+    if quota is not None:
+        return _kept_within(quota, values, trained, (num_ranked, k), budget)
     chosen = gumbel_top_k(values, num_ranked, temperature=budget.temperature, seed=budget.seed)
     if budget.random_share:
         others = np.ones(len(values), np.bool_)
@@ -208,6 +218,19 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float) -> IntArray
     if k > len(values):
         chosen = np.sort(np.concatenate([chosen, nth_true(~trained, np.arange(k - len(values)))]))
     return np.asarray(chosen, np.int64)
+
+
+def _kept_within(
+    quota: Quota, values: npt.NDArray[Any], trained: npt.NDArray[np.bool_], numbers: tuple[int, int], budget: Budget
+) -> IntArray:
+    """`keep_rows` of a row budget with bounds on groups; `numbers` are of the best rows and of all."""
+    k, num = numbers
+    if budget.temperature and len(values):
+        values = noisy(values, budget.temperature, budget.seed)
+    limits, within = quota.limits(num, trained), min(num, len(values))
+    seeds = (budget.seed, [budget.seed, _SHARE])
+    chosen = np.flatnonzero(trained)[best_within(values, quota.codes[trained], limits, (k, within), seeds)]
+    return np.sort(np.concatenate([chosen, nth_true(~trained, np.arange(num - within))]))
 
 
 def _filled(order: IntArray, num_targets: npt.NDArray[np.int32], budget: Budget) -> IntArray:

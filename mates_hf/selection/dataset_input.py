@@ -76,7 +76,8 @@ class DatasetInput:
             if scored is None:
                 scored = score_rows(self.opened)
             self.memory.keep(self.opened, scored)
-        selection = Selection.make(self.opened.dataset, scored, budget, self.opened.scorer, self.label_std)
+        bounds = self.opened.options.bounds
+        selection = Selection.make(self.opened.dataset, scored, budget, self.opened.scorer, self.label_std, bounds)
         logger.info("Selected %d of %d rows (%.4f).", len(selection), len(scored.influence), selection.ratio)
         return selection
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.selection.quota import Bounds
+
 SHARD_ROWS = 65_536
 _ALL_ROWS = "The selector scores in batches; for few large ones take a large number."
 
@@ -29,6 +31,7 @@ class Options:
         shards_dir: Folder for finished parts of `shard_rows` rows, so that a killed run continues; None keeps none.
         shard_rows: Number of rows in each part that is kept in `shards_dir`.
         calibration_rows: Number of first rows of a stream from which the threshold for a ratio is taken.
+        bounds: Bounds on what each group of rows gets; None sets none.
         for_map: Arguments that `MatesSelector.map` was given for `Dataset.map`.
 
     Raises:
@@ -41,6 +44,7 @@ class Options:
     shards_dir: str | Path | None = None
     shard_rows: int = SHARD_ROWS
     calibration_rows: int = 10_000
+    bounds: Bounds | None = None
     for_map: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,6 +79,16 @@ def one_column(column: str | None, text_column: str | None) -> str | None:
     if name is not None and not isinstance(name, str):
         raise TypeError(f"`column` must be the name of one column, got {name!r}.")
     return name
+
+
+def bounds_of(group_column: str | None, most: float | None, least: float) -> Bounds | None:
+    """The bounds that were asked for; a `ValueError` where they need a column and have none."""
+    if group_column is not None:
+        return Bounds(group_column, most, least)
+    for name, value, nothing in (("max_group_boost", most, None), ("min_group_boost", least, 0)):
+        if value != nothing:
+            raise ValueError(f"`{name}` needs `group_column`, the column with each row's group, got {value!r} alone.")
+    return None
 
 
 def not_one_dataset(kind: type) -> TypeError:

@@ -17,8 +17,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.config import MatesConfig
 from mates_hf.records import IntArray
 from mates_hf.selection.choose import Seed, largest, ranked
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Bounds that were asked for, by the column that says which group a row is of.
+
+    Attributes:
+        column: Name of the column.
+        most: As `Quota.most`.
+        least: As `Quota.least`.
+
+    Raises:
+        ValueError: a bound is out of range.
+    """
+
+    column: str
+    most: float | None = None
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_boosts(self.most, self.least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +56,19 @@ class Quota:
         ValueError: a bound is out of range.
     """
 
-    codes: IntArray
+    codes: npt.NDArray[np.integer[Any]]
     most: float | None = None
     least: float = 0.0
 
     def __post_init__(self) -> None:
         check_boosts(self.most, self.least)
+
+    @classmethod
+    def of(cls, config: MatesConfig, codes: npt.NDArray[Any] | None) -> Quota | None:
+        """The bounds of a run's config; None where it sets none, or rows have no group."""
+        if codes is None or (config.max_group_boost is None and not config.min_group_boost):
+            return None
+        return cls(np.asarray(codes), config.max_group_boost, config.min_group_boost)
 
     def limits(self, num_rows: int, may: npt.NDArray[np.bool_]) -> tuple[IntArray, IntArray]:
         """Rows that each group must get and may get.
@@ -104,7 +133,7 @@ def first_allowed(
 
 def best_within(
     values_N: npt.NDArray[Any],
-    codes: IntArray,
+    codes: npt.NDArray[Any],
     limits: tuple[IntArray, IntArray],
     numbers: tuple[int, int],
     seeds: tuple[Seed, Seed],
@@ -143,7 +172,7 @@ def best_within(
     return np.asarray(chosen, np.int64)
 
 
-def _clean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _clean(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Numbers without the rounding of a product: those that are whole but for it are whole."""
     near = np.rint(values)
     return np.where(np.abs(values - near) < 1e-9 * np.maximum(1, near), near, values)

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.groups import Groups, read_groups
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.records import IntArray
 from mates_hf.selection.budget import Budget, Ranking, asked_for, keep_rows, rank_values
+from mates_hf.selection.quota import Bounds, Quota
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -35,6 +37,8 @@ class Selection:
         budget: The budget that decided which rows are kept.
         scorer: The object that predicted, which `explain` asks again.
         label_std: Standard deviation of the labels' `influence`, the unit of a temperature.
+        groups: Groups of the rows, where a column says them.
+        bounds: Bounds of what each group gets, where there are any.
     """
 
     dataset: Any
@@ -44,11 +48,32 @@ class Selection:
     budget: Budget
     scorer: Scorer
     label_std: float
+    groups: Groups | None = None
+    bounds: Bounds | None = None
 
     @classmethod
-    def make(cls, dataset: Any, scored: Predictions, budget: Budget, scorer: Scorer, label_std: float) -> Selection:
-        """Choose by a budget."""
-        rows = keep_rows(scored, budget, label_std)
+    def make(
+        cls,
+        dataset: Any,
+        scored: Predictions,
+        budget: Budget,
+        scorer: Scorer,
+        label_std: float,
+        bounds: Bounds | None = None,
+        groups: Groups | None = None,
+    ) -> Selection:
+        """Choose by a budget, within the bounds on groups."""
+        quota = None
+        if bounds is not None:
+            if bounds.column not in dataset.column_names:
+                raise ValueError(
+                    f"`group_column` must be a column of the dataset, got {bounds.column!r}; it has "
+                    f"{sorted(dataset.column_names)}."
+                )
+            groups = read_groups(dataset, bounds.column) if groups is None else groups
+            if bounds.most is not None or bounds.least:
+                quota = Quota(groups.codes, bounds.most, bounds.least)
+        rows = keep_rows(scored, budget, label_std, quota)
         return cls(
             dataset=dataset,
             influence=scored.influence,
@@ -57,6 +82,8 @@ class Selection:
             budget=budget,
             scorer=scorer,
             label_std=label_std,
+            groups=groups,
+            bounds=bounds,
         )
 
     def __len__(self) -> int:
@@ -91,6 +118,22 @@ class Selection:
     def rejected(self) -> Any:
         """The other rows, in the dataset's order."""
         return self.dataset.select(np.flatnonzero(~self._kept()))
+
+    @property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """By group: `rows` and `kept` as shares of all, and `boost`, how many times its share it got; sorted by name.
+
+        Empty where no column says the groups.
+        """
+        if self.groups is None:
+            return {}
+        names, num_groups = self.groups.names, len(self.groups.names)
+        every = np.bincount(self.groups.codes, minlength=num_groups) / max(1, len(self.influence))
+        kept = np.bincount(self.groups.codes[self.rows], minlength=num_groups) / max(1, len(self.rows))
+        return {
+            name: {"rows": float(of_all), "kept": float(of_kept), "boost": float(of_kept / of_all)}
+            for name, of_all, of_kept in zip(names, every, kept, strict=True)
+        }
 
     @property
     def ratio(self) -> float:
@@ -136,7 +179,9 @@ class Selection:
             order_only=self.budget.order_only,
         )
         scored = Predictions(self.influence, self.num_targets)
-        return Selection.make(self.dataset, scored, budget, self.scorer, self.label_std)
+        return Selection.make(
+            self.dataset, scored, budget, self.scorer, self.label_std, self.bounds, self.groups
+        )  # fmt: skip
 
     def explain(self, i: int) -> dict[str, Any]:
         """Why a row was kept or not.

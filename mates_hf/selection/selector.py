@@ -26,7 +26,7 @@ from mates_hf.selection.budget import Budget
 from mates_hf.selection.card import TAGS, label_unit, selector_facts, write_card
 from mates_hf.selection.dataset_input import DatasetInput, Scored
 from mates_hf.selection.inputs import Fitted, Splits, open_input
-from mates_hf.selection.options import SHARD_ROWS, Options, one_column
+from mates_hf.selection.options import SHARD_ROWS, Options, bounds_of, one_column
 from mates_hf.selection.saved import open_selector, write_selector
 from mates_hf.selection.streaming import StreamInput
 
@@ -261,6 +261,9 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         num_proc: int | None = None,
         shards_dir: str | Path | None = None,
         calibration_rows: int = 10_000,
+        group_column: str | None = None,
+        max_group_boost: float | None = None,
+        min_group_boost: float = 0.0,
     ) -> Any:
         """Score a dataset and keep what a budget allows; exactly one of `ratio`, `k`, `threshold`, `num_tokens`.
 
@@ -289,6 +292,10 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             num_proc: Number of processes that score; None scores in this one.
             shards_dir: Folder that keeps finished shards, so that scoring that was killed continues.
             calibration_rows: Number of first rows of a stream from which the threshold for `ratio` is taken.
+            group_column: Column with the group of each row, such as its source; `Selection.shares` says what each got.
+            max_group_boost: Largest multiple of its share of the rows that a group gets of a `ratio` or `k`, at least
+                1; None sets no bound.
+            min_group_boost: Smallest multiple that each group gets, in [0, 1], as far as it has trained tokens.
 
         Returns:
             A `Selection`; a `StreamSelection` of a stream; a dict of them by split.
@@ -309,7 +316,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         ).of_labels(label_unit(self._report, self.origin))
         options = Options(
             column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
-            calibration_rows=calibration_rows,
+            calibration_rows=calibration_rows, bounds=bounds_of(group_column, max_group_boost, min_group_boost),
         )  # fmt: skip
         return self._open(dataset, options).select(budget)
 

@@ -79,6 +79,11 @@ class StreamInput:
         Raises:
             ValueError: the budget needs the whole dataset, or the stream is empty.
         """
+        if self.options.bounds is not None:
+            raise ValueError(
+                f"`group_column={self.options.bounds.column!r}` needs the whole dataset, because a group's share is "
+                "known at its end only. Filter each group's stream by itself, or load the dataset without streaming."
+            )
         if INFLUENCE_COLUMN in self.columns:
             logger.warning(
                 "The stream's column `%s` is not used: its rows are scored as they are read.", INFLUENCE_COLUMN

@@ -23,6 +23,7 @@ from mates_hf.errors import MatesError, UnrankableError
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.round_files import (
     CHECKSUMS_FILE,
+    GROUPS_FILE,
     KEY_FILE,
     PROBES_FILE,
     ROUND_FILE,
@@ -32,7 +33,9 @@ from mates_hf.round_files import (
 )
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
+from mates_hf.selection.quota import Quota
 from mates_hf.selection.select_stage import select_rows
+from mates_hf.training.replay_groups import check_groups, read_groups_of
 from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
 from mates_hf.training.replay_passages import RoundWithPassages, check_passages
 from mates_hf.training.replay_passes import WAITING_FILE, RoundWithPasses, asked_of, check_pass, pass_of, read_waiting
@@ -161,8 +164,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         short = {name: info.get(name) for name in SELECTION_KEYS}
         self.same("selection.json", self.json("selection.json"), short, "round.json")
         for low, high in (("step", "from_step"), ("from_step", "to_step")):
-            ok = info[low] < info[high]
-            self.require(ok, ROUND_FILE, f"`{high}` after `{low}` ({info[low]})", str(info[high]))
+            self.require(info[low] < info[high], ROUND_FILE, f"`{high}` after `{low}` ({info[low]})", str(info[high]))
 
     def _check_checksums(self) -> None:
         """Every file is the one that was written."""
@@ -187,7 +189,8 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         """The files of a round that scored candidates."""
         if self.decision == "own_order":
             return []
-        return [*_SCORED, *(["hashes.npy"] if self.has_hashes else [])]
+        more = {"hashes.npy": self.has_hashes, GROUPS_FILE: self.config.group_column is not None}
+        return [*_SCORED, *(name for name, there in more.items() if there)]
 
     def _check_order_hash(self) -> None:
         digest = hashlib.sha256(np.ascontiguousarray(self.rows, "<i8").tobytes()).hexdigest()
@@ -349,6 +352,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         scores = self.array("scores.npy", np.float32, len(candidates))
         num_targets = self.array("num_targets.npy", np.int32, len(candidates))
         hashes = self.array("hashes.npy", np.uint64, len(candidates)) if self.has_hashes else None
+        groups = read_groups_of(self, self.info, len(candidates)) if self.config.group_column else None
         try:
             selected = select_rows(
                 np.asarray(candidates),
@@ -362,10 +366,13 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
                 hashes=None if hashes is None else np.asarray(hashes),
                 max_copies=self.config.max_copies,
                 random_share=self.config.random_share,
+                quota=Quota.of(self.config, None if groups is None else groups.codes),
             )
         except (MatesError, ValueError) as error:
             raise WrongError("scores.npy", "predicted influence that can be selected on", str(error)) from error
         self._first_difference("selection.npy", selected.rows, self.rows, "what scores, labels and seed give")
+        if groups is not None:
+            check_groups(self, self.info, groups, candidates, selected.rows)
         if hashes is not None:
             facts = {
                 "repeated_share": selected.num_repeated / max(1, len(candidates)),
@@ -377,8 +384,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
     def _first_difference(self, file: str, expected: IntArray, found: IntArray, source: str) -> None:
         """Raise the first place where two lists of rows differ."""
         self.require(len(expected) == len(found), file, f"{len(expected)} rows, {source}", str(len(found)))
-        wrong = np.flatnonzero(expected != found)
-        if len(wrong):
+        if len(wrong := np.flatnonzero(expected != found)):
             at = int(wrong[0])
             where = f"{len(wrong)} of {len(found)} rows that differ, the first of them row {found[at]}"
             raise WrongError(file, f"row {expected[at]} at position {at}, {source}", where)

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.groups import shares_by_group
 from mates_hf.disk import replace_path, sync_tree, write_array, write_json
 from mates_hf.errors import UnrankableError
 from mates_hf.influence.probe import count_multiplied_parameters
@@ -38,6 +39,7 @@ from mates_hf.round_writer import RoundWriter
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import RoundDraw, probed_rows
 from mates_hf.selection.plan import PlannedRound, RunPlan
+from mates_hf.selection.quota import Quota
 from mates_hf.selection.saved import write_round_model
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.selection.stream_ledger import StreamLedger
@@ -45,6 +47,7 @@ from mates_hf.training.audit import audit_round
 from mates_hf.training.bought import most_bought
 from mates_hf.training.drift import set_sentinel
 from mates_hf.training.duplicates import selection_facts
+from mates_hf.training.groups import candidate_groups, group_facts
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest, measure_labels
 from mates_hf.training.mixed_in import passage_facts
@@ -207,7 +210,7 @@ def _score_and_select(
         _note_flops(cost, None if each is None else each * float(scored.num_targets.sum(dtype=np.int64)))
     with stages.timed("select") as cost:
         cost["flops"] = 0.0  # it sorts
-        rows, found = _select(run, labels, scored, planned.num_rows, planned.number)
+        rows, found = _select(run, path, labels, scored, planned.num_rows, planned.number)
         write_array(path / "selection.npy", rows)
     return rows, found
 
@@ -251,6 +254,7 @@ def _record(
         "rise": None if judged.rise is None else judged.rise.to_dict(),
         "reference_course": course_so_far(run, labels, {"guard": decision, **facts}),
         **found,
+        **group_facts(run, labels, found.get("groups")),
         "stages": done,
         "beside_training": [name for name in CONCLUDING if name in done] if measured.beside else [],
         **facts,
@@ -370,9 +374,10 @@ def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, num
 
 
 def _select(
-    run: Run, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int
+    run: Run, path: Path, labels: InfluenceLabels, scored: Scored, num_rows: int, number: int
 ) -> tuple[IntArray, dict[str, Any]]:
-    """The rows to train on, (k,) int64 in training order, and what `round.json` says of copies and of leaks."""
+    """The rows to train on, (k,) int64 in training order, and what `round.json` says of copies, leaks and groups."""
+    groups = candidate_groups(run, path, scored.candidates)
     selected = select_rows(
         scored.candidates,
         scored.influence,
@@ -385,6 +390,10 @@ def _select(
         hashes=scored.hashes,
         max_copies=run.config.max_copies,
         random_share=run.config.random_share,
+        quota=Quota.of(run.config, None if groups is None else groups.codes),
     )
     found = selection_facts(run, selected, len(scored.candidates), number)
-    return selected.rows, {**found, "bought_most": most_bought(run, selected.rows, scored.candidates)}
+    found["bought_most"] = most_bought(run, selected.rows, scored.candidates)
+    if groups is not None:
+        found["groups"] = shares_by_group(groups, scored.candidates, selected.rows)
+    return selected.rows, found

@@ -127,7 +127,7 @@ class Run:
         asked: The fields of the config that were given otherwise than the run goes by, as they were given.
 
     Raises:
-        ValueError: the pool has no `document_column`.
+        ValueError: the pool has not the `document_column` or the `group_column`.
     """
 
     model: Any
@@ -164,8 +164,9 @@ class Run:
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.config.document_column is not None:
-            require_column(self.pool.dataset, self.config.document_column)
+        for setting in ("document_column", "group_column"):
+            if (column := getattr(self.config, setting)) is not None:
+                require_column(self.pool.dataset, column, setting)
 
     def describe(self) -> dict[str, Any]:
         """What `round.json` records of the run, so that a round can be understood, and repeated, alone."""

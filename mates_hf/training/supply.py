@@ -131,6 +131,11 @@ def check_stream(pool: CandidatePool, config: MatesConfig, influence_model: Any,
         )
     if config.document_column is not None and config.document_column not in pool.stream_columns:
         found.append(f"`document_column={config.document_column!r}` is no column of the stream: name one of its own")
+    if config.group_column is not None:
+        found.append(
+            f"`group_column={config.group_column!r}` is not read from a stream: leave it out, and give each source "
+            "its share with `datasets.interleave_datasets(..., probabilities=...)`"
+        )
     if not getattr(influence_model, "runs_beside_training", False):
         found.append(
             f"{type(influence_model).__name__} needs a model while rows are fetched: use an influence model that "

@@ -6,10 +6,16 @@ import itertools
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
+from mates_hf.prediction.score import Predictions
 from mates_hf.records import InfluenceLabels
+from mates_hf.selection.budget import rank_values
 from mates_hf.selection.quota import Quota, best_within, first_allowed
 from mates_hf.selection.select_stage import SelectedRows, select_rows
+from mates_hf.selection.selector import MatesSelector
+from tests.selection.selector_kit import fit_model, make_lists
 
 LABELS = InfluenceLabels(
     candidate_id=np.arange(4), influence=np.array([-1, 1, 2, -2], np.float32),
@@ -135,3 +141,65 @@ def test_a_group_of_copies_gets_no_second_copy_to_fill_its_floor() -> None:
 def test_bounds_without_a_choice_are_refused(most: float | None, least: float, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Quota(np.zeros(3, np.int64), most, least)
+
+
+# --- datasets ---
+
+
+@pytest.fixture(scope="module")
+def model() -> NgramInfluenceModel:
+    return fit_model()
+
+
+def grouped(num: int = 300) -> Dataset:
+    lists = make_lists(num, seed=5, longest=60)
+    names = np.random.default_rng(0).choice(["web", "news", "code"], num, p=[0.6, 0.3, 0.1])
+    return Dataset.from_dict({"input_ids": lists, "source": names.tolist()})
+
+
+def test_a_filter_keeps_its_bounds_and_the_best_within_them(model: NgramInfluenceModel) -> None:
+    dataset, selector = grouped(), MatesSelector(model)
+    free = selector.select(dataset, ratio=0.2, group_column="source")
+    assert free.rows.tolist() == selector.select(dataset, ratio=0.2).rows.tolist()
+    assert free.shares["web"]["rows"] == pytest.approx(np.mean(np.array(dataset["source"]) == "web"))
+    for options in ({}, {"temperature": 1.0}, {"random_share": 0.3}):
+        even = selector.select(
+            dataset, ratio=0.2, group_column="source", max_group_boost=1.0, min_group_boost=1.0, **options
+        )  # fmt: skip
+        assert len(even) == 60
+        names = np.array(even.selected["source"])
+        for name, shares in even.shares.items():
+            fair = 60 * shares["rows"]
+            assert np.floor(fair) <= (names == name).sum() <= np.ceil(fair)
+            assert shares["boost"] == pytest.approx(shares["kept"] / shares["rows"])
+    # Within a group the best are kept.
+    kept = selector.select(dataset, ratio=0.2, group_column="source", max_group_boost=1.0, min_group_boost=1.0)
+    worth = rank_values(Predictions(kept.influence, kept.num_targets), "row_worth")
+    codes, inside = kept.groups.codes, np.isin(np.arange(300), kept.rows)
+    for code in range(3):
+        assert worth[inside & (codes == code)].min() >= worth[~inside & (codes == code)].max()
+    again = kept.rethreshold(k=30)
+    assert max(facts["boost"] for facts in again.shares.values()) < 1.4
+    assert len(again) == 30
+    filtered = selector.filter(dataset, ratio=0.2, group_column="source", max_group_boost=1.0, min_group_boost=1.0)
+    assert filtered["input_ids"] == kept.selected["input_ids"]
+
+
+def test_bounds_that_cannot_hold_are_refused_by_name(model: NgramInfluenceModel) -> None:
+    dataset, selector = grouped(50), MatesSelector(model)
+    for options, match in (
+        ({"ratio": 0.2, "max_group_boost": 2.0}, "`max_group_boost` needs `group_column`"),
+        ({"ratio": 0.2, "min_group_boost": 0.5}, "`min_group_boost` needs `group_column`"),
+        (
+            {"ratio": 0.2, "group_column": "source", "max_group_boost": 0.5},
+            "`max_group_boost` must be None or a number",
+        ),
+        ({"ratio": 0.2, "group_column": "kind"}, "`group_column` must be a column of the dataset, got 'kind'"),
+        ({"num_tokens": 99, "group_column": "source", "max_group_boost": 2.0}, "Use `ratio` or `k`"),
+        ({"threshold": 0.0, "group_column": "source", "min_group_boost": 0.5}, "Use `ratio` or `k`"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            selector.select(dataset, **options)
+    with pytest.raises(ValueError, match="needs the whole dataset"):
+        selector.select(dataset.to_iterable_dataset(), ratio=0.2, group_column="source")
+    assert MatesSelector(model).select(dataset, ratio=0.2).shares == {}

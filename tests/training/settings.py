@@ -57,6 +57,7 @@ MODULES = (
     "test_fitting.py",
     "test_mixed_in.py",
     "test_packing.py",
+    "test_groups.py",
     "test_stream.py",
 )
 LAUNCHERS = ("test_axolotl.py", "test_launchers.py")  # of `tests/integrations`

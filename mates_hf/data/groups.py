@@ -1,0 +1,121 @@
+"""Which group each row of a pool is of, by a column of it: its source, its language, its licence.
+
+Where it is used: the select stage asks for the groups of a round's candidates, its record for those of the probes, and
+`MatesSelector` for those of a dataset. Trade-off: the column is read anew each time, which takes a second for millions
+of rows, so that nothing of it is kept between rounds.
+
+Shape suffix: N rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mates_hf.data.documents import require_column
+from mates_hf.records import IntArray
+
+MOST_GROUPS = 65_536
+NO_GROUP = "(none)"  # what a row is of whose entry is null
+
+
+class Groups(NamedTuple):
+    """The groups of N rows.
+
+    Attributes:
+        codes: (N,) int32 number of each row's group in `names`.
+        names: The groups, sorted.
+    """
+
+    codes: npt.NDArray[np.int32]
+    names: list[str]
+
+
+def read_groups(dataset: Any, column: str, ids: IntArray | None = None) -> Groups:
+    """The groups of some rows.
+
+    Args:
+        dataset: A `datasets.Dataset`, or any map-style dataset of rows that are mappings.
+        column: Column with one text, number or truth value a row; a null is a group of its own.
+        ids: (N,) rows that are asked for; None: all.
+
+    Returns:
+        Their groups.
+
+    Raises:
+        ValueError: there is no such column, it holds lists or structs, or more than 65,536 groups.
+    """
+    require_column(dataset, column, "group_column")
+    values = _read(dataset, column, ids)
+    names: dict[str, int] = {}
+    codes = np.empty(len(values), np.int64)
+    for i, value in enumerate(values):
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            raise ValueError(
+                f"`group_column` must hold one text or number a row, got {type(value).__name__} in `{column}`. Name "
+                "another column, or make one with `dataset.map`."
+            )
+        codes[i] = names.setdefault(NO_GROUP if value is None else str(value), len(names))
+    if len(names) > MOST_GROUPS:
+        raise ValueError(
+            f"`group_column` must have at most {MOST_GROUPS:,} groups, got {len(names):,} in `{column}`. Name a "
+            "column of sources or kinds, not of documents."
+        )
+    order = sorted(names)
+    place = np.empty(len(names), np.int32)
+    place[[names[name] for name in order]] = np.arange(len(order), dtype=np.int32)
+    return Groups(place[codes] if len(names) else codes.astype(np.int32), order)
+
+
+def shares_by_group(groups: Groups, candidates: IntArray, chosen: IntArray) -> dict[str, dict[str, int]]:
+    """How many candidates and how many chosen rows each group has.
+
+    Args:
+        groups: Groups of the candidates.
+        candidates: (M,) int64 pool rows, in any order.
+        chosen: (k,) int64 pool rows, each of them a candidate.
+
+    Returns:
+        By name of the group: `candidates` and `chosen`.
+    """
+    order = np.argsort(candidates, kind="stable")
+    codes = groups.codes[order[np.searchsorted(candidates, chosen, sorter=order)]]
+    every = np.bincount(groups.codes, minlength=len(groups.names)).tolist()
+    taken = np.bincount(codes, minlength=len(groups.names)).tolist()
+    return {
+        name: {"candidates": num, "chosen": got} for name, num, got in zip(groups.names, every, taken, strict=True)
+    }
+
+
+def _read(dataset: Any, column: str, ids: IntArray | None) -> list[Any]:
+    """The entries of some rows, read from Arrow where that is how they are kept."""
+    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
+        table = dataset.with_format("arrow", columns=[column])[slice(None) if ids is None else ids]
+        # Each entry becomes a Python object once, however many rows have it.
+        found = table.column(column).combine_chunks()
+        if hasattr(found, "chunks"):
+            found = found.chunk(0) if found.num_chunks else None
+        if found is None:
+            return []
+        encoded = _encoded(found)
+        if encoded is None:
+            return list(found.to_pylist())
+        entries = [*encoded.dictionary.to_pylist(), None]
+        places = encoded.indices.fill_null(len(entries) - 1).to_pylist()
+        return [entries[place] for place in places]
+    rows = range(len(dataset)) if ids is None else ids.tolist()
+    return [dataset[i][column] for i in rows]
+
+
+def _encoded(column: Any) -> Any:
+    """The column as a `pyarrow.DictionaryArray`; None where its type cannot be."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        return column
+    try:
+        return column.dictionary_encode()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, NotImplementedError):
+        return None
