@@ -119,15 +119,13 @@ def dsir(raw: Sequence[str], target: Sequence[str], *, smoothing: float = 0.0, m
 
 def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **changes: Any) -> TextScorer:
     """Log-odds of a fastText classifier of texts without line breaks; positives are repeated to be as many."""
-    import fasttext
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.txt"
         repeated = list(positive) * max(1, round(len(negative) / len(positive)))
         lines = [f"__label__yes {text}\n" for text in repeated] + [f"__label__no {text}\n" for text in negative]
         order = np.random.default_rng([seed, 10]).permutation(len(lines))
         path.write_text("".join(lines[i] for i in order), encoding="utf-8")
-        model: Any = fasttext.train_supervised(str(path), verbose=0, seed=seed, **{**FASTTEXT, **changes})
+        model = _trained(str(path), seed, {**FASTTEXT, **changes})
 
     def score(texts: Sequence[str]) -> Values:
         found, chances = model.predict(list(texts))  # the likelier label: of both, it gives one chance twice
@@ -136,6 +134,20 @@ def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **chan
         return sign * np.log(likelier / (1 - likelier))
 
     return score
+
+
+def _trained(path: str, seed: int, settings: dict[str, Any]) -> Any:
+    """A fastText model; where a rate lets it diverge, it says so, and half of the rate is tried, as its manual asks."""
+    import fasttext
+
+    rate = settings.get("lr", 0.1)  # its own default
+    while True:
+        try:
+            return fasttext.train_supervised(path, verbose=0, seed=seed, **{**settings, "lr": rate})
+        except RuntimeError as error:
+            if "NaN" not in str(error) or rate < 1e-3:
+                raise
+            rate /= 2
 
 
 def text_ranking(
