@@ -137,7 +137,7 @@ def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **chan
 
 
 def _trained(path: str, seed: int, settings: dict[str, Any]) -> Any:
-    """A fastText model; where a rate lets it diverge, it says so, and half of the rate is tried, as its manual asks."""
+    """A fastText model; where its rate lets it diverge, which it says, half of that is tried, as its manual asks."""
     import fasttext
 
     rate = settings.get("lr", 0.1)  # its own default
