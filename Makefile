@@ -56,7 +56,7 @@ $(TRACKERS): $(STAMP)
 
 # Two at once at most: some start two processes of their own. pytest exits with 5 where no test carries the marker.
 test-slow: $(STAMP) $(DEEPSPEED) $(TRACKERS)
-	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder || [ $$? -eq 5 ]
 
 test-oldest: pyproject.toml constraints-oldest.txt constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

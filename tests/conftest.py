@@ -20,15 +20,22 @@ os.fsync = lambda handle: None  # tests kill processes, not machines; real flush
 torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they bring, and sums keep one order
 
 TINY_VOCAB_SIZE = 64
+# Files of few but long tests. Where files are shared among processes, one that is begun last keeps the others waiting.
+LONG_FILES = (
+    "test_kill.py", "test_benchmarks.py", "test_deepspeed.py", "test_model_kinds.py", "test_full_disk.py",
+    "test_resume.py", "test_stream.py", "test_examples.py", "test_release.py",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The marker `quick`: all but some cases of a parametrised test are slow."""
+    """The marker `quick`: all but some cases of a parametrised test are slow. Files of long tests come first."""
     for item in items:
         marker = item.get_closest_marker("quick")
         if marker is not None and not any(fnmatch(item.callspec.id, pattern) for pattern in marker.args):
             item.add_marker(pytest.mark.slow)
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)
