@@ -16,14 +16,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mates_hf.data.arguments import described
-from mates_hf.display import card, html_card
 from mates_hf.errors import MatesError
 from mates_hf.selection.budget import Budget, asked_for
 from mates_hf.selection.card import label_unit
@@ -31,12 +29,14 @@ from mates_hf.selection.cut import Cut, find_cut
 from mates_hf.selection.dataset_input import Scored
 from mates_hf.selection.files.folder import Folder, write_object
 from mates_hf.selection.files.plan import Bundle, Part, bundles_of, find_parts
+from mates_hf.selection.files.report import FilesReport as FilesReport
 from mates_hf.selection.files.work import (
     FileError,
     PartFacts,
     Work,
     find_mark,
     is_of_content,
+    named,
     schema_of,
     score_bundle,
     what_is,
@@ -48,82 +48,8 @@ from mates_hf.selection.prefix import PieceScores
 from mates_hf.selection.score_file import is_local, located, open_scores
 from mates_hf.selection.selector import MatesSelector
 
-logger = logging.getLogger(__name__)
-
 _HELD_ROWS = 2**24  # of scores that are kept in memory while the cut is found; with more they are read each time
 _MOST_ERRORS = 1000  # that a report lists
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class FilesReport:
-    """What came of scoring files.
-
-    Attributes:
-        out: The output folder.
-        asked_for: The budget, as it was given.
-        files: Input files.
-        files_left_out: Files that could not be read.
-        lines_left_out: Lines of the other files that could not be read.
-        rows: Rows that were scored.
-        rows_kept: Rows that were written.
-        tokens: Trained tokens of all rows; estimated at four bytes a token where the model reads texts.
-        tokens_kept: Trained tokens of the rows that were written.
-        threshold: Influence, or worth of a row, at which the best rows end; None where all rows are written.
-        bytes_read: Bytes of the input files, as they lie.
-        bytes_scored: Bytes of the scored column, unpacked.
-        bytes_written: Bytes of the output files.
-        seconds: Seconds of this call.
-        gb_per_hour: Gigabytes (10^9) of input files an hour; None where an earlier call did a part of it.
-        errors: What could not be read, the first thousand.
-    """
-
-    out: str
-    asked_for: str
-    files: int
-    files_left_out: int
-    lines_left_out: int
-    rows: int
-    rows_kept: int
-    tokens: int
-    tokens_kept: int
-    threshold: float | None
-    bytes_read: int
-    bytes_scored: int
-    bytes_written: int
-    seconds: float
-    gb_per_hour: float | None
-    errors: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `_mates/summary.json` in the output folder has them."""
-        return {**dataclasses.asdict(self), "errors": list(self.errors)}
-
-    def facts(self) -> dict[str, str]:
-        """What is printed: a name and a few words each."""
-        speed = "" if self.gb_per_hour is None else f", {self.gb_per_hour:,.1f} GB of files an hour"
-        facts = {
-            "files": f"{self.files:,}, {_bytes(self.bytes_read)}; scored text or tokens {_bytes(self.bytes_scored)}",
-            "rows kept": f"{self.rows_kept:,} of {self.rows:,} ({self.asked_for})",
-            "tokens kept": f"{self.tokens_kept:,} of {self.tokens:,}",
-            "written": f"{_bytes(self.bytes_written)} in {self.out}",
-            "time": f"{self.seconds:,.1f} s{speed}",
-        }
-        if self.threshold is not None:
-            facts["threshold"] = f"{self.threshold:.6g}"
-        if self.files_left_out or self.lines_left_out:
-            facts["left out"] = f"{self.files_left_out:,} files and {self.lines_left_out:,} lines: {self.errors[0]}"
-        return facts
-
-    def __repr__(self) -> str:
-        return card("FilesReport", self.facts())
-
-    def _repr_html_(self) -> str:
-        return html_card("FilesReport", self.facts())
-
-
-def _bytes(num: int) -> str:
-    return next(f"{num / size:,.1f} {name}" for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num >= size
-                or name == "kB")  # fmt: skip
 
 
 def score_files(
@@ -159,7 +85,7 @@ def score_files(
     Args:
         selector: What scores.
         inputs: Files, patterns such as `data/*.parquet`, or folders, which are searched whole for files of a known
-            ending. Several may be given.
+            ending (plain `.json` must be named). Several may be given.
         out: The output folder: a new one, or one that a call with the same selector, inputs and column began.
         ratio: Share of the rows to keep, over all files, in (0, 1].
         k: Number of rows to keep, over all files.
@@ -246,7 +172,7 @@ def _opened(selector: MatesSelector, parts: Sequence[Part], column: str | None, 
             if not is_of_content(error):
                 raise
             kind = type(error) if type(error) in (ValueError, TypeError) else FileError
-            first = first or kind(f"`{part.url}`: {' '.join(str(error).split())}")
+            first = first or kind(named(part, error))
             if not skip:
                 raise first from error
             continue
@@ -319,6 +245,8 @@ class _Run:
         errors = _errors_of(known, self._parts)
         if errors and not self.work.skip:
             raise FileError(f"{errors[0]} An earlier call left it out: `on_error='skip'` does so again.")
+        if all(one.dropped is not None for one in known):
+            raise FileError(f"At least one file must be read, and all {len(known)} are left out: {errors[0]}")
 
     @property
     def _parts(self) -> list[Part]:
@@ -407,7 +335,7 @@ def _errors_of(known: Sequence[PartFacts], parts: Sequence[Part]) -> list[str]:
     errors: list[str] = []
     for facts, part in zip(known, parts, strict=True):
         if facts.dropped is not None:
-            errors.append(f"{facts.dropped}")
+            errors.append(facts.dropped)
         else:
-            errors += [f"`{part.url}`: {said}" for said in facts.said]
+            errors += [f"`{part.url}`: {said}." for said in facts.said]
     return errors

@@ -104,7 +104,7 @@ class Folder:
         what = "is new" if first not in had else "is gone" if first not in have else "was changed"
         raise RoundMismatchError(
             f"`out` must be a folder of the same inputs, and since `{self.url}` was begun `{first}` {what} "
-            f"({len(different)} of {len(have)} inputs differ). Choose another folder, or delete it."
+            f"({len(different)} in all). Choose another folder, or delete it."
         )
 
     def score_facts(self, bundle: Bundle, selector: str) -> dict[str, Any] | None:
@@ -131,7 +131,7 @@ def read_object(url: str) -> dict[str, Any] | None:
     fs, path = located(url)
     try:
         content = fs.cat_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         found = json.loads(content)

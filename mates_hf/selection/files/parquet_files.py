@@ -35,11 +35,12 @@ def _opened(part: Part) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     fs, path = located(part.url)
+    options = {"pre_buffer": False, "page_checksum_verification": True}  # where the file has checksums
     if is_local(fs):
-        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        with pq.ParquetFile(path, buffer_size=_BUFFER, **options) as file:
             yield file
     else:
-        with fs.open(path, "rb") as raw, pq.ParquetFile(raw, buffer_size=_REMOTE_BUFFER, pre_buffer=False) as file:
+        with fs.open(path, "rb") as raw, pq.ParquetFile(raw, buffer_size=_REMOTE_BUFFER, **options) as file:
             yield file
 
 

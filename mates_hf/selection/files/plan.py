@@ -8,6 +8,7 @@ input is noticed before it has changed what is kept.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import os
 import posixpath
@@ -155,11 +156,12 @@ def _files_of(given: str, fs: Any, path: str, out: str | None) -> tuple[str, Ite
 def _in_folder(
     given: str, folder: str, found: dict[str, dict[str, Any]], out: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Files of a folder that have a known ending, hidden ones and those of the output folder left out."""
+    """Files of a folder that have a known ending; not hidden ones, plain `.json`, and those of the output folder."""
     _refuse_outputs(given, folder, [name for name in found if name.endswith(f"/{OWN}/{RECORD}")], out)
     for name, info in found.items():
         hidden = any(word[:1] in ("_", ".") for word in posixpath.relpath(name, folder).split("/"))
-        if not hidden and not _inside(name, out) and _format_of(name) is not None:
+        is_other = name.lower().endswith(".json") or _format_of(name) is None  # often an index, of no rows
+        if not hidden and not _inside(name, out) and not is_other:
             yield name, info
 
 
@@ -201,7 +203,11 @@ def _known() -> str:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return next((f"{name}={info[name]}" for name in _VERSIONS if info.get(name) is not None), "")
+    name = next((name for name in _VERSIONS if info.get(name) is not None), None)
+    value = None if name is None else info[name]
+    if isinstance(value, datetime.datetime):  # a listing may have seconds where a look at one file has a date
+        value = value.timestamp()
+    return "" if name is None else f"{name}={value}"
 
 
 def _url(fs: Any, path: str) -> str:

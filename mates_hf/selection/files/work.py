@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.data.scored_column import ScoredColumn, Texts
-from mates_hf.errors import MatesError
+from mates_hf.data.raw_texts import RawTexts
+from mates_hf.data.scored_column import Conversations, ScoredColumn, Texts
+from mates_hf.errors import InfluenceError, MatesError
 from mates_hf.prediction.score import Scorer
 from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.cut import Cut
@@ -79,7 +80,7 @@ class Work:
         tokenizer: Tokenizer of its tokens, or None.
         max_length: Number of tokens that a text is cut to, or None.
         column: The scored column, as its name was given; None finds it.
-        scored: Class of the scored column and its name, the same in every part.
+        scored: What the scored column holds and its name, the same in every part.
         digest: Digest of the scorer.
         out: The output folder.
         skip: Whether what is wrong with a file is counted and left out.
@@ -136,7 +137,7 @@ def score_bundle(work: Work, bundle: Bundle) -> dict[str, Any]:
                 return write_scores(Folder(work.out).scores(bundle), _scores(work, bundle, dropped, facts), facts)
             except _PartError as error:  # some of its rows may be written already: begin again without it
                 if not work.skip:
-                    raise FileError(str(error)) from error
+                    raise FileError(f"{error} {_SKIP}") from error
                 dropped[error.name] = str(error)
 
 
@@ -156,21 +157,26 @@ def _scores(work: Work, bundle: Bundle, dropped: dict[str, str], facts: dict[str
             check_same(part)
             try:
                 yield from _part_scores(work, part, found[part.name])
+            except InfluenceError as error:  # the model's fault, which no file is left out for
+                raise FileError(named(part, error)) from error
             except Exception as error:
                 if not is_of_content(error):
                     raise
-                raise _PartError(part.name, f"`{part.url}`: {_one_line(error)}") from error
+                raise _PartError(part.name, named(part, error)) from error
             check_same(part)
     facts["parts"] = json.dumps([dataclasses.asdict(one) for one in found.values()])
 
 
 def _part_scores(work: Work, part: Part, facts: PartFacts) -> Iterator[PieceScores]:
     schema = schema_of(part)
+    if not schema.names:  # a file of no line says nothing of its columns
+        return
     scorer = work.fitted.scorer(schema, work.column)
     if what_is(scorer.column) != work.scored:
-        raise FileError(
-            f"All files must hold the same in the scored column: `{work.scored[1]}` as {work.scored[0]} in the first "
-            f"of them, and here `{scorer.column.name}` as {type(scorer.column).__name__}. Score them apart."
+        (kind, name), (wanted_kind, wanted) = what_is(scorer.column), work.scored
+        raise ValueError(
+            f"all files must hold {wanted_kind} in `{wanted}`, as the first one does, and this one has {kind} in "
+            f"`{name}`; score it apart"
         )
     for rows, num_rows in read_ahead(_rows(work, part, scorer.column, schema, facts)):
         scored = scorer.predict_batch(rows) if isinstance(rows, dict) else _predict(scorer, rows, facts.rows)
@@ -221,7 +227,7 @@ def _cut_lists(rows: dict[str, list[Any]], num_rows: int) -> Iterator[tuple[Any,
 def _note(part: Part, facts: PartFacts, bad: list[json_files.BadLine], skip: bool) -> None:
     """Record lines that cannot be read; the first one is an error where nothing is skipped."""
     if bad and not skip:
-        raise ValueError(f"line {bad[0].number + 1} cannot be read: {bad[0].why}. {_SKIP}")
+        raise ValueError(f"line {bad[0].number + 1} cannot be read: {bad[0].why}")
     facts.bad += [line.number for line in bad]
     facts.said += [f"line {line.number + 1}: {line.why}" for line in bad[: _MOST_SAID - len(facts.said)]]
     if len(facts.bad) > _MOST_BAD:
@@ -233,7 +239,8 @@ _SKIP = "Mend the file, or leave out what cannot be read: `on_error='skip'`, `--
 
 def what_is(column: ScoredColumn) -> tuple[str, str]:
     """What a column holds and its name, by which columns of several files are compared."""
-    return type(column).__name__, column.name
+    kind = "conversations" if isinstance(column, Conversations) else "tokens"
+    return "texts" if type(column) in (Texts, RawTexts) else kind, column.name
 
 
 def is_of_content(error: Exception) -> bool:
@@ -261,8 +268,9 @@ def check_same(part: Part) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def named(part: Part, error: Exception) -> str:
+    """What is wrong with a part, in one line."""
+    return f"`{part.url}`: {' '.join(str(error).split()).rstrip('.')}."
 
 
 # --- what is kept ---
