@@ -19,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mates_hf.data.arguments import described
@@ -45,7 +46,7 @@ from mates_hf.selection.files.work import (
 from mates_hf.selection.files.workers import workers as started
 from mates_hf.selection.inputs import Fitted
 from mates_hf.selection.prefix import PieceScores
-from mates_hf.selection.score_file import is_local, located, open_scores
+from mates_hf.selection.score_file import is_local, located, open_scores, remove_partial
 from mates_hf.selection.selector import MatesSelector
 
 _HELD_ROWS = 2**24  # of scores that are kept in memory while the cut is found; with more they are read each time
@@ -183,7 +184,7 @@ def _opened(selector: MatesSelector, parts: Sequence[Part], column: str | None, 
 
 @contextlib.contextmanager
 def _alone(folder: Folder) -> Iterator[None]:
-    """Keep a second call out of the same folder, where it is on a disk of this machine."""
+    """Keep a second call out of a folder on this machine's disks, and remove what a killed one left half written."""
     fs, path = located(folder.url)
     try:
         import fcntl
@@ -201,6 +202,7 @@ def _alone(folder: Folder) -> Iterator[None]:
             raise MatesError(
                 f"`out` must be of one call at a time, and another process writes into `{folder.url}`. Wait for it."
             ) from error
+        remove_partial(Path(path))
         yield
     finally:
         os.close(handle)

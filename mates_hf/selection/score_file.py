@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -162,7 +163,7 @@ def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
     if is_local(fs):
         target = Path(path)
         make_directory(target.parent)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             yield temporary
             with open(temporary, "r+b") as file:
@@ -176,6 +177,13 @@ def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
         yield local
         fs.makedirs(fs._parent(path), exist_ok=True)
         fs.put_file(str(local), path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers that were killed left half written below a folder of this machine; none may be at work."""
+    for path in folder.rglob("*.tmp"):
+        if re.search(r"\.[0-9a-f]{12}\.tmp$", path.name):
+            path.unlink(missing_ok=True)
 
 
 def located(path_or_url: str, fs: Any = None) -> tuple[Any, str]:
