@@ -29,7 +29,7 @@ from mates_hf.data.conversations import messages_of
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.data.scored_column import Conversations, ScoredColumn, TokenIds, column_at, python_values, values_at
 from mates_hf.data.text_spans import TextSpans
-from mates_hf.disk import make_directory, replace_path
+from mates_hf.disk import make_directory, sync_directory
 from mates_hf.errors import MatesError
 from mates_hf.prediction.threads import spread
 from mates_hf.records import IntArray
@@ -145,7 +145,7 @@ def rows_between(piece: PieceScores, begin: int, end: int) -> PieceScores:
 
 
 @contextlib.contextmanager
-def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
+def written_whole_at(path_or_url: str, fs: Any = None, *, flush: bool = True) -> Iterator[Path]:
     """A local file to write, which becomes the file at a path or URL when it is whole.
 
     On this machine's disks the file is written next to its place, flushed and renamed. Elsewhere it is written into a
@@ -155,6 +155,7 @@ def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
     Args:
         path_or_url: Where the file is to be.
         fs: The `fsspec` file system that it is a path of; None finds it by the URL.
+        flush: Whether it is on disk at the end. Without, `flush_files` must see to it for many at once.
 
     Yields:
         The path to write to.
@@ -166,9 +167,9 @@ def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
         temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             yield temporary
-            with open(temporary, "r+b") as file:
-                os.fsync(file.fileno())
-            replace_path(temporary, target)
+            os.replace(temporary, target)
+            if flush:
+                flush_files([str(target)])
         finally:
             temporary.unlink(missing_ok=True)
         return
@@ -177,6 +178,22 @@ def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
         yield local
         fs.makedirs(fs._parent(path), exist_ok=True)
         fs.put_file(str(local), path)
+
+
+def flush_files(paths_or_urls: Iterable[str]) -> None:
+    """Have files on disk, with their names, after a power cut as well; those of this machine's disks.
+
+    Args:
+        paths_or_urls: Files that were written without.
+    """
+    folders: set[Path] = set()
+    for fs, path in map(located, paths_or_urls):
+        if is_local(fs):
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+            folders.add(Path(path).parent)
+    for folder in folders:
+        sync_directory(folder)
 
 
 def remove_partial(folder: Path) -> None:

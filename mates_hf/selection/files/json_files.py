@@ -231,7 +231,7 @@ def write_rows(part: Part, local: Path, kept: Kept, *, bad: Sequence[int], add_s
     first = 0
     all_bad = np.array(sorted(bad), np.int64)
     with packed_file(local, part.packed) as file:
-        for lines in read_ahead(read_lines(part)):
+        for lines in read_ahead(read_lines(part), part.size):
             here = slice(*np.searchsorted(all_bad, [first, first + len(lines)]).tolist())
             numbers = np.delete(np.arange(len(lines)), all_bad[here] - first)
             first += len(lines)

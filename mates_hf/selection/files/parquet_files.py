@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mates_hf.prediction.score import INFLUENCE_COLUMN
+from mates_hf.selection.files.ahead import SMALL, read_ahead
 from mates_hf.selection.files.plan import Part
 from mates_hf.selection.prefix import Mask, PieceScores
 from mates_hf.selection.score_file import is_local, located
@@ -32,12 +33,13 @@ Kept = Callable[[int], tuple[PieceScores, Mask]]
 @contextlib.contextmanager
 def _opened(part: Part) -> Iterator[Any]:
     """The `pyarrow.parquet.ParquetFile`, which reads column by column through small buffers."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     fs, path = located(part.url)
     options = {"pre_buffer": False, "page_checksum_verification": True}  # where the file has checksums
     if is_local(fs):
-        with pq.ParquetFile(path, buffer_size=_BUFFER, **options) as file:
+        with pa.OSFile(path) as raw, pq.ParquetFile(raw, buffer_size=_BUFFER, **options) as file:
             yield file
     else:
         with fs.open(path, "rb") as raw, pq.ParquetFile(raw, buffer_size=_REMOTE_BUFFER, **options) as file:
@@ -62,7 +64,7 @@ def tables(part: Part, columns: Sequence[str], threads: bool) -> Iterator[Any]:
         `pyarrow.Table` of a batch, of some megabytes.
     """
     with _opened(part) as file:
-        yield from _batches(file, list(columns), threads)
+        yield from _batches(file, list(columns), threads and part.size >= SMALL)
 
 
 def _batches(file: Any, columns: list[str] | None, threads: bool) -> Iterator[Any]:
@@ -108,23 +110,22 @@ def write_rows(part: Part, local: Path, kept: Kept, *, add_scores: bool, threads
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    threads = threads and part.size >= SMALL
     with _opened(part) as file:
         had = schema = file.schema_arrow
         if add_scores:
             fields = [field for field in had if field.name != INFLUENCE_COLUMN]
             schema = pa.schema([*fields, pa.field(INFLUENCE_COLUMN, pa.float32())], had.metadata)
-        with pq.ParquetWriter(local, schema, **_as_written(file, schema)) as writer:
-            for group in _groups(_rows(file, schema, kept, add_scores, threads), _usual_rows(file)):
+        with pa.OSFile(str(local), "wb") as out, pq.ParquetWriter(out, schema, **_as_written(file, schema)) as writer:
+            for group in _groups(_rows(file, schema, kept, add_scores, threads, part.size), _usual_rows(file)):
                 writer.write_table(group, row_group_size=max(group.num_rows, 1))
 
 
-def _rows(file: Any, schema: Any, kept: Kept, add_scores: bool, threads: bool) -> Iterator[Any]:
+def _rows(file: Any, schema: Any, kept: Kept, add_scores: bool, threads: bool, size: int) -> Iterator[Any]:
     """The rows to write, batch by batch."""
     import pyarrow as pa
 
-    from mates_hf.selection.files.ahead import read_ahead
-
-    for table in read_ahead(_batches(file, None, threads)):
+    for table in read_ahead(_batches(file, None, threads), size):
         scores, mask = kept(table.num_rows)
         if not add_scores:
             yield table.filter(pa.array(mask))

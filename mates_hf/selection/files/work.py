@@ -32,6 +32,7 @@ from mates_hf.selection.inputs import Fitted
 from mates_hf.selection.prefix import Mask, PieceScores
 from mates_hf.selection.score_file import (
     content_hashes,
+    flush_files,
     joined_scores,
     located,
     open_scores,
@@ -178,7 +179,7 @@ def _part_scores(work: Work, part: Part, facts: PartFacts) -> Iterator[PieceScor
             f"all files must hold {wanted_kind} in `{wanted}`, as the first one does, and this one has {kind} in "
             f"`{name}`; score it apart"
         )
-    for rows, num_rows in read_ahead(_rows(work, part, scorer.column, schema, facts)):
+    for rows, num_rows in read_ahead(_rows(work, part, scorer.column, schema, facts), part.size):
         scored = scorer.predict_batch(rows) if isinstance(rows, dict) else _predict(scorer, rows, facts.rows)
         facts.rows += num_rows
         facts.tokens += int(scored.num_targets.sum(dtype=np.int64))
@@ -303,6 +304,7 @@ def write_bundle(work: Work, bundle: Bundle, cut: Cut | None, first_piece: int, 
             size = _write_part(work, part, found, scores, cut is None)
             rows, tokens = scores.rows_kept - before[0], scores.tokens_kept - before[1]
             written.append({"name": part.name, "rows": rows, "tokens": tokens, "bytes": size})
+    flush_files([folder.part(part) for part, found in zip(bundle.parts, known, strict=True) if found.dropped is None])
     mark = {"key": key, "parts": written}
     write_object(folder.mark(bundle), mark)
     return mark
@@ -328,7 +330,7 @@ def find_mark(work: Work, bundle: Bundle, key: str) -> dict[str, Any] | None:
 def _write_part(work: Work, part: Part, facts: PartFacts, scores: _Scores, add_scores: bool) -> int:
     """Write a part; its bytes."""
     check_same(part)
-    with at_most_threads(work.threads), written_whole_at(Folder(work.out).part(part)) as local:
+    with at_most_threads(work.threads), written_whole_at(Folder(work.out).part(part), flush=False) as local:
         end = scores.done + facts.rows
         try:
             if part.kind == "parquet":
