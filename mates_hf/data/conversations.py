@@ -43,7 +43,7 @@ def render_conversations(
     texts: list[str | None] = []
     for i, value in enumerate(conversations):
         try:
-            messages = _messages(value)
+            messages = messages_of(value)
             texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else None)
         except Exception as error:  # a template raises whatever its author or Jinja likes
             raise ValueError(
@@ -53,7 +53,7 @@ def render_conversations(
     return texts
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
+def messages_of(value: Any) -> list[dict[str, Any]]:
     """The messages of a conversation, without the fields that Arrow fills up with nulls."""
     if isinstance(value, Mapping):  # a dict of lists, which `datasets` makes of a sequence of dicts
         columns = {name: found or [] for name, found in value.items()}

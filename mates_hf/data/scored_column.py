@@ -328,7 +328,7 @@ class OpenTexts:
         return self._column.stored(self._values(slice(begin, end)))
 
     def _values(self, rows: slice | list[int]) -> list[Any]:
-        return _python_values(column_at(self._source[rows], self._column.path))
+        return python_values(column_at(self._source[rows], self._column.path))
 
 
 def column_at(table: Any, path: Sequence[str]) -> Any:
@@ -341,8 +341,8 @@ def column_at(table: Any, path: Sequence[str]) -> Any:
     return found
 
 
-def _python_values(column: Any) -> list[Any]:
-    """The values of an Arrow column, with what `datasets` keeps as JSON (values of several types) read back."""
+def python_values(column: Any) -> list[Any]:
+    """Plain values of an Arrow column, with what `datasets` keeps as JSON (values of several types) read back."""
     values: list[Any] = column.to_pylist()
     return [_read_json(value, column.type) for value in values] if _has_json(column.type) else values
 

@@ -1,0 +1,199 @@
+"""How fast is a corpus of files scored and cut to its best fifth, and in what memory?
+
+A text influence model scores a folder of Parquet files (zstd), and a fifth of the rows is written: in one process with
+all cores, and in two worker processes. The peer is a copy of the same files by pyarrow (`read_table`, `write_table`
+with zstd), which is what has to be read and written anyway. Arms take turns, each in a process of its own that has
+scored a small file before, so that compiling is not counted; starting two workers is, and is shown.
+
+Memory is the largest resident set of a process that scores a file, and one of four times its size, each a single row
+group, and of a worker. Thousands of small files are scored and copied too. With `--data` the corpus there is read,
+else the built-in one; each file has it in another order. Trade-off: the page cache holds all files, so this is the
+cost of the work and not of a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lab.corpus import read_documents
+from benchmarks.lab.harness import Bench, say
+from benchmarks.lab.machine import alternate, in_its_own_process, median_ratio, num_cores, temporary_folder, versions
+from benchmarks.lab.memory import MIB
+from benchmarks.lab.tables import markdown, table, title
+
+DATA = False
+COPY, ONE, TWO = "pyarrow copy", "scored, one process", "scored, two workers"
+NUM_FILES, SMALL_FILES, SMALL_ROWS = 4, 10_000, 5
+
+
+def write_files(folder: Path, texts: list[str], num_files: int, **options: Any) -> None:
+    """Parquet files that each hold all the texts, in an order of their own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    for number in range(num_files):
+        order = np.random.default_rng(number).permutation(len(texts))
+        rows = {
+            "id": [f"{number}-{i}" for i in order], "url": [f"https://example.org/{i}" for i in order],
+            "text": [texts[i] for i in order],
+        }  # fmt: skip
+        pq.write_table(pa.table(rows), folder / f"{number:05d}.parquet", compression="zstd", **options)
+
+
+def distil(texts: list[str], folder: Path) -> str:
+    """Save a selector of what a few pairs of words are worth; the units that its model counts."""
+    from mates_hf.prediction.text_model import TextInfluenceModel
+    from mates_hf.selection.selector import MatesSelector
+
+    worth = [text.count(" the ") + text.count(", and ") - text.count(" of the ") for text in texts]
+    shares = [value / (1 + len(text)) for value, text in zip(worth, texts, strict=True)]
+    model = TextInfluenceModel.distil(shares, texts)
+    MatesSelector(model).save_pretrained(folder)
+    return model.units
+
+
+def copied(source: Path, out: Path) -> None:
+    """Read and write each file."""
+    import pyarrow.parquet as pq
+
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for path in sorted(source.iterdir()):
+        pq.write_table(pq.read_table(path), out / path.name, compression="zstd")
+
+
+def scored(selector: Any, source: Path, out: Path, workers: int) -> dict[str, Any]:
+    """Score a folder into a new one."""
+    from mates_hf.selection.file_scoring import score_files
+
+    shutil.rmtree(out, ignore_errors=True)
+    return score_files(selector, source, out, ratio=0.2, workers=workers).to_dict()
+
+
+def speed(folder: str, name: str, repeats: int) -> dict[str, Any]:
+    """Seconds of each arm on the files of a folder; in a process of its own."""
+    from mates_hf.selection.selector import MatesSelector
+
+    work = Path(folder)
+    selector = MatesSelector.from_pretrained(work / "selector")
+    scored(selector, work / "few", work / "out", 1)  # compiles
+    report: dict[str, Any] = {}
+    arms: dict[str, Callable[[], Any]] = {
+        COPY: lambda: copied(work / name, work / "copy"),
+        ONE: lambda: report.update(scored(selector, work / name, work / "out", 1)),
+        TWO: lambda: scored(selector, work / name, work / "out", 2),
+    }
+    seconds = alternate(arms, repeats)
+    return {"seconds": seconds, "report": {**report, "out": ""}}
+
+
+def peak_of(process: str) -> int:
+    """Bytes that a process had resident at most, files it maps included."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def memory(folder: str, name: str, workers: int) -> dict[str, Any]:
+    """Largest resident sets after scoring the files of a folder; in a process of its own."""
+    from mates_hf.selection.selector import MatesSelector
+
+    work = Path(folder)
+    peaks = {"own": 0, "worker": 0}
+
+    def watch() -> None:
+        while True:
+            for process in multiprocessing.active_children():
+                with contextlib.suppress(OSError, StopIteration):  # it has ended
+                    peaks["worker"] = max(peaks["worker"], peak_of(str(process.pid)))
+            time.sleep(0.05)
+
+    threading.Thread(target=watch, daemon=True).start()
+    report = scored(MatesSelector.from_pretrained(work / "selector"), work / name, work / "out", workers)
+    peaks["own"] = peak_of("self")
+    sizes = {"files": name, "bytes": report["bytes_read"], "scored": report["bytes_scored"], "workers": workers}
+    return {**sizes, **peaks}
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Make the files, and take times and memory."""
+    data = bench.data
+    large = data / "large" / "corpus.jsonl.gz"
+    documents = read_documents(large if large.exists() else data / "corpus.jsonl.gz", 2_000 if bench.quick else None)
+    texts = [document["text"] for document in documents]
+    num_small, repeats = (50, 1) if bench.quick else (SMALL_FILES, 3)
+    load = os.getloadavg()[0]
+    with temporary_folder(bench.work) as work:
+        say("Making files")
+        units = distil(texts[:20_000], work / "selector")
+        write_files(work / "few", texts[:50], 2)
+        write_files(work / "files", texts, NUM_FILES)
+        write_files(work / "small", texts[:SMALL_ROWS], num_small)
+        for name, times in (("one", 1), ("four", 4)):
+            write_files(work / name, texts * times, 1, row_group_size=len(texts) * times)
+        found = {}
+        for name, turns in (("files", repeats), ("small", 1)):
+            say(f"Taking times of {name}")
+            found[name] = in_its_own_process(speed, str(work), name, turns, threads=num_cores())
+        say("Measuring memory")
+        peaks = [
+            in_its_own_process(memory, str(work), name, workers, threads=num_cores(), steady=False)
+            for name, workers in (("few", 1), ("one", 1), ("four", 1), ("files", 2))
+        ]
+    return {
+        "settings": {
+            "quick": bench.quick, "cores": num_cores(), "load_before": load, "load_after": os.getloadavg()[0],
+            "units": units, "texts": len(texts), "files": NUM_FILES, "small": num_small,
+            **versions("pyarrow", "numba"),
+        },
+        "speed": found,
+        "memory": peaks,
+    }  # fmt: skip
+
+
+def page(document: dict[str, Any]) -> str:
+    """The Markdown page."""
+    settings = document["settings"]
+    blocks = []
+    for name, found in document["speed"].items():
+        report = found["report"]
+        rows = []
+        for arm, times in found["seconds"].items():
+            middle = statistics.median(times)
+            hourly = report["bytes_read"] / 1e9 / middle * 3600
+            against = median_ratio(found["seconds"][COPY], times)
+            megabytes = report["bytes_scored"] / 1e6 / middle
+            rows.append([arm, f"{middle:,.1f}", f"{megabytes:,.0f}", f"{hourly:,.0f}", f"{against:.2f}"])
+        what = f"{report['files']:,} files of {report['bytes_read'] / report['files'] / 1e6:,.3g} MB"
+        blocks += [
+            f"{'Files' if name == 'files' else 'Small files'}: {what}, {report['rows']:,} rows, "
+            f"{report['bytes_scored'] / 1e6:,.0f} MB of text. Starting the workers is in their time.",
+            table(["what", "seconds", "MB of text a second", "GB of files an hour", "speed of a copy"], rows),
+        ]
+    shown = [
+        [
+            one["files"], f"{one['bytes'] / 1e6:,.0f}", f"{one['scored'] / 1e6:,.0f}", one["workers"],
+            f"{one['own'] / MIB:,.0f}", f"{one['worker'] / MIB:,.0f}" if one["worker"] else "",
+        ]
+        for one in document["memory"]
+    ]  # fmt: skip
+    return markdown(
+        title("score_files", settings["quick"]),
+        f"{settings['cores']} cores, beside other work (load before: {settings['load_before']:.1f}, after: "
+        f"{settings['load_after']:.1f}), Python {settings['python']}, pyarrow {settings['pyarrow']}. The model counts {settings['units']}. The best "
+        "fifth of the rows is written.",
+        *blocks,
+        "Largest resident set: `one` and `four` are one file of a single row group, `files` are those above.",
+        table(["files", "MB", "MB of text", "workers", "MiB of the process", "MiB of a worker"], shown),
+    )
