@@ -95,6 +95,7 @@ def read_inputs(
         ValueError: something cannot be fitted with.
         TypeError: something is of another kind.
     """
+    require_model(model_name)
     loaded = load_rows(
         pool, lambda names: _columns(names, column, "pool", ()), name="pool", split=pool_split,
         num_rows=settings.pool_rows, seed=settings.seed,
@@ -130,18 +131,49 @@ def load_tokenizer(model_name: str, tokenizer_name: str | None) -> Any:
         return None
 
 
+def require_model(name: str) -> None:
+    """Refuse what holds no model, before anything that takes long.
+
+    Args:
+        name: A folder or a repository on the Hub.
+
+    Raises:
+        ValueError: it has no config that can be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(_place(name))
+    except Exception as error:
+        raise _no_model(name, error) from error
+
+
 def load_model(name: str) -> Any:
-    """A causal language model in float32, which AdamW needs: a step of 1e-4 is lost in bfloat16."""
+    """A causal language model in float32, which AdamW needs: a step of 1e-4 is lost in bfloat16.
+
+    Args:
+        name: A folder or a repository on the Hub.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(_place(name), dtype=torch.float32)
-    except Exception as error:  # not there, of another kind, damaged, or code of its own that is not run
-        raise ValueError(
-            f"`model` must be a folder or a repository on the Hub with a causal language model of transformers, and "
-            f"{name!r} cannot be read ({_first_line(error)})."
-        ) from error
+    except Exception as error:  # of another kind, damaged, or code of its own that is not run
+        raise _no_model(name, error) from error
+
+
+def _no_model(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"`model` must be a folder or a repository on the Hub with a causal language model of transformers, and "
+        f"{name!r} cannot be read ({_first_line(error)})."
+    )
 
 
 def read_reference(

@@ -28,7 +28,7 @@ from typing import Any
 from mates_hf.disk import make_directory, read_json, replace_path, sync_tree, write_json
 from mates_hf.errors import MatesError
 from mates_hf.training.fit_settings import ABOUT_PROBES
-from mates_hf.training.lock import LockedError, RoundsLock
+from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
 
 ABOUT_FILE = "fit_selector.json"
 FORMAT_VERSION = 1
@@ -83,6 +83,26 @@ class Place:
             )
         return about
 
+    def check(self) -> None:
+        """Refuse a working folder of something else, before anything is read or written.
+
+        Raises:
+            MatesError: it holds another fit, or no fit; says what differs.
+        """
+        path = self.work / _ASKED
+        if path.exists():
+            differing = _differing(read_json(path), self.asked, ABOUT_PROBES)
+            if differing:
+                raise MatesError(
+                    f"`{self.work}` holds a fit that is not done, and was begun otherwise: they differ in "
+                    f"{differing}. Give the same again, or delete the folder to begin anew."
+                )
+        elif self.work.exists() and any(not one.name.startswith((".", LOCK_FILE)) for one in self.work.iterdir()):
+            raise MatesError(
+                f"`work` must be a new folder, or one of a fit, and `{self.work}` holds something else. Name another "
+                "folder."
+            )
+
     def open(self) -> None:
         """Make the working folder this fit's own, and keep others out.
 
@@ -95,24 +115,10 @@ class Place:
         except LockedError as error:
             raise LockedError(
                 f"`{self.work}` must be written to by one fit, and another one that lives has it. Wait until it is "
-                f"done, or name another folder as `out`. If no fit runs any more, delete `{self.work / 'lock.json'}`."
+                f"done, or name another folder as `out`. If no fit runs any more, delete `{self.work / LOCK_FILE}`."
             ) from error
-        path = self.work / _ASKED
-        if not path.exists():
-            if any(one.name not in ("lock.json",) for one in self.work.iterdir()):
-                raise MatesError(
-                    f"`work` must be a new folder, or one of a fit, and `{self.work}` holds something else. Name "
-                    "another folder."
-                )
-            write_json(path, self.asked)
-            return
-        differing = _differing(read_json(path), self.asked, ABOUT_PROBES)
-        if differing:
-            raise MatesError(
-                f"`{self.work}` holds a fit that is not done, and was begun otherwise; they differ in {differing}. "
-                "Give the same again, or delete the folder to begin anew."
-            )
-        write_json(path, self.asked)
+        self.check()
+        write_json(self.work / _ASKED, self.asked)
 
     def require_read(self, read: Mapping[str, Any]) -> None:
         """Refuse to continue with another model, pool or reference than this fit was begun with.

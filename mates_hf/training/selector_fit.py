@@ -13,12 +13,15 @@ Sign: influence > 0 helps; higher is better, everywhere.
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mates_hf.data.conversations import render_conversations
@@ -29,7 +32,7 @@ from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.errors import WeakSignalError
 from mates_hf.paths import expand_path
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
-from mates_hf.records import FitReport
+from mates_hf.records import FitReport, IntArray
 from mates_hf.selection.selector import MatesSelector
 from mates_hf.training.fit_inputs import Inputs, load_model, load_tokenizer, read_inputs, settings_of
 from mates_hf.training.fit_place import Place, write_beside
@@ -137,17 +140,23 @@ def _fit(
     progress: bool,
 ) -> dict[str, Any]:
     """All that is not done yet, up to the selector; what is known of it, in all processes."""
+    verdict = None
     if processes.is_main:
-        place.open()
-        place.prepare_probe(settings.num_probes)
-    verdict = _told(processes, place.verdict(settings.num_probes) if processes.is_main else None)
-    if verdict is None:
+        place.check()
+        verdict = place.verdict(settings.num_probes)
+    verdict = _told(processes, verdict)
+    inputs = None
+    if verdict is None:  # read before anything is written: what is wrong with it leaves nothing behind
         inputs = read_inputs(
             names["model"], pool, reference, settings, column=names["column"],
             reference_column=names["reference_column"], tokenizer_name=names["tokenizer"],
             pool_split=names["pool_split"], progress=progress and processes.is_main,
         )  # fmt: skip
-        found = _measure(place, settings, names, arguments, inputs, processes, progress)
+        train, probes = split_rows(len(inputs.dataset), settings)
+    if processes.is_main:
+        place.open()
+    if inputs is not None:
+        found = _measure(place, settings, names, arguments, inputs, train, probes, processes, progress)
         if processes.is_main:
             place.keep_verdict(found)
         verdict = _told(processes, found)
@@ -165,19 +174,15 @@ def _measure(
     names: Mapping[str, Any],
     arguments: Any,
     inputs: Inputs,
+    train: IntArray,
+    probes: IntArray,
     processes: Processes,
     progress: bool,
 ) -> dict[str, Any]:
     """Warm up, probe and fit; what was found in the main process, nothing in the others."""
-    train, probes = split_rows(len(inputs.dataset), settings)
-    pool_digest = inputs.dataset.with_format(None)
-    read = {
-        "model": weight_marks(inputs.model, ALONE),
-        "pool": [len(pool_digest), pool_digest[0]["input_ids"][:64], pool_digest[-1]["input_ids"][:64]],
-        "reference": inputs.reference.digest(),
-    }
     if processes.is_main:
-        place.require_read(read)
+        place.require_read(_digests(inputs))
+        place.prepare_probe(settings.num_probes)
     stages, rows = Stages(), inputs.dataset.select(train)
     if processes.is_main:
         stages.load(place.work)
@@ -213,6 +218,20 @@ def _measure(
         "seconds": {"warm_up": warm["seconds"], **found["seconds"]},
         "flops": {"warm_up": found["model"].pop("warm_up_flops"), **found["flops"]},
         "num_processes": processes.size,
+    }
+
+
+def _digests(inputs: Inputs) -> dict[str, Any]:
+    """What was read, so that a fit that continues has the same."""
+    marks = json.dumps(weight_marks(inputs.model, ALONE), sort_keys=True).encode()
+    pool = hashlib.sha256()
+    for batch in inputs.dataset.with_format("numpy").iter(1_000):
+        for ids in batch["input_ids"]:
+            pool.update(np.asarray(ids, "<i4").tobytes() + b"|")
+    return {
+        "model": hashlib.sha256(marks).hexdigest(),
+        "pool": pool.hexdigest(),
+        "reference": inputs.reference.digest(),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the tests of a fit without a run share: a small public-looking checkpoint, a pool with a good domain, passages."""
+"""What the tests of a fit without a run share: a small checkpoint, a pool with a good domain, passages."""
 
 from __future__ import annotations
 
