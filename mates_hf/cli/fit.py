@@ -7,8 +7,10 @@ devices. Trade-off: options are the fields of `FitSettings`, so that each is des
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import sys
 import typing
 from typing import Any
 
@@ -73,24 +75,16 @@ def _fit(arguments: argparse.Namespace) -> int:
         FitSettings(**settings)
     except ValueError as error:
         arguments.parser.error(str(error))  # usage: exit 2
-    from mates_hf.training.selector_fit import fit_selector
-
     pool = arguments.pool if len(arguments.pool) > 1 else arguments.pool[0]
-    found = fit_selector(
-        arguments.model,
-        pool,
-        arguments.reference,
-        arguments.out,
-        column=arguments.column,
-        reference_column=arguments.reference_column,
-        tokenizer=arguments.tokenizer,
-        pool_split=arguments.pool_split,
-        work=arguments.work,
-        keep_work=arguments.keep_work,
-        distil=arguments.distil,
-        progress=not arguments.quiet,
-        **settings,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print on the way; stdout is the result's
+        from mates_hf.training.selector_fit import fit_selector
+
+        found = fit_selector(
+            arguments.model, pool, arguments.reference, arguments.out, column=arguments.column,
+            reference_column=arguments.reference_column, tokenizer=arguments.tokenizer,
+            pool_split=arguments.pool_split, work=arguments.work, keep_work=arguments.keep_work,
+            distil=arguments.distil, progress=not arguments.quiet, **settings,
+        )  # fmt: skip
     if int(os.environ.get("RANK", 0)):
         return 0  # the first process speaks for all
     if arguments.json:

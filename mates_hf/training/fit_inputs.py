@@ -26,6 +26,7 @@ from mates_hf.data.rows import TokenRows
 from mates_hf.data.scored_column import find_column
 from mates_hf.data.token_overlap import TokenNgramIndex
 from mates_hf.engine.model_traits import context_length, vocabulary_size
+from mates_hf.engine.processes import Processes
 from mates_hf.paths import expand_path
 from mates_hf.training.fit_settings import FitSettings
 
@@ -306,7 +307,7 @@ def _trainable(rows: TokenRows, task: ReferenceTask) -> tuple[TokenRows, dict[st
             f"`reference` must not be text of the pool, and {num_shared:,} of the pool's {int(has_target.sum()):,} "
             "rows share 13 tokens in a row with it. Take passages that are kept out of the pool."
         )
-    if num_shared:
+    if num_shared and Processes.of_run().is_main:
         logger.warning(
             "%d of the pool's %d rows that were read share 13 tokens in a row with the reference: they are left out "
             "of the fit. Drop such rows before you train (`mates_hf.data.token_overlap.shared_rows`).",

@@ -42,7 +42,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mates_hf.errors import WeakSignalError
-from mates_hf.prediction.judge import times_needed
+from mates_hf.prediction.judge import FEW_HELD_OUT, times_needed
 from mates_hf.records import FitReport
 from mates_hf.training.rise import Rise, rises_after
 from mates_hf.training.run import InfluenceModel, Run
@@ -227,6 +227,8 @@ def _advice(report: FitReport, min_spearman: float, num_probes: int) -> str:
 def probes_needed(report: FitReport, min_spearman: float, num_probes: int) -> int | None:
     """How many probes would let a weak fit pass, to two digits, by `times_needed`.
 
+    Where fewer labels are held out than can be judged by, at least as many as give those.
+
     Args:
         report: Report of the fit, on held-out labels.
         min_spearman: The guard's lowest Spearman.
@@ -238,5 +240,6 @@ def probes_needed(report: FitReport, min_spearman: float, num_probes: int) -> in
     times = times_needed(report, min_spearman)
     if times is None:
         return None
+    times = max(times, FEW_HELD_OUT / max(report.num_held_out, 1))
     unit = int(10 ** max(len(str(int(times * num_probes))) - 2, 0))
     return math.ceil(times * num_probes / unit) * unit

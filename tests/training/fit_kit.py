@@ -91,10 +91,10 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
     return path
 
 
-def write_all(folder: Path, *, of_noise: bool = False, kind: str = "llama") -> dict[str, str]:
+def write_all(folder: Path, *, of_noise: bool = False, kind: str = "llama", num_texts: int = 800) -> dict[str, str]:
     """A model, a pool of two Parquet files with further columns, and passages; arguments of `fit_selector`."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = noise(400, 200) if of_noise else make_texts()
+    texts = noise(400, 200) if of_noise else make_texts(num_texts)
     middle = len(texts) // 2
     for i, half in enumerate((texts[:middle], texts[middle:])):
         write_parquet(folder / f"pool-{i}.parquet", {"url": [f"u{j}" for j in range(middle)], "text": half})
