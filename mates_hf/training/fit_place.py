@@ -13,11 +13,12 @@ WORK/probe/           labels as they are measured, the fitted model, and what th
 OUT/fit_selector.json what it was fitted with (names as digests alone), what it cost and how good it is
 ```
 
-Trade-off: a working folder holds two checkpoints, about 24 bytes a parameter, until the fit is done.
+Trade-off: a working folder holds two checkpoints and a mean, up to 28 bytes a parameter, until the fit is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -46,8 +47,8 @@ class Place:
     """
 
     def __init__(self, out: Path, work: Path | None, asked: Mapping[str, Any]) -> None:
-        self.out = out
-        self.work = out.with_name(out.name + ".fit") if work is None else work
+        self.out = out if out.name not in ("", "..") else out.resolve()
+        self.work = self.out.with_name(self.out.name + ".fit") if work is None else work
         self.asked: dict[str, Any] = json.loads(json.dumps(dict(asked)))
         self._lock: RoundsLock | None = None
 
@@ -62,7 +63,10 @@ class Place:
         return self.work / "probe"
 
     def finished(self) -> dict[str, Any] | None:
-        """What the selector's folder says of this fit; None where there is no selector yet.
+        """Look whether the fit is done.
+
+        Returns:
+            What the selector's folder says of it; None where there is no selector yet.
 
         Raises:
             MatesError: the folder holds something else, or the selector of another fit; says what differs.
@@ -177,9 +181,17 @@ class Place:
         replace_path(partial, self.out)
 
     def clear(self) -> None:
-        """Delete the working folder."""
+        """Delete what this fit left in the working folder, and the folder where nothing else is in it."""
         self.close()
-        shutil.rmtree(self.work, ignore_errors=True)
+        path = self.work / _ASKED
+        if not path.exists() or _differing(read_json(path), self.asked, ABOUT_PROBES):
+            return
+        for folder in (self.warm_up, self.probe):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in (_READ, "stages.json", _ASKED):
+            (self.work / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is something of the user's
+            self.work.rmdir()
 
     def close(self) -> None:
         """Let others write to the working folder."""

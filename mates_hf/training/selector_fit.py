@@ -165,8 +165,8 @@ def _fit(
     about = {key: value for key, value in verdict.items() if key != "reason"}
     if processes.is_main:
         place.publish(_selector(place, names, settings, verdict), about)
-    found: dict[str, Any] = _told(processes, place.finished() if processes.is_main else None)
-    return found
+    finished: dict[str, Any] = _told(processes, place.finished() if processes.is_main else None)
+    return finished
 
 
 def _measure(

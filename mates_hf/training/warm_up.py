@@ -71,7 +71,7 @@ def training_arguments(settings: FitSettings, folder: Path) -> TrainingArguments
         adam_beta2=0.95,
         seed=settings.seed,
         data_seed=settings.seed,
-        use_cpu=settings.device == "cpu",
+        use_cpu=settings.device == "cpu" or not _has_accelerator(),
         bf16=_computes_in_bfloat16(settings),
         save_strategy="no",  # the callback below says when
         save_total_limit=2,
@@ -96,6 +96,13 @@ def training_arguments(settings: FitSettings, folder: Path) -> TrainingArguments
     arguments.per_device_train_batch_size = at_once
     arguments.gradient_accumulation_steps = each // at_once
     return arguments
+
+
+def _has_accelerator() -> bool:
+    """Whether there is a device other than the CPU."""
+    if hasattr(torch, "accelerator"):  # from torch 2.6 on
+        return bool(torch.accelerator.is_available())
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _computes_in_bfloat16(settings: FitSettings) -> bool:

@@ -76,7 +76,7 @@ def test_globs_lists_folders_and_urls_name_the_same_rows(tmp_path):
         f"file://{tmp_path}/part-*.jsonl",
         [Path(p) for p in each],
     ]
-    for way in ways:
+    for way in [*ways, [Path(path) for path in each]]:
         assert load_rows(way, text, name="pool").dataset["text"][:] == TEXTS, way
     memory = fsspec.filesystem("memory")
     memory.pipe("/texts/part.jsonl", lines(TEXTS))

@@ -233,6 +233,7 @@ def test_noise_is_refused_and_nothing_is_written(tmp_path, capsys):
         assert not Path(given["out"]).exists()
 
 
+@pytest.mark.slow
 def test_a_refusal_says_how_many_probes_would_do_and_they_do(tmp_path, inputs, monkeypatch):
     given = {**inputs, "out": tmp_path / "selector"}
     with pytest.raises(WeakSignalError, match="includes 0; about 48 probes would do") as refused:
@@ -271,11 +272,9 @@ def test_other_settings_in_the_same_folder_are_refused_with_what_differs(fitted,
     (work / "read.json").write_text(json.dumps({"model": "", "pool": "", "reference": ""}))
     with pytest.raises(MatesError, match="another content of model and pool and reference"):
         fit(given)
-    assert fit(given, micro_batch_size=2, work=tmp_path / "other").out.exists()  # it changes no result
 
 
-@pytest.mark.slow
-def test_folders_of_something_else_are_left_alone(inputs, tmp_path):
+def test_folders_of_something_else_are_left_alone(fitted, inputs, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(MatesError, match="`out` must be a folder that is not there yet"):
@@ -288,6 +287,7 @@ def test_folders_of_something_else_are_left_alone(inputs, tmp_path):
     with pytest.raises(MatesError, match="another one that lives has it"):
         fit({**inputs, "out": tmp_path / "selector"}, work=held)
     lock.release()
+    assert fit(inputs, keep_work=False, work=tmp_path / "notes").out.exists()  # it is done: nothing is deleted there
     assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
 
 
@@ -364,6 +364,26 @@ def test_too_few_rows_say_what_would_do():
     with pytest.raises(ValueError, match="set `batch_size` to at most 20"):
         split_rows(40, FitSettings(num_probes=10, batch_size=32))
     assert len(split_rows(40, FitSettings(num_probes=10, batch_size=20))[0]) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 2},
+        {"gradient_checkpointing": True},
+        {"device": "auto"},
+        {"dtype": "bfloat16", "device": "auto"},
+    ],
+    ids=["micro-batch", "checkpointing", "device", "bfloat16"],
+)
+def test_what_changes_the_cost_alone_gives_nearly_the_same(fitted, inputs, tmp_path, changes):
+    found = fit({**inputs, "out": tmp_path / "selector"}, **changes)
+    texts = Dataset.from_dict({"text": make_texts(200, seed=6)})
+    one, two = (each.selector.score(texts).influence for each in (fitted, found))
+    assert np.corrcoef(one, two)[0, 1] > (0.95 if "dtype" in changes else 0.999)
+    if "dtype" not in changes:
+        assert fit({**inputs, "out": tmp_path / "selector"}).about == found.about  # they may differ where it continues
 
 
 @pytest.mark.slow
