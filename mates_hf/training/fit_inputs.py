@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mates_hf.data.arrow import effective_labels
-from mates_hf.data.column_types import BESIDE, TOKENS
+from mates_hf.data.column_types import BESIDE, TOKENS, field_path, holds_tokens, type_at
 from mates_hf.data.files import Loaded, load_rows
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
@@ -39,15 +39,14 @@ _AT_ONCE = 1_000  # texts that are tokenised together
 _MOST_SHARED = 0.5  # of the pool's rows, that may share text with the reference
 
 
-class Inputs(NamedTuple):
+@dataclasses.dataclass
+class Inputs:
     """What a fit works with.
 
     Attributes:
-        model: The causal language model, float32, on the CPU.
+        model: The causal language model, float32, on the CPU; None once it was taken.
         tokenizer: Its tokenizer; None where the pool and the reference are tokens and it has none.
         max_length: Tokens that a text is cut to.
-        column: The pool's column that is read.
-        texts: A `datasets.Dataset` of the rows that were read.
         dataset: A `datasets.Dataset` with `input_ids` and `labels` of the N rows that can be trained on.
         reference: What the model should get better at.
         facts: What was read and left out, JSON values for the report.
@@ -56,11 +55,14 @@ class Inputs(NamedTuple):
     model: Any
     tokenizer: Any
     max_length: int
-    column: str
-    texts: Any
     dataset: Any
     reference: ReferenceTask
     facts: dict[str, Any]
+
+    def take_model(self) -> Any:
+        """The model, which nobody else holds any more, so that its memory is free once it has done its work."""
+        model, self.model = self.model, None
+        return model
 
 
 def read_inputs(
@@ -73,6 +75,7 @@ def read_inputs(
     reference_column: str | None,
     tokenizer_name: str | None,
     pool_split: str,
+    distil: bool,
     progress: bool,
 ) -> Inputs:
     """Read model, pool and reference.
@@ -86,6 +89,7 @@ def read_inputs(
         reference_column: The same of the reference; None also takes `prompt` with `completion`.
         tokenizer_name: A folder or a repository on the Hub; None is the model's.
         pool_split: Split of a pool on the Hub.
+        distil: Whether a selector of texts is wanted as well.
         progress: Whether to show progress bars.
 
     Returns:
@@ -97,11 +101,12 @@ def read_inputs(
         TypeError: something is of another kind.
     """
     require_model(model_name)
-    loaded = load_rows(
-        pool, lambda names: _columns(names, column, "pool", ()), name="pool", split=pool_split,
-        num_rows=settings.pool_rows, seed=settings.seed,
-    )  # fmt: skip
-    found_column = column or next(name for name in _LOOKED_FOR if name in loaded.dataset.column_names)
+    loaded, found_column = read_pool(pool, column, pool_split, settings)
+    if distil and holds_tokens(type_of(loaded.dataset, found_column)):
+        raise ValueError(
+            f"`distil` must have a pool of texts or conversations, and the column `{found_column}` holds tokens. Name "
+            "the column of texts (`column`), or leave `distil` out."
+        )
     tokenizer = load_tokenizer(model_name, tokenizer_name)
     if tokenizer is None and found_column != TOKENS:
         _refuse_without_tokenizer(model_name, f"the pool's column `{found_column}` becomes tokens")
@@ -114,7 +119,39 @@ def read_inputs(
     task = task.fit_to_model(vocabulary_size(model), max_length)
     kept, facts = _trainable(rows, task)
     facts |= {"pool": loaded.told, "column": found_column, "mean_tokens": float(kept.lengths.mean())}
-    return Inputs(model, tokenizer, max_length, found_column, loaded.dataset, as_dataset(kept), task, facts)
+    return Inputs(model, tokenizer, max_length, as_dataset(kept), task, facts)
+
+
+def read_pool(pool: Any, column: str | None, split: str, settings: FitSettings) -> tuple[Loaded, str]:
+    """The rows of the pool that a fit reads; the same at each call.
+
+    Args:
+        pool: The pool in any form that `load_rows` takes.
+        column: The pool's column, or None.
+        split: Split of a pool on the Hub.
+        settings: How the selector is fitted.
+
+    Returns:
+        The rows, and the column that counts.
+
+    Raises:
+        OSError: there are no such files.
+        ValueError: there is no such column, or no row.
+    """
+    loaded = load_rows(
+        pool, lambda names: _columns(names, column, "pool", ()), name="pool", split=split,
+        num_rows=settings.pool_rows, seed=settings.seed,
+    )  # fmt: skip
+    return loaded, column or next(name for name in _LOOKED_FOR if name in loaded.dataset.column_names)
+
+
+def type_of(dataset: Any, column: str) -> Any:
+    """`pyarrow.DataType` of a dataset's column, nested or not; that of nulls where there is none."""
+    import pyarrow as pa
+
+    schema = dataset.features.arrow_schema
+    path = field_path(schema, column)
+    return pa.null() if path is None else type_at(schema, path)
 
 
 def load_tokenizer(model_name: str, tokenizer_name: str | None) -> Any:
@@ -345,22 +382,3 @@ def _place(name: str) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def settings_of(given: dict[str, Any]) -> FitSettings:
-    """Settings from keyword arguments.
-
-    Args:
-        given: Fields of `FitSettings`.
-
-    Returns:
-        The settings.
-
-    Raises:
-        TypeError: a name is no field; says which there are.
-    """
-    names = [one.name for one in dataclasses.fields(FitSettings)]
-    wrong = sorted(set(given) - set(names))
-    if wrong:
-        raise TypeError(f"`{'`, `'.join(wrong)}` is no setting of a fit. The settings are {', '.join(names)}.")
-    return FitSettings(**given)

@@ -122,3 +122,22 @@ class FitSettings:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def settings_of(given: dict[str, Any]) -> FitSettings:
+    """Settings from keyword arguments.
+
+    Args:
+        given: Fields of `FitSettings`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        TypeError: a name is no field; says which there are.
+    """
+    names = [one.name for one in dataclasses.fields(FitSettings)]
+    wrong = sorted(set(given) - set(names))
+    if wrong:
+        raise TypeError(f"`{'`, `'.join(wrong)}` is no setting of a fit. The settings are {', '.join(names)}.")
+    return FitSettings(**given)

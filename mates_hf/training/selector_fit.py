@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mates_hf.data.column_types import is_conversation
 from mates_hf.data.conversations import render_conversations
-from mates_hf.data.files import load_rows
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.engine.digest import weight_marks
 from mates_hf.engine.processes import ALONE, Processes
@@ -34,14 +34,21 @@ from mates_hf.paths import expand_path
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import FitReport, IntArray
 from mates_hf.selection.selector import MatesSelector
-from mates_hf.training.fit_inputs import Inputs, load_model, load_tokenizer, read_inputs, settings_of
+from mates_hf.training.fit_inputs import (
+    Inputs,
+    load_model,
+    load_tokenizer,
+    read_inputs,
+    read_pool,
+    type_of,
+)
 from mates_hf.training.fit_place import Place, write_beside
 from mates_hf.training.fit_result import SelectorFit
-from mates_hf.training.fit_settings import FitSettings
+from mates_hf.training.fit_settings import FitSettings, settings_of
 from mates_hf.training.guard import probes_needed, weakness
 from mates_hf.training.run import Stages
 from mates_hf.training.selector_probe import probe_and_fit, split_rows
-from mates_hf.training.warm_up import PadRows, is_warm, measured, training_arguments, warm_up
+from mates_hf.training.warm_up import is_warm, measured, training_arguments, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +124,9 @@ def fit_selector(
         finished = _told(processes, finished)
         if finished is None:
             try:
-                finished = _fit(place, given, names, arguments, pool, reference, processes, progress)
+                finished = _fit(
+                    place, given, names, arguments, pool, reference, processes, distil=distil, progress=progress
+                )
             finally:
                 place.close()
         if processes.is_main:
@@ -137,6 +146,8 @@ def _fit(
     pool: Any,
     reference: Any,
     processes: Processes,
+    *,
+    distil: bool,
     progress: bool,
 ) -> dict[str, Any]:
     """All that is not done yet, up to the selector; what is known of it, in all processes."""
@@ -150,7 +161,7 @@ def _fit(
         inputs = read_inputs(
             names["model"], pool, reference, settings, column=names["column"],
             reference_column=names["reference_column"], tokenizer_name=names["tokenizer"],
-            pool_split=names["pool_split"], progress=progress and processes.is_main,
+            pool_split=names["pool_split"], distil=distil, progress=progress and processes.is_main,
         )  # fmt: skip
         train, probes = split_rows(len(inputs.dataset), settings)
     if processes.is_main:
@@ -187,23 +198,18 @@ def _measure(
     stages, rows = Stages(), inputs.dataset.select(train)
     if processes.is_main:
         stages.load(place.work)
-    model = inputs.model
     if not processes.agree(float(processes.is_main and is_warm(settings, place.warm_up))):
         if settings.warm_steps * settings.batch_size > len(rows):
             logger.info("The warm-up trains on %d rows several times: the pool has few.", len(rows))
         with stages.timed("warm_up"):
-            warm_up(model, rows, arguments, settings, progress=progress)
-        inputs = inputs._replace(model=None)
-        del model
+            warm_up(inputs.take_model(), rows, arguments, settings, progress=progress)
         _free_memory()
-        model = load_model(names["model"])
-    inputs = inputs._replace(model=model)
-    collator = PadRows(model)
+        inputs.model = load_model(names["model"])
     found: dict[str, Any] = measured(
-        model, rows, arguments, settings,
+        inputs.take_model(), rows, arguments, settings,
         lambda live, optimizer, average, args: probe_and_fit(
             inputs, settings, place, probes, model=live, optimizer=optimizer, average=average, arguments=args,
-            collator=collator, progress=progress,
+            progress=progress,
         ),
     )  # fmt: skip
     if not processes.is_main:
@@ -281,24 +287,14 @@ def _selector(
 def _distil(place: Place, settings: FitSettings, names: Mapping[str, Any], pool: Any) -> None:
     """Write the selector that reads texts, from the rows of the pool that were read."""
     selector = MatesSelector.from_pretrained(place.out)
-
-    def columns(there: Any) -> list[str]:
-        wanted = names["column"] or next((name for name in ("text", "messages") if name in there), None)
-        if wanted is None or wanted.partition(".")[0] not in {*there, *([wanted] if wanted in there else [])}:
-            raise ValueError(
-                f"`distil` must have a pool with a column of texts, got the columns {list(there)}. The selector of "
-                f"tokens is in `{place.out}`."
-            )
-        return [wanted if wanted in there else wanted.partition(".")[0]]
-
-    split, rows, seed = names["pool_split"], settings.pool_rows, settings.seed
-    dataset = load_rows(pool, columns, name="pool", split=split, num_rows=rows, seed=seed).dataset
-    column = names["column"] or dataset.column_names[0]
-    if column == "messages":
-        texts = render_conversations(dataset[column], selector.tokenizer, column)
-        write_beside(selector.distil(texts, seed=seed), _text_place(place))
-        return
-    write_beside(selector.distil(dataset, column=column, seed=seed), _text_place(place))
+    loaded, column = read_pool(pool, names["column"], names["pool_split"], settings)
+    texts: Any = loaded.dataset
+    if is_conversation(type_of(texts, column), column):
+        rendered = render_conversations(texts[column], selector.tokenizer, column)
+        distilled = selector.distil(rendered, seed=settings.seed)
+    else:
+        distilled = selector.distil(texts, column=column, seed=settings.seed)
+    write_beside(distilled, _text_place(place))
 
 
 def _text_place(place: Place) -> Path:

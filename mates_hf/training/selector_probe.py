@@ -41,6 +41,7 @@ from mates_hf.training.fit_settings import FitSettings
 from mates_hf.training.measure import assist, release
 from mates_hf.training.run import Run, Stages
 from mates_hf.training.stages import fitted_model, measured_labels, why_unrankable
+from mates_hf.training.warm_up import PadRows
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,6 @@ def probe_and_fit(
     optimizer: Any,
     average: WeightAverage,
     arguments: Any,
-    collator: Any,
     progress: bool,
 ) -> dict[str, Any]:
     """Measure some rows, fit the influence model, and say how good it is. All processes must call it.
@@ -110,21 +110,20 @@ def probe_and_fit(
         optimizer: Its optimizer, with the moments of the warm-up.
         average: The mean of the last weights.
         arguments: The Trainer's arguments.
-        collator: The collator of the warm-up.
         progress: Whether to show progress bars.
 
     Returns:
         In the main process what was found, JSON values: `fit` is the report, or None where labels rank nothing, with
         the `reason`. Empty in the others.
     """
-    run = _make_run(inputs, settings, place, model, optimizer, arguments, collator, progress)
+    run = _make_run(inputs, settings, place, model, optimizer, arguments, progress)
     with average.swapped_in():
         if not run.processes.is_main:
             assist(run)
             return {}
         found = _measure_and_fit(run, place.probe, probes)
         release(run, None)
-    return {**found, "model": _about_model(inputs.model, model, settings, inputs)}
+    return {**found, "model": _about_model(model, settings, inputs)}
 
 
 def _measure_and_fit(run: Run, path: Path, probes: IntArray) -> dict[str, Any]:
@@ -161,11 +160,11 @@ def _measure_and_fit(run: Run, path: Path, probes: IntArray) -> dict[str, Any]:
     }
 
 
-def _about_model(given: nn.Module, model: nn.Module, settings: FitSettings, inputs: Inputs) -> dict[str, Any]:
+def _about_model(model: nn.Module, settings: FitSettings, inputs: Inputs) -> dict[str, Any]:
     """Name and size of the model, and the FLOPs of its warm-up."""
     tokens = settings.warm_steps * settings.batch_size * inputs.facts["mean_tokens"]
     return {
-        "name": hub_name(given),
+        "name": hub_name(model),
         "num_parameters": count_parameters(model),
         "warm_up_flops": gradient_flops(count_multiplied_parameters(model), tokens),
     }
@@ -178,7 +177,6 @@ def _make_run(
     model: nn.Module,
     optimizer: Any,
     arguments: Any,
-    collator: Any,
     progress: bool,
 ) -> Run:
     """What the stages of a round ask for."""
@@ -186,7 +184,7 @@ def _make_run(
     optimizer = unwrap_optimizer(optimizer, unwrap(model))
     require_known(optimizer)
     processes = Processes.of_run()
-    pool = CandidatePool(inputs.dataset, collator)
+    pool = CandidatePool(inputs.dataset, PadRows(model))
     run = Run(
         model=model,
         optimizer=optimizer,

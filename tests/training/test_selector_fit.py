@@ -177,12 +177,13 @@ def test_tokens_need_no_tokenizer(tmp_path):
     others = [row for row in rows if row not in good[:20]]
     pool = write_jsonl(tmp_path / "pool.jsonl.zst", others)
     reference = write_jsonl(tmp_path / "passages.jsonl", good[:20])
-    found = fit({"model": model, "pool": pool, "reference": reference, "out": tmp_path / "selector"})
+    given = {"model": model, "pool": pool, "reference": reference, "out": tmp_path / "selector"}
+    with pytest.raises(ValueError, match="`distil` must have a pool of texts or conversations"):
+        fit(given, distil=True)
+    found = fit(given)
     assert found.selector.tokenizer is None
     kept = found.selector.filter(Dataset.from_list(rows), ratio=0.25)
     assert sum(map(is_good, kept["more"])) > 0.9 * len(kept)
-    with pytest.raises(ValueError, match="`distil` must have a pool with a column of texts"):
-        fit({"model": model, "pool": pool, "reference": reference, "out": tmp_path / "selector"}, distil=True)
 
 
 @pytest.mark.slow
