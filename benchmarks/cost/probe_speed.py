@@ -141,7 +141,7 @@ def run(bench: Bench) -> dict[str, Any]:
             for num, cost in spread.items()
         ),
         figure(share, median(oracle / each) / allowed, least=0.6),
-        figure(f"{passes}, without reference gradient and ε", median(plain / each), "x", least=0.8),
+        figure(f"{passes}, without reference gradient and ε", median(plain / each), "x", least=0.9),
         *(figure(f"{passes}, {parts} spread over {num:,}", median(plain / cost), "x") for num, cost in spread.items()),
         figure("`measure` / the sum of its parts, seconds", median(whole / (once / num_candidates + each)), "x"),
         figure("tokens/s of DirectionalProbe, each candidate alone", LENGTH / median(each)),

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mates_hf.cli import env, fit, runs
+from mates_hf.cli import env, fit, plan, runs
 from mates_hf.errors import MatesError
 
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     env.add_command(commands)
     runs.add_commands(commands)
     fit.add_command(commands)
+    plan.add_command(commands)
     return parser
 
 

@@ -18,8 +18,17 @@ import numpy.typing as npt
 from mates_hf.errors import InfluenceError
 from mates_hf.prediction.worth import row_worth
 from mates_hf.records import FloatArray, InfluenceLabels, IntArray
-from mates_hf.selection.choose import Seed, check_temperature, largest, noisy, nth_true, stage_seed, with_others
+from mates_hf.selection.choose import (
+    Seed,
+    check_temperature,
+    largest,
+    noisy,
+    nth_true,
+    stage_seed,
+    with_others,
+)
 from mates_hf.selection.copies import Hashes, find_copies
+from mates_hf.selection.quota import Quota, best_within
 
 
 class SelectedRows(NamedTuple):
@@ -51,6 +60,7 @@ def select_rows(
     hashes: Hashes | None = None,
     max_copies: int | None = None,
     random_share: float = 0.0,
+    quota: Quota | None = None,
 ) -> SelectedRows:
     """The select stage of a round: the rows to train on next, in training order.
 
@@ -72,6 +82,8 @@ def select_rows(
             for k rows, further copies follow, the best first. None sets no limit.
         random_share: Share of the k rows that is drawn at random, each candidate alike, from those that are not chosen
             by their worth; rounded to whole rows.
+        quota: Bounds of what each group of candidates gets of the k rows; None sets none. Rows without a trained token
+            and copies that are not chosen do not count for a group.
 
     Returns:
         The rows, and what was found of copies.
@@ -92,6 +104,7 @@ def select_rows(
         hashes=hashes,
         max_copies=max_copies,
         random_share=random_share,
+        quota=quota,
     )
 
 
@@ -129,6 +142,7 @@ def rows_by_worth(
     hashes: Hashes | None = None,
     max_copies: int | None = None,
     random_share: float = 0.0,
+    quota: Quota | None = None,
 ) -> SelectedRows:
     """`select_rows` for labels of which only their `label_unit` is at hand; buffers of a stream are chosen from by it.
 
@@ -144,6 +158,7 @@ def rows_by_worth(
         hashes: As for `select_rows`.
         max_copies: As for `select_rows`.
         random_share: As for `select_rows`.
+        quota: As for `select_rows`.
 
     Returns:
         The rows, and what was found of copies.
@@ -164,10 +179,16 @@ def rows_by_worth(
     copies = np.zeros(0, np.int64)
     if num_repeated and hashes is not None and max_copies is not None:
         copies = find_copies(hashes if num_trainable == len(hashes) else hashes[trainable], values, max_copies)
-    chosen, num_passed_over = _largest_without(values, k, seed, copies)
-    if num_random:
-        share_seed = stage_seed(selection_seed, round_number, "random_share")
-        chosen = _filled_up(values, chosen, copies, min(num_rows, num_trainable), share_seed)
+    num, share_seed = min(num_rows, num_trainable), stage_seed(selection_seed, round_number, "random_share")
+    if quota is not None:
+        limits = _limits(quota, trainable, copies, num_rows)
+        chosen = best_within(values, quota.codes[trainable], limits, (k, num), (seed, share_seed), copies)
+        lowest = values[chosen].min(initial=np.inf)
+        num_passed_over = int(np.count_nonzero(values[np.setdiff1d(copies, chosen)] > lowest))
+    else:
+        chosen, num_passed_over = _largest_without(values, k, seed, copies)
+        if num_random:
+            chosen = _filled_up(values, chosen, copies, num, share_seed)
     del values
     if num_trainable < len(trainable):
         chosen = nth_true(trainable, chosen)
@@ -236,3 +257,12 @@ def _filled_up(values_N: npt.NDArray[Any], chosen: IntArray, copies: IntArray, n
         further = np.setdiff1d(copies, chosen)
         found = np.sort(np.concatenate([found, further[: num - len(found)]]))
     return found
+
+
+def _limits(
+    quota: Quota, trainable: npt.NDArray[np.bool_], copies: IntArray, num_rows: int
+) -> tuple[IntArray, IntArray]:
+    """(G,) rows that each group must get and may get, of those with a trained token that are no copies."""
+    may = trainable.copy()
+    may[nth_true(trainable, copies)] = False
+    return quota.limits(num_rows, may)

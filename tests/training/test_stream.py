@@ -432,6 +432,12 @@ def test_what_a_stream_cannot_do_is_refused_by_name(tmp_path, setting, setup, ma
     assert_refused(tmp_path, setup, match, error=error, callbacks=lambda: [callback(**given)])
 
 
+@proves("a stream with `datasets` before 4.0", NO_FILE, outcome="refused", note="`pip install -U datasets`")
+def test_a_datasets_that_does_not_find_its_place_again_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mates_hf.training.supply.version", lambda name: {"datasets": "3.6.0"}[name])
+    assert_refused(tmp_path, stream_setup(), "pip install -U datasets", callbacks=lambda: [callback()])
+
+
 @proves("a stream with an influence model that needs the run's model", NO_FILE, outcome="refused")
 def test_an_influence_model_that_needs_the_runs_model_is_refused(tmp_path):
     def needing() -> list[Any]:
