@@ -1,9 +1,10 @@
 """`mates-hf`: what a person asks from a shell, one module a command.
 
 `mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN` what they took; `mates-hf fit` fits a selector
-without a run. Where it is used: right of everything, and the only folder that prints. Trade-off: what a command needs
-is imported when it runs, so that `mates-hf env` works in an installation that is broken.
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took; `mates-hf plan` what selecting would
+cost, and `mates-hf fit` fits a selector without a run. Where it is used: right of everything, and the only folder that
+prints. Trade-off: what a command needs is imported when it runs, so that `mates-hf env` works in an installation that
+is broken.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from mates_hf.training.fit_place import ABOUT_FILE
 from mates_hf.training.fit_settings import FitSettings
 from mates_hf.training.lock import RoundsLock
 from mates_hf.training.selector_probe import split_rows
-from tests.launch import free_port, run_script, start_processes
+from tests.launch import free_port, start_processes
 from tests.training.fit_kit import (
     QUICK,
     is_good,
@@ -284,12 +287,31 @@ def test_folders_of_something_else_are_left_alone(fitted, inputs, tmp_path):
         fit({**inputs, "out": tmp_path / "selector"}, work=tmp_path / "notes")
     held = tmp_path / "held"
     held.mkdir()
-    lock = RoundsLock(held, FitSettings)
-    with pytest.raises(MatesError, match="another one that lives has it"):
+    with held_by_another_thread(held), pytest.raises(MatesError, match="another one that lives has it"):
         fit({**inputs, "out": tmp_path / "selector"}, work=held)
-    lock.release()
     assert fit(inputs, keep_work=False, work=tmp_path / "notes").out.exists()  # it is done: nothing is deleted there
     assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+
+
+@contextlib.contextmanager
+def held_by_another_thread(folder: Path) -> Iterator[None]:
+    """A fit that lives: a lock of this thread would be one that broke off."""
+    taken, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        lock = RoundsLock(folder, taken)
+        taken.set()
+        over.wait()
+        lock.release()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        holder.join()
 
 
 # ---- bad input
@@ -429,13 +451,25 @@ def command(given: dict[str, Any], **changes: Any) -> list[str]:
     return ["fit", *(f"--{name}={value}" for name, value in options.items()), "--quiet", "--json"]
 
 
+def ended(arguments: list[str], size: int = 1) -> tuple[list[int], list[str]]:
+    """Exit codes and errors of processes that were started with these arguments."""
+    processes = start_processes(arguments, size, free_port() if size > 1 else "")
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], errors
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What a fit in a process of its own gives that is not stopped."""
     folder = tmp_path_factory.mktemp("whole")
     given = write_all(folder, num_texts=1300)
     (folder / "run.py").write_text(RUN, encoding="utf-8")
-    run_script(folder, RUN, "nowhere", *command(given), size=1)
+    codes, errors = ended([str(folder / "run.py"), "nowhere", *command(given)])
+    assert codes == [0], errors
     return given, folder
 
 
@@ -449,9 +483,8 @@ def test_a_fit_that_is_killed_continues_with_the_same_selector(whole, tmp_path, 
     given, folder = whole
     out = tmp_path / "selector"
     arguments = command({**given, "out": str(out)})
-    (process,) = start_processes([str(folder / "run.py"), where, *arguments], 1, "")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
+    codes, errors = ended([str(folder / "run.py"), where, *arguments])
+    assert codes == [-signal.SIGKILL], errors
     assert not out.exists()
     work = tmp_path / "selector.fit"
     kept = {path: path.stat().st_mtime_ns for path in (work / "probe").rglob("*") if path.is_file()}
@@ -459,9 +492,8 @@ def test_a_fit_that_is_killed_continues_with_the_same_selector(whole, tmp_path, 
         assert [path.name for path in (work / "warm-up").glob("checkpoint-*")] == ["checkpoint-25"]
     elif where == "probe":
         assert work / "probe/probe_shards/0.npy" in kept
-    (process,) = start_processes(["-c", WATCHED, str(tmp_path / "seen.json"), *arguments, "--keep-work"], 1, "")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    codes, errors = ended(["-c", WATCHED, str(tmp_path / "seen.json"), *arguments, "--keep-work"])
+    assert codes == [0], errors
     assert model_of(out) == model_of(folder / "selector")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["steps"] == {"steps": 25}.get(where, 0)  # of the warm-up, which 25 were done of
@@ -497,7 +529,8 @@ sys.exit(code)
 def test_two_processes_fit_the_selector_of_one(whole, tmp_path):
     given, folder = whole
     out = tmp_path / "selector"
-    run_script(tmp_path, RUN, "nowhere", *command({**given, "out": str(out)}), size=2)
+    codes, errors = ended([str(folder / "run.py"), "nowhere", *command({**given, "out": str(out)})], size=2)
+    assert codes == [0, 0], errors
     one, two = (json.loads((path / ABOUT_FILE).read_text()) for path in (folder / "selector", out))
     assert two["num_processes"] == 2
     assert two["reference_loss"] == pytest.approx(one["reference_loss"], rel=1e-4)
@@ -519,13 +552,8 @@ def test_an_error_in_one_process_ends_all_by_name(whole, tmp_path):
     )
     (tmp_path / "run.py").write_text(broken, encoding="utf-8")
     arguments = [str(tmp_path / "run.py"), "nowhere", *command({**given, "out": str(tmp_path / "selector")})]
-    processes = start_processes(arguments, 2, free_port())
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [1, 1], errors
+    codes, errors = ended(arguments, size=2)
+    assert codes == [1, 1], errors
     assert "`reference` must be files that are there" in errors[1]
     assert re.search(r"Process 1 of 2 .*`reference` must be files that are there", errors[0])
     assert not (tmp_path / "selector").exists()
