@@ -159,15 +159,16 @@ def _files_of(named: str) -> list[_File]:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise ImportError(f"`{named}` cannot be read: {error}") from error
-    if any(char in path for char in "*?["):
-        found = sorted(one for one in fs.glob(path) if fs.isfile(one))
-    elif fs.isfile(path):
+    is_pattern = any(char in path for char in "*?[")
+    if fs.isfile(path):  # also one with such a character in its name
         found = [path]
+    elif is_pattern:
+        found = sorted(one for one in fs.glob(path) if fs.isfile(one))
     elif fs.isdir(path) and not _is_saved(fs, path):
         found = sorted(one for one in fs.find(path) if _File(fs, one, 0).kind and "/." not in one)
     else:
         return []
-    if not found and any(char in path for char in "*?["):
+    if not found and is_pattern:
         raise FileNotFoundError(f"`{named}` must match files, and matches none. Put it in quotes, and check the path.")
     return [_File(fs, one, int(fs.size(one) or 0)) for one in found]
 
@@ -302,9 +303,10 @@ def _read_lines(
         return pa.table({}), 0
     names = list(dict.fromkeys(key for _, row in found for key in row))
     wanted = columns(names)
-    without = next((owner for owner, row in found if not any(one in row for one in wanted)), None)
-    if without is not None and not any(owner == without and wanted[0] in row for owner, row in found):
-        _require_columns(wanted, next(list(row) for owner, row in found if owner == without), files[without].path)
+    with_it = {owner for owner, row in found if any(one in row for one in wanted)}
+    for owner, row in found:
+        if owner not in with_it:
+            _require_columns(wanted, list(row), files[owner].path)
     arrays = {}
     for one in wanted:
         try:

@@ -159,7 +159,7 @@ def load_tokenizer(model_name: str, tokenizer_name: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(_place(tokenizer_name or model_name))
+        return AutoTokenizer.from_pretrained(_place(tokenizer_name or model_name), trust_remote_code=False)
     except Exception as error:  # whatever is missing or cannot be read
         if tokenizer_name is not None:
             raise ValueError(
@@ -181,7 +181,7 @@ def require_model(name: str) -> None:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(_place(name))
+        AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
     except Exception as error:
         raise _no_model(name, error) from error
 
@@ -202,7 +202,7 @@ def load_model(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(_place(name), dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(_place(name), dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # of another kind, damaged, or code of its own that is not run
         raise _no_model(name, error) from error
 

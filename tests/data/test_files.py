@@ -83,6 +83,12 @@ def test_globs_lists_folders_and_urls_name_the_same_rows(tmp_path):
     assert load_rows("memory://texts/*.jsonl", text, name="pool").dataset["text"][:] == TEXTS
 
 
+def test_a_file_may_have_the_name_of_a_pattern_and_rows_may_lack_the_column(tmp_path):
+    path = tmp_path / "a[1].jsonl"
+    path.write_bytes(lines(TEXTS) + b'{"other": 1}\n')
+    assert load_rows(path, text, name="pool").dataset["text"][:] == [*TEXTS, None]
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_some_rows_are_drawn_at_random_and_the_same_by_the_same_seed(tmp_path, name):
     path = write(tmp_path, name, [f"text {i}" for i in range(1000)])
@@ -161,6 +167,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     numbers = tmp_path / "numbers.parquet"
     pq.write_table(pa.table({"text": [1]}), numbers)
     assert "must hold the same in the columns ['text'] of all files" in said([str(good), str(numbers)])
+    lines_of_others = tmp_path / "other.jsonl"
+    lines_of_others.write_text('{"body": "a"}\n')
+    assert f"`{lines_of_others}` has ['body']" in said([str(whole), str(lines_of_others)])
     assert "files of one format, got JSON Lines" in said([str(good), str(whole)])
     (tmp_path / "a.csv").write_text("text\na\n")
     assert "must be files of Parquet, JSON Lines" in said(tmp_path / "a.csv")
