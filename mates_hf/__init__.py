@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mates_hf.selection.selector import MatesSelector
     from mates_hf.training.callback import MatesCallback
     from mates_hf.training.loop import MatesRounds
+    from mates_hf.training.selector_fit import fit_selector
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "OneStepProbe",
     "ReferenceTask",
     "TextInfluenceModel",
+    "fit_selector",
     "gumbel_top_k",
     "load_round",
     "score_files",
@@ -66,6 +68,7 @@ _HOME = {
     "OneStepProbe": "mates_hf.influence.probe_one_step",
     "ReferenceTask": "mates_hf.data.reference",
     "TextInfluenceModel": "mates_hf.prediction.text_model",
+    "fit_selector": "mates_hf.training.selector_fit",
     "gumbel_top_k": "mates_hf.selection.choose",
     "load_round": "mates_hf.round_files",
     "score_files": "mates_hf.selection.file_scoring",

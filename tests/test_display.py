@@ -20,6 +20,7 @@ from mates_hf.display import brief, call, card, html_card
 from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.round_files import load_round, write_labels
 from mates_hf.round_writer import RoundWriter
+from mates_hf.training.fit_result import SelectorFit
 
 EVIL = "<script>alert(1)</script>\n\x1b[31m" + "x" * 5_000
 
@@ -59,6 +60,16 @@ def optimizer(num: int) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups) if num % 2 else torch.optim.AdamW(groups)
 
 
+def fit_about() -> dict[str, Any]:
+    """What a fit without a run says of itself."""
+    read = {"num_rows": 10**9, "num_empty": 10**8, "num_shared": 10**7, "pool": EVIL, "column": EVIL}
+    return {
+        "read": read, "model": {"name": EVIL, "num_parameters": 10**12}, "seconds": {EVIL: 1e9}, "flops": {EVIL: 1e30},
+        "fit": report().to_dict(), "fidelity": {"num_candidates": 16, "spearman": 0.5}, "max_length": 8, "step": 200,
+        "reference": {"name": EVIL}, "num_passages": 3, "reference_loss": float("nan"), "num_probed": 14,
+    }  # fmt: skip
+
+
 def objects(folder: Path) -> list[Any]:
     """One or more of every public class, plain and extreme."""
     rows = TokenRows.from_lists([list(range(500))] * 400)
@@ -78,6 +89,7 @@ def objects(folder: Path) -> list[Any]:
         labels(9, probe=EVIL[:900]), report(), report(spearman_within_group=0.1),
         report(spearman=float("nan"), interval=(float("nan"),) * 2, calibration=()),
         record(folder / "a", {}), record(folder / "b", strange), record(folder / "c", {"number": 3, "guard": None}),
+        SelectorFit(folder / EVIL[:900], fit_about(), folder / "text"), SelectorFit(folder, fit_about()),
         mates_hf.MatesError("what is wrong"), mates_hf.CombinedOptimizer(*(optimizer(i) for i in range(30))),
     ]  # fmt: skip
 

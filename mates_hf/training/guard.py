@@ -37,11 +37,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from mates_hf.errors import WeakSignalError
-from mates_hf.prediction.judge import times_needed
+from mates_hf.prediction.judge import FEW_HELD_OUT, times_needed
 from mates_hf.records import FitReport
 from mates_hf.training.rise import Rise, rises_after
 from mates_hf.training.run import InfluenceModel, Run
@@ -171,15 +172,30 @@ def _complaint(run: Run, judged: Judged, overshot: bool, rises: Mapping[str, int
             "(`update_steps`), such that find their length (`first_round_steps`), or a larger `selection_ratio` avoid "
             "it; more probes do not"
         )
+    return weakness(report, config.min_spearman, config.num_probes)
+
+
+def weakness(report: FitReport, min_spearman: float, num_probes: int) -> tuple[str | None, str]:
+    """Why a fit is too weak to select by, and about how many probes would do.
+
+    Args:
+        report: Report of the fit, on held-out labels.
+        min_spearman: The guard's lowest Spearman.
+        num_probes: Candidates that were probed.
+
+    Returns:
+        The one condition that failed, `"min_spearman"` or `"interval"`, and as a sentence says it; None and an empty
+        string where none did.
+    """
     low, high = report.interval
-    if report.spearman < config.min_spearman:
-        what = f"held-out Spearman is {report.spearman:.3f}, below `min_spearman`={config.min_spearman}"
-        return "min_spearman", f"{what}; {_advice(report, config.min_spearman, config.num_probes)}"
+    if report.spearman < min_spearman:
+        what = f"held-out Spearman is {report.spearman:.3f}, below `min_spearman`={min_spearman}"
+        return "min_spearman", f"{what}; {_advice(report, min_spearman, num_probes)}"
     if not low > 0:
         what = (
             f"held-out Spearman is {report.spearman:.3f}, but its 95 % interval ({low:.3f} to {high:.3f}) includes 0"
         )
-        return "interval", f"{what}; {_advice(report, config.min_spearman, config.num_probes)}"
+        return "interval", f"{what}; {_advice(report, min_spearman, num_probes)}"
     return None, ""
 
 
@@ -199,11 +215,31 @@ def _harm(rise: Rise | None, rises: Mapping[str, int]) -> str:
 
 def _advice(report: FitReport, min_spearman: float, num_probes: int) -> str:
     """How many probes would do, or that no number is known to."""
-    times = times_needed(report, min_spearman)
-    if times is None:
+    wanted = probes_needed(report, min_spearman, num_probes)
+    if wanted is None:
         return (
             f"no number of probes is known to do (`num_probes` is {num_probes}): look at the reference task and the "
             "probe instead"
         )
-    unit = 10 ** max(len(str(int(times * num_probes))) - 2, 0)
-    return f"about {-int(-times * num_probes // unit) * unit:,} probes would do (`num_probes` is {num_probes})"
+    return f"about {wanted:,} probes would do (`num_probes` is {num_probes})"
+
+
+def probes_needed(report: FitReport, min_spearman: float, num_probes: int) -> int | None:
+    """How many probes would let a weak fit pass, to two digits, by `times_needed`.
+
+    Where fewer labels are held out than can be judged by, at least as many as give those.
+
+    Args:
+        report: Report of the fit, on held-out labels.
+        min_spearman: The guard's lowest Spearman.
+        num_probes: Candidates that were probed.
+
+    Returns:
+        Number of probes; None where no number is known to do.
+    """
+    times = times_needed(report, min_spearman)
+    if times is None:
+        return None
+    times = max(times, FEW_HELD_OUT / max(report.num_held_out, 1))
+    unit = int(10 ** max(len(str(int(times * num_probes))) - 2, 0))
+    return math.ceil(times * num_probes / unit) * unit

@@ -16,11 +16,9 @@ Sign: influence > 0 helps; higher is better, everywhere.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,18 +27,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.groups import shares_by_group
-from mates_hf.disk import replace_path, sync_tree, write_array, write_json
+from mates_hf.disk import write_array, write_json
 from mates_hf.errors import UnrankableError
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.reporting.lines import tell_round
-from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path, write_labels
+from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path
 from mates_hf.round_writer import RoundWriter
-from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import RoundDraw, probed_rows
 from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.selection.quota import Quota
-from mates_hf.selection.saved import write_round_model
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.audit import audit_round
@@ -49,14 +45,14 @@ from mates_hf.training.drift import set_sentinel
 from mates_hf.training.duplicates import selection_facts
 from mates_hf.training.groups import candidate_groups, group_facts
 from mates_hf.training.guard import Judged, decide
-from mates_hf.training.measure import measure_digest, measure_labels
+from mates_hf.training.measure import measure_digest
 from mates_hf.training.mixed_in import passage_facts
 from mates_hf.training.order import Order, load_order
 from mates_hf.training.restore import rows_offered
 from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Run, Stages, takes
 from mates_hf.training.scoring import Scored, predict_rows, score_candidates
-from mates_hf.training.static_evidence import evidence_for
+from mates_hf.training.stages import fitted_model, measured_labels, why_unrankable
 from mates_hf.training.stream_rounds import stream_facts, with_files
 from mates_hf.training.trust import GAP_FILE, Gap, length_facts, measure_gap, shortened
 
@@ -142,9 +138,9 @@ def run_round(
     )
 
     with stages.timed("probe") as cost:
-        labels = _probe(run, writer.path, draw.probes)
+        labels = measured_labels(run, writer.path, draw.probes)
         _note_flops(cost, labels.info.get("flops"))
-    reason = _why_unrankable(labels)
+    reason = why_unrankable(labels)
     fidelity: dict[str, Any] = {}
     if not reason:
         with stages.timed("audit") as cost:
@@ -294,36 +290,14 @@ def _take_over(run: Run, order: Order) -> Order:
     return with_files(run, order)
 
 
-def _probe(run: Run, path: Path, probes: IntArray) -> InfluenceLabels:
-    """Labels of the probed candidates, measured or read back."""
-    shards = path / "probe_shards"
-    if (path / "probes.parquet").exists():
-        labels = read_labels(path / "probes.parquet")
-    else:
-        labels = measure_labels(run, probes, shards)
-        write_labels(path / "probes.parquet", labels)
-    shutil.rmtree(shards, ignore_errors=True)
-    return labels
-
-
-def _why_unrankable(labels: InfluenceLabels) -> str:
-    """Why labels rank no candidate, or an empty string. Labels that are not finite end the run, where measured."""
-    try:
-        labels.check()
-    except UnrankableError as error:
-        return str(error)
-    return ""
-
-
 def _fit_and_judge(run: Run, path: Path, labels: InfluenceLabels, number: int, stages: Stages) -> Judged:
     """Fit the round's influence model, and ask the one that was trusted so far about the same labels."""
     documents = run.documents(labels.candidate_id)
     try:
         with stages.timed("fit") as cost:
-            fitted = _fit(run, path, labels, documents, number)
+            fitted = fitted_model(run, path, labels, documents, number)
             _note_flops(cost, fitted.report.flops)
     except UnrankableError as error:
-        shutil.rmtree(path / "influence_model.partial", ignore_errors=True)
         return Judged.unrankable(str(error))
     fresh = gap = None
     if run.trusted_model is not None:
@@ -347,30 +321,6 @@ def _gap(run: Run, path: Path, labels: InfluenceLabels) -> Gap | None:
     predicted = (predicted * np.float32(labels.step_size / run.trusted_step_size)).astype(np.float32)
     write_array(path / GAP_FILE, predicted)
     return measure_gap(predicted, labels, run.config.selection_ratio)
-
-
-def _fit(run: Run, path: Path, labels: InfluenceLabels, documents: IntArray, number: int) -> InfluenceModel:
-    """The round's influence model, fitted with earlier rounds' labels pooled in, or read back."""
-    final = path / "influence_model"
-    if final.exists():
-        return run.load_model(path)
-    unfitted = copy.deepcopy(run.influence_model)
-    fitted: InfluenceModel = unfitted.fit(
-        run.pool,
-        labels,
-        held_out_fraction=run.config.held_out_fraction,
-        previous=run.latest_model,
-        seed=stage_seed(run.config.selection_seed, number, "fit"),
-        **({"documents": documents} if takes(unfitted.fit, "documents") else {}),
-        **evidence_for(run, labels),
-    )
-    # Renamed when all of it is there: which of a model's files comes last is the model's business.
-    partial = path / "influence_model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    write_round_model(partial, fitted, run.tokenizer)
-    sync_tree(partial)
-    replace_path(partial, final)
-    return fitted
 
 
 def _select(

@@ -329,7 +329,7 @@ def test_a_round_killed_in_fit_is_measured_again_with_other_settings(tmp_path, m
 
     args = {"max_grad_norm": 1e9, **SAVES}
     with monkeypatch.context() as patch:
-        patch.setattr("mates_hf.training.rounds._fit", dies)
+        patch.setattr("mates_hf.training.rounds.fitted_model", dies)
         with pytest.raises(Killed):
             run(make_arguments(tmp_path, **args), [mates()])
     kept = (tmp_path / "_mates" / "round-0001.partial" / "probes.parquet").stat().st_mtime_ns
