@@ -22,14 +22,12 @@ from mates_hf.selection.budget import Budget
 from mates_hf.selection.content_rule import ContentRule, content_rule
 from mates_hf.selection.cut import find_cut
 from mates_hf.selection.prefix import PieceScores
-from mates_hf.selection.table_scorer import TableScorer, check_selector_path, with_scores
+from mates_hf.selection.table_scorer import SCORE_COLUMNS, TableScorer, check_selector_path, with_scores
 
 __all__ = ["score_batch", "top_ratio"]
 
 logger = logging.getLogger(__name__)
 
-CONTENT_COLUMN = "content_hash"
-COLUMNS = ("influence", "num_targets", CONTENT_COLUMN)
 _BLOCKS_A_TASK = 32  # of the small columns: half a megabyte each, where blocks of texts have Ray's usual size
 
 Found = TypeVar("Found")
@@ -66,7 +64,7 @@ def score_batch(selector_path: str, *, column: str | None = None, num_threads: i
             self._scorer = TableScorer(path, column, num_threads)
 
         def __call__(self, table: Any) -> Any:
-            return with_scores(table, self._scorer, COLUMNS)
+            return with_scores(table, self._scorer)
 
     return MatesScores
 
@@ -106,15 +104,15 @@ def top_ratio(
     """
     budget = Budget(ratio=ratio, k=k, num_tokens=num_tokens, threshold=threshold, random_share=random_share, seed=seed)
     names = dataset.columns() or []
-    missing = [name for name in COLUMNS if name not in names]
+    missing = [name for name in SCORE_COLUMNS if name not in names]
     if missing and names:
         raise ValueError(
-            f"The dataset must have the columns {', '.join(COLUMNS)}, and has no {', '.join(missing)}. Score it: "
+            f"The dataset must have {', '.join(SCORE_COLUMNS)}, and has no {', '.join(missing)}. Score it first: "
             '`dataset.map_batches(score_batch("selector/"), batch_format="pyarrow", concurrency=8)`.'
         )
     if not names:  # no row, and so no schema
         return dataset
-    pieces = _Pieces(dataset.select_columns(list(COLUMNS)).materialize().to_arrow_refs())
+    pieces = _Pieces(dataset.select_columns(list(SCORE_COLUMNS)).materialize().to_arrow_refs())
     cut = find_cut(pieces, budget)
     rule = content_rule(cut, pieces)
     logger.info("Keeping %d of %d rows, and %d tokens.", cut.num_kept, cut.num_rows, cut.num_tokens_kept)
@@ -157,7 +155,7 @@ def _scores_of(table: Any) -> PieceScores:
     """The scores that a table's columns hold."""
     if not table.num_rows:  # a block without rows may come without columns
         return PieceScores(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, np.uint64))
-    influence, num_targets, content = (table.column(name).to_numpy() for name in COLUMNS)
+    influence, num_targets, content = (table.column(name).to_numpy() for name in SCORE_COLUMNS)
     return PieceScores(influence.astype(np.float32), num_targets.astype(np.int32), content.astype(np.uint64))
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mates_hf.prediction.score import Scorer
+from mates_hf.paths import expand_path
+from mates_hf.prediction.score import INFLUENCE_COLUMN, Scorer
 from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.card import label_unit
 from mates_hf.selection.dataset_input import Scored
@@ -24,13 +25,26 @@ from mates_hf.selection.prefix import PieceScores
 from mates_hf.selection.score_file import content_hashes
 from mates_hf.selection.selector import MatesSelector
 
+CONTENT_COLUMN = "content_hash"
+SCORE_COLUMNS = (INFLUENCE_COLUMN, "num_targets", CONTENT_COLUMN)
 _PARALLEL_TOKENIZERS = "TOKENIZERS_PARALLELISM"  # tokenizers reads it in each call
 
 
 def check_selector_path(path: Any) -> str:
-    """The path of a saved selector as a `str`; a `TypeError` for a selector in memory, which no job can carry."""
+    """Where workers find a saved selector, from whatever folder they start in.
+
+    Args:
+        path: A folder of this machine, or a name on the Hub.
+
+    Returns:
+        The folder's whole path, or the name.
+
+    Raises:
+        TypeError: this is a selector in memory, which no job can carry.
+    """
     if isinstance(path, (str, Path)):
-        return str(path)
+        folder = expand_path(path)
+        return str(folder.absolute() if folder.is_dir() else path)
     raise TypeError(
         f"`selector_path` must be a path or a name on the Hub, which every worker reads, got {type(path).__name__}. "
         "Write the selector to a disk that all see, `selector.save_pretrained(path)`, and pass `path`."
@@ -86,13 +100,12 @@ class TableScorer:
         return PieceScores(found.influence, found.num_targets, content_hashes(scorer.column, table))
 
 
-def with_scores(table: Any, scorer: TableScorer, names: Sequence[str]) -> Any:
-    """A table with its scores in three columns of these names; columns that have them are replaced.
+def with_scores(table: Any, scorer: TableScorer) -> Any:
+    """A table with its scores in the columns `SCORE_COLUMNS`; columns of these names are replaced.
 
     Args:
         table: The `pyarrow.Table`.
         scorer: What scores it.
-        names: Names for influence, number of trained tokens and hash of what a row says.
 
     Returns:
         The table.
@@ -105,8 +118,8 @@ def with_scores(table: Any, scorer: TableScorer, names: Sequence[str]) -> Any:
     if not isinstance(table, pa.Table):
         raise TypeError(f'Batches must be Arrow tables, got {type(table).__name__}. Pass `batch_format="pyarrow"`.')
     scores = scorer.score(table)
-    kept = table.drop_columns([name for name in names if name in table.column_names])
-    for name, values in zip(names, scores, strict=True):
+    kept = table.drop_columns([name for name in SCORE_COLUMNS if name in table.column_names])
+    for name, values in zip(SCORE_COLUMNS, scores, strict=True):
         kept = kept.append_column(name, pa.array(values))
     return kept
 

@@ -94,10 +94,8 @@ def test_a_corpus_that_was_scored_by_tasks_of_which_one_died_keeps_what_the_sele
 
     cut = engine.top_ratio(scores, RATIO)
     assert cut.num_kept == round(RATIO * len(by_id))
-    dropped = writer(tmp_path / "dropped")
-    execute(
-        tmp_path, "log2", reader(corpus), engine.MatesFilter(cut, exclusion_writer=dropped), writer(tmp_path / "kept")
-    )
+    keep = engine.MatesFilter(cut, exclusion_writer=writer(tmp_path / "dropped"))
+    execute(tmp_path, "log2", reader(corpus), keep, writer(tmp_path / "kept"))
     kept = pq.read_table(tmp_path / "kept")["id"].to_pylist()
     assert sorted(kept) == corpus.kept(ratio=RATIO)
     rest = pq.read_table(tmp_path / "dropped").to_pylist()
@@ -119,7 +117,7 @@ def test_a_chain_that_is_submitted_before_anything_is_scored(corpus: Corpus, eng
     assert len(kept) == cut.num_kept
     assert cut.cut.num_tokens_kept <= 3_000
     stats = json.loads((tmp_path / "find" / "stats.json").read_text())
-    assert stats[0]["stats"]["kept"] == cut.num_kept or stats[0]["stats"]["kept"]["total"] == cut.num_kept
+    assert stats[0]["stats"]["kept"] == cut.num_kept
 
 
 def test_another_division_or_other_files_are_an_error(corpus: Corpus, engine: Any, tmp_path: Path) -> None:
@@ -168,9 +166,7 @@ def test_columns_of_the_metadata(corpus: Corpus, engine: Any, tmp_path: Path) ->
         assert np.array_equal(np.array(found, np.float32), want)
         kept = list(engine.MatesFilter(str(tmp_path / name), k=3, batch_size=size).run(iter(documents), 0, 1))
         assert [one.id for one in kept] == ["9", "10", "11"]
-    with pytest.raises(
-        ValueError, match=r"metadata must have `ids`, and document '0' has \['influence', 'input_ids'\]"
-    ):
+    with pytest.raises(ValueError, match=r"metadata must have `ids`, and document '0' has \['influence', "):
         list(engine.MatesScorer(str(corpus.selector), str(tmp_path / "x"), column="ids").run(iter(documents), 0, 1))
 
 

@@ -1,11 +1,10 @@
-"""Ray Data itself: scores in actors, and exactly the rows of `MatesSelector`, whatever blocks and batches there are."""
+"""Ray Data itself: scores in actors, and exactly the rows of `MatesSelector`, whatever the blocks and batches."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mates_hf import MatesSelector
-from mates_hf.integrations.ray import COLUMNS, score_batch, top_ratio
+from mates_hf.integrations.ray import score_batch, top_ratio
+from mates_hf.selection.table_scorer import SCORE_COLUMNS
 from tests.integrations.corpus import Corpus, make_corpus
 
 
@@ -38,13 +38,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def scored(cluster: Any, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus with its scores, in files."""
-    folder = tmp_path_factory.mktemp("scored")
+def scored(cluster: Any, corpus: Corpus) -> Any:
+    """The corpus with its scores."""
     texts = cluster.data.read_parquet(str(corpus.files))
-    scores = texts.map_batches(score_batch(corpus.selector), batch_format="pyarrow", batch_size=64, concurrency=1)
-    scores.write_parquet(str(folder))
-    return folder
+    return texts.map_batches(
+        score_batch(corpus.selector), batch_format="pyarrow", batch_size=64, concurrency=1
+    ).materialize()
 
 
 def ids(dataset: Any) -> list[str]:
@@ -54,7 +53,7 @@ def ids(dataset: Any) -> list[str]:
 def test_a_batch_is_scored_without_ray(corpus: Corpus) -> None:
     table = pq.read_table(corpus.files)
     found = score_batch(str(corpus.selector), column="text")()(table)
-    assert found.column_names == ["id", "text", *COLUMNS]
+    assert found.column_names == ["id", "text", *SCORE_COLUMNS]
     want = MatesSelector.from_pretrained(corpus.selector).score(corpus.dataset).influence
     assert np.array_equal(found["influence"].to_numpy(), want)
     with pytest.raises(TypeError, match='got dict. Pass `batch_format="pyarrow"`'):
@@ -64,8 +63,8 @@ def test_a_batch_is_scored_without_ray(corpus: Corpus) -> None:
 
 
 @pytest.mark.slow
-def test_scores_of_actors_are_those_of_the_selector(scored: Path, corpus: Corpus) -> None:
-    found = pq.read_table(scored)
+def test_scores_of_actors_are_those_of_the_selector(cluster: Any, scored: Any, corpus: Corpus) -> None:
+    found = pa.concat_tables(cluster.get(scored.to_arrow_refs()))
     want = MatesSelector.from_pretrained(corpus.selector).score(corpus.dataset)
     by_id = dict(zip(corpus.dataset["id"], zip(*want, strict=True), strict=True))
     pairs = zip(found["influence"].to_numpy(), found["num_targets"].to_numpy(), strict=True)
@@ -73,43 +72,39 @@ def test_scores_of_actors_are_those_of_the_selector(scored: Path, corpus: Corpus
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [{"ratio": 0.2}, {"k": 0}, {"k": 700}, {"threshold": 0.001}], ids=str)
-@pytest.mark.parametrize("num_blocks", [1, 5])
-def test_the_kept_rows_are_those_of_the_selector(
-    cluster: Any, scored: Path, corpus: Corpus, budget: dict[str, Any], num_blocks: int
+def test_the_kept_rows_are_those_of_the_selector_and_exactly_as_many(
+    cluster: Any, scored: Any, corpus: Corpus
 ) -> None:
-    kept = top_ratio(cluster.data.read_parquet(str(scored)).repartition(num_blocks), **budget)
-    assert ids(kept) == corpus.kept(**budget)
-    if budget != {"k": 0}:
-        assert kept.columns() == ["id", "text", *COLUMNS]
-
-
-@pytest.mark.slow
-def test_copies_at_the_edge_are_kept_as_often_as_fits(cluster: Any, scored: Path, corpus: Corpus) -> None:
     texts = dict(zip(corpus.dataset["id"], corpus.dataset["text"], strict=True))
-    table = pq.read_table(scored)
-    counts = table.group_by("content_hash").aggregate([("id", "count")])
-    assert max(counts["id_count"].to_pylist()) == 2
-    dataset = cluster.data.read_parquet(str(scored)).materialize()
-    for budget in ({"k": 139}, {"k": 140}, {"num_tokens": 3_000}):  # one of them parts a pair of copies
-        kept = ids(top_ratio(dataset, **budget))
-        assert sorted(texts[one] for one in kept) == sorted(texts[one] for one in corpus.kept(**budget))
-    for seed in (0, 1):
-        budget = {"k": 140, "random_share": 0.5, "seed": seed}
-        kept = ids(top_ratio(dataset, **budget))
-        assert len(kept) == 140
-        assert kept == ids(top_ratio(dataset.repartition(3), **budget)) or len(set(kept)) == 140
+    assert len(set(texts.values())) < len(texts)
+    for budget in ({"ratio": 0.2}, {"k": 141}, {"k": 700}, {"num_tokens": 3_000}, {"threshold": 0.001}):
+        kept = top_ratio(scored, **budget)
+        found, want = ids(kept), corpus.kept(**budget)
+        assert len(set(found)) == len(want), budget
+        assert sorted(texts[one] for one in found) == sorted(texts[one] for one in want)  # a pair may be parted
+        assert kept.columns() == ["id", "text", *SCORE_COLUMNS]
+    assert top_ratio(scored, k=0).count() == 0
 
 
 @pytest.mark.slow
-def test_bad_input_and_no_rows(cluster: Any, scored: Path, corpus: Corpus) -> None:
+def test_neither_blocks_nor_batches_matter(cluster: Any, scored: Any, corpus: Corpus) -> None:
+    texts = dict(zip(corpus.dataset["id"], corpus.dataset["text"], strict=True))
+    found = []
+    for dataset in (scored, scored.repartition(1), scored.random_shuffle(seed=1).repartition(40)):
+        kept = ids(top_ratio(dataset, k=140, random_share=0.5, seed=2))
+        assert len(set(kept)) == 140
+        found.append(sorted(texts[one] for one in kept))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_bad_input_and_no_rows(cluster: Any, scored: Any, corpus: Corpus) -> None:
     texts = cluster.data.read_parquet(str(corpus.files))
-    with pytest.raises(ValueError, match="has no influence, num_targets, content_hash. Score it"):
+    with pytest.raises(ValueError, match="has no influence, num_targets, content_hash. Score it first"):
         top_ratio(texts, 0.2)
     with pytest.raises(ValueError, match=r"`k` must be at most the number of rows \(700\), got 701"):
-        top_ratio(cluster.data.read_parquet(str(scored)), k=701)
-    none = cluster.data.from_arrow(pq.read_table(scored).slice(0, 0))
-    assert top_ratio(none, 0.2).count() == 0
+        top_ratio(scored, k=701)
+    assert top_ratio(scored.limit(0), 0.2).count() == 0
     with pytest.raises(Exception, match="a column `txt` to score"):
         texts.map_batches(
             score_batch(str(corpus.selector), column="txt"), batch_format="pyarrow", concurrency=1

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from mates_hf import MatesSelector
-from mates_hf.selection.table_scorer import TableScorer, check_selector_path, with_scores
+from mates_hf.selection.table_scorer import SCORE_COLUMNS, TableScorer, check_selector_path, with_scores
 from tests.selection.selector_kit import fit_model, make_lists, with_template
 
 LISTS = make_lists(60, seed=5)
@@ -23,7 +23,6 @@ COLUMNS = {
     "input_ids": LISTS,
     "messages": [[{"role": "user", "content": text}] for text in TEXTS],
 }
-NAMES = ("influence", "num_targets", "content_hash")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_a_table_is_scored_as_a_dataset_is(saved: Path, column: str) -> None:
 
 
 def test_the_distilled_model_scores_tables_too(tmp_path: Path, saved: Path) -> None:
-    fast = MatesSelector.from_pretrained(saved).distil(TEXTS * 3)
+    fast = MatesSelector.from_pretrained(saved).distil(TEXTS, num_buckets=2**8)
     fast.save_pretrained(tmp_path)
     table = pa.table({"text": TEXTS})
     assert np.array_equal(TableScorer(str(tmp_path)).score(table).influence, fast.score(Dataset(table)).influence)
@@ -56,13 +55,13 @@ def test_the_distilled_model_scores_tables_too(tmp_path: Path, saved: Path) -> N
 
 def test_columns_of_these_names_are_replaced(saved: Path) -> None:
     table = pa.table({"influence": ["old"] * 60, "text": TEXTS, "content": ["theirs"] * 60})
-    found = with_scores(table, TableScorer(str(saved)), NAMES)
-    assert found.column_names == ["text", "content", *NAMES]
-    assert [str(found.schema.field(name).type) for name in NAMES] == ["float", "int32", "uint64"]
-    empty = with_scores(table.slice(0, 0), TableScorer(str(saved)), NAMES)
+    found = with_scores(table, TableScorer(str(saved)))
+    assert found.column_names == ["text", "content", *SCORE_COLUMNS]
+    assert [str(found.schema.field(name).type) for name in SCORE_COLUMNS] == ["float", "int32", "uint64"]
+    empty = with_scores(table.slice(0, 0), TableScorer(str(saved)))
     assert empty.schema == found.schema
     with pytest.raises(TypeError, match="must be Arrow tables, got dict"):
-        with_scores({"text": TEXTS}, TableScorer(str(saved)), NAMES)
+        with_scores({"text": TEXTS}, TableScorer(str(saved)))
 
 
 def test_the_tokenizer_keeps_to_one_thread_and_the_variable_is_put_back(
@@ -89,10 +88,13 @@ def test_the_tokenizer_keeps_to_one_thread_and_the_variable_is_put_back(
         assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
-def test_what_cannot_be_sent_to_a_worker_is_refused(saved: Path) -> None:
+def test_what_cannot_be_sent_to_a_worker_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match=r"got MatesSelector. Write .*`selector.save_pretrained\(path\)`"):
         check_selector_path(MatesSelector.from_pretrained(saved))
     assert check_selector_path(saved) == str(saved)
+    assert check_selector_path("me/my-influence-model") == "me/my-influence-model"
+    monkeypatch.chdir(saved.parent)
+    assert check_selector_path(saved.name) == str(saved)  # a worker starts elsewhere
     with pytest.raises(ValueError, match="`num_threads` must be at least 1"):
         TableScorer(str(saved), num_threads=0)
     with pytest.raises(ValueError, match=r"a column `txt` to score, got the columns \['text'\]"):
