@@ -54,8 +54,14 @@ $(TRACKERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt tensorboard trackio wandb && touch $@ || \
 		echo "Trackers could not be installed: their tests are skipped."
 
+ENGINES := $(VENV)/.with-engines
+
+$(ENGINES): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[datatrove,ray]" && touch $@ || \
+		echo "datatrove and Ray could not be installed: their tests are skipped."
+
 # Two at once at most: some start two processes of their own. pytest exits with 5 where no test carries the marker.
-test-slow: $(STAMP) $(DEEPSPEED) $(TRACKERS)
+test-slow: $(STAMP) $(DEEPSPEED) $(TRACKERS) $(ENGINES)
 	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile || [ $$? -eq 5 ]
 
 test-oldest: pyproject.toml constraints-oldest.txt constraints.txt

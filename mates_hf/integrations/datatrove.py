@@ -16,17 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mates_hf.prediction.score import INFLUENCE_COLUMN
 from mates_hf.selection.budget import Budget
 from mates_hf.selection.prefix import Mask, PieceScores
 from mates_hf.selection.table_scorer import TableScorer, check_selector_path
+from mates_hf.selection.task_cut import TaskCut, TaskRows, find_task_cut, saved_task_cut
 from mates_hf.selection.task_scores import (
-    TaskCut,
     TaskFacts,
-    TaskRows,
     check_room,
-    find_task_cut,
     kind_of,
-    saved_task_cut,
     source_digest,
     write_task,
 )
@@ -106,36 +104,40 @@ class MatesScorer(PipelineStep):  # type: ignore[misc, unused-ignore]
             MatesError: `scores_dir` has scores of another selector or another number of tasks.
             ValueError: a document has no such column.
         """
-        if self._scorer is None:
-            self._scorer = TableScorer(self.selector_path, self.column, self.num_threads)
+        scorer = self._scorer = self._scorer or TableScorer(self.selector_path, self.column, self.num_threads)
         parts: list[PieceScores] = []
-        digest = kind = ""
+        decided: tuple[str, str] | None = None
         for batch in batched(data, self.batch_size):
             table = table_of(batch, self.column)
-            if not parts:
-                scorer = self._scorer.scorer(table.schema)
-                digest, kind = scorer.digest(), kind_of(scorer.column)
-                check_room(self.scores_dir, world_size, digest)
+            decided = decided or self._decide(table.schema, world_size)
             with self.track_time("batch"):
-                parts.append(self._scorer.score(table, sum(len(part.content) for part in parts)))
+                parts.append(scorer.score(table, sum(len(part.content) for part in parts)))
+            self.stat_update(StatHints.total, value=len(batch), unit="batch")  # for each document: as long as scoring
             for document, influence in zip(batch, parts[-1].influence.tolist(), strict=True):
-                document.metadata["influence"] = influence
-                self.stat_update(StatHints.total)
-                self.update_doc_stats(document)
+                document.metadata[INFLUENCE_COLUMN] = influence
                 yield document
-        if not parts:
-            check_room(self.scores_dir, world_size, "")
+        selector, kind = decided or self._decide(None, world_size)
         facts = TaskFacts(
             rank=rank,
             num_tasks=world_size,
-            selector=digest,
+            selector=selector,
             source=source_digest([part.content for part in parts]),
             column=self.column,
             kind=kind,
-            label_std=self._scorer.label_std,
-            label_unit=self._scorer.label_unit or "",
+            label_std=scorer.label_std,
+            label_unit=scorer.label_unit or "",
         )
         write_task(self.scores_dir, facts, parts)
+
+    def _decide(self, schema: Any, num_tasks: int) -> tuple[str, str]:
+        """Digest of what scores, and what the column holds; empty for a task without documents (None)."""
+        digest = kind = ""
+        if schema is not None:
+            assert self._scorer is not None
+            scorer = self._scorer.scorer(schema)
+            digest, kind = scorer.digest(), kind_of(scorer.column)
+        check_room(self.scores_dir, num_tasks, digest)
+        return digest, kind
 
 
 def top_ratio(

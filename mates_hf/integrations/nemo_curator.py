@@ -19,9 +19,7 @@ try:
     from nemo_curator.stages.base import ProcessingStage
     from nemo_curator.tasks import DocumentBatch
 except ImportError as error:
-    raise ImportError(
-        "`mates_hf.integrations.nemo_curator` needs NeMo Curator: `pip install nemo-curator`."
-    ) from error
+    raise ImportError("`mates_hf.integrations.nemo_curator` needs it: `pip install nemo-curator`.") from error
 
 __all__ = ["MatesScoreStage"]
 

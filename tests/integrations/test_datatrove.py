@@ -117,7 +117,7 @@ def test_a_chain_that_is_submitted_before_anything_is_scored(corpus: Corpus, eng
     assert len(kept) == cut.num_kept
     assert cut.cut.num_tokens_kept <= 3_000
     stats = json.loads((tmp_path / "find" / "stats.json").read_text())
-    assert stats[0]["stats"]["kept"] == cut.num_kept
+    assert stats[0]["stats"]["kept"]["total"] == cut.num_kept
 
 
 def test_another_division_or_other_files_are_an_error(corpus: Corpus, engine: Any, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_what_the_pipeline_asks_of_a_stage(stage: Any, corpus: Corpus) -> None:
 
 def test_without_the_engine_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for engine, line in (
-        ("nemo_curator", "NeMo Curator: `pip install nemo-curator`"),
+        ("nemo_curator", "it: `pip install nemo-curator`"),
         ("datatrove", r"datatrove: `pip install mates-hf\[datatrove\]`"),
     ):
         name = f"mates_hf.integrations.{engine}"

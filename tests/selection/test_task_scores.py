@@ -15,14 +15,12 @@ from mates_hf.prediction.score import Predictions
 from mates_hf.selection.budget import Budget, keep_rows
 from mates_hf.selection.prefix import PieceScores
 from mates_hf.selection.score_file import content_hashes
+from mates_hf.selection.task_cut import TaskCut, find_task_cut, saved_task_cut
 from mates_hf.selection.task_scores import (
-    TaskCut,
     TaskFacts,
     check_room,
-    find_task_cut,
     hashed_column,
     read_task,
-    saved_task_cut,
     source_digest,
     task_path,
     write_task,
