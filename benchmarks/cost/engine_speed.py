@@ -1,12 +1,12 @@
-"""How fast texts are scored inside of datatrove and Ray Data, and what of that time is the engine's own.
+"""How fast texts are scored inside of datatrove, and what of that time is the engine's own.
 
 Parquet files of texts are read and scored by a distilled text model, with one thread, arms taking turns: straight from
-pyarrow, in datatrove's reader and `MatesScorer`, and by Ray Data in one actor. datatrove's second pass, reading and
-keeping a fifth, is next to them, and so is its reader alone. Ray starts an actor in each turn, which takes seconds:
-its figure is of what more files take more of time.
+pyarrow, as an actor of Ray Data does with its tables, and in datatrove's reader and `MatesScorer`. datatrove's second
+pass, reading and keeping a fifth, is next to them, and so is its reader alone.
 
-Engines that are not installed are left out. Trade-off: files are in the page cache, and nothing is written, so a real
-disk and a writer come on top. datatrove's steps are called without an executor, which adds seconds a task.
+Time is the processor's, so that other work on the machine counts little. Trade-off: files are in the page cache and
+nothing is written, so a real disk and a writer come on top. datatrove's steps are called without an executor, which
+adds seconds a task. What Ray Data itself takes is not measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 
 from benchmarks.lab.corpus import read_documents
 from benchmarks.lab.harness import Bench, say
-from benchmarks.lab.machine import alternate, num_cores, temporary_folder, versions
+from benchmarks.lab.machine import num_cores, temporary_folder, versions
 from benchmarks.lab.tables import markdown, table, title
 from mates_hf.prediction.text_model import TextInfluenceModel
 from mates_hf.prediction.threads import at_most_threads
@@ -30,9 +31,9 @@ from mates_hf.selection.selector import MatesSelector
 from mates_hf.selection.table_scorer import TableScorer
 
 DATA = False
-BATCH, FEW_FILES = 1_000, 1
+BATCH = 1_000
 ALONE, READ, SCORED = "pyarrow, read and score", "datatrove, read", "datatrove, read and score"
-KEPT, RAY, RAY_FEW = "datatrove, read and keep a fifth", "Ray Data, read and score", "Ray Data, one file"
+KEPT = "datatrove, read and keep a fifth"
 
 
 def write_files(texts: list[str], folder: Path, num_files: int) -> list[Path]:
@@ -86,25 +87,15 @@ def datatrove_arms(selector: str, files: list[Path], work: Path) -> dict[str, Ca
     return {READ: through, SCORED: lambda: through(scorer), KEPT: lambda: through(keep)}
 
 
-def ray_arms(selector: str, files: list[Path]) -> dict[str, Callable[[], Any]]:
-    """Ray Data with one actor that scores."""
-    if not importlib.util.find_spec("ray"):
-        return {}
-    import ray
-
-    from mates_hf.integrations.ray import score_batch
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**30)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-
-    def through(some: list[Path]) -> None:
-        texts = ray.data.read_parquet([str(file) for file in some])
-        scored = texts.map_batches(
-            score_batch(selector, column="text"), batch_format="pyarrow", batch_size=BATCH, concurrency=1
-        )
-        collections.deque(scored.select_columns(["influence"]).iter_internal_ref_bundles(), maxlen=0)
-
-    return {RAY: lambda: through(files), RAY_FEW: lambda: through(files[:FEW_FILES])}
+def processor_seconds(arms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of the processor that each arm takes in each turn; every other turn goes through the arms backwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(repeats):
+        for name in list(arms)[:: -1 if turn % 2 else 1]:
+            begin = time.process_time()
+            arms[name]()
+            seconds[name].append(time.process_time() - begin)
+    return seconds
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -121,14 +112,8 @@ def run(bench: Bench) -> dict[str, Any]:
         selector = str(work / "selector")
         arms = {**pyarrow_arms(selector, files), **datatrove_arms(selector, files, work)}
         say(f"{len(texts) * num_files:,} texts")
-        seconds = alternate(arms, 1 if bench.quick else 5)
-        of_ray = {} if bench.quick else ray_arms(selector, files)
-        if of_ray:
-            import ray
-
-            seconds |= alternate(of_ray, 3)
-            ray.shutdown()
-    engines = [name for name in ("datatrove", "ray") if importlib.util.find_spec(name)]
+        seconds = processor_seconds(arms, 1 if bench.quick else 5)
+    engines = ["datatrove"] if importlib.util.find_spec("datatrove") else []
     return {
         "settings": {
             "quick": bench.quick, "texts": len(texts) * num_files, "files": num_files,
@@ -142,24 +127,17 @@ def run(bench: Bench) -> dict[str, Any]:
 def page(document: dict[str, Any]) -> str:
     """The Markdown page."""
     settings, seconds = document["settings"], document["seconds"]
-    found = {name: float(np.median(times)) for name, times in seconds.items()}
-    share = 1.0
-    if RAY in found:
-        found[RAY] -= found.pop(RAY_FEW)
-        share = 1 - FEW_FILES / settings["files"]
     rows = []
-    for name, taken in found.items():
-        part = share if name == RAY else 1.0
-        speed = part * settings["bytes"] / taken
-        rows.append([
-            name, f"{part * settings['texts'] / taken:,.0f}", f"{speed / 1e6:,.1f}", f"{speed * 3_600 / 1e9:,.0f}"
-        ])  # fmt: skip
-    engines = ", ".join(f"{name} {settings[name]}" for name in ("datatrove", "ray") if name in settings) or "no engine"
+    for name, times in seconds.items():
+        taken = float(np.median(times))
+        speed = settings["bytes"] / taken
+        rows.append([name, f"{settings['texts'] / taken:,.0f}", f"{speed / 1e6:,.1f}", f"{speed * 3_600 / 1e9:,.0f}"])
+    engine = f"datatrove {settings['datatrove']}" if "datatrove" in settings else "no engine"
     return markdown(
         title("engine_speed", settings["quick"]),
         f"{settings['cores']} cores (load before: {settings['load_before']:.1f}), Python {settings['python']}, "
-        f"{engines}. {settings['texts']:,} texts, {settings['bytes'] / 1e6:,.0f} MB, in {settings['files']} files; "
+        f"{engine}. {settings['texts']:,} texts, {settings['bytes'] / 1e6:,.0f} MB, in {settings['files']} files; "
         "one thread scores.",
-        "Medians over turns. Nothing is written.",
+        "Medians over turns, of the processor's time. Nothing is written.",
         table(["what", "texts a second", "MB a second", "GB an hour"], rows),
     )

@@ -37,7 +37,8 @@ def score_batch(selector_path: str, *, column: str | None = None, num_threads: i
     """What `map_batches` scores with: a class, of which each actor makes one object and so reads the selector once.
 
     ```python
-    scored = dataset.map_batches(score_batch("selector/"), batch_format="pyarrow", batch_size=1000, concurrency=8)
+    actors = ray.data.ActorPoolStrategy(size=8)
+    scored = dataset.map_batches(score_batch("selector/"), batch_format="pyarrow", batch_size=1000, compute=actors)
     ```
 
     It adds the columns `influence` (float32, in the unit of the labels, higher is better), `num_targets` (int32
@@ -108,7 +109,7 @@ def top_ratio(
     if missing and names:
         raise ValueError(
             f"The dataset must have {', '.join(SCORE_COLUMNS)}, and has no {', '.join(missing)}. Score it first: "
-            '`dataset.map_batches(score_batch("selector/"), batch_format="pyarrow", concurrency=8)`.'
+            '`map_batches(score_batch("selector/"), batch_format="pyarrow", compute=ActorPoolStrategy(size=8))`.'
         )
     if not names:  # no row, and so no schema
         return dataset

@@ -153,7 +153,7 @@ class TaskCut:
         if facts.written() != self.tasks[rank].written():
             raise MatesError(
                 f"The scores of task {rank} in `{self.scores_dir}` must be those that the cut was found by, and were "
-                "written again since. Find the cut again: `top_ratio(scores_dir, ...)`."
+                "written again since. Find the cut again: `top_ratio(scores_dir, ...)`, or delete `cut-*.json` there."
             )
         first = self.first_pieces[rank]
         reads = enumerate(open_scores(task_path(self.scores_dir, rank)), first)

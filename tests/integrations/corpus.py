@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,13 @@ from datasets import Dataset
 from mates_hf import MatesSelector
 from tests.selection.selector_kit import fit_model, make_lists
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "clusters.md"
 NUM_FILES = 7
+
+
+def cluster_scripts(language: str) -> list[str]:
+    """Fenced blocks of the page on clusters."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 class Corpus(NamedTuple):

@@ -15,7 +15,7 @@ import pytest
 from mates_hf import MatesSelector
 from mates_hf.integrations.ray import score_batch, top_ratio
 from mates_hf.selection.table_scorer import SCORE_COLUMNS
-from tests.integrations.corpus import Corpus, make_corpus
+from tests.integrations.corpus import Corpus, cluster_scripts, make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def scored(cluster: Any, corpus: Corpus) -> Any:
     """The corpus with its scores."""
     texts = cluster.data.read_parquet(str(corpus.files))
-    return texts.map_batches(
-        score_batch(corpus.selector), batch_format="pyarrow", batch_size=64, concurrency=1
-    ).materialize()
+    actor = cluster.data.ActorPoolStrategy(size=1)
+    scores = texts.map_batches(score_batch(corpus.selector), batch_format="pyarrow", batch_size=64, compute=actor)
+    return scores.materialize()
 
 
 def ids(dataset: Any) -> list[str]:
@@ -111,3 +111,13 @@ def test_bad_input_and_no_rows(cluster: Any, scored: Any, corpus: Corpus) -> Non
                     "content_hash": pa.array([1], pa.uint64())})  # fmt: skip
     with pytest.raises(Exception, match="must be finite"):
         top_ratio(cluster.data.from_arrow(bad), 0.5)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page(cluster: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(corpus.files.parent)
+    (script,) = (block for block in cluster_scripts("python") if "import ray" in block)
+    exec(compile(script, "docs/clusters.md", "exec"), {})
+    texts = dict(zip(corpus.dataset["id"], corpus.dataset["text"], strict=True))
+    kept = pq.read_table(corpus.files.parent / "kept")
+    assert sorted(kept["text"].to_pylist()) == sorted(texts[one] for one in corpus.kept(ratio=0.2))
