@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mates_hf.prediction.text_model import TextInfluenceModel
     from mates_hf.round_files import load_round
     from mates_hf.selection.choose import gumbel_top_k
+    from mates_hf.selection.file_scoring import score_files
     from mates_hf.selection.selector import MatesSelector
     from mates_hf.training.callback import MatesCallback
     from mates_hf.training.loop import MatesRounds
@@ -48,6 +49,7 @@ __all__ = [
     "TextInfluenceModel",
     "gumbel_top_k",
     "load_round",
+    "score_files",
 ]
 
 _HOME = {
@@ -66,6 +68,7 @@ _HOME = {
     "TextInfluenceModel": "mates_hf.prediction.text_model",
     "gumbel_top_k": "mates_hf.selection.choose",
     "load_round": "mates_hf.round_files",
+    "score_files": "mates_hf.selection.file_scoring",
 }
 
 

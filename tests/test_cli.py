@@ -253,3 +253,54 @@ def test_the_cost_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert probe.split() == ["probe", "2.00", "not", "recorded", "5.000e+09", "2.50%"]
     assert main(["cost", str(tmp_path), "--json", "--rounds-dir", str(tmp_path / "elsewhere")]) == 0
     assert json.loads(capsys.readouterr().out)["stages"]["probe"]["share_of_training_flops"] == 0.025
+
+
+def test_score_reads_and_writes_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.selection.files_kit import kept_ids, make_texts, text_selector, write_parquet
+
+    selector = text_selector()
+    selector.save_pretrained(tmp_path / "selector")
+    texts = make_texts(50, 0)
+    write_parquet(tmp_path / "in" / "a.parquet", texts)
+    given = ["score", str(tmp_path / "selector"), str(tmp_path / "in" / "*.parquet"), "--out", str(tmp_path / "out")]
+    assert main([*given, "--ratio", "0.2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "rows kept    10 of 50 (ratio=0.2)"
+    assert len(lines) == 6
+    assert main([*given, "--top-k", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows_kept"] == 3
+    dataset = importlib.import_module("datasets").Dataset.from_dict({"id": range(50), "text": texts})
+    assert kept_ids(tmp_path / "out") == selector.filter(dataset, k=3)["id"]
+    assert main([*given, "--add-scores"]) == 0
+    assert "50 of 50 (all rows)" in capsys.readouterr().out
+
+
+def test_score_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.selection.files_kit import make_texts, text_selector, write_parquet
+
+    text_selector().save_pretrained(tmp_path / "selector")
+    write_parquet(tmp_path / "a.parquet", make_texts(5, 0))
+    selector, source, out = (str(tmp_path / name) for name in ("selector", "a.parquet", "out"))
+    for arguments, words in (
+        ([selector, source], "--out"),
+        ([selector, source, "--out", out], "--ratio --tokens --threshold --top-k --add-scores is required"),
+        ([selector, source, "--out", out, "--ratio", "0.2", "--top-k", "3"], "not allowed with argument"),
+        ([selector, source, "--out", out, "--ratio", "0.2", "--on-error", "ignore"], "invalid choice: 'ignore'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["score", *arguments])
+        assert words in capsys.readouterr().err
+    for arguments, status, words in (
+        ([selector, source, "--out", out, "--ratio", "1.5"], 2, "mates-hf score: `ratio` must be in (0, 1], got 1.5."),
+        ([selector, source, "--out", out, "--ratio", "1", "--workers", "0"], 2, "`workers` must be a whole number"),
+        ([selector, source, "--out", out, "--top-k", "9"], 1, "mates-hf: `k` must be at most the number of rows (5)"),
+        ([selector, source + "x", "--out", out, "--top-k", "9"], 1, "names files or folders"),
+        ([selector + "x", source, "--out", out, "--top-k", "9"], 1, "selectorx"),
+        ([selector, source, "--out", out, "--top-k", "9", "--column", "txt"], 1, "got the columns ['id', 'text'"),
+    ):
+        assert main(["score", *arguments]) == status
+        told = capsys.readouterr().err
+        assert words.replace("names", "must name") in told
+        assert told.count("\n") == 1
+    assert not list(Path(out).glob("*.parquet"))

@@ -1,9 +1,10 @@
 """`mates-hf`: what a person asks from a shell, one module a command.
 
 `mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN` what they took. Where it is used: right of
-everything, and the only folder that prints. Trade-off: what a command needs is imported when it runs, so that
-`mates-hf env` works in an installation that is broken.
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took. `mates-hf score SELECTOR FILES`
+scores files and writes them again with the rows that help most. Where it is used: right of everything, and the only
+folder that prints. Trade-off: what a command needs is imported when it runs, so that `mates-hf env` works in an
+installation that is broken.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mates_hf.cli import env, runs
+from mates_hf.cli import env, runs, score
 from mates_hf.errors import MatesError
 
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     env.add_command(commands)
     runs.add_commands(commands)
+    score.add_command(commands)
     return parser
 
 

@@ -11,8 +11,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
@@ -43,6 +41,8 @@ def check_measure(model: Any, optimizer: Any, reference: Any, candidates: Any) -
     Raises:
         TypeError: One of them is something else, or two are swapped; says how to make it.
     """
+    from torch import nn  # whoever has no model to check needs no torch
+
     if isinstance(optimizer, nn.Module) or hasattr(model, "param_groups"):
         raise TypeError("`model` must come before `optimizer`, got them swapped: `measure(model, optimizer, ...)`.")
     if not isinstance(model, nn.Module):

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,7 +54,8 @@ def write_scores(
         path_or_url: Where to: a path or a URL that `fsspec` knows. A file there is replaced.
         scores: Scores of the part's rows in their order, at once or some at a time.
         facts: What is recorded with them. `selector` is the `Scorer`'s digest, `source` the identity of what was
-            scored; the numbers of rows and tokens are added.
+            scored; the numbers of rows and tokens are added. Read after the last score was, so that what gives the
+            scores may add to them.
         fs: The `fsspec` file system that `path_or_url` is a path of; None finds it by the URL.
 
     Returns:
@@ -68,36 +70,38 @@ def write_scores(
         raise ValueError(f"`facts` must hold {' and '.join(map(repr, _REQUIRED))}, got {sorted(facts)}.")
     pieces = [scores] if isinstance(scores, PieceScores) else scores
     with written_whole_at(path_or_url, fs) as local:
-        return _write(local, pieces, dict(facts))
+        return _write(local, pieces, facts)
 
 
-def _write(local: Path, pieces: Iterable[PieceScores], facts: dict[str, str | int]) -> dict[str, str | int]:
+def _write(local: Path, pieces: Iterable[PieceScores], facts: Mapping[str, str | int]) -> dict[str, str | int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"influence": pa.float32(), "num_targets": pa.int32(), "content": pa.uint64()}
-    schema = pa.schema(list(kinds.items()))
-    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    facts = {**facts, "num_rows": 0, "num_tokens": 0}
+    schema = pa.schema([("influence", pa.float32()), ("num_targets", pa.int32()), ("content", pa.uint64())])
+    counts = {"num_rows": 0, "num_tokens": 0}
 
     def counted(pieces: Iterable[PieceScores]) -> Iterator[Any]:
         for piece in _regrouped(pieces):
-            facts["num_rows"] = int(facts["num_rows"]) + len(piece.influence)
-            facts["num_tokens"] = int(facts["num_tokens"]) + int(piece.num_targets.sum(dtype=np.int64))
+            counts["num_rows"] += len(piece.influence)
+            counts["num_tokens"] += int(piece.num_targets.sum(dtype=np.int64))
             yield pa.table([pa.array(column) for column in piece], schema=schema)
+
+    def all_facts() -> dict[str, str | int]:
+        return {**facts, **counts}
 
     tables: Iterable[Any] = counted(pieces)
     late = hasattr(pq.ParquetWriter, "add_key_value_metadata")
     if not late:  # pyarrow before 16 writes metadata first: then all scores are held
-        tables = list(tables)
-        schema = schema.with_metadata({_KEY: json.dumps(facts).encode()})
-        tables = [table.cast(schema) for table in tables]
+        held = list(tables)
+        with_facts = schema.with_metadata({_KEY: json.dumps(all_facts()).encode()})
+        schema, tables = with_facts, [table.cast(with_facts) for table in held]
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(local, schema, **options) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=GROUP_ROWS)
         if late:
-            writer.add_key_value_metadata({_KEY.decode(): json.dumps(facts)})
-    return facts
+            writer.add_key_value_metadata({_KEY.decode(): json.dumps(all_facts())})
+    return all_facts()
 
 
 def _regrouped(pieces: Iterable[PieceScores]) -> Iterator[PieceScores]:
@@ -159,7 +163,7 @@ def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
     if is_local(fs):
         target = Path(path)
         make_directory(target.parent)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             yield temporary
             with open(temporary, "r+b") as file:
@@ -173,6 +177,13 @@ def written_whole_at(path_or_url: str, fs: Any = None) -> Iterator[Path]:
         yield local
         fs.makedirs(fs._parent(path), exist_ok=True)
         fs.put_file(str(local), path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers that were killed left half written below a folder of this machine; none may be at work."""
+    for path in folder.rglob("*.tmp"):
+        if re.search(r"\.[0-9a-f]{12}\.tmp$", path.name):
+            path.unlink(missing_ok=True)
 
 
 def located(path_or_url: str, fs: Any = None) -> tuple[Any, str]:
