@@ -54,6 +54,12 @@ $(TRACKERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt tensorboard trackio wandb && touch $@ || \
 		echo "Trackers could not be installed: their tests are skipped."
 
+ENGINES := $(VENV)/.with-engines
+
+$(ENGINES): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[datatrove,ray]" && touch $@ || \
+		echo "datatrove and Ray could not be installed: their tests are skipped."
+
 S3 := $(VENV)/.with-s3
 
 $(S3): $(STAMP)
@@ -61,7 +67,7 @@ $(S3): $(STAMP)
 		echo "s3fs and moto could not be installed: the tests of files on S3 are skipped."
 
 # Two at once at most: some start two processes of their own. pytest exits with 5 where no test carries the marker.
-test-slow: $(STAMP) $(DEEPSPEED) $(TRACKERS) $(S3)
+test-slow: $(STAMP) $(DEEPSPEED) $(TRACKERS) $(ENGINES) $(S3)
 	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder || [ $$? -eq 5 ]
 
 test-oldest: pyproject.toml constraints-oldest.txt constraints.txt

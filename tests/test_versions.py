@@ -68,7 +68,8 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert names(extras["eval"]) <= package
     assert names(extras["report"]) <= package | imports_of(ROOT / "examples") | imports_of(ROOT / "benchmarks")
     # What comes with a declared one, and what is imported only where the user has it.
-    beside = {"axolotl", "fsspec", "llvmlite", "pandas", "pydantic", "typing_extensions"}
+    beside = {"axolotl", "datatrove", "fsspec", "llvmlite", "nemo_curator", "pandas", "pydantic", "ray"}
+    beside |= {"typing_extensions"}
     assert package - names(own + extras["eval"] + extras["report"]) <= beside
     patterns = project["tool"]["setuptools"]["package-data"]["mates_hf"]
     assert [pattern for pattern in patterns if not any(PACKAGE.glob(pattern))] == []

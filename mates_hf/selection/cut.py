@@ -29,6 +29,7 @@ from mates_hf.selection.prefix import (
     PieceScores,
     Prefix,
     blocks,
+    each,
     exact_sum,
     mixed,
     prefix_of,
@@ -166,12 +167,14 @@ def find_cut(pieces: Pieces, budget: Budget, label_std: float = math.nan) -> Cut
     cut = Cut(budget, order, None, None, 0, {}, facts.num_rows, facts.num_tokens)
     if budget.threshold is None:
         cut = _of_amount(cut, pieces, _amount(budget, facts.num_rows))
-    num_kept = num_tokens = 0
-    for number, read in enumerate(pieces):
-        scores = read()
+
+    def kept_of(number: int, scores: PieceScores) -> tuple[int, int]:
         kept = cut.mask(number, scores)
-        num_kept += int(np.count_nonzero(kept))
-        num_tokens += int(scores.num_targets[kept].sum(dtype=np.int64))
+        return int(np.count_nonzero(kept)), int(scores.num_targets[kept].sum(dtype=np.int64))
+
+    num_kept = num_tokens = 0
+    for rows, tokens in each(pieces, kept_of):
+        num_kept, num_tokens = num_kept + rows, num_tokens + tokens
     return dataclasses.replace(cut, num_kept=num_kept, num_tokens_kept=num_tokens)
 
 
@@ -250,18 +253,34 @@ class _Facts(NamedTuple):
     mean_square: float
 
 
+class _Sums(NamedTuple):
+    """Facts of one piece; the last two are exact."""
+
+    num_rows: int
+    num_tokens: int
+    num_trained: int
+    squares: int
+    weighted: int
+
+
 def _facts(pieces: Pieces) -> _Facts:
     """Facts of all rows, the same to the last bit for every division into pieces."""
-    num_rows = num_tokens = num_trained = squares = weighted = 0
-    for number, read in enumerate(pieces):
-        scores = read()
-        if not np.isfinite(scores.influence).all():
-            raise InfluenceError(f"Predicted influence must be finite; that of piece {number} is not. Score it again.")
-        tokens = scores.num_targets.astype(np.int64)
-        num_rows += len(tokens)
-        num_tokens += int(tokens.sum())
-        num_trained += int(np.count_nonzero(tokens))
-        squares += sum(int(block @ block) for block in blocks(tokens))
-        weighted += sum(exact_sum(block) for block in blocks(scores.influence.astype(np.float64) * tokens))
-    mean = weighted / (num_tokens << SCALE) if num_tokens else 0.0
-    return _Facts(num_rows, num_tokens, mean, squares / num_trained if num_trained else 1.0)
+    sums = _Sums(*(sum(column) for column in zip(_Sums(0, 0, 0, 0, 0), *each(pieces, _sums_of), strict=True)))
+    mean = sums.weighted / (sums.num_tokens << SCALE) if sums.num_tokens else 0.0
+    mean_square = sums.squares / sums.num_trained if sums.num_trained else 1.0
+    return _Facts(sums.num_rows, sums.num_tokens, mean, mean_square)
+
+
+def _sums_of(number: int, scores: PieceScores) -> _Sums:
+    """Facts of a piece; an `InfluenceError` where a score is not finite."""
+    if not np.isfinite(scores.influence).all():
+        raise InfluenceError(f"Predicted influence must be finite; that of piece {number} is not. Score it again.")
+    tokens = scores.num_targets.astype(np.int64)
+    weighted = scores.influence.astype(np.float64) * tokens
+    return _Sums(
+        len(tokens),
+        int(tokens.sum()),
+        int(np.count_nonzero(tokens)),
+        sum(int(block @ block) for block in blocks(tokens)),
+        sum(exact_sum(block) for block in blocks(weighted)),
+    )

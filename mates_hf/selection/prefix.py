@@ -10,8 +10,8 @@ Shape suffix: N rows of a piece.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,24 @@ class PieceScores(NamedTuple):
 
 
 Pieces = Sequence[Callable[[], PieceScores]]
+Found = TypeVar("Found")
+
+
+def each(pieces: Pieces, function: Callable[[int, PieceScores], Found]) -> Iterable[Found]:
+    """What a function finds in each piece, in their order.
+
+    Args:
+        pieces: What reads the scores of each piece. Pieces that lie on other machines may have an `each` of their own,
+            which runs the function there.
+        function: Given the number of a piece and its scores; pure, and small in what it returns.
+
+    Returns:
+        What it found.
+    """
+    own: Callable[[Callable[[int, PieceScores], Found]], Iterable[Found]] | None = getattr(pieces, "each", None)
+    if own is not None:
+        return own(function)
+    return (function(number, read()) for number, read in enumerate(pieces))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +107,13 @@ def rows_of(pieces: Pieces, asked: Asked, prefix: Prefix) -> Rows:
     Returns:
         The rows, the first in the order first.
     """
-    parts = []
-    for number, read in enumerate(pieces):
-        scores = read()
+
+    def inside(number: int, scores: PieceScores) -> tuple[npt.NDArray[Any], ...]:
         keys, weights = asked(number, scores)
         rows = np.flatnonzero(prefix.mask(number, keys, weights) & (keys != LAST))
-        parts.append((keys[rows], np.full(len(rows), number), rows, scores.num_targets[rows]))
-    joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        return keys[rows], np.full(len(rows), number), rows, scores.num_targets[rows]
+
+    joined = [np.concatenate(arrays) for arrays in zip(*each(pieces, inside), strict=True)]
     order = np.lexsort((joined[2], joined[1], joined[0]))
     return Rows(*(array[order] for array in joined))
 
@@ -114,9 +132,14 @@ def prefix_of(pieces: Pieces, asked: Asked, amount: int) -> Prefix:
     above, used = 0, 0  # the key's bits so far, and what rows of smaller ones use
     for shift in _DIGITS:
         sums = np.zeros(2**16, np.int64)
-        for number, read in enumerate(pieces):
-            keys, weights = asked(number, read())
-            sums += _sums_by_digit(keys, weights, above, shift)
+
+        def found(
+            number: int, scores: PieceScores, above: int = above, shift: int = shift
+        ) -> tuple[npt.NDArray[Any], ...]:
+            return _sums_by_digit(*asked(number, scores), above, shift)
+
+        for digits, added in each(pieces, found):
+            sums[digits] += added
         ends = used + np.cumsum(sums)
         over = np.flatnonzero(ends > amount)
         if not len(over):  # only ever of the first digit: everything fits
@@ -125,9 +148,12 @@ def prefix_of(pieces: Pieces, asked: Asked, amount: int) -> Prefix:
         used = int(ends[digit - 1]) if digit else used
         above |= digit << shift
     left, allowed = amount - used, {}
-    for number, read in enumerate(pieces):
-        keys, weights = asked(number, read())
-        ends = np.cumsum(weights[keys == np.uint64(above)], dtype=np.int64)
+
+    def here(number: int, scores: PieceScores) -> npt.NDArray[np.int64]:
+        keys, weights = asked(number, scores)
+        return np.cumsum(weights[keys == np.uint64(above)], dtype=np.int64)
+
+    for number, ends in enumerate(each(pieces, here)):
         if left > 0 and len(ends) and ends[0] <= left:
             allowed[number] = left
             used += int(ends[ends <= left][-1])
@@ -135,14 +161,15 @@ def prefix_of(pieces: Pieces, asked: Asked, amount: int) -> Prefix:
     return Prefix(above, allowed, used)
 
 
-def _sums_by_digit(keys: Keys, weights: IntArray, above: int, shift: int) -> npt.NDArray[np.int64]:
-    """(65536,) int64 weights by the 16 bits at `shift`, of rows whose bits above those are as given."""
+def _sums_by_digit(keys: Keys, weights: IntArray, above: int, shift: int) -> tuple[npt.NDArray[Any], ...]:
+    """The numbers at the 16 bits at `shift` of rows whose bits above are as given, and the int64 weights of each."""
     inside = keys != LAST
     if shift < _DIGITS[0]:
         inside &= (keys >> np.uint64(shift + 16)) == np.uint64(above >> (shift + 16))
     digits = (keys[inside] >> np.uint64(shift)) & np.uint64(2**16 - 1)
     found = np.bincount(digits.astype(np.int64), weights[inside].astype(np.float64), 2**16)  # exact below 2**53
-    return found.astype(np.int64)
+    there = np.flatnonzero(found)  # of a small piece a few: what is sent from machine to machine
+    return there, found[there].astype(np.int64)
 
 
 def mixed(content: Keys, seed: int, stream: int = 0) -> Keys:
