@@ -121,7 +121,9 @@ def test_a_selector_that_reads_texts_is_written_next_to_it(fitted, inputs, caplo
     assert len(list(distilled.lines())) == 11
 
 
-def test_the_mean_of_the_last_weights_is_probed_at_the_moments_of_the_warm_up(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["llama", pytest.param("neox", marks=pytest.mark.slow)])
+def test_the_mean_of_the_last_weights_is_probed_at_the_moments_of_the_warm_up(tmp_path, monkeypatch, kind):
+    """All of them: the Trainer of transformers 5 left the output head of GPT-NeoX (Pythia) as it was made."""
     import torch
 
     seen: dict[str, Any] = {}
@@ -144,7 +146,7 @@ def test_the_mean_of_the_last_weights_is_probed_at_the_moments_of_the_warm_up(in
     monkeypatch.setattr(warm_up, "weight_marks", watch)
     monkeypatch.setattr(selector_fit, "probe_and_fit", look)
     with pytest.raises(Looked):
-        fit(inputs, out=tmp_path / "selector")
+        fit(write_all(tmp_path, kind=kind))
     assert seen["steps"] == {40}
     for name, value in seen["trained"][-1].items():
         assert torch.equal(seen["last"][name], value), name
@@ -157,15 +159,6 @@ def average_steps(folder: Path) -> int:
 
     with safe_open(folder / "selector.fit/warm-up" / warm_up.AVERAGE_FILE, framework="np") as file:
         return int(file.metadata()["num_steps"])
-
-
-@pytest.mark.slow
-def test_what_a_trainer_does_not_restore_is_put_back(tmp_path, caplog):
-    """The output head of GPT-NeoX (Pythia) is left as it was made by the Trainer of transformers 5."""
-    given = write_all(tmp_path, kind="neox")
-    found = fit(given)
-    assert share_of_good(found.selector) > 0.9
-    assert not (tmp_path / "selector.fit").exists()
 
 
 # ---- columns
@@ -553,7 +546,7 @@ def test_an_error_in_one_process_ends_all_by_name(whole, tmp_path):
     (tmp_path / "run.py").write_text(broken, encoding="utf-8")
     arguments = [str(tmp_path / "run.py"), "nowhere", *command({**given, "out": str(tmp_path / "selector")})]
     codes, errors = ended(arguments, size=2)
-    assert codes == [1, 1], errors
+    assert 0 not in codes, errors
     assert "`reference` must be files that are there" in errors[1]
     assert re.search(r"Process 1 of 2 .*`reference` must be files that are there", errors[0])
     assert not (tmp_path / "selector").exists()
