@@ -15,7 +15,7 @@ import typing
 from typing import Any
 
 from mates_hf.cli.printing import print_json, print_lines
-from mates_hf.training.fit_settings import FitSettings
+from mates_hf.training.fit.settings import FitSettings
 
 _EPILOG = """\
 The same command again continues a fit that was killed. Where the guard refuses, the exit status is 1, no selector is

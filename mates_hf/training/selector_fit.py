@@ -1,7 +1,7 @@
 """`fit_selector`: from a public checkpoint, a pool and a reference to a `MatesSelector`, without a training run.
 
 Read `fit_selector`; it is `run_round` for people who have no run: warm up, probe, fit, guard. Where it is used: by
-`mates-hf fit`, and from Python. Each part leaves what it has done in the working folder (`fit_place`), so the same
+`mates-hf fit`, and from Python. Each part leaves what it has done in the working folder (`fit.place`), so the same
 call again continues where it was killed, and says so where it was done.
 
 Trade-off: influence follows the model, and this one was trained on the pool for some hundred steps only. So a selector
@@ -34,7 +34,7 @@ from mates_hf.paths import expand_path
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import FitReport, IntArray
 from mates_hf.selection.selector import MatesSelector
-from mates_hf.training.fit_inputs import (
+from mates_hf.training.fit.inputs import (
     Inputs,
     load_model,
     load_tokenizer,
@@ -42,13 +42,13 @@ from mates_hf.training.fit_inputs import (
     read_pool,
     type_of,
 )
-from mates_hf.training.fit_place import Place, write_beside
-from mates_hf.training.fit_result import SelectorFit
-from mates_hf.training.fit_settings import FitSettings, settings_of
+from mates_hf.training.fit.place import Place, write_beside
+from mates_hf.training.fit.probe import probe_and_fit, split_rows
+from mates_hf.training.fit.result import SelectorFit
+from mates_hf.training.fit.settings import FitSettings, settings_of
+from mates_hf.training.fit.warm_up import is_warm, measured, training_arguments, warm_up
 from mates_hf.training.guard import probes_needed, weakness
 from mates_hf.training.run import Stages
-from mates_hf.training.selector_probe import probe_and_fit, split_rows
-from mates_hf.training.warm_up import is_warm, measured, training_arguments, warm_up
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """The stages of a round that a fit without rounds has as well: labels, measured or read back, and the model of them.
 
-Where it is used: `rounds.run_round` and `selector_probe`, each with a directory of its own. What a stage leaves there
+Where it is used: `rounds.run_round` and `fit.probe`, each with a directory of its own. What a stage leaves there
 appears whole or not at all, so that what was killed continues behind it. Trade-off: a stage trusts the directory that
-it is given; whose it is, its owner has found out (`RoundWriter`, `fit_place`).
+it is given; whose it is, its owner has found out (`RoundWriter`, `fit.place`).
 """
 
 from __future__ import annotations

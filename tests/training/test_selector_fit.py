@@ -22,10 +22,10 @@ from mates_hf import MatesSelector, ReferenceTask, fit_selector
 from mates_hf.cli import main
 from mates_hf.errors import MatesError, WeakSignalError
 from mates_hf.training import selector_fit, warm_up
-from mates_hf.training.fit_place import ABOUT_FILE
-from mates_hf.training.fit_settings import FitSettings
+from mates_hf.training.fit.place import ABOUT_FILE
+from mates_hf.training.fit.probe import split_rows
+from mates_hf.training.fit.settings import FitSettings
 from mates_hf.training.lock import RoundsLock
-from mates_hf.training.selector_probe import split_rows
 from tests.launch import free_port, start_processes
 from tests.training.fit_kit import (
     QUICK,
@@ -414,7 +414,7 @@ def test_a_small_pool_is_trained_on_several_times(tmp_path, inputs, caplog):
 
 RUN = """
 import os, signal, sys
-from mates_hf.training import fit_place, warm_up
+from mates_hf.training.fit import place, warm_up
 where = sys.argv[1]
 
 def dies(module, name, times):
@@ -432,7 +432,7 @@ elif where == "probe":  # one of the shards is there
     from mates_hf.influence import shards
     dies(shards, "write_array", 2)
 elif where == "write":
-    dies(fit_place, "sync_tree", 1)
+    dies(place, "sync_tree", 1)
 from mates_hf.cli import main
 sys.exit(main(sys.argv[2:]))
 """

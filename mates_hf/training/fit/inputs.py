@@ -28,7 +28,7 @@ from mates_hf.data.token_overlap import TokenNgramIndex
 from mates_hf.engine.model_traits import context_length, vocabulary_size
 from mates_hf.engine.processes import Processes
 from mates_hf.paths import expand_path
-from mates_hf.training.fit_settings import FitSettings
+from mates_hf.training.fit.settings import FitSettings
 
 logger = logging.getLogger(__name__)
 

@@ -35,13 +35,13 @@ from mates_hf.records import IntArray
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.training.audit import audit_round
-from mates_hf.training.fit_inputs import Inputs
-from mates_hf.training.fit_place import Place
-from mates_hf.training.fit_settings import FitSettings
+from mates_hf.training.fit.inputs import Inputs
+from mates_hf.training.fit.place import Place
+from mates_hf.training.fit.settings import FitSettings
+from mates_hf.training.fit.warm_up import PadRows
 from mates_hf.training.measure import assist, release
 from mates_hf.training.run import Run, Stages
 from mates_hf.training.stages import fitted_model, measured_labels, why_unrankable
-from mates_hf.training.warm_up import PadRows
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from mates_hf.disk import make_directory, read_json, replace_path, sync_tree, write_json
 from mates_hf.errors import MatesError
-from mates_hf.training.fit_settings import ABOUT_PROBES
+from mates_hf.training.fit.settings import ABOUT_PROBES
 from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
 
 ABOUT_FILE = "fit_selector.json"
