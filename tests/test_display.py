@@ -21,6 +21,9 @@ from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.round_files import load_round, write_labels
 from mates_hf.round_writer import RoundWriter
 from mates_hf.training.fit.result import SelectorFit
+from mates_hf.selection.budget import Budget
+from mates_hf.selection.cut import find_cut
+from mates_hf.selection.task_cut import TaskCut
 
 EVIL = "<script>alert(1)</script>\n\x1b[31m" + "x" * 5_000
 
@@ -90,6 +93,7 @@ def objects(folder: Path) -> list[Any]:
         report(spearman=float("nan"), interval=(float("nan"),) * 2, calibration=()),
         record(folder / "a", {}), record(folder / "b", strange), record(folder / "c", {"number": 3, "guard": None}),
         SelectorFit(folder / EVIL[:900], fit_about(), folder / "text"), SelectorFit(folder, fit_about()),
+        TaskCut(EVIL, find_cut([], Budget(k=0)), (), ()),
         mates_hf.MatesError("what is wrong"), mates_hf.CombinedOptimizer(*(optimizer(i) for i in range(30))),
     ]  # fmt: skip
 

@@ -225,7 +225,8 @@ class MatesFilter(BaseFilter):  # type: ignore[misc, unused-ignore]
 
     Args:
         scores: What `top_ratio` found; or the folder of the score files, with a budget, where they are not there yet
-            when the job is submitted. Then the cut is read that `MatesCut` kept, or found when the first task starts.
+            when the job is submitted. Then the cut is read that `MatesCut` kept. Without it, each task that starts
+            before one is kept goes through all scores by itself.
         ratio: Share of the documents to keep, in (0, 1], with a folder.
         exclusion_writer: Writer of the documents that are not kept.
         batch_size: Number of documents that are compared at once.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,10 +28,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     pytest.importorskip("ray.data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000,
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}},
-        )  # fmt: skip
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray
     ray.shutdown()
@@ -41,11 +36,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def scored(cluster: Any, corpus: Corpus) -> Any:
-    """The corpus with its scores."""
-    texts = cluster.data.read_parquet(str(corpus.files))
-    actor = cluster.data.ActorPoolStrategy(size=1)
-    scores = texts.map_batches(score_batch(corpus.selector), batch_format="pyarrow", batch_size=64, compute=actor)
-    return scores.materialize()
+    """The corpus with its scores, as the script of the page leaves it."""
+    (script,) = (block for block in cluster_scripts("python") if "import ray" in block)
+    assert script.count('"/shared"') == 1
+    exec(compile(script.replace("/shared", str(corpus.files.parent)), "docs/clusters.md", "exec"), {})
+    return cluster.data.read_parquet(str(corpus.files.parent / "scored")).materialize()
 
 
 def ids(dataset: Any) -> list[str]:
@@ -71,6 +66,13 @@ def test_scores_of_actors_are_those_of_the_selector(cluster: Any, scored: Any, c
     by_id = dict(zip(corpus.dataset["id"], zip(*want, strict=True), strict=True))
     pairs = zip(found["influence"].to_numpy(), found["num_targets"].to_numpy(), strict=True)
     assert dict(zip(found["id"].to_pylist(), pairs, strict=True)) == by_id
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_keeps_what_the_selector_keeps(scored: Any, corpus: Corpus) -> None:
+    texts = dict(zip(corpus.dataset["id"], corpus.dataset["text"], strict=True))
+    kept = pq.read_table(corpus.files.parent / "kept")
+    assert sorted(kept["text"].to_pylist()) == sorted(texts[one] for one in corpus.kept(ratio=0.2))
 
 
 @pytest.mark.slow
@@ -111,13 +113,3 @@ def test_bad_input_and_no_rows(cluster: Any, scored: Any, corpus: Corpus) -> Non
                     "content_hash": pa.array([1], pa.uint64())})  # fmt: skip
     with pytest.raises(Exception, match="must be finite"):
         top_ratio(cluster.data.from_arrow(bad), 0.5)
-
-
-@pytest.mark.slow
-def test_the_script_of_the_page(cluster: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(corpus.files.parent)
-    (script,) = (block for block in cluster_scripts("python") if "import ray" in block)
-    exec(compile(script, "docs/clusters.md", "exec"), {})
-    texts = dict(zip(corpus.dataset["id"], corpus.dataset["text"], strict=True))
-    kept = pq.read_table(corpus.files.parent / "kept")
-    assert sorted(kept["text"].to_pylist()) == sorted(texts[one] for one in corpus.kept(ratio=0.2))
