@@ -191,8 +191,8 @@ def page(document: dict[str, Any]) -> str:
     return markdown(
         title("score_files", settings["quick"]),
         f"{settings['cores']} cores, beside other work (load before: {settings['load_before']:.1f}, after: "
-        f"{settings['load_after']:.1f}), Python {settings['python']}, pyarrow {settings['pyarrow']}. The model counts {settings['units']}. The best "
-        "fifth of the rows is written.",
+        f"{settings['load_after']:.1f}), Python {settings['python']}, pyarrow {settings['pyarrow']}. The model counts "
+        f"{settings['units']}. The best fifth of the rows is written.",
         *blocks,
         "Largest resident set: `one` and `four` are one file of a single row group, `files` are those above.",
         table(["files", "MB", "MB of text", "workers", "MiB of the process", "MiB of a worker"], shown),

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,7 +226,7 @@ class _Run:
             facts = self._score(each)
             known = [PartFacts(**one) for bundle in facts for one in json.loads(str(bundle["parts"]))]
             self._check_errors(known)
-            cut, first_pieces = self._cut()
+            cut, first_pieces = self._cut(sum(int(bundle["num_rows"]) for bundle in facts))
             marks = self._write(each, cut, first_pieces, self._key(facts))
         report = self._report(known, cut, marks)
         write_object(self.folder.summary, report.to_dict())
@@ -254,7 +255,7 @@ class _Run:
     def _parts(self) -> list[Part]:
         return [part for bundle in self.bundles for part in bundle.parts]
 
-    def _cut(self) -> tuple[Cut | None, list[int]]:
+    def _cut(self, num_rows: int) -> tuple[Cut | None, list[int]]:
         """The cut through all scores, and the number of each bundle's first piece."""
         pieces: list[Callable[[], PieceScores]] = []
         first_pieces = []
@@ -263,7 +264,7 @@ class _Run:
             pieces += open_scores(self.folder.scores(bundle))
         if self.budget is None:
             return None, first_pieces
-        if len(pieces) * 2**20 <= _HELD_ROWS or sum(len(read().content) for read in pieces) <= _HELD_ROWS:
+        if num_rows <= _HELD_ROWS:
             pieces = [functools.cache(read) for read in pieces]
         return find_cut(pieces, self.budget, self.label_std), first_pieces
 
@@ -271,7 +272,7 @@ class _Run:
         """What the written files depend on besides the inputs."""
         budget = None if self.budget is None else dataclasses.asdict(self.budget)
         scored = [[one["num_rows"], one["num_tokens"], one["parts"]] for one in facts]
-        return hashlib.sha256(json.dumps([self.work.digest, budget, scored]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.work.digest, budget, scored], default=str).encode()).hexdigest()
 
     def _write(
         self, each: Callable[..., Iterator[Any]], cut: Cut | None, first_pieces: Sequence[int], key: str
@@ -314,7 +315,7 @@ class _Run:
             rows_kept=sum(one["rows"] for one in written),
             tokens=sum(one.tokens for one in known),
             tokens_kept=sum(one["tokens"] for one in written),
-            threshold=None if cut is None else cut.threshold,
+            threshold=None if cut is None or not math.isfinite(cut.threshold) else cut.threshold,
             bytes_read=num_bytes,
             bytes_scored=sum(one.content_bytes for one in known),
             bytes_written=sum(one["bytes"] for one in written),

@@ -520,6 +520,7 @@ def test_what_inputs_may_be(selector: MatesSelector, tmp_path: Path, monkeypatch
         with pytest.raises(ValueError, match="is the output of an earlier run and would be read again"):
             score_files(selector, pattern, tmp_path / "out2", ratio=0.5)
     assert score_files(selector, folder / "out", tmp_path / "out3", ratio=0.5).files == 4  # asked for by its name
+    assert names(f"{folder}/out/**/*.parquet") == ["de/a.parquet", "en/a.parquet", "en/b.parquet"]  # not our own
     for wrong, words in (
         ("nothing", "`nothing` is not"),
         ("en/*.csv", "nothing matches `en/.*csv`"),

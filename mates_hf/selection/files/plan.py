@@ -140,7 +140,8 @@ def _files_of(given: str, fs: Any, path: str, out: str | None) -> tuple[str, Ite
         return path, _in_folder(given, path, fs.find(path, detail=True), out)
     if not fs.exists(path) and any(sign in path for sign in "*?["):
         base = _before_pattern(path)
-        found = {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] != "directory"}
+        matches = fs.glob(path, detail=True).items()
+        found = {name: info for name, info in matches if info["type"] != "directory" and OWN not in name.split("/")}
         if not found:
             raise FileNotFoundError(f"`inputs` must name files that are there, and nothing matches `{given}`.")
         if "**" in path:
