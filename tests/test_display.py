@@ -20,10 +20,10 @@ from mates_hf.display import brief, call, card, html_card
 from mates_hf.records import FitReport, InfluenceLabels
 from mates_hf.round_files import load_round, write_labels
 from mates_hf.round_writer import RoundWriter
-from mates_hf.training.fit.result import SelectorFit
 from mates_hf.selection.budget import Budget
 from mates_hf.selection.cut import find_cut
 from mates_hf.selection.task_cut import TaskCut
+from mates_hf.training.fit.result import SelectorFit
 
 EVIL = "<script>alert(1)</script>\n\x1b[31m" + "x" * 5_000
 
