@@ -15,7 +15,7 @@ from mates_hf.selection.file_scoring import score_files
 from mates_hf.selection.files import plan
 from tests.selection.files_kit import content_of, outputs, text_selector, write_corpus
 
-pytest.importorskip("s3fs")
+s3fs = pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    s3fs.S3FileSystem.clear_instance_cache()  # those of an earlier server
+    fs = fsspec.filesystem("s3")
     for bucket in ("corpus", "kept"):
         fs.makedirs(bucket, exist_ok=True)
     yield fs
