@@ -6,8 +6,8 @@ any dataset outside of a run: `inputs` decides what it is and which column is sc
 or `streaming` scores it, `result` keeps what a budget allows, within a `quota` for each group. `saved` and `card` are
 the selector's files.
 
-A corpus that nobody holds at once is scored in parts: each leaves a `score_file`, and `cut` (with `prefix`) finds which
-rows of all parts are kept. `file_scoring` does that for files on one machine. On a cluster `table_scorer` and
+A corpus that nobody holds at once is scored in parts: each leaves a `score_file`, and `cut` (with `prefix`) finds the
+rows of all parts that are kept. `file_scoring` does that for files on one machine. On a cluster `table_scorer` and
 `task_scores` score a task, `task_cut` and `content_rule` say what it keeps; `integrations/` hands them to the engines.
 
 Where it is used: it gets influence as a float array from `prediction/`, and `training/` turns the rows that it chose
