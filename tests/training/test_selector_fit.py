@@ -21,7 +21,8 @@ from datasets import Dataset
 from mates_hf import MatesSelector, ReferenceTask, fit_selector
 from mates_hf.cli import main
 from mates_hf.errors import MatesError, WeakSignalError
-from mates_hf.training import selector_fit, warm_up
+from mates_hf.training import selector_fit
+from mates_hf.training.fit import warm_up
 from mates_hf.training.fit.place import ABOUT_FILE
 from mates_hf.training.fit.probe import split_rows
 from mates_hf.training.fit.settings import FitSettings
@@ -498,7 +499,7 @@ def test_a_fit_that_is_killed_continues_with_the_same_selector(whole, tmp_path, 
 WATCHED = """
 import json, sys
 from mates_hf.influence.probe_directional import DirectionalProbe
-from mates_hf.training import warm_up
+from mates_hf.training.fit import warm_up
 seen = {"steps": 0, "shards": 0}
 
 def counts(kind, name, key):

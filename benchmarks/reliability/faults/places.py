@@ -49,7 +49,7 @@ def all_faults() -> list[Fault]:
 
     callback, session, rounds = (f"mates_hf.training.{name}:" for name in ("callback", "session", "rounds"))
     disk, measure, start = (f"mates_hf.training.{name}:" for name in ("rounds_on_disk", "measure", "start"))
-    average = "mates_hf.engine.averaging:"
+    average, stages = "mates_hf.engine.averaging:", "mates_hf.training.stages:"
     opening, scoring, audit = (f"mates_hf.training.{name}:" for name in ("opening", "scoring", "audit"))
     processes, ngram = "mates_hf.engine.processes:", "mates_hf.prediction.ngram_model:NgramInfluenceModel."
     directional, losses = "mates_hf.influence.probe_directional:", "mates_hf.influence.passes:"
@@ -88,7 +88,7 @@ def all_faults() -> list[Fault]:
     at("publish", processes + "Processes.publish", (MAIN, ERROR), (MAIN, STOP), call=2, **in_round)
     at("receive", processes + "Processes.receive", (LAST, ERROR), (LAST, STOP), call=2, **in_round)
     at("shard of the probe is written", "mates_hf.influence.shards:write_array", (MAIN, FULL), goes_on=True)
-    at("labels are written", rounds + "write_labels", (MAIN, FULL), (MAIN, KILL))
+    at("labels are written", stages + "write_labels", (MAIN, FULL), (MAIN, KILL))
     at("stage is recorded", "mates_hf.training.run:write_json", (MAIN, FULL), goes_on=True)
     at("audit", measure + "_audit_labels", (MAIN, ERROR), (LAST, ERROR), (ALL, ERROR), goes_on=True)
     at("audit", measure + "_audit_labels", (LAST, KILL), (LAST, STOP))
@@ -98,7 +98,7 @@ def all_faults() -> list[Fault]:
     at("fit", ngram + "fit", (MAIN, ERROR), (MAIN, KILL), (MAIN, STOP))
     at("while the main process fits", processes + "Processes.receive", (LAST, ERROR), (LAST, KILL), (LAST, STOP),
        call=6, fit_seconds=600, **in_round)  # fmt: skip
-    at("influence model is written", rounds + "write_round_model", (MAIN, FULL))
+    at("influence model is written", stages + "write_round_model", (MAIN, FULL))
     at("guard", rounds + "decide", (MAIN, ERROR))
     at("score", ngram + "predict", (MAIN, ERROR), since="_look")
     at("share of the candidates is scored", scoring + "_predict", (LAST, ERROR), (LAST, KILL))

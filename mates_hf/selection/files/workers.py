@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -45,13 +44,29 @@ def workers(work: Any, num: int) -> Iterator[Callable[[Job, Sequence[tuple[Any, 
     if num == 1:
         yield lambda job, arguments: (job(work, *one) for one in arguments)
         return
-    pool = ProcessPoolExecutor(
-        num, multiprocessing.get_context("spawn"), initializer=_start, initargs=(pickle.dumps(work),)
-    )
+    with _inherited(_ONE_THREAD):
+        pool = ProcessPoolExecutor(
+            num, multiprocessing.get_context("spawn"), initializer=_start, initargs=(work,)
+        )  # fmt: skip
+        try:
+            yield lambda job, arguments: _done_by(pool, num, job, arguments)
+        finally:
+            _end(pool)
+
+
+@contextlib.contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment for the processes that are started inside; here they were read long ago."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        yield lambda job, arguments: _done_by(pool, num, job, arguments)
+        yield
     finally:
-        _end(pool)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _done_by(pool: Executor, num: int, job: Job, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
@@ -91,13 +106,12 @@ def _do(job: Job, arguments: tuple[Any, ...]) -> Any:
     return job(_work, *arguments)
 
 
-def _start(pickled: bytes) -> None:
+def _start(work: Any) -> None:
     """Set a worker process up: one thread, and an end when the process that started it has one."""
     global _work
-    os.environ.update(_ONE_THREAD)  # before what reads it is imported, which unpickling does
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _work = pickle.loads(pickled)
+    _work = work
     import pyarrow as pa
 
     pa.set_cpu_count(1)
