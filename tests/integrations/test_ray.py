@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,12 +27,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Ray with two processors; all is skipped where it is not installed."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield ray
+    # A cluster that cannot start, or a worker that cannot, is waited for without an end.
+    before = signal.signal(signal.SIGALRM, waited_too_long)
+    signal.setitimer(signal.ITIMER_REAL, 900, 60)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            patch.setenv("RAY_worker_niceness", "0")  # else other tests on the same cores are all served first
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield ray
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     ray.shutdown()
+
+
+def waited_too_long(*_: Any) -> None:
+    raise TimeoutError("Ray took more than a quarter of an hour for these tests.")
 
 
 @pytest.fixture(scope="module")
