@@ -24,7 +24,7 @@ MOST = 3.2
 STAGES = {
     "mates_hf.training.session.WeightAverage.update": "average",
     "mates_hf.training.measure.weights_digest": "digest",
-    "mates_hf.training.rounds.measure_labels": "probe",
+    "mates_hf.training.stages.measure_labels": "probe",
     "mates_hf.training.audit.measure_audit": "audit",
     "mates_hf.training.session.Session._look": "boundary",
 }
