@@ -310,3 +310,15 @@ def test_every_place_of_a_fault_is_there() -> None:
 
     for fault in all_faults():
         assert callable(pkgutil.resolve_name(fault.target)), fault.target
+
+
+def test_every_place_that_kills_and_profiles_look_at_is_there() -> None:
+    from benchmarks.lab.boundary import STAGES
+    from benchmarks.reliability.kills.dying import PHASES
+
+    for target in STAGES:
+        assert callable(pkgutil.resolve_name(target)), target
+    for file, name in PHASES:
+        if file.startswith("mates_hf/"):
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            assert name in (None, *(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))), file
