@@ -1,8 +1,8 @@
 """Which group each row of a pool is of, by a column of it: its source, its language, its licence.
 
 Where it is used: the select stage asks for the groups of a round's candidates, its record for those of the probes, and
-`MatesSelector` for those of a dataset. Trade-off: the column is read anew each time, which takes a second for millions
-of rows, so that nothing of it is kept between rounds.
+`MatesSelector` for those of a dataset. Trade-off: the column is read anew each time, so that nothing of it is kept
+between rounds; an entry becomes a Python object once, however many rows have it.
 
 Shape suffix: N rows.
 """
@@ -48,25 +48,29 @@ def read_groups(dataset: Any, column: str, ids: IntArray | None = None) -> Group
         ValueError: there is no such column, it holds lists or structs, or more than 65,536 groups.
     """
     require_column(dataset, column, "group_column")
-    values = _read(dataset, column, ids)
-    names: dict[str, int] = {}
-    codes = np.empty(len(values), np.int64)
-    for i, value in enumerate(values):
-        if not isinstance(value, (str, int, float, bool, type(None))):
-            raise ValueError(
-                f"`group_column` must hold one text or number a row, got {type(value).__name__} in `{column}`. Name "
-                "another column, or make one with `dataset.map`."
-            )
-        codes[i] = names.setdefault(NO_GROUP if value is None else str(value), len(names))
-    if len(names) > MOST_GROUPS:
+    entries, places = _read(dataset, column, ids)
+    used = np.unique(places)  # a category that no row has is no group
+    names = [_name_of(entries[place], column) for place in used.tolist()]
+    order = sorted(set(names))
+    if len(order) > MOST_GROUPS:
         raise ValueError(
-            f"`group_column` must have at most {MOST_GROUPS:,} groups, got {len(names):,} in `{column}`. Name a "
+            f"`group_column` must have at most {MOST_GROUPS:,} groups, got {len(order):,} in `{column}`. Name a "
             "column of sources or kinds, not of documents."
         )
-    order = sorted(names)
-    place = np.empty(len(names), np.int32)
-    place[[names[name] for name in order]] = np.arange(len(order), dtype=np.int32)
-    return Groups(place[codes] if len(names) else codes.astype(np.int32), order)
+    number = {name: code for code, name in enumerate(order)}
+    code_of = np.zeros(len(entries), np.int32)
+    code_of[used] = [number[name] for name in names]
+    return Groups(code_of[places], order)
+
+
+def _name_of(entry: Any, column: str) -> str:
+    """What the group of an entry is called."""
+    if not isinstance(entry, (str, int, float, bool, type(None))):
+        raise ValueError(
+            f"`group_column` must hold one text or number a row, got {type(entry).__name__} in `{column}`. Name "
+            "another column, or make one with `dataset.map`."
+        )
+    return NO_GROUP if entry is None else str(entry)
 
 
 def shares_by_group(groups: Groups, candidates: IntArray, chosen: IntArray) -> dict[str, dict[str, int]]:
@@ -89,24 +93,25 @@ def shares_by_group(groups: Groups, candidates: IntArray, chosen: IntArray) -> d
     }
 
 
-def _read(dataset: Any, column: str, ids: IntArray | None) -> list[Any]:
-    """The entries of some rows, read from Arrow where that is how they are kept."""
+def _read(dataset: Any, column: str, ids: IntArray | None) -> tuple[list[Any], IntArray]:
+    """The entries that there are, and (N,) which of them each row has; read from Arrow where that is how they lie."""
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         table = dataset.with_format("arrow", columns=[column])[slice(None) if ids is None else ids]
-        # Each entry becomes a Python object once, however many rows have it.
         found = table.column(column).combine_chunks()
         if hasattr(found, "chunks"):
             found = found.chunk(0) if found.num_chunks else None
         if found is None:
-            return []
+            return [], np.zeros(0, np.int64)
         encoded = _encoded(found)
-        if encoded is None:
-            return list(found.to_pylist())
-        entries = [*encoded.dictionary.to_pylist(), None]
-        places = encoded.indices.fill_null(len(entries) - 1).to_pylist()
-        return [entries[place] for place in places]
-    rows = range(len(dataset)) if ids is None else ids.tolist()
-    return [dataset[i][column] for i in rows]
+        if encoded is not None:
+            entries = [*encoded.dictionary.to_pylist(), None]
+            places = encoded.indices.fill_null(len(entries) - 1).to_numpy(zero_copy_only=False)
+            return entries, places.astype(np.int64)
+        values = list(found.to_pylist())
+    else:
+        rows = range(len(dataset)) if ids is None else ids.tolist()
+        values = [dataset[i][column] for i in rows]
+    return values, np.arange(len(values))
 
 
 def _encoded(column: Any) -> Any:

@@ -63,7 +63,7 @@ def row_hashes(rows: TokenRows, ids: IntArray, ends: Sequence[int] = ()) -> Hash
     hashes += (stops - begins).view(np.uint64) * np.uint64(_STEP)
     alone = stops == begins
     hashes[alone] = ids[alone].astype(np.int64).view(np.uint64) * np.uint64(_STEP) + np.uint64(_OWN)
-    _mix(hashes)
+    mix(hashes)
     return hashes
 
 
@@ -163,8 +163,12 @@ def _text_spans(rows: TokenRows, ends: Sequence[int]) -> tuple[IntArray, IntArra
     return begins, stops
 
 
-def _mix(values: Hashes) -> None:
-    """Spread each number over 64 bits, in place (the finaliser of SplitMix64, which is one-to-one)."""
+def mix(values: Hashes) -> None:
+    """Spread each number over 64 bits, in place.
+
+    Args:
+        values: (N,) uint64, changed: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), which is one-to-one.
+    """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values ^= values >> np.uint64(shift)
         values *= np.uint64(factor)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.records import IntArray
+from mates_hf.selection.copies import mix
 
 Keys = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
@@ -181,14 +182,13 @@ def mixed(content: Keys, seed: int, stream: int = 0) -> Keys:
         stream: Which of several independent numbers of a row.
 
     Returns:
-        (N,) uint64, uniform. The last step of SplitMix64 (Steele, Lea and Flood, 2014).
+        (N,) uint64, uniform.
     """
     mask = 2**64 - 1
     start = ((seed + 1) * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03) & mask
-    found = content ^ np.uint64(start)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        found = (found ^ (found >> np.uint64(shift))) * np.uint64(factor)
-    return np.asarray(found ^ (found >> np.uint64(31)), np.uint64)
+    found: Keys = content ^ np.uint64(start)
+    mix(found)
+    return found
 
 
 SCALE = 1200  # a sum is kept as a whole number of 2**-1200, which every product is a multiple of

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.config import MatesConfig
+from mates_hf.data.groups import Groups
 from mates_hf.records import IntArray
 from mates_hf.selection.choose import Seed, largest, ranked
 
@@ -64,11 +65,9 @@ class Quota:
         check_boosts(self.most, self.least)
 
     @classmethod
-    def of(cls, config: MatesConfig, codes: npt.NDArray[Any] | None) -> Quota | None:
-        """The bounds of a run's config; None where it sets none, or rows have no group."""
-        if codes is None or (config.max_group_boost is None and not config.min_group_boost):
-            return None
-        return cls(np.asarray(codes), config.max_group_boost, config.min_group_boost)
+    def of(cls, codes: npt.NDArray[Any] | None, most: float | None, least: float) -> Quota | None:
+        """The bounds on these groups; None where there are none, or rows have no group."""
+        return None if codes is None or (most is None and not least) else cls(codes, most, least)
 
     def limits(self, num_rows: int, may: npt.NDArray[np.bool_]) -> tuple[IntArray, IntArray]:
         """Rows that each group must get and may get.
@@ -88,6 +87,20 @@ class Quota:
         least = np.floor(_clean(self.least * fair)).astype(np.int64)
         most = there if self.most is None else np.ceil(_clean(self.most * fair)).astype(np.int64)
         return np.minimum(least, there), np.minimum(most, there)
+
+
+def quota_of(config: MatesConfig, groups: Groups | None) -> Quota | None:
+    """The bounds of a run's config on the groups of a round's candidates; None where there are none.
+
+    Args:
+        config: The config of the run.
+        groups: Groups of the candidates, or None where rows have no group.
+
+    Returns:
+        The bounds.
+    """
+    codes = None if groups is None else groups.codes
+    return Quota.of(codes, config.max_group_boost, config.min_group_boost)
 
 
 def check_boosts(most: float | None, least: float) -> None:

@@ -71,8 +71,7 @@ class Selection:
                     f"{sorted(dataset.column_names)}."
                 )
             groups = read_groups(dataset, bounds.column) if groups is None else groups
-            if bounds.most is not None or bounds.least:
-                quota = Quota(groups.codes, bounds.most, bounds.least)
+            quota = Quota.of(groups.codes, bounds.most, bounds.least)
         rows = keep_rows(scored, budget, label_std, quota)
         return cls(
             dataset=dataset,

@@ -19,7 +19,7 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 @numba.njit(nogil=True)
 def sum_tokens(values: Any, begins: Any, stops: Any, step: Any, out: Any) -> None:
-    """Write the sum of each row's mixed tokens, each with its place (SplitMix64's finaliser, as `copies._mix`).
+    """Write the sum of each row's mixed tokens, each with its place (SplitMix64's finaliser, as `copies.mix`).
 
     Args:
         values: (T,) integer token ids.

@@ -33,7 +33,7 @@ from mates_hf.round_files import (
 )
 from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
-from mates_hf.selection.quota import Quota
+from mates_hf.selection.quota import quota_of
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.replay_groups import check_groups, read_groups_of
 from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
@@ -366,7 +366,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
                 hashes=None if hashes is None else np.asarray(hashes),
                 max_copies=self.config.max_copies,
                 random_share=self.config.random_share,
-                quota=Quota.of(self.config, None if groups is None else groups.codes),
+                quota=quota_of(self.config, groups),
             )
         except (MatesError, ValueError) as error:
             raise WrongError("scores.npy", "predicted influence that can be selected on", str(error)) from error

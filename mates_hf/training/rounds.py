@@ -36,7 +36,7 @@ from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round
 from mates_hf.round_writer import RoundWriter
 from mates_hf.selection.ledger import RoundDraw, probed_rows
 from mates_hf.selection.plan import PlannedRound, RunPlan
-from mates_hf.selection.quota import Quota
+from mates_hf.selection.quota import quota_of
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.audit import audit_round
@@ -340,7 +340,7 @@ def _select(
         hashes=scored.hashes,
         max_copies=run.config.max_copies,
         random_share=run.config.random_share,
-        quota=Quota.of(run.config, None if groups is None else groups.codes),
+        quota=quota_of(run.config, groups),
     )
     found = selection_facts(run, selected, len(scored.candidates), number)
     found["bought_most"] = most_bought(run, selected.rows, scored.candidates)
