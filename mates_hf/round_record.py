@@ -16,6 +16,7 @@ import numpy as np
 from mates_hf.display import card, cut, html_card, interval, number, spread
 from mates_hf.records import FloatArray, InfluenceLabels, IntArray
 
+FIDELITY_FINE = 0.5  # rank correlation of labels with real steps, where its interval is above 0
 _MAX_WORD = 20  # characters of a token
 _DECISIONS = {
     "select": "OK",
@@ -180,7 +181,7 @@ def _labels(record: RoundRecord) -> str:
         return probed
     bounds = fidelity.get("interval")
     low = bounds[0] if isinstance(bounds, (list, tuple)) and bounds and isinstance(bounds[0], (int, float)) else 0.0
-    verdict = "fine" if fidelity["spearman"] >= 0.5 and low > 0 else "low"
+    verdict = "fine" if fidelity["spearman"] >= FIDELITY_FINE and low > 0 else "low"
     few = fidelity.get("num_candidates", "few")
     return f"{probed}; {few} real steps agree at {fidelity['spearman']:.2f} {interval(bounds)}: {verdict}"
 

@@ -28,7 +28,7 @@ STATE_FILE = "trainer_state.json"
 UNRECORDED = "not recorded"
 _INSIDE = "gap checks"
 _ORDER = ("probe", "audit", "sentinel", "drift checks", "fit", "score", "select")
-_IDLE = ("fit", "score", "select")  # on the CPU of the main process
+IDLE_STAGES = ("fit", "score", "select")  # on the CPU of the main process
 _ON_DEVICE = ("EncoderInfluenceModel", "HiddenStateInfluenceModel")  # their fit and score use the device
 _MOST_MISSING = 0.1  # of the steps that one `train()` seems to lack: its rate is rounded
 
@@ -322,7 +322,7 @@ def _idle_seconds(path: Path, info: Mapping[str, Any]) -> float:
     """Seconds of a round in which devices may have waited for the CPU."""
     config = path / "influence_model" / "config.json"
     on_device = config.exists() and read_json(config).get("kind") in _ON_DEVICE
-    names = [name for name in (("select",) if on_device else _IDLE) if name in info["stages"]]
+    names = [name for name in (("select",) if on_device else IDLE_STAGES) if name in info["stages"]]
     return float(sum(info["stages"][name]["seconds"] for name in names)) - _beside_seconds(info, names)
 
 
