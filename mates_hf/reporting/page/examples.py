@@ -15,8 +15,8 @@ _KINDS = {
     "top": ("Best of the candidates", "The highest predicted worth among the candidates of the round."),
     "border": ("At the threshold", "The last rows that were chosen, and the first that were not."),
     "bottom": ("Worst of the candidates", "The lowest predicted worth among the candidates of the round."),
-    "measured_top": ("Best of the probed rows, as measured", "The highest labels, with what was measured of each token."),
-    "measured_bottom": ("Worst of the probed rows, as measured", "The lowest labels, with what was measured of each token."),
+    "measured_top": ("Best of the probed rows", "The highest labels, with what was measured of each token."),
+    "measured_bottom": ("Worst of the probed rows", "The lowest labels, with what was measured of each token."),
 }  # fmt: skip
 NGRAM_KINDS = {"token": "this token", "previous": "after this token", "bigram": "this pair"}
 _STRONG = 0.95  # quantile of what is shown at which a colour is at its strongest

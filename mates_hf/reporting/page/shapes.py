@@ -1,6 +1,6 @@
 """Geometry of the plots: from plain values to lines, bars, dots and words at places, which a template draws as SVG.
 
-Own drawing, so that the page needs no library of plots and its colours follow the reader's light or dark. All plots are
+Own drawing, so that the page needs no library of plots and its colours follow the reader's light or dark. Plots are
 400 units wide, which is about a phone; a wider page puts them next to each other. Trade-off: of many rounds only so
 many are drawn, evenly spaced, and the plot says so.
 """
@@ -82,6 +82,7 @@ class Axis:
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
+        """The place of a value."""
         share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
@@ -106,7 +107,8 @@ def signal_plot(rows: Sequence[Facts]) -> Picture | None:
     picture = Picture(
         "signal",
         "Signal of each round: held-out Spearman correlation with its 95% interval",
-        f"{len(known)} rounds, {kept} of which selected. Spearman is {last['spearman']:.2f} in round {last['number']}; "
+        f"{len(known)} rounds, {kept} of which selected. "
+        f"Spearman is {last['spearman']:.2f} in round {last['number']}; "
         f"lowest {min(r['spearman'] for r in known):.2f}, highest {max(r['spearman'] for r in known):.2f}."
         + _left_out(drawn, known),
         legend=[("s-select", "selected"), ("s-refused", "refused"), ("s-guard", "guard")],
@@ -143,7 +145,8 @@ def calibration_plot(info: Mapping[str, Any], fit: Mapping[str, Any], refused: b
     picture = Picture(
         "calibration",
         f"Is the prediction true? Held-out labels of round {info.get('number')} by tenths of the prediction",
-        f"The lowest tenth has a mean label of {scaled[0][1]:+.2f} standard deviations, the highest {scaled[-1][1]:+.2f}, "
+        f"The lowest tenth has a mean label of {scaled[0][1]:+.2f} standard deviations, the highest "
+        f"{scaled[-1][1]:+.2f}, "
         f"on {num if isinstance(num, int) else 'the'} held-out labels. A perfect prediction lies on the line."
         + (" The guard refused this fit." if refused else ""),
         legend=[(kind, "a tenth of the held-out labels"), ("c-line", "prediction equals label")],
@@ -213,7 +216,8 @@ def losses_plot(groups: Mapping[str, Any]) -> Picture | None:
     picture = Picture(
         "losses",
         "Change of loss by group since the first round, nats/token; left of the line is better",
-        f"Most gained: {best['name']}, {best['loss_change']:+.3f}. Least: {worst['name']}, {worst['loss_change']:+.3f}.",
+        f"Most gained: {best['name']}, {best['loss_change']:+.3f}. "
+        f"Least: {worst['name']}, {worst['loss_change']:+.3f}.",
         height=height,
         legend=[("l-better", "loss fell"), ("l-worse", "loss rose"), ("l-few", "few probes: noisy")],
     )
