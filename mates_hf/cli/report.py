@@ -1,4 +1,4 @@
-"""`mates-hf report`: one HTML file that says what a run selected, whether to trust it, and what it cost.
+"""`mates-hf report` and `compare`: what a run selected, whether to trust it, and what it cost; and two runs together.
 
 Where it is used: by whoever must trust a run, answer for it or pay for it. Trade-off: texts are shown as far as the
 run kept some or `--dataset` has them; a report never asks for anything else than files.
@@ -15,7 +15,7 @@ from mates_hf.cli.printing import print_json, print_lines
 
 
 def add_command(commands: Any) -> None:
-    """Add `report` to the subparsers."""
+    """Add `report` and `compare` to the subparsers."""
     command = commands.add_parser("report", help="write what a run selected, and what it cost, as one HTML file")
     add = command.add_argument
     add("path", metavar="RUN", help="a run's output_dir, or its _mates; while it trains or afterwards")
@@ -33,6 +33,16 @@ def add_command(commands: Any) -> None:
     add("--no-verify", action="store_true", help="do not recompute the selections, which takes long for many rounds")
     add("--json", action="store_true", help="print the data as one JSON object, and write no file")
     command.set_defaults(run=_report)
+
+    command = commands.add_parser("compare", help="compare two runs at equal tokens and at equal FLOPs")
+    command.add_argument("a", metavar="A", help="output_dir of a run")
+    command.add_argument("b", metavar="B", help="output_dir of another, such as one that did not select")
+    command.add_argument(
+        "--metric", help="what both logged, such as eval_loss (default: the first loss that both have)"
+    )
+    command.add_argument("--out", metavar="FILE", help="write an HTML page as well")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    command.set_defaults(run=_compare)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -57,6 +67,25 @@ def _report(arguments: argparse.Namespace) -> int:
     if data["verify"] is not None and not data["verify"]["ok"]:
         print(f"mates-hf: {data['verify']['problem_text']}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Print the comparison, and write its page where one is asked for."""
+    from mates_hf.disk import written_whole
+    from mates_hf.paths import expand_path
+    from mates_hf.prediction.artifacts import library_version
+    from mates_hf.reporting.comparison import compare_html, compare_lines, compare_runs
+
+    data = compare_runs(arguments.a, arguments.b, metric=arguments.metric)
+    if arguments.out is not None:
+        page = compare_html(data, library_version())
+        with written_whole(expand_path(arguments.out)) as file:
+            file.write(page.encode())
+    if arguments.json:
+        print_json(data)
+    else:
+        print_lines(compare_lines(data))
     return 0
 
 

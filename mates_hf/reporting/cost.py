@@ -137,7 +137,7 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
         folder = run_dir if any(run_dir.glob("round-*")) else run_dir / "_mates"
         run_dir = run_dir.resolve().parent if run_dir.resolve().name == "_mates" else run_dir
     infos, notes = _read_rounds(folder)
-    state = _newest_state(run_dir)
+    state = newest_state(run_dir)
     history: Sequence[Mapping[str, Any]] = []
     steps: int | None = None
     if state is None:
@@ -232,7 +232,7 @@ def _read_round(path: Path) -> dict[str, Any]:
     return info
 
 
-def _newest_state(run_dir: Path) -> dict[str, Any] | None:
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
     """The `trainer_state.json` with the most steps; of two, the one that knows how long the run took."""
     states = []
     for path in (run_dir / STATE_FILE, *sorted(run_dir.glob(f"checkpoint-*/{STATE_FILE}"))):

@@ -269,6 +269,37 @@ def timeline_plot(course: Mapping[str, Any]) -> Picture | None:
     return picture
 
 
+def curves_plot(
+    curves: Sequence[Sequence[Sequence[float]]], names: Sequence[str], metric: str, unit: str
+) -> Picture | None:
+    """The course of a metric in two runs."""
+    values = [y for curve in curves for _, y in curve]
+    if any(len(curve) < 2 for curve in curves):
+        return None
+    places = [x for curve in curves for x, _ in curve]
+    x = Axis(min(places), max(places), _LEFT + 6, WIDTH - _RIGHT - 6)
+    y = Axis(min(values), max(values), 240 - _BOTTOM - 6, _TOP + 6)
+    ends = [
+        f"{letter} ({name}) ends at {curve[-1][1]:.4f}"
+        for letter, name, curve in zip("AB", names, curves, strict=True)
+    ]
+    picture = Picture(
+        "curves",
+        f"Course of {metric} in both runs",
+        f"{'; '.join(ends)}.",
+        legend=[(f"{letter}-line", f"{letter.upper()}: {name}") for letter, name in zip("ab", names, strict=True)],
+    )
+    _frame(picture, y, [(tick, f"{tick:.3g}") for tick in y.ticks()], metric[:40])
+    for tick in x.ticks():
+        picture.word(min(x(tick), WIDTH - 14), 240 - _BOTTOM + 14, f"{tick:.3g}")
+    picture.word((_LEFT + WIDTH) / 2, 236, unit, kind="axis")
+    for letter, curve in zip("ab", curves, strict=True):
+        drawn = [curve[i] for i in _spread(len(curve), MAX_DRAWN)]
+        for (x1, y1), (x2, y2) in zip(drawn, drawn[1:], strict=False):
+            picture.line(x(x1), y(y1), x(x2), y(y2), f"{letter}-line")
+    return picture
+
+
 def _block_kind(block: Mapping[str, Any]) -> str:
     if block["stage"] == "training":
         return "t-training"
