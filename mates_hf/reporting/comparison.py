@@ -145,8 +145,8 @@ def compare_runs(a: str | os.PathLike[str], b: str | os.PathLike[str], *, metric
         "equal_flops": None if spent is None else _at_equal(*spent),
         "evaluations": _over_evaluations(*tokens, notes),
         "passages": _over_passages(runs, notes),
-        "tokens_needed": _needed(*tokens),
-        "flops_needed": None if spent is None else _needed(*spent),
+        "tokens_needed": _needed(*tokens) if chosen.endswith("loss") else None,
+        "flops_needed": _needed(*spent) if spent is not None and chosen.endswith("loss") else None,
         "metrics": _final(runs, shared, scale),
         "settings": _differences(runs),
         "curves": tokens,
@@ -276,7 +276,7 @@ def _over_evaluations(
     mean = float(values.mean())
     return {
         "difference": mean, "interval": [mean - half, mean + half], "num": len(values),
-        "text": f"mean of the last {len(values)} evaluations: {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}], a "
+        "text": f"Mean of the last {len(values)} evaluations: {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}], a "
         "95% interval over evaluations, which follow one another: too narrow, and not over seeds",
     }  # fmt: skip
 
@@ -305,27 +305,26 @@ def _over_passages(runs: Sequence[ComparedRun], notes: list[str]) -> Facts | Non
     step = max(shared)
     return {
         "difference": mean, "interval": [mean - half, mean + half], "num": len(each), "step": step,
-        "text": f"reference loss at step {step}: {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] nats/token, a 95% "
-        f"interval over {len(each)} passages, not over seeds",
+        "text": f"Reference loss at step {step}: {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] nats/token, a "
+        f"95% interval over {len(each)} passages, not over seeds",
     }  # fmt: skip
 
 
 def _needed(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> Facts | None:
-    """How many times as much one run needs to reach what the other ends at; None where neither gets there."""
-    for letters, ours, theirs in (("AB", a, b), ("BA", b, a)):
-        end, goal = ours[-1]
-        if goal >= _value_at(theirs, end):  # not ahead where it ends
-            continue
-        place = _reached(theirs, goal)
-        times = None if place is None else place / end
-        other = f"{letters[1]} needs {times:.2f} times" if times else f"{letters[1]} needs more than it had of"
-        tail = (
-            f"as many {{what}} to reach the {goal:.4f} of {letters[0]}"
-            if times
-            else f"the {{what}} to reach the {goal:.4f} of {letters[0]}"
-        )
-        return {"behind": letters[1], "times": times, "goal": goal, "text": f"{other} {tail}"}
-    return None
+    """How many times as much the run behind needs to get where the other is at the last equal place."""
+    equal = _at_equal(a, b)
+    if equal is None or not equal["difference"] or equal["at"] <= 0:
+        return None
+    ahead, behind, theirs = ("A", "B", b) if equal["difference"] < 0 else ("B", "A", a)
+    goal = min(equal["a"], equal["b"])
+    place = _reached(theirs, goal)
+    times = None if place is None else place / equal["at"]
+    if times is None:
+        most = theirs[-1][0] / equal["at"]
+        text = f"{behind} did not reach the {goal:.4f} of {ahead} with {most:.2f} times as many {{what}}"
+    else:
+        text = f"{behind} needs {times:.2f} times as many {{what}} to reach the {goal:.4f} of {ahead}"
+    return {"behind": behind, "times": times, "goal": goal, "text": text}
 
 
 def _reached(points: Sequence[tuple[float, float]], goal: float) -> float | None:

@@ -19,14 +19,14 @@ from typing import Any
 from mates_hf.config import MatesConfig
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
-from mates_hf.reporting.cost import RunCost, StageCost, run_cost
+from mates_hf.reporting.cost import RunCost, StageCost, newest_state, run_cost
 from mates_hf.reporting.lines import finite
 from mates_hf.reporting.page import shapes
 from mates_hf.reporting.page.checks import find_checks, last_selection
 from mates_hf.reporting.page.examples import NGRAM_KINDS, example_kinds
 from mates_hf.reporting.page.groups import group_data
 from mates_hf.reporting.page.render import render
-from mates_hf.reporting.page.rounds import Facts, part, read_infos, round_row, selects
+from mates_hf.reporting.page.rounds import Facts, number, part, read_infos, round_row, selects
 from mates_hf.reporting.page.spending import cost_data, timeline
 from mates_hf.reporting.page.verdict import find_verdict, reason_of
 from mates_hf.round_files import find_rounds, newest_round
@@ -94,7 +94,7 @@ def report_data(
         "rounds": rows,
         "groups": group_data(infos),
         "cost": cost_data(cost, price, num_devices),
-        "timeline": timeline(cost, infos),
+        "timeline": timeline(cost, infos, _waits(run_path)),
         "verify": told_verify,
         "copies": _copies(rows),
         "words": [] if redact else _words(infos),
@@ -157,10 +157,10 @@ def report_html(data: Mapping[str, Any]) -> str:
 
 def newest_selection(rounds: Mapping[int, Path]) -> tuple[int, Path, Mapping[str, Any]] | None:
     """The newest round that chose rows: its number, its directory and its `round.json`; None where none did."""
-    for number, path in reversed(list(rounds.items())):
-        (info,) = read_infos({number: path})
+    for which, path in reversed(list(rounds.items())):
+        (info,) = read_infos({which: path})
         if selects(round_row(info)) and (path / "scores.npy").exists():
-            return number, path, info
+            return which, path, info
     return None
 
 
@@ -174,6 +174,18 @@ def _cost_of(run_path: Path, rounds_dir: Path | None) -> RunCost:
             run_dir=str(run_path), steps=None, rounds=(), seconds=None, training=nothing, stages={}, mates=nothing,
             evaluation=nothing, idle_seconds=0.0, idle_share=None, notes=(f"no ledger: {error}",),
         )  # fmt: skip
+
+
+def _waits(run_path: Path) -> dict[int, float]:
+    """How long training waited for each round that ran next to it, as the Trainer logged it."""
+    home = run_path.resolve()
+    state = newest_state(home.parent if home.name == "_mates" else home)
+    found: dict[int, float] = {}
+    for entry in (state or {}).get("log_history") or ():
+        which, seconds = number(entry.get("mates/round")), number(entry.get("mates/waited_seconds"))
+        if which is not None and seconds is not None:
+            found[int(which)] = seconds
+    return found
 
 
 def _flops_share(row: Facts, per_step: float | None) -> float | None:
@@ -224,13 +236,12 @@ def _words(infos: Sequence[Mapping[str, Any]]) -> list[Facts]:
         bought = info.get("bought_most")
         for word in bought[:_WORDS_OF] if isinstance(bought, list) else ():
             if isinstance(word, Mapping) and isinstance(word.get("text"), str):
-                facts = round_row({"gap": {"gap": word.get("share"), "interval": [word.get("candidate_share"), 0]}})
                 found.append(
                     {
                         "round": info.get("number"),
                         "text": word["text"][:60],
-                        "share": facts["gap"],
-                        "candidate_share": facts["gap_low"],
+                        "share": number(word.get("share")),
+                        "candidate_share": number(word.get("candidate_share")),
                     }
                 )
     return found

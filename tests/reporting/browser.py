@@ -76,7 +76,9 @@ class Page:
     def open(self, path: Path, *, width: int = 1200, dark: bool = False, media: str = "screen") -> None:
         """Show a file, and wait until it is loaded and what it started has had its time."""
         self.events.clear()
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.send("Page.navigate", url=path.as_uri())
@@ -93,7 +95,9 @@ class Page:
     def requests(self) -> list[str]:
         """Addresses that were asked for, the page itself left out."""
         asked = [e["params"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        return [one["request"]["url"] for one in asked if one["type"] != "Document" or "file:" not in one["documentURL"]]
+        return [
+            one["request"]["url"] for one in asked if one["type"] != "Document" or "file:" not in one["documentURL"]
+        ]
 
     def complaints(self) -> list[str]:
         """What the console said, and errors that nobody caught."""

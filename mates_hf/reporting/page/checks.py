@@ -38,8 +38,8 @@ def find_checks(data: Mapping[str, Any]) -> list[Facts]:
         and `text` in words.
     """
     rows: Sequence[Facts] = data["rounds"]
-    found: list[Facts | None] = [each(rows) for each in _OF_ROUNDS]
-    found += [*_of_groups(data["groups"]), *_of_cost(data["cost"]), _of_verify(data["verify"])]
+    found: list[Facts | None] = [_of_verify(data["verify"]), *(each(rows) for each in _OF_ROUNDS)]
+    found += [*_of_groups(data["groups"]), *_of_cost(data["cost"])]
     known = [check for check in found if check is not None]
     return sorted(known, key=lambda check: check["status"] != "look")  # stable: what failed comes first
 

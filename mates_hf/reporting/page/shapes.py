@@ -242,7 +242,7 @@ def timeline_plot(course: Mapping[str, Any]) -> Picture | None:
     for block in blocks:
         kind = _block_kind(block)
         sums[kind] = sums.get(kind, 0.0) + block["seconds"]
-    meanings = {"t-training": "training", "t-device": "probe and checks", "t-idle": "fit, score, select: devices wait"}
+    meanings = {"t-training": "training", "t-device": "probe and checks", "t-idle": "devices wait for the CPU"}
     picture = Picture(
         "timeline",
         "Timeline of the run: what the wall-clock went to",

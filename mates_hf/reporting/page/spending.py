@@ -39,12 +39,13 @@ def cost_data(cost: RunCost, price: float | None, num_devices: int) -> Facts:
     return told | {"run_dir": None, "price": price, "num_devices": num_devices, "money": money}
 
 
-def timeline(cost: RunCost, infos: Sequence[Mapping[str, Any]]) -> Facts:
+def timeline(cost: RunCost, infos: Sequence[Mapping[str, Any]], waits: Mapping[int, float]) -> Facts:
     """The wall-clock of a run as blocks, for its newest rounds.
 
     Args:
         cost: The run's ledger.
         infos: `round.json` of its rounds, ascending.
+        waits: Seconds that training waited for a round that ran next to it, by its number.
 
     Returns:
         `blocks`, each with `round`, `stage`, `start` and `seconds` (wall-clock seconds from the first block) and
@@ -69,6 +70,10 @@ def timeline(cost: RunCost, infos: Sequence[Mapping[str, Any]]) -> Facts:
                 continue
             blocks.append(_block(info, name, now, seconds, idle=name in IDLE_STAGES))
             now += seconds
+        wait = waits.get(whole(info.get("number")) or 0, 0.0)
+        if wait > 0:  # at the switch, some steps later: drawn here, so that it stands with its round
+            blocks.append(_block(info, "wait", now, wait, idle=True))
+            now += wait
     if step_seconds is not None and cost.steps and cost.steps > last and drawn:
         blocks.append(_block({}, "training", now, (cost.steps - last) * step_seconds))
     return {"blocks": blocks, "step_seconds": step_seconds, "cut": len(drawn) < len(infos)}

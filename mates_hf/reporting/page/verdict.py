@@ -73,9 +73,9 @@ def find_verdict(rows: Sequence[Facts], infos: Sequence[Mapping[str, Any]], chec
         why = f"Round {last['number']} has {reason or 'no recorded signal'}{rule}."
         if last["failed"]:
             why = f"Round {last['number']} selected although {reason}."
-    things = "Nothing stands out in the checks." if not looks else _things(len(looks))
+    things = _things(len(looks)) if looks else "Nothing stands out in the checks."
     return {
-        "level": "look" if looks else "fine",
+        "level": "look" if looks or last["failed"] or last["decision"] != "select" else "fine",
         "text": f"{text} {things}",
         "reason": f"{why} {num} of {len(rows)} rounds selected.",
     }
