@@ -259,7 +259,8 @@ class RunPage:
         self._run = run
         self._began = time.perf_counter()
         self._spent = 0.0
-        self._failed = self._is_old = False
+        self._failed = run.config.round_page == "none"
+        self._is_old = False
 
     def update(self, *, last: bool = False) -> None:
         """Write the page again after a round, where pages do not take too much of the run's time.
@@ -286,11 +287,12 @@ class RunPage:
         folder = self._run.rounds_dir
         newest = newest_selection(find_rounds(folder)[1])
         texts = None
-        if newest is not None:
+        redact = self._run.config.round_page == "redacted"
+        if newest is not None and not redact:
             texts = self._texts(*newest)
             _write_plainly(folder / TEXTS_FILE, json.dumps(texts).encode())
         missing = [] if texts is not None else ["No round has chosen rows whose texts could be shown."]
-        data = report_data(folder, texts=texts, missing=missing, version=library_version())
+        data = report_data(folder, texts=texts, missing=missing, redact=redact, version=library_version())
         _write_plainly(folder / PAGE_FILE, report_html(data).encode())
 
     def _texts(self, number: int, path: Path, info: Mapping[str, Any]) -> dict[str, Any]:

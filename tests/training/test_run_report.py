@@ -18,13 +18,13 @@ from mates_hf.training.run_report import RunPage, read_report, write_report
 from tests.training.kit import make_arguments, make_model, make_pool, make_reference, small_config
 
 
-def train(folder: Path, tokenizer: Any = None, **changes: Any) -> Trainer:
+def train(folder: Path, tokenizer: Any = None, **settings: Any) -> Trainer:
     """A run with three rounds."""
     trainer = Trainer(
-        make_model(), args=make_arguments(folder, **changes), train_dataset=make_pool(),
+        make_model(), args=make_arguments(folder), train_dataset=make_pool(),
         data_collator=default_data_collator, processing_class=tokenizer,
     )  # fmt: skip
-    MatesCallback(make_reference(), small_config()).attach(trainer)
+    MatesCallback(make_reference(), small_config(**settings)).attach(trainer)
     trainer.train()
     trainer.save_state()
     return trainer
@@ -94,12 +94,28 @@ def test_a_page_that_fails_is_told_once_and_harms_nothing(
     assert not (tmp_path / "_mates" / PAGE_FILE).exists()
 
 
+@pytest.mark.parametrize("page", ["redacted", "none"])
+def test_a_run_shows_what_its_config_allows(tmp_path: Path, tiny_tokenizer, run: Path, page: str) -> None:
+    train(tmp_path, tiny_tokenizer, round_page=page)
+    path = tmp_path / "_mates" / PAGE_FILE
+    assert path.exists() is (page == "redacted")
+    assert not (tmp_path / "_mates" / TEXTS_FILE).exists()
+    if page == "redacted":
+        assert "left out on request" in path.read_text(encoding="utf-8")
+    orders = [
+        [load_round(one).info["order_sha256"] for one in sorted((folder / "_mates").glob("round-????"))]
+        for folder in (run, tmp_path)
+    ]
+    assert orders[0] == orders[1]
+
+
 def test_pages_take_a_small_part_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Alone:
         is_main = True
 
     class FakeRun:
         processes = Alone()
+        config = small_config()
 
     now, written = [0.0], []
     monkeypatch.setattr(run_report.time, "perf_counter", lambda: now[0])

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mates_hf.reporting.page.rounds import Facts, number, selects
-from mates_hf.round_record import FIDELITY_FINE
+from mates_hf.round_record import FIDELITY_FINE, MAX_FLOPS_SHARE
 
 # What is fine; the page and docs/report.md say these numbers.
 WEAK_IN_A_ROW = 2  # rounds that the guard refused, one after another
 MIN_HELD_OUT = 30  # labels
 MIN_TOP_FIFTH = 0.25  # chance is 0.2
 MAX_IDLE_SHARE = 0.05  # of the run's wall-clock
-MAX_FLOPS_SHARE = 0.25  # of the training FLOPs
 MAX_OVERLAP_SHARE = 0.01  # of the selected rows
 MAX_REPEATED_SHARE = 0.2  # of the candidates
 MAX_GROUP_SHARE = 0.7  # of the selection
