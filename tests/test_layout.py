@@ -231,6 +231,8 @@ def test_import_is_light() -> None:
         "mates_hf.config",
         "mates_hf.data.rows",
         "mates_hf.training.verify",
+        "mates_hf.training.run_report",
+        "mates_hf.reporting.comparison",
         "mates_hf.cli",
     ],
 )

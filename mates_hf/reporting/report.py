@@ -106,7 +106,8 @@ def report_data(
     if texts is not None and not redact:
         data["ngrams"] = None if not texts.get("ngrams") else {"round": texts["round"], **texts["ngrams"]}
         data["texts"] = example_kinds(texts)
-    data["cost"]["notes"] = [note.replace(str(run_path), data["run"]) for note in cost.notes]
+    homes = (cost.run_dir, str(folder), str(run_path))  # a page may be sent to others: it names no folder of this disk
+    data["cost"]["notes"] = [_without(note, homes, data["run"]) for note in cost.notes]
     data["checks"] = find_checks(data)
     data["verdict"] = find_verdict(rows, infos, data["checks"])
     data["card"] = _card(infos[-1], rows, cost)
@@ -179,13 +180,23 @@ def _cost_of(run_path: Path, rounds_dir: Path | None) -> RunCost:
 def _waits(run_path: Path) -> dict[int, float]:
     """How long training waited for each round that ran next to it, as the Trainer logged it."""
     home = run_path.resolve()
-    state = newest_state(home.parent if home.name == "_mates" else home)
+    try:
+        state = newest_state(home.parent if home.name == "_mates" else home)
+    except MatesError:  # the ledger says so
+        return {}
     found: dict[int, float] = {}
     for entry in (state or {}).get("log_history") or ():
         which, seconds = number(entry.get("mates/round")), number(entry.get("mates/waited_seconds"))
         if which is not None and seconds is not None:
             found[int(which)] = seconds
     return found
+
+
+def _without(note: str, homes: Sequence[str], name: str) -> str:
+    """A note that says the run's name for where it lies."""
+    for home in homes:
+        note = note.replace(home, name)
+    return note
 
 
 def _flops_share(row: Facts, per_step: float | None) -> float | None:

@@ -157,7 +157,7 @@ def _texts_on_disk(folder: Path, rounds: Mapping[int, Path], dataset: Any) -> tu
 
     newest = newest_selection(rounds)
     if newest is None:
-        return None, ["No round has chosen rows whose texts could be shown."]
+        return None, ["No round keeps rows whose texts could be shown."]
     number, path, info = newest
     if dataset is None:
         kept = _kept_texts(folder / TEXTS_FILE)
@@ -291,7 +291,7 @@ class RunPage:
         if newest is not None and not redact:
             texts = self._texts(*newest)
             _write_plainly(folder / TEXTS_FILE, json.dumps(texts).encode())
-        missing = [] if texts is not None else ["No round has chosen rows whose texts could be shown."]
+        missing = [] if texts is not None else ["No round keeps rows whose texts could be shown."]
         data = report_data(folder, texts=texts, missing=missing, redact=redact, version=library_version())
         _write_plainly(folder / PAGE_FILE, report_html(data).encode())
 
@@ -312,7 +312,7 @@ class RunPage:
 
 def _write_plainly(path: Path, content: bytes) -> None:
     """Write a file that nothing depends on: whole for its readers, and not flushed to disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".run.tmp")  # not that of somebody who writes a page of the run meanwhile
     temporary.unlink(missing_ok=True)
     try:
         with open(temporary, "xb") as file:

@@ -45,6 +45,8 @@ def test_a_run_writes_its_page_after_each_round(run: Path) -> None:
     assert page.count('<ol class="texts">') == 5
     assert ">w40<" in page.replace("> ", ">")  # a token of the pool, by the run's tokenizer
     assert not list((run / "_mates").glob("*.tmp"))
+    assert str(run.parent) not in page  # it may be sent to others
+    assert "has no trainer_state.json" in page
 
 
 def test_a_later_page_has_the_texts_that_the_run_kept_and_verifies_them(run: Path, tmp_path: Path) -> None:
