@@ -79,9 +79,10 @@ def _passes(info: Mapping[str, Any]) -> bool:
     if guard.get("decision") in ("own_order", "keep_previous"):
         return False
     bounds, spearman = guard.get("interval"), guard.get("spearman")
-    if not isinstance(bounds, (list, tuple)) or not isinstance(spearman, (int, float)):
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2 or not isinstance(spearman, (int, float)):
         return True
-    return bool(spearman >= (least if isinstance(least, (int, float)) else -1) and (bounds[0] or 0) > 0)
+    low = bounds[0] if _is_number(bounds[0]) else 0
+    return bool(spearman >= (least if isinstance(least, (int, float)) else -1) and low > 0)
 
 
 def round_title(record: RoundRecord) -> str:

@@ -291,8 +291,10 @@ def _over_passages(runs: Sequence[ComparedRun], notes: list[str]) -> Facts | Non
     if digests[0] is None or digests[0] != digests[1]:
         notes.append(why + "the runs have different reference tasks.")
         return None
-    places = [{info.get("step"): path for info, path in zip(run.infos, run.paths, strict=True)} for run in runs]
-    shared = [step for step in places[0] if step in places[1]]
+    places = [
+        {number(info.get("step")): path for info, path in zip(run.infos, run.paths, strict=True)} for run in runs
+    ]
+    shared = [step for step in places[0] if step is not None and step in places[1]]
     files = [read_array(at[max(shared)] / REFERENCE_FILE, np.float32, num_dims=2) for at in places] if shared else []
     if not files or any(file is None for file in files) or len(files[0]) != len(files[1]) or len(files[0]) < 2:
         notes.append(why + "the runs have no round at the same step that kept them.")
@@ -302,7 +304,7 @@ def _over_passages(runs: Sequence[ComparedRun], notes: list[str]) -> Facts | Non
     each = first[:, 0] - second[:, 0]
     mean = float(weights @ each)
     half = _Z_95 * math.sqrt(float(np.sum((weights * (each - mean)) ** 2)) * len(each) / (len(each) - 1))
-    step = max(shared)
+    step = int(max(shared))
     return {
         "difference": mean, "interval": [mean - half, mean + half], "num": len(each), "step": step,
         "text": f"Reference loss at step {step}: {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] nats/token, a "

@@ -169,7 +169,7 @@ def _cost_of(run_path: Path, rounds_dir: Path | None) -> RunCost:
     """The ledger; of a run that is still in its first steps, what its rounds say alone."""
     try:
         return run_cost(run_path, rounds_dir=rounds_dir)
-    except MatesError as error:
+    except (MatesError, TypeError, ValueError, AttributeError) as error:  # an entry that is no number, say
         nothing = StageCost(seconds=None, flops=None)
         return RunCost(
             run_dir=str(run_path), steps=None, rounds=(), seconds=None, training=nothing, stages={}, mates=nothing,

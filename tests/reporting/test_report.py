@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html.parser
 import json
 import re
+import tempfile
 import time
 import unicodedata
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mates_hf.errors import MatesError
 from mates_hf.reporting.page.checks import find_checks
 from mates_hf.reporting.page.examples import checked_texts, level_of
 from mates_hf.reporting.page.plain import plain
@@ -228,6 +231,36 @@ def test_a_thousand_rounds_are_a_page_within_seconds(made, tmp_path: Path) -> No
     assert 100_000 < len(page.encode()) < MAX_BYTES
     assert page.count("<tr>") > 1_000
     assert "160 of 1000 rounds are drawn" in page
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where entries of a JSON value are."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [place] * bool(place) + [found for key in keys for found in places(value[key], (*place, key))]
+
+
+WRONG = (None, True, -1, 10**30, float("inf"), float("nan"), "x", "\ud800<b>", [], [1], [None, None], {}, {"a": 1})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(places(round_info(1))), st.sampled_from(WRONG)), min_size=1, max_size=3))
+def test_a_tampered_round_gives_a_page_or_one_sentence(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+    info = round_info(1)
+    for place, value in changes:
+        inner: Any = info
+        try:
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+        except (KeyError, IndexError, TypeError):  # a change before took its place away
+            continue
+    with tempfile.TemporaryDirectory() as folder:
+        write_rounds(Path(folder), [{**info, "number": 1}, round_info(2)])
+        write_state(Path(folder), 60, {20: 5.0, 40: 4.0, 60: 3.0})
+        with contextlib.suppress(MatesError):
+            page = report_html(report_data(folder))
+            assert page.encode()
+            assert "<b>" not in page
 
 
 # --- the page as a document ---

@@ -74,7 +74,7 @@ def _refusals(rows: Sequence[Facts]) -> Facts | None:
 
 
 def _weak(rows: Sequence[Facts]) -> Facts | None:
-    judged = [row for row in rows if row["decision"] == "select" and row["low"] is not None]
+    judged = [row for row in rows if row["decision"] == "select" and None not in (row["low"], row["spearman"])]
     if not judged:
         return None
     weak = [row for row in judged if row["low"] <= 0 or row["spearman"] < (row["min_spearman"] or -1.0)]

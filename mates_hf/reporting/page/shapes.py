@@ -78,7 +78,8 @@ class Axis:
     """
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self.low, self.high = (low, high) if high > low else (low - 0.5, high + 0.5)
+        wide = max(0.5, abs(low) * 0.01)
+        self.low, self.high = (low, high) if high - low > 1e-9 * abs(low) else (low - wide, high + wide)
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:

@@ -63,7 +63,8 @@ def timeline(cost: RunCost, infos: Sequence[Mapping[str, Any]], waits: Mapping[i
             blocks.append(_block(info, "training", now, (step - last) * step_seconds))
             now += blocks[-1]["seconds"]
         last = step
-        stages, hidden = part(info, "stages"), info.get("beside_training") or ()
+        stages, hidden = part(info, "stages"), info.get("beside_training")
+        hidden = hidden if isinstance(hidden, list) else []
         for name in (*_ORDER, *sorted(set(stages) - set(_ORDER))):
             seconds = number(part(stages, name).get("seconds"))
             if seconds is None or name in hidden:
