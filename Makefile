@@ -38,7 +38,15 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
 	@touch $@
 
-test: $(STAMP)
+BROWSER := $(VENV)/.with-browser
+
+# A real browser looks at the pages of reports. Only CI installs one; elsewhere it is the system's, if there is one.
+$(BROWSER): $(STAMP)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		{ test -n "$(CI)" && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } && \
+		touch $@ || echo "There is no Chromium: the tests of pages in a browser are skipped."
+
+test: $(STAMP) $(BROWSER)
 	$(BIN)/python -m pytest $(FAST)
 
 # Built beside the torch that is installed, which its set-up imports. Where it cannot be, its tests are skipped.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mates_hf.selection.selector import MatesSelector
     from mates_hf.training.callback import MatesCallback
     from mates_hf.training.loop import MatesRounds
+    from mates_hf.training.run_report import write_report
     from mates_hf.training.selector_fit import fit_selector
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "gumbel_top_k",
     "load_round",
     "score_files",
+    "write_report",
 ]
 
 _HOME = {
@@ -72,6 +74,7 @@ _HOME = {
     "gumbel_top_k": "mates_hf.selection.choose",
     "load_round": "mates_hf.round_files",
     "score_files": "mates_hf.selection.file_scoring",
+    "write_report": "mates_hf.training.run_report",
 }
 
 

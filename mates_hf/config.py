@@ -21,7 +21,7 @@ SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
 BEFORE: dict[str, Any] = {
     "max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0, "max_passes": 1,
-    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0,
+    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0, "round_page": "none",
 }  # fmt: skip
 
 
@@ -196,6 +196,13 @@ class MatesConfig:
             "rounds set aside as `.stale` are deleted with them. None: all."
         },
     )
+    round_page: Literal["texts", "redacted", "none"] = field(
+        default="texts",
+        metadata={
+            "help": "Page that the main process writes next to the rounds after a round, as `mates-hf report`: with "
+            "`texts` of the pool, which stay on this disk; `redacted`, without any text; or `none`."
+        },
+    )
 
     __repr__ = changed_fields
 
@@ -277,6 +284,7 @@ class MatesConfig:
         ok = number("min_group_boost") and (0 <= self.min_group_boost <= 1 if bounded else self.min_group_boost == 0)
         require(ok, "min_group_boost", rule)
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
+        require(self.round_page in ("texts", "redacted", "none"), "round_page", "'texts', 'redacted' or 'none'")
 
     @property
     def most_passes(self) -> int:

@@ -16,6 +16,8 @@ import numpy as np
 from mates_hf.display import card, cut, html_card, interval, number, spread
 from mates_hf.records import FloatArray, InfluenceLabels, IntArray
 
+FIDELITY_FINE = 0.5  # rank correlation of labels with real steps, where its interval is above 0
+MAX_FLOPS_SHARE = 0.25  # of the training FLOPs; a round that costs more is short for its probes
 _MAX_WORD = 20  # characters of a token
 _DECISIONS = {
     "select": "OK",
@@ -77,13 +79,19 @@ def _passes(info: Mapping[str, Any]) -> bool:
     if guard.get("decision") in ("own_order", "keep_previous"):
         return False
     bounds, spearman = guard.get("interval"), guard.get("spearman")
-    if not isinstance(bounds, (list, tuple)) or not isinstance(spearman, (int, float)):
+    if not isinstance(bounds, (list, tuple)) or len(bounds) != 2 or not isinstance(spearman, (int, float)):
         return True
-    return bool(spearman >= (least if isinstance(least, (int, float)) else -1) and (bounds[0] or 0) > 0)
+    low = bounds[0] if _is_number(bounds[0]) else 0
+    return bool(spearman >= (least if isinstance(least, (int, float)) else -1) and low > 0)
 
 
 def round_title(record: RoundRecord) -> str:
     """First line of a round: which, when, how many rows, and what came of it."""
+    return f"{round_head(record)} · {decision_text(record.info)}"
+
+
+def round_head(record: RoundRecord) -> str:
+    """Which round, when, and how many rows it chose."""
     info = record.info
     which = info.get("number", record.path.name.removeprefix("round-").lstrip("0") or "0")
     step = f" · step {info['step']}" if "step" in info else ""
@@ -94,11 +102,23 @@ def round_title(record: RoundRecord) -> str:
         chosen = f"selected {len(record.selection):,} of {num:,} candidates ({share:.3g}%)"
     else:
         chosen = f"selected {len(record.selection):,} rows"
-    return f"round {which}{step} · {chosen} · {decision_text(info)}"
+    return f"round {which}{step} · {chosen}"
 
 
 def round_facts(record: RoundRecord) -> dict[str, str]:
     """Signal, labels, machinery check, cost and chosen rows of a round, each with what is good."""
+    return {name: ": ".join(filter(None, parts)) for name, parts in round_parts(record).items()}
+
+
+def round_parts(record: RoundRecord) -> dict[str, tuple[str, str]]:
+    """The facts of a round, each as what was found and what to think of it; the second may be empty.
+
+    Args:
+        record: The round.
+
+    Returns:
+        Two texts for each of `signal`, `labels`, `cost` and `chosen`.
+    """
     return {
         "signal": _signal(record),
         "labels": _labels(record),
@@ -107,21 +127,22 @@ def round_facts(record: RoundRecord) -> dict[str, str]:
     }
 
 
-def _signal(record: RoundRecord) -> str:
+def _signal(record: RoundRecord) -> tuple[str, str]:
     """Held-out rank correlation, the guard's view of it, and whether the last round's choice still holds."""
     info = record.info
     guard = _part(info, "guard")
     if not isinstance(guard.get("spearman"), (int, float)):
-        return "not recorded"
+        return "not recorded", ""
     held_out = _part(info, "fit").get("num_held_out")
-    on = f" on {held_out:,} held out" if isinstance(held_out, int) else ""
+    on = f" on {held_out:,} labels" if isinstance(held_out, int) else ""
     least = _part(info, "config").get("min_spearman")
     rule = f"({least}, interval above 0)" if isinstance(least, (int, float)) else ""
     side = "above" if _passes(info) else "below"
-    text = f"Spearman {guard['spearman']:.2f} {interval(guard.get('interval'))}{on}: {side} the guard {rule}".rstrip()
+    found = f"held-out Spearman {guard['spearman']:.2f} {interval(guard.get('interval'))}".rstrip() + on
     gap = gap_text(info)
-    text += f"; what was chosen last, against the rest: {gap}" if gap else ""
-    return f"{text}; the reference loss rose{rise_text(info)}" if guard.get("failed") == "loss_rose" else text
+    text = f"{side} the guard {rule}".rstrip()
+    text += f"; the last choice against the rest {gap}" if gap else ""
+    return found, f"{text}; the reference loss rose{rise_text(info)}" if guard.get("failed") == "loss_rose" else text
 
 
 def rise_text(info: Mapping[str, Any]) -> str:
@@ -172,20 +193,20 @@ def groups_text(info: Mapping[str, Any]) -> str:
     return ", ".join(f"{cut(name, _MAX_WORD)} {boosts[name]:.2f}×" for name in most)
 
 
-def _labels(record: RoundRecord) -> str:
+def _labels(record: RoundRecord) -> tuple[str, str]:
     """How many labels, their standard deviation, and whether derivatives agree with real steps."""
     labels, fidelity = record.labels, _part(record.info, "fidelity")
-    probed = f"{len(labels):,} probed, sd {number(spread(labels.influence).get('std'))} nats/token"
+    probed = f"{len(labels):,} probed, sd {number(spread(labels.influence).get('std'))}"
     if not isinstance(fidelity.get("spearman"), (int, float)):
-        return probed
+        return probed, ""
     bounds = fidelity.get("interval")
     low = bounds[0] if isinstance(bounds, (list, tuple)) and bounds and isinstance(bounds[0], (int, float)) else 0.0
-    verdict = "fine" if fidelity["spearman"] >= 0.5 and low > 0 else "low"
+    verdict = "fine" if fidelity["spearman"] >= FIDELITY_FINE and low > 0 else "low"
     few = fidelity.get("num_candidates", "few")
-    return f"{probed}; {few} real steps agree at {fidelity['spearman']:.2f} {interval(bounds)}: {verdict}"
+    return f"{probed}; {few} real steps agree at {fidelity['spearman']:.2f} {interval(bounds)}", verdict
 
 
-def _cost(record: RoundRecord) -> str:
+def _cost(record: RoundRecord) -> tuple[str, str]:
     """Seconds, and FLOPs as a share of the training that follows."""
     info = record.info
     seconds = round_seconds(info)
@@ -195,27 +216,27 @@ def _cost(record: RoundRecord) -> str:
     parameters = _part(info, "flop_parameters").get("stages")
     rows = 0 if record.selection is None else len(record.selection)
     if not flops or not isinstance(parameters, int) or not rows or not len(record.labels):
-        return text
+        return text, ""
     # Six FLOPs a parameter and token: two of them forward, four backward; rows as long as those that were probed.
     training = 6.0 * parameters * rows * float(np.mean(record.labels.num_tokens, dtype=np.float64))
     if not training:
-        return text
+        return text, ""
     share = 100 * flops / training
-    return f"{text}, {f'about {share:,.0f}' if share >= 1 else 'below 1'}% of the training FLOPs of its rows"
+    judged = "much: its rows are few for its probes" if share > 100 * MAX_FLOPS_SHARE else ""
+    return f"{text}, {f'about {share:,.0f}' if share >= 1 else 'below 1'}% of the training FLOPs of its rows", judged
 
 
-def _chosen(record: RoundRecord) -> str:
-    """Mean predicted influence of the chosen rows against that of all candidates."""
+def _chosen(record: RoundRecord) -> tuple[str, str]:
+    """What the chosen rows have more often than all candidates, else their mean predicted influence against theirs."""
     if record.selection is None:
-        return "nothing; the run went on in the Trainer's own order"
+        return "nothing; the run went on in the Trainer's own order", ""
     mean = mean_of_selected(record)
     if mean is None or record.scores is None:
-        return f"{len(record.selection):,} rows, not scored in this round"
+        return f"{len(record.selection):,} rows, not scored in this round", ""
     every = float(np.mean(record.scores, dtype=np.float64))
-    above_all = bought_text(record.info)
-    text = f"predicted influence {mean:+.2e} nats/token on average, {every:+.2e} over all candidates"
     by_group = f"{groups_text(record.info)} their share" if groups_text(record.info) else ""
-    return "; ".join(part for part in (text, above_all, by_group) if part)
+    text = f"predicted influence {mean:+.2e} on average, {every:+.2e} over all candidates"
+    return bought_text(record.info) or text, by_group
 
 
 def mean_of_selected(record: RoundRecord) -> float | None:

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 
 import mates_hf
 from mates_hf.cli import main
+from mates_hf.cli.report import open_dataset
 from mates_hf.disk import write_array, write_json
 from mates_hf.records import InfluenceLabels
 from mates_hf.round_files import load_round, write_labels
 from mates_hf.round_writer import RoundWriter
+from tests.reporting.made_run import round_info, write_rounds, write_state
 
 KEY = {"config": {}, "pool": {}, "step": 8, "weights": "w"}
 
@@ -47,19 +50,24 @@ def test_round_is_five_lines_with_the_decision_first(tmp_path: Path, capsys: pyt
     assert main(["round", str(write_round(tmp_path, selects=True))]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert lines[0] == "round 3 · selected 2 rows · OK"
-    assert lines[1] == "  signal   Spearman 0.50 [0.25, 0.75]: above the guard"
+    assert lines[0].split("   ")[0] == "round 3 · selected 2 rows"
+    assert lines[0].endswith("   OK")
+    assert lines[1].split("   ")[1] == "held-out Spearman 0.50 [0.25, 0.75]"
+    assert lines[1].endswith("   above the guard")
+    assert len({line.rindex("   ") for line in lines[:2]}) == 1  # judgements stand below one another
     assert lines[2].startswith("  labels   3 probed, sd 0.514")
     # The mean over rows 5 and 2, not over the highest of some other order.
-    assert lines[4].startswith("  chosen   predicted influence +2.00e+00 nats/token on average, -1.00e+00 over all")
+    assert lines[4].startswith("  chosen   predicted influence +2.00e+00 on average, -1.00e+00 over all candidates   ")
+    assert lines[4].endswith("mates-hf report")
 
 
 def test_round_in_own_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["round", str(write_round(tmp_path, selects=False))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "round 3 · selected nothing · kept the Trainer's own order"
+    assert lines[0].split("   ")[0] == "round 3 · selected nothing"
+    assert lines[0].endswith("   kept the Trainer's own order")
     assert "below the guard" in lines[1]
-    assert lines[4] == "  chosen   nothing; the run went on in the Trainer's own order"
+    assert lines[4].startswith("  chosen   nothing; the run went on in the Trainer's own order")
 
 
 def test_all_of_a_round_is_strict_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +113,7 @@ def test_a_run_its_rounds_and_a_number_name_a_round(
             load_round(path)
 
 
-@pytest.mark.parametrize("command", ["round", "verify", "cost"])
+@pytest.mark.parametrize("command", ["round", "verify", "cost", "report"])
 def test_directories_without_a_finished_round_are_one_clear_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -134,6 +142,59 @@ def test_cost_and_verify_take_a_run_and_its_rounds(tmp_path: Path, capsys: pytes
         assert main(["verify", str(path)]) == 1  # what it finds is wrong, not where it looks
         assert "holds no round" not in capsys.readouterr().err
     assert told[0] == told[1]
+
+
+def test_report_writes_a_page_or_prints_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    write_rounds(run, [round_info(1), round_info(2)])
+    write_state(run, 80, {20: 5.0, 40: 4.0, 60: 3.0})
+    out = tmp_path / "page.html"
+    assert main(["report", str(run), "--no-verify", "--out", str(out), "--price", "2.5", "--devices", "8"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("The run selects.")
+    assert told[1] == f"written: {out}"
+    assert "Money at 2.50 for an hour of a device, 8 devices" in out.read_text(encoding="utf-8")
+    assert main(["report", str(run / "_mates"), "--no-verify"]) == 0
+    assert (run / "_mates/report.html").exists()
+    capsys.readouterr()
+    assert main(["report", str(run), "--json", "--redact"]) == 1  # what was made by hand does not verify
+    output = capsys.readouterr()
+    data = json.loads(output.out)
+    assert [row["number"] for row in data["rounds"]] == [1, 2]
+    assert data["verdict"]["level"] == "look"
+    assert "round-0001/" in output.err
+    assert main(["report", str(run), "--dataset", str(tmp_path / "nowhere")]) == 1
+    assert "must be a folder of `save_to_disk`" in capsys.readouterr().err
+    assert main(["report", str(run), "--price", "0"]) == 1
+    assert "`price` must be above 0" in capsys.readouterr().err
+
+
+def test_report_takes_the_pool_from_disk(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]]})
+    rows.save_to_disk(str(tmp_path / "saved"))
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    rows.to_json(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "many").mkdir()
+    for i in range(2):
+        rows.select([i]).to_parquet(str(tmp_path / f"many/{i}.parquet"))
+    for name in ("saved", "rows.parquet", "rows.jsonl", "many", "many/*.parquet"):
+        assert open_dataset(str(tmp_path / name))["input_ids"] == rows["input_ids"], name
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match="one split, got train, test"):
+        open_dataset(str(tmp_path / "splits"))
+
+
+def test_compare_prints_lines_json_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, last in (("a", 3.0), ("b", 3.5)):
+        write_state(tmp_path / name, 60, {20: 5.0, 40: 4.0, 60: last})
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    assert main(["compare", *runs, "--out", str(tmp_path / "page.html")]) == 0
+    assert "A has the lower loss at equal tokens, by 0.5000" in capsys.readouterr().out
+    assert "eval_loss" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert main(["compare", *runs, "--json", "--metric", "eval_loss"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal_tokens"]["difference"] == -0.5
+    assert main(["compare", *runs, "--metric", "none"]) == 1
+    assert "they share eval_loss" in capsys.readouterr().err
 
 
 def test_without_a_command_there_is_help_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

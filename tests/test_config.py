@@ -82,6 +82,7 @@ EDGES = {
     "selection_seed": ([-1, 0.0, None, True], [0, 2**40]),
     "rounds_dir": (["", 1, Path("runs"), b"runs"], [None, "runs/_mates"]),
     "keep_rounds": ([1, 0, 2.0, True], [None, 2]),
+    "round_page": (["all", "", None, True, []], ["texts", "redacted", "none"]),
 }
 
 
@@ -211,6 +212,7 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         selection_seed=9,
         rounds_dir="elsewhere",
         keep_rounds=2,
+        round_page="redacted",
     )
     as_given = {f.name for f in dataclasses.fields(MatesConfig) if getattr(given_, f.name) == f.default}
     assert as_given == set()

@@ -36,6 +36,11 @@ DOORS = {  # closed rooms, and the module beside each that opens it
     "prediction.encoder": ["mates_hf.prediction.encoder_model"],
     "prediction.ngram": ["mates_hf.prediction.ngram_model"],
     "prediction.text": ["mates_hf.prediction.text_model"],
+    "reporting.page": [
+        "mates_hf.reporting.report",
+        "mates_hf.reporting.comparison",
+        "mates_hf.training.run_report",
+    ],
     "training.fit": ["mates_hf.training.selector_fit", "mates_hf.cli.fit"],
     "selection.files": ["mates_hf.selection.file_scoring"],
 }
@@ -226,6 +231,8 @@ def test_import_is_light() -> None:
         "mates_hf.config",
         "mates_hf.data.rows",
         "mates_hf.training.verify",
+        "mates_hf.training.run_report",
+        "mates_hf.reporting.comparison",
         "mates_hf.cli",
     ],
 )

@@ -1,10 +1,12 @@
 """`mates-hf`: what a person asks from a shell, one module a command.
 
 `mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN` what they took; `mates-hf plan` what selecting would
-cost. `mates-hf fit` fits a selector without a run; `mates-hf score SELECTOR FILES` writes files again with the rows
-that help most. Where it is used: right of all, and the only folder that prints. Trade-off: what a command needs
-is imported when it runs, so that `mates-hf env` works in an installation that is broken.
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took; `mates-hf report RUN` makes a page of
+all three, and `mates-hf compare A B` one of two runs. `mates-hf plan` says what selecting would cost. `mates-hf fit`
+fits a selector without a run; `mates-hf score SELECTOR FILES` writes files again with the rows that help most.
+
+Where it is used: right of all, and the only folder that prints. Trade-off: what a command needs is imported when it
+runs, so that `mates-hf env` works in an installation that is broken.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mates_hf.cli import env, fit, plan, runs, score
+from mates_hf.cli import env, fit, plan, report, runs, score
 from mates_hf.errors import MatesError
 
 
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     env.add_command(commands)
     runs.add_commands(commands)
+    report.add_command(commands)
     fit.add_command(commands)
     plan.add_command(commands)
     score.add_command(commands)

@@ -28,7 +28,7 @@ STATE_FILE = "trainer_state.json"
 UNRECORDED = "not recorded"
 _INSIDE = "gap checks"
 _ORDER = ("probe", "audit", "sentinel", "drift checks", "fit", "score", "select")
-_IDLE = ("fit", "score", "select")  # on the CPU of the main process
+IDLE_STAGES = ("fit", "score", "select")  # on the CPU of the main process
 _ON_DEVICE = ("EncoderInfluenceModel", "HiddenStateInfluenceModel")  # their fit and score use the device
 _MOST_MISSING = 0.1  # of the steps that one `train()` seems to lack: its rate is rounded
 
@@ -137,7 +137,7 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
         folder = run_dir if any(run_dir.glob("round-*")) else run_dir / "_mates"
         run_dir = run_dir.resolve().parent if run_dir.resolve().name == "_mates" else run_dir
     infos, notes = _read_rounds(folder)
-    state = _newest_state(run_dir)
+    state = newest_state(run_dir)
     history: Sequence[Mapping[str, Any]] = []
     steps: int | None = None
     if state is None:
@@ -232,7 +232,7 @@ def _read_round(path: Path) -> dict[str, Any]:
     return info
 
 
-def _newest_state(run_dir: Path) -> dict[str, Any] | None:
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
     """The `trainer_state.json` with the most steps; of two, the one that knows how long the run took."""
     states = []
     for path in (run_dir / STATE_FILE, *sorted(run_dir.glob(f"checkpoint-*/{STATE_FILE}"))):
@@ -322,7 +322,7 @@ def _idle_seconds(path: Path, info: Mapping[str, Any]) -> float:
     """Seconds of a round in which devices may have waited for the CPU."""
     config = path / "influence_model" / "config.json"
     on_device = config.exists() and read_json(config).get("kind") in _ON_DEVICE
-    names = [name for name in (("select",) if on_device else _IDLE) if name in info["stages"]]
+    names = [name for name in (("select",) if on_device else IDLE_STAGES) if name in info["stages"]]
     return float(sum(info["stages"][name]["seconds"] for name in names)) - _beside_seconds(info, names)
 
 

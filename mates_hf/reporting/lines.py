@@ -20,12 +20,14 @@ from mates_hf.round_record import (
     groups_text,
     mean_of_selected,
     rise_text,
-    round_facts,
+    round_head,
+    round_parts,
     round_seconds,
-    round_title,
 )
 
 logger = logging.getLogger(__name__)
+
+_MAX_LEFT = 84  # characters of a line before its judgement, which stands below the others
 
 
 def tell_round(info: Mapping[str, Any], *, has_bars: bool) -> None:
@@ -107,7 +109,7 @@ def _outcome(info: Mapping[str, Any]) -> str:
 
 
 def round_lines(record: RoundRecord) -> Iterator[str]:
-    """What `mates-hf round` prints: five lines, the decision first, and where to find the rest.
+    """What `mates-hf round` prints: five lines, on the left what was found, on the right what to think of it.
 
     Args:
         record: The round.
@@ -115,9 +117,12 @@ def round_lines(record: RoundRecord) -> Iterator[str]:
     Yields:
         Lines.
     """
-    yield round_title(record)
-    for name, text in round_facts(record).items():
-        yield f"  {name:<8} {text}"
+    parts = {f"  {name:<8} {found}": judged for name, (found, judged) in round_parts(record).items()}
+    parts = {round_head(record): decision_text(record.info), **parts}
+    *_, last = parts
+    parts[last] = "; ".join(filter(None, (parts[last], "texts and plots: mates-hf report")))
+    width = max(len(left) for left in parts if len(left) <= _MAX_LEFT) if parts else 0
+    yield from (f"{left:<{width}}   {judged}".rstrip() for left, judged in parts.items())
 
 
 def round_json(record: RoundRecord) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def order_config(config: MatesConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.to_dict().items()
-        if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch")
+        if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch", "round_page")
         # Left out where they change nothing, so that runs of versions without them go on.
         and (name not in _CHANGES_NOTHING or value != _CHANGES_NOTHING[name])
     }

@@ -39,6 +39,7 @@ from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Run, recorded_steps
+from mates_hf.training.run_report import RunPage
 from mates_hf.training.sampler import ScheduledSampler
 from mates_hf.training.stream_rounds import go_on, prune_aside
 from mates_hf.training.stream_sampler import StreamSampler
@@ -78,7 +79,7 @@ class Session:
     ) -> None:
         self.run, self.clock, self.sampler, self.plan = run, clock, sampler, plan
         sampler.keeps_own_rows = run.processes.is_main
-        self.output_dir = output_dir
+        self.output_dir, self._page = output_dir, RunPage(run)
         self.average: WeightAverage | None = None
         self.order: Order | None = None  # the last round's
         self.saved_rounds = saved_rounds
@@ -245,6 +246,7 @@ class Session:
         """In every process: train on a round's order, and look out for the next one."""
         self._schedule(order)
         self._prune(order.number)
+        self._page.update()
         self._metrics.update(round_metrics(order.info))
         self._plan_next(step)
 
@@ -389,5 +391,6 @@ class Session:
     def close(self) -> None:
         """Let go of the rows, and let other runs write to the folder of the rounds."""
         self.sampler.close()
+        self._page.update(last=True)
         if self.lock is not None:
             self.lock.release()

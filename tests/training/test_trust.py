@@ -330,7 +330,7 @@ def test_the_line_of_a_round_tells_of_a_length_where_it_changes_and_of_what_is_u
     assert "6 steps long after 3" in lines[1]
     assert "what was chosen last is used up (gap -" in lines[2]
     signal = round_facts(load_round(turned[0] / "_mates/round-0003"))["signal"]
-    assert "what was chosen last, against the rest: -" in signal
+    assert "the last choice against the rest -" in signal
 
 
 @pytest.mark.quick("20")
