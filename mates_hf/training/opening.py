@@ -26,6 +26,7 @@ from mates_hf.engine.fragments import whole_size
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.selection.plan import RunPlan, num_candidates
+from mates_hf.training.history import set_history_aside
 from mates_hf.training.lock import RoundsLock
 from mates_hf.training.rounds_on_disk import newest_checkpoint, set_earlier_run_aside
 from mates_hf.training.run import Run
@@ -115,6 +116,7 @@ def _start_anew(rounds_dir: Path, output_dir: Path, step: int) -> None:
     """Set aside what an earlier run left; where that could have been resumed, say so."""
     earlier = newest_checkpoint(output_dir) if not step else None
     set_earlier_run_aside(rounds_dir, output_dir)
+    set_history_aside(rounds_dir)
     if earlier is not None:
         logger.warning(
             "`%s` is of a run with rounds, and this run starts anew: that run's rounds are set aside as `.stale`. To "

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 from mates_hf.round_files import PROBES_FILE, read_labels, round_path
 from mates_hf.selection.ledger import Ledger, probed_rows
+from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import rounds_on_disk
 from mates_hf.training.order import Order, load_order
 from mates_hf.training.run import Run
@@ -105,6 +107,48 @@ def rows_offered(path: Path, order: Order) -> IntArray:
     """
     candidates = read_array(path / "candidates.npy", np.int64)
     return np.asarray(order.rows if candidates is None else candidates)
+
+
+def restore_rounds(
+    run: Run,
+    plan: RunPlan,
+    last_round: Mapping[str, Any],
+    step: int,
+    start: int,
+    what_follows: Callable[[Order, int], tuple[PlannedRound | None, int]],
+) -> list[Order]:
+    """Orders, ledger and influence models as they were in memory at a step.
+
+    Args:
+        run: the run's state; in the main process it gets the ledger and the models.
+        plan: when rounds happen.
+        last_round: `number` and `order_sha256` of the last round, from the checkpoint.
+        step: optimizer steps done.
+        start: pool rows trained on.
+        what_follows: gives the round after another one, and the pool rows before it takes effect.
+
+    Returns:
+        The orders that the run continues with, in every process.
+
+    Raises:
+        ValueError: the pool has too few rows for what is ahead.
+        MatesError: a round that is needed is not there.
+    """
+    if not run.processes.is_main:
+        return receive_orders(run)
+    path = rounds_on_disk.require_round(run.rounds_dir, last_round, step)
+    last = load_order(path)
+    earlier = rounds_on_disk.round_before(run.rounds_dir, last.number)
+    orders = []
+    if last.from_position > start and earlier is not None:
+        orders.append(restore_order(run, earlier, last.from_position))
+    planned, until = what_follows(last, step)
+    orders.append(restore_order(run, path, until))
+    restore_models(run, last.number)
+    left = run.config.most_passes - run.ledger.pass_number
+    plan.check(Rest(planned, run.ledger.num_unused, left, step))
+    publish_orders(run, orders)
+    return orders
 
 
 def restore_models(run: Run, number: int) -> None:

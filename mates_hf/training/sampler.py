@@ -29,7 +29,9 @@ import torch
 from torch.utils.data import Sampler
 
 from mates_hf.errors import MatesError
+from mates_hf.records import IntArray
 from mates_hf.training.clock import RowClock
+from mates_hf.training.history import NO_ROW
 from mates_hf.training.order import Order
 from mates_hf.training.own_order import OrderHash, Rows, draw_pass
 
@@ -59,6 +61,7 @@ class ScheduledSampler(Sampler[int]):
         keeps_own_rows: false where nobody asks for the own order once there are selections.
         each_once: whether no row can be twice in the running pass, by how it was drawn.
         unproven: whether a pass was drawn that other processes were not compared with.
+        before_pass: is called with the position at which a pass begins, while the rows of the one before are there.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ScheduledSampler(Sampler[int]):
         self.keeps_own_rows = True
         self.each_once = True
         self.unproven = False
+        self.before_pass: Callable[[int], None] | None = None
         self._own_epoch = clock.first_epoch
         self._saved = saved
         if saved is not None:
@@ -255,6 +259,8 @@ class ScheduledSampler(Sampler[int]):
         awaited = self._awaits(start)
         if awaited and len(self.own_rows):
             return
+        if len(self.own_rows) and self.before_pass is not None:
+            self.before_pass(start)
         if not (goes_on or awaited):
             self.own_start, self._own_epoch, saved = start, self.epoch, None
         self._draw_own_order(saved or {})
@@ -315,6 +321,31 @@ class ScheduledSampler(Sampler[int]):
         stop = min(stop, position + self.clock.rows_per_epoch - index % self.clock.rows_per_epoch)
         first = self.clock.rows_of_pass(self.own_start, position) % max(len(self.own_rows), 1)
         return self.own_rows[first : first + self.clock.pool_rows(stop) - self.clock.pool_rows(position)]
+
+    def own_between(self, first: int, stop: int, *, fills: bool = False) -> IntArray:
+        """The own order's pool rows of the running pass, by the number of pool rows before each.
+
+        Args:
+            first: pool rows before the first of them, which is in this pass.
+            stop: pool rows before the end.
+            fills: whether a last batch that is not full is filled up with the first rows of the pass.
+
+        Returns:
+            (stop - first,) int64; `NO_ROW` where no row stands, because a last batch is not full.
+        """
+        found = np.full(max(stop - first, 0), NO_ROW, np.int64)
+        clock, at = self.clock, first
+        while at < stop and len(self.own_rows):
+            position = clock.position_of(at)
+            end = position + clock.rows_per_epoch - (position - self.own_start) % clock.rows_per_epoch
+            num = min(stop, clock.pool_rows(end)) - at
+            offset = clock.rows_of_pass(self.own_start, position)
+            part = self.own_rows[offset : offset + num]
+            if fills and len(part) < num:
+                part = np.concatenate([part, np.resize(self.own_rows, num - len(part))])
+            found[at - first : at - first + len(part)] = part
+            at += max(num, 1)
+        return found
 
 
 def _own_generator(own: Any) -> torch.Generator | None:

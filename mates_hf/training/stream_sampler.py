@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,7 @@ class StreamSampler(Sampler[int]):
     each_once = True
     unproven = False
     keeps_own_rows = False
+    before_pass: Callable[[int], None] | None = None  # a stream has no passes
 
     def __init__(
         self,
