@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mates_hf.cli import env, fit, plan, runs, score
+from mates_hf.cli import answer, env, fit, plan, runs, score
 from mates_hf.errors import MatesError
 
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     env.add_command(commands)
     runs.add_commands(commands)
+    answer.add_commands(commands)
     fit.add_command(commands)
     plan.add_command(commands)
     score.add_command(commands)

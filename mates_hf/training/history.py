@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ class History:
         rounds_dir: where the run's rounds are.
         step: optimizer steps done when the call begins.
         position: pool rows before its first one.
+        about: what else is said of the run, JSON values.
         fills: whether a last batch that is not full is filled up with the first rows of its pass.
     """
 
-    def __init__(self, rounds_dir: Path, step: int, position: int, *, fills: bool) -> None:
+    def __init__(self, rounds_dir: Path, step: int, position: int, about: Mapping[str, Any], *, fills: bool) -> None:
         self.folder = history_dir(rounds_dir)
         self._step, self._own_until, self._call = step, position, position
-        self._began, self._fills = False, fills
+        self._began, self._fills, self._about = False, fills, dict(about)
 
     def begin(self, clock: RowClock) -> None:
         """Say how steps relate to rows from here on; what earlier calls said of later rows holds no longer.
@@ -70,7 +72,9 @@ class History:
             step: Number of them.
         """
         self._step = step
-        write_json(self.folder / f"call-{self._call:012d}.json", {"clock": self._clock, "done_step": step})
+        write_json(
+            self.folder / f"call-{self._call:012d}.json", {"clock": self._clock, "done_step": step, **self._about}
+        )
 
     def keep(self, step: int, clock: RowClock, sampler: Any, until: int | None) -> None:
         """Say that so many steps are done, and write the rows of the own order that are not written yet.
@@ -115,11 +119,13 @@ class Call:
         start: pool rows before its first one.
         clock: how its steps relate to rows.
         done_step: optimizer steps that are known to be done.
+        about: what else the call says of the run.
     """
 
     start: int
     clock: RowClock
     done_step: int
+    about: Mapping[str, Any]
 
     @property
     def done(self) -> int:
@@ -202,7 +208,8 @@ def _read_call(path: Path, start: int) -> Call:
         clock = dict(found["clock"])
         passages = clock.pop("passages", None)
         schedule = None if passages is None else PassageSchedule(**passages)
-        return Call(start, RowClock(**clock, passages=schedule), int(found["done_step"]))
+        about = {name: value for name, value in found.items() if name not in ("clock", "done_step")}
+        return Call(start, RowClock(**clock, passages=schedule), int(found["done_step"]), about)
     except (KeyError, TypeError, ValueError) as error:
         raise MatesError(f"`{path}` must say how steps relate to rows, and is damaged ({error}).") from error
 

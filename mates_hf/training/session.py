@@ -108,7 +108,8 @@ class Session:
         if run.processes.is_main:
             self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
             fills = run.processes.size > 1 or saved_rounds is not None
-            self.history = History(run.rounds_dir, step, clock.pool_rows(clock.start_position), fills=fills)
+            start, about = clock.pool_rows(clock.start_position), {"pool": dict(run.pool_identity)}
+            self.history = History(run.rounds_dir, step, start, about, fills=fills)
             sampler.before_pass = lambda start: self.order or self._keep_history(self.clock.pool_rows(start))
             run.processes.publish({"opened": True})
         else:
