@@ -17,6 +17,7 @@ from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 from mates_hf.round_files import PROBES_FILE, read_labels
 from mates_hf.selection.ledger import Ledger, probed_rows
+from mates_hf.training.blocked import read_blocked
 from mates_hf.training.order import Order
 
 
@@ -54,6 +55,7 @@ def ledger_of(path: Path, order: Order, num_rows: int, seed: int) -> Ledger:
         None if waiting is None else np.asarray(waiting),
     )
     ledger.pass_number = int(order.info.get("pass", 1))
+    ledger.blocked = read_blocked(path.parent, order.info, num_rows).mask_of(int(order.info.get("num_removed", 0)))
     ledger.mark_probed(probed_in(path))
     return ledger
 

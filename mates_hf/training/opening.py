@@ -106,6 +106,8 @@ def open_rounds(run: Run, plan: RunPlan, output_dir: Path, *, resumes: bool, ste
             check_room(run, plan, step)
             if not resumes:
                 _start_anew(rounds_dir, output_dir, step)
+            if run.blocked is not None:
+                run.blocked.write(rounds_dir)
     except BaseException:
         lock.release()
         raise

@@ -35,6 +35,7 @@ from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.quota import quota_of
 from mates_hf.selection.select_stage import select_rows
+from mates_hf.training.replay_blocked import RoundWithBlocked, read_blocked_of, rows_between
 from mates_hf.training.replay_groups import check_groups, read_groups_of
 from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
 from mates_hf.training.replay_passages import RoundWithPassages, check_passages
@@ -51,7 +52,7 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
+class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWithBlocked):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:
@@ -116,6 +117,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
             raise WrongError("consumed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
         self.consumed, self.ledger = ledger.consumed, ledger
         self.waiting = read_waiting(self)
+        self.blocked = read_blocked_of(self)
         cursor = self._cursor_before(before)
         self._read_probed(before)
         if before is not None:
@@ -227,7 +229,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         self.require(ok, ROUND_FILE, what, str(info["from_position"]))
         was, now = before.consumed.copy(), self.consumed
         was[before.rows[:kept]] = True
-        more = self._rows_between(before, kept - len(before.rows))
+        more = rows_between(before, kept - len(before.rows))
         was[more] = True
         if check_pass(self, before, was, more):
             was[:] = False
@@ -240,17 +242,6 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
                 f"{'consumed' if was[row] else 'unused'}",
                 f"{len(wrong)} rows that differ, the first of them row {row}",
             )  # fmt: skip
-
-    def _rows_between(self, before: FinishedRound, num_more: int) -> IntArray:
-        """The rows trained on after those of a round and before those of the next one."""
-        if num_more <= 0:
-            return np.zeros(0, np.int64)
-        before.ledger.consumed, before.ledger.waiting = before.consumed, before.waiting
-        before.ledger.cursor = int(before.info["cursor"])
-        try:
-            return before.ledger.rows_after(before.rows, num_more, exclude=before.labels.candidate_id)
-        except MatesError as error:
-            raise WrongError(ROUND_FILE, f"rows enough after those of round {before.number}", str(error)) from error
 
     def _read_labels(self) -> InfluenceLabels:
         """The probes: as many as recorded, no row twice, none consumed, with the ones that had no trained token."""
@@ -301,6 +292,9 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         self.require(not len(twice), file, "each row once", f"{_first(twice)} more than once")
         used = rows[self.consumed[rows]]
         self.require(not len(used), file, "rows not trained on in this pass", f"{_first(used)} consumed before")
+        if self.blocked is not None:
+            wrong = rows[self.blocked[rows]]
+            self.require(not len(wrong), file, "rows that may be used", f"{_first(wrong)} not allowed or removed")
 
     def _check_rows(self) -> None:
         """The rows to train on: unused, each once, none of them probed."""
@@ -326,7 +320,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
             cursor = int(np.flatnonzero(self.ledger.shuffled == candidates[0])[0]) if len(candidates) else 0
         file = PROBES_FILE if candidates is None else "candidates.npy"
         self.ledger.consumed, self.ledger.probed, self.ledger.cursor = self.consumed, self.probed, cursor
-        self.ledger.waiting = self.waiting
+        self.ledger.waiting, self.ledger.blocked = self.waiting, self.blocked
         try:
             draw = self.ledger.draw(
                 round_number=self.number,

@@ -58,6 +58,7 @@ def restore_order(run: Run, path: Path, until: int) -> Order:
     decided = load_order(path)
     run.ledger = ledger_of(path, decided, len(run.pool), run.config.selection_seed)
     order = lasting(path, decided, run.ledger, until)
+    run.ledger.blocked = None if run.blocked is None else run.blocked.mask
     more = np.asarray(order.rows[len(decided.rows) :])
     if len(more):
         logger.warning(

@@ -30,10 +30,11 @@ from torch.utils.data import Sampler
 
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
+from mates_hf.training.blocked import Blocked, first_of_each, own_order_without
 from mates_hf.training.clock import RowClock
 from mates_hf.training.history import NO_ROW
 from mates_hf.training.order import Order
-from mates_hf.training.own_order import OrderHash, Rows, draw_pass
+from mates_hf.training.own_order import OrderHash, Rows, check_rows_once, draw_pass
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class ScheduledSampler(Sampler[int]):
         num_rows: rows in the pool; None where that is not known.
         finished: the run that is resumed has taken all its steps. It gets no row: given one, the Trainer, which looks
             at `max_steps` behind a step, would take another.
+        blocked: rows that must not be used, which the own order skips; None where there are none.
 
     Attributes:
         own_rows: (N,) integer, the running pass in the Trainer's own order; empty until it is drawn, and where
@@ -72,6 +74,7 @@ class ScheduledSampler(Sampler[int]):
         *,
         num_rows: int | None = None,
         finished: bool = False,
+        blocked: Blocked | None = None,
     ) -> None:
         self.own = own
         self.clock = clock
@@ -90,7 +93,7 @@ class ScheduledSampler(Sampler[int]):
         self._own_random = {"own_random": ""}
         self._finish_own: Callable[[], Any] | None = None
         self._num_rows = 2**31 + 1 if num_rows is None else num_rows
-        self._finished = finished
+        self._finished, self._blocked = finished, blocked
         self._orders: list[tuple[int, npt.NDArray[Any]]] = []
         self._begun_epoch: int | None = None
         # The rows made ready: the list, where its first row is, and what hands it out.
@@ -278,6 +281,11 @@ class ScheduledSampler(Sampler[int]):
             self._own_random = {"own_random": ""} if by_epoch else _random_state(self.own)
             self.own_rows, self.each_once, self._finish_own = draw_pass(self.own, self._num_rows)
         self._own_hash, self.unproven = OrderHash(self.own_rows), True
+        raw = self.own_rows
+        if self._blocked is not None and self._blocked.mask is not None:
+            if not self.each_once:
+                check_rows_once(raw)
+            self.each_once, self.own_rows = True, own_order_without(raw, self._blocked)
         expected = saved.get("own_sha256")
         if not expected or expected == (sha256 := self._own_hash.hexdigest()):
             return
@@ -321,6 +329,12 @@ class ScheduledSampler(Sampler[int]):
         stop = min(stop, position + self.clock.rows_per_epoch - index % self.clock.rows_per_epoch)
         first = self.clock.rows_of_pass(self.own_start, position) % max(len(self.own_rows), 1)
         return self.own_rows[first : first + self.clock.pool_rows(stop) - self.clock.pool_rows(position)]
+
+    @property
+    def own_rows_once(self) -> Rows:
+        """The running pass in the own order, each row once."""
+        blocked = self._blocked is not None and self._blocked.mask is not None
+        return first_of_each(self.own_rows) if blocked else self.own_rows
 
     def own_between(self, first: int, stop: int, *, fills: bool = False) -> IntArray:
         """The own order's pool rows of the running pass, by the number of pool rows before each.

@@ -296,7 +296,7 @@ class Session:
         planned = dataclasses.replace(planned, num_rows=clock.pool_position(planned.to_step) - from_position)
         run.ledger.make_room(planned.num_rows, run.config)
         return run_round(
-            run, planned, self.plan, from_position=from_position, own_rows=sampler.own_rows, beside=beside
+            run, planned, self.plan, from_position=from_position, own_rows=sampler.own_rows_once, beside=beside
         )
 
     def _schedule(self, order: Order) -> None:
@@ -321,7 +321,8 @@ class Session:
         """
         self._keep_history(self.clock.pool_rows(from_position))
         used = self.clock.rows_of_pass(self.sampler.own_start, from_position)
-        self.run.ledger.mark_trained(self.sampler.own_rows[:used])
+        rows = self.sampler.own_rows[:used]
+        self.run.ledger.mark_trained(rows if self.run.ledger.blocked is None else np.unique(rows))
 
     def _plan_next(self, step: int) -> None:
         """The next round and check after `step`, and the averaging window before the earlier of them."""

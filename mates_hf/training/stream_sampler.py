@@ -82,6 +82,7 @@ class StreamSampler(Sampler[int]):
     ) -> None:
         self.maker, self.clock, self.epoch = maker, clock, clock.first_epoch
         self.own_rows: npt.NDArray[Any] = np.zeros(0, np.int64)
+        self.own_rows_once = self.own_rows
         self.own_start = 0
         self.ended: int | None = None
         self._end_position = 0  # behind the last row that is handed out, once `ended` is known
