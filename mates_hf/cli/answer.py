@@ -1,4 +1,4 @@
-"""`mates-hf where`: for whoever must answer for what a model was trained on.
+"""`mates-hf where` and `audit`: for whoever must answer for what a model was trained on.
 
 Where it is used: on a run that is over, or while it trains. Trade-off: rows are named by their numbers in the pool, as
 a run's files name them; ids need the dataset as well, because no file of a run holds them.
@@ -20,12 +20,20 @@ _ROWS = "rows of the pool: numbers with commas, or a file (.npy, .json, or one n
 
 
 def add_commands(commands: Any) -> None:
-    """Add `where` to the subparsers."""
+    """Add `where` and `audit` to the subparsers."""
     command = commands.add_parser("where", help="print at which step rows of the pool were trained on")
     command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
     _add_rows(command)
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=_where)
+
+    command = commands.add_parser("audit", help="list what a run trained on, to be signed off")
+    command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
+    command.add_argument("--column", help="count rows by this column, such as their licence; needs --dataset")
+    command.add_argument("--dataset", metavar="FILES", nargs="+", help="the pool, as the run had it")
+    command.add_argument("--rows-out", metavar="FILE", help="write the numbers of the rows to this .npy file")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the listing")
+    command.set_defaults(run=_audit)
 
 
 def _add_rows(command: argparse.ArgumentParser) -> None:
@@ -66,3 +74,15 @@ def _where(arguments: argparse.Namespace) -> int:
     else:
         print_lines(found.lines())
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    """Print the listing; 1 where a check does not hold."""
+    from mates_hf.training.listing import audit_run
+
+    found = audit_run(arguments.path, column=arguments.column, dataset=arguments.dataset, rows_out=arguments.rows_out)
+    if arguments.json:
+        print_json(found.to_dict())
+    else:
+        print_lines(found.lines())
+    return int(not found.ok)
