@@ -1,4 +1,4 @@
-"""`mates-hf where` and `audit`: for whoever must answer for what a model was trained on.
+"""`mates-hf where`, `forget` and `audit`: for whoever must answer for what a model was trained on.
 
 Where it is used: on a run that is over, or while it trains. Trade-off: rows are named by their numbers in the pool, as
 a run's files name them; ids need the dataset as well, because no file of a run holds them.
@@ -20,12 +20,21 @@ _ROWS = "rows of the pool: numbers with commas, or a file (.npy, .json, or one n
 
 
 def add_commands(commands: Any) -> None:
-    """Add `where` and `audit` to the subparsers."""
+    """Add `where`, `forget` and `audit` to the subparsers."""
     command = commands.add_parser("where", help="print at which step rows of the pool were trained on")
     command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
     _add_rows(command)
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=_where)
+
+    command = commands.add_parser("forget", help="keep rows out of all that a run still does, and out of its rounds")
+    command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates; it must not train now")
+    _add_rows(command)
+    command.add_argument(
+        "--drop-models", action="store_true", help="delete influence models for good that cannot be fitted again"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    command.set_defaults(run=_forget)
 
     command = commands.add_parser("audit", help="list what a run trained on, to be signed off")
     command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
@@ -69,6 +78,18 @@ def _where(arguments: argparse.Namespace) -> int:
     from mates_hf.training.where import where_rows
 
     found = where_rows(arguments.path, _rows_of(arguments))
+    if arguments.json:
+        print_json(found.to_dict())
+    else:
+        print_lines(found.lines())
+    return 0
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    """Remove rows and print what was done."""
+    from mates_hf.training.forget import forget_rows
+
+    found = forget_rows(arguments.path, _rows_of(arguments), drop_models=arguments.drop_models)
     if arguments.json:
         print_json(found.to_dict())
     else:

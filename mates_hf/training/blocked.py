@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +22,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.disk import read_array, write_array
+from mates_hf.disk import read_array, replace_path, write_array
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 from mates_hf.selection.turns import Mask
 
+logger = logging.getLogger(__name__)
+
 ALLOWED_FILE = "allowed.npy"  # (ceil(num_rows / 8),) uint8, eight rows a byte
 REMOVED_FILE = "removed.npy"  # (R,) int64 pool rows, in the order of their removal
+EVENTS_FILE = "removed.json"  # dates and counts of removals
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,6 +155,22 @@ def read_removed(rounds_dir: Path, num_rows: int) -> IntArray:
     if len(rows) and (rows.min() < 0 or rows.max() >= num_rows or len(np.unique(rows)) < len(rows)):
         raise MatesError(f"`{rounds_dir / REMOVED_FILE}` must hold rows of the pool, each once: it was changed.")
     return rows
+
+
+def set_removed_aside(rounds_dir: Path) -> None:
+    """A new run knows nothing of rows that were removed from an earlier one, whose numbers may be of other rows."""
+    for name in (REMOVED_FILE, EVENTS_FILE):
+        path, number = rounds_dir / name, 1
+        if not path.exists():
+            continue
+        if name == REMOVED_FILE:
+            logger.warning(
+                "`%s` names rows that were removed from an earlier run in this folder. This run is a new one and does "
+                "not know them: leave them out of its dataset.", path,
+            )  # fmt: skip
+        while os.path.lexists(aside := path.with_name(f"{name}.stale{'' if number == 1 else f'-{number}'}")):
+            number += 1
+        replace_path(path, aside)
 
 
 def read_blocked(rounds_dir: Path, info: Mapping[str, Any], num_rows: int) -> Blocked:

@@ -38,11 +38,9 @@ from mates_hf.selection.plan import PlannedRound, RunPlan, num_candidates
 from mates_hf.training.measure import measure_sentinel
 from mates_hf.training.order import Order
 from mates_hf.training.run import Run
-from mates_hf.training.trust import check_file, gap_between, longest_steps, rows_to_check
+from mates_hf.training.trust import SENTINEL_FILE, check_file, gap_between, longest_steps, rows_to_check
 
 logger = logging.getLogger(__name__)
-
-SENTINEL_FILE = "sentinel.json"
 
 
 def look_inside(

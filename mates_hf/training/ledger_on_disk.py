@@ -14,16 +14,11 @@ import numpy as np
 
 from mates_hf.disk import read_array
 from mates_hf.errors import MatesError
-from mates_hf.records import IntArray
-from mates_hf.round_files import PROBES_FILE, read_labels
-from mates_hf.selection.ledger import Ledger, probed_rows
+from mates_hf.selection.ledger import Ledger
 from mates_hf.training.blocked import read_blocked
 from mates_hf.training.order import Order
-
-
-def probed_in(path: Path) -> IntArray:
-    """(P,) int64 pool rows that a finished round probed, by its directory."""
-    return probed_rows(read_labels(path / PROBES_FILE))
+from mates_hf.training.redact import probed_by
+from mates_hf.training.replaced import read_replaced, with_replaced
 
 
 def ledger_of(path: Path, order: Order, num_rows: int, seed: int) -> Ledger:
@@ -56,12 +51,12 @@ def ledger_of(path: Path, order: Order, num_rows: int, seed: int) -> Ledger:
     )
     ledger.pass_number = int(order.info.get("pass", 1))
     ledger.blocked = read_blocked(path.parent, order.info, num_rows).mask_of(int(order.info.get("num_removed", 0)))
-    ledger.mark_probed(probed_in(path))
+    ledger.mark_probed(probed_by(path))
     return ledger
 
 
 def lasting(path: Path, order: Order, ledger: Ledger, until: int) -> Order:
-    """A round's order with the rows that follow it up to a position, where it ends before that.
+    """A round's order with the rows that follow it up to a position, and with those that replaced removed ones.
 
     A larger batch or more steps than planned use an order up sooner. What is missing are unused rows in the order of
     the shuffled pool, none of them probed in that round. They depend on the round alone.
@@ -78,8 +73,9 @@ def lasting(path: Path, order: Order, ledger: Ledger, until: int) -> Order:
     Raises:
         MatesError: the pool has too few such rows.
     """
-    missing = until - order.from_position - len(order.rows)
-    if missing <= 0:
-        return order
-    more = ledger.rows_after(order.rows, missing, exclude=probed_in(path))
-    return dataclasses.replace(order, rows=np.concatenate([order.rows, more]))
+    missing, entries = until - order.from_position - len(order.rows), read_replaced(path)
+    if missing > 0:
+        exclude = np.concatenate([probed_by(path), entries[:, 2]])
+        more = ledger.rows_after(order.rows, missing, exclude=exclude)
+        order = dataclasses.replace(order, rows=np.concatenate([order.rows, more]))
+    return with_replaced(order, entries)

@@ -26,8 +26,10 @@ from mates_hf.engine.fragments import whole_size
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.selection.plan import RunPlan, num_candidates
+from mates_hf.training.blocked import set_removed_aside
 from mates_hf.training.history import set_history_aside
 from mates_hf.training.lock import RoundsLock
+from mates_hf.training.refit import refit_models
 from mates_hf.training.rounds_on_disk import newest_checkpoint, set_earlier_run_aside
 from mates_hf.training.run import Run
 
@@ -104,7 +106,9 @@ def open_rounds(run: Run, plan: RunPlan, output_dir: Path, *, resumes: bool, ste
         with disk_errors_named(rounds_dir):
             _try_to_write(rounds_dir)
             check_room(run, plan, step)
-            if not resumes:
+            if resumes:
+                refit_models(run)
+            else:
                 _start_anew(rounds_dir, output_dir, step)
             if run.blocked is not None:
                 run.blocked.write(rounds_dir)
@@ -119,6 +123,7 @@ def _start_anew(rounds_dir: Path, output_dir: Path, step: int) -> None:
     earlier = newest_checkpoint(output_dir) if not step else None
     set_earlier_run_aside(rounds_dir, output_dir)
     set_history_aside(rounds_dir)
+    set_removed_aside(rounds_dir)
     if earlier is not None:
         logger.warning(
             "`%s` is of a run with rounds, and this run starts anew: that run's rounds are set aside as `.stale`. To "

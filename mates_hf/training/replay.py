@@ -35,7 +35,15 @@ from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.quota import quota_of
 from mates_hf.selection.select_stage import select_rows
-from mates_hf.training.replay_blocked import RoundWithBlocked, read_blocked_of, rows_between
+from mates_hf.training.redact import REDACTED_FILE
+from mates_hf.training.replay_blocked import (
+    RoundWithBlocked,
+    check_replaced,
+    read_blocked_of,
+    read_probed,
+    redacted_probes,
+    rows_between,
+)
 from mates_hf.training.replay_groups import check_groups, read_groups_of
 from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
 from mates_hf.training.replay_passages import RoundWithPassages, check_passages
@@ -119,7 +127,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         self.waiting = read_waiting(self)
         self.blocked = read_blocked_of(self)
         cursor = self._cursor_before(before)
-        self._read_probed(before)
+        self.probed = read_probed(self, before)
         if before is not None:
             self._check_goes_on(before)
             self.ledger = before.ledger  # the pool's shuffled order is made once
@@ -140,6 +148,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
             candidates = self.array("candidates.npy", np.int64, self.info["num_candidates"])
             self._check_candidates(candidates)
         self._check_draw(candidates, cursor)
+        check_replaced(self)
         if candidates is not None:
             self._check_selection(candidates)
         check_inside(self)
@@ -170,12 +179,13 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
 
     def _check_checksums(self) -> None:
         """Every file is the one that was written."""
+        self.redacted = self.json(REDACTED_FILE) if (self.path / REDACTED_FILE).exists() else None
         try:
             checksums = read_checksums(self.path)
             names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
             names += ["probed.npy", *self._scored_files()]
             names += [WAITING_FILE] if "num_waiting" in self.info else []
-            names += [] if self.info.get("fit") is None else ["influence_model/"]
+            names += [] if self.info.get("fit") is None or self.lacks_model else ["influence_model/"]
             for name in names:
                 ok = any(listed == name or (name[-1] == "/" and listed.startswith(name)) for listed in checksums)
                 self.require(ok, CHECKSUMS_FILE, f"a checksum of {name}", "none")
@@ -228,7 +238,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         ok = 0 < kept < self.num_pool_rows if moved else kept == len(before.rows)
         self.require(ok, ROUND_FILE, what, str(info["from_position"]))
         was, now = before.consumed.copy(), self.consumed
-        was[before.rows[:kept]] = True
+        was[before.trained[:kept]] = True
         more = rows_between(before, kept - len(before.rows))
         was[more] = True
         if check_pass(self, before, was, more):
@@ -247,41 +257,21 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         """The probes: as many as recorded, no row twice, none consumed, with the ones that had no trained token."""
         try:
             labels = read_labels(self.path / PROBES_FILE)
-            with contextlib.nullcontext() if self.info.get("fit") else contextlib.suppress(UnrankableError):
-                labels.check()
+            if self.redacted is None:
+                with contextlib.nullcontext() if self.info.get("fit") else contextlib.suppress(UnrankableError):
+                    labels.check()
         except (OSError, MatesError) as error:
             raise WrongError(PROBES_FILE, "the labels of the round's probes", str(error)) from error
         skipped = labels.info.get("skipped", [])
         ok = isinstance(skipped, list) and all(isinstance(row, int) and 0 <= row < 2**63 for row in skipped)
         self.require(ok, PROBES_FILE, "`skipped` as a list of rows", repr(skipped))
-        self.require(
-            len(skipped) == self.info["num_skipped"], PROBES_FILE,
-            f"{self.info['num_skipped']} skipped rows, as round.json", str(len(skipped)),
-        )  # fmt: skip
-        self.probes: IntArray = np.concatenate([labels.candidate_id, np.asarray(skipped, np.int64)]).astype(np.int64)
+        num, gone = self.info["num_skipped"], redacted_probes(self)
+        ok = len(skipped) == num or (len(gone) > 0 and len(skipped) < num)
+        self.require(ok, PROBES_FILE, f"{num} skipped rows, as round.json", str(len(skipped)))
+        self.probes: IntArray = np.concatenate([labels.candidate_id, np.asarray(skipped, np.int64), gone])
         expected = self.info["num_probed"]
         self.require(len(self.probes) == expected, PROBES_FILE, f"{expected} probed rows", str(len(self.probes)))
         return labels
-
-    def _read_probed(self, before: FinishedRound | None) -> None:
-        """The rows that earlier rounds probed, which this one draws its own beside."""
-        bits = self.array("probed.npy", np.uint8, -(-self.num_pool_rows // 8))
-        try:
-            seed = self.config.selection_seed
-            self.probed = Ledger.from_bits(np.asarray(bits), self.num_pool_rows, seed, 0).consumed
-        except ValueError as error:
-            raise WrongError("probed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
-        expected = None
-        if before is not None:
-            expected = before.probed.copy()
-            expected[before.probes] = True
-        elif self.number == self.config.random_rounds:
-            expected = np.zeros(self.num_pool_rows, np.bool_)
-        wrong = np.flatnonzero(self.probed != expected) if expected is not None else np.zeros(0, np.int64)
-        self.require(
-            not len(wrong), "probed.npy", "the rows that earlier rounds probed",
-            f"{_first(wrong)} the first that is told otherwise",
-        )  # fmt: skip
 
     def _check_unused(self, rows: IntArray, file: str) -> None:
         """Rows are in the pool, each once, and none was trained on in this pass."""
@@ -347,6 +337,10 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         num_targets = self.array("num_targets.npy", np.int32, len(candidates))
         hashes = self.array("hashes.npy", np.uint64, len(candidates)) if self.has_hashes else None
         groups = read_groups_of(self, self.info, len(candidates)) if self.config.group_column else None
+        if self.is_gone(candidates) or (self.config.temperature and self.is_gone(self.probes)):
+            if groups is not None:
+                check_groups(self, self.info, groups, candidates, self.rows)
+            return  # values that the choice hung on were taken out
         try:
             selected = select_rows(
                 np.asarray(candidates),

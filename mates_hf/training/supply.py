@@ -31,6 +31,7 @@ from mates_hf.selection.stream_buffers import BufferSizes, require_rows, sizes_f
 from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.blocked import Blocked, read_removed
 from mates_hf.training.clock import RowClock
+from mates_hf.training.journal import finish_pending
 from mates_hf.training.run import Run
 from mates_hf.training.sampler import ScheduledSampler
 from mates_hf.training.session import Session
@@ -102,6 +103,8 @@ def blocked_rows(
         ValueError: the pool has no such column, or no row is allowed.
         MatesError: what was removed cannot be read.
     """
+    if processes.is_main:
+        finish_pending(rounds_dir)
     if is_stream(pool):
         return None
     allow, removed = parse_allow(config.allow), np.zeros(0, np.int64)

@@ -160,9 +160,7 @@ class RunFiles:
                 until = load_order(self.rounds[following]).from_position
                 if following != number + 1:  # one between them was deleted
                     until = min(until, order.from_position + len(order.rows))
-            if until > order.from_position + len(order.rows):
-                seed = int(order.info["seed"])
-                order = lasting(path, order, ledger_of(path, order, self.num_rows, seed), until)
+            order = lasting(path, order, ledger_of(path, order, self.num_rows, int(order.info["seed"])), until)
             found.append(Stretch(order.from_position, order.rows[: until - order.from_position], number))
         first = found[0].start if found else None
         own = [
