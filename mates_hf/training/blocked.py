@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 ALLOWED_FILE = "allowed.npy"  # (ceil(num_rows / 8),) uint8, eight rows a byte
 REMOVED_FILE = "removed.npy"  # (R,) int64 pool rows, in the order of their removal
+MARKS_FILE = "pool_rows.npy"  # (K,) uint64 `CandidatePool.row_marks` of the pool as the run began with it
 EVENTS_FILE = "removed.json"  # dates and counts of removals
 
 
@@ -88,7 +89,9 @@ class Blocked:
             write_array(path, np.packbits(self.allowed))
 
 
-def own_order_without(rows: npt.NDArray[np.integer[Any]], blocked: Blocked) -> npt.NDArray[np.integer[Any]]:
+def own_order_without(
+    rows: npt.NDArray[np.integer[Any]], blocked: Blocked, avoid: npt.NDArray[np.integer[Any]]
+) -> npt.NDArray[np.integer[Any]]:
     """A pass in the own order without the rows that must not be used; as long as it was.
 
     Of rows that `allow` leaves out the next allowed ones take the place, and where these end, the first ones follow.
@@ -98,6 +101,7 @@ def own_order_without(rows: npt.NDArray[np.integer[Any]], blocked: Blocked) -> n
     Args:
         rows: (L,) integer pool rows, as the sampler draws them.
         blocked: the rows that must not be used.
+        avoid: (n,) integer rows of the first selection, which do not take the place of removed ones.
 
     Returns:
         (L,) integer pool rows of the same type.
@@ -111,7 +115,7 @@ def own_order_without(rows: npt.NDArray[np.integer[Any]], blocked: Blocked) -> n
     places: dict[int, list[int]] = {}
     for at in np.flatnonzero(np.isin(found, blocked.removed)).tolist():
         places.setdefault(int(found[at]), []).append(at)
-    gone: set[int] = set()
+    gone: set[int] = set(avoid.tolist())
     others = itertools.cycle(kept[::-1].tolist())
     for row in blocked.removed.tolist():
         gone.add(row)

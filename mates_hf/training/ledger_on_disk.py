@@ -16,9 +16,9 @@ from mates_hf.disk import read_array
 from mates_hf.errors import MatesError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.training.blocked import read_blocked
-from mates_hf.training.order import Order
+from mates_hf.training.order import Order, load_order
 from mates_hf.training.redact import probed_by
-from mates_hf.training.replaced import read_replaced, with_replaced
+from mates_hf.training.replaced import REPLACED_FILE, read_replaced, replaced_since, with_replaced
 
 
 def ledger_of(path: Path, order: Order, num_rows: int, seed: int) -> Ledger:
@@ -39,18 +39,23 @@ def ledger_of(path: Path, order: Order, num_rows: int, seed: int) -> Ledger:
     bits = read_array(path / "consumed.npy", np.uint8)
     if bits is None:
         raise MatesError(f"`{path}` must hold consumed.npy, which says what was trained on before it, got none.")
-    before = read_array(path / "probed.npy", np.uint8)  # not there in rounds of earlier versions
+    probed = read_array(path / "probed.npy", np.uint8)  # not there in rounds of earlier versions
     waiting = read_array(path / "waiting.npy", np.uint8)  # there from the second pass on
     ledger = Ledger.from_bits(
         np.asarray(bits),
         num_rows,
         seed,
         int(order.info["cursor"]),
-        None if before is None else np.asarray(before),
+        None if probed is None else np.asarray(probed),
         None if waiting is None else np.asarray(waiting),
     )
     ledger.pass_number = int(order.info.get("pass", 1))
-    ledger.blocked = read_blocked(path.parent, order.info, num_rows).mask_of(int(order.info.get("num_removed", 0)))
+    blocked, num_removed = read_blocked(path.parent, order.info, num_rows), int(order.info.get("num_removed", 0))
+    ledger.blocked = blocked.mask_of(num_removed)
+    before = path.parent / f"round-{order.number - 1:04d}"
+    if len(blocked.removed) and (before / REPLACED_FILE).exists():
+        if int(load_order(before).info.get("pass", 1)) == ledger.pass_number:
+            ledger.consumed[replaced_since(before, blocked.removed[:num_removed])] = True
     ledger.mark_probed(probed_by(path))
     return ledger
 

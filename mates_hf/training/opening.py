@@ -21,12 +21,12 @@ from typing import Any
 
 from mates_hf.config import MatesConfig
 from mates_hf.data.columns import fixed_positions
-from mates_hf.disk import make_directory, written_whole
+from mates_hf.disk import make_directory, write_array, written_whole
 from mates_hf.engine.fragments import whole_size
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.selection.plan import RunPlan, num_candidates
-from mates_hf.training.blocked import set_removed_aside
+from mates_hf.training.blocked import MARKS_FILE, set_removed_aside
 from mates_hf.training.history import set_history_aside
 from mates_hf.training.lock import RoundsLock
 from mates_hf.training.refit import refit_models
@@ -112,6 +112,8 @@ def open_rounds(run: Run, plan: RunPlan, output_dir: Path, *, resumes: bool, ste
                 _start_anew(rounds_dir, output_dir, step)
             if run.blocked is not None:
                 run.blocked.write(rounds_dir)
+                if not resumes or not (rounds_dir / MARKS_FILE).exists() and not run.num_removed:
+                    write_array(rounds_dir / MARKS_FILE, run.pool.row_marks())
     except BaseException:
         lock.release()
         raise

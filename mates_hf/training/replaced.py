@@ -57,7 +57,24 @@ def with_replaced(order: Order, entries: IntArray) -> Order:
     return dataclasses.replace(order, rows=rows, info={**order.info, "num_replaced": len(entries)})
 
 
-def replace_blocked(path: Path, order: Order, ledger: Ledger, blocked: Mask | None, start: int) -> Order:
+def replaced_since(path: Path, removed: IntArray) -> IntArray:
+    """The rows that were put into a round's order after the next round was decided.
+
+    Args:
+        path: the finished round.
+        removed: (R,) int64 rows that were removed when the next round was decided.
+
+    Returns:
+        (n,) int64 rows, which the next round did not know to be trained on.
+    """
+    entries = read_replaced(path)
+    found: IntArray = entries[~np.isin(entries[:, 1], removed), 2]
+    return found
+
+
+def replace_blocked(
+    path: Path, order: Order, ledger: Ledger, blocked: Mask | None, start: int, avoid: IntArray
+) -> Order:
     """Replace the rows of an order that must not be used, from a position on, and write down by which.
 
     The new rows are the next unused ones of the shuffled pool, as `Ledger.rows_after` finds them.
@@ -68,6 +85,7 @@ def replace_blocked(path: Path, order: Order, ledger: Ledger, blocked: Mask | No
         ledger: The ledger as it was when the round was decided, but for rows that must not be used.
         blocked: (N,) bool, rows that must not be used; None where all may be.
         start: pool rows that are trained on.
+        avoid: (n,) int64 rows that a later round, which is decided already, trains on or has probed.
 
     Returns:
         The order that is trained on from there.
@@ -82,7 +100,7 @@ def replace_blocked(path: Path, order: Order, ledger: Ledger, blocked: Mask | No
     if not len(holes):
         return order
     entries = read_replaced(path)
-    exclude = np.concatenate([probed_by(path), entries[:, 2]])
+    exclude = np.concatenate([probed_by(path), entries[:, 2], avoid])
     new = ledger.rows_after(np.asarray(order.rows), len(holes), exclude=exclude)
     rows = np.array(order.rows)
     made = np.stack([order.from_position + holes, rows[holes], new], axis=1).astype(np.int64)

@@ -39,6 +39,7 @@ from mates_hf.training.redact import REDACTED_FILE
 from mates_hf.training.replay_blocked import (
     RoundWithBlocked,
     check_replaced,
+    consumed_after,
     read_blocked_of,
     read_probed,
     redacted_probes,
@@ -237,9 +238,11 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         moved = info["from_step"] != earlier["to_step"] or _rows_per_step(info) != _rows_per_step(earlier)
         ok = 0 < kept < self.num_pool_rows if moved else kept == len(before.rows)
         self.require(ok, ROUND_FILE, what, str(info["from_position"]))
-        was, now = before.consumed.copy(), self.consumed
-        was[before.trained[:kept]] = True
-        more = rows_between(before, kept - len(before.rows))
+        was, now = consumed_after(before), self.consumed
+        was[before.trained_on(self)[:kept]] = True
+        more = rows_between(before, self, kept - len(before.rows))
+        if before.pass_number == self.pass_number:
+            self.late = before.entries[np.isin(before.entries[:, 1], self.gone), 2]
         was[more] = True
         if check_pass(self, before, was, more):
             was[:] = False
@@ -337,7 +340,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         num_targets = self.array("num_targets.npy", np.int32, len(candidates))
         hashes = self.array("hashes.npy", np.uint64, len(candidates)) if self.has_hashes else None
         groups = read_groups_of(self, self.info, len(candidates)) if self.config.group_column else None
-        if self.is_gone(candidates) or (self.config.temperature and self.is_gone(self.probes)):
+        if self.is_gone(candidates) or self.is_gone(self.probes):
             if groups is not None:
                 check_groups(self, self.info, groups, candidates, self.rows)
             return  # values that the choice hung on were taken out

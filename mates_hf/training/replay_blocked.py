@@ -40,6 +40,7 @@ class RoundWithBlocked(RoundReader):
         gone: (R,) int64 rows that were removed after it was decided.
         redacted: What was taken out of it; None where nothing was.
         entries: (n, 3) int64 of the rows that were replaced in its order.
+        late: rows that the round before it trains on, and that took the place of others after it was decided.
     """
 
     info: dict[str, Any]
@@ -55,12 +56,20 @@ class RoundWithBlocked(RoundReader):
     gone: IntArray
     redacted: dict[str, Any] | None = None
     entries: IntArray
+    late: IntArray = np.zeros(0, np.int64)
 
-    @property
-    def trained(self) -> IntArray:
-        """(k,) int64 the rows of the round that are trained on: those it decided, but for replaced ones."""
+    def trained_on(self, following: RoundWithBlocked) -> IntArray:
+        """The rows that a round trains on, as the next one knew them when it was decided.
+
+        Args:
+            following: the next round.
+
+        Returns:
+            (k,) int64: those it decided, but for those that were replaced by then.
+        """
+        known = self.entries[~np.isin(self.entries[:, 1], following.gone)]
         order = Order(number=0, from_position=self.info["from_position"], rows=self.rows, info={})
-        return np.asarray(with_replaced(order, self.entries).rows)
+        return np.asarray(with_replaced(order, known).rows)
 
     @property
     def lacks_model(self) -> bool:
@@ -233,11 +242,19 @@ def read_probed(current: RoundWithBlocked, before: RoundWithBlocked | None) -> M
     return found
 
 
-def rows_between(before: RoundWithBlocked, num_more: int) -> IntArray:
+def consumed_after(before: RoundWithBlocked) -> Mask:
+    """(N,) bool, a new array: rows trained on before a round, those that were put there after it was decided too."""
+    found: Mask = before.consumed.copy()
+    found[before.late] = True
+    return found
+
+
+def rows_between(before: RoundWithBlocked, following: RoundWithBlocked, num_more: int) -> IntArray:
     """The rows trained on after those of a round and before those of the next one.
 
     Args:
         before: the round.
+        following: the next one.
         num_more: how many they are.
 
     Returns:
@@ -249,7 +266,7 @@ def rows_between(before: RoundWithBlocked, num_more: int) -> IntArray:
     if num_more <= 0:
         return np.zeros(0, np.int64)
     ledger = before.ledger
-    ledger.consumed, ledger.waiting, ledger.blocked = before.consumed, before.waiting, before.blocked
+    ledger.consumed, ledger.waiting, ledger.blocked = consumed_after(before), before.waiting, before.blocked
     ledger.cursor = int(before.info["cursor"])
     exclude = np.concatenate([before.probes, before.entries[:, 2]])
     try:
@@ -258,4 +275,5 @@ def rows_between(before: RoundWithBlocked, num_more: int) -> IntArray:
         what = f"rows enough after those of round {before.info['number']}"
         raise WrongError(ROUND_FILE, what, str(error)) from error
     order = Order(number=0, from_position=before.info["from_position"] + len(before.rows), rows=found, info={})
-    return np.asarray(with_replaced(order, before.entries).rows)
+    known = before.entries[~np.isin(before.entries[:, 1], following.gone)]
+    return np.asarray(with_replaced(order, known).rows)

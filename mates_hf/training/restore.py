@@ -20,7 +20,8 @@ from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import rounds_on_disk
 from mates_hf.training.ledger_on_disk import lasting, ledger_of
 from mates_hf.training.order import Order, load_order
-from mates_hf.training.replaced import replace_blocked
+from mates_hf.training.redact import probed_by
+from mates_hf.training.replaced import read_replaced, replace_blocked
 from mates_hf.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def receive_orders(run: Run) -> list[Order]:
     return [Order(rows=arrays[str(order["number"])], **order) for order in message["orders"]]
 
 
-def restore_order(run: Run, path: Path, until: int, start: int) -> Order:
+def restore_order(run: Run, path: Path, until: int, start: int, later: Path | None = None) -> Order:
     """A finished round's order that lasts until a position, and the ledger as it was when that was decided.
 
     Args:
@@ -50,6 +51,7 @@ def restore_order(run: Run, path: Path, until: int, start: int) -> Order:
         path: the finished round.
         until: pool rows before the next round takes effect.
         start: pool rows that are trained on; behind them removed rows are replaced.
+        later: the round after it, where that is decided already.
 
     Returns:
         The order, with as many rows as are needed (`ledger_on_disk.lasting`): a second resume trains on the same ones.
@@ -61,7 +63,10 @@ def restore_order(run: Run, path: Path, until: int, start: int) -> Order:
     run.ledger = ledger_of(path, decided, len(run.pool), run.config.selection_seed)
     order = lasting(path, decided, run.ledger, until)
     run.ledger.blocked = None if run.blocked is None else run.blocked.mask
-    order = replace_blocked(path, order, run.ledger, run.ledger.blocked, start)
+    avoid = np.zeros(0, np.int64)
+    if later is not None:
+        avoid = np.concatenate([np.asarray(load_order(later).rows), read_replaced(later)[:, 2], probed_by(later)])
+    order = replace_blocked(path, order, run.ledger, run.ledger.blocked, start, avoid)
     more = np.asarray(order.rows[len(decided.rows) :])
     if len(more):
         logger.warning(
@@ -120,7 +125,7 @@ def restore_rounds(
     earlier = rounds_on_disk.round_before(run.rounds_dir, last.number)
     orders = []
     if last.from_position > start and earlier is not None:
-        orders.append(restore_order(run, earlier, last.from_position, start))
+        orders.append(restore_order(run, earlier, last.from_position, start, later=path))
     planned, until = what_follows(last, step)
     orders.append(restore_order(run, path, until, start))
     restore_models(run, last.number)

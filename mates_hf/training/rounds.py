@@ -49,7 +49,7 @@ from mates_hf.training.measure import measure_digest
 from mates_hf.training.mixed_in import passage_facts
 from mates_hf.training.order import Order, load_order
 from mates_hf.training.redact import probed_by
-from mates_hf.training.replaced import read_replaced, replace_blocked, with_replaced
+from mates_hf.training.replaced import read_replaced, with_replaced
 from mates_hf.training.restore import rows_offered
 from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Run, Stages, takes
@@ -289,9 +289,7 @@ def _take_over(run: Run, order: Order) -> Order:
     if "num_waiting" not in order.info:  # of an earlier version, or of the first pass
         run.ledger.waiting = None
     run.ledger.mark_offered(rows_offered(path, order))
-    order = with_replaced(order, read_replaced(path))  # a round from before a stop, of which rows were removed since
-    order = replace_blocked(path, order, run.ledger, run.ledger.blocked, order.from_position)
-    return with_files(run, order)
+    return with_files(run, with_replaced(order, read_replaced(path)))  # a round from before a stop may have some
 
 
 def _fit_and_judge(run: Run, path: Path, labels: InfluenceLabels, number: int, stages: Stages) -> Judged:

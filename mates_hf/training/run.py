@@ -258,6 +258,7 @@ class Run:
             "rate_steps": self.settings.rate_steps,
             "step": step,
             "weights": weights,
+            **({"num_removed": self.num_removed} if self.num_removed else {}),
         }
 
 

@@ -285,7 +285,7 @@ class ScheduledSampler(Sampler[int]):
         if self._blocked is not None and self._blocked.mask is not None:
             if not self.each_once:
                 check_rows_once(raw)
-            self.each_once, self.own_rows = True, own_order_without(raw, self._blocked)
+            self.each_once, self.own_rows = True, own_order_without(raw, self._blocked, self._scheduled)
         expected = saved.get("own_sha256")
         if not expected or expected == (sha256 := self._own_hash.hexdigest()):
             return
@@ -300,6 +300,11 @@ class ScheduledSampler(Sampler[int]):
             "The Trainer's own order is another one than before the resume (is `data_seed` another?). Selections go "
             "on exactly; a round that the guard sends back to that order takes other rows."
         )
+
+    @property
+    def _scheduled(self) -> Rows:
+        """All rows of orders that were appended and not forgotten."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.asarray(rows) for _, rows in self._orders)])
 
     def _rows_at(self, position: int, stop: int) -> list[int]:
         """The ids from a position on: up to `stop`, or where another order begins; none behind the schedule."""

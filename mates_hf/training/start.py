@@ -47,6 +47,7 @@ from mates_hf.training.supply import (
     make_ledger,
     make_sampler,
     num_rows_of,
+    pool_identity,
     told_rows,
 )
 
@@ -341,7 +342,7 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
         optimizer=optimizer,
         reference=reference,
         pool=loop.pool,
-        pool_identity=loop.pool.identity(),
+        pool_identity=pool_identity(loop.pool, loop.saved, loop.blocked, loop.rounds_dir, processes),
         passages={} if loop.mixed is None else loop.mixed.identity(),
         asked=loop.asked,
         probe=parts.probe,

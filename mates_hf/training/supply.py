@@ -19,17 +19,19 @@ from mates_hf.allow import parse_allow
 from mates_hf.config import MatesConfig
 from mates_hf.data.allowed import allowed_rows
 from mates_hf.data.collated import Collator
-from mates_hf.data.pool import CandidatePool
+from mates_hf.data.columns import fixed_positions
+from mates_hf.data.pool import NUM_IDENTITY_ROWS, CandidatePool
 from mates_hf.data.spool import Spool
 from mates_hf.data.stream import LENGTH, MatesStream
 from mates_hf.data.stream_pool import StreamPool
+from mates_hf.disk import read_array
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.selection.stream_buffers import BufferSizes, require_rows, sizes_for
 from mates_hf.selection.stream_ledger import StreamLedger
-from mates_hf.training.blocked import Blocked, read_removed
+from mates_hf.training.blocked import MARKS_FILE, Blocked, read_removed
 from mates_hf.training.clock import RowClock
 from mates_hf.training.journal import finish_pending
 from mates_hf.training.run import Run
@@ -117,6 +119,45 @@ def blocked_rows(
             else:
                 removed = processes.receive()[1]["rows"]
     return Blocked(len(pool), allowed, removed)
+
+
+def pool_identity(
+    pool: CandidatePool,
+    saved: Mapping[str, Any] | None,
+    blocked: Blocked | None,
+    rounds_dir: Path,
+    processes: Processes,
+) -> dict[str, Any]:
+    """What tells a run's pool from others; that of its beginning where only removed rows are other than they were.
+
+    All processes must call it.
+
+    Args:
+        pool: everything that may be trained on.
+        saved: this library's state in the checkpoint that is resumed, or None.
+        blocked: the rows that the run must not use; None of a stream.
+        rounds_dir: where its rounds are, and the marks of its rows.
+        processes: those that train the model together.
+
+    Returns:
+        `CandidatePool.identity`, or what the checkpoint has for it.
+    """
+    found = pool.identity()
+    began = None if saved is None else saved.get("pool")
+    if blocked is None or not len(blocked.removed) or not isinstance(began, Mapping) or began == found:
+        return found
+    with processes.together():
+        if processes.is_main:
+            marks = read_array(rounds_dir / MARKS_FILE, np.uint64)
+            marks = np.zeros(0, np.uint64) if marks is None else np.array(marks)
+            processes.publish({}, marks=marks)
+        else:
+            marks = processes.receive()[1]["marks"]
+    now = pool.row_marks()
+    if len(marks) != len(now) or any(began.get(name) != found[name] for name in ("num_rows", "features")):
+        return found
+    stays = ~np.isin(fixed_positions(len(pool), NUM_IDENTITY_ROWS), blocked.removed)
+    return dict(began) if np.array_equal(marks[stays], now[stays]) else found
 
 
 def make_sampler(
