@@ -180,3 +180,33 @@ def test_numbers_truth_values_and_missing_entries():
     assert [row["ok"] for row in stream] == [True, False]
     with pytest.raises(ValueError, match="column of the stream, got 'month'"):
         allowed_part(dataset.to_iterable_dataset(), "month=1")
+
+
+def test_a_selector_keeps_allowed_rows_alone():
+    from mates_hf import MatesSelector
+    from tests.selection.selector_kit import fit_model, make_lists
+
+    lists = make_lists(60, seed=3)
+    dataset = Dataset.from_dict({"input_ids": lists, "licence": [ENTRIES[i % 4] for i in range(60)]})
+    selector = MatesSelector(fit_model())
+    found = selector.filter(dataset, ratio=0.5, allow="licence=cc-by,cc0")
+    assert len(found) == 15
+    assert set(found["licence"]) <= {"cc-by", "cc0"}
+    alone = selector.filter(dataset.filter(lambda row: row["licence"] in ("cc-by", "cc0")), ratio=0.5)
+    assert found["input_ids"] == alone["input_ids"]
+    with pytest.raises(ValueError, match="none has mit in `licence`"):
+        selector.filter(dataset, ratio=0.5, allow={"licence": ["mit"]})
+    with pytest.raises(ValueError, match="^`allow` must be "):
+        selector.filter(dataset, ratio=0.5, allow="licence")
+
+
+def test_a_fit_reads_allowed_rows_alone():
+    from mates_hf.training.fit.inputs import read_pool
+    from mates_hf.training.fit.settings import FitSettings
+
+    pool = Dataset.from_dict({"text": ["a", "b", "c", "d"], "licence": ["cc0", "x", None, "cc0"]})
+    loaded, column = read_pool(pool, None, "train", FitSettings(), {"licence": ["cc0"]})
+    assert (loaded.dataset["text"], column) == (["a", "d"], "text")
+    assert "licence=cc0" in loaded.told
+    with pytest.raises(ValueError, match="`allow` must name columns of the pool, got 'license'"):
+        read_pool(pool, None, "train", FitSettings(), {"license": ["cc0"]})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mates_hf.training.listing import audit_run
 from mates_hf.training.lock import LockedError
 from mates_hf.training.verify import report_lines, verify_run
 from mates_hf.training.where import where_rows
+from tests.launch import free_port, start_processes
 from tests.training.kit import Stop, make_arguments, make_model, make_pool, make_reference, run, small_config
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -399,9 +402,6 @@ class Forgets(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 12 and self.status is None:
-            import subprocess
-            import sys
-
             words = [sys.executable, "-m", "mates_hf", "forget", args.output_dir, "--rows", "1,2"]
             self.status = subprocess.run(words, capture_output=True, text=True, check=False)
 
@@ -507,3 +507,62 @@ def test_rows_of_another_round_in_the_place_of_removed_ones_are_found(copied, ca
         assert "replaced.npy" in str(verify_run(path).problem)
     np.save(file, entries)
     assert holds(path)
+
+
+# --- real processes ---
+
+
+@pytest.mark.slow
+def test_a_real_kill_at_a_few_moments(stopped, tmp_path):
+    """SIGKILL from inside, at the nth rename: the next call, or nothing, makes it whole."""
+    shutil.copytree(stopped[0] / "_mates", tmp_path / "whole" / "_mates")
+    np.save(tmp_path / "rows.npy", most_rows(num=300))
+    forget_rows(tmp_path / "whole", most_rows(num=300))
+    whole = snapshot(tmp_path / "whole" / "_mates")
+    script = (
+        "import os, signal, sys\n"
+        "left, real = [int(sys.argv[1])], os.replace\n"
+        "def dies(*args, **kwargs):\n"
+        "    left[0] -= 1\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if left[0] < 0 else None\n"
+        "    return real(*args, **kwargs)\n"
+        "os.replace = dies\n"
+        "from mates_hf.cli import main\n"
+        "sys.exit(main(['forget', sys.argv[2], '--rows', sys.argv[3]]))\n"
+    )
+    ended = []
+    for after in (3, 20, 25, 30):
+        path = tmp_path / f"killed-{after}"
+        shutil.copytree(stopped[0] / "_mates", path / "_mates")
+        words = [sys.executable, "-c", script, str(after), str(path), str(tmp_path / "rows.npy")]
+        ended.append(subprocess.run(words, capture_output=True, check=False).returncode)
+        forget_rows(path, most_rows(num=300))
+        assert snapshot(path / "_mates") == whole
+        assert holds(path)
+    assert -9 in ended
+
+
+@pytest.mark.slow
+def test_two_processes_resume_without_the_rows(tmp_path):
+    worker = Path(__file__).with_name("worker.py")
+
+    def train_in_two(**settings: Any) -> list[list[int]]:
+        given = {
+            "output_dir": str(tmp_path / "run"),
+            "num_rows": ROWS,
+            "args": {**SAVES, "max_steps": 14, "per_device_train_batch_size": 2},
+            "config": {"num_probes": 40},
+            **settings,
+        }
+        started = start_processes([str(worker), json.dumps(given)], 2, free_port())
+        outs = [process.communicate(timeout=200) for process in started]
+        assert [process.returncode for process in started] == [0, 0], outs
+        return [json.loads(out.splitlines()[-1])["rows"] for out, _ in outs]
+
+    train_in_two(stop_at=9)
+    rows = most_rows(num=500)
+    forget_rows(tmp_path / "run", rows)
+    found = train_in_two(resume=str(tmp_path / "run" / "checkpoint-9"))
+    assert [len(each) for each in found] == [5 * 2, 5 * 2]
+    assert not {row for each in found for row in each} & set(rows.tolist())
+    assert holds(tmp_path / "run")
