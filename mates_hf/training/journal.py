@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class _Owner:
 
 
 @contextlib.contextmanager
-def held(rounds_dir: Path) -> Any:
+def held(rounds_dir: Path) -> Iterator[RoundsLock]:
     """Hold the lock of a folder of rounds inside.
 
     Args:

@@ -105,8 +105,9 @@ def blocked_rows(
         ValueError: the pool has no such column, or no row is allowed.
         MatesError: what was removed cannot be read.
     """
-    if processes.is_main:
-        finish_pending(rounds_dir)
+    with processes.together():
+        if processes.is_main:
+            finish_pending(rounds_dir)
     if is_stream(pool):
         return None
     allow, removed = parse_allow(config.allow), np.zeros(0, np.int64)

@@ -16,6 +16,7 @@ from mates_hf.cli import main
 from mates_hf.data.allowed import allowed_part, allowed_rows
 from mates_hf.disk import read_json, write_array
 from mates_hf.errors import RoundMismatchError, UnsupportedSettingError
+from mates_hf.training.forget import forget_rows
 from mates_hf.training.verify import verify_run
 from mates_hf.training.where import where_rows
 from tests.training.kit import Stop, make_arguments, make_model, make_pool, make_reference, run, small_config
@@ -143,6 +144,17 @@ def test_a_loop_of_ones_own(tmp_path):
         optimizer.zero_grad()
     assert set(seen) <= allowed()
     assert len(set(seen)) == 80
+    assert verify_run(tmp_path).problem is None
+
+
+def test_rows_that_are_removed_from_the_allowed_ones(tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    train(tmp_path, [callback(), Stop(10)], **saves)
+    rows = np.array(sorted(allowed())[::3])
+    forget_rows(tmp_path, rows)
+    assert verify_run(tmp_path).problem is None
+    rest = train(tmp_path, [callback()], resume=True, **saves)
+    assert set(rest.rows) <= allowed() - set(rows.tolist())
     assert verify_run(tmp_path).problem is None
 
 

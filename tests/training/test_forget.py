@@ -104,6 +104,37 @@ def test_none_of_800_rows_is_trained_on_afterwards(copied, at):
     assert holds(path)
 
 
+def test_before_the_first_round(tmp_path):
+    before = train(tmp_path, Stop(3)).rows
+    own = train(tmp_path / "whole").rows
+    assert own[:12] == before
+    rows = np.array([*own[12:20:3], *own[:2], *most_rows(num=200).tolist()])
+    found = forget_rows(tmp_path, rows)
+    assert found.rounds == ()
+    assert found.num_trained_on == len(set(before) & set(rows.tolist()))
+    rest = train(tmp_path, resume=True)
+    assert not set(rest.rows) & set(rows.tolist())
+    gone = set(rows.tolist())
+    assert [row if row in rest.rows[:12] else None for row in own[12:24]] == [
+        None if row in gone else row for row in own[12:24]
+    ]
+    assert holds(tmp_path)
+    uses = {(use.row, use.position) for use in where_rows(tmp_path, np.arange(ROWS)).uses if use.done}
+    assert uses == {(row, at) for at, row in enumerate([*before, *rest.rows])}
+
+
+def test_rounds_that_a_resume_comes_to_again_are_run_again(stopped, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(stopped[0], path)
+    rows = most_rows(num=300)
+    forget_rows(path, rows)
+    rest = train(path, resume=str(path / "checkpoint-8"))  # round 2 is on disk, decided before the removal
+    assert (path / "_mates" / "round-0002.stale").exists()
+    assert not set(rest.rows) & set(rows.tolist())
+    assert len(set(rest.rows)) == len(rest.rows)
+    assert holds(path)
+
+
 def test_a_few_rows_and_the_rest_of_the_run(copied):
     path, before = copied
     order = [use.row for use in sorted(where_rows(path, np.arange(ROWS)).uses, key=lambda use: use.position)]
@@ -544,20 +575,19 @@ def test_a_real_kill_at_a_few_moments(stopped, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_without_the_rows(tmp_path):
-    worker = Path(__file__).with_name("worker.py")
-
     def train_in_two(**settings: Any) -> list[list[int]]:
         given = {
             "output_dir": str(tmp_path / "run"),
+            "result": str(tmp_path / "result"),
             "num_rows": ROWS,
             "args": {**SAVES, "max_steps": 14, "per_device_train_batch_size": 2},
             "config": {"num_probes": 40},
             **settings,
         }
-        started = start_processes([str(worker), json.dumps(given)], 2, free_port())
-        outs = [process.communicate(timeout=200) for process in started]
-        assert [process.returncode for process in started] == [0, 0], outs
-        return [json.loads(out.splitlines()[-1])["rows"] for out, _ in outs]
+        started = start_processes(["tests/training/worker.py", json.dumps(given)], 2, free_port())
+        said = [process.communicate(timeout=200)[1] for process in started]
+        assert [process.returncode for process in started] == [0, 0], said
+        return [json.loads((tmp_path / f"result-{rank}.json").read_text())["rows"] for rank in (0, 1)]
 
     train_in_two(stop_at=9)
     rows = most_rows(num=500)
