@@ -53,9 +53,9 @@ class RoundWithBlocked(RoundReader):
     probes: IntArray
     probed: Mask
     blocked: Mask | None = None
-    gone: IntArray
+    gone: IntArray = np.zeros(0, np.int64)
     redacted: dict[str, Any] | None = None
-    entries: IntArray
+    entries: IntArray = np.zeros((0, 3), np.int64)
     late: IntArray = np.zeros(0, np.int64)
 
     def trained_on(self, following: RoundWithBlocked) -> IntArray:
