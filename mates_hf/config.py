@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mates_hf.allow import RULE, parse_allow
 from mates_hf.display import changed_fields
 
 # What every round measures beside its probe; not for users to set.
@@ -21,7 +22,7 @@ SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
 BEFORE: dict[str, Any] = {
     "max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0, "max_passes": 1,
-    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0, "round_page": "none",
+    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0, "round_page": "none", "allow": None,
 }  # fmt: skip
 
 
@@ -125,6 +126,14 @@ class MatesConfig:
         metadata={
             "help": "Each group gets at least so many times its share of the candidates, in [0, 1], as far as it has "
             "rows that may be chosen. Needs `group_column`. 0: no bound."
+        },
+    )
+    allow: dict[str, list[str]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows that may be used at all, by their entries in columns of the pool, as a dict or as text: "
+            "`licence=cc-by,cc0;consent=yes`. Others, and rows without an entry, are neither probed nor trained on. "
+            "None: all rows."
         },
     )
     min_spearman: float = field(
@@ -283,6 +292,7 @@ class MatesConfig:
         rule = "in [0, 1]" if bounded else "0 without `group_column`"
         ok = number("min_group_boost") and (0 <= self.min_group_boost <= 1 if bounded else self.min_group_boost == 0)
         require(ok, "min_group_boost", rule)
+        require(_is_allow(self.allow), "allow", RULE)
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
         require(self.round_page in ("texts", "redacted", "none"), "round_page", "'texts', 'redacted' or 'none'")
 
@@ -387,3 +397,12 @@ class MatesConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values of all fields."""
         return dataclasses.asdict(self)
+
+
+def _is_allow(value: Any) -> bool:
+    """Whether a value says which rows are allowed."""
+    try:
+        parse_allow(value)
+    except ValueError:
+        return False
+    return True

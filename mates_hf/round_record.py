@@ -233,7 +233,7 @@ def _chosen(record: RoundRecord) -> tuple[str, str]:
     mean = mean_of_selected(record)
     if mean is None or record.scores is None:
         return f"{len(record.selection):,} rows, not scored in this round", ""
-    every = float(np.mean(record.scores, dtype=np.float64))
+    every = float(np.nanmean(record.scores, dtype=np.float64))
     by_group = f"{groups_text(record.info)} their share" if groups_text(record.info) else ""
     text = f"predicted influence {mean:+.2e} on average, {every:+.2e} over all candidates"
     return bought_text(record.info) or text, by_group
@@ -243,5 +243,5 @@ def mean_of_selected(record: RoundRecord) -> float | None:
     """Mean predicted influence of the selection, or None where its rows were not scored in this round."""
     if record.selection is None or record.candidates is None or record.scores is None or not len(record.selection):
         return None
-    selected = np.isin(record.candidates, record.selection)
+    selected = np.isin(record.candidates, record.selection) & np.isfinite(record.scores)  # NaN: rows taken out
     return float(np.mean(record.scores[selected], dtype=np.float64)) if selected.any() else None

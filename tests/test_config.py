@@ -71,6 +71,10 @@ EDGES = {
     "group_column": (["", 1, b"source"], [None, "source"]),
     "max_group_boost": ([0, 0.5, 2.0, math.nan, "2"], [None]),  # needs `group_column`
     "min_group_boost": ([-0.1, 0.5, 1.1, math.nan, None, "0"], [0, 0.0]),
+    "allow": (
+        ["", "a", "a=", "=b", "a=b;a=c", {}, {"a": []}, {"a": "b"}, {1: ["b"]}, ["a=b"], 1],
+        [None, "a=b,c;d=e"],
+    ),
     "min_spearman": ([-1.01, 1.01, math.nan, None], [-1, 0, 1.0]),
     "on_weak_signal": (["own", "", None, 1], ["own_order", "select", "error"]),
     "random_rounds": ([0, -1, 1.5, None], [1, 10**9]),
@@ -200,6 +204,7 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         max_group_boost=2.0,
         min_group_boost=0.5,
         max_passes=3,
+        allow="licence=cc-by,cc0;consent=yes",
         min_spearman=-0.5,
         on_weak_signal="error",
         random_rounds=2,

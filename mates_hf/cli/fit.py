@@ -49,6 +49,7 @@ def add_command(commands: Any) -> None:
     add("--reference-column", help="the passages' column; default: one of these, or prompt and completion")
     add("--tokenizer", metavar="DIR_OR_ID", help="where the model's folder has no tokenizer")
     add("--pool-split", default="train", help="split of a pool on the Hub (default: train)")
+    add("--allow", metavar="RULE", help="rows that may be used at all: 'licence=cc-by,cc0;consent=yes'")
     add("--work", metavar="DIR", help="working folder (default: the one of --out with .fit behind its name)")
     add("--keep-work", action="store_true", help="leave the working folder where it is")
     add("--distil", action="store_true", help="also write DIR-text, a selector that reads texts without a tokenizer")
@@ -83,7 +84,7 @@ def _fit(arguments: argparse.Namespace) -> int:
             arguments.model, pool, arguments.reference, arguments.out, column=arguments.column,
             reference_column=arguments.reference_column, tokenizer=arguments.tokenizer,
             pool_split=arguments.pool_split, work=arguments.work, keep_work=arguments.keep_work,
-            distil=arguments.distil, progress=not arguments.quiet, **settings,
+            distil=arguments.distil, progress=not arguments.quiet, allow=arguments.allow, **settings,
         )  # fmt: skip
     if int(os.environ.get("RANK", 0)):
         return 0  # the first process speaks for all

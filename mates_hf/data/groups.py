@@ -63,6 +63,25 @@ def read_groups(dataset: Any, column: str, ids: IntArray | None = None) -> Group
     return Groups(code_of[places], order)
 
 
+def entries_of(dataset: Any, column: str, setting: str, ids: IntArray | None = None) -> tuple[list[Any], IntArray]:
+    """The entries of a column, and which of them each row has.
+
+    Args:
+        dataset: A `datasets.Dataset`, or any map-style dataset of rows that are mappings.
+        column: Name of the column.
+        setting: What names it, for the error.
+        ids: (N,) rows that are asked for; None: all.
+
+    Returns:
+        The entries, some of which no row may have, and (N,) int64 places in them. Equal entries may stand twice.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    require_column(dataset, column, setting)
+    return _read(dataset, column, ids)
+
+
 def _name_of(entry: Any, column: str) -> str:
     """What the group of an entry is called."""
     if not isinstance(entry, (str, int, float, bool, type(None))):

@@ -11,12 +11,14 @@ to give exactly its columns is read from Arrow instead (`columns`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import PLAIN, Candidates, Reading
@@ -198,6 +200,19 @@ class CandidatePool:
         for part in (where, rows.offsets, rows.values, effective_labels(rows), *documents):
             digest.update(np.ascontiguousarray(part, "<i8").tobytes())
         return {"num_rows": num, "features": self._features(), "rows_sha256": digest.hexdigest()}
+
+    def row_marks(self) -> npt.NDArray[np.uint64]:
+        """(K,) uint64 hashes of the rows that `identity` reads, one by one: which of them were changed."""
+        where = fixed_positions(len(self), NUM_IDENTITY_ROWS)
+        rows = self.token_rows(where if self._ids is None else self._ids[where])
+        labels = effective_labels(rows)
+        found = np.empty(len(where), np.uint64)
+        for i, (start, stop) in enumerate(itertools.pairwise(rows.offsets.tolist())):
+            digest = hashlib.blake2b(digest_size=8)
+            for part in (rows.values[start:stop], labels[start:stop]):
+                digest.update(np.ascontiguousarray(part, "<i8").tobytes())
+            found[i] = int.from_bytes(digest.digest(), "little")
+        return found
 
     def _features(self) -> str:
         """Names and Arrow types of a `datasets.Dataset`, else the keys and the type of the first row."""

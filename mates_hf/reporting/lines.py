@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from mates_hf.display import interval, spread
 from mates_hf.round_record import (
     RoundRecord,
@@ -146,7 +148,9 @@ def round_json(record: RoundRecord) -> dict[str, Any]:
                 "influence": spread(labels.influence),
                 "loss": spread(labels.loss),
             },
-            "scores": None if record.scores is None else {"num": len(record.scores), **spread(record.scores)},
+            "scores": None
+            if record.scores is None
+            else {"num": len(record.scores), **spread(record.scores[np.isfinite(record.scores)])},
             "selection": None
             if record.selection is None
             else {"num": len(record.selection), "mean_score": mean_of_selected(record)},

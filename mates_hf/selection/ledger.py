@@ -69,6 +69,7 @@ class Ledger:
         pass_number: passes over the pool that were begun, from 1.
         waiting: (num_rows,) bool, True where a row's turn is still to come; None in the first pass, whose cursor says
             it, and in rounds of earlier versions.
+        blocked: (num_rows,) bool, True where a row must not be used; None where all may be. Never drawn.
     """
 
     def __init__(self, num_rows: int, seed: int) -> None:
@@ -81,6 +82,7 @@ class Ledger:
         self.cursor = 0
         self.pass_number = 1
         self.waiting: Mask | None = None
+        self.blocked: Mask | None = None
         self._shuffling: threading.Thread | None = None
         self._shuffled: npt.NDArray[np.integer[Any]] | None = None
 
@@ -108,8 +110,13 @@ class Ledger:
 
     @property
     def num_unused(self) -> int:
-        """Rows not yet trained on in this pass."""
-        return self.num_rows - int(np.count_nonzero(self.consumed))
+        """Rows not yet trained on in this pass, of those that may be used."""
+        return self.num_rows - int(np.count_nonzero(self._unavailable))
+
+    @property
+    def _unavailable(self) -> Mask:
+        """(num_rows,) bool, True where a row is consumed or must not be used; not to be written to."""
+        return self.consumed if self.blocked is None else self.consumed | self.blocked
 
     def mark_trained(self, rows: npt.NDArray[np.integer[Any]]) -> None:
         """Record that rows are trained on in this pass.
@@ -215,12 +222,12 @@ class Ledger:
             candidates, cursor = self._next_slice(num_slice)
             ahead = np.zeros(self.num_rows, np.bool_)
             ahead[self.shuffled[cursor:]] = True
-            free = self._blocked(candidates)
+            free = self._without(candidates)
             np.logical_not(free, out=free)
             probes = self._draw_probes(free, ahead, num_probes, round_number)
             return RoundDraw(candidates, probes, cursor)
-        probes = self._draw_probes(~self.consumed, np.ones(1, np.bool_), num_probes, round_number)
-        candidates, _ = next_rows(self.shuffled, 0, self.num_rows, self._blocked(probes))
+        probes = self._draw_probes(~self._unavailable, np.ones(1, np.bool_), num_probes, round_number)
+        candidates, _ = next_rows(self.shuffled, 0, self.num_rows, self._without(probes))
         return RoundDraw(candidates, probes, self.cursor)
 
     def narrowed(self, draw: RoundDraw, num_selected: int, config: MatesConfig) -> RoundDraw:
@@ -259,7 +266,7 @@ class Ledger:
         Raises:
             MatesError: the order has too few such rows.
         """
-        rows, _ = next_in_turn(own_rows, 0, num_rows_needed, self._blocked(exclude), self.waiting)
+        rows, _ = next_in_turn(own_rows, 0, num_rows_needed, self._without(exclude), self.waiting)
         if len(rows) < num_rows_needed:
             raise MatesError(
                 f"A round in the Trainer's own order must have {num_rows_needed} unused rows that it did not probe, "
@@ -338,13 +345,13 @@ class Ledger:
 
     def _next_slice(self, num: int) -> tuple[IntArray, int]:
         """The next `num` unused rows, and the cursor behind them."""
-        return next_in_turn(self.shuffled, self.cursor, num, self.consumed, self.waiting)
+        return next_in_turn(self.shuffled, self.cursor, num, self._unavailable, self.waiting)
 
-    def _blocked(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
-        """(num_rows,) bool, True where a row is consumed or among `rows`."""
-        blocked = self.consumed.copy()
-        blocked[rows] = True
-        return blocked
+    def _without(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
+        """(num_rows,) bool, True where a row is consumed, must not be used, or is among `rows`."""
+        found = self._unavailable.copy()
+        found[rows] = True
+        return found
 
     def _draw_probes(
         self, free: npt.NDArray[np.bool_], ahead: npt.NDArray[np.bool_], num: int, round_number: int

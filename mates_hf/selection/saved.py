@@ -222,6 +222,13 @@ def read_selector(path: Path) -> Saved:
     return Saved(load_influence_model(path), tokenizer, max_length, origin)
 
 
+def _removed(rounds: Mapping[int, Path]) -> str:
+    """What to do where `mates-hf forget` deleted the models of rounds."""
+    if not any((path / "redacted.json").exists() for path in rounds.values()):
+        return ""
+    return " Rows were removed from it (`mates-hf forget`); its models are fitted again when the run resumes."
+
+
 def _holds_model(path: Path) -> bool:
     """True where a directory's config is an influence model's, damaged or not; `Trainer.save_model` writes others."""
     if not (path / CONFIG_FILE).exists():
@@ -252,9 +259,11 @@ def _newest_model(path: Path) -> Path:
         logger.info("The influence model of the newest of %d finished rounds is read: `%s`.", len(finished), newest)
         return newest
     if (path / ROUND_FILE).exists():
-        why = f"It is a finished round that kept no influence model. Its run is `{path.parent}`."
+        why = f"It is a finished round that kept no influence model. Its run is `{path.parent}`.{_removed({0: path})}"
     elif finished:
-        why = f"The finished rounds there, {', '.join(map(str, finished))}, kept no influence model."
+        why = (
+            f"The finished rounds there, {', '.join(map(str, finished))}, kept no influence model.{_removed(finished)}"
+        )
     elif (path / CONFIG_FILE).exists():
         why = "It holds a model of transformers. Influence models are in the run's rounds, `<output_dir>/_mates`."
         _, beside = find_rounds(path.parent)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelHubMixin
 
+from mates_hf.data.allowed import allowed_part
 from mates_hf.data.arguments import check_influence_model
 from mates_hf.data.raw_texts import find_text_column
 from mates_hf.data.text_spans import as_text_list
@@ -264,6 +265,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         group_column: str | None = None,
         max_group_boost: float | None = None,
         min_group_boost: float = 0.0,
+        allow: Mapping[str, Any] | str | None = None,
     ) -> Any:
         """Score a dataset and keep what a budget allows; exactly one of `ratio`, `k`, `threshold`, `num_tokens`.
 
@@ -296,6 +298,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             max_group_boost: Largest multiple of its share of the rows that a group gets of a `ratio` or `k`, at least
                 1; None sets no bound.
             min_group_boost: Smallest multiple that each group gets, in [0, 1], as far as it has trained tokens.
+            allow: Rows that may be used at all, as in `MatesConfig.allow`; others are not scored or counted.
 
         Returns:
             A `Selection`; a `StreamSelection` of a stream; a dict of them by split.
@@ -318,7 +321,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
             column=one_column(column, text_column), batch_size=batch_size, num_proc=num_proc, shards_dir=shards_dir,
             calibration_rows=calibration_rows, bounds=bounds_of(group_column, max_group_boost, min_group_boost),
         )  # fmt: skip
-        return self._open(dataset, options).select(budget)
+        return self._open(allowed_part(dataset, allow), options).select(budget)
 
     def _open(self, dataset: Any, options: Options) -> Splits | StreamInput | DatasetInput:
         """What is scored, decided once."""

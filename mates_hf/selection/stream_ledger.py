@@ -38,6 +38,8 @@ class StreamLedger:
         waiting: None; no row waits for its turn.
     """
 
+    blocked = None  # rows of a stream have no numbers by which they could be
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.position = 0

@@ -39,7 +39,7 @@ from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
 from mates_hf.training.start import Loop, Parts, checked_parts, open_session, prepare, tell_no_round, tell_opened
-from mates_hf.training.supply import is_stream, open_pool
+from mates_hf.training.supply import open_pool
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class MatesCallback(TrainerCallback):
         if not plan.rounds and not loop.has_selected:
             if state.is_world_process_zero:
                 tell_no_round(plan)
-            if loop.mixed is None and not is_stream(loop.pool):
+            if loop.mixed is None and loop.pool_is_whole:
                 return
         self._session = open_session(parts, loop, plan)
         dataset = None if loop.mixed is None else loop.mixed.dataset

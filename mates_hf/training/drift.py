@@ -30,6 +30,7 @@ from mates_hf.config import NUM_SENTINELS
 from mates_hf.disk import read_array, read_json, write_json
 from mates_hf.errors import InfluenceError
 from mates_hf.evaluation.agreement import rank_correlation
+from mates_hf.influence.path_length import rate_steps
 from mates_hf.records import InfluenceLabels
 from mates_hf.round_files import round_path
 from mates_hf.selection.choose import stage_seed
@@ -37,11 +38,9 @@ from mates_hf.selection.plan import PlannedRound, RunPlan, num_candidates
 from mates_hf.training.measure import measure_sentinel
 from mates_hf.training.order import Order
 from mates_hf.training.run import Run
-from mates_hf.training.trust import check_file, gap_between, longest_steps, rows_to_check
+from mates_hf.training.trust import SENTINEL_FILE, check_file, gap_between, longest_steps, rows_to_check
 
 logger = logging.getLogger(__name__)
-
-SENTINEL_FILE = "sentinel.json"
 
 
 def look_inside(
@@ -201,3 +200,32 @@ def check_drift(run: Run, path: Path) -> float:
         logger.warning("Drift check: the sentinel cannot be ranked any more (%s).", error)
         return 0.0
     return rank_correlation(now.influence_per_token, np.array(sentinel["influence_per_token"], np.float32))
+
+
+def rate_steps_ahead(
+    run: Run,
+    plan: RunPlan,
+    planned: PlannedRound | None,
+    order: Order | None,
+    rates: tuple[float, ...] | None,
+    step: int,
+) -> float | None:
+    """The coming round in steps at the present rates; at a check, that of the round that is checked.
+
+    Args:
+        run: the run's state.
+        plan: The plan of the run.
+        planned: The coming round, as long as it may be; None where there is none.
+        order: The order of the last round; None before the first.
+        rates: The last learning rates that moved; None takes those of the optimizer.
+        step: optimizer steps done.
+
+    Returns:
+        A number of steps; None where the schedule is not known.
+    """
+    if planned is None or step < planned.boundary_step:
+        assert order is not None
+        found: float | None = order.info.get("rate_steps")
+        return found
+    rates = rates or tuple(float(group["lr"]) for group in run.optimizer.param_groups)
+    return rate_steps(run.lr_scheduler, min(planned.steps, plan.max_steps - step), rates)

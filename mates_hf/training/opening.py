@@ -21,12 +21,15 @@ from typing import Any
 
 from mates_hf.config import MatesConfig
 from mates_hf.data.columns import fixed_positions
-from mates_hf.disk import make_directory, written_whole
+from mates_hf.disk import make_directory, write_array, written_whole
 from mates_hf.engine.fragments import whole_size
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.selection.plan import RunPlan, num_candidates
+from mates_hf.training.blocked import MARKS_FILE, set_removed_aside
+from mates_hf.training.history import set_history_aside
 from mates_hf.training.lock import RoundsLock
+from mates_hf.training.refit import refit_models
 from mates_hf.training.rounds_on_disk import newest_checkpoint, set_earlier_run_aside
 from mates_hf.training.run import Run
 
@@ -103,8 +106,14 @@ def open_rounds(run: Run, plan: RunPlan, output_dir: Path, *, resumes: bool, ste
         with disk_errors_named(rounds_dir):
             _try_to_write(rounds_dir)
             check_room(run, plan, step)
-            if not resumes:
+            if resumes:
+                refit_models(run)
+            else:
                 _start_anew(rounds_dir, output_dir, step)
+            if run.blocked is not None:
+                run.blocked.write(rounds_dir)
+                if not resumes or not (rounds_dir / MARKS_FILE).exists() and not run.num_removed:
+                    write_array(rounds_dir / MARKS_FILE, run.pool.row_marks())
     except BaseException:
         lock.release()
         raise
@@ -115,6 +124,8 @@ def _start_anew(rounds_dir: Path, output_dir: Path, step: int) -> None:
     """Set aside what an earlier run left; where that could have been resumed, say so."""
     earlier = newest_checkpoint(output_dir) if not step else None
     set_earlier_run_aside(rounds_dir, output_dir)
+    set_history_aside(rounds_dir)
+    set_removed_aside(rounds_dir)
     if earlier is not None:
         logger.warning(
             "`%s` is of a run with rounds, and this run starts anew: that run's rounds are set aside as `.stale`. To "

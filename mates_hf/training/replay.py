@@ -35,6 +35,16 @@ from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.quota import quota_of
 from mates_hf.selection.select_stage import select_rows
+from mates_hf.training.redact import REDACTED_FILE
+from mates_hf.training.replay_blocked import (
+    RoundWithBlocked,
+    check_replaced,
+    consumed_after,
+    read_blocked_of,
+    read_probed,
+    redacted_probes,
+    rows_between,
+)
 from mates_hf.training.replay_groups import check_groups, read_groups_of
 from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
 from mates_hf.training.replay_passages import RoundWithPassages, check_passages
@@ -51,7 +61,7 @@ _SCORED = ["candidates.npy", "scores.npy", "num_targets.npy"]
 _MAPPINGS = ("config", "pool", "reference", "guard", "probe", "stages")
 
 
-class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
+class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWithBlocked):
     """A finished round: read and checked piece by piece, each check by the name of its file."""
 
     def __init__(self, path: Path, number: int) -> None:
@@ -116,8 +126,9 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
             raise WrongError("consumed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
         self.consumed, self.ledger = ledger.consumed, ledger
         self.waiting = read_waiting(self)
+        self.blocked = read_blocked_of(self)
         cursor = self._cursor_before(before)
-        self._read_probed(before)
+        self.probed = read_probed(self, before)
         if before is not None:
             self._check_goes_on(before)
             self.ledger = before.ledger  # the pool's shuffled order is made once
@@ -138,6 +149,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
             candidates = self.array("candidates.npy", np.int64, self.info["num_candidates"])
             self._check_candidates(candidates)
         self._check_draw(candidates, cursor)
+        check_replaced(self)
         if candidates is not None:
             self._check_selection(candidates)
         check_inside(self)
@@ -168,12 +180,13 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
 
     def _check_checksums(self) -> None:
         """Every file is the one that was written."""
+        self.redacted = self.json(REDACTED_FILE) if (self.path / REDACTED_FILE).exists() else None
         try:
             checksums = read_checksums(self.path)
             names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
             names += ["probed.npy", *self._scored_files()]
             names += [WAITING_FILE] if "num_waiting" in self.info else []
-            names += [] if self.info.get("fit") is None else ["influence_model/"]
+            names += [] if self.info.get("fit") is None or self.lacks_model else ["influence_model/"]
             for name in names:
                 ok = any(listed == name or (name[-1] == "/" and listed.startswith(name)) for listed in checksums)
                 self.require(ok, CHECKSUMS_FILE, f"a checksum of {name}", "none")
@@ -225,9 +238,11 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         moved = info["from_step"] != earlier["to_step"] or _rows_per_step(info) != _rows_per_step(earlier)
         ok = 0 < kept < self.num_pool_rows if moved else kept == len(before.rows)
         self.require(ok, ROUND_FILE, what, str(info["from_position"]))
-        was, now = before.consumed.copy(), self.consumed
-        was[before.rows[:kept]] = True
-        more = self._rows_between(before, kept - len(before.rows))
+        was, now = consumed_after(before), self.consumed
+        was[before.trained_on(self)[:kept]] = True
+        more = rows_between(before, self, kept - len(before.rows))
+        if before.pass_number == self.pass_number:
+            self.late = before.entries[np.isin(before.entries[:, 1], self.gone), 2]
         was[more] = True
         if check_pass(self, before, was, more):
             was[:] = False
@@ -241,56 +256,25 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
                 f"{len(wrong)} rows that differ, the first of them row {row}",
             )  # fmt: skip
 
-    def _rows_between(self, before: FinishedRound, num_more: int) -> IntArray:
-        """The rows trained on after those of a round and before those of the next one."""
-        if num_more <= 0:
-            return np.zeros(0, np.int64)
-        before.ledger.consumed, before.ledger.waiting = before.consumed, before.waiting
-        before.ledger.cursor = int(before.info["cursor"])
-        try:
-            return before.ledger.rows_after(before.rows, num_more, exclude=before.labels.candidate_id)
-        except MatesError as error:
-            raise WrongError(ROUND_FILE, f"rows enough after those of round {before.number}", str(error)) from error
-
     def _read_labels(self) -> InfluenceLabels:
         """The probes: as many as recorded, no row twice, none consumed, with the ones that had no trained token."""
         try:
             labels = read_labels(self.path / PROBES_FILE)
-            with contextlib.nullcontext() if self.info.get("fit") else contextlib.suppress(UnrankableError):
-                labels.check()
+            if self.redacted is None:
+                with contextlib.nullcontext() if self.info.get("fit") else contextlib.suppress(UnrankableError):
+                    labels.check()
         except (OSError, MatesError) as error:
             raise WrongError(PROBES_FILE, "the labels of the round's probes", str(error)) from error
         skipped = labels.info.get("skipped", [])
         ok = isinstance(skipped, list) and all(isinstance(row, int) and 0 <= row < 2**63 for row in skipped)
         self.require(ok, PROBES_FILE, "`skipped` as a list of rows", repr(skipped))
-        self.require(
-            len(skipped) == self.info["num_skipped"], PROBES_FILE,
-            f"{self.info['num_skipped']} skipped rows, as round.json", str(len(skipped)),
-        )  # fmt: skip
-        self.probes: IntArray = np.concatenate([labels.candidate_id, np.asarray(skipped, np.int64)]).astype(np.int64)
+        num, gone = self.info["num_skipped"], redacted_probes(self)
+        ok = len(skipped) == num or (len(gone) > 0 and len(skipped) < num)
+        self.require(ok, PROBES_FILE, f"{num} skipped rows, as round.json", str(len(skipped)))
+        self.probes: IntArray = np.concatenate([labels.candidate_id, np.asarray(skipped, np.int64), gone])
         expected = self.info["num_probed"]
         self.require(len(self.probes) == expected, PROBES_FILE, f"{expected} probed rows", str(len(self.probes)))
         return labels
-
-    def _read_probed(self, before: FinishedRound | None) -> None:
-        """The rows that earlier rounds probed, which this one draws its own beside."""
-        bits = self.array("probed.npy", np.uint8, -(-self.num_pool_rows // 8))
-        try:
-            seed = self.config.selection_seed
-            self.probed = Ledger.from_bits(np.asarray(bits), self.num_pool_rows, seed, 0).consumed
-        except ValueError as error:
-            raise WrongError("probed.npy", f"the bits of {self.num_pool_rows} rows", str(error)) from error
-        expected = None
-        if before is not None:
-            expected = before.probed.copy()
-            expected[before.probes] = True
-        elif self.number == self.config.random_rounds:
-            expected = np.zeros(self.num_pool_rows, np.bool_)
-        wrong = np.flatnonzero(self.probed != expected) if expected is not None else np.zeros(0, np.int64)
-        self.require(
-            not len(wrong), "probed.npy", "the rows that earlier rounds probed",
-            f"{_first(wrong)} the first that is told otherwise",
-        )  # fmt: skip
 
     def _check_unused(self, rows: IntArray, file: str) -> None:
         """Rows are in the pool, each once, and none was trained on in this pass."""
@@ -301,6 +285,9 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         self.require(not len(twice), file, "each row once", f"{_first(twice)} more than once")
         used = rows[self.consumed[rows]]
         self.require(not len(used), file, "rows not trained on in this pass", f"{_first(used)} consumed before")
+        if self.blocked is not None:
+            wrong = rows[self.blocked[rows]]
+            self.require(not len(wrong), file, "rows that may be used", f"{_first(wrong)} not allowed or removed")
 
     def _check_rows(self) -> None:
         """The rows to train on: unused, each once, none of them probed."""
@@ -326,7 +313,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
             cursor = int(np.flatnonzero(self.ledger.shuffled == candidates[0])[0]) if len(candidates) else 0
         file = PROBES_FILE if candidates is None else "candidates.npy"
         self.ledger.consumed, self.ledger.probed, self.ledger.cursor = self.consumed, self.probed, cursor
-        self.ledger.waiting = self.waiting
+        self.ledger.waiting, self.ledger.blocked = self.waiting, self.blocked
         try:
             draw = self.ledger.draw(
                 round_number=self.number,
@@ -353,6 +340,10 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses):
         num_targets = self.array("num_targets.npy", np.int32, len(candidates))
         hashes = self.array("hashes.npy", np.uint64, len(candidates)) if self.has_hashes else None
         groups = read_groups_of(self, self.info, len(candidates)) if self.config.group_column else None
+        if self.is_gone(candidates) or self.is_gone(self.probes):
+            if groups is not None:
+                check_groups(self, self.info, groups, candidates, self.rows)
+            return  # values that the choice hung on were taken out
         try:
             selected = select_rows(
                 np.asarray(candidates),

@@ -16,8 +16,9 @@ import numpy as np
 from mates_hf.config import MatesConfig
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.round_files import REFERENCE_FILE, ROUND_FILE
+from mates_hf.training.replay_blocked import RoundWithBlocked, redacted_probes
 from mates_hf.training.rise import Boundary, Rise, course_after, find_rise, rises_after
-from mates_hf.training.round_reader import RoundReader, is_whole
+from mates_hf.training.round_reader import is_whole
 from mates_hf.training.trust import (
     GAP_FILE,
     LOSS_ROSE,
@@ -33,7 +34,7 @@ from mates_hf.training.trust import (
 _RTOL, _ATOL = 1e-6, 1e-9  # means add up in another order with another numpy
 
 
-class RoundWithLength(RoundReader):
+class RoundWithLength(RoundWithBlocked):
     """What of a finished round its length is checked by; `replay` reads the rest.
 
     Attributes:
@@ -142,7 +143,7 @@ def check_inside(current: RoundWithLength) -> None:
         step = int(check["step"]) if is_whole(check.get("step")) else -1
         ok = check.get("round") == current.number and file.name == check_file(step)
         current.require(ok, file.name, "the `step` and `round` that its name and folder say", repr(check.get("step")))
-        due = next_check(current.config, current.info, step - 1)
+        due = next_check(current.config, {**current.info, "redacted": None}, step - 1)
         current.require(due == step, file.name, f"a check at a step where one is due ({due})", str(step))
         expected = _gap_inside(current, file.name, check)
         what = f"`gap` {expected}, as its labels give"
@@ -155,6 +156,9 @@ def _gap_inside(current: RoundWithLength, name: str, check: Mapping[str, Any]) -
     """The gap of a check; None where it could not be measured."""
     if "candidate_id" not in check:
         return None
+    if current.info.get("redacted"):  # what the gap hung on was taken out
+        recorded: dict[str, Any] | None = check.get("gap")
+        return recorded
     num_done, num = check.get("num_done"), current.info["num_candidates"]
     current.require(is_whole(num_done), name, "`num_done` as a number of rows", repr(num_done))
     ids, is_bought = rows_to_check(
@@ -224,13 +228,15 @@ def _check_gap(current: RoundWithLength, before: RoundWithLength | None) -> Gap 
     gap = info.get("gap")
     current.require(gap is None or isinstance(gap, dict), ROUND_FILE, "`gap` as an object", repr(gap))
     is_there = (current.path / GAP_FILE).exists()
-    if before is not None and "gap" in info:
+    if before is not None and "gap" in info and not before.lacks_model:
         bought = before.decision != "own_order" and info.get("fit") is not None
         what = f"{'a' if bought else 'no such'} file, as round {before.number} decided {before.decision}"
         current.require(is_there == bought, GAP_FILE, what, "one" if is_there else "none")
     found = None
     if is_there:
         predicted = current.array(GAP_FILE, np.float32, len(labels))
+        if len(redacted_probes(current)):  # it hung on labels that were taken out, so it stays as recorded
+            return None if gap is None else Gap(gap["gap"], tuple(gap["interval"]))
         found = measure_gap(np.asarray(predicted), labels, current.config.selection_ratio)
     expected = None if found is None else found.to_dict()
     current.require(

@@ -35,6 +35,7 @@ class RoundWithPasses(RoundReader):
         rows: what it trains on, in order, once they are read.
         ledger: has the pool's shuffled order, once it is read.
         waiting: whose turn was still to come when it drew; None in the first pass and in rounds of earlier versions.
+        blocked: (N,) bool, rows that it must not use; None where all may be.
     """
 
     number: int
@@ -47,6 +48,7 @@ class RoundWithPasses(RoundReader):
     rows: IntArray
     ledger: Ledger
     waiting: Mask | None = None
+    blocked: Mask | None = None
 
     @property
     def offered(self) -> IntArray:
@@ -139,7 +141,8 @@ def check_pass(current: RoundWithPasses, before: RoundWithPasses, consumed: Mask
     Raises:
         WrongError: the first thing that is wrong.
     """
-    config, num_unused = current.config, current.num_pool_rows - int(np.count_nonzero(consumed))
+    config, gone = current.config, consumed if current.blocked is None else consumed | current.blocked
+    num_unused = current.num_pool_rows - int(np.count_nonzero(gone))
     needed = num_candidates(current.num_rows_drawn_for, config.selection_ratio) + config.num_probes
     begins = needed > num_unused and before.pass_number < config.most_passes
     expected = before.pass_number + begins

@@ -6,20 +6,22 @@ orders. Which round a checkpoint needs is `rounds_on_disk`'s business.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mates_hf.disk import read_array
-from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
-from mates_hf.round_files import PROBES_FILE, read_labels, round_path
-from mates_hf.selection.ledger import Ledger, probed_rows
+from mates_hf.round_files import round_path
+from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import rounds_on_disk
+from mates_hf.training.ledger_on_disk import lasting, ledger_of
 from mates_hf.training.order import Order, load_order
+from mates_hf.training.redact import probed_by
+from mates_hf.training.replaced import read_replaced, replace_blocked
 from mates_hf.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -41,54 +43,38 @@ def receive_orders(run: Run) -> list[Order]:
     return [Order(rows=arrays[str(order["number"])], **order) for order in message["orders"]]
 
 
-def restore_order(run: Run, path: Path, until: int) -> Order:
+def restore_order(run: Run, path: Path, until: int, start: int, later: Path | None = None) -> Order:
     """A finished round's order that lasts until a position, and the ledger as it was when that was decided.
-
-    A larger batch or more steps than planned use it up sooner. What is missing are unused rows in the order of the
-    shuffled pool, none of them probed in that round. They depend on the round alone, so that a second resume
-    trains on the same ones.
 
     Args:
         run: the run's state; gets the ledger.
         path: the finished round.
-        until: global row position at which the next round takes effect.
+        until: pool rows before the next round takes effect.
+        start: pool rows that are trained on; behind them removed rows are replaced.
+        later: the round after it, where that is decided already.
 
     Returns:
-        The order, with as many rows as are needed.
+        The order, with as many rows as are needed (`ledger_on_disk.lasting`): a second resume trains on the same ones.
 
     Raises:
         MatesError: the round does not say what was trained on before it.
     """
-    order = load_order(path)
-    bits = read_array(path / "consumed.npy", np.uint8)
-    if bits is None:
-        raise MatesError(f"`{path}` must hold consumed.npy, which says what was trained on before it, got none.")
-    cursor = int(order.info["cursor"])
-    before = read_array(path / "probed.npy", np.uint8)  # not there in rounds of earlier versions
-    waiting = read_array(path / "waiting.npy", np.uint8)  # there from the second pass on
-    run.ledger = Ledger.from_bits(
-        np.asarray(bits),
-        len(run.pool),
-        run.config.selection_seed,
-        cursor,
-        None if before is None else np.asarray(before),
-        None if waiting is None else np.asarray(waiting),
-    )
-    run.ledger.pass_number = int(order.info.get("pass", 1))
-    probed = probed_rows(read_labels(path / PROBES_FILE))
-    run.ledger.mark_probed(probed)
-    offered = rows_offered(path, order)
-    missing = until - order.from_position - len(order.rows)
-    if missing > 0:
-        more = run.ledger.rows_after(order.rows, missing, exclude=probed)
+    decided = load_order(path)
+    run.ledger = ledger_of(path, decided, len(run.pool), run.config.selection_seed)
+    order = lasting(path, decided, run.ledger, until)
+    run.ledger.blocked = None if run.blocked is None else run.blocked.mask
+    avoid = np.zeros(0, np.int64)
+    if later is not None:
+        avoid = np.concatenate([np.asarray(load_order(later).rows), read_replaced(later)[:, 2], probed_by(later)])
+    order = replace_blocked(path, order, run.ledger, run.ledger.blocked, start, avoid)
+    more = np.asarray(order.rows[len(decided.rows) :])
+    if len(more):
         logger.warning(
             "The selection of round %d ends %d rows before the next one begins, because the batch is larger or "
             "`max_steps` is higher than when it was made: unused rows of the pool follow it, at random.",
-            order.number, missing,
+            order.number, len(more),
         )  # fmt: skip
-        order = dataclasses.replace(order, rows=np.concatenate([order.rows, more]))
-        offered = np.concatenate([offered, more])
-    run.ledger.mark_offered(offered)
+    run.ledger.mark_offered(np.concatenate([rows_offered(path, decided), more]))
     run.ledger.mark_trained(np.asarray(order.rows))
     return order
 
@@ -105,6 +91,48 @@ def rows_offered(path: Path, order: Order) -> IntArray:
     """
     candidates = read_array(path / "candidates.npy", np.int64)
     return np.asarray(order.rows if candidates is None else candidates)
+
+
+def restore_rounds(
+    run: Run,
+    plan: RunPlan,
+    last_round: Mapping[str, Any],
+    step: int,
+    start: int,
+    what_follows: Callable[[Order, int], tuple[PlannedRound | None, int]],
+) -> list[Order]:
+    """Orders, ledger and influence models as they were in memory at a step.
+
+    Args:
+        run: the run's state; in the main process it gets the ledger and the models.
+        plan: when rounds happen.
+        last_round: `number` and `order_sha256` of the last round, from the checkpoint.
+        step: optimizer steps done.
+        start: pool rows trained on.
+        what_follows: gives the round after another one, and the pool rows before it takes effect.
+
+    Returns:
+        The orders that the run continues with, in every process.
+
+    Raises:
+        ValueError: the pool has too few rows for what is ahead.
+        MatesError: a round that is needed is not there.
+    """
+    if not run.processes.is_main:
+        return receive_orders(run)
+    path = rounds_on_disk.require_round(run.rounds_dir, last_round, step)
+    last = load_order(path)
+    earlier = rounds_on_disk.round_before(run.rounds_dir, last.number)
+    orders = []
+    if last.from_position > start and earlier is not None:
+        orders.append(restore_order(run, earlier, last.from_position, start, later=path))
+    planned, until = what_follows(last, step)
+    orders.append(restore_order(run, path, until, start))
+    restore_models(run, last.number)
+    left = run.config.most_passes - run.ledger.pass_number
+    plan.check(Rest(planned, run.ledger.num_unused, left, step))
+    publish_orders(run, orders)
+    return orders
 
 
 def restore_models(run: Run, number: int) -> None:

@@ -32,9 +32,9 @@ from mates_hf.errors import UnrankableError
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.reporting.lines import tell_round
-from mates_hf.round_files import PROBES_FILE, SELECTION_KEYS, read_labels, round_path
+from mates_hf.round_files import SELECTION_KEYS, round_path
 from mates_hf.round_writer import RoundWriter
-from mates_hf.selection.ledger import RoundDraw, probed_rows
+from mates_hf.selection.ledger import RoundDraw
 from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.selection.quota import quota_of
 from mates_hf.selection.select_stage import select_rows
@@ -48,6 +48,8 @@ from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest
 from mates_hf.training.mixed_in import passage_facts
 from mates_hf.training.order import Order, load_order
+from mates_hf.training.redact import probed_by
+from mates_hf.training.replaced import read_replaced, with_replaced
 from mates_hf.training.restore import rows_offered
 from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Run, Stages, takes
@@ -280,14 +282,14 @@ def _take_over(run: Run, order: Order) -> Order:
     """What a finished round leaves to the next ones: influence model, decision, probed rows, and the cursor."""
     path = round_path(run.rounds_dir, order.number)
     run.note_decision(order.info)
-    if order.info["fit"] is not None:
+    if order.info["fit"] is not None and (path / "influence_model").exists():  # unless rows of it were removed
         run.remember(run.load_model(path), order.info)
-    run.ledger.mark_probed(probed_rows(read_labels(path / PROBES_FILE)))
+    run.ledger.mark_probed(probed_by(path))
     run.ledger.cursor = int(order.info["cursor"])
     if "num_waiting" not in order.info:  # of an earlier version, or of the first pass
         run.ledger.waiting = None
     run.ledger.mark_offered(rows_offered(path, order))
-    return with_files(run, order)
+    return with_files(run, with_replaced(order, read_replaced(path)))  # a round from before a stop may have some
 
 
 def _fit_and_judge(run: Run, path: Path, labels: InfluenceLabels, number: int, stages: Stages) -> Judged:

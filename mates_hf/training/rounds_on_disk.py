@@ -97,7 +97,8 @@ def last_passed(rounds_dir: Path, number: int) -> int | None:
     """The last round on disk, up to `number`, that passed the guard; `keep_rounds` deletes others."""
     for earlier in range(number, -1, -1):
         path = round_path(rounds_dir, earlier) / ROUND_FILE
-        if path.exists() and read_json(path)["guard"]["decision"] == "select":
+        is_there = path.exists() and (path.parent / "influence_model").exists()
+        if is_there and read_json(path)["guard"]["decision"] == "select":
             return earlier
     return None
 

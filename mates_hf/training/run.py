@@ -28,6 +28,7 @@ from mates_hf.influence.probe import Probe, RunSettings, count_parameters
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels, IntArray
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.stream_ledger import StreamLedger
+from mates_hf.training.blocked import Blocked
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Run:
         overlap_told: whether the run has warned of selected rows that share text with the reference task.
         passages: identity of the passages that the run trains on as well, and of their places; empty without any.
         asked: The fields of the config that were given otherwise than the run goes by, as they were given.
+        blocked: rows that must not be used; None where there are none.
 
     Raises:
         ValueError: the pool has not the `document_column` or the `group_column`.
@@ -162,6 +164,7 @@ class Run:
     overlap_told: bool = False
     passages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    blocked: Blocked | None = None
 
     def __post_init__(self) -> None:
         for setting in ("document_column", "group_column"):
@@ -179,8 +182,14 @@ class Run:
             "versions": library_versions(),
             "measured_with": self.measured_with(),
             "loss": dict(self.loss_reading),
+            **({"num_removed": self.num_removed} if self.num_removed else {}),
             **self._where_any(),
         }
+
+    @property
+    def num_removed(self) -> int:
+        """Rows that were removed from the run on request."""
+        return 0 if self.blocked is None else len(self.blocked.removed)
 
     def load_model(self, path: Path) -> InfluenceModel:
         """The influence model that a round directory holds."""
@@ -225,7 +234,8 @@ class Run:
 
     def _where_any(self) -> dict[str, Any]:
         """Left out where there is nothing to say, so that runs of versions without them go on."""
-        named = {"passages": dict(self.passages), "asked": dict(self.asked)}
+        allowed = {} if self.blocked is None else self.blocked.identity()
+        named = {"passages": dict(self.passages), "asked": dict(self.asked), "allowed": allowed}
         return {name: value for name, value in named.items() if value}
 
     def key(self, step: int, weights: str) -> dict[str, Any]:
@@ -248,6 +258,7 @@ class Run:
             "rate_steps": self.settings.rate_steps,
             "step": step,
             "weights": weights,
+            **({"num_removed": self.num_removed} if self.num_removed else {}),
         }
 
 

@@ -29,9 +29,12 @@ import torch
 from torch.utils.data import Sampler
 
 from mates_hf.errors import MatesError
+from mates_hf.records import IntArray
+from mates_hf.training.blocked import Blocked, first_of_each, own_order_without
 from mates_hf.training.clock import RowClock
+from mates_hf.training.history import NO_ROW
 from mates_hf.training.order import Order
-from mates_hf.training.own_order import OrderHash, Rows, draw_pass
+from mates_hf.training.own_order import OrderHash, Rows, check_rows_once, draw_pass
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class ScheduledSampler(Sampler[int]):
         num_rows: rows in the pool; None where that is not known.
         finished: the run that is resumed has taken all its steps. It gets no row: given one, the Trainer, which looks
             at `max_steps` behind a step, would take another.
+        blocked: rows that must not be used, which the own order skips; None where there are none.
 
     Attributes:
         own_rows: (N,) integer, the running pass in the Trainer's own order; empty until it is drawn, and where
@@ -59,6 +63,7 @@ class ScheduledSampler(Sampler[int]):
         keeps_own_rows: false where nobody asks for the own order once there are selections.
         each_once: whether no row can be twice in the running pass, by how it was drawn.
         unproven: whether a pass was drawn that other processes were not compared with.
+        before_pass: is called with the position at which a pass begins, while the rows of the one before are there.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class ScheduledSampler(Sampler[int]):
         *,
         num_rows: int | None = None,
         finished: bool = False,
+        blocked: Blocked | None = None,
     ) -> None:
         self.own = own
         self.clock = clock
@@ -78,6 +84,7 @@ class ScheduledSampler(Sampler[int]):
         self.keeps_own_rows = True
         self.each_once = True
         self.unproven = False
+        self.before_pass: Callable[[int], None] | None = None
         self._own_epoch = clock.first_epoch
         self._saved = saved
         if saved is not None:
@@ -86,7 +93,7 @@ class ScheduledSampler(Sampler[int]):
         self._own_random = {"own_random": ""}
         self._finish_own: Callable[[], Any] | None = None
         self._num_rows = 2**31 + 1 if num_rows is None else num_rows
-        self._finished = finished
+        self._finished, self._blocked = finished, blocked
         self._orders: list[tuple[int, npt.NDArray[Any]]] = []
         self._begun_epoch: int | None = None
         # The rows made ready: the list, where its first row is, and what hands it out.
@@ -255,6 +262,8 @@ class ScheduledSampler(Sampler[int]):
         awaited = self._awaits(start)
         if awaited and len(self.own_rows):
             return
+        if len(self.own_rows) and self.before_pass is not None:
+            self.before_pass(start)
         if not (goes_on or awaited):
             self.own_start, self._own_epoch, saved = start, self.epoch, None
         self._draw_own_order(saved or {})
@@ -272,6 +281,11 @@ class ScheduledSampler(Sampler[int]):
             self._own_random = {"own_random": ""} if by_epoch else _random_state(self.own)
             self.own_rows, self.each_once, self._finish_own = draw_pass(self.own, self._num_rows)
         self._own_hash, self.unproven = OrderHash(self.own_rows), True
+        raw = self.own_rows
+        if self._blocked is not None and self._blocked.mask is not None:
+            if not self.each_once:
+                check_rows_once(raw)
+            self.each_once, self.own_rows = True, own_order_without(raw, self._blocked, self._scheduled)
         expected = saved.get("own_sha256")
         if not expected or expected == (sha256 := self._own_hash.hexdigest()):
             return
@@ -286,6 +300,11 @@ class ScheduledSampler(Sampler[int]):
             "The Trainer's own order is another one than before the resume (is `data_seed` another?). Selections go "
             "on exactly; a round that the guard sends back to that order takes other rows."
         )
+
+    @property
+    def _scheduled(self) -> Rows:
+        """All rows of orders that were appended and not forgotten."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.asarray(rows) for _, rows in self._orders)])
 
     def _rows_at(self, position: int, stop: int) -> list[int]:
         """The ids from a position on: up to `stop`, or where another order begins; none behind the schedule."""
@@ -315,6 +334,37 @@ class ScheduledSampler(Sampler[int]):
         stop = min(stop, position + self.clock.rows_per_epoch - index % self.clock.rows_per_epoch)
         first = self.clock.rows_of_pass(self.own_start, position) % max(len(self.own_rows), 1)
         return self.own_rows[first : first + self.clock.pool_rows(stop) - self.clock.pool_rows(position)]
+
+    @property
+    def own_rows_once(self) -> Rows:
+        """The running pass in the own order, each row once."""
+        blocked = self._blocked is not None and self._blocked.mask is not None
+        return first_of_each(self.own_rows) if blocked else self.own_rows
+
+    def own_between(self, first: int, stop: int, *, fills: bool = False) -> IntArray:
+        """The own order's pool rows of the running pass, by the number of pool rows before each.
+
+        Args:
+            first: pool rows before the first of them, which is in this pass.
+            stop: pool rows before the end.
+            fills: whether a last batch that is not full is filled up with the first rows of the pass.
+
+        Returns:
+            (stop - first,) int64; `NO_ROW` where no row stands, because a last batch is not full.
+        """
+        found = np.full(max(stop - first, 0), NO_ROW, np.int64)
+        clock, at = self.clock, first
+        while at < stop and len(self.own_rows):
+            position = clock.position_of(at)
+            end = position + clock.rows_per_epoch - (position - self.own_start) % clock.rows_per_epoch
+            num = min(stop, clock.pool_rows(end)) - at
+            offset = clock.rows_of_pass(self.own_start, position)
+            part = self.own_rows[offset : offset + num]
+            if fills and len(part) < num:
+                part = np.concatenate([part, np.resize(self.own_rows, num - len(part))])
+            found[at - first : at - first + len(part)] = part
+            at += max(num, 1)
+        return found
 
 
 def _own_generator(own: Any) -> torch.Generator | None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mates_hf.allow import parse_allow
 from mates_hf.data.column_types import is_conversation
 from mates_hf.data.conversations import render_conversations
 from mates_hf.data.reference import ReferenceTask
@@ -67,6 +68,7 @@ def fit_selector(
     keep_work: bool = False,
     distil: bool = False,
     progress: bool = True,
+    allow: Mapping[str, Any] | str | None = None,
     **settings: Any,
 ) -> SelectorFit:
     """Fit a selector to a checkpoint: warm it up on the pool, probe, fit, judge, and write what passed.
@@ -96,6 +98,7 @@ def fit_selector(
         distil: Whether to also write a selector that reads texts without a tokenizer, in `out` with `-text` behind its
             name (see `MatesSelector.distil`).
         progress: Whether to show progress bars.
+        allow: Rows of the pool that may be used at all, as in `MatesConfig.allow`; no other is read.
         **settings: Fields of `FitSettings`, such as `warm_steps`, `num_probes` and `seed`.
 
     Returns:
@@ -112,7 +115,7 @@ def fit_selector(
     names = {
         "model": os.fspath(model), "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
         "pool": _name_of(pool), "pool_split": pool_split, "column": column, "reference": _name_of(reference),
-        "reference_column": reference_column,
+        "reference_column": reference_column, **({} if allow is None else {"allow": parse_allow(allow)}),
     }  # fmt: skip
     place = Place(
         expand_path(out), None if work is None else expand_path(work), {**names, **given.settings_that_count()}
@@ -161,7 +164,8 @@ def _fit(
         inputs = read_inputs(
             names["model"], pool, reference, settings, column=names["column"],
             reference_column=names["reference_column"], tokenizer_name=names["tokenizer"],
-            pool_split=names["pool_split"], distil=distil, progress=progress and processes.is_main,
+            pool_split=names["pool_split"], allow=names.get("allow"), distil=distil,
+            progress=progress and processes.is_main,
         )  # fmt: skip
         train, probes = split_rows(len(inputs.dataset), settings)
     if processes.is_main:
@@ -287,7 +291,7 @@ def _selector(
 def _distil(place: Place, settings: FitSettings, names: Mapping[str, Any], pool: Any) -> None:
     """Write the selector that reads texts, from the rows of the pool that were read."""
     selector = MatesSelector.from_pretrained(place.out)
-    loaded, column = read_pool(pool, names["column"], names["pool_split"], settings)
+    loaded, column = read_pool(pool, names["column"], names["pool_split"], settings, names.get("allow"))
     texts: Any = loaded.dataset
     if is_conversation(type_of(texts, column), column):
         rendered = render_conversations(texts[column], selector.tokenizer, column)

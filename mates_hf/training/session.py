@@ -20,23 +20,24 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.disk import unless_disk_fails
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weight_marks
-from mates_hf.influence.path_length import rate_steps
 from mates_hf.reporting.metrics import round_metrics
 from mates_hf.selection.choose import stage_seed
-from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
+from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.beside import Beside, CheckpointState, await_order, conclude_round, due_step
 from mates_hf.training.clock import RowClock
-from mates_hf.training.drift import look_inside
+from mates_hf.training.drift import look_inside, rate_steps_ahead
+from mates_hf.training.history import History
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
 from mates_hf.training.opening import disk_errors_named, open_rounds
-from mates_hf.training.order import Order, load_order
+from mates_hf.training.order import Order
 from mates_hf.training.own_order import require_one_order
-from mates_hf.training.restore import publish_orders, receive_orders, restore_models, restore_order
+from mates_hf.training.restore import restore_rounds
 from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Run, recorded_steps
 from mates_hf.training.run_report import RunPage
@@ -103,14 +104,21 @@ class Session:
             "last_round": saved["last_round"] if saved else None,
             **run.identity(),
         }
-        self.lock: RoundsLock | None = None  # the main process's
+        self.lock: RoundsLock | None = None  # the main process's, as is the history
+        self.history: History | None = None
         if run.processes.is_main:
             self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
+            fills = run.processes.size > 1 or saved_rounds is not None
+            start, about = clock.pool_rows(clock.start_position), {"pool": dict(run.pool_identity)}
+            self.history = History(run.rounds_dir, step, start, about, fills=fills)
+            sampler.before_pass = lambda start: self.order or self._keep_history(self.clock.pool_rows(start))
             run.processes.publish({"opened": True})
         else:
             run.processes.receive()
         with released_on_error(self.lock):
             sampler.begin()
+            if self.history is not None:
+                self.history.begin(clock)
             if saved and isinstance(sampler, StreamSampler):
                 self.order = go_on(run, sampler, saved["last_round"], step)
             elif saved and saved["last_round"] is not None:
@@ -125,14 +133,19 @@ class Session:
             if sampler.uses_own_rows(self.clock.position(step)) and isinstance(sampler, ScheduledSampler):
                 with withdrawn_on_error(self.lock):
                     require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
+                if self.order is not None:  # a resume between the first boundary and its switch
+                    self._keep_history(self.order.from_position)
             if run.processes.is_main and self.next_look:
                 run.ledger.prepare()
 
     def begin_epoch(self, step: int) -> None:
         """Where a callback ended an epoch before its time, count steps and rows anew from there."""
         if self.sampler.ended_early(step):
+            self._keep_history()
             self.sampler.restart(step)
             self.clock = self.sampler.clock
+            if self.history is not None:
+                self.history.begin(self.clock)
             self.plan = dataclasses.replace(self.plan, clock=self.clock)
             logger.info("An epoch was ended by a callback at step %d: the next one goes on with the next row.", step)
 
@@ -170,6 +183,8 @@ class Session:
                     self.settle()
             elif saves:
                 self.save_average(step)
+        if saves:
+            self._keep_history()
         self.state.pop("weights", None)  # those of an earlier save do not vouch for one that is not known to follow
         if saves:
             self.state["weights"] = weight_marks(self.run.model, self.run.processes)
@@ -206,7 +221,7 @@ class Session:
             run.settings,
             learning_rates=self._learning_rates,
             seed=stage_seed(run.config.selection_seed, number, "probe"),
-            rate_steps=self._rate_steps(step),
+            rate_steps=rate_steps_ahead(run, self.plan, self._next_round, self.order, self._learning_rates, step),
         )
         average, self.average = self.average, None
         run.averaged_steps = 0 if average is None else average.num_steps
@@ -245,6 +260,7 @@ class Session:
     def _take(self, order: Order, step: int) -> None:
         """In every process: train on a round's order, and look out for the next one."""
         self._schedule(order)
+        self._keep_history()
         self._prune(order.number)
         self._page.update()
         self._metrics.update(round_metrics(order.info))
@@ -257,16 +273,6 @@ class Session:
             return planned.number
         assert self.order is not None
         return self.order.number + 1
-
-    def _rate_steps(self, step: int) -> float | None:
-        """The coming round in steps at the present rates; at a check, that of the round that is checked."""
-        planned, run = self._next_round, self.run
-        if planned is None or step < planned.boundary_step:
-            assert self.order is not None
-            found: float | None = self.order.info.get("rate_steps")
-            return found
-        rates = self._learning_rates or tuple(float(group["lr"]) for group in run.optimizer.param_groups)
-        return rate_steps(run.lr_scheduler, min(planned.steps, self.plan.max_steps - step), rates)
 
     def _decide(self, step: int, *, beside: bool) -> Callable[[], Order] | None:
         """In the main process: the rest of a new round, or None where a check finds that none is due."""
@@ -292,7 +298,7 @@ class Session:
         planned = dataclasses.replace(planned, num_rows=clock.pool_position(planned.to_step) - from_position)
         run.ledger.make_room(planned.num_rows, run.config)
         return run_round(
-            run, planned, self.plan, from_position=from_position, own_rows=sampler.own_rows, beside=beside
+            run, planned, self.plan, from_position=from_position, own_rows=sampler.own_rows_once, beside=beside
         )
 
     def _schedule(self, order: Order) -> None:
@@ -302,14 +308,23 @@ class Session:
         self.order = order
         self.state["last_round"] = {name: order.info[name] for name in ("number", "step", "order_sha256")}
 
+    def _keep_history(self, own_until: int | None = None) -> None:
+        """In the main process: write how far the run is, and the own order's rows up to there, or to a pool row."""
+        if self.history is not None:
+            in_own_order = self.order is None or own_until is not None
+            with released_on_error(self.lock), disk_errors_named(self.run.rounds_dir):
+                self.history.keep(self.state["step"], self.clock, self.sampler if in_own_order else None, own_until)
+
     def _mark_own_order(self, from_position: int) -> None:
         """Before the first selection: the rows that the Trainer's own order consumes in its running pass.
 
         Where a next pass would begin inside the lead, with a permutation not drawn yet, the present one goes on from
         its beginning until the selection takes effect (`ScheduledSampler`), as a fresh pass may.
         """
+        self._keep_history(self.clock.pool_rows(from_position))
         used = self.clock.rows_of_pass(self.sampler.own_start, from_position)
-        self.run.ledger.mark_trained(self.sampler.own_rows[:used])
+        rows = self.sampler.own_rows[:used]
+        self.run.ledger.mark_trained(rows if self.run.ledger.blocked is None else np.unique(rows))
 
     def _plan_next(self, step: int) -> None:
         """The next round and check after `step`, and the averaging window before the earlier of them."""
@@ -359,27 +374,17 @@ class Session:
     def _restore_rounds(self, last_round: Mapping[str, Any], step: int) -> None:
         """Orders, ledger and influence models as they were in memory at `step`."""
         assert isinstance(self.sampler, ScheduledSampler)
-        run, start = self.run, self.clock.pool_rows(self.clock.start_position)
-        if not run.processes.is_main:
-            orders = receive_orders(run)
-        else:
-            path = rounds_on_disk.require_round(run.rounds_dir, last_round, step)
-            last = load_order(path)
-            earlier = rounds_on_disk.round_before(run.rounds_dir, last.number)
-            orders = []
-            if last.from_position > start and earlier is not None:
-                orders.append(restore_order(run, earlier, last.from_position))
-            planned = self._planned_after(last, step)
-            until = self.clock.pool_position(planned.from_step if planned is not None else self.plan.max_steps)
-            orders.append(restore_order(run, path, until))
-            restore_models(run, last.number)
-            left = run.config.most_passes - run.ledger.pass_number
-            self.plan.check(Rest(planned, run.ledger.num_unused, left, step))
-            publish_orders(run, orders)
+        start = self.clock.pool_rows(self.clock.start_position)
+        orders = restore_rounds(self.run, self.plan, last_round, step, start, self._what_follows)
         self.order = orders[-1]
         for order in orders:
             if order.from_position + len(order.rows) > start:
                 self.sampler.append(max(order.from_position, start), order.rows_from(start))
+
+    def _what_follows(self, last: Order, step: int) -> tuple[PlannedRound | None, int]:
+        """The round planned after one that was read back, and the pool rows before it, or before the run's end."""
+        planned = self._planned_after(last, step)
+        return planned, self.clock.pool_position(planned.from_step if planned is not None else self.plan.max_steps)
 
     def _prune(self, number: int) -> None:
         """Bound the disk: delete rounds older than `keep_rounds` that no resume would ask for."""
@@ -391,6 +396,8 @@ class Session:
     def close(self) -> None:
         """Let go of the rows, and let other runs write to the folder of the rounds."""
         self.sampler.close()
+        with unless_disk_fails("how far the run came"):
+            self._keep_history()
         self._page.update(last=True)
         if self.lock is not None:
             self.lock.release()

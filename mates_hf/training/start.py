@@ -32,6 +32,7 @@ from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
+from mates_hf.training.blocked import Blocked
 from mates_hf.training.checks import check_pool
 from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
@@ -40,7 +41,15 @@ from mates_hf.training.mixed_in import MixedIn, mix_in, require_text
 from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
 from mates_hf.training.session import Session
-from mates_hf.training.supply import check_stream, make_ledger, make_sampler, num_rows_of, told_rows
+from mates_hf.training.supply import (
+    blocked_rows,
+    check_stream,
+    make_ledger,
+    make_sampler,
+    num_rows_of,
+    pool_identity,
+    told_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +135,7 @@ class Loop:
             where they are the Trainer's.
         mixed: the passages that the run trains on as well; None where there are none.
         asked: the fields of the config that were given otherwise than the run goes by (`fitting`).
+        blocked: rows that must not be used; None of a stream, and before they are looked for.
     """
 
     model: Any
@@ -148,16 +158,22 @@ class Loop:
     saved_rounds: list[int] | None = None
     mixed: MixedIn | None = None
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    blocked: Blocked | None = None
 
     @property
     def has_selected(self) -> bool:
         """Whether the run that is resumed has made a selection."""
         return bool(self.saved and self.saved["last_round"])
 
+    @property
+    def pool_is_whole(self) -> bool:
+        """Whether every row may be trained on in the own order, as the dataloader has it: no stream, none blocked."""
+        return self.blocked is not None and self.blocked.mask is None
+
     def plan(self, config: MatesConfig) -> RunPlan:
         """When the rounds of the run happen."""
         return RunPlan(
-            num_rows=num_rows_of(self.pool),
+            num_rows=num_rows_of(self.pool) - (0 if self.blocked is None else self.blocked.num),
             batch_rows=self.clock.batch_rows * self.clock.accumulation,
             max_steps=self.max_steps,
             config=config,
@@ -182,7 +198,10 @@ def prepare(parts: Parts, loop: Loop) -> tuple[Parts, Loop, RunPlan]:
         MatesError: the run cannot be trained on the passages; the message names the way out.
     """
     parts = parts._replace(config=resume.config_to_resume(loop.saved, parts.config))
-    loop = with_passages(parts, loop)
+    blocked = blocked_rows(
+        loop.pool, parts.config, loop.rounds_dir, Processes.of_run(), resumes=loop.saved is not None
+    )
+    loop = with_passages(parts, dataclasses.replace(loop, blocked=blocked))
     config, asked = settle(loop.plan(parts.config), loop.saved, loop.look_ahead_steps)
     return parts._replace(config=config), dataclasses.replace(loop, asked=asked), loop.plan(config)
 
@@ -323,7 +342,7 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
         optimizer=optimizer,
         reference=reference,
         pool=loop.pool,
-        pool_identity=loop.pool.identity(),
+        pool_identity=pool_identity(loop.pool, loop.saved, loop.blocked, loop.rounds_dir, processes),
         passages={} if loop.mixed is None else loop.mixed.identity(),
         asked=loop.asked,
         probe=parts.probe,
@@ -340,7 +359,8 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
             progress=loop.progress and processes.is_main,
             processes=processes,
         ),
-        ledger=make_ledger(loop.pool, parts.config.selection_seed),
+        ledger=make_ledger(loop.pool, parts.config.selection_seed, loop.blocked),
+        blocked=loop.blocked,
         rounds_dir=loop.rounds_dir,
         processes=processes,
         side=Processes.of_run(beside_training=True),

@@ -40,8 +40,11 @@ def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
         return {}
     if run.evidence is None:
         wanted = math.ceil(BACKGROUND_TOKENS / max(float(np.mean(labels.num_tokens)), 1.0))
-        num_rows = min(wanted, MOST_ROWS, len(run.pool))
+        blocked = None if run.blocked is None else run.blocked.mask
+        may = None if blocked is None else np.flatnonzero(~blocked)
+        num = len(run.pool) if may is None else len(may)
         rng = np.random.default_rng(stage_seed(run.config.selection_seed, 0, "evidence"))
-        drawn = np.sort(rng.choice(len(run.pool), num_rows, replace=False, shuffle=False))
+        drawn = np.sort(rng.choice(num, min(wanted, MOST_ROWS, num), replace=False, shuffle=False))
+        drawn = drawn if may is None else may[drawn]
         run.evidence = model.count_evidence(run.reference.weighted_rows, run.pool.token_rows(drawn))
     return {"evidence": run.evidence}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,7 @@ class StreamSampler(Sampler[int]):
     each_once = True
     unproven = False
     keeps_own_rows = False
+    before_pass: Callable[[int], None] | None = None  # a stream has no passes
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class StreamSampler(Sampler[int]):
     ) -> None:
         self.maker, self.clock, self.epoch = maker, clock, clock.first_epoch
         self.own_rows: npt.NDArray[Any] = np.zeros(0, np.int64)
+        self.own_rows_once = self.own_rows
         self.own_start = 0
         self.ended: int | None = None
         self._end_position = 0  # behind the last row that is handed out, once `ended` is known

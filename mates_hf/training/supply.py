@@ -13,18 +13,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mates_hf.allow import parse_allow
 from mates_hf.config import MatesConfig
+from mates_hf.data.allowed import allowed_rows
 from mates_hf.data.collated import Collator
-from mates_hf.data.pool import CandidatePool
+from mates_hf.data.columns import fixed_positions
+from mates_hf.data.pool import NUM_IDENTITY_ROWS, CandidatePool
 from mates_hf.data.spool import Spool
 from mates_hf.data.stream import LENGTH, MatesStream
 from mates_hf.data.stream_pool import StreamPool
+from mates_hf.disk import read_array
+from mates_hf.engine.processes import Processes
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import RunPlan
 from mates_hf.selection.stream_buffers import BufferSizes, require_rows, sizes_for
 from mates_hf.selection.stream_ledger import StreamLedger
+from mates_hf.training.blocked import MARKS_FILE, Blocked, read_removed
 from mates_hf.training.clock import RowClock
+from mates_hf.training.journal import finish_pending
 from mates_hf.training.run import Run
 from mates_hf.training.sampler import ScheduledSampler
 from mates_hf.training.session import Session
@@ -67,9 +76,89 @@ def told_rows(session: Session) -> str:
     return f"{len(session.run.pool)} candidates"
 
 
-def make_ledger(pool: CandidatePool, seed: int) -> Ledger | StreamLedger:
-    """What says which rows a round may draw."""
-    return StreamLedger(seed) if is_stream(pool) else Ledger(len(pool), seed)
+def make_ledger(pool: CandidatePool, seed: int, blocked: Blocked | None) -> Ledger | StreamLedger:
+    """What says which rows a round may draw; never those that are blocked."""
+    if is_stream(pool):
+        return StreamLedger(seed)
+    ledger = Ledger(len(pool), seed)
+    ledger.blocked = None if blocked is None else blocked.mask
+    return ledger
+
+
+def blocked_rows(
+    pool: CandidatePool, config: MatesConfig, rounds_dir: Path, processes: Processes, *, resumes: bool
+) -> Blocked | None:
+    """The rows of a pool that the run must not use. All processes must call it.
+
+    Args:
+        pool: everything that may be trained on.
+        config: the run's.
+        rounds_dir: where its rounds go, which say what was removed.
+        processes: those that train the model together.
+        resumes: whether the run continues one that had rounds; rows that were removed from another run have no
+            meaning in this one.
+
+    Returns:
+        The rows; None of a stream, which `check_stream` looks at.
+
+    Raises:
+        ValueError: the pool has no such column, or no row is allowed.
+        MatesError: what was removed cannot be read.
+    """
+    with processes.together():
+        if processes.is_main:
+            finish_pending(rounds_dir)
+    if is_stream(pool):
+        return None
+    allow, removed = parse_allow(config.allow), np.zeros(0, np.int64)
+    allowed = None if allow is None else allowed_rows(pool.dataset, allow)
+    if resumes:
+        with processes.together():
+            if processes.is_main:
+                removed = read_removed(rounds_dir, len(pool))
+                processes.publish({"removed": len(removed)}, rows=removed)
+            else:
+                removed = processes.receive()[1]["rows"]
+    return Blocked(len(pool), allowed, removed)
+
+
+def pool_identity(
+    pool: CandidatePool,
+    saved: Mapping[str, Any] | None,
+    blocked: Blocked | None,
+    rounds_dir: Path,
+    processes: Processes,
+) -> dict[str, Any]:
+    """What tells a run's pool from others; that of its beginning where only removed rows are other than they were.
+
+    All processes must call it.
+
+    Args:
+        pool: everything that may be trained on.
+        saved: this library's state in the checkpoint that is resumed, or None.
+        blocked: the rows that the run must not use; None of a stream.
+        rounds_dir: where its rounds are, and the marks of its rows.
+        processes: those that train the model together.
+
+    Returns:
+        `CandidatePool.identity`, or what the checkpoint has for it.
+    """
+    found = pool.identity()
+    began = None if saved is None else saved.get("pool")
+    if blocked is None or not len(blocked.removed) or not isinstance(began, Mapping) or began == found:
+        return found
+    with processes.together():
+        if processes.is_main:
+            marks = read_array(rounds_dir / MARKS_FILE, np.uint64)
+            marks = np.zeros(0, np.uint64) if marks is None else np.array(marks)
+            processes.publish({}, marks=marks)
+        else:
+            marks = processes.receive()[1]["marks"]
+    now = pool.row_marks()
+    if len(marks) != len(now) or any(began.get(name) != found[name] for name in ("num_rows", "features")):
+        return found
+    stays = ~np.isin(fixed_positions(len(pool), NUM_IDENTITY_ROWS), blocked.removed)
+    return dict(began) if np.array_equal(marks[stays], now[stays]) else found
 
 
 def make_sampler(
@@ -88,7 +177,8 @@ def make_sampler(
         The sampler, not installed anywhere yet.
     """
     if not isinstance(run.pool, StreamPool):
-        return ScheduledSampler(own, clock, saved, num_rows=len(run.pool), finished=finished)
+        num_rows = len(run.pool)
+        return ScheduledSampler(own, clock, saved, num_rows=num_rows, finished=finished, blocked=run.blocked)
     step_rows = clock.batch_rows * clock.accumulation
     sizes = _sizes(run.pool.stream, run.config, step_rows, saved)
     maker = BufferMaker(run, sizes, Spool(_spool_dir(run.pool.stream, run.rounds_dir), sizes.rows))
@@ -131,6 +221,11 @@ def check_stream(pool: CandidatePool, config: MatesConfig, influence_model: Any,
         )
     if config.document_column is not None and config.document_column not in pool.stream_columns:
         found.append(f"`document_column={config.document_column!r}` is no column of the stream: name one of its own")
+    if config.allow is not None:
+        found.append(
+            f"`allow={config.allow!r}` is not read from a stream: leave it out, and filter the stream itself with "
+            "`.filter(...)`, before it is shuffled"
+        )
     if config.group_column is not None:
         found.append(
             f"`group_column={config.group_column!r}` is not read from a stream: leave it out, and give each source "

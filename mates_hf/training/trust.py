@@ -35,6 +35,7 @@ from mates_hf.selection.choose import stage_seed
 from mates_hf.selection.plan import PlannedRound, RunPlan
 
 GAP_FILE = "bought.npy"  # (P,) float32, what the model that chose the last round predicts of the labelled rows
+SENTINEL_FILE = "sentinel.json"  # what a drift check measures again
 LOSS_ROSE = "loss_rose"  # what the guard says failed where the reference loss rose
 MIN_CHECKED = 8  # rows of a kind; fewer say nothing
 _Z_95 = 1.959964
@@ -108,9 +109,10 @@ def next_check(config: MatesConfig, info: Mapping[str, Any], step: int) -> int |
         step: optimizer steps done.
 
     Returns:
-        The first such step after `step`; None where there is none, or the round bought nothing.
+        The first such step after `step`; None where there is none, where the round bought nothing, or where rows were
+        taken out of it, so that its predictions are no longer all there.
     """
-    if info["guard"]["decision"] == "own_order":
+    if info["guard"]["decision"] == "own_order" or info.get("redacted"):
         return None
     boundary = int(info["step"])
     checks = config.checks_inside(int(info.get("round_steps", config.update_steps)))

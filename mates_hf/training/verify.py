@@ -16,6 +16,7 @@ from typing import Any
 
 from mates_hf.paths import expand_path
 from mates_hf.round_files import ROUND_FILE, round_path
+from mates_hf.training.journal import FOLDER, JOURNAL_FILE, is_pending
 from mates_hf.training.replay import FinishedRound
 from mates_hf.training.replay_stream import check_buffers, open_round
 from mates_hf.training.round_reader import WrongError
@@ -52,6 +53,8 @@ class CheckedRound:
         num_rows: how many rows it chose.
         num_candidates: how many it chose from; 0 in the Trainer's own order.
         num_probed: how many were labelled.
+        num_redacted: how many rows were taken out of it on request; what hung on their values is as recorded.
+        num_replaced: how many rows of its order were removed and have others in their place.
     """
 
     number: int
@@ -60,6 +63,8 @@ class CheckedRound:
     num_rows: int
     num_candidates: int
     num_probed: int
+    num_redacted: int = 0
+    num_replaced: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +108,9 @@ def verify_run(path: str | os.PathLike[str]) -> Verification:
         ValueError: the path begins with a home folder that is not there.
     """
     rounds_dir = _find_rounds(expand_path(path))
+    if is_pending(rounds_dir):
+        what = "no removal that was stopped in the middle; the run, when it resumes, or `mates-hf forget` finishes it"
+        return Verification(rounds_dir, (), (), Problem(FOLDER, JOURNAL_FILE, what, "one"))
     numbers, leftovers = _list_rounds(rounds_dir)
     checked: list[CheckedRound] = []
     before: FinishedRound | None = None
@@ -176,6 +184,8 @@ def _summary(current: FinishedRound) -> CheckedRound:
         num_rows=len(current.rows),
         num_candidates=0 if own_order else current.info["num_candidates"],
         num_probed=current.info["num_probed"],
+        num_redacted=current.info.get("redacted") or 0,
+        num_replaced=len(current.entries),
     )
 
 
@@ -186,7 +196,17 @@ def report_lines(result: Verification) -> Iterator[str]:
         end = checked.from_position + checked.num_rows
         yield (
             f"round {checked.number}: ok, {checked.decision}, {checked.num_rows} rows{of}, positions "
-            f"{checked.from_position} to {end}, {checked.num_probed} probed"
+            f"{checked.from_position} to {end}, {checked.num_probed} probed{_without(checked)}"
         )
     for name in result.leftovers:
         yield f"left over: {name} (not part of the run's order)"
+
+
+def _without(checked: CheckedRound) -> str:
+    """What a line says of rows that were removed on request."""
+    parts = [""]
+    if checked.num_redacted:
+        parts.append(f"{checked.num_redacted} rows taken out, so what hung on them is as recorded")
+    if checked.num_replaced:
+        parts.append(f"{checked.num_replaced} rows of its order replaced")
+    return "; ".join(parts)

@@ -225,11 +225,11 @@ def test_what_a_run_without_a_checkpoint_or_with_one_of_this_version_goes_on_wit
     assert config_to_resume({"config": {}}, MatesConfig(max_copies=2)).max_copies == 2
 
 
-def test_an_older_checkpoint_is_planned_by_the_config_that_it_goes_on_with():
+def test_an_older_checkpoint_is_planned_by_the_config_that_it_goes_on_with(tmp_path):
     parts = Parts(None, MatesConfig(), None, None)  # type: ignore[arg-type]
     unused = ("model", "optimizer", "lr_scheduler", "tokenizer", "own_sampler", "max_grad_norm", "run_loss")
     loop = Loop(
-        **dict.fromkeys((*unused, "output_dir", "rounds_dir")), pool=CandidatePool(make_pool(20)), max_steps=9, step=3,
+        **dict.fromkeys((*unused, "output_dir")), rounds_dir=tmp_path, pool=CandidatePool(make_pool(20)), max_steps=9, step=3,
         clock=RowClock(batches_per_epoch=5, accumulation=1, batch_rows=4),
         saved={"config": {"max_copies": 1}, "origin_step": 0, "last_round": None},
     )  # fmt: skip

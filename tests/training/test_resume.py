@@ -50,7 +50,7 @@ def as_of(whole_dir: Path, to: Path, step: int) -> Path:
         if path.name == f"average-{step}.safetensors":
             (to / "_mates").mkdir(exist_ok=True)
             shutil.copy(path, to / "_mates" / path.name)
-        elif path.suffix == "" and load_round(path).info["step"] <= step:
+        elif path.name.startswith("round-") and path.suffix == "" and load_round(path).info["step"] <= step:
             shutil.copytree(path, to / "_mates" / path.name)
     return to / f"checkpoint-{step}"
 
@@ -267,7 +267,7 @@ def test_a_finished_run_starts_no_round_and_takes_no_step(tmp_path, short, worke
     assert again.trainer.state.global_step == 20  # the Trainer alone takes one more
     assert_goes_on(again, whole, 20)
     assert probes_written(tmp_path) == before
-    assert {path.name for path in (tmp_path / "_mates").iterdir()} == {"round-0001", "round-0002"}
+    assert {path.name for path in (tmp_path / "_mates").glob("round-*")} == {"round-0001", "round-0002"}
 
 
 def test_a_run_that_finished_in_a_later_epoch_takes_no_step(tmp_path, ragged):

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.allow import Allow
+from mates_hf.data.allowed import allowed_part, columns_with
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.column_types import BESIDE, TOKENS, field_path, holds_tokens, type_at
 from mates_hf.data.files import Loaded, load_rows
@@ -75,6 +77,7 @@ def read_inputs(
     reference_column: str | None,
     tokenizer_name: str | None,
     pool_split: str,
+    allow: Allow | None,
     distil: bool,
     progress: bool,
 ) -> Inputs:
@@ -89,6 +92,7 @@ def read_inputs(
         reference_column: The same of the reference; None also takes `prompt` with `completion`.
         tokenizer_name: A folder or a repository on the Hub; None is the model's.
         pool_split: Split of a pool on the Hub.
+        allow: Allowed entries by column of the pool; None allows every row.
         distil: Whether a selector of texts is wanted as well.
         progress: Whether to show progress bars.
 
@@ -101,7 +105,7 @@ def read_inputs(
         TypeError: something is of another kind.
     """
     require_model(model_name)
-    loaded, found_column = read_pool(pool, column, pool_split, settings)
+    loaded, found_column = read_pool(pool, column, pool_split, settings, allow)
     if distil and holds_tokens(type_of(loaded.dataset, found_column)):
         raise ValueError(
             f"`distil` must have a pool of texts or conversations, and the column `{found_column}` holds tokens. Name "
@@ -122,7 +126,9 @@ def read_inputs(
     return Inputs(model, tokenizer, max_length, as_dataset(kept), task, facts)
 
 
-def read_pool(pool: Any, column: str | None, split: str, settings: FitSettings) -> tuple[Loaded, str]:
+def read_pool(
+    pool: Any, column: str | None, split: str, settings: FitSettings, allow: Allow | None = None
+) -> tuple[Loaded, str]:
     """The rows of the pool that a fit reads; the same at each call.
 
     Args:
@@ -130,6 +136,7 @@ def read_pool(pool: Any, column: str | None, split: str, settings: FitSettings) 
         column: The pool's column, or None.
         split: Split of a pool on the Hub.
         settings: How the selector is fitted.
+        allow: Allowed entries by column; rows without one are left out. None allows every row.
 
     Returns:
         The rows, and the column that counts.
@@ -139,9 +146,13 @@ def read_pool(pool: Any, column: str | None, split: str, settings: FitSettings) 
         ValueError: there is no such column, or no row.
     """
     loaded = load_rows(
-        pool, lambda names: _columns(names, column, "pool", ()), name="pool", split=split,
+        pool, lambda names: columns_with(_columns(names, column, "pool", ()), names, allow), name="pool", split=split,
         num_rows=settings.pool_rows, seed=settings.seed,
     )  # fmt: skip
+    if allow is not None:
+        rule = "; ".join(f"{name}={','.join(entries)}" for name, entries in allow.items())
+        told = f"{loaded.told}, of which those with {rule}"
+        loaded = Loaded(allowed_part(loaded.dataset, allow), told)
     return loaded, column or next(name for name in _LOOKED_FOR if name in loaded.dataset.column_names)
 
 
