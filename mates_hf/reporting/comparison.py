@@ -143,7 +143,7 @@ def compare_runs(a: str | os.PathLike[str], b: str | os.PathLike[str], *, metric
         "unit": unit,
         "equal_tokens": _at_equal(*tokens),
         "equal_flops": None if spent is None else _at_equal(*spent),
-        "evaluations": _over_evaluations(*tokens, notes),
+        "evaluations": _over_evaluations(tokens[0], tokens[1], notes),
         "passages": _over_passages(runs, notes),
         "tokens_needed": _needed(*tokens) if chosen.endswith("loss") else None,
         "flops_needed": _needed(*spent) if spent is not None and chosen.endswith("loss") else None,
@@ -295,8 +295,9 @@ def _over_passages(runs: Sequence[ComparedRun], notes: list[str]) -> Facts | Non
         {number(info.get("step")): path for info, path in zip(run.infos, run.paths, strict=True)} for run in runs
     ]
     shared = [step for step in places[0] if step is not None and step in places[1]]
-    files = [read_array(at[max(shared)] / REFERENCE_FILE, np.float32, num_dims=2) for at in places] if shared else []
-    if not files or any(file is None for file in files) or len(files[0]) != len(files[1]) or len(files[0]) < 2:
+    found = [read_array(at[max(shared)] / REFERENCE_FILE, np.float32, num_dims=2) for at in places] if shared else []
+    files = [file for file in found if file is not None]
+    if len(files) != 2 or len(files[0]) != len(files[1]) or len(files[0]) < 2:
         notes.append(why + "the runs have no round at the same step that kept them.")
         return None
     first, second = (np.asarray(file, np.float64) for file in files)

@@ -164,7 +164,7 @@ def _texts_on_disk(folder: Path, rounds: Mapping[int, Path], dataset: Any) -> tu
         if kept is not None and (kept["round"], kept["order_sha256"]) == (number, info.get("order_sha256")):
             return kept, []
     model, tokenizer, unit, missing = _scorer(rounds, number)
-    texts = {"round": number, "order_sha256": info.get("order_sha256"), "examples": {}, "ngrams": None}
+    texts: dict[str, Any] = {"round": number, "order_sha256": info.get("order_sha256"), "examples": {}, "ngrams": None}
     if model is not None:
         texts["ngrams"] = ngram_texts(model, tokenizer, float(info.get("step_size") or 1.0))
     if dataset is None:

@@ -254,7 +254,7 @@ def timeline_plot(course: Mapping[str, Any]) -> Picture | None:
         legend=[(kind, meanings[kind]) for kind in meanings if kind in sums],
     )  # fmt: skip
     begun: set[Any] = set()
-    last_at = -WIDTH
+    last_at = -float(WIDTH)
     for block in blocks:
         left, right = x(block["start"]), x(block["start"] + block["seconds"])
         picture.rect(left, 30, max(right - left, 0.4), 46, _block_kind(block))
