@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from mates_hf.data.arguments import described
+from mates_hf.data.listing import is_local, located
 from mates_hf.errors import MatesError
 from mates_hf.selection.budget import Budget, asked_for
 from mates_hf.selection.card import label_unit
 from mates_hf.selection.cut import Cut, find_cut
-from mates_hf.selection.dataset_input import Scored
 from mates_hf.selection.files.folder import Folder, write_object
 from mates_hf.selection.files.plan import Bundle, Part, bundles_of, find_parts
 from mates_hf.selection.files.report import FilesReport as FilesReport
@@ -47,7 +47,7 @@ from mates_hf.selection.files.work import (
 from mates_hf.selection.files.workers import workers as started
 from mates_hf.selection.inputs import Fitted
 from mates_hf.selection.prefix import PieceScores
-from mates_hf.selection.score_file import is_local, located, open_scores, remove_partial
+from mates_hf.selection.score_file import open_scores, remove_partial
 from mates_hf.selection.selector import MatesSelector
 
 _HELD_ROWS = 2**24  # of scores that are kept in memory while the cut is found; with more they are read each time
@@ -73,8 +73,8 @@ def score_files(
 ) -> FilesReport:
     """Score files and write the rows that help most, or all rows with their influence.
 
-    Parquet and JSON Lines files (plain, `.gz` or `.zst`) keep their format, columns and order of rows; kept JSON lines
-    stay byte for byte. Each input has one output file, by its path below the folder that all inputs lie in. Paths and
+    Parquet and JSON Lines files (plain, `.gz`, `.zst` or `.bz2`) keep their format, columns and order of rows; kept
+    JSON lines stay byte for byte. Each input has one output file, by its path below the folder that all inputs lie in. Paths and
     URLs are those of `fsspec`: local ones, `s3://`, `gs://` and `hf://` where their packages are installed.
 
     A call that was killed continues when it is made again, and so does one with another budget: scores are kept. The
@@ -162,7 +162,7 @@ def _check_processes(urls: Sequence[str], workers: int) -> None:
 
 def _opened(selector: MatesSelector, parts: Sequence[Part], column: str | None, folder: Folder, skip: bool) -> Work:
     """What to score with, decided by the first file that can be read."""
-    fitted = Fitted(selector.influence_model, selector.tokenizer, selector.max_length, Scored())
+    fitted = Fitted.of(selector)
     first: Exception | None = None
     for part in parts:
         try:
@@ -178,8 +178,7 @@ def _opened(selector: MatesSelector, parts: Sequence[Part], column: str | None, 
             if not skip:
                 raise first from error
             continue
-        model, tokenizer, max_length, _ = fitted
-        return Work(model, tokenizer, max_length, column, what_is(scorer.column), scorer.digest(), folder.url, skip)
+        return Work(fitted, column, what_is(scorer.column), scorer.digest(), folder.url, skip)
     raise first or ValueError("`inputs` must hold at least one row, and all files are empty.")
 
 

@@ -73,7 +73,7 @@ def test_what_filter_keeps_is_kept(
     expected = ids_by_filter(selector, texts, **budget)
     assert kept_ids(tmp_path / "out") == expected
     assert report.rows_kept == len(expected)
-    assert (report.rows, report.files, report.files_left_out) == (len(texts), 5, 0)
+    assert (report.rows, report.files, report.files_left_out) == (len(texts), 6, 0)
     assert report.tokens == sum(-(-len(text) // 4) for text in texts)
     assert outputs(tmp_path / "out") == outputs(folder)
     summary = json.loads((tmp_path / "out" / "_mates" / "summary.json").read_text())
@@ -439,7 +439,7 @@ def test_the_folder_of_other_work_is_refused(
     other = MatesSelector(fit_model(), tiny_tokenizer)
     with pytest.raises(RoundMismatchError, match="folder of this selector.*Choose another folder, or delete it"):
         score_files(other, folder, out, ratio=0.2)
-    with pytest.raises(RoundMismatchError, match=r"`a.jsonl` is gone \(4 in all\)"):
+    with pytest.raises(RoundMismatchError, match=r"`a.jsonl` is gone \(5 in all\)"):
         score_files(selector, folder / "c.parquet", out, ratio=0.2)
     assert content_of(out) == before
     with pytest.raises(ValueError, match="`inputs` must not lie in the output folder"):
@@ -554,7 +554,7 @@ def test_memory_in_and_out(selector: MatesSelector, corpus: tuple[Path, list[str
         if name.endswith("parquet"):
             found += pq.read_table(pa.BufferReader(content)).column("id").to_pylist()
         else:
-            packed = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
+            packed = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(Path(name).suffix)
             stream = pa.input_stream(pa.BufferReader(content), compression=packed)
             found += [json.loads(line)["id"] for line in stream.read().splitlines()]
     assert found == ids_by_filter(selector, texts, ratio=0.2)

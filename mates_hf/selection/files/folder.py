@@ -12,10 +12,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mates_hf.data.listing import OWN, located
 from mates_hf.disk import json_bytes
 from mates_hf.errors import MatesError, RoundMismatchError
-from mates_hf.selection.files.plan import OWN, RECORD, Bundle, Part
-from mates_hf.selection.score_file import located, read_facts, written_whole_at
+from mates_hf.selection.files.plan import RECORD, Bundle, Part
+from mates_hf.selection.score_file import read_facts, written_whole_at
 
 _FORMAT = 1  # of what is written here; raised when an older one cannot be continued
 

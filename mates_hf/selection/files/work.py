@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.data.listing import located
 from mates_hf.data.raw_texts import RawTexts
 from mates_hf.data.scored_column import Conversations, ScoredColumn, Texts
 from mates_hf.errors import InfluenceError, MatesError
 from mates_hf.prediction.score import Scorer
 from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.cut import Cut
-from mates_hf.selection.dataset_input import Scored
 from mates_hf.selection.files import json_files, parquet_files
 from mates_hf.selection.files.ahead import read_ahead
 from mates_hf.selection.files.folder import Folder, read_object, write_object
@@ -34,7 +34,6 @@ from mates_hf.selection.score_file import (
     content_hashes,
     flush_files,
     joined_scores,
-    located,
     open_scores,
     read_facts,
     rows_between,
@@ -77,9 +76,7 @@ class Work:
     """What every bundle is scored with and written by; all that a worker process needs.
 
     Attributes:
-        model: The fitted influence model.
-        tokenizer: Tokenizer of its tokens, or None.
-        max_length: Number of tokens that a text is cut to, or None.
+        fitted: The model and tokenizer, in the form that decides on a column.
         column: The scored column, as its name was given; None finds it.
         scored: What the scored column holds and its name, the same in every part.
         digest: Digest of the scorer.
@@ -88,9 +85,7 @@ class Work:
         threads: Threads of a process; None is one a core.
     """
 
-    model: Any
-    tokenizer: Any
-    max_length: int | None
+    fitted: Fitted
     column: str | None
     scored: tuple[str, str]
     digest: str
@@ -102,11 +97,6 @@ class Work:
     def many_threads(self) -> bool:
         """Whether more than one thread may be used."""
         return self.threads != 1
-
-    @property
-    def fitted(self) -> Fitted:
-        """The model in the form that decides on a column."""
-        return Fitted(self.model, self.tokenizer, self.max_length, Scored())
 
 
 def schema_of(part: Part) -> Any:
