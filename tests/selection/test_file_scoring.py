@@ -381,7 +381,7 @@ def test_a_file_that_changes_meanwhile_is_named(
         return cut(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mates_hf.selection.file_scoring.write_bundle", changed_before)
+        patched.setattr("mates_hf.selection.files.run.write_bundle", changed_before)
         with pytest.raises(MatesError, match=r"`.*b.jsonl` was changed meanwhile"):
             score_files(selector, tmp_path / "in", tmp_path / "out", ratio=0.5)
     assert outputs(tmp_path / "out") == ["a.jsonl"]
@@ -421,7 +421,7 @@ def test_another_number_of_rows_under_the_same_facts_is_noticed(
             return real(*arguments)
 
         with monkeypatch.context() as patched:
-            patched.setattr("mates_hf.selection.file_scoring.write_bundle", changing)
+            patched.setattr("mates_hf.selection.files.run.write_bundle", changing)
             patched.setattr(work, "check_same", lambda part: None)
             with pytest.raises(MatesError, match="must have the 50 rows that were scored"):
                 score_files(selector, tmp_path / "in", tmp_path / f"out{num}", ratio=0.5)

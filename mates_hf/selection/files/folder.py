@@ -8,6 +8,7 @@ refusal can say which one differs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,11 @@ class Folder:
     def scores(self, bundle: Bundle) -> str:
         """Where the scores of a bundle are."""
         return f"{self._root}/{OWN}/scores/{bundle.number:06d}.parquet"
+
+    def groups(self, bundle: Bundle, column: str) -> str:
+        """Where the groups of a bundle's rows are, by a column: this with `.parquet`, and their names with `.json`."""
+        name = hashlib.sha256(column.encode()).hexdigest()[:12]
+        return f"{self._root}/{OWN}/groups/{name}/{bundle.number:06d}"
 
     def mark(self, bundle: Bundle) -> str:
         """Where it is said that a bundle is written."""
