@@ -1,10 +1,11 @@
 """`mates-hf`: what a person asks from a shell, one module a command.
 
 `mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN` what they took; `mates-hf plan` what selecting would
-cost. `mates-hf fit` fits a selector without a run; `mates-hf score SELECTOR FILES` writes files again with the rows
-that help most. Where it is used: right of all, and the only folder that prints. Trade-off: what a command needs
-is imported when it runs, so that `mates-hf env` works in an installation that is broken.
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took, `mates-hf groups RUN` what each group
+of rows got; `mates-hf plan` what selecting would cost. `mates-hf fit` fits a selector without a run; `mates-hf score
+SELECTOR FILES` writes files again with the rows that help most. Where it is used: right of all, and the only folder
+that prints. Trade-off: what a command needs is imported when it runs, so that `mates-hf env` works in an installation
+that is broken.
 """
 
 from __future__ import annotations
