@@ -191,8 +191,6 @@ def _opened(
             if not schema.names:  # of no line
                 continue
             scorer = fitted.scorer(schema, column)
-            if group_column is not None:
-                require_column(part, group_column)
         except Exception as error:
             if not is_of_content(error):
                 raise
@@ -201,6 +199,8 @@ def _opened(
             if not skip:
                 raise first from error
             continue
+        if group_column is not None:
+            require_column(part, schema, group_column)
         return Work(fitted, column, what_is(scorer.column), scorer.digest(), folder.url, skip)
     raise first or ValueError("`inputs` must hold at least one row, and all files are empty.")
 

@@ -38,19 +38,27 @@ from mates_hf.selection.score_file import GROUP_ROWS, open_scores, read_facts, w
 Codes = npt.NDArray[np.int32]
 
 
-def require_column(part: Part, column: str) -> None:
-    """Raise a `ValueError` where a file has no such column, as far as its first rows say.
+def require_column(part: Part, schema: Any, column: str) -> tuple[str, ...]:
+    """Names from the row down to the column of groups.
 
     Args:
         part: The file.
+        schema: Its `pyarrow.Schema`, of JSON Lines as the first rows have it.
         column: Name of the column, with dots for a nested one.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: the file has no such column.
     """
-    schema = schema_of(part)
-    if schema.names and field_path(schema, column) is None:
+    path = field_path(schema, column)
+    if path is None:
         raise ValueError(
             f"`group_column` must be a column of the files, got {column!r}, and `{part.url}` has the columns "
             f"{list(schema.names)}. Name the one that says which group a row is of."
         )
+    return path
 
 
 def group_bundle(work: Work, bundle: Bundle, column: str) -> dict[str, Any]:
@@ -102,7 +110,7 @@ def _codes(work: Work, bundle: Bundle, numbers: GroupNumbers, column: str) -> It
                 num += len(codes)
                 yield codes
         except ValueError as error:
-            raise FileError(named(part, error)) from error
+            raise FileError(str(error) if part.url in str(error) else named(part, error)) from error
         check_same(part)
         if num != found.rows:
             raise FileError(f"`{part.url}` must have the {found.rows} rows that were scored, and has {num}.")
@@ -110,9 +118,7 @@ def _codes(work: Work, bundle: Bundle, numbers: GroupNumbers, column: str) -> It
 
 def _part_codes(work: Work, part: Part, found: PartFacts, numbers: GroupNumbers, column: str) -> Iterator[Codes]:
     if part.kind == PARQUET:
-        require_column(part, column)
-        path = field_path(schema_of(part), column)
-        assert path is not None
+        path = require_column(part, schema_of(part), column)
         for table in read_ahead(parquet_files.tables(part, [".".join(path)], work.many_threads), part.size):
             yield numbers.of_arrow(column_at(table, path))
         return

@@ -62,7 +62,8 @@ class Part:
         fs, path = located(self.url)
         fs.invalidate_cache()
         info = fs.info(path)
-        return dataclasses.replace(self, size=int(info["size"]), version=_version(info))
+        by = self.version.partition("=")[0]  # a look at one file may know more than a listing
+        return dataclasses.replace(self, size=int(info["size"]), version=_version(info, by))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +186,8 @@ def _known() -> str:
     return "`.parquet`, or `.jsonl`, `.ndjson` or `.json`, also with `.gz`, `.zst` or `.bz2`"
 
 
-def _version(info: dict[str, Any]) -> str:
-    name = next((name for name in _VERSIONS if info.get(name) is not None), None)
+def _version(info: dict[str, Any], by: str = "") -> str:
+    name = next((name for name in (by, *_VERSIONS) if info.get(name) is not None), None)
     value = None if name is None else info[name]
     if isinstance(value, datetime.datetime):  # a listing may have seconds where a look at one file has a date
         value = value.timestamp()
