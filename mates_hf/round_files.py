@@ -40,6 +40,7 @@ KEY_FILE = "key.json"
 CHECKSUMS_FILE = "SHA256SUMS"
 PROBES_FILE = "probes.parquet"
 GROUPS_FILE = "groups.npy"  # (M,) int32 group of each candidate
+STRATA_FILE = "probe_groups.npy"  # int32 group of each row that the probes were drawn from
 REFERENCE_FILE = "reference_losses.npy"  # (R, 2) float32, mean loss and trained tokens of each reference passage
 SELECTION_KEYS = ("number", "from_step", "to_step", "from_position", "num_rows", "order_sha256", "cursor")
 

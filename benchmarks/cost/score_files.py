@@ -6,9 +6,9 @@ with zstd), which is what has to be read and written anyway. Arms take turns, ea
 scored a small file before, so that compiling is not counted; starting two workers is, and is shown.
 
 Memory is the largest resident set of a process that scores a file, and one of four times its size, each a single row
-group, and of a worker. Thousands of small files are scored and copied too. With `--data` the corpus there is read,
-else the built-in one; each file has it in another order. Trade-off: the page cache holds all files, so this is the
-cost of the work and not of a disk.
+group, and of a worker; also of workers that score gigabytes each, a row group repeated. Thousands of small files
+are scored and copied too. With `--data` the corpus there is read, else the built-in one; each file has it in another
+order. Trade-off: the page cache holds most files, so this is the cost of the work and not of a disk.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from benchmarks.lab.tables import markdown, table, title
 DATA = False
 COPY, ONE, TWO = "pyarrow copy", "scored, one process", "scored, two workers"
 NUM_FILES, SMALL_FILES, SMALL_ROWS = 4, 10_000, 5
+LARGE_FILES, LARGE_GROUPS = 2, 16  # of the part `large`, each group all texts
 
 
 def write_files(folder: Path, texts: list[str], num_files: int, **options: Any) -> None:
@@ -50,6 +51,18 @@ def write_files(folder: Path, texts: list[str], num_files: int, **options: Any) 
             "text": [texts[i] for i in order],
         }  # fmt: skip
         pq.write_table(pa.table(rows), folder / f"{number:05d}.parquet", compression="zstd", **options)
+
+
+def repeat_file(path: Path, folder: Path, num_files: int, times: int) -> None:
+    """Files that each hold the rows of one many times, a row group each."""
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    rows = pq.read_table(path)
+    for number in range(num_files):
+        with pq.ParquetWriter(folder / f"{number:05d}.parquet", rows.schema, compression="zstd") as writer:
+            for _ in range(times):
+                writer.write_table(rows, row_group_size=rows.num_rows)
 
 
 def distil(texts: list[str], folder: Path) -> str:
@@ -126,6 +139,11 @@ def memory(folder: str, name: str, workers: int) -> dict[str, Any]:
     return {**sizes, **peaks}
 
 
+def measured(work: Path, name: str, workers: int) -> dict[str, Any]:
+    """`memory` in a process of its own."""
+    return in_its_own_process(memory, str(work), name, workers, threads=num_cores(), steady=False)
+
+
 def run(bench: Bench) -> dict[str, Any]:
     """Make the files, and take times and memory."""
     data = bench.data
@@ -148,9 +166,10 @@ def run(bench: Bench) -> dict[str, Any]:
             found[name] = in_its_own_process(speed, str(work), name, turns, threads=num_cores())
         say("Measuring memory")
         peaks = [
-            in_its_own_process(memory, str(work), name, workers, threads=num_cores(), steady=False)
-            for name, workers in (("few", 1), ("one", 1), ("four", 1), ("files", 2))
+            measured(work, name, workers) for name, workers in (("few", 1), ("one", 1), ("four", 1), ("files", 2))
         ]
+        repeat_file(work / "one" / "00000.parquet", work / "large", LARGE_FILES, 2 if bench.quick else LARGE_GROUPS)
+        peaks.append(measured(work, "large", LARGE_FILES))
     return {
         "settings": {
             "quick": bench.quick, "cores": num_cores(), "load_before": load, "load_after": os.getloadavg()[0],
@@ -194,6 +213,11 @@ def page(document: dict[str, Any]) -> str:
         f"{settings['load_after']:.1f}), Python {settings['python']}, pyarrow {settings['pyarrow']}. The model counts "
         f"{settings['units']}. The best fifth of the rows is written.",
         *blocks,
-        "Largest resident set: `one` and `four` are one file of a single row group, `files` are those above.",
+        "Largest resident set: `one` and `four` are one file of a single row group, `files` are those above."
+        + (
+            " `large` repeats the row group of `one`."
+            if any(one["files"] == "large" for one in document["memory"])
+            else ""
+        ),
         table(["files", "MB", "MB of text", "workers", "MiB of the process", "MiB of a worker"], shown),
     )

@@ -1,11 +1,11 @@
 """`mates-hf`: what a person asks from a shell, one module a command.
 
 `mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN` what they took; `mates-hf report RUN` makes a page of
-all three, and `mates-hf compare A B` one of two runs. `mates-hf where RUN` says when rows were trained on, `mates-hf
-forget RUN` keeps rows out from now on, and `mates-hf audit RUN` lists it all. `mates-hf plan` says what selecting
-would cost. `mates-hf fit` fits a selector without a run; `mates-hf score SELECTOR FILES` writes files again with the
-rows that help most.
+whether a run's rounds are what they must be, `mates-hf cost RUN` what they took, `mates-hf groups RUN` what each
+group of rows got; `mates-hf report RUN` makes a page of them all, and `mates-hf compare A B` one of two runs.
+`mates-hf where RUN` says when rows were trained on, `mates-hf forget RUN` keeps rows out from now on, and `mates-hf
+audit RUN` lists it all. `mates-hf plan` says what selecting would cost. `mates-hf fit` fits a selector without a run;
+`mates-hf score SELECTOR FILES` writes files again with the rows that help most.
 
 Where it is used: right of all, and the only folder that prints. Trade-off: what a command needs is imported when it
 runs, so that `mates-hf env` works in an installation that is broken.

@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
     add("--model", required=True, metavar="DIR_OR_ID", help="causal language model: a folder or a Hub id")
     add(
         "--pool", required=True, nargs="+", metavar="FILES",
-        help="Parquet or JSON Lines files (.gz, .zst), a glob in quotes, fsspec URLs, a folder, or a Hub id",
+        help="Parquet or JSON Lines files (.gz, .zst, .bz2), a glob in quotes, fsspec URLs, a folder, or a Hub id",
     )  # fmt: skip
     add(
         "--reference", required=True, metavar="FILE",

@@ -1,4 +1,4 @@
-"""`mates-hf round`, `verify` and `cost`: what a run left on disk, read without torch.
+"""`mates-hf round`, `verify`, `cost` and `groups`: what a run left on disk, read without torch.
 
 Where it is used: by whoever looks at a run, while it trains or afterwards. Trade-off: rounds are read from their
 directories alone, so these commands work on a machine without torch and show nothing that a round did not record.
@@ -14,7 +14,7 @@ from mates_hf.cli.printing import print_json, print_lines
 
 
 def add_commands(commands: Any) -> None:
-    """Add `round`, `verify` and `cost` to the subparsers."""
+    """Add `round`, `verify`, `cost` and `groups` to the subparsers."""
     command = commands.add_parser("round", help="print what a finished round did")
     command.add_argument("path", metavar="PATH", help="a run's output_dir, its _mates, or a round directory in it")
     command.add_argument("number", metavar="NUMBER", nargs="?", type=int, help="which round; the newest by default")
@@ -31,6 +31,11 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--rounds-dir", help="where its rounds are, if not in RUN/_mates")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.set_defaults(run=_cost)
+
+    command = commands.add_parser("groups", help="print what each group of rows got, and how its loss changed")
+    command.add_argument("path", metavar="RUN", help="a run's output_dir, or its _mates")
+    command.add_argument("--json", action="store_true", help="print a JSON object by group instead of a table")
+    command.set_defaults(run=_groups)
 
 
 def _round(arguments: argparse.Namespace) -> int:
@@ -69,4 +74,16 @@ def _cost(arguments: argparse.Namespace) -> int:
         print_json(cost.to_dict())
     else:
         print_lines(cost.lines())
+    return 0
+
+
+def _groups(arguments: argparse.Namespace) -> int:
+    """Print who gained and who paid."""
+    from mates_hf.reporting.group_table import group_lines, run_groups
+
+    found = run_groups(arguments.path)
+    if arguments.json:
+        print_json({one.name: one.to_dict() for one in found})
+    else:
+        print_lines(group_lines(found))
     return 0

@@ -35,6 +35,9 @@ def add_command(commands: Any) -> None:
     command.add_argument("--random-share", type=float, default=0.0, help="share of it drawn at random from the rest")
     command.add_argument("--temperature", type=float, default=0.0, help="noise, in standard deviations of the labels")
     command.add_argument("--seed", type=int, default=0, help="random seed of noise and of the order among equals")
+    command.add_argument("--group-column", help="column that says which group a row is of: source, language, licence")
+    command.add_argument("--max-group-boost", type=float, help="most times its share of the rows a group may get")
+    command.add_argument("--min-group-boost", type=float, default=0.0, help="least times its share it must get")
     command.add_argument("--column", help="column to score; input_ids, text or messages by default")
     command.add_argument("--workers", type=int, default=1, help="processes of one thread; 1 uses all cores in one")
     command.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at what cannot be read")
@@ -44,12 +47,17 @@ def add_command(commands: Any) -> None:
 
 def _score(arguments: argparse.Namespace) -> int:
     """Score the files and print the summary; 2 where the arguments cannot be."""
-    from mates_hf.selection.budget import Budget
+    from mates_hf.selection.budget import Budget, require_rows
+    from mates_hf.selection.options import bounds_of
 
     drawn = {name: getattr(arguments, name) for name in ("random_share", "temperature", "seed")}
     amount = {name: getattr(arguments, name) for name in ("ratio", "k", "threshold", "num_tokens")}
+    groups = {name: getattr(arguments, name) for name in ("group_column", "max_group_boost", "min_group_boost")}
     try:
-        Budget(**({"ratio": 1.0} if arguments.add_scores else amount), **drawn)
+        budget = Budget(**({"ratio": 1.0} if arguments.add_scores else amount), **drawn)
+        bounds = bounds_of(*groups.values())
+        if bounds is not None and bounds.bind:
+            require_rows(budget)
         if arguments.workers < 1:
             raise ValueError(f"`workers` must be a whole number of at least 1, got {arguments.workers}.")
     except ValueError as error:
@@ -60,7 +68,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
     report = score_files(
         MatesSelector.from_pretrained(arguments.selector), arguments.inputs, arguments.out, **amount, **drawn,
-        add_scores=arguments.add_scores, column=arguments.column, workers=arguments.workers,
+        **groups, add_scores=arguments.add_scores, column=arguments.column, workers=arguments.workers,
         on_error=arguments.on_error,
     )  # fmt: skip
     if arguments.json:

@@ -15,11 +15,11 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mates_hf.data.listing import JSON_LINES, KINDS, PARQUET, TEXT, format_of, list_files
 from mates_hf.paths import expand_path
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,7 @@ logger = logging.getLogger(__name__)
 MOST_FILES = 64  # that are opened where only some rows are wanted
 READ_BYTES = 2**28  # of all of them together, as they lie on disk
 _BLOCK = 2**20
-_KINDS = {
-    ".parquet": "Parquet", ".jsonl": "JSON Lines", ".json": "JSON Lines", ".ndjson": "JSON Lines", ".txt": "text",
-}  # fmt: skip
-_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-_FORMATS = "Parquet, JSON Lines (.jsonl, .json) or lines of text (.txt), the last two also as .gz or .zst"
+_FORMATS = "Parquet, JSON Lines (.jsonl, .json) or lines of text (.txt), the last two also as .gz, .zst or .bz2"
 _MOST_FAULTS = 0.01  # of the lines of a file, that may be no JSON object
 
 Columns = Callable[[Sequence[str]], list[str]]
@@ -66,13 +62,14 @@ class _File(NamedTuple):
     @property
     def codec(self) -> str | None:
         """How it is compressed as a whole, or None."""
-        return _CODECS.get(Path(self.path).suffix.lower())
+        found = format_of(self.path)
+        return None if found is None else found.packed
 
     @property
     def kind(self) -> str | None:
         """What it holds, by its name, or None where that does not say."""
-        path = Path(self.path.lower())
-        return _KINDS.get(path.with_suffix("").suffix if self.codec else path.suffix)
+        found = format_of(self.path)
+        return None if found is None else found.kind
 
 
 def load_rows(
@@ -100,14 +97,14 @@ def load_rows(
 
     Raises:
         FileNotFoundError: there are no such files, and no such dataset that can be read.
-        ValueError: files are of several formats or of one that is not known, there is no row, a column is missing, or
-            a file is damaged.
+        ValueError: a file is of a format that is not known, there is no row, a column is missing or not the same in
+            all files, or a file is damaged.
         TypeError: the source is none of these.
     """
     rng = np.random.default_rng([seed, 0x66696C65])
     if isinstance(source, (str, os.PathLike)) or (isinstance(source, (list, tuple)) and source):
         named = [os.fspath(one) for one in (source if isinstance(source, (list, tuple)) else [source])]
-        files = [file for one in named for file in _files_of(one)]
+        files = [file for one in named for file in _files_of(one, name)]
         if files:
             table, told = _read(files, columns, name, num_rows, rng)
             return Loaded(_dataset(table), told)
@@ -150,27 +147,18 @@ def _require_rows(total: int, name: str) -> None:
 # --- what a name stands for ---
 
 
-def _files_of(named: str) -> list[_File]:
+def _files_of(named: str, name: str) -> list[_File]:
     """The files that a path, a glob or a URL stands for, in the order of their names; none for anything else."""
-    import fsspec
-
-    url = named if "://" in named else str(expand_path(named))
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise ImportError(f"`{named}` cannot be read: {error}") from error
-    is_pattern = any(char in path for char in "*?[")
-    if fs.isfile(path):  # also one with such a character in its name
-        found = [path]
-    elif is_pattern:
-        found = sorted(one for one in fs.glob(path) if fs.isfile(one))
-    elif fs.isdir(path) and not _is_saved(fs, path):
-        found = sorted(one for one in fs.find(path) if _File(fs, one, 0).kind and "/." not in one)
-    else:
+    listing = list_files(named, name)
+    if listing is None or (listing.how == "folder" and _is_saved(listing.fs, listing.base)):
         return []
-    if not found and is_pattern:
-        raise FileNotFoundError(f"`{named}` must match files, and matches none. Put it in quotes, and check the path.")
-    return [_File(fs, one, int(fs.size(one) or 0)) for one in found]
+    found = [_File(listing.fs, path, int(info.get("size") or 0)) for path, info in listing.inputs().items()]
+    if not found:
+        raise FileNotFoundError(
+            f"`{name}` must be a folder with files of {_FORMATS}, and `{named}` has none. Plain `.json` files in a "
+            "folder are passed over: name them by a pattern."
+        )
+    return found
 
 
 def _is_saved(fs: Any, path: str) -> bool:
@@ -201,30 +189,80 @@ def _opened(named: str, name: str, split: str) -> Any:
 # --- reading files ---
 
 
+class _Rows(NamedTuple):
+    """Rows of one format that were read, and of which some are kept.
+
+    Attributes:
+        num: How many were read.
+        take: Given (M,) positions, a `pyarrow.Table` of those rows; of damaged lines there is no row.
+        path: Path of a file that they are of.
+    """
+
+    num: int
+    take: Callable[[Any], Any]
+    path: str
+
+
 def _read(files: list[_File], columns: Columns, name: str, num_rows: int | None, rng: Any) -> tuple[Any, str]:
-    """A `pyarrow.Table` of some rows, and how they were drawn."""
-    kinds = {file.kind: file.path for file in files}
-    if None in kinds:
-        raise ValueError(f"`{name}` must be files of {_FORMATS}, got `{kinds[None]}`. Name the files by their ending.")
-    if len(kinds) > 1:
-        shown = ", ".join(f"{kind} (`{path}`)" for kind, path in sorted(kinds.items(), key=str))
-        raise ValueError(f"`{name}` must be files of one format, got {shown}. Give a pattern that names one of them.")
-    (kind,) = kinds
+    """A `pyarrow.Table` of some rows, and how they were drawn. Rows of several formats follow one another."""
+    unknown = next((file for file in files if file.kind is None), None)
+    if unknown is not None:
+        raise ValueError(
+            f"`{name}` must be files of {_FORMATS}, got `{unknown.path}`. Name the files by their ending."
+        )
     num_files, limit = len(files), READ_BYTES if num_rows is not None else None
+    of = " and ".join(_counted(files, kind) for kind in KINDS if any(file.kind == kind for file in files))
     if num_rows is not None and num_files > MOST_FILES:
         files = [files[i] for i in np.sort(rng.permutation(num_files)[:MOST_FILES])]
     total = sum(file.size for file in files)
     share = 1.0 if limit is None or total <= limit else limit / total
-    read = _read_parquet if kind == "Parquet" else _read_lines
-    table, num_read = read(files, columns, name, share, num_rows, kind == "text", rng)
+    readers = {PARQUET: _read_parquet, JSON_LINES: _read_lines, TEXT: _read_texts}
+    found = []
+    for kind, read in readers.items():
+        some = [file for file in files if file.kind == kind]
+        found += [read(some, columns, name, share, rng)] if some else []
+    num_read = sum(rows.num for rows in found)
     _require_rows(num_read, name)
-    whole = share == 1 and len(files) == num_files
-    of = f"{num_files:,} {kind} file{'s' if num_files > 1 else ''}"
-    if not whole:
+    table = _joined(found, _drawn(num_read, num_rows, rng), name)
+    if share < 1 or len(files) < num_files:
         of = f"{len(files):,} of {of}" + ("" if share == 1 else f", {share:.2%} of each")
-    drawn = f"all {num_read:,} rows" if table.num_rows == num_read else f"{table.num_rows:,} rows drawn at random"
-    of = of if table.num_rows == num_read else f"the {num_read:,} that were read, of {of}"
-    return table, f"{drawn} {'of' if table.num_rows == num_read else 'from'} {of}"
+    if table.num_rows == num_read:
+        return table, f"all {num_read:,} rows of {of}"
+    return table, f"{table.num_rows:,} rows drawn at random from the {num_read:,} that were read, of {of}"
+
+
+def _counted(files: Sequence[_File], kind: str) -> str:
+    num = sum(file.kind == kind for file in files)
+    return f"{num:,} {KINDS[kind]} file{'s' if num > 1 else ''}"
+
+
+def _joined(found: Sequence[_Rows], kept: Any, name: str) -> Any:
+    """The rows that are kept, of all formats, which must have the same columns."""
+    tables, begin = [], 0
+    for rows in found:
+        end = begin + rows.num
+        here = kept[(kept >= begin) & (kept < end)] - begin
+        if len(here):
+            tables.append((rows.take(here), rows.path))
+        begin = end
+    filled = [(table, path) for table, path in tables if table.num_rows]
+    _require_rows(len(filled), name)
+    names = filled[0][0].column_names
+    for table, path in filled[1:]:
+        _require_columns(names, table.column_names, path)
+    return _concatenated([table.select(names) for table, _ in filled], name)
+
+
+def _concatenated(tables: Sequence[Any], name: str) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.concat_tables([one.replace_schema_metadata(None) for one in tables], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"`{name}` must hold the same in the columns {tables[0].column_names} of all files, and does not "
+            f"({error}). Give a pattern that names those that belong together."
+        ) from error
 
 
 def _drawn(num_read: int, num_rows: int | None, rng: Any) -> Any:
@@ -234,13 +272,10 @@ def _drawn(num_read: int, num_rows: int | None, rng: Any) -> Any:
     return np.sort(rng.permutation(num_read)[:num_rows])
 
 
-def _read_parquet(
-    files: list[_File], columns: Columns, name: str, share: float, num_rows: int | None, is_text: bool, rng: Any
-) -> tuple[Any, int]:
+def _read_parquet(files: list[_File], columns: Columns, name: str, share: float, rng: Any) -> _Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    del is_text
     wanted: list[str] = []
     parts = []
     for file in files:
@@ -255,14 +290,8 @@ def _read_parquet(
                 parts.append(parquet.read_row_groups(list(groups), columns=wanted).select(wanted))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"`{file.path}` must be a whole Parquet file, and cannot be read ({error}).") from error
-    try:
-        table = pa.concat_tables([part.replace_schema_metadata(None) for part in parts], promote_options="permissive")
-    except pa.ArrowException as error:
-        raise ValueError(
-            f"`{name}` must hold the same in the columns {wanted} of all files, and does not ({error}). Give a "
-            "pattern that names those that belong together."
-        ) from error
-    return table.take(_drawn(table.num_rows, num_rows, rng)), table.num_rows
+    table = _concatenated(parts, name)
+    return _Rows(table.num_rows, table.take, files[0].path)
 
 
 def _require_columns(wanted: Sequence[str], names: Sequence[str], path: str) -> None:
@@ -270,43 +299,60 @@ def _require_columns(wanted: Sequence[str], names: Sequence[str], path: str) -> 
     if missing:
         raise ValueError(
             f"All files must have the columns {list(wanted)}, and `{path}` has {list(names)}. Give a pattern that "
-            "names those that belong together."
+            "names those that belong together, or name a column that all have."
         )
 
 
-def _read_lines(
-    files: list[_File], columns: Columns, name: str, share: float, num_rows: int | None, is_text: bool, rng: Any
-) -> tuple[Any, int]:
+def _read_texts(files: list[_File], columns: Columns, name: str, share: float, rng: Any) -> _Rows:
     import pyarrow as pa
 
+    del name, rng
+    lines = [line for file in files for line in _lines_of(file, share)]
+
+    def take(kept: Any) -> Any:
+        texts = [lines[i].decode("utf-8", "replace") for i in kept.tolist()]
+        return pa.table(dict.fromkeys(columns(["text"]), texts))
+
+    return _Rows(len(lines), take, files[0].path)
+
+
+def _read_lines(files: list[_File], columns: Columns, name: str, share: float, rng: Any) -> _Rows:
+    del rng
     lines: list[bytes] = []
     owners: list[int] = []
     for number, file in enumerate(files):
         for line in _lines_of(file, share):
             lines.append(line)
             owners.append(number)
-    kept = _drawn(len(lines), num_rows, rng).tolist()
-    if is_text:
-        wanted = columns(["text"])
-        return pa.table({one: [lines[i].decode("utf-8", "replace") for i in kept] for one in wanted}), len(lines)
-    rows = [(owners[i], _parsed(lines[i])) for i in kept]
-    faults = [owner for owner, row in rows if row is None]
+
+    def take(kept: Any) -> Any:
+        return _objects([(files[owners[i]].path, lines[i]) for i in kept.tolist()], columns, name)
+
+    return _Rows(len(lines), take, files[0].path)
+
+
+def _objects(lines: Sequence[tuple[str, bytes]], columns: Columns, name: str) -> Any:
+    """A `pyarrow.Table` of the objects of some lines, each with the path of its file."""
+    import pyarrow as pa
+
+    rows = [(path, _parsed(line)) for path, line in lines]
+    faults = [path for path, row in rows if row is None]
     if len(faults) > _MOST_FAULTS * len(rows):
         raise ValueError(
-            f"`{files[faults[0]].path}` must hold one JSON object a line, and {len(faults):,} of the {len(rows):,} "
+            f"`{faults[0]}` must hold one JSON object a line, and {len(faults):,} of the {len(rows):,} "
             "lines that were drawn are none. Write one with `Dataset.to_json(path)`, or give Parquet files."
         )
     if faults:
         logger.warning("%d of %d lines of `%s` are no JSON objects and were left out.", len(faults), len(rows), name)
-    found = [(owner, row) for owner, row in rows if row is not None]
+    found = [(path, row) for path, row in rows if row is not None]
     if not found:
-        return pa.table({}), 0
+        return pa.table({})
     names = list(dict.fromkeys(key for _, row in found for key in row))
     wanted = columns(names)
-    with_it = {owner for owner, row in found if any(one in row for one in wanted)}
-    for owner, row in found:
-        if owner not in with_it:
-            _require_columns(wanted, list(row), files[owner].path)
+    with_it = {path for path, row in found if any(one in row for one in wanted)}
+    for path, row in found:
+        if path not in with_it:
+            _require_columns(wanted, list(row), path)
     arrays = {}
     for one in wanted:
         try:
@@ -315,7 +361,7 @@ def _read_lines(
             raise ValueError(
                 f"`{name}` must hold the same kind of value in each row of the column `{one}`, and does not ({error})."
             ) from error
-    return pa.table(arrays), len(lines)
+    return pa.table(arrays)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

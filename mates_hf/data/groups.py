@@ -9,6 +9,7 @@ Shape suffix: N rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,15 +53,71 @@ def read_groups(dataset: Any, column: str, ids: IntArray | None = None) -> Group
     used = np.unique(places)  # a category that no row has is no group
     names = [_name_of(entries[place], column) for place in used.tolist()]
     order = sorted(set(names))
-    if len(order) > MOST_GROUPS:
-        raise ValueError(
-            f"`group_column` must have at most {MOST_GROUPS:,} groups, got {len(order):,} in `{column}`. Name a "
-            "column of sources or kinds, not of documents."
-        )
+    require_few(len(order), column)
     number = {name: code for code, name in enumerate(order)}
     code_of = np.zeros(len(entries), np.int32)
     code_of[used] = [number[name] for name in names]
     return Groups(code_of[places], order)
+
+
+class GroupNumbers:
+    """Numbers of groups as they turn up, where rows come some at a time.
+
+    Args:
+        column: Name of the column, for errors.
+    """
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The groups so far, each at its number."""
+        return list(self._numbers)
+
+    def of_values(self, values: Iterable[Any]) -> npt.NDArray[np.int32]:
+        """(N,) number of the group of each entry."""
+        return np.array([self._number_of(value) for value in values], np.int32)
+
+    def of_arrow(self, column: Any) -> npt.NDArray[np.int32]:
+        """(N,) number of the group of each entry of a `pyarrow.ChunkedArray`."""
+        entries, places = _entries_of(column)
+        used, inverse = np.unique(places, return_inverse=True)
+        return self.of_values(entries[place] for place in used.tolist())[inverse.reshape(-1)]
+
+    def _number_of(self, entry: Any) -> int:
+        name = _name_of(entry, self._column)
+        found = self._numbers.setdefault(name, len(self._numbers))
+        require_few(len(self._numbers), self._column)
+        return found
+
+
+def require_few(num: int, column: str) -> None:
+    """Raise a `ValueError` where there are more groups than may be."""
+    if num > MOST_GROUPS:
+        raise ValueError(
+            f"`group_column` must have at most {MOST_GROUPS:,} groups, got {num:,} in `{column}`. Name a column of "
+            "sources or kinds, not of documents."
+        )
+
+
+def shares_of(names: Sequence[str], every: IntArray, chosen: IntArray) -> dict[str, dict[str, float]]:
+    """What each group is of all rows and of those that are kept.
+
+    Args:
+        names: Names of the G groups.
+        every: (G,) rows of each.
+        chosen: (G,) rows of each that are kept.
+
+    Returns:
+        By name: `rows` and `kept` as shares of all, and `boost`, how many times its share of the rows it got.
+    """
+    of_all, of_kept = every / max(1, int(every.sum())), chosen / max(1, int(chosen.sum()))
+    return {
+        name: {"rows": float(a), "kept": float(b), "boost": float(b / a)}
+        for name, a, b in zip(names, of_all, of_kept, strict=True)
+    }
 
 
 def entries_of(dataset: Any, column: str, setting: str, ids: IntArray | None = None) -> tuple[list[Any], IntArray]:
@@ -116,20 +173,25 @@ def _read(dataset: Any, column: str, ids: IntArray | None) -> tuple[list[Any], I
     """The entries that there are, and (N,) which of them each row has; read from Arrow where that is how they lie."""
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         table = dataset.with_format("arrow", columns=[column])[slice(None) if ids is None else ids]
-        found = table.column(column).combine_chunks()
-        if hasattr(found, "chunks"):
-            found = found.chunk(0) if found.num_chunks else None
-        if found is None:
-            return [], np.zeros(0, np.int64)
-        encoded = _encoded(found)
-        if encoded is not None:
-            entries = [*encoded.dictionary.to_pylist(), None]
-            places = encoded.indices.fill_null(len(entries) - 1).to_numpy(zero_copy_only=False)
-            return entries, places.astype(np.int64)
-        values = list(found.to_pylist())
-    else:
-        rows = range(len(dataset)) if ids is None else ids.tolist()
-        values = [dataset[i][column] for i in rows]
+        return _entries_of(table.column(column))
+    rows = range(len(dataset)) if ids is None else ids.tolist()
+    values = [dataset[i][column] for i in rows]
+    return values, np.arange(len(values))
+
+
+def _entries_of(column: Any) -> tuple[list[Any], IntArray]:
+    """The entries of a `pyarrow.ChunkedArray`, and (N,) which of them each row has."""
+    found = column.combine_chunks()
+    if hasattr(found, "chunks"):
+        found = found.chunk(0) if found.num_chunks else None
+    if found is None:
+        return [], np.zeros(0, np.int64)
+    encoded = _encoded(found)
+    if encoded is not None:
+        entries = [*encoded.dictionary.to_pylist(), None]
+        places = encoded.indices.fill_null(len(entries) - 1).to_numpy(zero_copy_only=False)
+        return entries, places.astype(np.int64)
+    values = list(found.to_pylist())
     return values, np.arange(len(values))
 
 

@@ -187,11 +187,8 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float, quota: Quot
             counts no rows.
     """
     num = len(scored.influence)
-    if quota is not None and budget.ranking != "row_worth":
-        raise ValueError(
-            "Bounds on groups hold for a number of rows, and `num_tokens` and `threshold` fix none. Use `ratio` or "
-            "`k`."
-        )
+    if quota is not None:
+        require_rows(budget)
     if budget.threshold is not None:
         return np.flatnonzero(scored.influence >= np.float32(budget.threshold))
     if budget.k is not None and budget.k > num:
@@ -218,6 +215,15 @@ def keep_rows(scored: Predictions, budget: Budget, label_std: float, quota: Quot
     if k > len(values):
         chosen = np.sort(np.concatenate([chosen, nth_true(~trained, np.arange(k - len(values)))]))
     return np.asarray(chosen, np.int64)
+
+
+def require_rows(budget: Budget) -> None:
+    """Raise a `ValueError` where a budget counts no rows, so that bounds on groups mean nothing."""
+    if budget.ranking != "row_worth":
+        raise ValueError(
+            "Bounds on groups hold for a number of rows, and `num_tokens` and `threshold` fix none. Use `ratio` or "
+            "`k`."
+        )
 
 
 def _kept_within(

@@ -15,7 +15,7 @@ Shape suffix: N candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from mates_hf.records import InfluenceLabels, IntArray
 BLOCK = 1 << 20  # candidates handled at once; also the noise's unit, so changing it changes every noisy selection
 NOISE, TIES, UNIFORM = 0x6E6F, 0x7469, 0x756E  # keep the streams of one seed apart; never 0, which seeds like no word
 
+GroupOf = Callable[[IntArray], IntArray]  # the number of each row's group
 Seed = int | Sequence[int]
 
 
@@ -302,3 +303,19 @@ def _kth_largest(values_N: npt.NDArray[Any], k: int) -> Any:
             largest[:k] = largest[size - k : size]
             lowest, size = largest[:k].min(), k
     return lowest
+
+
+def even_places(codes: IntArray, num: int, generator: np.random.Generator) -> IntArray:
+    """Places of some rows of a random order in which each group has its share, but for rounding.
+
+    Args:
+        codes: (R,) number of each row's group.
+        num: Number of rows to take, at most R.
+        generator: What draws how shares are rounded, so that each row is as likely as any other.
+
+    Returns:
+        (num,) int64 places, ascending.
+    """
+    by_group = np.argsort(codes, kind="stable")
+    steps = (generator.random() + np.arange(num)) * (len(codes) / max(num, 1))
+    return np.sort(by_group[np.minimum(steps.astype(np.int64), len(codes) - 1)])

@@ -159,14 +159,10 @@ def find_cut(pieces: Pieces, budget: Budget, label_std: float = math.nan) -> Cut
         ValueError: `k` is more than there are rows, or a temperature without `label_std`.
         InfluenceError: a score is not finite.
     """
-    facts = _facts(pieces)
-    noise = 0.0
-    if budget.temperature:
-        noise = budget.temperature * temperature_unit_of(facts.mean_square, budget.ranking, label_std)
-    order = Order(budget.ranking, facts.mean, noise, budget.seed)
-    cut = Cut(budget, order, None, None, 0, {}, facts.num_rows, facts.num_tokens)
+    order, num_rows, num_tokens = order_of(pieces, budget, label_std)
+    cut = Cut(budget, order, None, None, 0, {}, num_rows, num_tokens)
     if budget.threshold is None:
-        cut = _of_amount(cut, pieces, _amount(budget, facts.num_rows))
+        cut = _of_amount(cut, pieces, amount_of(budget, num_rows))
 
     def kept_of(number: int, scores: PieceScores) -> tuple[int, int]:
         kept = cut.mask(number, scores)
@@ -178,8 +174,30 @@ def find_cut(pieces: Pieces, budget: Budget, label_std: float = math.nan) -> Cut
     return dataclasses.replace(cut, num_kept=num_kept, num_tokens_kept=num_tokens)
 
 
-def _amount(budget: Budget, num_rows: int) -> int:
-    """Rows or tokens to keep."""
+def order_of(pieces: Pieces, budget: Budget, label_std: float) -> tuple[Order, int, int]:
+    """What rows are ranked by, and how many rows and trained tokens there are.
+
+    Args:
+        pieces: What reads the scores of each piece.
+        budget: How much to keep.
+        label_std: Standard deviation of the labels' `influence`, the unit of a temperature.
+
+    Returns:
+        The order, the rows and the tokens of all pieces.
+
+    Raises:
+        ValueError: a temperature without `label_std`.
+        InfluenceError: a score is not finite.
+    """
+    facts = _facts(pieces)
+    noise = 0.0
+    if budget.temperature:
+        noise = budget.temperature * temperature_unit_of(facts.mean_square, budget.ranking, label_std)
+    return Order(budget.ranking, facts.mean, noise, budget.seed), facts.num_rows, facts.num_tokens
+
+
+def amount_of(budget: Budget, num_rows: int) -> int:
+    """Rows or tokens to keep; a `ValueError` where there are not as many rows."""
     if budget.num_tokens is not None:
         return int(budget.num_tokens)
     if budget.k is not None and budget.k > num_rows:

@@ -13,45 +13,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mates_hf.data.arguments import described
+from mates_hf.data.listing import is_local, located
 from mates_hf.errors import MatesError
-from mates_hf.selection.budget import Budget, asked_for
+from mates_hf.selection.budget import Budget, require_rows
 from mates_hf.selection.card import label_unit
-from mates_hf.selection.cut import Cut, find_cut
-from mates_hf.selection.dataset_input import Scored
-from mates_hf.selection.files.folder import Folder, write_object
-from mates_hf.selection.files.plan import Bundle, Part, bundles_of, find_parts
+from mates_hf.selection.files.folder import Folder
+from mates_hf.selection.files.groups import require_column
+from mates_hf.selection.files.plan import Part, bundles_of, find_parts
 from mates_hf.selection.files.report import FilesReport as FilesReport
+from mates_hf.selection.files.run import Run
 from mates_hf.selection.files.work import (
     FileError,
-    PartFacts,
     Work,
-    find_mark,
     is_of_content,
     named,
     schema_of,
-    score_bundle,
     what_is,
-    write_bundle,
 )
-from mates_hf.selection.files.workers import workers as started
 from mates_hf.selection.inputs import Fitted
-from mates_hf.selection.prefix import PieceScores
-from mates_hf.selection.score_file import is_local, located, open_scores, remove_partial
+from mates_hf.selection.options import bounds_of
+from mates_hf.selection.quota import Bounds
+from mates_hf.selection.score_file import remove_partial
 from mates_hf.selection.selector import MatesSelector
-
-_HELD_ROWS = 2**24  # of scores that are kept in memory while the cut is found; with more they are read each time
-_MOST_ERRORS = 1000  # that a report lists
 
 
 def score_files(
@@ -67,15 +57,18 @@ def score_files(
     random_share: float = 0.0,
     temperature: float = 0.0,
     seed: int = 0,
+    group_column: str | None = None,
+    max_group_boost: float | None = None,
+    min_group_boost: float = 0.0,
     column: str | None = None,
     workers: int = 1,
     on_error: str = "stop",
 ) -> FilesReport:
     """Score files and write the rows that help most, or all rows with their influence.
 
-    Parquet and JSON Lines files (plain, `.gz` or `.zst`) keep their format, columns and order of rows; kept JSON lines
-    stay byte for byte. Each input has one output file, by its path below the folder that all inputs lie in. Paths and
-    URLs are those of `fsspec`: local ones, `s3://`, `gs://` and `hf://` where their packages are installed.
+    Parquet and JSON Lines files (plain, `.gz`, `.zst` or `.bz2`) keep their format, columns and order of rows; kept
+    JSON lines stay byte for byte. Each input has one output file, by its path below the folder that all inputs lie in.
+    Paths and URLs are those of `fsspec`: local ones, `s3://`, `gs://` and `hf://` where their packages are installed.
 
     A call that was killed continues when it is made again, and so does one with another budget: scores are kept. The
     result is the same for any number of workers. Which rows are kept is exact over all files; rows that rank alike
@@ -97,6 +90,11 @@ def score_files(
         random_share: Share of what is kept that is drawn at random from the rest, in [0, 1).
         temperature: Temperature of Gumbel noise in standard deviations of the labels; 0 takes the highest.
         seed: Random seed of the noise and of the order among equals, from 0 to below 2**64.
+        group_column: Column that says which group a row is of, nested ones with dots. The report then has each
+            group's share. It is read after all is scored; a JSON line without it is of the group `(none)`.
+        max_group_boost: No group gets more than so many times its share of the rows, over all files; at least 1.
+        min_group_boost: No group gets less than so many times its share of the rows, in [0, 1]. Both need a budget of
+            rows, `ratio` or `k`.
         column: Column to score, in any form that `MatesSelector.map` takes.
         workers: Number of processes, of one thread each; 1 is this process, with all cores.
         on_error: `"stop"` raises an error at the first file or line that cannot be read. `"skip"` counts and names
@@ -119,15 +117,16 @@ def score_files(
     amount = {"ratio": ratio, "k": k, "threshold": threshold, "num_tokens": num_tokens}
     drawn = {"random_share": random_share, "temperature": temperature, "seed": seed}
     budget = _budget_of(selector, amount, drawn, add_scores)
+    bounds = _bounds_of(budget, group_column, max_group_boost, min_group_boost)
     _check_options(workers, on_error)
     folder = Folder(os.fspath(out))
     parts = find_parts(inputs, folder.url)
     _check_processes([folder.url, *(part.url for part in parts)], workers)
-    work = _opened(selector, parts, column, folder, on_error == "skip")
+    work = _opened(selector, parts, column, folder, on_error == "skip", group_column)
     work = dataclasses.replace(work, threads=None if workers == 1 else 1)
     with _alone(folder):
         folder.claim(work.digest, work.scored[1], parts)
-        return _Run(work, bundles_of(parts), budget, selector, started_at).do(workers)
+        return Run(work, bundles_of(parts), budget, bounds, started_at).do(workers)
 
 
 def _budget_of(
@@ -147,6 +146,21 @@ def _budget_of(
     return None
 
 
+def _bounds_of(budget: Budget | None, column: str | None, most: float | None, least: float) -> Bounds | None:
+    """The bounds on groups, also where they only say which groups there are; None without a column."""
+    found = bounds_of(column, most, least)
+    if found is None:
+        return None
+    if budget is None:
+        raise ValueError(
+            "`add_scores` writes all rows, and `group_column` is of what is kept. Give one of the two; the written "
+            "files have both columns."
+        )
+    if found.bind:
+        require_rows(budget)
+    return found
+
+
 def _check_options(workers: int, on_error: str) -> None:
     if not isinstance(workers, int) or workers < 1:
         raise ValueError(f"`workers` must be a whole number of at least 1, got {workers!r}.")
@@ -160,9 +174,16 @@ def _check_processes(urls: Sequence[str], workers: int) -> None:
         raise ValueError(f"`workers` must be 1 with `memory://`, which is of one process, got {workers}.")
 
 
-def _opened(selector: MatesSelector, parts: Sequence[Part], column: str | None, folder: Folder, skip: bool) -> Work:
+def _opened(
+    selector: MatesSelector,
+    parts: Sequence[Part],
+    column: str | None,
+    folder: Folder,
+    skip: bool,
+    group_column: str | None,
+) -> Work:
     """What to score with, decided by the first file that can be read."""
-    fitted = Fitted(selector.influence_model, selector.tokenizer, selector.max_length, Scored())
+    fitted = Fitted.of(selector)
     first: Exception | None = None
     for part in parts:
         try:
@@ -178,8 +199,9 @@ def _opened(selector: MatesSelector, parts: Sequence[Part], column: str | None, 
             if not skip:
                 raise first from error
             continue
-        model, tokenizer, max_length, _ = fitted
-        return Work(model, tokenizer, max_length, column, what_is(scorer.column), scorer.digest(), folder.url, skip)
+        if group_column is not None:
+            require_column(part, schema, group_column)
+        return Work(fitted, column, what_is(scorer.column), scorer.digest(), folder.url, skip)
     raise first or ValueError("`inputs` must hold at least one row, and all files are empty.")
 
 
@@ -207,138 +229,3 @@ def _alone(folder: Folder) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-class _Run:
-    """One call, stage by stage."""
-
-    def __init__(
-        self, work: Work, bundles: Sequence[Bundle], budget: Budget | None, selector: MatesSelector, started_at: float
-    ) -> None:
-        self.work, self.bundles, self.budget, self.started_at = work, bundles, budget, started_at
-        self.folder = Folder(work.out)
-        self.label_std = work.fitted.label_std
-        self.resumed = False
-
-    def do(self, num_workers: int) -> FilesReport:
-        """Score, cut, write, report."""
-        with started(self.work, min(num_workers, len(self.bundles))) as each:
-            facts = self._score(each)
-            known = [PartFacts(**one) for bundle in facts for one in json.loads(str(bundle["parts"]))]
-            self._check_errors(known)
-            cut, first_pieces = self._cut(sum(int(bundle["num_rows"]) for bundle in facts))
-            marks = self._write(each, cut, first_pieces, self._key(facts))
-        report = self._report(known, cut, marks)
-        write_object(self.folder.summary, report.to_dict())
-        return report
-
-    def _score(self, each: Callable[..., Iterator[Any]]) -> list[dict[str, Any]]:
-        """What is recorded with the scores of each bundle, those that are missing made first."""
-        found = [self.folder.score_facts(bundle, self.work.digest) for bundle in self.bundles]
-        todo = [bundle for bundle, facts in zip(self.bundles, found, strict=True) if facts is None]
-        self.resumed |= len(todo) < len(self.bundles)
-        with self._progress("Scoring", todo) as count:
-            for number, facts in each(_score_one, [(bundle,) for bundle in todo]):
-                found[number] = facts
-                count(number)
-        return [facts for facts in found if facts is not None]
-
-    def _check_errors(self, known: Sequence[PartFacts]) -> None:
-        """Raise where an earlier call left something out that this one may not."""
-        errors = _errors_of(known, self._parts)
-        if errors and not self.work.skip:
-            raise FileError(f"{errors[0]} An earlier call left it out: `on_error='skip'` does so again.")
-        if all(one.dropped is not None for one in known):
-            raise FileError(f"At least one file must be read, and all {len(known)} are left out: {errors[0]}")
-
-    @property
-    def _parts(self) -> list[Part]:
-        return [part for bundle in self.bundles for part in bundle.parts]
-
-    def _cut(self, num_rows: int) -> tuple[Cut | None, list[int]]:
-        """The cut through all scores, and the number of each bundle's first piece."""
-        pieces: list[Callable[[], PieceScores]] = []
-        first_pieces = []
-        for bundle in self.bundles:
-            first_pieces.append(len(pieces))
-            pieces += open_scores(self.folder.scores(bundle))
-        if self.budget is None:
-            return None, first_pieces
-        if num_rows <= _HELD_ROWS:
-            pieces = [functools.cache(read) for read in pieces]
-        return find_cut(pieces, self.budget, self.label_std), first_pieces
-
-    def _key(self, facts: Sequence[Mapping[str, Any]]) -> str:
-        """What the written files depend on besides the inputs."""
-        budget = None if self.budget is None else dataclasses.asdict(self.budget)
-        scored = [[one["num_rows"], one["num_tokens"], one["parts"]] for one in facts]
-        return hashlib.sha256(json.dumps([self.work.digest, budget, scored], default=str).encode()).hexdigest()
-
-    def _write(
-        self, each: Callable[..., Iterator[Any]], cut: Cut | None, first_pieces: Sequence[int], key: str
-    ) -> list[dict[str, Any]]:
-        """The mark of each bundle, those that are missing written first."""
-        marks = [find_mark(self.work, bundle, key) for bundle in self.bundles]
-        todo = [bundle for bundle, mark in zip(self.bundles, marks, strict=True) if mark is None]
-        self.resumed |= len(todo) < len(self.bundles)
-        with self._progress("Writing", todo) as count:
-            for number, mark in each(_write_one, [(one, cut, first_pieces[one.number], key) for one in todo]):
-                marks[number] = mark
-                count(number)
-        return [mark for mark in marks if mark is not None]
-
-    @contextlib.contextmanager
-    def _progress(self, what: str, todo: Sequence[Bundle]) -> Iterator[Callable[[int], None]]:
-        """A bar over the bytes of what is to do; the function takes the number of a bundle that is done."""
-        from tqdm import tqdm
-
-        total = sum(bundle.size for bundle in todo)
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=3) as bar:
-
-            def count(number: int) -> None:
-                bar.update(self.bundles[number].size)
-
-            yield count
-
-    def _report(self, known: Sequence[PartFacts], cut: Cut | None, marks: Sequence[dict[str, Any]]) -> FilesReport:
-        seconds = time.perf_counter() - self.started_at
-        written = [part for mark in marks for part in mark["parts"]]
-        num_bytes = sum(bundle.size for bundle in self.bundles)
-        errors = _errors_of(known, self._parts)
-        return FilesReport(
-            out=self.folder.url,
-            asked_for="all rows" if self.budget is None else asked_for(self.budget),
-            files=len(known),
-            files_left_out=sum(one.dropped is not None for one in known),
-            lines_left_out=sum(len(one.bad) for one in known),
-            rows=sum(one.rows for one in known),
-            rows_kept=sum(one["rows"] for one in written),
-            tokens=sum(one.tokens for one in known),
-            tokens_kept=sum(one["tokens"] for one in written),
-            threshold=None if cut is None or not math.isfinite(cut.threshold) else cut.threshold,
-            bytes_read=num_bytes,
-            bytes_scored=sum(one.content_bytes for one in known),
-            bytes_written=sum(one["bytes"] for one in written),
-            seconds=seconds,
-            gb_per_hour=None if self.resumed else num_bytes / 1e9 / seconds * 3600,
-            errors=tuple(errors[:_MOST_ERRORS]),
-        )
-
-
-def _score_one(work: Work, bundle: Bundle) -> tuple[int, dict[str, Any]]:
-    return bundle.number, score_bundle(work, bundle)
-
-
-def _write_one(work: Work, bundle: Bundle, cut: Cut | None, first_piece: int, key: str) -> tuple[int, dict[str, Any]]:
-    return bundle.number, write_bundle(work, bundle, cut, first_piece, key)
-
-
-def _errors_of(known: Sequence[PartFacts], parts: Sequence[Part]) -> list[str]:
-    """What could not be read, one line each, by the file's name."""
-    errors: list[str] = []
-    for facts, part in zip(known, parts, strict=True):
-        if facts.dropped is not None:
-            errors.append(facts.dropped)
-        else:
-            errors += [f"`{part.url}`: {said}." for said in facts.said]
-    return errors

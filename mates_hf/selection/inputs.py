@@ -55,6 +55,11 @@ class Fitted(NamedTuple):
     max_length: int | None
     memory: Scored
 
+    @classmethod
+    def of(cls, selector: Any, memory: Scored | None = None) -> Fitted:
+        """What a `MatesSelector` scores with; without a memory it gets one of its own."""
+        return cls(selector.influence_model, selector.tokenizer, selector.max_length, memory or Scored())
+
     def scorer(self, schema: Any, column: str | None) -> Scorer:
         """What scores this column of a dataset of this `pyarrow.Schema`."""
         if getattr(self.model, "reads_texts", False):

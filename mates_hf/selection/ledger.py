@@ -25,13 +25,14 @@ import numpy.typing as npt
 from mates_hf.config import MatesConfig
 from mates_hf.errors import MatesError
 from mates_hf.records import InfluenceLabels, IntArray
-from mates_hf.selection.choose import nth_true
+from mates_hf.selection.choose import GroupOf, even_places, nth_true
 from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.turns import Mask, next_in_turn, next_rows, waiting_after, waiting_in_new_pass
 
 logger = logging.getLogger(__name__)
 
 SHUFFLE, PROBES = 0x7368, 0x7072  # keep the streams of one seed apart; never 0, which seeds like no word
+_DRAWN_FROM = 16  # rows a probe whose groups are looked at where probes are drawn group by group
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class Ledger:
         selection_ratio: float,
         candidate_scope: Literal["slice", "pool"],
         num_probes: int,
+        group_of: GroupOf | None = None,
     ) -> RoundDraw:
         """Candidates and probes of a round, from rows not trained on in this pass. Changes nothing.
 
@@ -204,6 +206,8 @@ class Ledger:
                 the slice, which are of the distribution it is of, and not of those that were passed over; in a pool's,
                 of all unused rows. Rows that an earlier round probed come last, passed-over ones before them: they
                 are taken only where others are too few.
+            group_of: The number of each row's group, asked once for all rows that may become probes. Then each group
+                has its share of the probes, but for rounding, and a row is as likely to be probed as without.
 
         Returns:
             Candidates and probes, and the cursor to set once the round has selected.
@@ -224,9 +228,9 @@ class Ledger:
             ahead[self.shuffled[cursor:]] = True
             free = self._without(candidates)
             np.logical_not(free, out=free)
-            probes = self._draw_probes(free, ahead, num_probes, round_number)
+            probes = self._draw_probes(free, ahead, num_probes, round_number, group_of)
             return RoundDraw(candidates, probes, cursor)
-        probes = self._draw_probes(~self._unavailable, np.ones(1, np.bool_), num_probes, round_number)
+        probes = self._draw_probes(~self._unavailable, np.ones(1, np.bool_), num_probes, round_number, group_of)
         candidates, _ = next_rows(self.shuffled, 0, self.num_rows, self._without(probes))
         return RoundDraw(candidates, probes, self.cursor)
 
@@ -354,7 +358,12 @@ class Ledger:
         return found
 
     def _draw_probes(
-        self, free: npt.NDArray[np.bool_], ahead: npt.NDArray[np.bool_], num: int, round_number: int
+        self,
+        free: npt.NDArray[np.bool_],
+        ahead: npt.NDArray[np.bool_],
+        num: int,
+        round_number: int,
+        group_of: GroupOf | None,
     ) -> IntArray:
         """`num` free rows, uniformly without replacement: never probed and ahead, never probed, then any."""
         generator = np.random.default_rng([self.seed, round_number, PROBES])
@@ -368,9 +377,14 @@ class Ledger:
         )
         for rows_of_kind in kinds:
             part = rows_of_kind()
-            taken = min(missing, int(np.count_nonzero(part)))
+            there = int(np.count_nonzero(part))
+            taken = min(missing, there)
+            num_drawn = taken if group_of is None or taken == there else min(there, _DRAWN_FROM * taken)
             if taken:
-                found.append(nth_true(part, generator.choice(np.count_nonzero(part), taken, replace=False)))
+                rows = nth_true(part, generator.choice(there, num_drawn, replace=False))
+                if group_of is not None and num_drawn > taken:
+                    rows = rows[even_places(group_of(rows), taken, generator)]
+                found.append(rows)
             missing -= taken
             if not missing:
                 break

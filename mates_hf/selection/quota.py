@@ -43,6 +43,11 @@ class Bounds:
     def __post_init__(self) -> None:
         check_boosts(self.most, self.least)
 
+    @property
+    def bind(self) -> bool:
+        """Whether they bound anything, and do not only say which groups there are."""
+        return self.most is not None or self.least > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Quota:
@@ -82,11 +87,38 @@ class Quota:
         num_groups = int(self.codes.max(initial=-1)) + 1
         sizes = np.bincount(self.codes, minlength=num_groups)
         there = np.bincount(self.codes[may], minlength=num_groups)
-        # In whole numbers where the share is one: 0.3 * 10 must not be 3.0000000000000004, whose ceiling is 4.
-        fair = sizes * (num_rows / max(1, len(self.codes)))
-        least = np.floor(_clean(self.least * fair)).astype(np.int64)
-        most = there if self.most is None else np.ceil(_clean(self.most * fair)).astype(np.int64)
-        return np.minimum(least, there), np.minimum(most, there)
+        return limits_of(sizes, there, num_rows, self.most, self.least)
+
+
+def limits_of(
+    sizes: IntArray, there: IntArray, num_rows: int, most: float | None, least: float
+) -> tuple[IntArray, IntArray]:
+    """Rows that each group must get and may get.
+
+    Args:
+        sizes: (G,) candidates of each group.
+        there: (G,) those of them that may be chosen at all.
+        num_rows: Rows that are chosen in all.
+        most: As `Quota.most`.
+        least: As `Quota.least`.
+
+    Returns:
+        (G,) int64 least, which add up to at most `num_rows`, and (G,) int64 most.
+    """
+    # In whole numbers where the share is one: 0.3 * 10 must not be 3.0000000000000004, whose ceiling is 4.
+    fair = sizes * (num_rows / max(1, int(sizes.sum())))
+    lowest = np.floor(_clean(least * fair)).astype(np.int64)
+    highest = there if most is None else np.ceil(_clean(most * fair)).astype(np.int64)
+    return np.minimum(lowest, there), np.minimum(highest, there)
+
+
+def places_in_groups(codes: IntArray, num_groups: int) -> IntArray:
+    """(R,) int64 place of each row among those of its group, from 0, in the order in which they stand."""
+    by_group = np.argsort(codes, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=num_groups))])[:-1]
+    place = np.empty(len(codes), np.int64)
+    place[by_group] = np.arange(len(codes)) - starts[codes[by_group]]
+    return place
 
 
 def quota_of(config: MatesConfig, groups: Groups | None) -> Quota | None:
@@ -134,10 +166,7 @@ def first_allowed(
         Int64 positions, ascending; fewer than k where the bounds allow no more.
     """
     groups = codes[order]
-    by_group = np.argsort(groups, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=len(most)))])[:-1]
-    place = np.empty(len(order), np.int64)  # of a row among those of its group
-    place[by_group] = np.arange(len(order)) - starts[groups[by_group]]
+    place = places_in_groups(groups, len(most))
     must = place < least[groups]
     free = ~must & (place < most[groups])
     free[free] = np.cumsum(free[free]) <= num_rows - int(least.sum())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.groups import Groups, read_groups
+from mates_hf.data.groups import Groups, read_groups, shares_of
 from mates_hf.display import card, html_card, number
 from mates_hf.prediction.score import Predictions, Scorer
 from mates_hf.records import IntArray
@@ -127,12 +127,8 @@ class Selection:
         if self.groups is None:
             return {}
         names, num_groups = self.groups.names, len(self.groups.names)
-        every = np.bincount(self.groups.codes, minlength=num_groups) / max(1, len(self.influence))
-        kept = np.bincount(self.groups.codes[self.rows], minlength=num_groups) / max(1, len(self.rows))
-        return {
-            name: {"rows": float(of_all), "kept": float(of_kept), "boost": float(of_kept / of_all)}
-            for name, of_all, of_kept in zip(names, every, kept, strict=True)
-        }
+        every = np.bincount(self.groups.codes, minlength=num_groups)
+        return shares_of(names, every, np.bincount(self.groups.codes[self.rows], minlength=num_groups))
 
     @property
     def ratio(self) -> float:

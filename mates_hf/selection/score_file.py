@@ -26,6 +26,7 @@ import numpy as np
 
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.conversations import messages_of
+from mates_hf.data.listing import is_local, located
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.data.scored_column import Conversations, ScoredColumn, TokenIds, column_at, python_values, values_at
 from mates_hf.data.text_spans import TextSpans
@@ -201,30 +202,6 @@ def remove_partial(folder: Path) -> None:
     for path in folder.rglob("*.tmp"):
         if re.search(r"\.[0-9a-f]{12}\.tmp$", path.name):
             path.unlink(missing_ok=True)
-
-
-def located(path_or_url: str, fs: Any = None) -> tuple[Any, str]:
-    """The `fsspec` file system of a path or URL, and the path there.
-
-    Args:
-        path_or_url: A path or a URL.
-        fs: The file system; None finds it by the URL.
-
-    Returns:
-        The file system and the path.
-    """
-    if fs is not None:
-        return fs, fs._strip_protocol(path_or_url)
-    from fsspec.core import url_to_fs
-
-    found, path = url_to_fs(path_or_url)
-    return found, path
-
-
-def is_local(fs: Any) -> bool:
-    """True for this machine's disks."""
-    protocol = fs.protocol if isinstance(fs.protocol, (tuple, list)) else (fs.protocol,)
-    return "file" in protocol
 
 
 # --- reading ---

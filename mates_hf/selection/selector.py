@@ -325,8 +325,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
 
     def _open(self, dataset: Any, options: Options) -> Splits | StreamInput | DatasetInput:
         """What is scored, decided once."""
-        fitted = Fitted(self.influence_model, self.tokenizer, self.max_length, self._scored)
-        return open_input(dataset, fitted, options)
+        return open_input(dataset, Fitted.of(self, self._scored), options)
 
     # --- on disk and on the Hub ---
 

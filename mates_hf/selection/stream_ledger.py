@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mates_hf.config import MatesConfig
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
+from mates_hf.selection.choose import GroupOf
 from mates_hf.selection.ledger import PROBES, RoundDraw
 
 WINDOW = 2  # times `num_probes` rows that a round draws from
@@ -83,6 +84,7 @@ class StreamLedger:
         selection_ratio: float,
         candidate_scope: Literal["slice", "pool"],
         num_probes: int,
+        group_of: GroupOf | None = None,
     ) -> RoundDraw:
         """The rows that a round probes; what it chooses from is not read yet. Changes nothing.
 
@@ -93,6 +95,7 @@ class StreamLedger:
             candidate_scope: Not used.
             num_probes: How many rows to probe, of those that buffers which began before the position have set aside;
                 rows that an earlier round probed only where others are too few.
+            group_of: Not used: a stream has no column of groups.
 
         Returns:
             The probes, without candidates; `cursor_after` is the position.

@@ -19,7 +19,6 @@ from mates_hf.paths import expand_path
 from mates_hf.prediction.score import INFLUENCE_COLUMN, Scorer
 from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.card import label_unit
-from mates_hf.selection.dataset_input import Scored
 from mates_hf.selection.inputs import Fitted
 from mates_hf.selection.prefix import PieceScores
 from mates_hf.selection.score_file import content_hashes
@@ -69,7 +68,7 @@ class TableScorer:
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"`num_threads` must be at least 1, or None for one a core, got {num_threads!r}.")
         selector = MatesSelector.from_pretrained(selector_path)
-        self._fitted = Fitted(selector.influence_model, selector.tokenizer, selector.max_length, Scored())
+        self._fitted = Fitted.of(selector)
         self._column, self._num_threads = column, num_threads
         self.label_std = self._fitted.label_std
         self.label_unit = label_unit(getattr(selector.influence_model, "report", None), selector.origin)

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.data.listing import located
 from mates_hf.display import card, html_card
 from mates_hf.errors import MatesError
 from mates_hf.selection.budget import Budget, asked_for
 from mates_hf.selection.cut import Cut, Order, find_cut
 from mates_hf.selection.prefix import Mask, PieceScores, Prefix
-from mates_hf.selection.score_file import content_hashes, located, open_scores, written_whole_at
+from mates_hf.selection.score_file import content_hashes, open_scores, written_whole_at
 from mates_hf.selection.task_scores import TaskFacts, hashed_column, read_task, read_tasks, task_path
 
 FORMAT_VERSION = 1

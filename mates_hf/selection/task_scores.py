@@ -16,12 +16,12 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mates_hf.data.listing import located
 from mates_hf.data.raw_texts import RawTexts
 from mates_hf.data.scored_column import Conversations, ScoredColumn, TokenIds
 from mates_hf.errors import MatesError
 from mates_hf.selection.prefix import Keys, PieceScores
 from mates_hf.selection.score_file import (
-    located,
     read_facts,
     write_scores,
 )

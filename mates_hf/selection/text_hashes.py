@@ -1,15 +1,17 @@
 """The compiled loops under `copies.row_hashes` and `score_file.content_hashes`: rows of tokens or bytes to hashes.
 
 Where it is used: only where rows are hashed, so that reading a finished round compiles nothing. Trade-off: compiled
-with numba on first use, half a second for each integer type of the token ids; numpy took several times as long.
+with numba on a machine's first use, half a second for each integer type of the token ids; numpy took several times
+as long.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from mates_hf.prediction.compiled import compiled
 
 _ONE, _ZERO = np.uint64(1), np.uint64(0)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -17,7 +19,7 @@ _GOLDEN, _EIGHT, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(8), np.uint64(
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
-@numba.njit(nogil=True)
+@compiled
 def sum_tokens(values: Any, begins: Any, stops: Any, step: Any, out: Any) -> None:
     """Write the sum of each row's mixed tokens, each with its place (SplitMix64's finaliser, as `copies.mix`).
 
@@ -39,7 +41,7 @@ def sum_tokens(values: Any, begins: Any, stops: Any, step: Any, out: Any) -> Non
         out[row] = total
 
 
-@numba.njit(nogil=True)
+@compiled
 def hash_bytes(values: Any, starts: Any, lengths: Any, out: Any) -> None:
     """Write a hash of each row's bytes, the same on every platform and in every version, at gigabytes a second.
 

@@ -7,16 +7,19 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mates_hf.data.groups import Groups, read_groups
 from mates_hf.disk import write_array
 from mates_hf.records import InfluenceLabels, IntArray
-from mates_hf.round_files import GROUPS_FILE
+from mates_hf.round_files import GROUPS_FILE, STRATA_FILE
+from mates_hf.selection.choose import GroupOf
 from mates_hf.training.run import Run
 
 
@@ -38,6 +41,30 @@ def candidate_groups(run: Run, path: Path, candidates: IntArray) -> Groups | Non
     return found
 
 
+def probe_strata(run: Run, path: Path) -> tuple[GroupOf | None, dict[str, Any]]:
+    """How a round's probes are drawn group by group, where rows have a group.
+
+    Args:
+        run: the run's state.
+        path: the round's directory, which keeps the groups of the rows that probes are drawn from.
+
+    Returns:
+        What `Ledger.draw` asks, and what `round.json` says of it once it was asked: `strata`, the names by which the
+        groups in the directory are numbered.
+    """
+    column, told = run.config.group_column, dict[str, Any]()
+    if column is None:
+        return None, told
+
+    def group_of(rows: IntArray) -> IntArray:
+        found = read_groups(run.pool.dataset, column, rows)
+        write_array(path / STRATA_FILE, found.codes)
+        told["strata"] = found.names
+        return found.codes.astype(np.int64)
+
+    return group_of, told
+
+
 def group_facts(
     run: Run, labels: InfluenceLabels, shares: Mapping[str, Mapping[str, int]] | None
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -50,7 +77,8 @@ def group_facts(
 
     Returns:
         `groups`, by name: `candidates` and `chosen` rows where the round selects; `probes`, how many were probed;
-        `loss` in nats/token, the mean over their trained tokens before the round; and `influence`, theirs on average.
+        `loss` in nats/token, the mean over their trained `tokens` before the round, with its standard error
+        `loss_error`, None with fewer than two probes; and `influence`, theirs on average.
     """
     if run.config.group_column is None:
         return {}
@@ -58,11 +86,21 @@ def group_facts(
     probed = read_groups(run.pool.dataset, run.config.group_column, labels.candidate_id)
     for code, name in enumerate(probed.names):
         mine = probed.codes == code
-        tokens = labels.num_tokens[mine].astype(np.float64)
         found.setdefault(name, {})
         found[name] |= {
             "probes": int(mine.sum()),
-            "loss": float(labels.loss[mine].astype(np.float64) @ tokens / tokens.sum()) if tokens.sum() else None,
+            **_loss(labels.loss[mine].astype(np.float64), labels.num_tokens[mine].astype(np.float64)),
             "influence": float(labels.influence[mine].mean(dtype=np.float64)),
         }
     return {"groups": dict(sorted(found.items()))}
+
+
+def _loss(losses: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64]) -> dict[str, float | int | None]:
+    """Mean of the losses over tokens, and its standard error, as of rows that were drawn at random."""
+    total = float(tokens.sum())
+    if not total:
+        return {"tokens": 0, "loss": None, "loss_error": None}
+    mean, num = float(losses @ tokens / total), len(losses)
+    squares = float((tokens * (losses - mean)) @ (tokens * (losses - mean)))
+    error = math.sqrt(squares * num / (num - 1)) / total if num > 1 else None
+    return {"tokens": int(total), "loss": mean, "loss_error": error}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from mates_hf.round_files import (
     PROBES_FILE,
     ROUND_FILE,
     SELECTION_KEYS,
+    STRATA_FILE,
     read_checksums,
     read_labels,
 )
@@ -45,11 +45,18 @@ from mates_hf.training.replay_blocked import (
     redacted_probes,
     rows_between,
 )
-from mates_hf.training.replay_groups import check_groups, read_groups_of
-from mates_hf.training.replay_length import RoundWithLength, check_inside, check_length, check_rise, lengths_of
+from mates_hf.training.replay_groups import check_groups, read_groups_of, strata_of
+from mates_hf.training.replay_length import (
+    RoundWithLength,
+    check_inside,
+    check_length,
+    check_rise,
+    lengths_of,
+    rows_per_step,
+)
 from mates_hf.training.replay_passages import RoundWithPassages, check_passages
 from mates_hf.training.replay_passes import WAITING_FILE, RoundWithPasses, asked_of, check_pass, pass_of, read_waiting
-from mates_hf.training.round_reader import WrongError
+from mates_hf.training.round_reader import WrongError, first_of
 
 DECISIONS = ("select", "keep_previous", "own_order")
 
@@ -184,6 +191,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         try:
             checksums = read_checksums(self.path)
             names = [ROUND_FILE, KEY_FILE, "consumed.npy", PROBES_FILE, "selection.json", self.order_file]
+            names += [STRATA_FILE] if "strata" in self.info else []
             names += ["probed.npy", *self._scored_files()]
             names += [WAITING_FILE] if "num_waiting" in self.info else []
             names += [] if self.info.get("fit") is None or self.lacks_model else ["influence_model/"]
@@ -235,7 +243,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         end = earlier["from_position"] + earlier["num_rows"]
         what = f"`from_position` {end}, where the rows of round {before.number} end"
         # A drift check starts a round early; a changed batch size or `max_steps` starts it early or late.
-        moved = info["from_step"] != earlier["to_step"] or _rows_per_step(info) != _rows_per_step(earlier)
+        moved = info["from_step"] != earlier["to_step"] or rows_per_step(info) != rows_per_step(earlier)
         ok = 0 < kept < self.num_pool_rows if moved else kept == len(before.rows)
         self.require(ok, ROUND_FILE, what, str(info["from_position"]))
         was, now = consumed_after(before), self.consumed
@@ -279,30 +287,30 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
     def _check_unused(self, rows: IntArray, file: str) -> None:
         """Rows are in the pool, each once, and none was trained on in this pass."""
         outside = rows[(rows < 0) | (rows >= self.num_pool_rows)]
-        self.require(not len(outside), file, f"rows of the pool, below {self.num_pool_rows}", _first(outside))
+        self.require(not len(outside), file, f"rows of the pool, below {self.num_pool_rows}", first_of(outside))
         ordered = np.sort(rows)
         twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        self.require(not len(twice), file, "each row once", f"{_first(twice)} more than once")
+        self.require(not len(twice), file, "each row once", f"{first_of(twice)} more than once")
         used = rows[self.consumed[rows]]
-        self.require(not len(used), file, "rows not trained on in this pass", f"{_first(used)} consumed before")
+        self.require(not len(used), file, "rows not trained on in this pass", f"{first_of(used)} consumed before")
         if self.blocked is not None:
             wrong = rows[self.blocked[rows]]
-            self.require(not len(wrong), file, "rows that may be used", f"{_first(wrong)} not allowed or removed")
+            self.require(not len(wrong), file, "rows that may be used", f"{first_of(wrong)} not allowed or removed")
 
     def _check_rows(self) -> None:
         """The rows to train on: unused, each once, none of them probed."""
         self._check_unused(self.rows, self.order_file)
         probed = np.intersect1d(self.rows, self.probes)
-        self.require(not len(probed), self.order_file, "no probed row", f"{_first(probed)} in {PROBES_FILE} too")
+        self.require(not len(probed), self.order_file, "no probed row", f"{first_of(probed)} in {PROBES_FILE} too")
 
     def _check_candidates(self, candidates: IntArray) -> None:
         """Candidates: unused, each once, none of them probed; the selection is of them."""
         self._check_unused(candidates, "candidates.npy")
         probed = np.intersect1d(candidates, self.probes)
-        self.require(not len(probed), "candidates.npy", "no probed row", f"{_first(probed)} in {PROBES_FILE} too")
+        self.require(not len(probed), "candidates.npy", "no probed row", f"{first_of(probed)} in {PROBES_FILE} too")
         others = np.setdiff1d(self.rows, candidates)
         self.require(
-            not len(others), self.order_file, "rows of candidates.npy only", f"{_first(others)}, which is none"
+            not len(others), self.order_file, "rows of candidates.npy only", f"{first_of(others)}, which is none"
         )
 
     def _check_draw(self, candidates: IntArray | None, cursor: int | None) -> None:
@@ -321,6 +329,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
                 selection_ratio=self.config.selection_ratio,
                 candidate_scope=self.config.candidate_scope,
                 num_probes=self.config.num_probes,
+                group_of=strata_of(self, self.info),
             )
             draw = self.ledger.narrowed(draw, self.info["num_rows"], self.config)
         except MatesError as error:
@@ -379,13 +388,3 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
             at = int(wrong[0])
             where = f"{len(wrong)} of {len(found)} rows that differ, the first of them row {found[at]}"
             raise WrongError(file, f"row {expected[at]} at position {at}, {source}", where)
-
-
-def _rows_per_step(info: Mapping[str, Any]) -> float:
-    """Rows a step trains on: another number where the batch size was changed between rounds."""
-    return float((info["num_rows"] + info.get("num_passage_rows", 0)) / (info["to_step"] - info["from_step"]))
-
-
-def _first(rows: IntArray) -> str:
-    """How many rows, and the first of them."""
-    return f"{len(rows)} rows, first row {int(rows[0])}," if len(rows) else "none"

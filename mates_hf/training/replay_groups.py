@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mates_hf.data.groups import Groups, shares_by_group
 from mates_hf.records import IntArray
-from mates_hf.round_files import GROUPS_FILE, ROUND_FILE
+from mates_hf.round_files import GROUPS_FILE, ROUND_FILE, STRATA_FILE
+from mates_hf.selection.choose import GroupOf
 from mates_hf.training.round_reader import RoundReader
 
 
@@ -31,11 +33,41 @@ def read_groups_of(reader: RoundReader, info: Mapping[str, Any], num_candidates:
     Raises:
         WrongError: the file is damaged, or has groups without a name.
     """
-    codes = np.asarray(reader.array(GROUPS_FILE, np.int32, num_candidates))
     names = sorted(_counted(reader, info))
-    known = not len(codes) or 0 <= codes.min() <= codes.max() < len(names)
-    reader.require(known, GROUPS_FILE, f"groups below {len(names)}, as round.json names", f"{codes.max(initial=-1)}")
-    return Groups(codes, names)
+    return Groups(_codes(reader, GROUPS_FILE, num_candidates, len(names)), names)
+
+
+def _codes(reader: RoundReader, file: str, num_rows: int, num_groups: int) -> npt.NDArray[np.int32]:
+    """(N,) groups of rows, each of which has a name."""
+    codes = np.asarray(reader.array(file, np.int32, num_rows))
+    known = not len(codes) or 0 <= codes.min() <= codes.max() < num_groups
+    reader.require(known, file, f"groups below {num_groups}, as round.json names", f"{codes.max(initial=-1)}")
+    return codes
+
+
+def strata_of(reader: RoundReader, info: Mapping[str, Any]) -> GroupOf | None:
+    """The groups of the rows that a round's probes were drawn from.
+
+    Args:
+        reader: Reader of the round's directory.
+        info: Its `round.json`, which names them.
+
+    Returns:
+        What `Ledger.draw` asks; None where probes were not drawn group by group.
+
+    Raises:
+        WrongError: the file is damaged, or has groups without a name.
+    """
+    if "strata" not in info:
+        return None
+    names = info["strata"]
+    told = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    reader.require(told, ROUND_FILE, "`strata` as a list of names", repr(names))
+
+    def group_of(rows: IntArray) -> IntArray:
+        return _codes(reader, STRATA_FILE, len(rows), len(names)).astype(np.int64)
+
+    return group_of
 
 
 def check_groups(

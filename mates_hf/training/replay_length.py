@@ -274,3 +274,8 @@ def _floats(values: list[Any]) -> list[float]:
 
 def _is_pairs(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
+
+
+def rows_per_step(info: Mapping[str, Any]) -> float:
+    """Rows a step of a round trains on, by its `round.json`; another number where the batch size was changed."""
+    return float((info["num_rows"] + info.get("num_passage_rows", 0)) / (info["to_step"] - info["from_step"]))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from mates_hf.disk import read_array, read_json
 from mates_hf.errors import MatesError
+from mates_hf.records import IntArray
 
 
 class WrongError(Exception):
@@ -79,3 +80,8 @@ class RoundReader:
         for name in sorted({*found, *expected}):
             what = f"`{name}` {expected.get(name)!r}, as {source}"
             self.require(found.get(name) == expected.get(name), file, what, repr(found.get(name)))
+
+
+def first_of(rows: IntArray) -> str:
+    """How many rows, and the first of them."""
+    return f"{len(rows)} rows, first row {int(rows[0])}," if len(rows) else "none"

@@ -43,7 +43,7 @@ from mates_hf.training.audit import audit_round
 from mates_hf.training.bought import most_bought
 from mates_hf.training.drift import set_sentinel
 from mates_hf.training.duplicates import selection_facts
-from mates_hf.training.groups import candidate_groups, group_facts
+from mates_hf.training.groups import candidate_groups, group_facts, probe_strata
 from mates_hf.training.guard import Judged, decide
 from mates_hf.training.measure import measure_digest
 from mates_hf.training.mixed_in import passage_facts
@@ -131,12 +131,14 @@ def run_round(
     waiting = run.ledger.waiting_to_bits()
     if waiting is not None:
         write_array(writer.path / "waiting.npy", waiting)
+    group_of, strata = probe_strata(run, writer.path)
     draw = run.ledger.draw(
         round_number=planned.number,
         num_selected=planned.num_rows,
         selection_ratio=run.config.selection_ratio,
         candidate_scope=run.config.candidate_scope,
         num_probes=run.config.num_probes,
+        group_of=group_of,
     )
 
     with stages.timed("probe") as cost:
@@ -157,6 +159,7 @@ def run_round(
         "rate_steps": run.settings.rate_steps,
         "averaged_steps": run.averaged_steps,
         "flop_parameters": _flop_parameters(run.model),
+        **strata,
         **run.describe(),
     }
     measured = Measured(

@@ -170,12 +170,60 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     lines_of_others = tmp_path / "other.jsonl"
     lines_of_others.write_text('{"body": "a"}\n')
     assert f"`{lines_of_others}` has ['body']" in said([str(whole), str(lines_of_others)])
-    assert "files of one format, got JSON Lines" in said([str(good), str(whole)])
     (tmp_path / "a.csv").write_text("text\na\n")
     assert "must be files of Parquet, JSON Lines" in said(tmp_path / "a.csv")
-    assert "matches none" in said(tmp_path / "x*.parquet", FileNotFoundError)
+    assert "nothing matches" in said(tmp_path / "x*.parquet", FileNotFoundError)
     assert "and none of ['a', 'b'] is" in said(["a", "b"], FileNotFoundError)
     assert "or a dataset on the Hub that can be read" in said("no/such-dataset", FileNotFoundError)
+
+
+def test_several_formats_are_read_together(tmp_path):
+    names = ["a.parquet", "b.jsonl.gz", "c.txt", "d.jsonl", "e.parquet"]
+    for i, name in enumerate(names):
+        write(tmp_path, name, TEXTS[8 * i : 8 * i + 8])
+    loaded = load_rows(tmp_path, text, name="pool")
+    assert sorted(loaded.dataset["text"][:]) == sorted(TEXTS)
+    assert loaded.told == "all 40 rows of 2 Parquet files and 2 JSON Lines files and 1 text file"
+    drawn = [load_rows(tmp_path, text, name="pool", num_rows=20, seed=seed).dataset["text"][:] for seed in range(30)]
+    counts = {one: sum(one in some for some in drawn) for one in TEXTS}
+    assert all(4 <= count <= 26 for count in counts.values())  # 15 of 30 expected, 2.7 the standard deviation
+    assert len({tuple(some) for some in drawn}) == 30
+    assert all(len(set(some)) == 20 for some in drawn)
+
+
+def test_several_formats_must_hold_the_same_and_the_way_out_works(tmp_path):
+    tokens = tmp_path / "tokens.parquet"
+    pq.write_table(pa.table({"input_ids": [[1, 2]], "text": pa.array(["a"], pa.large_string())}), tokens)
+    write(tmp_path, "texts.jsonl")
+
+    def tokens_first(names: Any) -> list[str]:
+        return [next(one for one in ("input_ids", "text") if one in names)]
+
+    with pytest.raises(ValueError, match=r"must have the columns \['input_ids'\], and `.*texts.jsonl` has \['text'\]"):
+        load_rows(tmp_path, tokens_first, name="pool")
+    assert len(load_rows(tmp_path, text, name="pool").dataset) == 41  # a column that all have
+    assert len(load_rows(f"{tmp_path}/*.parquet", tokens_first, name="pool").dataset) == 1  # a pattern
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"text": 1}')
+    with pytest.raises(ValueError, match="must hold the same in the columns"):
+        load_rows([str(tokens), str(numbers)], text, name="pool")
+
+
+def test_what_is_ours_is_no_input(tmp_path):
+    write(tmp_path, "a.parquet")
+    for hidden in ("_mates/scores", ".cache", "deep/_mates"):
+        (tmp_path / hidden).mkdir(parents=True)
+        write(tmp_path / hidden, "b.parquet")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    for way in (tmp_path, f"{tmp_path}/*.parquet", f"{tmp_path}/**/a.parquet"):
+        assert load_rows(way, text, name="pool").dataset["text"][:] == TEXTS
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "plain", "a.json")
+    with pytest.raises(FileNotFoundError, match="Plain `.json` files in a folder are passed over: name them"):
+        load_rows(tmp_path / "plain", text, name="pool")
+    assert load_rows(f"{tmp_path}/plain/*.json", text, name="pool").dataset["text"][:] == TEXTS
+    with pytest.raises(FileNotFoundError, match="nothing matches"):
+        load_rows(f"{tmp_path}/**/_mates/**", text, name="pool")
 
 
 def test_a_few_damaged_lines_are_left_out_and_many_are_refused(tmp_path, caplog):

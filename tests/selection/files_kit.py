@@ -66,8 +66,8 @@ def write_lines(path: Path, lines: Iterable[bytes], end: bytes = b"\n") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(content))
-    elif path.suffix == ".zst":
-        with pa.CompressedOutputStream(str(path), "zstd") as file:
+    elif path.suffix in (".zst", ".bz2"):
+        with pa.CompressedOutputStream(str(path), {".zst": "zstd", ".bz2": "bz2"}[path.suffix]) as file:
             file.write(content)
     else:
         path.write_bytes(content)
@@ -80,7 +80,7 @@ def read_lines_of(path: Path | str) -> list[bytes]:
 
 def write_corpus(folder: Path, num: int = 200) -> list[str]:
     """Files of each format; all texts, by the files' names."""
-    names = ["a.jsonl", "b.jsonl.gz", "c.parquet", "deep/d.ndjson.zst", "deep/e.parquet"]
+    names = ["a.jsonl", "b.jsonl.gz", "c.parquet", "deep/d.ndjson.zst", "deep/e.parquet", "deep/f.jsonl.bz2"]
     texts: list[str] = []
     for seed, name in enumerate(names):
         some = make_texts(num + seed, seed)

@@ -17,7 +17,7 @@ from mates_hf.prediction import worth
 from mates_hf.prediction.worth import row_worth
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection import choose
-from mates_hf.selection.choose import gumbel_top_k, top_k, uniform
+from mates_hf.selection.choose import even_places, gumbel_top_k, top_k, uniform
 from mates_hf.selection.select_stage import select_rows
 
 NUM_SEEDS = 4_000
@@ -398,3 +398,20 @@ def test_worth_in_blocks_is_the_worth(monkeypatch):
     whole = row_worth(influence, num)
     monkeypatch.setattr(worth, "BLOCK", 7)
     assert np.allclose(row_worth(influence, num), whole, rtol=1e-6, atol=0)
+
+
+def test_each_group_has_its_share_and_each_row_its_chance():
+    codes = np.random.default_rng(0).choice(4, 500, p=[0.7, 0.2, 0.09, 0.01])
+    counts, rows = np.zeros(4), np.zeros(500)
+    for seed in range(2_000):
+        places = even_places(codes, 60, np.random.default_rng(seed))
+        assert len(np.unique(places)) == 60
+        found = np.bincount(codes[places], minlength=4)
+        fair = 60 * np.bincount(codes) / 500
+        assert (np.floor(fair - 1e-9) <= found).all()
+        assert (found <= np.ceil(fair + 1e-9)).all()
+        counts += found / 2_000
+        rows[places] += 1 / 2_000
+    assert counts == pytest.approx(fair, abs=0.05)
+    assert rows == pytest.approx(np.full(500, 0.12), abs=0.04)  # five standard deviations
+    assert even_places(codes[:7], 7, np.random.default_rng(0)).tolist() == list(range(7))

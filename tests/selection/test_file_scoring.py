@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset
+from fsspec.implementations.memory import MemoryFileSystem
 
 import mates_hf
+from mates_hf.data.files import load_rows
 from mates_hf.data.rows import TokenRows
 from mates_hf.errors import InfluenceError, MatesError, RoundMismatchError
 from mates_hf.selection.file_scoring import FilesReport, score_files
@@ -73,7 +77,7 @@ def test_what_filter_keeps_is_kept(
     expected = ids_by_filter(selector, texts, **budget)
     assert kept_ids(tmp_path / "out") == expected
     assert report.rows_kept == len(expected)
-    assert (report.rows, report.files, report.files_left_out) == (len(texts), 5, 0)
+    assert (report.rows, report.files, report.files_left_out) == (len(texts), 6, 0)
     assert report.tokens == sum(-(-len(text) // 4) for text in texts)
     assert outputs(tmp_path / "out") == outputs(folder)
     summary = json.loads((tmp_path / "out" / "_mates" / "summary.json").read_text())
@@ -381,7 +385,7 @@ def test_a_file_that_changes_meanwhile_is_named(
         return cut(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mates_hf.selection.file_scoring.write_bundle", changed_before)
+        patched.setattr("mates_hf.selection.files.run.write_bundle", changed_before)
         with pytest.raises(MatesError, match=r"`.*b.jsonl` was changed meanwhile"):
             score_files(selector, tmp_path / "in", tmp_path / "out", ratio=0.5)
     assert outputs(tmp_path / "out") == ["a.jsonl"]
@@ -421,7 +425,7 @@ def test_another_number_of_rows_under_the_same_facts_is_noticed(
             return real(*arguments)
 
         with monkeypatch.context() as patched:
-            patched.setattr("mates_hf.selection.file_scoring.write_bundle", changing)
+            patched.setattr("mates_hf.selection.files.run.write_bundle", changing)
             patched.setattr(work, "check_same", lambda part: None)
             with pytest.raises(MatesError, match="must have the 50 rows that were scored"):
                 score_files(selector, tmp_path / "in", tmp_path / f"out{num}", ratio=0.5)
@@ -439,7 +443,7 @@ def test_the_folder_of_other_work_is_refused(
     other = MatesSelector(fit_model(), tiny_tokenizer)
     with pytest.raises(RoundMismatchError, match="folder of this selector.*Choose another folder, or delete it"):
         score_files(other, folder, out, ratio=0.2)
-    with pytest.raises(RoundMismatchError, match=r"`a.jsonl` is gone \(4 in all\)"):
+    with pytest.raises(RoundMismatchError, match=r"`a.jsonl` is gone \(5 in all\)"):
         score_files(selector, folder / "c.parquet", out, ratio=0.2)
     assert content_of(out) == before
     with pytest.raises(ValueError, match="`inputs` must not lie in the output folder"):
@@ -554,7 +558,7 @@ def test_memory_in_and_out(selector: MatesSelector, corpus: tuple[Path, list[str
         if name.endswith("parquet"):
             found += pq.read_table(pa.BufferReader(content)).column("id").to_pylist()
         else:
-            packed = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
+            packed = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(Path(name).suffix)
             stream = pa.input_stream(pa.BufferReader(content), compression=packed)
             found += [json.loads(line)["id"] for line in stream.read().splitlines()]
     assert found == ids_by_filter(selector, texts, ratio=0.2)
@@ -565,6 +569,53 @@ def test_memory_in_and_out(selector: MatesSelector, corpus: tuple[Path, list[str
         score_files(selector, f"memory://{root}", "memory://kept", ratio=0.2)
     with pytest.raises(ValueError, match="`workers` must be 1 with `memory://`"):
         score_files(selector, f"memory://{root}", "memory://kept", ratio=0.2, workers=2)
+
+
+class StandIn(MemoryFileSystem):
+    """A store as others are: paths without a leading slash, and a look at one file knows more than a listing."""
+
+    protocol = ("gs", "gcs")
+    store: dict[str, Any] = {}  # noqa: RUF012  # as fsspec has it
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return "/" + str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+    def unstrip_protocol(self, name: str) -> str:
+        return "gs://" + name.strip("/")
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        found = dict(super().info(path, **options))
+        if found["type"] == "file":
+            found["md5Hash"] = hashlib.md5(self.cat_file(path), usedforsecurity=False).hexdigest()
+        return found
+
+
+def test_urls_of_another_store_go_the_same_way(
+    selector: MatesSelector, corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No server of Google's protocol is at hand: a stand-in under its name takes the place of `gcsfs`."""
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gs", StandIn)
+    folder, texts = corpus
+    fs = fsspec.filesystem("gs")
+    for name in outputs(folder):
+        fs.pipe_file(f"gs://bucket/corpus/{name}", (folder / name).read_bytes())
+    asked: dict[str, Any] = {"ratio": 0.2, "group_column": "meta.n", "max_group_boost": 1.1}
+    report = score_files(selector, "gs://bucket/corpus", "gs://bucket/kept", **asked)
+    score_files(selector, folder, tmp_path / "kept", **asked)
+    assert report.out == "gs://bucket/kept"
+    expected = content_of(tmp_path / "kept")
+    assert {name: fs.cat_file(f"gs://bucket/kept/{name}") for name in expected} == expected
+    pattern = score_files(selector, "gs://bucket/corpus/**/*.parquet", tmp_path / "here", k=5)
+    assert (pattern.files, pattern.rows_kept) == (2, 5)
+    loaded = load_rows("gs://bucket/corpus/*.jsonl*", lambda _: ["text"], name="pool")
+    assert loaded.dataset["text"][:] == texts[:401]
+    fs.pipe_file("gs://bucket/corpus/a.jsonl", b'{"text": "w3"}\n')
+    with pytest.raises(RoundMismatchError, match="`a.jsonl` was changed"):
+        score_files(selector, "gs://bucket/corpus", "gs://bucket/kept", ratio=0.2)
+    with pytest.raises(ValueError, match="Protocol not known"):
+        score_files(selector, "nowhere://bucket/corpus", tmp_path / "out", ratio=0.2)
 
 
 def test_many_small_files_share_score_files(selector: MatesSelector, tmp_path: Path):

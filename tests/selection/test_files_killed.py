@@ -59,12 +59,14 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(tmp_path: Path):
     selector.save_pretrained(tmp_path / "selector")
     for name in ("x", "y", "z"):
         write_corpus(tmp_path / "in" / name, 60)
-    score_files(selector, tmp_path / "in", tmp_path / "whole", ratio=0.3)
+    bounds = {"group_column": "meta.n", "max_group_boost": 1.1, "min_group_boost": 0.9}
+    score_files(selector, tmp_path / "in", tmp_path / "whole", ratio=0.3, **bounds)
     expected = content_of(tmp_path / "whole")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     out = tmp_path / "out"
     given = ["score", str(tmp_path / "selector"), str(tmp_path / "in"), "--out", str(out), "--ratio", "0.3"]
+    given += ["--group-column", "meta.n", "--max-group-boost", "1.1", "--min-group-boost", "0.9"]
     chance = random.Random(time.time_ns())
     stages: set[int] = set()
     for kill in range(NUM_KILLS):

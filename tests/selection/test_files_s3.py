@@ -47,7 +47,7 @@ def test_files_on_s3(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     s3.put(f"{tmp_path}/in/", "corpus/in/", recursive=True)
     given = selector, "s3://corpus/in", "s3://kept/out"
     with monkeypatch.context() as patched:  # it breaks after one bundle
-        patched.setattr("mates_hf.selection.file_scoring._write_one", _failing)
+        patched.setattr("mates_hf.selection.files.run._write_one", _failing)
         with pytest.raises(MatesError, match="on its way"):
             score_files(*given, ratio=0.3)
     assert outputs("s3://kept/out") == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mates_hf import MatesCallback, load_round
+from mates_hf.cli import main
 from mates_hf.disk import write_array, write_json
 from mates_hf.errors import RoundMismatchError
 from mates_hf.reporting.lines import round_line, round_lines
@@ -93,11 +94,49 @@ def test_losses_by_group_are_those_of_the_probes(tmp_path):
             mine = names[labels.candidate_id] == name
             loss = np.average(labels.loss[mine], weights=labels.num_tokens[mine])
             assert facts[name]["loss"] == pytest.approx(loss, rel=1e-6)
+            assert facts[name]["tokens"] == labels.num_tokens[mine].sum()
+            if np.ptp(labels.num_tokens[mine]) == 0 and mine.sum() > 1:  # then it is that of a plain mean
+                error = labels.loss[mine].std(ddof=1) / np.sqrt(mine.sum())
+                assert facts[name]["loss_error"] == pytest.approx(error, rel=1e-4)
             assert facts[name]["influence"] == pytest.approx(labels.influence[mine].mean(), rel=1e-5, abs=1e-12)
     line = round_line(record.info)
     assert "their share" in line
     assert any(f"{name} {boost}" in line for name in NAMES for boost in ("0.", "1.", "2."))
     assert "their share" in list(round_lines(record))[-1]
+
+
+def test_each_group_has_its_share_of_the_probes(tmp_path):
+    train(tmp_path, num_probes=40)
+    names = np.array(grouped()["source"])
+    for record in rounds(tmp_path):
+        codes, told = np.load(record.path / "probe_groups.npy"), record.info["strata"]
+        drawn = np.concatenate([record.labels.candidate_id, record.labels.info.get("skipped", [])]).astype(int)
+        assert told == sorted(set(names.tolist()))
+        for code, name in enumerate(told):
+            fair = len(drawn) * np.mean(codes == code)
+            assert np.floor(fair - 1e-9) <= (names[drawn] == name).sum() <= np.ceil(fair + 1e-9)
+    assert verify_run(tmp_path).problem is None
+    codes[:] = np.roll(codes, 1)
+    write_array(record.path / "probe_groups.npy", codes)
+    assert "probe_groups.npy" in str(verify_run(tmp_path).problem)
+    resealed(record.path, "probe_groups.npy")
+    assert "what ledger and seed draw" in str(verify_run(tmp_path).problem)
+
+
+def test_the_groups_of_a_run_are_printed(tmp_path, capsys):
+    train(tmp_path, max_group_boost=1.5)
+    assert main(["groups", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES)
+    assert "beyond the others" in printed
+    assert main(["groups", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    records = rounds(tmp_path)
+    for name in NAMES:
+        first, last = (record.info["groups"][name] for record in (records[0], records[-1]))
+        assert told[name]["change"]["value"] == pytest.approx(last["loss"] - first["loss"])
+        low, high = told[name]["change"]["interval"]
+        assert high - low == pytest.approx(2 * 1.96 * np.hypot(first["loss_error"], last["loss_error"]))
 
 
 def test_a_run_with_bounds_resumes_exactly_and_not_with_others(tmp_path):

@@ -1,11 +1,10 @@
 """Compiled loops of the n-gram influence model: scoring rows of tokens, and fitting the shrunken tables.
 
-Where it is used: under `ngram_model`, and knows arrays only. Trade-off: compiled with numba on first use
-(about a second for each integer type of the token ids, not cached on disk, so that read-only installs and clusters of
-mixed processors work) for scoring at memory speed. Every row is summed by one thread in text order and in float64, so
-the result is the same to the bit, whatever the number of threads. The threads are Python's, around a kernel that lets
-go of the interpreter: numba's own share the OpenMP runtime with torch, change how many threads training has, and kill
-a child that is forked after they ran.
+Where it is used: under `ngram_model`, and knows arrays only. Trade-off: compiled with numba on a machine's first use
+(about a second for each integer type of the token ids, see `compiled`) for scoring at memory speed. Every row is
+summed by one thread in text order and in float64, so the result is the same to the bit, whatever the number of
+threads. The threads are Python's, around a kernel that lets go of the interpreter: numba's own share the OpenMP
+runtime with torch, change how many threads training has, and kill a child that is forked after they ran.
 
 Shape suffixes: N rows, T tokens over all rows, V vocabulary, H hash buckets, C cells of the bigram table.
 """
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.rows import IGNORED, Piece, TokenSpans
+from mates_hf.prediction.compiled import compiled
 from mates_hf.prediction.threads import spread
 
 _SMALL = 2**18  # tokens below which threads are not worth starting
@@ -39,7 +39,7 @@ def _bucket(previous: Any, token: Any, shift: Any) -> Any:
     return mixed >> shift
 
 
-@numba.njit(nogil=True)
+@compiled
 def _hash_bigrams(previous: Any, token: Any, shift: Any, out: Any) -> None:
     for i in range(len(previous)):
         out[i] = _bucket(previous[i], token[i], shift)
@@ -49,7 +49,7 @@ def _hash_bigrams(previous: Any, token: Any, shift: Any, out: Any) -> None:
 # id below 0 becomes one of 2**63 or more, so that one comparison with a limit finds both kinds of impossible ids. The
 # body is written out: handing tables on to another compiled function counts their references at each token. Without
 # labels numba leaves their lines out, a fifth of the time. What is left is the time to fetch bigram entries.
-@numba.njit(nogil=True)
+@compiled
 def _score_spans(
     values: Any, labels: Any, starts: Any, lengths: Any, token_V: Any, previous_V: Any, bigram_H: Any, shift: Any,
     limit: Any, out: Any,
@@ -90,7 +90,7 @@ def _score_spans(
             out[row] = total / num_targets
 
 
-@numba.njit(nogil=True)
+@compiled
 def _backfit(
     count_C: Any,
     sum_C: Any,

@@ -2,7 +2,7 @@
 
 Where it is used: under `text_model`, for fitting and for scoring, so that both see the same units. Trade-off: no
 normal form and no dictionary, so that a byte is read once; two spellings of a word are two words. The kernels are
-compiled with numba on first use, let go of the interpreter, and read no byte outside of a text.
+compiled with numba on a machine's first use, let go of the interpreter, and read no byte outside of a text.
 
 How a text is cut, which is part of a saved model's format:
 
@@ -35,6 +35,7 @@ from numba.extending import intrinsic
 
 from mates_hf.data.rows import Piece
 from mates_hf.data.text_spans import TextSpans
+from mates_hf.prediction.compiled import compiled
 from mates_hf.prediction.threads import spread
 
 _A = np.uint64(0xD6E8FEB86659FD93)
@@ -246,7 +247,7 @@ def _pair_of(first: Any, second: Any) -> Any:
     return _fold((_fold(first * _A) ^ second) * _B)
 
 
-@numba.njit(nogil=True)
+@compiled
 def _score(data: Any, starts: Any, lengths: Any, effects_H: Any, shift: Any, pairs: Any, fast: Any, out: Any) -> None:
     """Sum of effects over each text's units and pairs, divided by the number of units; 0 without any."""
     text = data.ctypes.data
@@ -270,7 +271,7 @@ def _score(data: Any, starts: Any, lengths: Any, effects_H: Any, shift: Any, pai
         out[row] = total / num if num else 0.0
 
 
-@numba.njit(nogil=True)
+@compiled
 def _collect(data: Any, start: Any, end: Any, shift: Any, pairs: Any, units: Any, twos: Any) -> Any:
     """Buckets of one text's units and pairs, into `units` and `twos`; how many of each."""
     text = data.ctypes.data

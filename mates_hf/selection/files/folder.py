@@ -8,14 +8,16 @@ refusal can say which one differs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from mates_hf.data.listing import OWN, located
 from mates_hf.disk import json_bytes
 from mates_hf.errors import MatesError, RoundMismatchError
-from mates_hf.selection.files.plan import OWN, RECORD, Bundle, Part
-from mates_hf.selection.score_file import located, read_facts, written_whole_at
+from mates_hf.selection.files.plan import RECORD, Bundle, Part
+from mates_hf.selection.score_file import read_facts, written_whole_at
 
 _FORMAT = 1  # of what is written here; raised when an older one cannot be continued
 
@@ -37,6 +39,11 @@ class Folder:
     def scores(self, bundle: Bundle) -> str:
         """Where the scores of a bundle are."""
         return f"{self._root}/{OWN}/scores/{bundle.number:06d}.parquet"
+
+    def groups(self, bundle: Bundle, column: str) -> str:
+        """Where the groups of a bundle's rows are, by a column: this with `.parquet`, and their names with `.json`."""
+        name = hashlib.sha256(column.encode()).hexdigest()[:12]
+        return f"{self._root}/{OWN}/groups/{name}/{bundle.number:06d}"
 
     def mark(self, bundle: Bundle) -> str:
         """Where it is said that a bundle is written."""

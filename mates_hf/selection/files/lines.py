@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mates_hf.data.listing import is_local, located
 from mates_hf.records import IntArray
 from mates_hf.selection.files.plan import Part
-from mates_hf.selection.score_file import is_local, located
 
 BLOCK_BYTES = 8 * 2**20
 _LONGEST = 2**29

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mates_hf.data.listing import is_local, located
 from mates_hf.prediction.score import INFLUENCE_COLUMN
 from mates_hf.selection.files.ahead import SMALL, read_ahead
 from mates_hf.selection.files.plan import Part
 from mates_hf.selection.prefix import Mask, PieceScores
-from mates_hf.selection.score_file import is_local, located
 
 BATCH_BYTES = 32 * 2**20
 _MOST_ROWS = 2**16

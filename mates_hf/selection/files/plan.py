@@ -12,16 +12,23 @@ import datetime
 import hashlib
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mates_hf.selection.score_file import is_local, located
+from mates_hf.data.listing import (
+    JSON_LINES,
+    OWN,
+    PARQUET,
+    Listing,
+    format_of,
+    list_files,
+    located,
+    place_of,
+    url_of,
+)
 
-OWN = "_mates"  # folder of what is ours in an output folder; readers of folders pass over such names
-RECORD = "score.json"  # in it: what the output folder is of
-_ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
-_PACKED = {".gz": "gzip", ".zst": "zstd"}
+RECORD = "score.json"  # in our folder of an output folder: what the output folder is of
 # What a file system knows a version of a file by, the surest first.
 _VERSIONS = (
     "ETag", "etag", "md5Hash", "md5", "content_hash", "checksum", "blob_id", "generation", "mtime", "LastModified",
@@ -55,7 +62,8 @@ class Part:
         fs, path = located(self.url)
         fs.invalidate_cache()
         info = fs.info(path)
-        return dataclasses.replace(self, size=int(info["size"]), version=_version(info))
+        by = self.version.partition("=")[0]  # a look at one file may know more than a listing
+        return dataclasses.replace(self, size=int(info["size"]), version=_version(info, by))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +109,16 @@ def find_parts(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     found: dict[str, tuple[Any, str, dict[str, Any]]] = {}
     bases: dict[str, list[str]] = {}
     for one in [os.fspath(path) for path in given]:
-        fs, path = located(one)
-        base, files = _files_of(one, fs, path.rstrip("/") or path, _below(out, fs))
-        bases.setdefault(_root_key(fs), []).append(base)
-        for name, info in files:
-            found[_url(fs, name)] = fs, name, info
+        listing = list_files(one, "inputs")
+        if listing is None:
+            raise FileNotFoundError(f"`inputs` must name files or folders that are there, and `{one}` is not.")
+        fs = listing.fs
+        bases.setdefault(place_of(fs), []).append(listing.base)
+        for path, info in _read_of(listing, _below(out, fs)).items():
+            found[url_of(fs, path)] = fs, path, info
     parts: dict[str, Part] = {}
     for url, (fs, path, info) in found.items():
-        part = _part(url, posixpath.relpath(path, _common(bases[_root_key(fs)])), info)
+        part = _part(url, posixpath.relpath(path, _common(bases[place_of(fs)])), info)
         if part.name in parts or part.name.split("/")[0] == OWN:
             other = parts[part.name].url if part.name in parts else OWN
             raise ValueError(
@@ -134,36 +144,17 @@ def bundles_of(parts: Sequence[Part]) -> list[Bundle]:
     return [*bundles, Bundle(len(bundles), tuple(held))]
 
 
-def _files_of(given: str, fs: Any, path: str, out: str | None) -> tuple[str, Iterator[tuple[str, dict[str, Any]]]]:
-    """The folder that an input's names are counted from, and its files."""
-    if fs.isdir(path):
-        return path, _in_folder(given, path, fs.find(path, detail=True), out)
-    if not fs.exists(path) and any(sign in path for sign in "*?["):
-        base = _before_pattern(path)
-        matches = fs.glob(path, detail=True).items()
-        found = {name: info for name, info in matches if info["type"] != "directory" and OWN not in name.split("/")}
-        if not found:
-            raise FileNotFoundError(f"`inputs` must name files that are there, and nothing matches `{given}`.")
-        if "**" in path:
-            _refuse_outputs(given, base, _records(fs, base, found), out)
-        return base, ((name, info) for name, info in found.items() if not _inside(name, out))
-    if not fs.exists(path):
-        raise FileNotFoundError(f"`inputs` must name files or folders that are there, and `{given}` is not.")
-    if _inside(path, out):
-        raise ValueError(f"`inputs` must not lie in the output folder, and `{given}` does. Choose another one.")
-    return posixpath.dirname(path), iter([(path, fs.info(path))])
-
-
-def _in_folder(
-    given: str, folder: str, found: dict[str, dict[str, Any]], out: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Files of a folder that have a known ending; not hidden ones, plain `.json`, and those of the output folder."""
-    _refuse_outputs(given, folder, [name for name in found if name.endswith(f"/{OWN}/{RECORD}")], out)
-    for name, info in found.items():
-        hidden = any(word[:1] in ("_", ".") for word in posixpath.relpath(name, folder).split("/"))
-        is_other = name.lower().endswith(".json") or _format_of(name) is None  # often an index, of no rows
-        if not hidden and not _inside(name, out) and not is_other:
-            yield name, info
+def _read_of(listing: Listing, out: str | None) -> dict[str, dict[str, Any]]:
+    """The files of a listing that are read: those outside of the output folder."""
+    if listing.how == "folder":
+        _refuse_outputs(listing, [path for path in listing.found if path.endswith(f"/{OWN}/{RECORD}")], out)
+    elif "**" in listing.given:
+        _refuse_outputs(listing, _records(listing.fs, listing.base, listing.found), out)
+    elif listing.how == "file" and any(_inside(path, out) for path in listing.found):
+        raise ValueError(
+            f"`inputs` must not lie in the output folder, and `{listing.given}` does. Choose another one."
+        )
+    return {path: info for path, info in listing.inputs().items() if not _inside(path, out)}
 
 
 def _records(fs: Any, base: str, found: Iterable[str]) -> list[str]:
@@ -173,50 +164,34 @@ def _records(fs: Any, base: str, found: Iterable[str]) -> list[str]:
     return [name for folder in folders if folder.startswith(base) and fs.exists(name := f"{folder}/{OWN}/{RECORD}")]
 
 
-def _refuse_outputs(given: str, base: str, records: Iterable[str], out: str | None) -> None:
-    """Raise where one of the folders below `base` is the output of an earlier run, other than this one's."""
+def _refuse_outputs(listing: Listing, records: Iterable[str], out: str | None) -> None:
+    """Raise where a folder below a listing's base is the output of an earlier run, other than this one's."""
     for name in records:
         folder = name.removesuffix(f"/{OWN}/{RECORD}")
-        if folder != base and folder != out:
+        if folder != listing.base and folder != out:
             raise ValueError(
-                f"`{given}` holds `{folder}`, which is the output of an earlier run and would be read again. Move "
-                "that folder, or name the files that are meant by a pattern."
+                f"`{listing.given}` holds `{folder}`, which is the output of an earlier run and would be read again. "
+                "Move that folder, or name the files that are meant by a pattern."
             )
 
 
 def _part(url: str, name: str, info: dict[str, Any]) -> Part:
-    found = _format_of(url)
-    if found is None:
+    found = format_of(url)
+    if found is None or found.kind not in (PARQUET, JSON_LINES):
         raise ValueError(f"Files must end in {_known()}, and `{url}` does not. Name the others by a pattern.")
     return Part(url, name, *found, size=int(info["size"]), version=_version(info))
 
 
-def _format_of(name: str) -> tuple[str, str | None] | None:
-    """The kind of a file and how it is packed, by its name's ending; None where it is another one."""
-    stem, ending = os.path.splitext(name.lower())
-    packed = _PACKED.get(ending)
-    kind = _ENDINGS.get(os.path.splitext(stem)[1] if packed else ending)
-    return None if kind is None or (packed and kind == "parquet") else (kind, packed)
-
-
 def _known() -> str:
-    return "`.parquet`, or `.jsonl`, `.ndjson` or `.json`, also with `.gz` or `.zst`"
+    return "`.parquet`, or `.jsonl`, `.ndjson` or `.json`, also with `.gz`, `.zst` or `.bz2`"
 
 
-def _version(info: dict[str, Any]) -> str:
-    name = next((name for name in _VERSIONS if info.get(name) is not None), None)
+def _version(info: dict[str, Any], by: str = "") -> str:
+    name = next((name for name in (by, *_VERSIONS) if info.get(name) is not None), None)
     value = None if name is None else info[name]
     if isinstance(value, datetime.datetime):  # a listing may have seconds where a look at one file has a date
         value = value.timestamp()
     return "" if name is None else f"{name}={value}"
-
-
-def _url(fs: Any, path: str) -> str:
-    return path if is_local(fs) else str(fs.unstrip_protocol(path))
-
-
-def _root_key(fs: Any) -> str:
-    return fs.protocol if isinstance(fs.protocol, str) else str(fs.protocol[0])
 
 
 def _common(bases: Sequence[str]) -> str:
@@ -227,15 +202,8 @@ def _common(bases: Sequence[str]) -> str:
 def _below(out: str, fs: Any) -> str | None:
     """Path of the output folder, where it lies in this file system."""
     other, path = located(out)
-    return path.rstrip("/") if _root_key(other) == _root_key(fs) else None
+    return path.rstrip("/") if place_of(other) == place_of(fs) else None
 
 
 def _inside(name: str, folder: str | None) -> bool:
     return folder is not None and (name == folder or name.startswith(folder + "/"))
-
-
-def _before_pattern(path: str) -> str:
-    """The folder above the first part of a path that has a sign of a pattern."""
-    words = path.split("/")
-    first = next(i for i, word in enumerate(words) if any(sign in word for sign in "*?["))
-    return "/".join(words[:first])

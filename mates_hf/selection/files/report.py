@@ -11,6 +11,8 @@ from typing import Any
 
 from mates_hf.display import card, html_card
 
+_SHOWN_GROUPS = 5  # where it is printed, the largest
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class FilesReport:
@@ -33,6 +35,8 @@ class FilesReport:
         seconds: Seconds of this call.
         gb_per_hour: Gigabytes (10^9) of input files an hour; None where an earlier call did a part of it.
         errors: What could not be read, the first thousand.
+        shares: By group: `rows` and `kept` as shares of all, and `boost`, how many times its share it got. Empty
+            where no column says the groups.
     """
 
     out: str
@@ -51,6 +55,7 @@ class FilesReport:
     seconds: float
     gb_per_hour: float | None
     errors: tuple[str, ...] = ()
+    shares: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `_mates/summary.json` in the output folder has them."""
@@ -68,6 +73,11 @@ class FilesReport:
         }
         if self.threshold is not None:
             facts["threshold"] = f"{self.threshold:.6g}"
+        if self.shares:
+            largest = sorted(self.shares.items(), key=lambda one: -one[1]["rows"])[:_SHOWN_GROUPS]
+            shown = ", ".join(f"{name} {of['rows']:.1%} to {of['kept']:.1%}" for name, of in largest)
+            more = "" if len(self.shares) <= _SHOWN_GROUPS else f", {len(self.shares) - _SHOWN_GROUPS:,} more"
+            facts["groups"] = f"{shown}{more} (share of the rows, and of those kept)"
         if self.files_left_out or self.lines_left_out:
             facts["left out"] = f"{self.files_left_out:,} files and {self.lines_left_out:,} lines: {self.errors[0]}"
         return facts

@@ -12,30 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mates_hf.data.listing import located
 from mates_hf.data.raw_texts import RawTexts
 from mates_hf.data.scored_column import Conversations, ScoredColumn, Texts
 from mates_hf.errors import InfluenceError, MatesError
 from mates_hf.prediction.score import Scorer
 from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.cut import Cut
-from mates_hf.selection.dataset_input import Scored
 from mates_hf.selection.files import json_files, parquet_files
 from mates_hf.selection.files.ahead import read_ahead
 from mates_hf.selection.files.folder import Folder, read_object, write_object
 from mates_hf.selection.files.plan import Bundle, Part
 from mates_hf.selection.inputs import Fitted
 from mates_hf.selection.prefix import Mask, PieceScores
+from mates_hf.selection.quota_cut import GroupedScores, QuotaCut
 from mates_hf.selection.score_file import (
     content_hashes,
     flush_files,
     joined_scores,
-    located,
-    open_scores,
     read_facts,
     rows_between,
     write_scores,
@@ -45,6 +44,8 @@ from mates_hf.selection.score_file import (
 _TOKENISED_BYTES, _TOKENISED_ROWS = 2**22, 1000  # of texts whose tokens are in memory at once
 _MOST_BAD = 100_000  # lines of a file that cannot be read; with more, it is the file
 _MOST_SAID = 20  # lines of a file whose fault is recorded
+
+OwnPieces = Sequence[Callable[[], "PieceScores | GroupedScores"]]  # of one bundle
 
 
 class FileError(MatesError):
@@ -77,9 +78,7 @@ class Work:
     """What every bundle is scored with and written by; all that a worker process needs.
 
     Attributes:
-        model: The fitted influence model.
-        tokenizer: Tokenizer of its tokens, or None.
-        max_length: Number of tokens that a text is cut to, or None.
+        fitted: The model and tokenizer, in the form that decides on a column.
         column: The scored column, as its name was given; None finds it.
         scored: What the scored column holds and its name, the same in every part.
         digest: Digest of the scorer.
@@ -88,9 +87,7 @@ class Work:
         threads: Threads of a process; None is one a core.
     """
 
-    model: Any
-    tokenizer: Any
-    max_length: int | None
+    fitted: Fitted
     column: str | None
     scored: tuple[str, str]
     digest: str
@@ -102,11 +99,6 @@ class Work:
     def many_threads(self) -> bool:
         """Whether more than one thread may be used."""
         return self.threads != 1
-
-    @property
-    def fitted(self) -> Fitted:
-        """The model in the form that decides on a column."""
-        return Fitted(self.model, self.tokenizer, self.max_length, Scored())
 
 
 def schema_of(part: Part) -> Any:
@@ -235,6 +227,11 @@ def _note(part: Part, facts: PartFacts, bad: list[json_files.BadLine], skip: boo
         raise ValueError(f"more than {_MOST_BAD:,} lines cannot be read: {facts.said[0]}")
 
 
+def parts_in(facts: Mapping[str, Any]) -> list[PartFacts]:
+    """What is recorded of each part with the scores of a bundle."""
+    return [PartFacts(**one) for one in json.loads(str(facts["parts"]))]
+
+
 _SKIP = "Mend the file, or leave out what cannot be read: `on_error='skip'`, `--on-error skip`."
 
 
@@ -277,12 +274,15 @@ def named(part: Part, error: Exception) -> str:
 # --- what is kept ---
 
 
-def write_bundle(work: Work, bundle: Bundle, cut: Cut | None, first_piece: int, key: str) -> dict[str, Any]:
+def write_bundle(
+    work: Work, bundle: Bundle, pieces: OwnPieces, cut: Cut | QuotaCut | None, first_piece: int, key: str
+) -> dict[str, Any]:
     """Write what is kept of a bundle's parts, and the mark that says so.
 
     Args:
         work: What it was scored with.
         bundle: The parts.
+        pieces: What reads the scores of its rows, with their groups where the cut has bounds on these.
         cut: Which rows are kept; None writes all, with their influence.
         first_piece: Number of the bundle's first piece of scores.
         key: What the mark is for.
@@ -295,8 +295,8 @@ def write_bundle(work: Work, bundle: Bundle, cut: Cut | None, first_piece: int, 
     """
     folder = Folder(work.out)
     facts = read_facts(folder.scores(bundle))
-    known = [PartFacts(**one) for one in json.loads(str(facts["parts"]))]
-    scores = _Scores(folder.scores(bundle), cut, first_piece)
+    known = parts_in(facts)
+    scores = _Scores(pieces, cut, first_piece)
     written: list[dict[str, Any]] = []
     for part, found in zip(bundle.parts, known, strict=True):
         if found.dropped is None:
@@ -352,16 +352,17 @@ class _TooFewError(Exception):
 class _Scores:
     """The scores of a bundle's rows in their order, and which rows are kept."""
 
-    def __init__(self, url: str, cut: Cut | None, first_piece: int) -> None:
-        self._pieces = self._read(url, cut, first_piece)
+    def __init__(self, pieces: OwnPieces, cut: Cut | QuotaCut | None, first_piece: int) -> None:
+        self._pieces = self._read(pieces, cut, first_piece)
         self._held, self._mask = joined_scores([]), np.zeros(0, np.bool_)
         self.done = self.rows_kept = self.tokens_kept = 0
 
     @staticmethod
-    def _read(url: str, cut: Cut | None, first_piece: int) -> Iterator[tuple[PieceScores, Mask]]:
-        for number, read in enumerate(open_scores(url), first_piece):
-            scores = read()
-            yield scores, np.ones(len(scores.content), np.bool_) if cut is None else cut.mask(number, scores)
+    def _read(pieces: OwnPieces, cut: Cut | QuotaCut | None, first_piece: int) -> Iterator[tuple[PieceScores, Mask]]:
+        for number, read in enumerate(pieces, first_piece):
+            found: Any = read()
+            scores = found.scores if isinstance(found, GroupedScores) else found
+            yield scores, np.ones(len(scores.content), np.bool_) if cut is None else cut.mask(number, found)
 
     def take(self, num_rows: int) -> tuple[PieceScores, Mask]:
         """What is known of the next rows."""
