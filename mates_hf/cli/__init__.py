@@ -2,9 +2,10 @@
 
 `mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
 whether a run's rounds are what they must be, `mates-hf cost RUN` what they took; `mates-hf plan` what selecting would
-cost. `mates-hf fit` fits a selector without a run; `mates-hf score SELECTOR FILES` writes files again with the rows
-that help most. Where it is used: right of all, and the only folder that prints. Trade-off: what a command needs
-is imported when it runs, so that `mates-hf env` works in an installation that is broken.
+cost, and `mates-hf pilot` whether it would pay. `mates-hf fit` fits a selector without a run; `mates-hf score SELECTOR
+FILES` writes files again with the rows that help most. Where it is used: right of all, and the only folder that
+prints. Trade-off: what a command needs is imported when it runs, so that `mates-hf env` works in an installation that
+is broken.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mates_hf.cli import env, fit, plan, runs, score
+from mates_hf.cli import env, fit, pilot, plan, runs, score
 from mates_hf.errors import MatesError
 
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_commands(commands)
     fit.add_command(commands)
     plan.add_command(commands)
+    pilot.add_command(commands)
     score.add_command(commands)
     return parser
 
