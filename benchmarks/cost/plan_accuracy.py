@@ -14,6 +14,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from benchmarks.lab.corpus import as_dataset, as_reference, text_rows
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import seconds_of, temporary_folder
@@ -38,7 +40,9 @@ def measured_speed(rows: Any, multiplied: int, num_steps: int, folder: Path) -> 
     """FLOPs a second of training without rounds, by the rule of 6 a parameter and token."""
 
     def train(name: str, steps: int) -> float:
-        return seconds_of(trainer_of(llama(length=LENGTH), rows, folder / name, steps, BATCH).train)
+        trainer = trainer_of(llama(length=LENGTH), rows, folder / name, steps, BATCH)
+        trainer.remove_callback(PrinterCallback)
+        return seconds_of(trainer.train)
 
     train("warm", 5)
     return 6 * multiplied * BATCH * LENGTH * num_steps / train("speed", num_steps)
@@ -56,6 +60,7 @@ def plan_of(max_steps: int, multiplied: int, speed: float, config: MatesConfig |
 def run_as_planned(rows: Any, reference: Any, config: MatesConfig, max_steps: int, folder: Path) -> dict[str, Any]:
     """What `mates-hf cost` says of a run with this config."""
     trainer = trainer_of(llama(length=LENGTH), rows, folder, max_steps, BATCH)
+    trainer.remove_callback(PrinterCallback)
     MatesCallback(reference, config).attach(trainer)
     trainer.train()
     trainer.save_state()

@@ -119,7 +119,7 @@ def _groups(settings: PilotSettings, summary: Summary, facts: Mapping[str, Any])
 def _money(settings: PilotSettings, plan: SelectionPlan, summary: Summary) -> dict[str, Any]:
     """What the pilot cost, what rounds would, and what is saved at the lower end of the gain over the filter."""
     gain = summary.findings.log_gain
-    hours = (sum(summary.seconds.values()) + sum(summary.choosing_seconds.values())) / 3600
+    hours = sum(summary.seconds.values()) / 3600
     machine = None if settings.price is None else hours * settings.price
     found: dict[str, Any] = {
         "pilot_hours": hours, "pilot_flops": summary.flops, "pilot_price": machine, "labour": settings.labour,
@@ -308,6 +308,9 @@ def render_page(data: Mapping[str, Any]) -> str:
 @functools.cache
 def template() -> Any:
     """The template of the page.
+
+    Returns:
+        A template of jinja2 that escapes all that it prints.
 
     Raises:
         ImportError: jinja2 is not installed.

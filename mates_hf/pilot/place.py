@@ -107,13 +107,26 @@ class PilotPlace:
         if not (self.out / ASKED_FILE).exists():  # data that no settings are known of
             shutil.rmtree(self.data, ignore_errors=True)
 
-    def write_asked(self) -> None:
-        """Write down what was asked, before the first step; of a pilot that was begun, its new number of seeds."""
-        seeds = self.seeds_asked
+    def write_asked(self, made: Mapping[str, Any]) -> None:
+        """Write down what was asked, before the first step; of a pilot that was begun, its new number of seeds.
+
+        Args:
+            made: What this version of the library makes of it: steps, rounds and settings of filters, JSON values.
+
+        Raises:
+            MatesError: the pilot was begun by a version that makes something else of it.
+        """
+        path, seeds, made = self.out / ASKED_FILE, self.seeds_asked, json.loads(json.dumps(dict(made)))
+        begun = read_json(path) if seeds else {"asked": self.asked, "made": made}
+        if begun["made"] != made:
+            differing = [f"`{name}`" for name in made if begun["made"].get(name) != made[name]]
+            raise MatesError(
+                f"`{self.out}` holds a pilot that another version of this library began, which differs in "
+                f"{', '.join(differing)}. Continue it with that version, or name another folder."
+            )
         if not seeds or self.asked[MAY_GROW] > seeds[-1]:
-            begun = read_json(self.out / ASKED_FILE)["asked"] if seeds else self.asked
-            found = {"version": FORMAT_VERSION, "asked": begun, "seeds_asked": [*seeds, self.asked[MAY_GROW]]}
-            write_json(self.out / ASKED_FILE, found)
+            found = {"version": FORMAT_VERSION, "asked": begun["asked"], "made": made}
+            write_json(path, {**found, "seeds_asked": [*seeds, self.asked[MAY_GROW]]})
 
     @property
     def seeds_asked(self) -> list[int]:

@@ -116,7 +116,13 @@ def run_pilot(
     try:
         inputs = read_pilot_inputs(place.data, pool, reference, held_out, given)
         schedule, plan = _planned(inputs, given)
-        place.write_asked()
+        place.write_asked(
+            {
+                "schedule": dataclasses.asdict(schedule),
+                "filters": SETTINGS[given.static_filter],
+                "groups": inputs.facts["groups"],
+            }
+        )
         data = _run(place, inputs, given, schedule, plan, names, progress)
     finally:
         place.close()
@@ -130,7 +136,7 @@ def _planned(inputs: PilotInputs, settings: PilotSettings) -> tuple[Schedule, Se
     if unknown:
         raise ValueError(f"`protected` must be groups of the pool ({', '.join(groups)}), got {unknown[0]!r}.")
     rows = inputs.passages["reference"].rows
-    passages = {"num_passages": len(rows), "passage_tokens": float(rows.lengths.mean())}
+    passages: dict[str, Any] = {"num_passages": len(rows), "passage_tokens": float(rows.lengths.mean())}
     plan = plan_selection(planned_size(settings, **passages), pilot_machine(settings))
     if not plan.cost.num_rounds:
         raise ValueError(f"The planned run must have rounds, and has none: {plan.warnings[0]}.")
@@ -174,7 +180,7 @@ def _run(
         }  # fmt: skip
         losses = {setting: sum(found["sums"][-1]) / sum(found["tokens"]) for setting, found in tuning.items()}
         best = min(tried, key=lambda setting: (losses[setting], tried.index(setting)))
-        units = {
+        units: dict[str, list[Unit]] = {
             arm: [Unit(arm=arm, seed=seed, setting=best if arm == "filter" else None) for seed in seeds]
             for arm in ARMS
         }  # fmt: skip
@@ -187,7 +193,7 @@ def _run(
     data: dict[str, Any] = finite(
         page_data(
             settings, schedule, plan, summary, decide(summary.findings, settings),
-            facts={**inputs.facts, **names, "num_parameters": results["ours"][0]["num_parameters"]},
+            facts={**inputs.facts, "sources": dict(names), "num_parameters": results["ours"][0]["num_parameters"]},
             tuned={"best": best, "losses": losses, "seed": tuned_on}, seeds_asked=place.seeds_asked,
         )
     )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from mates_hf.pilot.schedule import Schedule
 from mates_hf.pilot.verdict import Findings
 from mates_hf.reporting.payback import SelectionPlan
 
-ARMS = ("random", "filter", "ours")
+ARMS: tuple[Literal["random", "filter", "ours"], ...] = ("random", "filter", "ours")
 POOL = "pool"
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """Results of units by arm, seeds in the same order."""
@@ -43,9 +43,9 @@ class Summary:
         pilot_share: FLOPs of the pilot's own rounds over those of its training.
         harm: Loss minus that of random rows at equal tokens, by arm and group; `pool` is the pool's own text.
         curves: Mean loss over seeds at each mark, by arm.
-        seconds: Seconds of training of each arm, all seeds.
+        seconds: Seconds of each arm, all seeds, choosing included; and of `tuning`.
         flops: FLOPs of all units, tuning included.
-        choosing_seconds: Seconds that choosing took, by arm, all seeds.
+        choosing_seconds: Of these, seconds that choosing took.
     """
 
     findings: Findings
@@ -147,7 +147,7 @@ def summarise(
         pilot_share=float(np.mean([_selecting_flops(one) / (end * one["step_flops"]) for one in results["ours"]])),
         harm=harm,
         curves={arm: _mean_curve(curves[arm], num) for arm in ARMS},
-        seconds={arm: sum(float(result["seconds"]) for result in results[arm]) for arm in ARMS},
+        seconds={name: sum(map(_seconds, found)) for name, found in {**results, **tuning}.items()},
         flops=sum(flops.values()) + sum(_flops(one) for found in tuning.values() for one in found),
         choosing_seconds={
             "filter": sum(float(one["filter_seconds"]) for one in results["filter"]),
@@ -232,6 +232,11 @@ def _selecting_flops(result: Mapping[str, Any]) -> float:
 def _flops(result: Mapping[str, Any]) -> float:
     """FLOPs of a unit."""
     return float(result["steps"][-1] * result["step_flops"] + _selecting_flops(result))
+
+
+def _seconds(result: Mapping[str, Any]) -> float:
+    """Seconds of a unit; rounds are in those of its training, and a filter is fitted before it."""
+    return float(result["seconds"]) + float(result["filter_seconds"])
 
 
 def _equal_flops_step(result: Mapping[str, Any], end: float) -> float:

@@ -54,6 +54,7 @@ from mates_hf.round_files import load_round
 from mates_hf.training.callback import MatesCallback
 from mates_hf.training.checkpoints import last_complete_checkpoint
 
+ArmName = Literal["random", "filter", "ours"]
 IntArray = npt.NDArray[np.int64]
 _SAVES = 4  # checkpoints on the way
 _MOST_NEGATIVES = 20_000
@@ -71,7 +72,7 @@ class Unit:
         part: Passages that it is judged by.
     """
 
-    arm: Literal["random", "filter", "ours"]
+    arm: ArmName
     seed: int
     setting: str | None = None
     part: Literal["held_out", "tuning"] = "held_out"
@@ -215,7 +216,8 @@ class _InOrder(Trainer):
     """A Trainer whose own order is that of its dataset, so that all arms of a seed share their first rows."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return torch.utils.data.SequentialSampler(dataset)
 
 
 class _Judge(TrainerCallback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,11 +194,11 @@ def test_too_many_tokens_are_answered_with_a_number_that_fits(tmp_path: Path) ->
 # --- the folder ---
 
 
-def begun(out: Path, **changes: Any) -> PilotPlace:
+def begun(out: Path, made: dict[str, Any] | None = None, **changes: Any) -> PilotPlace:
     place = PilotPlace(out, {"pool": "p", **settings(**changes).to_dict()})
     place.check()
     place.open()
-    place.write_asked()
+    place.write_asked(made or {"schedule": 1})
     place.close()
     return place
 
@@ -219,6 +220,14 @@ def test_seeds_may_be_added_and_never_left_out(tmp_path: Path) -> None:
     assert begun(tmp_path / "out", seeds=5).seeds_asked == [2, 5]
     with pytest.raises(MatesError, match=r"`seeds` must be at least 5 in .*, got 3"):
         begun(tmp_path / "out", seeds=3)
+
+
+def test_another_version_that_makes_other_steps_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path / "out", {"schedule": {"steps": 3}, "filters": ["a"]})
+    with pytest.raises(MatesError, match="which differs in `filters`"):
+        begun(tmp_path / "out", {"schedule": {"steps": 3}, "filters": ["b"]})
+    with pytest.raises(MatesError, match="which differs in `schedule`"):  # nor with more seeds
+        begun(tmp_path / "out", {"schedule": {"steps": 4}, "filters": ["a"]}, seeds=9)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -317,8 +326,11 @@ def test_a_pilot_that_was_killed_in_a_unit_ends_as_one_that_was_not(tmp_path: Pa
     assert whole.decision in ("measure more", "no-go")  # of one seed
     assert whole.page.read_text().startswith("<!doctype html>")
     assert len(finished(tmp_path / "whole")) == 3 + 3
-    # Ours is killed behind its second round, with a checkpoint on disk.
+    # A pilot that lacks its last unit; that one is killed behind its second round, with a checkpoint on disk.
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     ours = tmp_path / "killed" / "runs" / "ours-seed-0"
+    shutil.rmtree(ours)
+    (tmp_path / "killed" / "units" / "ours-seed-0.json").unlink()
     kill_when(given, tmp_path / "killed", lambda: (ours / "mark-00000036.json").exists())
     assert last_complete_checkpoint(ours) is not None
     assert "ours-seed-0" not in finished(tmp_path / "killed")

@@ -86,6 +86,9 @@ def test_equal_flops_take_steps_from_ours() -> None:
     assert found.pilot_share == pytest.approx(100 / 3_000)
     steps = 3 * (50 + 30 + 30) + 30
     assert found.flops == pytest.approx(100 * steps + 3 * 100)
+    # Seven seconds a unit; a second for the filter before it, and of ours four in rounds.
+    assert found.seconds == {"random": 3 * 8.0, "filter": 3 * 8.0, "ours": 3 * 8.0, "tuning": 8.0}
+    assert found.choosing_seconds == {"filter": 3.0, "ours": 12.0}
 
 
 def test_harm_is_against_random_rows_and_weighs_groups_by_the_pool() -> None:
@@ -107,7 +110,7 @@ def data(found: dict[str, list[dict[str, Any]]], seeds_asked: list[int] | None =
     part = {"passages": 40, "left_out": 1}
     facts = {
         "reference": part, "tuning": part, "held_out": part, "groups": SHARES, "num_parameters": 1_000, "documents": 9,
-        "copies": 1, "shared_with_passages": 2, "rows": 500, "pool": "<script>alert(1)</script>", "kept_out": 12,
+        "copies": 1, "shared_with_passages": 2, "rows": 500, "sources": {"pool": "<script>alert(1)</script>"},
     }  # fmt: skip
     tuned = {"best": "words alone", "losses": {"words alone": 4.0}, "seed": 1_000}
     return page_data(
