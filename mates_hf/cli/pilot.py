@@ -40,7 +40,7 @@ def add_command(commands: Any) -> None:
     add = command.add_argument
     add("--out", required=True, metavar="DIR", help="folder of the pilot")
     add("--config", metavar="FILE", help="YAML file with any of the settings below; flags win over it")
-    add("--tiny", action="store_true", help="sizes that take some minutes on a CPU")
+    add("--tiny", action="store_true", help="sizes that take about a quarter of an hour on a CPU")
     add("--pool", nargs="+", metavar="FILES", help="Parquet or JSON Lines files (.gz, .zst), a folder, or a Hub id")
     add("--reference", metavar="FILE", help="passages of what the model should get better at (also .txt, one a line)")
     add("--held-out", metavar="FILE", help="passages that arms are judged by (default: a part of the reference)")

@@ -26,7 +26,7 @@ from mates_hf.reporting.payback import SelectionPlan
 
 _TEMPLATE = "page.html.jinja"
 _WIDTH = 110  # characters of a line of text
-_PLOT = (640, 260, 46, 10, 10, 34)  # width, height, margins: left, right, top, bottom
+_PLOT = (640, 270, 54, 10, 10, 38)  # width, height, margins: left, right, top, bottom
 _TENTH, _HUNDREDTH = 12.0, 120.0  # with some room
 DATADECIDE = (
     "In DataDecide (arXiv:2504.11393) the order of two corpora at one small size, 150 million parameters, was that at "
@@ -70,7 +70,7 @@ def page_data(
         "curves": dict(summary.curves),
         "plot": _plot(summary, schedule, settings, names),
         "money": _money(settings, plan, summary),
-        "worries": list(_worries(settings, schedule, plan, summary, facts, seeds_asked)),
+        "worries": list(_worries(settings, plan, summary, seeds_asked)),
         "plan": list(plan.lines()),
         "known_error": DATADECIDE,
         "tuned": dict(tuned),
@@ -143,24 +143,16 @@ def _times(gain: Estimate) -> str:
     return f"{math.exp(gain.mean):.2f} times ({math.exp(gain.low):.2f} to {math.exp(gain.high):.2f})"
 
 
-def _worries(
-    settings: PilotSettings,
-    schedule: Schedule,
-    plan: SelectionPlan,
-    summary: Summary,
-    facts: Mapping[str, Any],
-    seeds_asked: list[int],
-) -> Iterator[str]:
+def _worries(settings: PilotSettings, plan: SelectionPlan, summary: Summary, seeds_asked: list[int]) -> Iterator[str]:
     """What speaks against the verdict, in sentences."""
-    smaller = settings.params / facts["num_parameters"]
-    if smaller > _TENTH:
+    found = summary.findings
+    if found.smaller > _TENTH:
         yield (
-            f"The pilot's model is {smaller:,.0f} times smaller than the planned one, where a tenth of its size was "
-            "meant. That is further than any pilot whose error is known."
+            f"The pilot's model is {found.smaller:,.0f} times smaller than the planned one, where a tenth of its size "
+            "was meant. That is further than any pilot whose error is known."
         )
-    shorter = settings.tokens / (schedule.end * settings.batch_rows * settings.row_tokens)
-    if shorter > _HUNDREDTH:
-        yield f"Its arms are {shorter:,.0f} times shorter than the planned run, where a hundredth was meant."
+    if found.shorter > _HUNDREDTH:
+        yield f"Its arms are {found.shorter:,.0f} times shorter than the planned run, where a hundredth was meant."
     if len(seeds_asked) > 1:
         yield (
             f"Seeds were added after a look at the result ({', '.join(map(str, seeds_asked))}). Each look makes an "
@@ -170,7 +162,7 @@ def _worries(
         yield f"The rival is a {NAMES[settings.static_filter]}, and not fastText, which most people would run."
     if not settings.protected:
         yield "No group is protected, so nothing here stops a run that makes a group worse. Read the table of groups."
-    worse = [name for name, found in summary.harm["ours"].items() if found.low is not None and found.low > 0]
+    worse = [name for name, one in summary.harm["ours"].items() if one.low is not None and one.low > 0]
     if worse:
         yield f"Worse than with random rows, interval above 0: {', '.join(worse)}."
     ours = summary.losses["ours"].mean - summary.losses["random"].mean

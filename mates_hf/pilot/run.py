@@ -189,7 +189,10 @@ def _run(
             for arm in ARMS:
                 unit = units[arm][number]
                 results[arm].append(done(f"{arm}-seed-{unit.seed}", unit))
-    summary = summarise(results, schedule, plan, inputs.facts["groups"], tuning={"tuning": list(tuning.values())})
+    summary = summarise(
+        results, schedule, plan, inputs.facts["groups"], tuning={"tuning": list(tuning.values())},
+        step_tokens=settings.batch_rows * settings.row_tokens,
+    )  # fmt: skip
     data: dict[str, Any] = finite(
         page_data(
             settings, schedule, plan, summary, decide(summary.findings, settings),

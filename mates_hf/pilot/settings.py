@@ -124,6 +124,14 @@ class PilotSettings:
         default=6,
         metadata={"help": "Further seeds that you would run at most to decide whether the filter is beaten."},
     )
+    max_smaller: float = field(
+        default=20.0,
+        metadata={"help": "A go needs a planned model at most so many times larger than that of the pilot."},
+    )
+    max_shorter: float = field(
+        default=200.0,
+        metadata={"help": "A go needs a planned run at most so many times longer than an arm of the pilot."},
+    )
     device: Literal["auto", "cpu"] = field(default="auto", metadata={"help": "`cpu` leaves an accelerator alone."})
 
     def __post_init__(self) -> None:
@@ -133,7 +141,17 @@ class PilotSettings:
 
         if isinstance(self.protected, list):
             object.__setattr__(self, "protected", tuple(self.protected))
-        above = ("params", "tokens", "batch_tokens", "planned_row_tokens", "device_flops", "learning_rate", "max_idle")
+        above = (
+            "params",
+            "tokens",
+            "batch_tokens",
+            "planned_row_tokens",
+            "device_flops",
+            "learning_rate",
+            "max_idle",
+            "max_smaller",
+            "max_shorter",
+        )
         for name in above:
             require(_is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
         for name in ("pilot_params", "pilot_tokens"):

@@ -93,7 +93,13 @@ class _Curve:
 
 
 def summarise(
-    results: Results, schedule: Schedule, plan: SelectionPlan, shares: Mapping[str, float], *, tuning: Results
+    results: Results,
+    schedule: Schedule,
+    plan: SelectionPlan,
+    shares: Mapping[str, float],
+    *,
+    tuning: Results,
+    step_tokens: int,
 ) -> Summary:
     """Make figures of the results of units.
 
@@ -103,6 +109,7 @@ def summarise(
         plan: The planned run.
         shares: Share of each group in the pool.
         tuning: Results of the units that filters were tuned with, for the cost.
+        step_tokens: Tokens of a step of the pilot.
 
     Returns:
         The summary.
@@ -137,6 +144,8 @@ def summarise(
             harm=harm["ours"],
             idle=plan.idle_hours / planned_hours,
             break_even=plan.break_even,
+            smaller=plan.size.num_parameters / float(results["ours"][0]["num_parameters"]),
+            shorter=plan.size.trained_tokens / (end * step_tokens),
         ),
         losses={arm: estimate(lambda w, arm=arm: at_end(arm, w), num) for arm in ARMS},  # type: ignore[misc]
         against_filter={arm: minus_filter(arm, everywhere) for arm in ("random", "ours")},

@@ -2,7 +2,7 @@
 
 Where it is used: `run_pilot`, at the end; it reads no file. A kill criterion that is met is a no-go. A go needs all of
 them not met, an interval, and a gain over the best static filter whose lower end pays for the rounds of the planned
-run. One seed has no interval, so it is never a go.
+run. One seed has no interval, so it is never a go, and neither is a pilot that is far smaller than the planned run.
 
 Trade-off: a criterion is met, not met, or open. A filter within the interval is open while no more than `more_seeds`
 further seeds could take it out, and met otherwise: who has no more seeds to give runs the filter.
@@ -34,6 +34,8 @@ class Findings:
         harm: Loss of ours minus that of random rows at equal tokens, by group, nats/token; above 0 is worse.
         idle: Share of the planned run's time that devices may wait for rounds, at most.
         break_even: Gain from which on selecting pays in the planned run.
+        smaller: Parameters of the planned model over those of the pilot.
+        shorter: Tokens of the planned run over those of an arm.
     """
 
     weak_rounds: Sequence[int]
@@ -43,6 +45,8 @@ class Findings:
     harm: Mapping[str, Estimate]
     idle: float
     break_even: float
+    smaller: float
+    shorter: float
 
     @property
     def num_seeds(self) -> int:
@@ -104,7 +108,7 @@ def decide(findings: Findings, settings: PilotSettings) -> Verdict:
     """
     criteria = (
         _signal(findings, settings), _filter(findings, settings), *_harms(findings, settings),
-        _idle(findings, settings),
+        _idle(findings, settings), _scale(findings, settings),
     )  # fmt: skip
     killed = [one for one in criteria if one.state == "met"]
     if killed:
@@ -123,7 +127,9 @@ def decide(findings: Findings, settings: PilotSettings) -> Verdict:
         unsettled.append(gain.more_seeds(needed))
     if unsettled:
         more = None if None in unsettled else max(one for one in unsettled if one is not None)
-        return Verdict(decision="measure more", reason=_why_more(findings, more), criteria=criteria, more_seeds=more)
+        return Verdict(
+            decision="measure more", reason=_why_more(findings, settings, more), criteria=criteria, more_seeds=more
+        )
     assert gain.low is not None
     reason = (
         f"No kill criterion is met, and the lower end of the gain over the filter ({math.exp(gain.low):.2f} times) is "
@@ -140,13 +146,19 @@ _REASONS = {
 }
 
 
-def _why_more(findings: Findings, more: int | None) -> str:
+def _why_more(findings: Findings, settings: PilotSettings, more: int | None) -> str:
     if findings.num_seeds == 1:
         return "One seed has no interval, so nothing follows from it. Two more seeds give one."
     if more is None:
         return (
             "The intervals do not decide, and no further seeds up to a hundred would: more held-out passages or "
             "longer arms are needed, in a new folder."
+        )
+    if not more:
+        return (
+            "At this size no kill criterion is met, and the gain pays for the rounds. But the pilot is too small to speak "
+            f"for the planned run: run one of about {settings.params / 1e7:,.3g} million parameters and "
+            f"{settings.tokens / 1e8:,.3g} million tokens an arm."
         )
     few = "1 more seed" if more == 1 else f"{more} more seeds"
     return f"The intervals do not decide. If mean and spread stay as they are, {few} would."
@@ -215,6 +227,17 @@ def _idle(findings: Findings, settings: PilotSettings) -> Criterion:
         value=f"at most {findings.idle:.2%} of the time",
         threshold=f"{settings.max_idle:.2%}",
         state="met" if findings.idle > settings.max_idle else "not met",
+    )
+
+
+def _scale(findings: Findings, settings: PilotSettings) -> Criterion:
+    large = findings.smaller <= settings.max_smaller and findings.shorter <= settings.max_shorter
+    return Criterion(
+        name="scale",
+        question="Is the pilot too small to speak for the planned run? This alone is no reason to stop.",
+        value=f"a model {findings.smaller:,.0f} times smaller, arms {findings.shorter:,.0f} times shorter",
+        threshold=f"{settings.max_smaller:,.0f} and {settings.max_shorter:,.0f} times",
+        state="not met" if large else "open",
     )
 
 

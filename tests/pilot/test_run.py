@@ -318,7 +318,9 @@ def kill_when(given: dict[str, Any], out: Path, seen: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_pilot_that_was_killed_in_a_unit_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_a_pilot_that_was_killed_in_a_unit_ends_as_one_that_was_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = write_texts(tmp_path / "texts")
     given = {**SMALL, **texts}
     arguments = {name: value for name, value in given.items() if name not in texts}
@@ -353,3 +355,11 @@ def test_a_pilot_that_was_killed_in_a_unit_ends_as_one_that_was_not(tmp_path: Pa
     start = [more.data["summary"]["curves"][arm]["losses"][0] for arm in ("random", "filter", "ours")]
     assert len(set(start)) == 1  # the arms of a seed part from the same weights
     assert main(["verify", str(tmp_path / "whole" / "runs" / "ours-seed-0")]) == 0
+    # The command, with its settings from a file, finds all of it done.
+    (tmp_path / "pilot.yaml").write_text(json.dumps({**given, "seeds": 2, "params": "410M"}))
+    capsys.readouterr()
+    command = ["pilot", "--out", str(tmp_path / "whole"), "--config", str(tmp_path / "pilot.yaml"), "--quiet"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == json.loads(json.dumps(more.data["verdict"]))
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"page: {more.page}"

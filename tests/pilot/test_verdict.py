@@ -21,7 +21,8 @@ def made(mean: float, deviation: float | None = 0.01, passages: float = 0.0, num
 
 GOOD = Findings(
     weak_rounds=[0, 1, 0], num_rounds=[4, 4, 4], difference=made(-0.1), log_gain=made(math.log(1.3)),
-    harm={"pool": made(0.05), "a": made(0.02)}, idle=0.01, break_even=1.02,
+    harm={"pool": made(0.05), "a": made(0.02)}, idle=0.01, break_even=1.02, smaller=10,
+    shorter=100,
 )  # fmt: skip
 
 
@@ -36,8 +37,14 @@ def states(found: Verdict) -> dict[str, str]:
 def test_a_clear_gain_is_a_go() -> None:
     found = verdict(protected=["pool", "a"])
     assert found.decision == "go"
-    assert states(found) == {"signal": "not met", "filter": "not met", "harm": "not met", "idle": "not met"}
-    assert len(found.criteria) == 5
+    assert states(found) == {
+        "signal": "not met",
+        "filter": "not met",
+        "harm": "not met",
+        "idle": "not met",
+        "scale": "not met",
+    }
+    assert len(found.criteria) == 6
     assert "1.2" in found.reason  # the lower end, not the mean of 1.3
     assert "1.020 times" in found.reason
 
@@ -118,6 +125,17 @@ def test_one_seed_is_never_a_go(gain: float, difference: float) -> None:
     assert found.decision == "measure more"
     assert found.more_seeds == 2
     assert verdict({**one, "weak_rounds": [2], "num_rounds": [4]}).decision == "no-go"  # needs no interval
+
+
+@pytest.mark.parametrize("changes", [{"smaller": 775.0}, {"shorter": 84_000.0}])
+def test_a_pilot_that_is_far_too_small_is_never_a_go(changes: dict[str, object]) -> None:
+    found = verdict(changes)
+    assert (found.decision, found.more_seeds) == ("measure more", 0)
+    assert "run one of about 41 million parameters and 260 million tokens" in found.reason
+    assert verdict({**changes, "weak_rounds": [2, 0, 0]}).decision == "no-go"
+    assert verdict(changes, max_smaller=1_000, max_shorter=1e5).decision == "go"
+    # Where seeds are missing as well, they come first.
+    assert "more seeds would" in verdict({**changes, "difference": made(-0.1, 0.07)}).reason
 
 
 # --- estimates ---
