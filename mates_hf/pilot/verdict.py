@@ -156,8 +156,8 @@ def _why_more(findings: Findings, settings: PilotSettings, more: int | None) -> 
         )
     if not more:
         return (
-            "At this size no kill criterion is met, and the gain pays for the rounds. But the pilot is too small to speak "
-            f"for the planned run: run one of about {settings.params / 1e7:,.3g} million parameters and "
+            "At this size no kill criterion is met, and the gain pays for the rounds. But the pilot is too small to "
+            f"speak for the planned run: run one of about {settings.params / 1e7:,.3g} million parameters and "
             f"{settings.tokens / 1e8:,.3g} million tokens an arm."
         )
     few = "1 more seed" if more == 1 else f"{more} more seeds"
