@@ -19,6 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mates_hf.disk import write_json, written_whole
+from mates_hf.engine.model_traits import context_length, vocabulary_size
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.paths import expand_path
 from mates_hf.pilot.filters import SETTINGS, require_filter
@@ -141,9 +142,24 @@ def _planned(inputs: PilotInputs, settings: PilotSettings) -> tuple[Schedule, Se
     if not plan.cost.num_rounds:
         raise ValueError(f"The planned run must have rounds, and has none: {plan.warnings[0]}.")
     model = make_model(settings, inputs.tokenizer, settings.seed)
+    _require_fits(model, inputs.tokenizer, settings)
     schedule = make_schedule(settings, multiplied=count_multiplied_parameters(model), **passages)
     require_rows(schedule, settings, len(inputs.pool))
     return schedule, plan
+
+
+def _require_fits(model: Any, tokenizer: Any, settings: PilotSettings) -> None:
+    """Refuse a model that cannot read the rows."""
+    longest, known = context_length(model), vocabulary_size(model)
+    if longest is not None and longest < settings.row_tokens:
+        raise ValueError(
+            f"`row_tokens` must be at most the model's context of {longest}, got {settings.row_tokens}. Lower it."
+        )
+    if known is not None and known < len(tokenizer):
+        raise ValueError(
+            f"`tokenizer` must be the model's own: the model knows {known:,} ids and the tokenizer has "
+            f"{len(tokenizer):,}. Leave `tokenizer` out."
+        )
 
 
 def _run(

@@ -25,6 +25,7 @@ from mates_hf.pilot.run import run_pilot
 from mates_hf.pilot.settings import PilotSettings, settings_of
 from mates_hf.training.checkpoints import last_complete_checkpoint
 from tests.pilot.kit import SMALL, settings, text, write_texts
+from tests.training.fit_kit import tokenizer, write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,6 +179,24 @@ def test_nothing_is_asked_for_before_it_can_be_run(changes: dict[str, Any], matc
     assert not (tmp_path / "out" / "pilot.json").exists()
     # So that the same folder takes what was mended.
     PilotPlace(tmp_path / "out", settings().to_dict()).check()
+
+
+def test_a_checkpoint_must_be_able_to_read_the_rows(tmp_path: Path) -> None:
+    given = write_texts(tmp_path / "texts")
+    model = str(write_model(tmp_path / "model"))  # reads 64 tokens, and knows 64 ids
+    asked = {**SMALL, "model": model, "pilot_tokens": 2_000}
+    for changes, words in (
+        ({"row_tokens": 65}, "`row_tokens` must be at most the model's context of 64, got 65"),
+        ({"tokenizer": str(write_tokenizer(tmp_path / "other"))}, "the model knows 64 ids and the tokenizer has 128"),
+        ({"pilot_tokens": 5e6}, "so that none is trained on twice"),  # the model is taken
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_pilot(tmp_path / "out", given["pool"], given["reference"], progress=False, **{**asked, **changes})
+
+
+def write_tokenizer(folder: Path) -> Path:
+    tokenizer(128).save_pretrained(folder)
+    return folder
 
 
 def test_too_many_tokens_are_answered_with_a_number_that_fits(tmp_path: Path) -> None:
