@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mates_hf.data.overlap import find_overlap
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.disk import make_directory, read_json, replace_path, sync_tree, write_json
+from mates_hf.display import cut as shortened
 from mates_hf.pilot.settings import PilotSettings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ _SHARES = (0.5, 0.2)  # of the reference: for labels, for tuning; the rest is he
 _LEAST = 8  # passages of a part
 _LEAST_PIECE = 8  # tokens of a piece that is not a passage's only one
 _AT_ONCE = 1_000
-_NO_GROUP = "(no group)"
+_NO_GROUP, _OTHERS = "(no group)", "(other groups)"
+_MOST_GROUPS, _LONGEST_NAME = 40, 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +174,16 @@ def _documents(pool: Any, settings: PilotSettings) -> tuple[list[str], list[str]
     loaded = load_rows(pool, columns, name="pool", num_rows=settings.pool_documents, seed=0).dataset
     texts = _checked(loaded[settings.column], "pool", settings.column)
     others = [name for name in loaded.column_names if name != settings.column]
-    groups = (
-        [_NO_GROUP if one is None else str(one) for one in loaded[others[0]]] if others else [_NO_GROUP] * len(texts)
-    )
+    groups = _group_names(loaded[others[0]]) if others else [_NO_GROUP] * len(texts)
     kept = [i for i, text in enumerate(texts) if text.strip()]
     return [texts[i] for i in kept], [groups[i] for i in kept]
+
+
+def _group_names(values: Any) -> list[str]:
+    """Groups as they are shown: short, printable, and those with few documents together."""
+    names = [_NO_GROUP if one is None else shortened(str(one), _LONGEST_NAME) for one in values]
+    largest = {name for name, _ in Counter(names).most_common(_MOST_GROUPS)}
+    return [name if name in largest else _OTHERS for name in names]
 
 
 def _texts_of(source: Any, column: str, name: str) -> list[str]:
@@ -296,10 +304,10 @@ def _rows(
             left = rest.setdefault(group, [])
             left += ids[whole:]
             joined = len(left) - len(left) % length
-            cut = np.array([*ids[:whole], *left[:joined]], np.int32).reshape(-1, length)
+            block = np.array([*ids[:whole], *left[:joined]], np.int32).reshape(-1, length)
             rest[group] = left[joined:]
-            blocks.append(cut)
-            names += [group] * len(cut)
+            blocks.append(block)
+            names += [group] * len(block)
     return np.concatenate([*blocks, np.zeros((0, length), np.int32)]), np.array(names, object)
 
 
@@ -309,11 +317,11 @@ def _pieces(passages: list[str], tokenizer: Any, length: int) -> dict[str, list[
     owner: list[int] = []
     num = 0
     for ids in tokenizer(passages, add_special_tokens=False)["input_ids"]:
-        cut = [ids[i : i + length] for i in range(0, len(ids), length)]
-        cut = [piece for i, piece in enumerate(cut) if len(piece) >= (2 if i == 0 else _LEAST_PIECE)]
-        pieces += cut
-        owner += [num] * len(cut)
-        num += bool(cut)
+        found = [ids[i : i + length] for i in range(0, len(ids), length)]
+        found = [piece for i, piece in enumerate(found) if len(piece) >= (2 if i == 0 else _LEAST_PIECE)]
+        pieces += found
+        owner += [num] * len(found)
+        num += bool(found)
     return {"pieces": pieces, "owner": owner}
 
 

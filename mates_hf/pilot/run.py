@@ -26,7 +26,7 @@ from mates_hf.pilot.filters import SETTINGS, require_filter
 from mates_hf.pilot.inputs import BUILT_IN, PilotInputs, read_pilot_inputs
 from mates_hf.pilot.page import page_data, render_lines, render_page, template
 from mates_hf.pilot.place import PAGE_FILE, RESULT_FILE, PilotPlace
-from mates_hf.pilot.schedule import Schedule, make_schedule, pilot_machine, planned_size, require_rows
+from mates_hf.pilot.schedule import Schedule, make_schedule, planned_machine, planned_size, require_rows
 from mates_hf.pilot.settings import PilotSettings, settings_of
 from mates_hf.pilot.summary import ARMS, POOL, summarise
 from mates_hf.pilot.training import Unit, make_model, train_unit
@@ -138,7 +138,7 @@ def _planned(inputs: PilotInputs, settings: PilotSettings) -> tuple[Schedule, Se
         raise ValueError(f"`protected` must be groups of the pool ({', '.join(groups)}), got {unknown[0]!r}.")
     rows = inputs.passages["reference"].rows
     passages: dict[str, Any] = {"num_passages": len(rows), "passage_tokens": float(rows.lengths.mean())}
-    plan = plan_selection(planned_size(settings, **passages), pilot_machine(settings))
+    plan = plan_selection(planned_size(settings, **passages), planned_machine(settings))
     if not plan.cost.num_rounds:
         raise ValueError(f"The planned run must have rounds, and has none: {plan.warnings[0]}.")
     model = make_model(settings, inputs.tokenizer, settings.seed)

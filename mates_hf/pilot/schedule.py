@@ -99,7 +99,8 @@ def make_schedule(settings: PilotSettings, *, multiplied: int, num_passages: int
         batch_rows=settings.batch_rows, max_steps=steps, num_passages=num_passages,
         tokens_per_passage=max(1.0, passage_tokens),
     )  # fmt: skip
-    proposed = plan_selection(size, pilot_machine(settings)).config
+    one_device = dataclasses.replace(planned_machine(settings), num_devices=1)
+    proposed = plan_selection(size, one_device).config
     config: dict[str, Any] = {
         "update_steps": settings.update_steps or proposed.update_steps,
         "num_probes": settings.num_probes or proposed.num_probes,
@@ -145,8 +146,8 @@ def require_rows(schedule: Schedule, settings: PilotSettings, num_rows: int) -> 
     )
 
 
-def pilot_machine(settings: PilotSettings) -> Machine:
-    """The planned run's machine, by which rounds are proposed too."""
+def planned_machine(settings: PilotSettings) -> Machine:
+    """What the planned run runs on; the pilot has one device of it."""
     return Machine(num_devices=settings.devices, flops_per_second=settings.device_flops, price=settings.price)
 
 

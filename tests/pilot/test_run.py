@@ -146,6 +146,39 @@ def test_parts_are_disjoint_and_rows_are_of_one_group(tmp_path: Path) -> None:
     assert again.pool["input_ids"][:] == found.pool["input_ids"][:]
 
 
+def test_passages_to_judge_by_may_be_of_another_file(tmp_path: Path) -> None:
+    given, rng = write_texts(tmp_path / "texts"), np.random.default_rng(7)
+    judged = [text(rng, True, 20) for _ in range(20)]
+    (tmp_path / "judged.txt").write_text("\n".join(judged))
+    found = read_pilot_inputs(
+        tmp_path / "data",
+        given["pool"],
+        given["reference"],
+        str(tmp_path / "judged.txt"),
+        settings(reference_limit=99),
+    )
+    held_out, pieces = found.passages["held_out"], found.passages["held_out"].rows
+    ids = [
+        np.concatenate([pieces.row(i)[0] for i in np.flatnonzero(held_out.owner == j)]) for j in range(len(held_out))
+    ]
+    assert found.tokenizer.batch_decode(ids) == judged
+    assert found.facts["reference"]["passages"] + found.facts["reference"]["left_out"] == 60
+    assert found.facts["tuning"]["passages"] + found.facts["tuning"]["left_out"] == 20
+
+
+def test_names_of_groups_are_short_printable_and_few(tmp_path: Path) -> None:
+    given = write_texts(tmp_path / "texts")
+    pool = [json.loads(line) for line in Path(given["pool"]).read_text().splitlines()]
+    names = ["\u202e<b>\0", "x" * 10_000, None, *(f"g{i}" for i in range(60))]
+    pool = [{**row, "kind": names[i % 63] if i < 126 else names[i % 3]} for i, row in enumerate(pool)]
+    Path(given["pool"]).write_text("".join(json.dumps(row) + "\n" for row in pool))
+    found = read_pilot_inputs(tmp_path / "data", given["pool"], given["reference"], None, settings())
+    groups = found.facts["groups"]
+    assert len(groups) == 41
+    assert {"?<b>?", "x" * 59 + "…", "(no group)", "(other groups)"} <= set(groups)
+    assert sum(groups.values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
