@@ -114,7 +114,7 @@ def summarise(
     Returns:
         The summary.
     """
-    curves = {arm: [_Curve(result) for result in results[arm]] for arm in ARMS}
+    curves: dict[str, list[_Curve]] = {arm: [_Curve(result) for result in results[arm]] for arm in ARMS}
     end, num = float(schedule.end), len(results["ours"][0]["tokens"])
     share = plan.cost.share_of_training
     own_ends = [_equal_flops_step(result, end) for result in results["ours"]]
