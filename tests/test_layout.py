@@ -19,11 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mates_hf"
 FILES_FOR_OTHERS = {"configs"}  # data that accelerate reads; no part of the flow
 OTHER_ENGINES = "integrations"  # right of all: launchers call it, nothing of the flow does
+PILOT = "pilot"  # right of all: it runs the whole flow as a user would
 COMMANDS = "cli"  # right of all, and the only folder that prints
 FOLDERS = sorted(
     path.name
     for path in PACKAGE.iterdir()
-    if path.is_dir() and any(path.glob("*.py")) and path.name not in FILES_FOR_OTHERS | {OTHER_ENGINES, COMMANDS}
+    if path.is_dir()
+    and any(path.glob("*.py"))
+    and path.name not in FILES_FOR_OTHERS | {OTHER_ENGINES, PILOT, COMMANDS}
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEFT_OF_ALL = {
@@ -58,7 +61,7 @@ def rank(module: str) -> int:
     top = module.split(".")[1]
     if top in LEFT_OF_ALL:
         return 0
-    if top in RIGHT_OF_ALL | FILES_FOR_OTHERS | {OTHER_ENGINES}:
+    if top in RIGHT_OF_ALL | FILES_FOR_OTHERS | {OTHER_ENGINES, PILOT}:
         return len(FOLDERS) + 1
     return FOLDERS.index(top) + 1
 
@@ -157,6 +160,7 @@ def test_imports_go_left(path: Path) -> None:
         ("import importlib\nimportlib.import_module('mates_hf.training.rounds')", "mates_hf.data.pool"),
         ("from mates_hf.cli import main", "mates_hf.training.rounds"),
         ("from mates_hf.integrations.axolotl import MatesPlugin", "mates_hf.training.callback"),
+        ("from mates_hf.pilot.verdict import decide", "mates_hf.reporting.payback"),
         ("from mates_hf.prediction.ngram import tables", "mates_hf.prediction.judge"),
         ("from mates_hf.prediction.ngram.tables import Tables", "mates_hf.training.rounds"),
         ("from mates_hf.influence.optimizer.muon_step import MuonStep", "mates_hf.influence.difference"),
@@ -258,7 +262,7 @@ def test_modules_are_short_and_introduce_themselves(path: Path) -> None:
 def test_there_is_no_drawer() -> None:
     assert [name_of(path) for path in MODULES if re.search(r"utils?|helpers?|common|misc", path.stem)] == []
     test_folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
-    assert test_folders <= {*FOLDERS, OTHER_ENGINES, "gpu"}  # the last: what a card is needed for
+    assert test_folders <= {*FOLDERS, OTHER_ENGINES, PILOT, "gpu"}  # the last: what a card is needed for
 
 
 def test_no_file_names_a_machine() -> None:

@@ -69,7 +69,11 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert names(extras["report"]) <= package | imports_of(ROOT / "examples") | imports_of(ROOT / "benchmarks")
     # What comes with a declared one, and what is imported only where the user has it.
     beside = {"axolotl", "datatrove", "fsspec", "llvmlite", "nemo_curator", "pandas", "pydantic", "ray"}
-    beside |= {"typing_extensions"}
+    beside |= {"typing_extensions", "tokenizers", "yaml"}
+    of_pilot = {"fasttext_wheel": "fasttext", "jinja2": "jinja2", "scikit_learn": "sklearn"}  # by what is imported
+    assert names(extras["pilot"]) == set(of_pilot)
+    assert set(of_pilot.values()) <= package
+    beside |= set(of_pilot.values())
     assert package - names(own + extras["eval"] + extras["report"]) <= beside
     patterns = project["tool"]["setuptools"]["package-data"]["mates_hf"]
     assert [pattern for pattern in patterns if not any(PACKAGE.glob(pattern))] == []

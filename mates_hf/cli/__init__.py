@@ -1,11 +1,10 @@
 """`mates-hf`: what a person asks from a shell, one module a command.
 
-`mates-hf env` prints what a bug report needs; `mates-hf round RUN` what a finished round did, `mates-hf verify RUN`
-whether a run's rounds are what they must be, `mates-hf cost RUN` what they took, `mates-hf groups RUN` what each
-group of rows got; `mates-hf report RUN` makes a page of them all, and `mates-hf compare A B` one of two runs.
-`mates-hf where RUN` says when rows were trained on, `mates-hf forget RUN` keeps rows out from now on, and `mates-hf
-audit RUN` lists it all. `mates-hf plan` says what selecting would cost. `mates-hf fit` fits a selector without a run;
-`mates-hf score SELECTOR FILES` writes files again with the rows that help most.
+A finished run: `round`, `verify`, `cost` and `groups` print what its rounds did; `report` makes a page of it all, and
+`compare` one of two runs. Its data: `where` says when rows were trained on, `forget` keeps rows out from now on, and
+`audit` lists what was used. Before a run: `plan` says what selecting would cost, and `pilot` whether it would pay.
+Without a run: `fit` fits a selector, and `score` writes files again with the rows that help most. `env` prints what a
+bug report needs.
 
 Where it is used: right of all, and the only folder that prints. Trade-off: what a command needs is imported when it
 runs, so that `mates-hf env` works in an installation that is broken.
@@ -17,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mates_hf.cli import answer, env, fit, plan, report, runs, score
+from mates_hf.cli import answer, env, fit, pilot, plan, report, runs, score
 from mates_hf.errors import MatesError
 
 
@@ -62,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_commands(commands)
     fit.add_command(commands)
     plan.add_command(commands)
+    pilot.add_command(commands)
     score.add_command(commands)
     return parser
 

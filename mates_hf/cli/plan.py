@@ -19,26 +19,24 @@ def add_command(commands: Any) -> None:
     """Add `plan` to the subparsers."""
     command = commands.add_parser("plan", help="say what selecting would cost a run, and when it pays")
     run = command.add_argument_group("the run")
-    run.add_argument("--params", type=_number, required=True, metavar="N", help="parameters, such as 410M or 410e6")
-    run.add_argument("--tokens", type=_number, required=True, metavar="N", help="tokens of the whole run, such as 26B")
-    run.add_argument("--batch-tokens", type=_number, required=True, metavar="N", help="tokens of an optimizer step")
-    run.add_argument("--row-tokens", type=_number, default=1024.0, metavar="N", help="tokens of a row (1,024)")
+    run.add_argument("--params", type=number, required=True, metavar="N", help="parameters, such as 410M or 410e6")
+    run.add_argument("--tokens", type=number, required=True, metavar="N", help="tokens of the whole run, such as 26B")
+    run.add_argument("--batch-tokens", type=number, required=True, metavar="N", help="tokens of an optimizer step")
+    run.add_argument("--row-tokens", type=number, default=1024.0, metavar="N", help="tokens of a row (1,024)")
     run.add_argument(
-        "--looked-up", type=_number, default=0.0, metavar="N",
+        "--looked-up", type=number, default=0.0, metavar="N",
         help="parameters in tables that ids are looked up in: vocabulary times width, unless the head is tied (0)",
     )  # fmt: skip
-    run.add_argument(
-        "--pool-tokens", type=_number, metavar="N", help="tokens of the pool, to see whether they suffice"
-    )
-    run.add_argument("--passages", type=_number, default=1024.0, metavar="N", help="reference passages (1,024)")
-    run.add_argument("--passage-tokens", type=_number, default=100.0, metavar="N", help="tokens of each (100)")
+    run.add_argument("--pool-tokens", type=number, metavar="N", help="tokens of the pool, to see whether they suffice")
+    run.add_argument("--passages", type=number, default=1024.0, metavar="N", help="reference passages (1,024)")
+    run.add_argument("--passage-tokens", type=number, default=100.0, metavar="N", help="tokens of each (100)")
     machine = command.add_argument_group("what it runs on")
     machine.add_argument("--devices", type=int, default=8, metavar="N", help="number of devices (8)")
     machine.add_argument(
-        "--device-flops", type=_number, default=4e14, metavar="N",
+        "--device-flops", type=number, default=4e14, metavar="N",
         help="FLOPs a second that a device reaches in training (4e14: 40 %% of an H100 in bf16)",
     )  # fmt: skip
-    machine.add_argument("--price", type=_number, metavar="X", help="price of one device for an hour, any currency")
+    machine.add_argument("--price", type=number, metavar="X", help="price of one device for an hour, any currency")
     rounds = command.add_argument_group("rounds; left out, a config is proposed")
     rounds.add_argument("--update-steps", type=int, metavar="N", help="optimizer steps of a round")
     rounds.add_argument("--num-probes", type=int, metavar="N", help="candidates that a round probes")
@@ -87,7 +85,7 @@ def _flag(name: str) -> str:
     return f"`--{name.replace('_', '-')}`"
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
     """A number as people write it: 410M, 26B, 5e5, 524,288."""
     found = re.fullmatch(r"([0-9][0-9,_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)([kmbgt]?)", text.strip().lower())
     if found is None:

@@ -114,6 +114,19 @@ class SelectionPlan:
         """Money that training without rounds takes; None without a price."""
         return self._money(self.training_hours)
 
+    def at_gain(self, gain: float) -> Payback:
+        """What a gain would mean.
+
+        Args:
+            gain: Tokens that the best static filter needs over those that selecting needs, above 0.
+
+        Returns:
+            What is saved or lost against training on the filter's choice.
+        """
+        saved = 1 - (1 + self.overhead) / gain
+        hours = saved * self.training_hours
+        return Payback(gain=gain, saved_share=saved, saved_hours=hours, saved_money=self._money(hours))
+
     def _money(self, hours: float) -> float | None:
         price = self.machine.price
         return None if price is None else hours * price * self.machine.num_devices
@@ -185,19 +198,15 @@ def plan_selection(
     training = cost.training_flops / (machine.flops_per_second * machine.num_devices) / 3600
     device, idle = _shares(cost, machine)
     overhead = device + idle
-    whole_price = None if machine.price is None else training * machine.price * machine.num_devices
-    paybacks = []
-    for gain in GAINS if cost.num_rounds else ():
-        saved = 1 - (1 + overhead) / gain
-        money = None if whole_price is None else saved * whole_price
-        paybacks.append(Payback(gain=gain, saved_share=saved, saved_hours=saved * training, saved_money=money))
     needed = size.trained_tokens if not cost.num_rounds else _pool_tokens(size, chosen)
-    return SelectionPlan(
+    plan = SelectionPlan(
         size=size, machine=machine, config=chosen, is_proposed=config is None, cost=cost, training_hours=training,
         device_hours=device * training, idle_hours=idle * training, overhead=overhead, break_even=1 + overhead,
-        paybacks=tuple(paybacks), pool_tokens=needed,
+        paybacks=(), pool_tokens=needed,
         warnings=tuple(_warnings(size, chosen, cost, (device, idle), needed, pool_tokens)),
     )  # fmt: skip
+    gains = GAINS if cost.num_rounds else ()
+    return dataclasses.replace(plan, paybacks=tuple(plan.at_gain(gain) for gain in gains))
 
 
 def _shares(cost: PredictedCost, machine: Machine) -> tuple[float, float]:
