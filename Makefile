@@ -52,7 +52,7 @@ $(DEEPSPEED): $(STAMP)
 TRACKERS := $(VENV)/.with-trackers
 
 $(TRACKERS): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt tensorboard trackio wandb && touch $@ || \
+	$(BIN)/python -m pip install --quiet -c constraints.txt tensorboard trackio wandb wandb-workspaces && touch $@ || \
 		echo "Trackers could not be installed: their tests are skipped."
 
 ENGINES := $(VENV)/.with-engines

@@ -8,6 +8,7 @@ not hold a Markdown link.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import os
 import posixpath
@@ -66,8 +67,17 @@ def read_included(app: Any, path: Path, parent: str, source: list[str]) -> None:
     app.env.mates_sources[parent] = source[0]
 
 
+def with_help(kind: type) -> list[str]:
+    """The first line of a dataclass's docstring, and its arguments where fields have a help text."""
+    fields = [field for field in dataclasses.fields(kind) if "help" in field.metadata]
+    told = [f"    {each.name}: {each.metadata['help']} Defaults to `{each.default!r}`." for each in fields]
+    return [(inspect.getdoc(kind) or "").splitlines()[0], "", *(["Args:", *told, ""] if told else [])]
+
+
 def docstring(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are read as plain text too: code between single backticks, indented blocks of code after a colon."""
+    if what == "class" and dataclasses.is_dataclass(value):
+        lines[:] = [*with_help(value), *lines[1:]] if lines else lines
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", "\n".join(lines))
     lines[:] = re.sub(r"(?<=\w):\n\n(?= {4}\w+ = )", "::\n\n", text).split("\n")
 
@@ -81,7 +91,10 @@ def documented(name: str) -> str:
         signature = str(inspect.signature(value))
     except (TypeError, ValueError):
         signature = ""
-    return f"## {name}\n\n```python\n{name}{signature}\n```\n\n{inspect.getdoc(value) or ''}\n"
+    text = inspect.getdoc(value) or ""
+    if dataclasses.is_dataclass(value):
+        text = "\n".join([*with_help(value), *text.splitlines()[1:]])
+    return f"## {name}\n\n```python\n{name}{signature}\n```\n\n{text}\n"
 
 
 def markdown_of(name: str, source: str) -> str:

@@ -197,6 +197,19 @@ class MatesConfig:
         },
     )
 
+    alert_weak_rounds: int = field(
+        default=2, metadata={"help": "Alert after so many rounds in a row that did not follow their own labels."}
+    )
+    alert_idle_share: float | None = field(
+        default=0.05, metadata={"help": "Alert where devices idle for a round longer than this share of the time."}
+    )
+    alert_reference_overlap: float | None = field(
+        default=0.05, metadata={"help": "Alert where more of the chosen rows share tokens with the reference."}
+    )
+    alert_group_boost: float | None = field(
+        default=None, metadata={"help": "Alert where a group gets more than so many times its share of candidates."}
+    )
+
     __repr__ = changed_fields
 
     # `huggingface_hub.dataclasses.strict` checks in `__setattr__`, which a frozen dataclass never calls while it is
@@ -276,6 +289,10 @@ class MatesConfig:
         rule = "in [0, 1]" if bounded else "0 without `group_column`"
         ok = number("min_group_boost") and (0 <= self.min_group_boost <= 1 if bounded else self.min_group_boost == 0)
         require(ok, "min_group_boost", rule)
+        require(whole("alert_weak_rounds", 1), "alert_weak_rounds", "a whole number of at least 1")
+        for name in ("alert_idle_share", "alert_reference_overlap", "alert_group_boost"):
+            value = getattr(self, name)
+            require(value is None or (number(name) and value > 0), name, "None or a finite number above 0")
         require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
 
     @property
