@@ -291,8 +291,8 @@ def page(document: harness.Document) -> str:
     return markdown(
         "# pictures",
         "Points of `loss.svg`, `bought.svg`, `prediction.svg`, `price.svg` and `boundary.svg` in `docs/`. They are "
-        "from the pages of `selection` (LAMBADA, mixed pool, seeds that all three methods have), `influence_models` and "
-        "`boundary_wait`. ±: half of a 95% t interval.",
+        "from the pages of `selection` (LAMBADA, mixed pool, seeds that all three methods have), `influence_models` "
+        "and `boundary_wait`. ±: half of a 95% t interval.",
         "## loss", table(["method", "steps", "loss, nats/token"], ends),
         f"Random rows have the last loss of ours after {loss['reached']:.0f} steps; ours took {loss['steps']}.",
         "## bought", table(["domain", "pool (2,000 rows of it)", "round 1", "round 2"], shares),
