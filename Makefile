@@ -18,13 +18,14 @@ OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 # One file of tests goes to one process; on a larger machine more than four are not worth their imports.
 FAST := -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup test test-slow test-oldest test-newest demo lint format clean
+.PHONY: help setup test test-slow test-oldest test-newest docs demo lint format clean
 
 help:
 	@echo "make test        tests that take less than 5 minutes together"
 	@echo "make test-slow   the other tests"
 	@echo "make test-oldest the tests of make test with the oldest supported versions (OLDEST_TORCH=2.4.0: torch too)"
 	@echo "make test-newest the tests of make test with the newest versions"
+	@echo "make docs        the site in docs/_build/html, its notebooks executed"
 	@echo "make lint        ruff, mypy, pydoclint"
 	@echo "make format      rewrite the files as ruff wants them"
 	@echo "make demo        pretrain a small model with and without selection (SEEDS=5 for five seeds)"
@@ -59,7 +60,7 @@ $(DEEPSPEED): $(STAMP)
 TRACKERS := $(VENV)/.with-trackers
 
 $(TRACKERS): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt tensorboard trackio wandb && touch $@ || \
+	$(BIN)/python -m pip install --quiet -c constraints.txt tensorboard trackio wandb wandb-workspaces && touch $@ || \
 		echo "Trackers could not be installed: their tests are skipped."
 
 ENGINES := $(VENV)/.with-engines
@@ -77,6 +78,16 @@ $(S3): $(STAMP)
 # Two at once at most: some start two processes of their own. pytest exits with 5 where no test carries the marker.
 test-slow: $(STAMP) $(DEEPSPEED) $(TRACKERS) $(ENGINES) $(S3)
 	$(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder || [ $$? -eq 5 ]
+
+DOCS := $(VENV)/.with-docs
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]" && touch $@
+
+# Notebooks are executed; nothing is read from the network. A warning is an error.
+docs: $(DOCS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 test-oldest: pyproject.toml constraints-oldest.txt constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
@@ -102,5 +113,5 @@ format: $(STAMP)
 	$(BIN)/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

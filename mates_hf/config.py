@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mates_hf.allow import RULE, parse_allow
+from mates_hf.config_rules import require_valid
 from mates_hf.display import changed_fields
 
 # What every round measures beside its probe; not for users to set.
@@ -213,88 +213,23 @@ class MatesConfig:
         },
     )
 
+    alert_weak_rounds: int = field(
+        default=2, metadata={"help": "Alert after so many rounds in a row that did not follow their own labels."}
+    )
+    alert_idle_share: float | None = field(
+        default=0.05, metadata={"help": "Alert where devices idle for a round longer than this share of the time."}
+    )
+    alert_reference_overlap: float | None = field(
+        default=0.05, metadata={"help": "Alert where more of the chosen rows share tokens with the reference."}
+    )
+    alert_group_boost: float | None = field(
+        default=None, metadata={"help": "Alert where a group gets more than so many times its share of candidates."}
+    )
+
     __repr__ = changed_fields
 
-    # `huggingface_hub.dataclasses.strict` checks in `__setattr__`, which a frozen dataclass never calls while it is
-    # made, so here it would check nothing (0.34 to 2.4). Unfrozen, it raises an error that is no `ValueError` and puts
-    # a line of its own before ours, refuses 1 as a float, and has no place for rules between two fields.
     def __post_init__(self) -> None:
-        def require(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
-
-        def whole(name: str, least: int) -> bool:
-            value = getattr(self, name)
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        def number(name: str) -> bool:
-            value = getattr(self, name)
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-        require(whole("update_steps", 1), "update_steps", "a whole number of at least 1")
-        require(
-            self.first_round_steps is None or whole("first_round_steps", 1),
-            "first_round_steps",
-            "None or a whole number of at least 1",
-        )
-        require(number("selection_ratio") and 0 < self.selection_ratio <= 1, "selection_ratio", "in (0, 1]")
-        require(
-            self.max_passes is None or whole("max_passes", 1), "max_passes", "None or a whole number of at least 1"
-        )
-        require(self.candidate_scope in ("slice", "pool"), "candidate_scope", "'slice' or 'pool'")
-        require(number("random_share") and 0 <= self.random_share < 1, "random_share", "in [0, 1)")
-        require(whole("reference_passes", 0), "reference_passes", "a whole number of at least 0")
-        require(number("temperature") and self.temperature >= 0, "temperature", "a finite number of at least 0")
-        require(
-            self.max_copies is None or whole("max_copies", 1), "max_copies", "None or a whole number of at least 1"
-        )
-        require(whole("num_probes", 10), "num_probes", "a whole number of at least 10")
-        require(number("held_out_fraction") and 0 < self.held_out_fraction < 1, "held_out_fraction", "in (0, 1)")
-        require(number("min_spearman") and -1 <= self.min_spearman <= 1, "min_spearman", "in [-1, 1]")
-        require(
-            self.on_weak_signal in ("own_order", "select", "error"),
-            "on_weak_signal",
-            "'own_order', 'select' or 'error'",
-        )
-        require(whole("random_rounds", 1), "random_rounds", "a whole number of at least 1")
-        for name, least in (("switch_lead_steps", 1), ("average_steps", 0)):
-            require(
-                getattr(self, name) is None or (whole(name, least) and getattr(self, name) <= self.update_steps),
-                name,
-                f"None or a whole number from {least} to `update_steps` ({self.update_steps})",
-            )
-        require(
-            self.drift_check_steps is None or whole("drift_check_steps", 1),
-            "drift_check_steps",
-            "None or a whole number of at least 1",
-        )
-        require(
-            self.drift_check_steps is None or self.window_steps <= self.drift_check_steps < self.update_steps,
-            "drift_check_steps",
-            f"None or a whole number from `average_steps` ({self.window_steps}) up to, without it, `update_steps` "
-            f"({self.update_steps})",
-        )
-        require(number("drift_spearman") and -1 <= self.drift_spearman <= 1, "drift_spearman", "in [-1, 1]")
-        require(whole("probe_tokens_per_batch", 1), "probe_tokens_per_batch", "a whole number of at least 1")
-        require(whole("selection_seed", 0), "selection_seed", "a whole number of at least 0")
-        require(
-            self.rounds_dir is None or (isinstance(self.rounds_dir, str) and self.rounds_dir != ""),
-            "rounds_dir",
-            "None or a path as a non-empty str",
-        )
-        for name in ("document_column", "group_column"):
-            value = getattr(self, name)
-            ok = value is None or (isinstance(value, str) and value != "")
-            require(ok, name, "None or the name of a column as a non-empty str")
-        most, bounded = self.max_group_boost, self.group_column is not None
-        rule = "None without `group_column`" if not bounded else "None or a finite number of at least 1"
-        require(most is None or (bounded and number("max_group_boost") and most >= 1), "max_group_boost", rule)
-        rule = "in [0, 1]" if bounded else "0 without `group_column`"
-        ok = number("min_group_boost") and (0 <= self.min_group_boost <= 1 if bounded else self.min_group_boost == 0)
-        require(ok, "min_group_boost", rule)
-        require(_is_allow(self.allow), "allow", RULE)
-        require(self.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
-        require(self.round_page in ("texts", "redacted", "none"), "round_page", "'texts', 'redacted' or 'none'")
+        require_valid(self)
 
     @property
     def most_passes(self) -> int:
@@ -397,12 +332,3 @@ class MatesConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values of all fields."""
         return dataclasses.asdict(self)
-
-
-def _is_allow(value: Any) -> bool:
-    """Whether a value says which rows are allowed."""
-    try:
-        parse_allow(value)
-    except ValueError:
-        return False
-    return True

@@ -87,6 +87,10 @@ EDGES = {
     "rounds_dir": (["", 1, Path("runs"), b"runs"], [None, "runs/_mates"]),
     "keep_rounds": ([1, 0, 2.0, True], [None, 2]),
     "round_page": (["all", "", None, True, []], ["texts", "redacted", "none"]),
+    "alert_weak_rounds": ([0, -1, 1.0, True, None], [1, 10**9]),
+    "alert_idle_share": ([0, -0.1, math.nan, True, "1"], [None, 1e-9, 2]),
+    "alert_reference_overlap": ([0, -0.1, math.nan, True, "1"], [None, 1e-9, 2]),
+    "alert_group_boost": ([0, -0.1, math.inf, True, "1"], [None, 1e-9, 2]),
 }
 
 
@@ -218,6 +222,10 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         rounds_dir="elsewhere",
         keep_rounds=2,
         round_page="redacted",
+        alert_weak_rounds=1,
+        alert_idle_share=0.5,
+        alert_reference_overlap=0.5,
+        alert_group_boost=3.0,
     )
     as_given = {f.name for f in dataclasses.fields(MatesConfig) if getattr(given_, f.name) == f.default}
     assert as_given == set()

@@ -30,7 +30,7 @@ FOLDERS = sorted(
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEFT_OF_ALL = {
-    "allow", "config", "disk", "display", "errors", "flops", "moved", "paths", "records", "round_files",
+    "allow", "config", "config_rules", "disk", "display", "errors", "flops", "moved", "paths", "records", "round_files",
     "round_record", "round_writer",
 }  # fmt: skip
 RIGHT_OF_ALL = {COMMANDS, "__init__", "__main__"}

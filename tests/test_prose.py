@@ -41,7 +41,8 @@ ALLOWED = {
 def prose(page: Path) -> str:
     """A page without code, links' targets, pictures and headings; inline code is the word `code`."""
     text = page.read_text(encoding="utf-8")
-    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\A---\n.*?\n---\n|^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^:{3,}.*$|^:[a-z]+:.*$|^<!--.*$", "", text, flags=re.MULTILINE)  # marks of the site
     text = re.sub(r"^    \S.*$|^#.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)

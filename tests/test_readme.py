@@ -105,8 +105,9 @@ def test_the_readme_stays_short() -> None:
     assert len(re.findall(r"\d[\d.,]*", prose)) <= MAX_NUMBERS
 
 
-def test_the_picture_follows_from_the_committed_results() -> None:
-    command = [sys.executable, "-m", "benchmarks", "gain_against_cost", "--check"]
+@pytest.mark.parametrize("question", ["gain_against_cost", "pictures"])
+def test_pictures_follow_from_the_committed_results(question: str) -> None:
+    command = [sys.executable, "-m", "benchmarks", question, "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -117,10 +118,11 @@ def luminance(colour: tuple[int, ...]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_the_picture_can_be_read_on_white_and_on_black() -> None:
-    picture = (ROOT / "docs" / "gain_against_cost.svg").read_text(encoding="utf-8")
-    colours = {tuple(bytes.fromhex(found)) for found in re.findall(r"#([0-9a-f]{6})", picture)}
-    assert len(colours) >= 10
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
+def test_a_picture_can_be_read_on_white_and_on_black(picture: Path) -> None:
+    text = picture.read_text(encoding="utf-8")
+    colours = {tuple(bytes.fromhex(found)) for found in re.findall(r"#([0-9a-f]{6})", text)}
+    assert colours
     for colour in colours:
         for background in BACKGROUNDS:
             low, high = sorted((luminance(colour), luminance(background)))

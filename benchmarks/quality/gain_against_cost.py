@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.lab import harness
 from benchmarks.lab.plots import COLOURS
 from benchmarks.lab.statistics import mean_interval, steps_to_reach
+from benchmarks.lab.svg import GREY, text
 from benchmarks.lab.tables import markdown, table
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "gain_against_cost.svg"
@@ -68,7 +69,6 @@ PANELS = (
     ("arc_easy", False, "ARC-Easy questions, mixed pool*"),
 )
 NOTE = "* Mostly the format of the questions: random rows with the reference passages mixed in end lower still."
-GREY = "#7d8590"  # text and axes; readable on white and on black
 
 WIDTH, PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 860, 372, 200, 50, 30
 COLUMN, ROW = PANEL_WIDTH + 60, PANEL_HEIGHT + 74
@@ -139,11 +139,6 @@ def marker(arm: str, x: float, y: float) -> str:
         "cross": f'<path d="M{x - 4.5:.1f} {y - 4.5:.1f}l9 9m0 -9l-9 9" stroke-width="2.5"/>',
     }
     return f'<g fill="{COLOURS[arm]}" stroke="{COLOURS[arm]}">{shapes[STYLES[arm].marker]}</g>'
-
-
-def text(x: float, y: float, words: str, *, anchor: str = "start", extra: str = "") -> str:
-    """One line of text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
 
 
 def panel(points: dict[str, Point], title: str, place: int) -> Iterator[str]:

@@ -169,7 +169,7 @@ def run_cost(run_dir: str | os.PathLike[str], *, rounds_dir: str | os.PathLike[s
     beside = (mates.seconds or 0.0) + (evaluation.seconds or 0.0)
     seconds = _run_seconds(history, steps, beside, notes)
     training = StageCost(seconds=None if seconds is None else seconds - beside, flops=training_flops)
-    idle = waited + sum(_idle_seconds(folder / f"round-{number:04d}", info) for number, info in infos.items())
+    idle = waited + sum(idle_seconds(folder / f"round-{number:04d}", info) for number, info in infos.items())
 
     def with_shares(cost: StageCost) -> StageCost:
         return dataclasses.replace(
@@ -318,8 +318,17 @@ def _run_seconds(
     return seconds
 
 
-def _idle_seconds(path: Path, info: Mapping[str, Any]) -> float:
-    """Seconds of a round in which devices may have waited for the CPU."""
+def idle_seconds(path: Path, info: Mapping[str, Any]) -> float:
+    """Seconds of a round in which devices may have waited for the CPU, but for those that training waited elsewhere.
+
+    Args:
+        path: The round's directory.
+        info: Its `round.json`.
+
+    Returns:
+        Seconds of fit, score and select that did not run next to training; only those of select where the influence
+        model runs on the device.
+    """
     config = path / "influence_model" / "config.json"
     on_device = config.exists() and read_json(config).get("kind") in _ON_DEVICE
     names = [name for name in (("select",) if on_device else IDLE_STAGES) if name in info["stages"]]

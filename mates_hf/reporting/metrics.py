@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# The names there are, and what each says; the table in docs/train.md is this one.
+# The names there are, and what each says; the table in docs/monitoring.md is this one.
 METRICS = {
     "mates/round": "number of the round",
     "mates/selected": "1 where the round selected, 0 where the guard kept the Trainer's own order",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -25,14 +24,14 @@ import numpy.typing as npt
 from mates_hf.config import MatesConfig
 from mates_hf.errors import MatesError
 from mates_hf.records import InfluenceLabels, IntArray
-from mates_hf.selection.choose import GroupOf, even_places, nth_true
+from mates_hf.selection.choose import GroupOf
 from mates_hf.selection.plan import num_candidates
+from mates_hf.selection.probe_draw import draw_probes
 from mates_hf.selection.turns import Mask, next_in_turn, next_rows, waiting_after, waiting_in_new_pass
 
 logger = logging.getLogger(__name__)
 
 SHUFFLE, PROBES = 0x7368, 0x7072  # keep the streams of one seed apart; never 0, which seeds like no word
-_DRAWN_FROM = 16  # rows a probe whose groups are looked at where probes are drawn group by group
 
 
 @dataclass(frozen=True)
@@ -351,44 +350,15 @@ class Ledger:
         """The next `num` unused rows, and the cursor behind them."""
         return next_in_turn(self.shuffled, self.cursor, num, self._unavailable, self.waiting)
 
+    def _draw_probes(self, free: Mask, ahead: Mask, num: int, round_number: int, group_of: GroupOf | None) -> IntArray:
+        """`num` free rows: never probed and ahead, never probed, then any."""
+        return draw_probes(free, ahead, self.probed, num, [self.seed, round_number, PROBES], group_of)
+
     def _without(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         """(num_rows,) bool, True where a row is consumed, must not be used, or is among `rows`."""
         found = self._unavailable.copy()
         found[rows] = True
         return found
-
-    def _draw_probes(
-        self,
-        free: npt.NDArray[np.bool_],
-        ahead: npt.NDArray[np.bool_],
-        num: int,
-        round_number: int,
-        group_of: GroupOf | None,
-    ) -> IntArray:
-        """`num` free rows, uniformly without replacement: never probed and ahead, never probed, then any."""
-        generator = np.random.default_rng([self.seed, round_number, PROBES])
-        found: list[IntArray] = []
-        missing = num
-        # One mask of the pool at a time; a > b of two masks is a and not b.
-        kinds: tuple[Callable[[], npt.NDArray[np.bool_]], ...] = (
-            lambda: np.logical_and(free > self.probed, ahead),
-            lambda: np.greater(free > self.probed, ahead),
-            lambda: np.logical_and(free, self.probed),
-        )
-        for rows_of_kind in kinds:
-            part = rows_of_kind()
-            there = int(np.count_nonzero(part))
-            taken = min(missing, there)
-            num_drawn = taken if group_of is None or taken == there else min(there, _DRAWN_FROM * taken)
-            if taken:
-                rows = nth_true(part, generator.choice(there, num_drawn, replace=False))
-                if group_of is not None and num_drawn > taken:
-                    rows = rows[even_places(group_of(rows), taken, generator)]
-                found.append(rows)
-            missing -= taken
-            if not missing:
-                break
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def _mask(bits: npt.NDArray[np.uint8], num_rows: int, name: str) -> npt.NDArray[np.bool_]:

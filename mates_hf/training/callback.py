@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.probe import Probe
 from mates_hf.influence.run_loss import RunLoss
 from mates_hf.records import STATE_KEY
-from mates_hf.reporting.alerts import round_alert, send_alert
+from mates_hf.reporting.alerts import Alert, round_alerts, send_alert, weak_rounds_before
+from mates_hf.reporting.cost import idle_seconds
+from mates_hf.round_files import round_path
 from mates_hf.training import resume
 from mates_hf.training.checkpoints import num_random_states
 from mates_hf.training.checks import check_look_ahead, check_run, look_ahead_steps, own_memory, resume_caveats
 from mates_hf.training.clock import RowClock
 from mates_hf.training.opening import run_folders
+from mates_hf.training.order import Order
 from mates_hf.training.own_loss import refuse_unknown_loss, run_loss_of
 from mates_hf.training.own_order import check_rows_once, find_sampler, install
 from mates_hf.training.preference import preference_refusal
@@ -74,6 +78,7 @@ class MatesCallback(TrainerCallback):
         self.reference, self.config, self.probe, self.influence_model = parts
         self._trainer: Any = None
         self._session: Session | None = None
+        self._last_round = 0.0  # when the last one was decided, or training began
         self._proven = True
         self._restore_sampler: Callable[[], None] | None = None  # gives a dataloader the sampler it had
 
@@ -120,6 +125,7 @@ class MatesCallback(TrainerCallback):
         if state.is_world_process_zero:
             tell_unreported(self._trainer or find_trainer(self), args.report_to)
         tell_opened(self._session)
+        self._last_round = time.monotonic()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on with the next row where another callback ended the epoch before (`control.should_epoch_stop`)."""
@@ -198,7 +204,17 @@ class MatesCallback(TrainerCallback):
         report(self, self._trainer, state, metrics)
         order = session.order
         if "mates/round" in metrics and order is not None and session.run.processes.is_main:
-            send_alert(round_alert(order.info))
+            for alert in self._alerts(session, order, metrics):
+                send_alert(alert)
+
+    def _alerts(self, session: Session, order: Order, metrics: dict[str, float]) -> list[Alert]:
+        """What of the round that has just been decided is worth an alert."""
+        now, before = time.monotonic(), self._last_round
+        self._last_round = now
+        idle = idle_seconds(round_path(session.run.rounds_dir, order.number), order.info)
+        idle += metrics.get("mates/waited_seconds", 0.0)
+        weak = weak_rounds_before(session.run.rounds_dir, order.number)
+        return round_alerts(order.info, self.config, weak_before=weak, idle_share=idle / max(now - before, 1e-9))
 
     def _refuse_unsupported(self, args: Any, dataloader: Any, model: Any) -> None:
         refusal = preference_refusal(self._trainer or find_trainer(self), getattr(dataloader, "collate_fn", None))

@@ -94,6 +94,24 @@ class History:
             self.reached(step)
 
 
+def open_history(run: Any, clock: RowClock, step: int, *, a_loop: bool) -> History:
+    """The history that a `train()` call writes.
+
+    Args:
+        run: the `training.run.Run`.
+        clock: steps and positions of the call.
+        step: optimizer steps done when it begins.
+        a_loop: whether a loop of the user's own trains, which fills its last batch up in one process too.
+
+    Returns:
+        It, without a file yet.
+    """
+    return History(
+        run.rounds_dir, step, clock.pool_rows(clock.start_position), {"pool": dict(run.pool_identity)},
+        fills=run.processes.size > 1 or a_loop,
+    )  # fmt: skip
+
+
 def _forget_from(folder: Path, kind: str, position: int) -> None:
     """Delete what is said of rows from a position on."""
     for path, start in _numbered(folder, kind):

@@ -303,11 +303,12 @@ _CHANGES_NOTHING = {name: value for name, value in BEFORE.items() if name not in
 
 
 def order_config(config: MatesConfig) -> dict[str, Any]:
-    """The fields of a config that decide what is trained on (not where files go or how large a probe's batch is)."""
+    """The fields of a config that decide what is trained on: not those of folders, a batch's size, and alerts."""
     return {
         name: value
         for name, value in config.to_dict().items()
         if name not in ("rounds_dir", "keep_rounds", "probe_tokens_per_batch", "round_page")
+        and not name.startswith("alert_")
         # Left out where they change nothing, so that runs of versions without them go on.
         and (name not in _CHANGES_NOTHING or value != _CHANGES_NOTHING[name])
     }

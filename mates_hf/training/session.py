@@ -30,7 +30,7 @@ from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.beside import Beside, CheckpointState, await_order, conclude_round, due_step
 from mates_hf.training.clock import RowClock
 from mates_hf.training.drift import look_inside, rate_steps_ahead
-from mates_hf.training.history import History
+from mates_hf.training.history import History, open_history
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
@@ -108,9 +108,7 @@ class Session:
         self.history: History | None = None
         if run.processes.is_main:
             self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
-            fills = run.processes.size > 1 or saved_rounds is not None
-            start, about = clock.pool_rows(clock.start_position), {"pool": dict(run.pool_identity)}
-            self.history = History(run.rounds_dir, step, start, about, fills=fills)
+            self.history = open_history(run, clock, step, a_loop=saved_rounds is not None)
             sampler.before_pass = lambda start: self.order or self._keep_history(self.clock.pool_rows(start))
             run.processes.publish({"opened": True})
         else:
@@ -183,10 +181,9 @@ class Session:
                     self.settle()
             elif saves:
                 self.save_average(step)
-        if saves:
-            self._keep_history()
         self.state.pop("weights", None)  # those of an earlier save do not vouch for one that is not known to follow
         if saves:
+            self._keep_history()
             self.state["weights"] = weight_marks(self.run.model, self.run.processes)
         return self.new_metrics()
 

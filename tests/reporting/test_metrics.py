@@ -40,12 +40,12 @@ def test_a_new_name_is_seen() -> None:
 
 
 def test_the_page_has_the_table() -> None:
-    section = (ROOT / "docs" / "train.md").read_text(encoding="utf-8").partition("\n## Metrics\n")[2]
+    section = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8").partition("\n## Metrics\n")[2]
     rows = re.findall(r"^\| `(mates/\w+)` \| (.*) \|$", section.partition("\n## ")[0], re.MULTILINE)
     assert rows == list(METRICS.items())
 
 
 def test_the_page_says_what_to_do_about_metrics_that_there_are() -> None:
-    text = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(mates/\w+)`", text))
     assert named <= METRICS.keys()

@@ -229,7 +229,8 @@ def test_an_older_checkpoint_is_planned_by_the_config_that_it_goes_on_with(tmp_p
     parts = Parts(None, MatesConfig(), None, None)  # type: ignore[arg-type]
     unused = ("model", "optimizer", "lr_scheduler", "tokenizer", "own_sampler", "max_grad_norm", "run_loss")
     loop = Loop(
-        **dict.fromkeys((*unused, "output_dir")), rounds_dir=tmp_path, pool=CandidatePool(make_pool(20)), max_steps=9, step=3,
+        **dict.fromkeys((*unused, "output_dir")), rounds_dir=tmp_path, pool=CandidatePool(make_pool(20)),
+        max_steps=9, step=3,
         clock=RowClock(batches_per_epoch=5, accumulation=1, batch_rows=4),
         saved={"config": {"max_copies": 1}, "origin_step": 0, "last_round": None},
     )  # fmt: skip

@@ -15,12 +15,19 @@ import pytest
 from datasets import Dataset
 from transformers import Trainer
 
-from mates_hf import MatesCallback
-from mates_hf.reporting.alerts import round_alert, send_alert
+from mates_hf import MatesCallback, MatesConfig
+from mates_hf.reporting.alerts import round_alerts, send_alert, weak_rounds_before
 from tests.training.kit import LENGTH, VOCAB, make_arguments, make_reference, run, small_config
 from tests.training.settings import Setup
 
-REFUSING = {"on_weak_signal": "own_order", "min_spearman": 0.99, "switch_lead_steps": 3}
+EACH = MatesConfig(alert_weak_rounds=1)
+REFUSING = {
+    "alert_weak_rounds": 1,
+    "alert_idle_share": None,
+    "on_weak_signal": "own_order",
+    "min_spearman": 0.99,
+    "switch_lead_steps": 3,
+}
 
 
 def noise(num_rows: int = 400) -> Dataset:
@@ -44,13 +51,57 @@ def noise(num_rows: int = 400) -> Dataset:
     ],
 )
 def test_what_is_worth_an_alert(info: dict[str, Any], title: str | None) -> None:
-    alert = round_alert({"number": 3, "step": 10, **info})
-    assert (alert and alert.title) == title
-    if alert is not None:
+    alerts = round_alerts({"number": 3, "step": 10, **info}, EACH)
+    assert [alert.title for alert in alerts] == ([] if title is None else [title])
+    for alert in alerts:
         assert len(alert.title) < 64  # what W&B takes
-        assert alert.text.startswith("round 3 at step 10")
+        assert "round 3 at step 10" in alert.text
         words = {"bought_most": [{"token_id": 7, "text": "court"}]}
-        assert round_alert({"number": 3, "step": 10, **info, **words}) == alert  # no word of the pool is sent
+        assert round_alerts({"number": 3, "step": 10, **info, **words}, EACH) == alerts  # no word of the pool is sent
+
+
+GROUPS = {"law": {"candidates": 60, "chosen": 5}, "code": {"candidates": 40, "chosen": 15}}  # code: 1.875 times
+
+
+@pytest.mark.parametrize(
+    ("field", "info", "given", "below", "above"),
+    [
+        ("alert_weak_rounds", {"guard": {"decision": "keep_previous"}}, {"weak_before": 2}, 4, 3),
+        ("alert_weak_rounds", {"guard": {"decision": "own_order"}}, {}, 2, 1),
+        ("alert_idle_share", {}, {"idle_share": 0.2}, 0.2, 0.19),
+        ("alert_idle_share", {}, {"idle_share": 0.2}, None, 0.01),
+        ("alert_reference_overlap", {"reference_overlap": {"share": 0.1}}, {}, 0.1, 0.09),
+        ("alert_reference_overlap", {"reference_overlap": {"share": 0.1}}, {}, None, 1e-9),
+        ("alert_group_boost", {"groups": GROUPS}, {}, 1.875, 1.87),
+        ("alert_group_boost", {"groups": GROUPS}, {}, None, 1.0),
+    ],
+)
+def test_a_threshold_decides_what_is_worth_an_alert(
+    field: str, info: dict[str, Any], given: dict[str, Any], below: Any, above: Any
+) -> None:
+    """`below`: a threshold that is not passed, `above`: one that is."""
+    counts = [len(round_alerts({"number": 3, **info}, MatesConfig(**{field: x}), **given)) for x in (below, above)]
+    assert counts == [0, 1]
+
+
+def test_what_the_guard_saw_is_said_at_once_and_next_to_other_alerts() -> None:
+    for guard in ({"decision": "own_order", "failed": "loss_rose"}, {"decision": "keep_previous", "reversed": True}):
+        assert len(round_alerts({"number": 3, "guard": guard}, MatesConfig(alert_weak_rounds=9))) == 1
+    info = {"number": 3, "guard": {"decision": "own_order"}, "reference_overlap": {"share": 1.0}, "groups": GROUPS}
+    config = MatesConfig(alert_weak_rounds=1, alert_group_boost=1.5)
+    titles = [alert.title for alert in round_alerts(info, config, idle_share=1.0)]
+    assert len(set(titles)) == 4
+    assert max(map(len, titles)) < 64
+
+
+def test_weak_rounds_in_a_row_are_counted_on_disk(tmp_path: Path) -> None:
+    for number, decision in enumerate(["own_order", "select", "keep_previous", "own_order"], start=1):
+        (tmp_path / f"round-{number:04d}").mkdir()
+        text = json.dumps({"number": number, "guard": {"decision": decision}})
+        (tmp_path / f"round-{number:04d}" / "round.json").write_text(text)
+    assert [weak_rounds_before(tmp_path, number) for number in range(1, 7)] == [0, 1, 0, 1, 2, 0]
+    (tmp_path / "round-0003" / "round.json").write_text("{")
+    assert weak_rounds_before(tmp_path, 5) == 1  # what cannot be read ends the count, and no run
 
 
 @pytest.mark.parametrize("attach", [False, True])
@@ -112,9 +163,7 @@ def test_an_alert_reaches_the_tracker_and_harms_no_run(
         tracker.alert = None  # type: ignore[assignment,method-assign]
     if state != "not imported":
         monkeypatch.setitem(sys.modules, name, tracker)
-    alert = round_alert({"number": 0, "guard": {"decision": "own_order"}})
-    assert alert is not None
-    send_alert(None)
+    (alert,) = round_alerts({"number": 0, "guard": {"decision": "own_order"}}, EACH)
     send_alert(alert)
     assert [sent["title"] for sent in tracker.sent] == [alert.title] * (state == "running")
     assert ("took no alert" in caplog.text) is (state in ("failing", "a version without alerts"))
@@ -127,8 +176,13 @@ def test_a_refused_round_alerts_once_and_a_good_one_does_not(tmp_path: Path, mon
     titles = [sent["title"] for sent in tracker.sent]
     assert titles
     assert titles == [f"MATES round {i} refused: weak signal" for i in range(1, len(titles) + 1)]
-    run(make_arguments(tmp_path / "good"), [MatesCallback(make_reference(), small_config(switch_lead_steps=3))])
+    quiet = {"alert_idle_share": None, "alert_reference_overlap": None}
+    good = small_config(switch_lead_steps=3, **quiet)
+    run(make_arguments(tmp_path / "good"), [MatesCallback(make_reference(), good)])
     assert len(tracker.sent) == len(titles)
+    idle = small_config(switch_lead_steps=3, alert_idle_share=1e-12, alert_reference_overlap=None)
+    run(make_arguments(tmp_path / "idle"), [MatesCallback(make_reference(), idle)])
+    assert {sent["title"].partition(": ")[2] for sent in tracker.sent[len(titles) :]} == {"devices idle"}
 
 
 SCRIPT = """
