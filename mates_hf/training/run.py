@@ -125,6 +125,7 @@ class Run:
         overlap_told: whether the run has warned of selected rows that share text with the reference task.
         passages: identity of the passages that the run trains on as well, and of their places; empty without any.
         asked: The fields of the config that were given otherwise than the run goes by, as they were given.
+        row_memory: Bytes that the longest row took when it ran whole (`whole_rows`); 0 where none was run.
 
     Raises:
         ValueError: the pool has not the `document_column` or the `group_column`.
@@ -162,6 +163,7 @@ class Run:
     overlap_told: bool = False
     passages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    row_memory: int = 0
 
     def __post_init__(self) -> None:
         for setting in ("document_column", "group_column"):

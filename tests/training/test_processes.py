@@ -21,6 +21,7 @@ from tests.training.settings import proves
 pytestmark = pytest.mark.slow
 
 DDP, FSDP2 = "DDP, several processes (`accelerate launch`)", "FSDP2 (`fsdp` with `version: 2`, `fully_shard`)"
+CONTEXT = "context parallelism (`ParallelismConfig(cp_size=...)`) with FSDP2 and SDPA"
 SAME_ROWS = "the rows of one process in its order, at an equal total batch; influence within 1e-3 of one process's"
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8  # rows of an optimizer step, over all processes
@@ -171,6 +172,27 @@ def test_weights_sharded_by_fsdp2_give_the_influence_and_rows_of_one_process(tmp
         found.labels.influence, expected.labels.influence, atol=1e-3 * np.abs(expected.labels.influence).max()
     )
     np.testing.assert_array_equal(found.selection, expected.selection)
+
+
+@proves(CONTEXT, "probes are run whole; " + SAME_ROWS)
+@proves(
+    CONTEXT, "its losses are those of one process",
+    note="by whole rows over all processes. Two of them, gloo; torch's ring attention has no CPU kernel, so keys are "
+    "gathered in its place: training with the ring itself needs GPUs and was not run",
+)  # fmt: skip
+def test_processes_that_share_rows_train_and_measure_as_one_process(tmp_path, alone):
+    one, one_dir = alone
+    size = {"per_device_train_batch_size": BATCH}  # both have each row
+    two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), cp_size=2, args=size)
+    assert two.codes == [0, 0], two.errors
+    assert [result["sharded"] for result in two.results] == [True, True]
+    assert [result["rows"] for result in two.results] == [sum(one.rows, [])] * 2
+    np.testing.assert_allclose(two.results[0]["losses"], one.results[0]["losses"], rtol=1e-5)
+    expected, found = (load_round(path / "_mates/round-0001") for path in (one_dir, tmp_path / "run"))
+    np.testing.assert_array_equal(found.selection, expected.selection)
+    np.testing.assert_allclose(
+        found.labels.influence, expected.labels.influence, atol=1e-3 * np.abs(expected.labels.influence).max()
+    )
 
 
 def test_accelerate_launch_starts_it_as_users_do(tmp_path, alone):

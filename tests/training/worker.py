@@ -19,7 +19,8 @@ from benchmarks.lab.small_run import shard_with_fsdp2
 from mates_hf import MatesCallback
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
-from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.context_parallel import share_rows
+from tests.training.kit import DIGITS, Stop, make_arguments, make_pool, make_reference, run, small_config
 from tests.training.test_guard import Changed
 
 torch.set_num_threads(1)
@@ -63,15 +64,25 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         influence_model=SlowModel() if settings.get("fit_seconds") else None,
     )
     stop = Stop(settings.get("stop_at", args.max_steps))
+    seen: list[int] = []  # whole rows, where the forward pass sees parts of them
+
+    def prepare(trainer: Any) -> None:
+        if "cp_size" in settings:
+            share_rows(
+                trainer, settings["cp_size"], lambda ids: seen.extend((ids[:, 0] * DIGITS + ids[:, 1]).tolist())
+            )
+        elif settings.get("fsdp2"):
+            shard_with_fsdp2(trainer)
+
     finished = run(
         args,
         [stop, callback],
         make_pool(settings.get("num_rows", 400)),
         resume=settings.get("resume"),
-        prepare=shard_with_fsdp2 if settings.get("fsdp2") else lambda trainer: None,
+        prepare=prepare,
     )
     return {
-        "rows": finished.rows,
+        "rows": seen or finished.rows,
         "sharded": any(hasattr(parameter, "to_local") for parameter in finished.trainer.model.parameters()),
         "losses": finished.losses,
         "rounds": [entry for entry in finished.trainer.state.log_history if "mates/round" in entry],
