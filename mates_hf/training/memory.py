@@ -24,7 +24,8 @@ from mates_hf.engine.averaging import trainable_parameters
 from mates_hf.engine.model_traits import is_low_precision, is_sharded, vocabulary_size
 from mates_hf.engine.pieces import MAX_PIECE, mean_dtype
 from mates_hf.engine.preserve import local_shard, optimizer_parts
-from mates_hf.influence.micro_batches import ProbeMemoryError
+from mates_hf.influence.micro_batches import ProbeMemoryError, max_tokens
+from mates_hf.influence.output_head import CHUNK_BYTES, has_plain_head
 from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH
 from mates_hf.influence.preconditioner import stepped_alone
 from mates_hf.influence.probe_directional import DirectionalProbe
@@ -189,7 +190,10 @@ def _logits(run: Run) -> tuple[int, int, int]:
         # Micro-batches cannot be halved there.
         limit = run.probe.tokens_per_batch or run.settings.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
         num_tokens = max(num_tokens, min(limit, int(lengths.sum()) // run.processes.size))
-    return num_tokens, longest_row, 2 * num_tokens * width * (2 if is_low_precision(run.model) else 4)
+    logits = 2 * num_tokens * width * (2 if is_low_precision(run.model) else 4)
+    if num_tokens > max_tokens(run.model) and has_plain_head(run.model):
+        logits = min(logits, 2 * CHUNK_BYTES)
+    return num_tokens, longest_row, logits
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:

@@ -166,6 +166,8 @@ def test_weights_sharded_by_fsdp2_give_the_influence_and_rows_of_one_process(tmp
     assert two.codes == [0, 0], two.errors
     assert [result["sharded"] for result in two.results] == [True, True]
     assert two.rows == one.rows
+    whole, in_chunks = np.array(two.results[0]["chunked"])  # of the output head
+    np.testing.assert_allclose(in_chunks, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
     expected, found = (load_round(path / "_mates/round-0001") for path in (one_dir, tmp_path / "run"))
     assert np.abs(found.labels.influence).max() > 0
     np.testing.assert_allclose(

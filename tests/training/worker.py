@@ -17,10 +17,20 @@ import torch
 
 from benchmarks.lab.small_run import shard_with_fsdp2
 from mates_hf import MatesCallback
+from mates_hf.engine.processes import Processes
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from tests.training.context_parallel import share_rows
-from tests.training.kit import DIGITS, Stop, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.kit import (
+    DIGITS,
+    Stop,
+    labels_in_chunks,
+    make_arguments,
+    make_pool,
+    make_reference,
+    run,
+    small_config,
+)
 from tests.training.test_guard import Changed
 
 torch.set_num_threads(1)
@@ -81,9 +91,12 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         resume=settings.get("resume"),
         prepare=prepare,
     )
+    trainer = finished.trainer
+    sharded = any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters())
     return {
+        "chunked": labels_in_chunks(trainer.model, trainer.optimizer, Processes.of_run()) if sharded else None,
         "rows": seen or finished.rows,
-        "sharded": any(hasattr(parameter, "to_local") for parameter in finished.trainer.model.parameters()),
+        "sharded": sharded,
         "losses": finished.losses,
         "rounds": [entry for entry in finished.trainer.state.log_history if "mates/round" in entry],
     }
