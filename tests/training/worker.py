@@ -1,6 +1,8 @@
 """One process of a training run, for the tests that start several: settings in as JSON, what it saw out as JSON.
 
-RANK=0 WORLD_SIZE=2 ... python tests/training/worker.py '{"output_dir": ...}'
+RANK=0 WORLD_SIZE=2 ... python tests/training/worker.py '{"output_dir": ..., "result": ...}'
+
+With `"runs": {name: settings}` it does several runs, one after the other, because a start takes longer than a run.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks.lab.small_run import shard_with_fsdp2
 from mates_hf import MatesCallback
@@ -102,9 +105,17 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def one_of_several(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run after which the next one may be sharded in another way; the process group stays."""
+    try:
+        return main(settings)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+
+
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    result = main(given)
+    result = {name: one_of_several(run) for name, run in given["runs"].items()} if "runs" in given else main(given)
     Path(f"{given['result']}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
