@@ -74,6 +74,7 @@ def run_batches(
     limit = 0 if one_row else most_tokens(model, tokens_per_batch)
     # A run's own loss may wait for the other processes as well (to add up its metrics, say).
     together = processes.size > 1 and (one_row or is_sharded(model))
+    _ask_of_head(model, rows, needed=together and not one_row)
     planned = _plan(rows.lengths, np.flatnonzero(rows.num_targets), limit, processes.size)
     shares = [(batch[processes.rank :: processes.size], batch) for batch in planned]
     pending = deque((share, True) if len(share) else (whole[:1], False) for share, whole in shares)
@@ -113,6 +114,12 @@ def run_batches(
             restart()
             todo = [share for share, _ in shares]
         pending = deque((smaller, True) for smaller in _plan(rows.lengths, np.concatenate(todo), limit))
+
+
+def _ask_of_head(model: nn.Module, rows: Candidates, *, needed: bool) -> None:
+    """Have all processes find out together what the head is, which runs the model: some may have no row that asks."""
+    if needed and rows.lengths.max(initial=0) > max_tokens(model):
+        has_plain_head(model)
 
 
 def _plan(

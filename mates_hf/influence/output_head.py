@@ -5,7 +5,8 @@ Where it is used: `passes` runs a batch this way where its logits would be large
 
 For one forward pass the head is given another `forward`, which returns for each position its loss, and a mark. What a
 model does to its logits afterwards (a cap, a scale, virtual tokens) would show in the mark: that is looked at once for
-each model, on two tokens. Such a model, and one whose head is sharded or not a plain linear layer, is run as before.
+each model, on two tokens. Such a model, and one whose head is not a plain linear layer, is run as before. FSDP2 and
+DeepSpeed gather a sharded head around its forward pass, and again before its backward pass, by hooks that stay.
 
 Trade-off: the backward pass computes the logits of its chunk once more, a third more work in the head, in exchange for
 memory that does not grow with the vocabulary times the tokens.
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mates_hf.data.batches import ModelBatch, Targets
-from mates_hf.engine.model_traits import input_device, is_sharded, run_inputs
+from mates_hf.engine.model_traits import input_device, run_inputs
 from mates_hf.engine.preserve import undisturbed
-from mates_hf.engine.weight_store import ModelWeights, weight_store
 
 CHUNK_BYTES_CPU = 2**22  # of float32 logits at a time
 CHUNK_BYTES = 2**28
+_ENGINES = ("deepspeed.", "torch.distributed.")  # whose hooks gather a sharded head, and change nothing
 _MARK = 0.7310585975646973  # a float32; a cap, a scale or a shift changes it
 
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -65,7 +66,7 @@ def losses_in_head(model: nn.Module, batch: ModelBatch) -> Tensor:
 
 def _is_plain(model: nn.Module) -> bool:
     head = _head_of(model)
-    if head is None or not isinstance(weight_store(model), ModelWeights):
+    if head is None:
         return False
     device = input_device(model)
     two = torch.zeros((1, 2), dtype=torch.int64, device=device)
@@ -84,10 +85,21 @@ def _head_of(model: nn.Module) -> nn.Linear | None:
     """The output head where it is a linear layer and nothing else."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    if type(head) is not nn.Linear or is_sharded(model):
+    if not isinstance(head, nn.Linear) or not _is_plain_class(type(head)) or "forward" in vars(head):
         return None
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return head if not any(hooks) and "forward" not in vars(head) else None
+    kinds = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    hooks = [hook for hooks in kinds for hook in hooks.values()]
+    return head if all(_module_of(hook).startswith(_ENGINES) for hook in hooks) else None
+
+
+def _is_plain_class(kind: type) -> bool:
+    """Whether it is `nn.Linear`, or what FSDP2's `fully_shard` makes of it."""
+    return kind is nn.Linear or (nn.Linear in kind.__bases__ and hasattr(kind, "unshard"))
+
+
+def _module_of(hook: Any) -> str:
+    """Where a hook, or the function that a partial one calls, was written."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
 
 
 def _run(model: nn.Module, inputs: dict[str, Any], targets: Targets) -> Tensor:
@@ -108,8 +120,8 @@ def _forward_replaced(head: nn.Linear, targets: Targets) -> Iterator[None]:
         losses: Tensor = _LossesOfHead.apply(  # type: ignore[no-untyped-call]
             flat[index], head.weight, head.bias, targets.labels.to(flat.device), dtype
         )
-        placed = losses.new_zeros(len(flat)).index_copy(0, index, losses)
-        return torch.stack([placed, torch.full_like(placed, _MARK)], -1).view(*hidden.shape[:-1], 2)
+        placed = losses.new_zeros(len(flat)).index_copy(0, index, losses).view(hidden.shape[:-1])
+        return torch.stack([placed, torch.full_like(placed, _MARK)], -1)  # no view, on which FSDP2 would warn
 
     vars(head)["forward"] = forward
     try:

@@ -39,6 +39,7 @@ from mates_hf.engine.preserve import local_shard
 from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.engine.weight_store import weight_store
 from mates_hf.errors import UnsupportedSettingError
+from mates_hf.influence.compiled import CompiledLayers
 from mates_hf.influence.cross_entropy import cross_entropy_at
 from mates_hf.influence.micro_batches import max_tokens, run_batches
 from mates_hf.influence.output_head import has_plain_head, losses_in_head
@@ -55,6 +56,7 @@ def token_losses(
     loss: LossFunction | None = None,
     progress: bool = False,
     processes: Processes = ALONE,
+    compile_layers: bool = False,
 ) -> npt.NDArray[np.floating[Any]]:
     """Negative log-likelihood of every trained token, without gradient and in the mode the model is in.
 
@@ -65,6 +67,7 @@ def token_losses(
         loss: the run's own loss in place of the likelihood; each trained token then gets the mean of its row.
         progress: show a progress bar.
         processes: those that share the rows and call this together.
+        compile_layers: Whether full micro-batches of rows of one length run compiled.
 
     Returns:
         (T,) float32 (float64 for a float64 model), nats, rows in their order, tokens in text order; the same in every
@@ -80,8 +83,13 @@ def token_losses(
     losses: npt.NDArray[np.floating[Any]] = np.zeros(int(num_targets.sum()), dtype)
     kept = LossesOnDevice()
 
+    layers = CompiledLayers(model, rows) if compile_layers else None
+
     def measure(batch: npt.NDArray[np.int64], counts: bool) -> None:
-        values = batch_losses(model, rows, batch, loss).detach()
+        if layers is None:
+            values = batch_losses(model, rows, batch, loss).detach()
+        else:
+            values = layers.run(len(batch), lambda: batch_losses(model, rows, batch, loss).detach())
         if counts:
             kept.add(batch, values)
 

@@ -117,6 +117,7 @@ class DirectionalProbe:
             alone this process does all of it.
         shards_dir: where the main process keeps the losses of each 512 candidates, so that a killed probe goes on
             behind them; None takes the run's, alone nothing is kept.
+        compile_layers: Whether candidates of one length run through compiled layers (`compiled`).
     """
 
     tokens_per_batch: int | None = None
@@ -135,6 +136,7 @@ class DirectionalProbe:
     progress: bool | None = None
     processes: Processes | None = None
     shards_dir: Path | None = None
+    compile_layers: bool = False
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and not 0 < self.epsilon < 1:
@@ -328,6 +330,7 @@ class DirectionalProbe:
                 loss=self.loss,
                 progress=bool(self.progress),
                 processes=self._processes,
+                compile_layers=self.compile_layers,
             )
 
         return losses_on_either_side(model, direction, epsilon, losses)

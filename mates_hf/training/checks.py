@@ -27,7 +27,7 @@ from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.paths import expand_path
 from mates_hf.training.own_order import find_sampler
-from mates_hf.training.parallel import parallel_refusals
+from mates_hf.training.parallel import loader_refusals, parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
 
 P = ParamSpec("P")
@@ -73,7 +73,7 @@ def refusals(args: Any, dataloader: Any, model: Any, config: MatesConfig) -> lis
             "`Trainer.get_train_dataloader` makes"
         )
     elif not found:
-        found += _sampler_refusals(find_sampler(dataloader))
+        found += loader_refusals(dataloader) + _sampler_refusals(find_sampler(dataloader))
     found += _upload_refusals(args, config)
     return found
 

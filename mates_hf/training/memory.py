@@ -24,7 +24,8 @@ from mates_hf.engine.averaging import trainable_parameters
 from mates_hf.engine.model_traits import is_low_precision, is_sharded, vocabulary_size
 from mates_hf.engine.pieces import MAX_PIECE, mean_dtype
 from mates_hf.engine.preserve import local_shard, optimizer_parts
-from mates_hf.influence.micro_batches import ProbeMemoryError
+from mates_hf.influence.micro_batches import ProbeMemoryError, max_tokens
+from mates_hf.influence.output_head import CHUNK_BYTES, has_plain_head
 from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH
 from mates_hf.influence.preconditioner import stepped_alone
 from mates_hf.influence.probe_directional import DirectionalProbe
@@ -59,7 +60,8 @@ class RoundMemory:
         mean: the running mean of the weights, during the averaging window.
         live: the model's own weights, kept while it has the averaged ones.
         probe: copies of parameters, and of the optimizer's state, that the probe holds.
-        logits: Bytes of the logits of the smallest micro-batch that the probe can run, with their gradient.
+        logits: Bytes of the logits of the smallest micro-batch that the probe can run, with their gradient; or what a
+            whole row took, where that was measured because training sees parts of rows.
         num_tokens: in that micro-batch.
         longest_row: tokens of the reference task's longest passage, which no micro-batch can be smaller than.
     """
@@ -113,7 +115,7 @@ def _refusal(device: DeviceMemory, needed: RoundMemory, window: int) -> str:
     if boundary > device.total:
         parts.append(
             f"at a boundary a round takes {_gib(boundary)}: {_gib(needed.live + needed.probe)} more for copies of "
-            f"what trains, and {_gib(needed.logits)} for the logits of {needed.num_tokens:,} tokens"
+            f"what trains, and {_gib(needed.logits)} to run {needed.num_tokens:,} tokens"
         )
         ways.append("train fewer parameters (LoRA), shard them (FSDP2), or take an optimizer with less state")
         if needed.num_tokens > needed.longest_row:
@@ -146,10 +148,15 @@ def round_memory(run: Run) -> RoundMemory:
         mean=mean if averages else 0,
         live=size if averages else 0,
         probe=_probe_memory(run.probe, run.optimizer, size),
-        logits=logits,
+        logits=max(logits, run.row_memory),
         num_tokens=num_tokens,
         longest_row=longest_row,
     )
+
+
+def copied_by_probe(model: nn.Module) -> int:
+    """Bytes of a copy of what trains and of its gradient, in this process."""
+    return 2 * sum(local_shard(parameter).nbytes for parameter in trainable_parameters(model).values())
 
 
 def _probe_memory(probe: Any, optimizer: Any, size: int) -> int:
@@ -183,7 +190,10 @@ def _logits(run: Run) -> tuple[int, int, int]:
         # Micro-batches cannot be halved there.
         limit = run.probe.tokens_per_batch or run.settings.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
         num_tokens = max(num_tokens, min(limit, int(lengths.sum()) // run.processes.size))
-    return num_tokens, longest_row, 2 * num_tokens * width * (2 if is_low_precision(run.model) else 4)
+    logits = 2 * num_tokens * width * (2 if is_low_precision(run.model) else 4)
+    if num_tokens > max_tokens(run.model) and has_plain_head(run.model):
+        logits = min(logits, 2 * CHUNK_BYTES)
+    return num_tokens, longest_row, logits
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
@@ -199,9 +209,16 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
     return DeviceMemory(int(total), int(module.memory_allocated(device)), int(module.max_memory_allocated(device)))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let the highest that a device had allocated begin anew, where its module can."""
+    module: Any = torch.get_device_module(device) if hasattr(torch, "get_device_module") else torch.cuda
+    if hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats(device)
+
+
 def starts_on_host(model: nn.Module) -> bool:
     """Whether a mean read from a checkpoint goes to the host first, as long as training's peak is not known."""
-    device = _only_device(model)
+    device = only_device(model)
     return device is not None and device.type == "cuda"
 
 
@@ -217,7 +234,7 @@ def place_average(run: Run) -> bool:
     Raises:
         ProbeMemoryError: a round does not fit in this process, or in another one.
     """
-    device = _only_device(run.model)
+    device = only_device(run.model)
     if device is None or device.type == "cpu":
         return False
     memory, refusal, on_host = device_memory(device), None, False
@@ -239,7 +256,7 @@ def place_average(run: Run) -> bool:
     return on_host
 
 
-def _only_device(model: nn.Module) -> torch.device | None:
+def only_device(model: nn.Module) -> torch.device | None:
     """The device of all that trains, or None where there are several."""
     devices = {local_shard(parameter).device for parameter in trainable_parameters(model).values()}
     return devices.pop() if len(devices) == 1 else None

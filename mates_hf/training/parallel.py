@@ -3,6 +3,9 @@
 Where it is used: part of what `checks` refuses before the first step. Trade-off: a probe needs plain forward passes
 of the live model at weights it wrote, and the optimizer's state parameter by parameter; where an engine keeps either
 in buffers of its own, it is refused rather than probed wrongly.
+
+Context parallelism of accelerate splits rows in the Trainer's training step and nowhere else. A probe does not enter
+it: its rows are whole and go to all processes, as with FSDP2 alone. They must fit into a device (`whole_rows`).
 """
 
 from __future__ import annotations
@@ -55,7 +58,9 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
             "FSDP1 flattens the parameters that a probe has to move one by one: use FSDP2 (`fsdp_config` with "
             "`version: 2`, `fully_shard`)"
         )
-    found += _row_refusals(state.get("parallelism_config")) + _placement_refusals(model) + _load_time_refusals(model)
+    parallelism = state.get("parallelism_config")
+    found += _row_refusals(parallelism) or _context_refusals(args, parallelism, model)
+    found += _placement_refusals(model) + _load_time_refusals(model)
     found += _device_refusals(model)
     precision = _fp8(state, args, model)
     if precision is not None:
@@ -66,28 +71,77 @@ def parallel_refusals(args: Any, model: nn.Module) -> list[str]:
     return found
 
 
-def _row_refusals(parallelism: Any) -> list[str]:
-    """Sizes of accelerate's `ParallelismConfig` by which processes share a row or its computation, by their names.
+def context_parallel_size() -> int:
+    """Number of processes that train on one row together, by accelerate's `cp_size`; 1 where each has its own."""
+    from accelerate.state import AcceleratorState
 
-    torch's ring attention does not run on a CPU, so no test has seen a probe next to it.
+    return getattr(AcceleratorState._shared_state.get("parallelism_config"), "cp_size", None) or 1
+
+
+def loader_refusals(dataloader: Any) -> list[str]:
+    """Whether processes that train on one row together are given the same rows.
+
+    Args:
+        dataloader: The prepared training dataloader.
+
+    Returns:
+        One text, or none.
     """
-    sizes = {name: getattr(parallelism, name, None) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+    size = context_parallel_size()
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    num_shares = getattr(getattr(dataloader, "batch_sampler", None), "num_processes", 1)
+    if size == 1 or num_shares * size == world:
+        return []
+    return [
+        f"with `cp_size={size}` {world} processes must train on {max(1, world // size)} shares of a batch, but the "
+        f"training dataloader makes {num_shares}: use the one that `Trainer.get_train_dataloader` makes"
+    ]
+
+
+def _row_refusals(parallelism: Any) -> list[str]:
+    """Sizes of accelerate's `ParallelismConfig` by which processes share a row's computation, by their names."""
+    sizes = {name: getattr(parallelism, name, None) or 1 for name in ("tp_size", "sp_size")}
     named = [f"`{name}={size}`" for name, size in sizes.items() if size > 1]
-    if not named and getattr(parallelism, "non_data_parallel_size", 1) > 1:
+    by_context = getattr(parallelism, "cp_size", None) or 1
+    if not named and getattr(parallelism, "non_data_parallel_size", 1) > by_context:
         named = [f"`non_data_parallel_size` of {parallelism.non_data_parallel_size}"]
     if not named:
         return []
     return [
-        f"`parallelism_config` with {' and '.join(named)} has processes share a row, and only whole rows are "
-        "measured: set it to 1, and `dp_shard_size` to the number of processes (FSDP2). Activation checkpointing "
-        "makes room for long rows"
+        f"`parallelism_config` with {' and '.join(named)} has processes share the computation of a row, also in a "
+        "probe: set it to 1, and make `dp_shard_size` as many times larger (FSDP2). Activation checkpointing makes "
+        "room for long rows, and so does `cp_size` in training"
     ]
+
+
+def _context_refusals(args: Any, parallelism: Any, model: nn.Module) -> list[str]:
+    """What context parallelism lacks to be one of which only the training step knows."""
+    if context_parallel_size() == 1:
+        return []
+    name = f"`cp_size={parallelism.cp_size}`"
+    if args is None:
+        return [
+            f"{name} is supported in a `transformers.Trainer` alone, of which it is known where it splits rows: train "
+            "with `MatesCallback(...).attach(trainer)`, or set it to 1"
+        ]
+    found = []
+    if not _is_by_fsdp2(model):
+        found.append(f"{name} is supported with FSDP2 alone: set `fsdp` and `fsdp_config` with `version: 2`")
+    backend = getattr(parallelism, "cp_backend", None) or "torch"
+    if backend != "torch":
+        found.append(f"{name} is supported with torch's ring attention alone, got `cp_backend={backend!r}`: leave it")
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention not in (None, "sdpa"):
+        found.append(
+            f"{name} splits rows for SDPA alone, and the model's attention is `{attention}`: load it with "
+            "`attn_implementation='sdpa'`"
+        )
+    return found
 
 
 def _placement_refusals(model: nn.Module) -> list[str]:
     """Parameters that are spread over processes in another way than FSDP2 spreads them over all of the run's."""
-    by_fsdp2 = any(hasattr(module, "unshard") for module in model.modules())
-    managed = _managed_by_fsdp2(model)
+    by_fsdp2, managed = _is_by_fsdp2(model), _managed_by_fsdp2(model)
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "to_local"):
             continue
@@ -103,6 +157,10 @@ def _placement_refusals(model: nn.Module) -> list[str]:
                 "FSDP2 alone over a mesh whose dimensions are `dp_replicate` and `dp_shard`"
             ]
     return []
+
+
+def _is_by_fsdp2(model: nn.Module) -> bool:
+    return any(hasattr(module, "unshard") for module in model.modules())
 
 
 def _managed_by_fsdp2(model: nn.Module) -> set[int]:

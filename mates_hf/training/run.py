@@ -127,6 +127,7 @@ class Run:
         passages: identity of the passages that the run trains on as well, and of their places; empty without any.
         asked: The fields of the config that were given otherwise than the run goes by, as they were given.
         blocked: rows that must not be used; None where there are none.
+        row_memory: Bytes that the longest row took when it ran whole (`whole_rows`); 0 where none was run.
 
     Raises:
         ValueError: the pool has not the `document_column` or the `group_column`.
@@ -165,6 +166,7 @@ class Run:
     passages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     blocked: Blocked | None = None
+    row_memory: int = 0
 
     def __post_init__(self) -> None:
         for setting in ("document_column", "group_column"):

@@ -50,6 +50,7 @@ from mates_hf.training.supply import (
     pool_identity,
     told_rows,
 )
+from mates_hf.training.whole_rows import named_where_memory_ends, require_whole_rows
 
 logger = logging.getLogger(__name__)
 
@@ -261,13 +262,15 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
         require_real_steps(optimizer)
     check_pool(loop.pool, loop.model)
     reference = parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model))
-    reference = _compare(parts.probe, loop, reference)
+    with named_where_memory_ends(loop.pool):
+        reference = _compare(parts.probe, loop, reference)
     if loop.mixed is not None and loop.pool.reading is not None:
         require_text(loop.pool.reading)
     processes = Processes.of_run()
     require_one_clock(processes, dataclasses.asdict(loop.clock))
     run = _make_run(parts, loop, optimizer, reference, processes)
     processes.require_same("config, pool, reference and position", [run.identity(), loop.clock.start_position])
+    require_whole_rows(run)
     if loop.saved:
         resume.check_same_run(loop.saved, run.identity())
         resume.check_weights(loop.model, loop.saved.get("weights", {}), loop.checkpoint)

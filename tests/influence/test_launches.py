@@ -163,6 +163,18 @@ def test_counters_on_a_device_are_read_at_once(live: Any) -> None:
     assert found.syncs.total() <= 1
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a torch before Muon")
+def test_muon_waits_for_no_matrix_and_leaves_one_without_momentum_alone() -> None:
+    reached, never = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
+    optimizer = torch.optim.Muon([reached, never], lr=1e-2)
+    reached.grad, never.grad = torch.randn(6, 4), torch.zeros(6, 4)
+    optimizer.step()
+    steps, gradients = parameter_steps(optimizer, [reached, never]), [torch.ones(6, 4), torch.ones(6, 4)]
+    assert count(lambda: steps[0].precondition_of(steps, gradients, 1.0, [None, None])).syncs.total() == 0
+    assert gradients[0].norm() > 0
+    assert torch.equal(gradients[1], torch.zeros(6, 4))
+
+
 def test_labels_are_the_same_whatever_is_worked_on_at_once(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = live
     probe = DirectionalProbe(path_steps=4, path_rate=0.5, epsilon=1e-3)

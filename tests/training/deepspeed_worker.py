@@ -74,8 +74,8 @@ def engine_digest(engine: Any) -> str:
 class Look(TrainerCallback):
     """Probes, averages and evaluates in the middle of a run, and compares all that training reads before and after."""
 
-    def __init__(self, probes: bool) -> None:
-        self.probes = probes
+    def __init__(self, probes: bool, chunks: bool = False) -> None:
+        self.probes, self.chunks = probes, chunks
         self.trainer: Any = None
         self.seen: dict[str, Any] = {}
         self.average: WeightAverage | None = None
@@ -109,10 +109,12 @@ class Look(TrainerCallback):
                 mean = mean_loss(model, reference.measured, processes=processes)
             moved = weights_digest(model, processes) != digest
         self.average = None
+        chunked = kit.labels_in_chunks(model, given["optimizer"], processes) if self.chunks else None
         self.seen = {
             "same": (not before or engine_digest(engine) == before) and weights_digest(model, processes) == digest,
             "labels": labels.influence.tolist(),
             "path": path.influence.tolist(),
+            "chunked": chunked,
             "averaged": averaged.influence.tolist(),
             "equal": labels.influence.tolist() == twice.influence.tolist(),
             "mean_losses": [here, mean],
@@ -156,7 +158,7 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
             return worker.main(given)
         finally:
             forget_the_engine()
-    look = Look(settings.get("looks", False))
+    look = Look(settings.get("looks", False), settings.get("chunks", False))
     callbacks: list[Any] = [look]
     if settings.get("selects"):
         probe = FailingProbe() if settings.get("fails") else None

@@ -24,6 +24,8 @@ from transformers import (
 
 from mates_hf.config import MatesConfig
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.influence import micro_batches, output_head, passes
+from mates_hf.influence.probe_directional import DirectionalProbe
 
 OLD_TRAINER = transformers.__version__.startswith("4.")
 VOCAB = 64
@@ -174,3 +176,25 @@ def assert_same(a: Result, b: Result) -> None:
     for one, other in zip(a.optimizer["state"].values(), b.optimizer["state"].values(), strict=True):
         for key, value in one.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+def labels_in_chunks(model: Any, optimizer: Any, processes: Any) -> tuple[list[float], list[float]]:
+    """Labels without chunks of the output head, and with; far from the present weights, so that rounding is small."""
+    rates = tuple(3e-3 for _ in optimizer.param_groups)  # a schedule ends at 0
+    probe = DirectionalProbe(processes=processes, path_steps=3, epsilon=3e-2, learning_rates=rates, progress=False)
+
+    def measured() -> list[float]:
+        return probe.measure(model, optimizer, make_reference(), make_pool(48)).influence.tolist()
+
+    whole = measured()
+    limits = [(micro_batches, "_MAX_LOGITS_BYTES_CPU", 1), (output_head, "CHUNK_BYTES_CPU", 4 * VOCAB * 5)]
+    before = [getattr(module, name) for module, name, _ in limits]
+    for module, name, value in limits:
+        setattr(module, name, value)
+    plain, passes.logits_of_batch = passes.logits_of_batch, None  # type: ignore[assignment]  # all logits never exist
+    try:
+        return whole, measured()
+    finally:
+        passes.logits_of_batch = plain
+        for (module, name, _), value in zip(limits, before, strict=True):
+            setattr(module, name, value)

@@ -51,6 +51,7 @@ MODULES = (
     "test_models.py",
     "test_parallel.py",
     "test_processes.py",
+    "test_whole_rows.py",
     "test_deepspeed.py",
     "test_samplers.py",
     "test_passes.py",
@@ -259,11 +260,9 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": filled("input_ids", 0), "labels": labels, "attention_mask": (labels != -100).long()}
 
 
-def read_table(path: Path) -> dict[str, str]:
-    """Setting and outcome of each row of a written table."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return {row[0].strip(): row[1].strip() for row in cells if row[1].strip() in ("supported", "refused")}
+def read_table(path: Path) -> list[str]:
+    """The lines of a written table, whose rows' tests passed when it was written."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
 
 
 NO_PARAMETERS = types.SimpleNamespace(params={})
@@ -304,6 +303,14 @@ What the tests prove:
 """
 
 
+def table_lines() -> list[str]:
+    """The table as it is written: supported rows first, then by name."""
+    lines = ["| setting | outcome | what the test proves | note |", "| --- | --- | --- | --- |"]
+    for row in sorted(ROWS.values(), key=lambda row: (row.outcome == "refused", row.setting.lower())):
+        lines.append(f"| {row.setting} | {row.outcome} | {'; '.join(row.proves)} | {row.note} |")
+    return lines
+
+
 def write_table(path: Path, results: dict[str, set[str]]) -> None:
     """Write the table; refuses where a row has no passed test, or one that did not pass."""
     wrong = {name: sorted(results.get(name, {"not run"})) for name in ROWS if results.get(name) != {"passed"}}
@@ -311,11 +318,8 @@ def write_table(path: Path, results: dict[str, set[str]]) -> None:
         raise SystemExit(f"not written, these rows did not pass: {wrong}")
     names = ("torch", "transformers", "accelerate", "peft", "trl")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    lines = ["| setting | outcome | what the test proves | note |", "| --- | --- | --- | --- |"]
-    for row in sorted(ROWS.values(), key=lambda row: (row.outcome == "refused", row.setting.lower())):
-        lines.append(f"| {row.setting} | {row.outcome} | {'; '.join(row.proves)} | {row.note} |")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(HEAD + "\n".join(lines) + f"\n\nTested with {versions}.\n", encoding="utf-8")
+    path.write_text(HEAD + "\n".join(table_lines()) + f"\n\nTested with {versions}.\n", encoding="utf-8")
 
 
 def main(path: str) -> None:

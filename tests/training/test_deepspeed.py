@@ -65,6 +65,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "DeepSpeedZeroOptimizer_Stage3"),
     "zero2-its-own-config-of-the-optimizer": ({**zero(2), "optimizer": TORCH_ADAMW}, {}, "DeepSpeedZeroOptimizer"),
 }  # fmt: skip
+IN_CHUNKS = ("zero1-bfloat16", "zero2-float32", "zero3-nothing-persistent", "zero3-tied-checkpointed")
 SAVES = {"max_steps": 20, "save_strategy": "steps", "save_steps": 8}
 
 
@@ -122,7 +123,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert codes == [0], errors
     runs: dict[str, dict[str, Any]] = {}
     for name, (config, changes, _) in SETTINGS.items():
-        runs[name] = {"deepspeed": config, "looks": True, **changes}
+        runs[name] = {"deepspeed": config, "looks": True, "chunks": name in IN_CHUNKS, **changes}
         runs[f"{name} without"] = {"deepspeed": config, **changes}
     runs |= further_runs(folder)
     codes, errors, two = start(folder, list(runs.values()), 2, "two")
@@ -171,6 +172,14 @@ def test_probes_leave_no_trace_in_the_engine_and_measure_what_one_process_does(r
             assert np.abs(found - expected).max() < FLOAT32 * np.abs(expected).max()
     assert first["mean_losses"] == pytest.approx(plain["mean_losses"], rel=5e-3)
     assert first["digest"] == second["digest"]
+
+
+@pytest.mark.parametrize("name", IN_CHUNKS)
+def test_losses_made_in_the_head_give_the_labels_of_all_logits(results, name):
+    whole, in_chunks = np.array(results[name][0]["chunked"])
+    apart = 1e-2 if "bf16" in SETTINGS[name][0] else 1e-5  # in bfloat16 each loss is rounded, and differs by less
+    np.testing.assert_allclose(in_chunks, whole, rtol=0, atol=apart * np.abs(whole).max())
+    assert results[name][1]["chunked"] == results[name][0]["chunked"]
 
 
 @proves(ZERO, "the rows of one plain process in its order; resumes exactly")

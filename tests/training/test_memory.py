@@ -98,7 +98,7 @@ def on_made_up_device(
 
     size = sum(parameter.nbytes for parameter in make_model().parameters())
     given = DeviceMemory(total=int(total * size), allocated=3 * size, peak=5 * size)
-    patch.setattr(memory, "_only_device", lambda model: torch.device("cuda"))
+    patch.setattr(memory, "only_device", lambda model: torch.device("cuda"))
     patch.setattr(memory, "device_memory", lambda device: given)
     patch.setattr(memory, "place_on_host", note)
     callback = MatesCallback(make_reference(), small_config())
@@ -154,4 +154,4 @@ def test_a_device_that_does_not_tell_is_not_checked() -> None:
     assert memory.device_memory(torch.device("cpu")) is None
     assert memory.starts_on_host(nn.Linear(2, 2)) is False
     two = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
-    assert memory._only_device(two) is None
+    assert memory.only_device(two) is None

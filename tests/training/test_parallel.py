@@ -16,10 +16,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import LlamaForCausalLM, TrainerCallback
 
+from mates_hf.training import parallel
 from mates_hf.training.parallel import parallel_refusals
 from tests.launch import run_script
 from tests.training.kit import make_model
-from tests.training.settings import NO_FILE, Setup, assert_refused, case, mates
+from tests.training.settings import NO_FILE, Setup, assert_refused, case, mates, proves
 
 ONE = SimpleNamespace(n_gpu=1, deepspeed=None)
 
@@ -305,6 +306,8 @@ def arranged(setting: str, match: str, arrange: Any = nothing, model: Any = make
     return case(setting, match, arrange, model, outcome="refused", what=NO_FILE, note=note)
 
 
+NO_CONTEXT = "context parallelism (`cp_size`) without FSDP2, without SDPA, or in a loop of one's own"
+
 REFUSED = [
     arranged("DeepSpeed with hpZ, quantized ZeRO++, NVMe offload, MiCS, ZenFlow, SuperOffload, DeepCompile, its MoE, "
              "tensor, sequence or pipeline parallelism, `torch_autocast`, or 16 bits at stage 0",
@@ -317,11 +320,8 @@ REFUSED = [
              "tp of 2", loaded_in_parallel),
     arranged("fp8 (`mixed_precision`, TransformerEngine, torchao, MS-AMP)", "fp8", in_fp8,
              note="its scales are no parameters and no buffers; use bf16"),
-    arranged("context and sequence parallelism (`parallelism_config`)", "with `cp_size=2` has.*`dp_shard_size`",
-             sharing_rows(cp_size=2),
-             note="torch's ring attention runs on no CPU, so no test could see it; shard with FSDP2"),
-    arranged("tensor parallelism", "with `tp_size=2` and `cp_size=2` has.*`dp_shard_size`",
-             sharing_rows(tp_size=2, cp_size=2)),
+    arranged(NO_CONTEXT, "`cp_size=2` is supported with FSDP2 alone", sharing_rows(cp_size=2)),
+    arranged("tensor parallelism", "with `tp_size=2` has.*`dp_shard_size`", sharing_rows(tp_size=2, cp_size=2)),
 ]  # fmt: skip
 
 
@@ -331,13 +331,53 @@ def test_what_is_advised_for_shared_rows_is_not_refused(monkeypatch: pytest.Monk
     (refusal,) = parallel_refusals(ONE, make_model())
     for name in re.findall(r"`(\w+)=\d+`", refusal):
         sizes[name] = 1
-    with_state(monkeypatch, parallelism_config=ParallelismConfig(**sizes, dp_shard_size=4))
-    assert parallel_refusals(ONE, make_model()) == []
+    assert sizes == {"tp_size": 1, "cp_size": 2}
+    with_state(monkeypatch, parallelism_config=ParallelismConfig(**sizes, dp_shard_size=2))
+    sharded = make_model()
+    sharded.unshard = lambda: None
+    assert parallel_refusals(ONE, sharded) == []
 
 
+@proves("sequence parallelism (`sp_size`: Ulysses, ALST)", "refused by its name", outcome="refused")
 def test_sequence_parallelism_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with_state(monkeypatch, parallelism_config=SimpleNamespace(sp_size=4, cp_size=1))
     assert "with `sp_size=4` has" in parallel_refusals(ONE, make_model())[0]
+
+
+@proves(NO_CONTEXT, "each by its name, with a way out that is accepted", outcome="refused")
+def test_context_parallelism_is_supported_where_only_the_training_step_splits_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found(args: Any = ONE, attention: str = "sdpa", backend: str = "torch", sharded: bool = True) -> list[str]:
+        model = make_model()
+        model.config._attn_implementation = attention
+        if sharded:
+            model.unshard = lambda: None
+        sizes = SimpleNamespace(cp_size=2, tp_size=1, sp_size=1, non_data_parallel_size=2, cp_backend=backend)
+        with_state(monkeypatch, distributed_type=DistributedType.FSDP, parallelism_config=sizes)
+        return parallel_refusals(args, model)
+
+    assert found() == []
+    assert "`MatesCallback(...).attach(trainer)`" in found(args=None)[0]
+    assert "the model's attention is `flex_attention`" in found(attention="flex_attention")[0]
+    assert "got `cp_backend='ring'`" in found(backend="ring")[0]
+    assert "`fsdp_config` with `version: 2`" in found(sharded=False)[0]
+
+
+def test_processes_that_share_rows_must_be_given_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
+
+    def found(num_shares: int | None, **sizes: int) -> list[str]:
+        with_state(monkeypatch, parallelism_config=SimpleNamespace(**sizes))
+        shared = SimpleNamespace() if num_shares is None else SimpleNamespace(num_processes=num_shares)
+        return parallel.loader_refusals(SimpleNamespace(batch_sampler=shared))
+
+    assert found(2, cp_size=2) == found(None, cp_size=4) == found(4, dp_shard_size=4) == []
+    assert (
+        "4 processes must train on 2 shares of a batch, but the training dataloader makes 4" in found(4, cp_size=2)[0]
+    )
+    assert "makes 1" in found(None, cp_size=2)[0]
 
 
 @pytest.mark.parametrize(("setting", "match", "arrange", "model"), REFUSED)

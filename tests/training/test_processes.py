@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.training.settings import proves
 pytestmark = pytest.mark.slow
 
 DDP, FSDP2 = "DDP, several processes (`accelerate launch`)", "FSDP2 (`fsdp` with `version: 2`, `fully_shard`)"
+CONTEXT = "context parallelism (`ParallelismConfig(cp_size=...)`) with FSDP2 and SDPA"
 SAME_ROWS = "the rows of one process in its order, at an equal total batch; influence within 1e-3 of one process's"
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8  # rows of an optimizer step, over all processes
@@ -32,7 +35,9 @@ class Finished:
     batch = BATCH
 
     def __init__(self, processes: list[subprocess.Popen[str]], result: str) -> None:
-        self.errors = [process.communicate(timeout=240)[1] for process in processes]
+        # At once: one that fills the pipe of its errors waits until it is read, and the others with it.
+        with ThreadPoolExecutor(len(processes)) as readers:
+            self.errors = list(readers.map(lambda process: process.communicate(timeout=240)[1], processes))
         self.codes = [process.returncode for process in processes]
         paths = [Path(f"{result}-{rank}.json") for rank in range(len(processes))]
         self.results = [json.loads(path.read_text()) for path in paths if path.exists()]
@@ -45,13 +50,33 @@ class Finished:
         return np.concatenate(parts, axis=1).tolist()
 
 
+def with_batch(size: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run in `size` processes at the same total batch."""
+    return {**settings, "args": {"per_device_train_batch_size": BATCH // size, **settings.get("args", {})}}
+
+
 def start(tmp_path: Path, size: int, **settings: Any) -> Finished:
-    """Train in `size` processes at the same total batch."""
+    """Train in `size` processes."""
+    return launch(tmp_path, size, with_batch(size, settings))
+
+
+def start_several(tmp_path: Path, size: int, runs: dict[str, dict[str, Any]]) -> dict[str, Finished]:
+    """Several runs, one after the other, in one start of `size` processes; each has a folder of its name."""
+    named = {name: {"output_dir": str(tmp_path / name), **with_batch(size, run)} for name, run in runs.items()}
+    done = launch(tmp_path, size, {"runs": named})
+    assert done.codes == [0] * size, done.errors
+    found = {}
+    for name in runs:
+        found[name] = copy.copy(done)
+        found[name].results = [result[name] for result in done.results]
+    return found
+
+
+def launch(tmp_path: Path, size: int, given: dict[str, Any]) -> Finished:
+    """Processes of the worker, to their end."""
     port = free_port()
     result = str(tmp_path / f"result-{port}")
-    args = {"per_device_train_batch_size": BATCH // size, **settings.pop("args", {})}
-    given = {"args": args, "result": result, **settings}
-    processes = start_processes(["tests/training/worker.py", json.dumps(given)], size, port)
+    processes = start_processes(["tests/training/worker.py", json.dumps({**given, "result": result})], size, port)
     try:
         return Finished(processes, result)
     finally:
@@ -59,19 +84,44 @@ def start(tmp_path: Path, size: int, **settings: Any) -> Finished:
             process.kill()
 
 
+FINDS_LENGTHS = {
+    "config": {"first_round_steps": 2, "switch_lead_steps": 2, "average_steps": 1, "on_weak_signal": "own_order"}
+}
+DRIFTS = {"config": {"average_steps": 2, "drift_check_steps": 3, "drift_spearman": 1.0}}
+
+
+def checked_inside(size: int) -> dict[str, Any]:
+    sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
+    config = {**sizes, "num_probes": 160, "held_out_fraction": 0.4, "on_weak_signal": "own_order"}
+    args = {"max_steps": 36, "per_device_train_batch_size": 4 // size}
+    return {"config": config, "turns_at": 25, "args": args}
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    tmp_path = tmp_path_factory.mktemp("alone")
-    finished = start(tmp_path, 1, output_dir=str(tmp_path / "run"))
-    assert finished.codes == [0], finished.errors
-    return finished, tmp_path / "run"
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Finished], Path]:
+    """Runs of one process, and their folder."""
+    tmp_path = tmp_path_factory.mktemp("one")
+    runs = {"run": {}, "lengths": FINDS_LENGTHS, "checked": checked_inside(1), "drifts": DRIFTS}
+    return start_several(tmp_path, 1, runs), tmp_path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Finished], Path]:
+    """The same in two processes, and some that only several processes can do."""
+    tmp_path = tmp_path_factory.mktemp("two")
+    shared = {"cp_size": 2, "args": {"per_device_train_batch_size": BATCH}}  # both processes have each row
+    runs = {"run": {"own_dirs": True}, "lengths": FINDS_LENGTHS, "checked": checked_inside(2), "drifts": DRIFTS}
+    return start_several(tmp_path, 2, {**runs, "fsdp2": {"fsdp2": True}, "context": shared}), tmp_path
+
+
+@pytest.fixture(scope="module")
+def alone(single: tuple[dict[str, Finished], Path]) -> tuple[Finished, Path]:
+    return single[0]["run"], single[1] / "run"
 
 
 @proves(DDP, SAME_ROWS, note="two processes; gloo")
-def test_two_processes_train_on_the_rows_of_one_in_its_order(tmp_path, alone):
-    one, one_dir = alone
-    two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), own_dirs=True)
-    assert two.codes == [0, 0], two.errors
+def test_two_processes_train_on_the_rows_of_one_in_its_order(pair, alone):
+    (one, one_dir), two, tmp_path = alone, pair[0]["run"], pair[1]
     assert two.rows == one.rows
     assert not (tmp_path / "run-of-1").exists()  # only the main process writes; no file system need be shared
     for number in (1, 2):
@@ -159,18 +209,36 @@ def test_an_error_in_the_main_process_stops_the_others(tmp_path):
 @proves(
     FSDP2, SAME_ROWS, note="two processes; gloo, where accelerate itself leaves `fsdp` out and the test turns it on"
 )
-def test_weights_sharded_by_fsdp2_give_the_influence_and_rows_of_one_process(tmp_path, alone):
-    one, one_dir = alone
-    two = start(tmp_path, 2, output_dir=str(tmp_path / "run"), fsdp2=True)
-    assert two.codes == [0, 0], two.errors
+def test_weights_sharded_by_fsdp2_give_the_influence_and_rows_of_one_process(pair, alone):
+    (one, one_dir), two, two_dir = alone, pair[0]["fsdp2"], pair[1] / "fsdp2"
     assert [result["sharded"] for result in two.results] == [True, True]
     assert two.rows == one.rows
-    expected, found = (load_round(path / "_mates/round-0001") for path in (one_dir, tmp_path / "run"))
+    whole, in_chunks = np.array(two.results[0]["chunked"])  # of the output head
+    np.testing.assert_allclose(in_chunks, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+    expected, found = (load_round(path / "_mates/round-0001") for path in (one_dir, two_dir))
     assert np.abs(found.labels.influence).max() > 0
     np.testing.assert_allclose(
         found.labels.influence, expected.labels.influence, atol=1e-3 * np.abs(expected.labels.influence).max()
     )
     np.testing.assert_array_equal(found.selection, expected.selection)
+
+
+@proves(CONTEXT, "probes are run whole; " + SAME_ROWS)
+@proves(
+    CONTEXT, "its losses are those of one process",
+    note="by whole rows over all processes. Two of them, gloo; torch's ring attention has no CPU kernel, so keys are "
+    "gathered in its place: training with the ring itself needs GPUs and was not run",
+)  # fmt: skip
+def test_processes_that_share_rows_train_and_measure_as_one_process(pair, alone):
+    (one, one_dir), two, two_dir = alone, pair[0]["context"], pair[1] / "context"
+    assert [result["sharded"] for result in two.results] == [True, True]
+    assert [result["rows"] for result in two.results] == [sum(one.rows, [])] * 2
+    np.testing.assert_allclose(two.results[0]["losses"], one.results[0]["losses"], rtol=1e-5)
+    expected, found = (load_round(path / "_mates/round-0001") for path in (one_dir, two_dir))
+    np.testing.assert_array_equal(found.selection, expected.selection)
+    np.testing.assert_allclose(
+        found.labels.influence, expected.labels.influence, atol=1e-3 * np.abs(expected.labels.influence).max()
+    )
 
 
 def test_accelerate_launch_starts_it_as_users_do(tmp_path, alone):
@@ -195,45 +263,37 @@ def test_accelerate_launch_starts_it_as_users_do(tmp_path, alone):
     assert np.concatenate(parts, axis=1).tolist() == one.rows
 
 
-def test_rounds_that_find_their_length_are_those_of_one_process_and_verify(tmp_path):
-    config = {"first_round_steps": 2, "switch_lead_steps": 2, "average_steps": 1, "on_weak_signal": "own_order"}
-    runs = [start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config) for size in (1, 2)]
-    assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
+def runs_of(name: str, single: Any, pair: Any) -> tuple[list[Finished], Path, Path]:
+    """A run in one process and in two, and their folders."""
+    return [single[0][name], pair[0][name]], single[1] / name, pair[1] / name
+
+
+def test_rounds_that_find_their_length_are_those_of_one_process_and_verify(single, pair):
+    runs, *folders = runs_of("lengths", single, pair)
     assert runs[0].rows == runs[1].rows
-    assert verify_run(tmp_path / "run-2").problem is None
+    assert verify_run(folders[1]).problem is None
     found = [
-        [load_round(path).info["round_steps"] for path in sorted((tmp_path / f"run-{size}/_mates").glob("round-????"))]
-        for size in (1, 2)
+        [load_round(path).info["round_steps"] for path in sorted((folder / "_mates").glob("round-????"))]
+        for folder in folders
     ]
     assert found[0] == found[1]
     assert len(set(found[0])) > 1
 
 
-def test_rounds_that_a_check_inside_ends_are_those_of_one_process_and_verify(tmp_path):
-    sizes = {"update_steps": 12, "first_round_steps": 3, "switch_lead_steps": 2, "average_steps": 1}
-    config = {**sizes, "num_probes": 160, "held_out_fraction": 0.4, "on_weak_signal": "own_order"}
-    runs = [
-        start(
-            tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config, turns_at=25,
-            args={"max_steps": 36, "per_device_train_batch_size": 4 // size},
-        )
-        for size in (1, 2)
-    ]  # fmt: skip
-    assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
+def test_rounds_that_a_check_inside_ends_are_those_of_one_process_and_verify(single, pair):
+    runs, _, two_dir = runs_of("checked", single, pair)
     for finished in runs:
         finished.batch = 4
     assert runs[0].rows == runs[1].rows
-    assert verify_run(tmp_path / "run-2").problem is None
-    early = load_round(tmp_path / "run-2/_mates/round-0004").info["early"]
+    assert verify_run(two_dir).problem is None
+    early = load_round(two_dir / "_mates/round-0004").info["early"]
     assert (early["round"], early["step"]) == (3, 27)
-    assert (tmp_path / "run-2/_mates/round-0003/check-000027.json").exists()
+    assert (two_dir / "_mates/round-0003/check-000027.json").exists()
 
 
-def test_rounds_that_drift_starts_early_are_those_of_one_process_and_verify(tmp_path):
-    config = {"average_steps": 2, "drift_check_steps": 3, "drift_spearman": 1.0}
-    runs = [start(tmp_path, size, output_dir=str(tmp_path / f"run-{size}"), config=config) for size in (1, 2)]
-    assert [finished.codes for finished in runs] == [[0], [0, 0]], runs[1].errors
+def test_rounds_that_drift_starts_early_are_those_of_one_process_and_verify(single, pair):
+    runs, _, two_dir = runs_of("drifts", single, pair)
     assert runs[0].rows == runs[1].rows
-    result = verify_run(tmp_path / "run-2")
+    result = verify_run(two_dir)
     assert result.problem is None
     assert [checked.number for checked in result.rounds] == [1, 2, 3, 4, 5]

@@ -1,6 +1,8 @@
 """One process of a training run, for the tests that start several: settings in as JSON, what it saw out as JSON.
 
-RANK=0 WORLD_SIZE=2 ... python tests/training/worker.py '{"output_dir": ...}'
+RANK=0 WORLD_SIZE=2 ... python tests/training/worker.py '{"output_dir": ..., "result": ...}'
+
+With `"runs": {name: settings}` it does several runs, one after the other, because a start takes longer than a run.
 """
 
 from __future__ import annotations
@@ -14,12 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks.lab.small_run import shard_with_fsdp2
 from mates_hf import MatesCallback
+from mates_hf.engine.processes import Processes
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
-from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.context_parallel import share_rows
+from tests.training.kit import (
+    DIGITS,
+    Stop,
+    labels_in_chunks,
+    make_arguments,
+    make_pool,
+    make_reference,
+    run,
+    small_config,
+)
 from tests.training.test_guard import Changed
 
 torch.set_num_threads(1)
@@ -63,24 +77,45 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         influence_model=SlowModel() if settings.get("fit_seconds") else None,
     )
     stop = Stop(settings.get("stop_at", args.max_steps))
+    seen: list[int] = []  # whole rows, where the forward pass sees parts of them
+
+    def prepare(trainer: Any) -> None:
+        if "cp_size" in settings:
+            share_rows(
+                trainer, settings["cp_size"], lambda ids: seen.extend((ids[:, 0] * DIGITS + ids[:, 1]).tolist())
+            )
+        elif settings.get("fsdp2"):
+            shard_with_fsdp2(trainer)
+
     finished = run(
         args,
         [stop, callback],
         make_pool(settings.get("num_rows", 400)),
         resume=settings.get("resume"),
-        prepare=shard_with_fsdp2 if settings.get("fsdp2") else lambda trainer: None,
+        prepare=prepare,
     )
+    trainer = finished.trainer
+    sharded = any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters())
     return {
-        "rows": finished.rows,
-        "sharded": any(hasattr(parameter, "to_local") for parameter in finished.trainer.model.parameters()),
+        "chunked": labels_in_chunks(trainer.model, trainer.optimizer, Processes.of_run()) if sharded else None,
+        "rows": seen or finished.rows,
+        "sharded": sharded,
         "losses": finished.losses,
         "rounds": [entry for entry in finished.trainer.state.log_history if "mates/round" in entry],
     }
 
 
+def one_of_several(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run after which the next one may be sharded in another way; the process group stays."""
+    try:
+        return main(settings)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+
+
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    result = main(given)
+    result = {name: one_of_several(run) for name, run in given["runs"].items()} if "runs" in given else main(given)
     Path(f"{given['result']}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

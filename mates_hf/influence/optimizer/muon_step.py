@@ -94,10 +94,9 @@ class MuonStep(ParameterStep):
         """Multiply a gradient by `scale` and the transpose of P, in place."""
         dtype = torch.promote_types(self._buffer.dtype, torch.float32)
         matrix, change = (self._buffer * self._kept).to(dtype), gradient.to(dtype)
-        if float(matrix.norm()) <= self._newton_schulz[2]:  # no batch has ever reached it
-            gradient.zero_()
-            return
-        gradient.copy_(orthogonalise_change(matrix, change, *self._newton_schulz).mul_(scale))
+        turned = orthogonalise_change(matrix, change, *self._newton_schulz).mul_(scale)
+        was_reached = matrix.norm() > self._newton_schulz[2]  # by a batch; the host does not wait for the answer
+        gradient.copy_(torch.where(was_reached, turned, torch.zeros_like(turned)))
 
 
 def _shape_factor(adjust: str | None, rows: int, columns: int) -> float:
