@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mates_hf
-from mates_hf.cli.plan import _number
+from mates_hf.cli.plan import number
 from mates_hf.reporting.forecast import RunSize
 from mates_hf.reporting.payback import Machine, plan_selection
 
@@ -144,8 +144,8 @@ def test_the_table_of_start_values_is_what_plan_proposes() -> None:
     assert len(rows) == 5
     for parameters, tokens, *expected in rows:
         size = RunSize(
-            num_parameters=int(_number(parameters)), num_looked_up=0, tokens_per_row=1_024, batch_rows=512,
-            max_steps=int(_number(tokens) / 524_288), num_passages=1_024, tokens_per_passage=100,
+            num_parameters=int(number(parameters)), num_looked_up=0, tokens_per_row=1_024, batch_rows=512,
+            max_steps=int(number(tokens) / 524_288), num_passages=1_024, tokens_per_passage=100,
         )  # fmt: skip
         plan = plan_selection(size, Machine())
         found = [f"{plan.config.update_steps:,}", f"{plan.config.num_probes:,}"]

@@ -30,8 +30,8 @@ FOLDERS = sorted(
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEFT_OF_ALL = {
-    "allow", "config", "config_rules", "disk", "display", "errors", "flops", "moved", "paths", "records", "round_files",
-    "round_record", "round_writer",
+    "allow", "config", "config_rules", "disk", "display", "errors", "flops", "moved", "paths", "records",
+    "round_files", "round_record", "round_writer",
 }  # fmt: skip
 RIGHT_OF_ALL = {COMMANDS, "__init__", "__main__"}
 DOORS = {  # closed rooms, and the module beside each that opens it
