@@ -20,13 +20,14 @@ PACKAGE = ROOT / "mates_hf"
 FILES_FOR_OTHERS = {"configs"}  # data that accelerate reads; no part of the flow
 OTHER_ENGINES = "integrations"  # right of all: launchers call it, nothing of the flow does
 PILOT = "pilot"  # right of all: it runs the whole flow as a user would
+ACCOUNTS = "answering"  # right of all: it reads what a run left
 COMMANDS = "cli"  # right of all, and the only folder that prints
 FOLDERS = sorted(
     path.name
     for path in PACKAGE.iterdir()
     if path.is_dir()
     and any(path.glob("*.py"))
-    and path.name not in FILES_FOR_OTHERS | {OTHER_ENGINES, PILOT, COMMANDS}
+    and path.name not in FILES_FOR_OTHERS | {OTHER_ENGINES, PILOT, ACCOUNTS, COMMANDS}
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEFT_OF_ALL = {
@@ -45,6 +46,7 @@ DOORS = {  # closed rooms, and the module beside each that opens it
         "mates_hf.training.run_report",
     ],
     "training.fit": ["mates_hf.training.selector_fit", "mates_hf.cli.fit"],
+    "training.replay": ["mates_hf.training.verify"],
     "selection.files": ["mates_hf.selection.file_scoring"],
 }
 MAX_MODULE_LINES = 400
@@ -61,7 +63,7 @@ def rank(module: str) -> int:
     top = module.split(".")[1]
     if top in LEFT_OF_ALL:
         return 0
-    if top in RIGHT_OF_ALL | FILES_FOR_OTHERS | {OTHER_ENGINES, PILOT}:
+    if top in RIGHT_OF_ALL | FILES_FOR_OTHERS | {OTHER_ENGINES, PILOT, ACCOUNTS}:
         return len(FOLDERS) + 1
     return FOLDERS.index(top) + 1
 
@@ -262,7 +264,7 @@ def test_modules_are_short_and_introduce_themselves(path: Path) -> None:
 def test_there_is_no_drawer() -> None:
     assert [name_of(path) for path in MODULES if re.search(r"utils?|helpers?|common|misc", path.stem)] == []
     test_folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
-    assert test_folders <= {*FOLDERS, OTHER_ENGINES, PILOT, "gpu"}  # the last: what a card is needed for
+    assert test_folders <= {*FOLDERS, OTHER_ENGINES, PILOT, ACCOUNTS, "gpu"}  # the last: what a card is needed for
 
 
 def test_no_file_names_a_machine() -> None:

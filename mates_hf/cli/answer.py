@@ -56,8 +56,8 @@ def _add_rows(command: argparse.ArgumentParser) -> None:
 
 def _rows_of(arguments: argparse.Namespace) -> Any:
     """The rows that are meant."""
-    from mates_hf.training.rows_asked import open_dataset, rows_of_argument, rows_of_ids
-    from mates_hf.training.where import open_run
+    from mates_hf.answering.rows_asked import open_dataset, rows_of_argument, rows_of_ids
+    from mates_hf.answering.where import open_run
 
     if arguments.rows is not None:
         return rows_of_argument(arguments.rows)
@@ -75,7 +75,7 @@ def _rows_of(arguments: argparse.Namespace) -> Any:
 
 def _where(arguments: argparse.Namespace) -> int:
     """Print when rows were trained on."""
-    from mates_hf.training.where import where_rows
+    from mates_hf.answering.where import where_rows
 
     found = where_rows(arguments.path, _rows_of(arguments))
     if arguments.json:
@@ -87,7 +87,7 @@ def _where(arguments: argparse.Namespace) -> int:
 
 def _forget(arguments: argparse.Namespace) -> int:
     """Remove rows and print what was done."""
-    from mates_hf.training.forget import forget_rows
+    from mates_hf.answering.forget import forget_rows
 
     found = forget_rows(arguments.path, _rows_of(arguments), drop_models=arguments.drop_models)
     if arguments.json:
@@ -99,7 +99,7 @@ def _forget(arguments: argparse.Namespace) -> int:
 
 def _audit(arguments: argparse.Namespace) -> int:
     """Print the listing; 1 where a check does not hold."""
-    from mates_hf.training.listing import audit_run
+    from mates_hf.answering.audit import audit_run
 
     found = audit_run(arguments.path, column=arguments.column, dataset=arguments.dataset, rows_out=arguments.rows_out)
     if arguments.json:

@@ -1,7 +1,7 @@
 """The select stage of a round: from predictions to the rows that are trained on next.
 
-Where it is used: `training/rounds` calls it once a round, `training/replay` once more to check a finished one. What
-it is made of is in `choose` (the largest values, noise, ties) and `copies` (which rows are one text). Trade-off: it is
+Where it is used: `training/rounds` calls it once a round, `training/replay` once more to check a finished one. What it
+is made of is in `choose` (the largest values, noise, ties) and `copies` (which rows are one text). Trade-off: it is
 a pure function of arrays that lie in a round directory, so nothing that only a dataset or a model knows can steer it.
 
 Sign: > 0 helps, higher is better.

@@ -17,9 +17,9 @@ from typing import Any
 from mates_hf.paths import expand_path
 from mates_hf.round_files import ROUND_FILE, round_path
 from mates_hf.training.journal import FOLDER, JOURNAL_FILE, is_pending
-from mates_hf.training.replay import FinishedRound
-from mates_hf.training.replay_stream import check_buffers, open_round
-from mates_hf.training.round_reader import WrongError
+from mates_hf.training.replay.finished import FinishedRound
+from mates_hf.training.replay.reader import WrongError
+from mates_hf.training.replay.stream import check_buffers, open_round
 
 
 @dataclasses.dataclass(frozen=True)

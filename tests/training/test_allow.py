@@ -12,13 +12,13 @@ from transformers import default_data_collator
 
 from mates_hf import MatesCallback, MatesRounds, MatesStream, NgramInfluenceModel, load_round
 from mates_hf.allow import parse_allow
+from mates_hf.answering.forget import forget_rows
+from mates_hf.answering.where import where_rows
 from mates_hf.cli import main
 from mates_hf.data.allowed import allowed_part, allowed_rows
 from mates_hf.disk import read_json, write_array
 from mates_hf.errors import RoundMismatchError, UnsupportedSettingError
-from mates_hf.training.forget import forget_rows
 from mates_hf.training.verify import verify_run
-from mates_hf.training.where import where_rows
 from tests.training.kit import Stop, make_arguments, make_model, make_pool, make_reference, run, small_config
 
 ROWS = 400

@@ -16,7 +16,7 @@ from mates_hf.round_files import ROUND_FILE
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.plan import num_candidates
 from mates_hf.selection.turns import Mask, waiting_after, waiting_in_new_pass
-from mates_hf.training.round_reader import RoundReader, WrongError, is_whole
+from mates_hf.training.replay.reader import RoundReader, WrongError, is_whole
 
 WAITING_FILE = "waiting.npy"  # (ceil(num_rows / 8),) uint8, eight rows a byte: whose turn is still to come
 

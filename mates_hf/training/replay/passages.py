@@ -12,7 +12,7 @@ from typing import Any
 from mates_hf.config import MatesConfig
 from mates_hf.data.mixing import PassageSchedule
 from mates_hf.round_files import KEY_FILE, ROUND_FILE
-from mates_hf.training.round_reader import RoundReader, is_whole
+from mates_hf.training.replay.reader import RoundReader, is_whole
 
 _SCHEDULE = ("num_passages", "passes", "start", "num_rows", "seed")
 

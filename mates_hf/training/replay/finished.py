@@ -36,7 +36,7 @@ from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.quota import quota_of
 from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.redact import REDACTED_FILE
-from mates_hf.training.replay_blocked import (
+from mates_hf.training.replay.blocked import (
     RoundWithBlocked,
     check_replaced,
     consumed_after,
@@ -45,8 +45,8 @@ from mates_hf.training.replay_blocked import (
     redacted_probes,
     rows_between,
 )
-from mates_hf.training.replay_groups import check_groups, read_groups_of, strata_of
-from mates_hf.training.replay_length import (
+from mates_hf.training.replay.groups import check_groups, read_groups_of, strata_of
+from mates_hf.training.replay.length import (
     RoundWithLength,
     check_inside,
     check_length,
@@ -54,9 +54,9 @@ from mates_hf.training.replay_length import (
     lengths_of,
     rows_per_step,
 )
-from mates_hf.training.replay_passages import RoundWithPassages, check_passages
-from mates_hf.training.replay_passes import WAITING_FILE, RoundWithPasses, asked_of, check_pass, pass_of, read_waiting
-from mates_hf.training.round_reader import WrongError, first_of
+from mates_hf.training.replay.passages import RoundWithPassages, check_passages
+from mates_hf.training.replay.passes import WAITING_FILE, RoundWithPasses, asked_of, check_pass, pass_of, read_waiting
+from mates_hf.training.replay.reader import WrongError, first_of
 
 DECISIONS = ("select", "keep_previous", "own_order")
 

@@ -9,9 +9,9 @@ import pytest
 from transformers import TrainerCallback
 
 from mates_hf import MatesCallback, NgramInfluenceModel
+from mates_hf.answering.where import where_rows
 from mates_hf.cli import main
 from mates_hf.errors import UnsupportedSettingError
-from mates_hf.training.where import where_rows
 from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}

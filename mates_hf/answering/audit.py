@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.answering.rows_asked import open_dataset, require_same_pool
+from mates_hf.answering.where import RunFiles, Stretch, open_run
 from mates_hf.data.groups import read_groups
 from mates_hf.disk import read_json, write_array
 from mates_hf.paths import expand_path
 from mates_hf.records import IntArray
 from mates_hf.round_files import CHECKSUMS_FILE, ROUND_FILE, read_checksums
 from mates_hf.training.blocked import EVENTS_FILE, read_removed
-from mates_hf.training.rows_asked import open_dataset, require_same_pool
 from mates_hf.training.verify import verify_run
-from mates_hf.training.where import RunFiles, Stretch, open_run
 
 
 @dataclasses.dataclass(frozen=True)

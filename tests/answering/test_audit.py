@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mates_hf import MatesCallback, NgramInfluenceModel
+from mates_hf.answering.audit import audit_run
 from mates_hf.cli import main
-from mates_hf.training.listing import audit_run
 from tests.training.kit import Stop, make_arguments, make_reference, run, small_config
 from tests.training.test_allow import ENTRIES, ROWS, collate, licensed
 

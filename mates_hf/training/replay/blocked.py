@@ -20,7 +20,7 @@ from mates_hf.training.blocked import ALLOWED_FILE, read_blocked
 from mates_hf.training.order import Order
 from mates_hf.training.redact import REDACTED_FILE, REDACTED_PROBES_FILE
 from mates_hf.training.replaced import REPLACED_FILE, read_replaced, with_replaced
-from mates_hf.training.round_reader import RoundReader, WrongError, is_whole
+from mates_hf.training.replay.reader import RoundReader, WrongError, is_whole
 
 
 class RoundWithBlocked(RoundReader):

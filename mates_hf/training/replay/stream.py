@@ -21,10 +21,10 @@ from mates_hf.round_files import PROBES_FILE, ROUND_FILE
 from mates_hf.selection.stream_buffers import BufferSizes, best, split, whole
 from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.order import stream_digest
-from mates_hf.training.replay import FinishedRound
-from mates_hf.training.replay_length import check_length, check_rise
-from mates_hf.training.replay_passages import check_passages
-from mates_hf.training.round_reader import RoundReader, WrongError
+from mates_hf.training.replay.finished import FinishedRound
+from mates_hf.training.replay.length import check_length, check_rise
+from mates_hf.training.replay.passages import check_passages
+from mates_hf.training.replay.reader import RoundReader, WrongError
 from mates_hf.training.stream_files import BufferRecord, files_in, numbered, read_buffer
 
 _ROWS = 2**62  # more than any stream has

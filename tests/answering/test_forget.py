@@ -16,16 +16,16 @@ import torch
 from transformers import TrainerCallback
 
 from mates_hf import MatesCallback, MatesRounds, MatesSelector, NgramInfluenceModel, load_round
+from mates_hf.answering.audit import audit_run
+from mates_hf.answering.forget import forget_rows
+from mates_hf.answering.where import where_rows
 from mates_hf.cli import main
 from mates_hf.disk import read_json
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.round_files import read_labels
 from mates_hf.training import journal
-from mates_hf.training.forget import forget_rows
-from mates_hf.training.listing import audit_run
 from mates_hf.training.lock import LockedError
 from mates_hf.training.verify import report_lines, verify_run
-from mates_hf.training.where import where_rows
 from tests.launch import free_port, start_processes
 from tests.training.kit import Stop, make_arguments, make_model, make_pool, make_reference, run, small_config
 
@@ -415,7 +415,7 @@ def test_a_resume_finishes_what_a_killed_call_had_decided(copied, monkeypatch):
         real(rounds_dir)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mates_hf.training.forget.carry_out", dies)
+        patched.setattr("mates_hf.answering.forget.carry_out", dies)
         with pytest.raises(StopError):
             forget_rows(path, rows)
     assert journal.is_pending(path / "_mates")

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.answering.where import RunFiles, check_rows, open_run, where_rows
 from mates_hf.disk import read_json, write_array, write_json
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.records import IntArray
@@ -29,7 +30,6 @@ from mates_hf.round_writer import is_set_aside
 from mates_hf.training.blocked import EVENTS_FILE, REMOVED_FILE, read_removed
 from mates_hf.training.journal import Change, carry_out, finish_pending, held
 from mates_hf.training.redact import MODEL_DIR, event_of, is_touched, redact_round
-from mates_hf.training.where import RunFiles, check_rows, open_run, where_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 from mates_hf.config import MatesConfig
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.round_files import REFERENCE_FILE, ROUND_FILE
-from mates_hf.training.replay_blocked import RoundWithBlocked, redacted_probes
+from mates_hf.training.replay.blocked import RoundWithBlocked, redacted_probes
+from mates_hf.training.replay.reader import is_whole
 from mates_hf.training.rise import Boundary, Rise, course_after, find_rise, rises_after
-from mates_hf.training.round_reader import is_whole
 from mates_hf.training.trust import (
     GAP_FILE,
     LOSS_ROSE,

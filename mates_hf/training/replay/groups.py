@@ -16,7 +16,7 @@ from mates_hf.data.groups import Groups, shares_by_group
 from mates_hf.records import IntArray
 from mates_hf.round_files import GROUPS_FILE, ROUND_FILE, STRATA_FILE
 from mates_hf.selection.choose import GroupOf
-from mates_hf.training.round_reader import RoundReader
+from mates_hf.training.replay.reader import RoundReader
 
 
 def read_groups_of(reader: RoundReader, info: Mapping[str, Any], num_candidates: int) -> Groups:
