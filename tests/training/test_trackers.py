@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from mates_hf import MatesCallback, MatesConfig
 from mates_hf.reporting.alerts import round_alerts, send_alert, weak_rounds_before
+from mates_hf.training.run import order_config
 from tests.training.kit import LENGTH, VOCAB, make_arguments, make_reference, run, small_config
 from tests.training.settings import Setup
 
@@ -243,3 +244,10 @@ def test_trackio_has_the_metrics_and_the_alert(tmp_path: Path) -> None:
     everything = " ".join(tables.values())
     assert "mates/spearman" in everything
     assert "MATES round 1 refused: weak signal" in everything
+
+
+def test_thresholds_of_alerts_choose_no_data() -> None:
+    """A resumed run may have others: what it must agree in with its checkpoint does not hold them."""
+    other = MatesConfig(alert_weak_rounds=7, alert_idle_share=None, alert_reference_overlap=0.5, alert_group_boost=3.0)
+    assert order_config(other) == order_config(MatesConfig())
+    assert order_config(MatesConfig(num_probes=77)) != order_config(MatesConfig())
