@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
+from tests.forked import ForkedProcess
+
 ROOT = Path(__file__).resolve().parents[1]
+FORKS = sys.platform == "linux"
 
 
 def free_port() -> str:
@@ -18,21 +22,23 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start_processes(arguments: list[str], size: int, port: str) -> list[subprocess.Popen[str]]:
-    """Python with these arguments, `size` times, each told its rank where there are several."""
+def start_processes(
+    arguments: list[str], size: int, port: str, fresh: bool = False
+) -> list[subprocess.Popen[str] | ForkedProcess]:
+    """Python with these arguments, `size` times, each told its rank where there are several.
+
+    They are forks of a process that has imported torch and transformers, or `fresh` interpreters.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if size > 1:
         environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "ACCELERATE_USE_CPU": "true"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {} for rank in range(size)]
+    if FORKS and not fresh:
+        return [forked.start(arguments, environment | own, rank) for rank, own in enumerate(ranks)]
+    command = [sys.executable, *arguments]
     return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
+        subprocess.Popen(command, cwd=ROOT, env=environment | own, stderr=subprocess.PIPE, text=True) for own in ranks
     ]
 
 
