@@ -82,7 +82,7 @@ ARMS: dict[str, Arm] = {
     ORACLE_TABLES: Arm(probe="one-step", probes=200, passages=64, **_LAST_WORD),
     CHEAP_TABLES: Arm(**_LAST_WORD),
     ENCODER: Arm(package=MINILM, **{**_LAST_WORD, **_ENCODER}),
-    ORACLE_LABEL: Arm(probe="one-step", labels="document"),
+    ORACLE_LABEL: Arm(probe="one-step", labels="document", passages=64),
     "labels of one step, rounds of 40 steps": Arm(path_steps=1, round_steps=40),
     "one round's influence": Arm(once=True),
     "stratified by domain": _static("stratified"),
