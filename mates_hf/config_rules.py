@@ -15,7 +15,10 @@ from mates_hf.allow import RULE, parse_allow
 
 
 def require_valid(config: Any) -> None:
-    """Hold a `MatesConfig` against its rules.
+    """Hold a config against its rules.
+
+    Args:
+        config: a `MatesConfig` that is being made.
 
     Raises:
         ValueError: a value is outside its range; the message names the field, the value and the range.

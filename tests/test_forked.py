@@ -42,7 +42,13 @@ def script(tmp_path):
 
 @pytest.mark.parametrize(
     ("what", "code", "said"),
-    [("nothing", 0, ""), ("exit", 3, ""), ("fail", 1, "ValueError: on purpose"), ("thread", 0, "late"), ("die", -9, "")],
+    [
+        ("nothing", 0, ""),
+        ("exit", 3, ""),
+        ("fail", 1, "ValueError: on purpose"),
+        ("thread", 0, "late"),
+        ("die", -9, ""),
+    ],
 )
 def test_a_fork_ends_as_an_interpreter_does(script, what, code, said):
     for fresh in (False, True):

@@ -9,6 +9,9 @@ The folder is numba's: `NUMBA_CACHE_DIR`, else `__pycache__` next to the source,
 there is code, as `.pyc` files are. Where no folder can be written to, or others may write to it, nothing is kept.
 """
 
+# mypy: allow-untyped-calls
+# (numba types little of what is used here)
+
 from __future__ import annotations
 
 import hashlib
@@ -36,7 +39,7 @@ def compiled(function: Any) -> Any:
     Returns:
         The compiled function.
     """
-    dispatcher = numba.njit(nogil=True)(function)
+    dispatcher: Any = numba.njit(nogil=True)(function)
     try:
         dispatcher._cache = _Cache(function)
     except Exception as error:  # there is no folder, or this numba keeps its files in another way
@@ -48,7 +51,7 @@ def _say_not_kept(name: Any, why: object) -> None:
     logger.debug("What is compiled of `%s` is not kept: %s", name, why)
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]  # numba has no types
+class _Cache(FunctionCache):
     """What numba asks before it compiles, and gives what it compiled. No fault of a file ends anything."""
 
     def __init__(self, function: Any) -> None:
@@ -71,7 +74,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]  # numba has no types
             _say_not_kept(self._name, error)
 
 
-class _Files(IndexDataCacheFile):  # type: ignore[misc]
+class _Files(IndexDataCacheFile):
     """A file for each kind of arguments, processor, and version of numba and of the source; there is no index."""
 
     def save(self, key: Any, data: Any) -> None:

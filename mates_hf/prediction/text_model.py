@@ -2,8 +2,8 @@
 
 Where it is used: between a fitted influence model and corpora of terabytes. A tokenizer is 99.7 % of the time that
 scoring takes; this model has none. It is distilled: fitted to what another influence model predicts of some tens of
-thousands of texts. Trade-off: it knows words, signs and letters and pairs of them, not tokens, so that it ranks nearly
-as the other does, and its report says how nearly.
+thousands of texts. Trade-off: it knows words, their ends, signs, letters and pairs of them, not tokens, so that it
+ranks nearly as the other does, and its report says how nearly.
 
 The room `text/` holds the parts. Effects are in the unit of the values that were distilled, > 0 helps.
 Shape suffix: N texts.
@@ -39,7 +39,7 @@ FEW_TEXTS = 2_000  # below this a fit ranks texts it has not seen badly
 UNITS_VERSION = 1  # of how a text becomes buckets (`text/units`); raised when that changes
 _LARGEST = np.iinfo(np.int16).max
 _LEAST_TEXTS = 20
-_ENTRIES_PER_BYTE = 0.5  # of a design, about: a unit and a pair for each four to five bytes
+_ENTRIES_PER_BYTE = 0.6  # of a design, about: a unit and a pair for each four to five bytes, and some pieces
 _SETTINGS = ("num_buckets", "seed", "units", "units_version", "penalty", "intercept", "smallest_effect")
 
 
@@ -76,10 +76,10 @@ class TextInfluenceModel:
     def distil(cls, values: Any, texts: Any, *, num_buckets: int = 2**20, seed: int = 0) -> Self:
         """Fit a model to values of texts, such as another influence model's predictions.
 
-        A fifth of the texts is kept out, and the report is of those; then all are fitted. Words alone or pairs of
-        them, and the penalty, are what ranks texts best that were kept out of a part of the fitted ones. About a
-        minute on one core for 20,000 texts of 1,500 bytes. Tens of thousands of texts of the kind that will be scored
-        are worth having: rare words are learned from nothing else.
+        A fifth of the texts is kept out, and the report is of those; then all are fitted. Whether words alone count,
+        pairs of them, or both ends of long words as well, and the penalty, are what ranks texts best that were kept
+        out of a part of the fitted ones. About a minute on one core for 20,000 texts of 1,500 bytes. Tens of thousands
+        of texts of the kind that will be scored are worth having: rare words are learned from nothing else.
 
         Args:
             values: (N,) finite numbers, > 0 helps; predictions' `influence`.
@@ -121,7 +121,7 @@ class TextInfluenceModel:
         held_out = judge.split_held_out(len(values), 0.2, self.seed)
         inside = np.flatnonzero(~held_out)
         self._choice = choose(spans.take(inside), values[inside], self.num_buckets, self.seed)
-        design = Design(spans, self.num_buckets, self._choice.pairs)
+        design = Design(spans, self.num_buckets, self._choice.pairs, self._choice.pieces)
         first = design.solve(values, ~held_out, self._choice.penalty)
         predicted = design.predict(first, held_out)
         report = judge.fit_report(
@@ -145,8 +145,8 @@ class TextInfluenceModel:
 
     @property
     def units(self) -> str:
-        """What is counted: "words" (signs and letters among them) or "pairs" (words, and two neighbours together)."""
-        return "pairs" if self._choice.pairs else "words"
+        """What is counted: "words" and signs, "pairs" of them as well, or "pieces", both ends of long words, too."""
+        return "pieces" if self._choice.pieces else "pairs" if self._choice.pairs else "words"
 
     @property
     def report(self) -> FitReport:
@@ -182,7 +182,7 @@ class TextInfluenceModel:
             MatesError: the model is not fitted.
         """
         effects = self._fitted()
-        sums = score_texts(TextSpans.of(texts), effects, self._choice.pairs)
+        sums = score_texts(TextSpans.of(texts), effects, self._choice.pairs, self._choice.pieces)
         return (sums * self._smallest + self._intercept).astype(np.float32)
 
     def predict(self, dataset: Any) -> FloatArray:
@@ -251,10 +251,12 @@ class TextInfluenceModel:
                 raise ValueError(
                     f"`effects` must be ({model.num_buckets},) int16, got {effects.shape} {effects.dtype}"
                 )
-            if config["units"] not in ("words", "pairs"):
-                raise ValueError(f"`units` must be 'words' or 'pairs', got {config['units']!r}")
+            if config["units"] not in ("words", "pairs", "pieces"):
+                raise ValueError(f"`units` must be 'words', 'pairs' or 'pieces', got {config['units']!r}")
             model._smallest, model._intercept = float(config["smallest_effect"]), float(config["intercept"])
-            model._choice = Choice(config["units"] == "pairs", float(config["penalty"]), float("nan"))
+            model._choice = Choice(
+                config["units"] != "words", float(config["penalty"]), float("nan"), config["units"] == "pieces"
+            )
             if not np.isfinite([model._smallest, model._intercept, model._choice.penalty]).all():
                 raise ValueError("`smallest_effect`, `intercept` and `penalty` must be finite, and are not")
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # damaged along with its checksum

@@ -112,7 +112,7 @@ def limits_of(
     return np.minimum(lowest, there), np.minimum(highest, there)
 
 
-def places_in_groups(codes: IntArray, num_groups: int) -> IntArray:
+def places_in_groups(codes: npt.NDArray[np.integer[Any]], num_groups: int) -> IntArray:
     """(R,) int64 place of each row among those of its group, from 0, in the order in which they stand."""
     by_group = np.argsort(codes, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=num_groups))])[:-1]

@@ -250,7 +250,7 @@ def _counts(pieces: GroupedPieces, asked: Asked, least: IntArray, most: IntArray
         totals = np.clip(ends, least[:, None], most[:, None]).sum(axis=0)
         over = np.flatnonzero(totals > amount)
         if not len(over):  # only ever of the first bits: everything that the bounds allow fits
-            return np.clip(ends[:, -1], least, most)
+            return np.asarray(np.clip(ends[:, -1], least, most), np.int64)
         digit = int(over[0])
         at = ends[:, digit]
         before = ends[:, digit - 1] if digit else before

@@ -132,7 +132,7 @@ def own_order_without(
 def first_of_each(rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
     """Rows in their order, each where it stands first."""
     _, where = np.unique(rows, return_index=True)
-    return rows[np.sort(where)]
+    return np.asarray(rows[np.sort(where)])
 
 
 def _digest(allowed: Mask) -> str:

@@ -75,9 +75,9 @@ def redact_round(change: Change, path: Path, rows: IntArray, event: Mapping[str,
     told = read_json(path / REDACTED_FILE) if (path / REDACTED_FILE).exists() else {"events": []}
     mine = {**event, "probes": num_probes, "candidates": num_candidates}
     state = model or told.get("influence_model", "kept")
-    about = {"events": [*told["events"], mine], "influence_model": state}
-    write_json(put(REDACTED_FILE), about)
-    info["redacted"] = sum(each["probes"] + each["candidates"] for each in about["events"])
+    events: list[dict[str, Any]] = [*told["events"], mine]
+    write_json(put(REDACTED_FILE), {"events": events, "influence_model": state})
+    info["redacted"] = sum(each["probes"] + each["candidates"] for each in events)
     _words_without(path, rows, info)
     write_json(put(ROUND_FILE), info)
     checksums = {name: digest for name, digest in read_checksums(path).items() if name not in files}

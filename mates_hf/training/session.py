@@ -79,19 +79,15 @@ class Session:
         saved_rounds: list[int] | None = None,
     ) -> None:
         self.run, self.clock, self.sampler, self.plan = run, clock, sampler, plan
-        sampler.keeps_own_rows = run.processes.is_main
-        self.output_dir, self._page = output_dir, RunPage(run)
+        sampler.keeps_own_rows, self.output_dir, self._page = run.processes.is_main, output_dir, RunPage(run)
         self.average: WeightAverage | None = None
         self.order: Order | None = None  # the last round's
-        self.saved_rounds = saved_rounds
-        self._look_ahead_steps = look_ahead_steps
+        self.saved_rounds, self._look_ahead_steps = saved_rounds, look_ahead_steps
         self._pending: Beside[Order] | None = None  # a round that has its labels
         self._metrics: dict[str, float] = {}  # not reported yet
         self._next_round: PlannedRound | None = None
-        self.next_look = 0  # the step of the next round or check; 0 where none is known
-        self.last_look = -1  # of the last one
-        self._window_start = 0
-        self._average_saved_at = -1
+        self.next_look, self.last_look = 0, -1  # steps of the next round or check (0: none is known), and of the last
+        self._window_start, self._average_saved_at = 0, -1
         self._on_host, self._first_step = starts_on_host(run.model), step + 1
         self._learning_rates: tuple[float, ...] | None = None
         self.state = CheckpointState(self.settle)
@@ -109,7 +105,7 @@ class Session:
         if run.processes.is_main:
             self.lock = open_rounds(run, plan, output_dir, resumes=bool(saved), step=step, owner=self)
             self.history = open_history(run, clock, step, a_loop=saved_rounds is not None)
-            sampler.before_pass = lambda start: self.order or self._keep_history(self.clock.pool_rows(start))
+            sampler.before_pass = self._begin_pass
             run.processes.publish({"opened": True})
         else:
             run.processes.receive()
@@ -304,6 +300,10 @@ class Session:
         self.sampler.drop_finished(self.clock.position(order.info["step"]))
         self.order = order
         self.state["last_round"] = {name: order.info[name] for name in ("number", "step", "order_sha256")}
+
+    def _begin_pass(self, start: int) -> None:
+        if self.order is None:
+            self._keep_history(self.clock.pool_rows(start))
 
     def _keep_history(self, own_until: int | None = None) -> None:
         """In the main process: write how far the run is, and the own order's rows up to there, or to a pool row."""

@@ -75,7 +75,7 @@ def units_of(text: str) -> list[tuple[bytes, str]]:
     return found
 
 
-def buckets_of(text: str, pairs: bool) -> tuple[list[int], list[int]]:
+def buckets_of(text: str, pairs: bool, pieces: bool = False) -> tuple[list[int], list[int]]:
     found = units_of(text)
     keys = [key_of(unit) for unit, _ in found]
     a, b, shift = int(units._A), int(units._B), 64 - 16
@@ -84,6 +84,9 @@ def buckets_of(text: str, pairs: bool) -> tuple[list[int], list[int]]:
         for (first, second), (one, other) in zip(pairwise(keys), pairwise(found), strict=True)
         if pairs or one[1] == other[1] == "letter"
     ]
+    ends = [(unit[:3], unit[-3:]) for unit, _ in found if len(unit) >= 6 and pieces]
+    for end, kind in [(end, kind) for two in ends for end, kind in zip(two, (32, 33), strict=True)]:
+        twos.append(fold(((int.from_bytes(end, "little") ^ kind * a & MASK) * b) & MASK))
     return [(key * b & MASK) >> shift for key in keys], [(key * b & MASK) >> shift for key in twos]
 
 
@@ -91,28 +94,30 @@ def effects() -> npt.NDArray[np.int16]:
     return np.random.default_rng(0).integers(-9999, 9999, BUCKETS).astype(np.int16)
 
 
-def expected(texts: Iterable[str | None], pairs: bool) -> list[float]:
+def expected(texts: Iterable[str | None], pairs: bool, pieces: bool = False) -> list[float]:
     values = []
     for text in texts:
-        ones, twos = buckets_of(text or "", pairs)
+        ones, twos = buckets_of(text or "", pairs, pieces)
         values.append(int(effects()[ones + twos].astype(int).sum()) / len(ones) if ones else 0.0)
     return values
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_units_are_those_of_the_format(pairs: bool) -> None:
-    assert units.score_texts(TextSpans.of(MIXED), effects(), pairs).tolist() == expected(MIXED, pairs)
-    buckets, sizes, num_units = units.buckets_of(TextSpans.of(MIXED), BUCKETS, pairs)
+@pytest.mark.parametrize(("pairs", "pieces"), [(False, False), (True, False), (True, True)])
+def test_units_are_those_of_the_format(pairs: bool, pieces: bool) -> None:
+    counted = pairs, pieces
+    assert units.score_texts(TextSpans.of(MIXED), effects(), *counted).tolist() == expected(MIXED, *counted)
+    buckets, sizes, num_units = units.buckets_of(TextSpans.of(MIXED), BUCKETS, *counted)
     parts = np.split(buckets, np.cumsum(sizes)[:-1])
     for text, part, num in zip(MIXED, parts, num_units, strict=True):
-        ones, twos = buckets_of(text, pairs)
-        assert (part.tolist(), num) == (ones + twos, len(ones)), text
+        ones, others = buckets_of(text, *counted)
+        assert (part[:num].tolist(), sorted(part[num:].tolist())) == (ones, sorted(others)), text
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=4), st.booleans())
-def test_any_text_is_cut_as_the_format_says(texts: list[str], pairs: bool) -> None:
-    assert units.score_texts(TextSpans.of(texts), effects(), pairs).tolist() == expected(texts, pairs)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=4), st.booleans(), st.booleans())
+def test_any_text_is_cut_as_the_format_says(texts: list[str], pairs: bool, pieces: bool) -> None:
+    found = units.score_texts(TextSpans.of(texts), effects(), pairs, pieces)
+    assert found.tolist() == expected(texts, pairs, pieces)
 
 
 def test_the_hash_is_written_down() -> None:
@@ -213,6 +218,26 @@ def test_it_counts_pairs_where_order_matters() -> None:
     model = TextInfluenceModel.distil(values, texts, num_buckets=BUCKETS)
     assert model.units == "pairs"
     assert model.report.spearman > 0.8
+
+
+def test_it_counts_pieces_where_words_are_made_of_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = ["".join(rng.choice(list("abcdefghijklm"), 5)) for _ in range(60)]
+    worth = rng.normal(size=60)
+    made = rng.integers(0, 60, (1_500, 8, 2))  # of 3,600 compounds most are rare
+    texts = [" ".join(parts[a] + parts[b] for a, b in words) for words in made]
+    values = (worth[made[..., 0]] + worth[made[..., 1]]).mean(axis=1)
+    model = TextInfluenceModel.distil(values, texts, num_buckets=2**14)
+    assert model.units == "pieces"
+    assert model.report.spearman > 0.95
+    best = parts[int(np.argmax(worth))] + parts[int(np.argsort(-worth)[1])]
+    worst = parts[int(np.argmin(worth))] + parts[int(np.argsort(worth)[1])]
+    high, low = model.predict_texts([best, worst])
+    assert high > low
+    model.save_pretrained(tmp_path)
+    again = TextInfluenceModel.from_pretrained(tmp_path)
+    assert again.units == "pieces"
+    assert again.predict_texts(texts).tolist() == model.predict_texts(texts).tolist()
 
 
 def test_the_same_fit_twice_and_saved_is_the_same(tmp_path: Path) -> None:

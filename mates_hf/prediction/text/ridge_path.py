@@ -1,8 +1,9 @@
 """Effects of hashed units, fitted to how another model ranks texts.
 
 Where it is used: under `text_model`. A text's value is an intercept plus the mean effect of its units. Effects are
-the ridge solution; how strong the penalty is, and whether pairs of units count, is what ranks texts best that were
-kept out. Trade-off: one penalty for all effects. A rare unit moves a text's mean little, so it is shrunk most.
+the ridge solution; how strong the penalty is, and whether pairs and pieces of units count, is what ranks texts best
+that were kept out. Trade-off: one penalty for all effects. A rare unit moves a text's mean little, so it is shrunk
+most.
 
 Shape suffixes: N texts, H buckets, E entries of the sparse design.
 """
@@ -32,7 +33,8 @@ _SEARCH_TEXTS = 20_000  # that penalties are tried on
 _VALIDATION = 0.15  # of these, that a penalty is judged on
 _NAME_OF_TOLERANCE = "tol" if tuple(map(int, version("scipy").split(".")[:2])) < (1, 12) else "rtol"
 _TOLERANCE, _ITERATIONS = 1e-3, 100  # of the conjugate gradients
-_FIRST = 3  # number of the penalty that words and pairs are compared with
+_FIRST = 3  # number of the penalty that words, pairs and pieces are compared with
+_COUNTED = ((False, False), (True, False), (True, True))  # pairs and pieces, the simplest first
 
 Bool = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -46,11 +48,13 @@ class Choice:
         pairs: Whether pairs of neighbouring units count.
         penalty: Strength of the ridge penalty, in variances of the values.
         spearman: Rank correlation on the texts kept out, by which it was chosen.
+        pieces: Whether the ends of long units count; only with pairs.
     """
 
     pairs: bool
     penalty: float
     spearman: float
+    pieces: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +77,13 @@ class Design:
         spans: N texts.
         num_buckets: Number of buckets, a power of two.
         pairs: Whether pairs of neighbouring units count.
+        pieces: Whether the ends of long units count.
     """
 
-    def __init__(self, spans: TextSpans, num_buckets: int, pairs: bool) -> None:
+    def __init__(self, spans: TextSpans, num_buckets: int, pairs: bool, pieces: bool = False) -> None:
         from scipy.sparse import csr_matrix
 
-        buckets, sizes, num_units = buckets_of(spans, num_buckets, pairs)
+        buckets, sizes, num_units = buckets_of(spans, num_buckets, pairs, pieces)
         borders = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         weights = np.repeat(1.0 / np.maximum(num_units, 1), sizes).astype(np.float32)
         self.means: csr_matrix = csr_matrix((weights, buckets, borders), shape=(len(spans), num_buckets))
@@ -129,7 +134,7 @@ class Design:
 
 
 def choose(spans: TextSpans, values: Floats, num_buckets: int, seed: int) -> Choice:
-    """Try words alone and pairs of them with one penalty, and the better of the two with others.
+    """Try words alone, pairs of them, and pieces too, with one penalty, and the best of the three with others.
 
     Args:
         spans: N texts.
@@ -145,16 +150,19 @@ def choose(spans: TextSpans, values: Floats, num_buckets: int, seed: int) -> Cho
     kept_out = np.random.default_rng([seed, 2]).random(len(drawn)) < _VALIDATION
     if kept_out.sum() < 2 or not np.ptp(wanted[kept_out]) or not np.ptp(wanted[~kept_out]):
         return Choice(False, PENALTIES[0], float("nan"))  # too few to tell
-    search = [_Search(Design(few, num_buckets, pairs), pairs, wanted, kept_out) for pairs in (False, True)]
-    better = max(search, key=lambda one: one.tried(_FIRST))
-    return better.best()
+    best: _Search | None = None
+    for counted in _COUNTED:  # one design in memory besides the best
+        tried = _Search(Design(few, num_buckets, *counted), counted, wanted, kept_out)
+        best = tried if best is None or tried.tried(_FIRST) > best.tried(_FIRST) else best
+    assert best is not None
+    return best.best()
 
 
 class _Search:
     """Penalties tried on one design."""
 
-    def __init__(self, design: Design, pairs: bool, values: Floats, kept_out: Bool) -> None:
-        self._design, self._pairs, self._values, self._kept_out = design, pairs, values, kept_out
+    def __init__(self, design: Design, counted: tuple[bool, bool], values: Floats, kept_out: Bool) -> None:
+        self._design, self._counted, self._values, self._kept_out = design, counted, values, kept_out
         self._start: Floats | None = None
         self._found: dict[int, float] = {}
 
@@ -166,7 +174,8 @@ class _Search:
             effects = self._design.solve(self._values, ~self._kept_out, PENALTIES[index], self._start)
             self._start = effects.effects_H
             found = rank_correlation(self._design.predict(effects, self._kept_out), self._values[self._kept_out])
-            logger.debug("Pairs %s, penalty %g: Spearman %.4f kept out.", self._pairs, PENALTIES[index], found)
+            about = (*self._counted, PENALTIES[index], found)
+            logger.debug("Pairs %s, pieces %s, penalty %g: Spearman %.4f kept out.", *about)
             self._found[index] = found
         return self._found[index]
 
@@ -176,4 +185,5 @@ class _Search:
         for direction in (1, -1):
             while self.tried(here + direction) > self.tried(here):
                 here += direction
-        return Choice(self._pairs, PENALTIES[here], self._found[here])
+        pairs, pieces = self._counted
+        return Choice(pairs, PENALTIES[here], self._found[here], pieces)

@@ -13,9 +13,13 @@ How a text is cut, which is part of a saved model's format:
 - A *sign* is any other character, and a run of white space that is more than one space, at most 16 bytes long. One
   space alone parts words and is no unit.
 
+- Of a word or a sign of six bytes or more the first three and the last three bytes are two *pieces*, which count where
+  the model says so.
+
 The key of a unit of L bytes is `mix(first 8 bytes, L)`, and with more than 8 bytes `mix(key ^ next 8 bytes, L)`, both
 read as little-endian numbers that end in zero bytes; `mix(x, L) = f((x ^ L * A) * B)` with `f(x) = x ^ (x >> 32)`. The
-key of a pair is `f((f(first * A) ^ second) * B)`. A bucket is the highest bits of `key * B`. All is modulo 2**64.
+key of a pair is `f((f(first * A) ^ second) * B)`. Of a piece it is `mix(bytes, 32)`, of last bytes `mix(bytes, 33)`.
+A bucket is the highest bits of `key * B`. All is modulo 2**64.
 Signs and units: effects are in the unit of what was fitted, > 0 helps.
 
 Shape suffixes: U units of all texts, H buckets.
@@ -42,7 +46,9 @@ _A = np.uint64(0xD6E8FEB86659FD93)
 _B = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 _ZERO, _ONE, _EIGHT, _SIXTEEN, _ALL = (np.uint64(n) for n in (0, 1, 8, 16, 64))
+_TWO, _SIX = np.uint64(2), np.uint64(6)
 _THREE, _BITS = np.uint64(3), np.uint64(56)  # positions of a byte's first bit
+_FIRST, _LAST = np.uint64(32), np.uint64(33)  # kinds of pieces; no unit has such a length
 _SPACE, _BYTE, _LONG_BYTE, _LETTERS, _FOUR_BYTES = (np.uint64(n) for n in (0x20, 0xFF, 0x80, 0xE3, 0xF0))
 _THREE_BYTES = np.uint64(0xFFFFFF)
 _WORD, _SIGN, _WHITE, _LONG = range(4)  # classes of bytes; of the last, the character's further bytes decide
@@ -247,9 +253,19 @@ def _pair_of(first: Any, second: Any) -> Any:
     return _fold((_fold(first * _A) ^ second) * _B)
 
 
+@numba.njit(inline="always")
+def _piece(text: Any, begin: Any, which: Any) -> Any:
+    """Key of the three bytes at `begin`."""
+    second, third = np.uint64(_byte(text, begin + _ONE)), np.uint64(_byte(text, begin + _TWO))
+    low = np.uint64(_byte(text, begin)) | (second << _EIGHT) | (third << _SIXTEEN)
+    return _fold((low ^ which * _A) * _B)
+
+
 @compiled
-def _score(data: Any, starts: Any, lengths: Any, effects_H: Any, shift: Any, pairs: Any, fast: Any, out: Any) -> None:
-    """Sum of effects over each text's units and pairs, divided by the number of units; 0 without any."""
+def _score(
+    data: Any, starts: Any, lengths: Any, effects_H: Any, shift: Any, pairs: Any, pieces: Any, fast: Any, out: Any
+) -> None:
+    """Sum of effects over each text's units, pairs and pieces, divided by the number of units; 0 without any."""
     text = data.ctypes.data
     for row in range(len(out)):
         i = np.uint64(starts[row])
@@ -258,10 +274,14 @@ def _score(data: Any, starts: Any, lengths: Any, effects_H: Any, shift: Any, pai
         total = num = np.int64(0)
         before, kind_before = _ZERO, _NOTHING
         while i < end:
+            begin = i
             i, key, kind = _next_unit(text, i, end, safe)
             if kind == _NOTHING:
                 continue
             total += np.int64(effects_H[(key * _B) >> shift])
+            if pieces and i - begin >= _SIX:
+                total += np.int64(effects_H[(_piece(text, begin, _FIRST) * _B) >> shift])
+                total += np.int64(effects_H[(_piece(text, i - _THREE, _LAST) * _B) >> shift])
             if num and (pairs or (kind == _LETTER and kind_before == _LETTER)):
                 total += np.int64(effects_H[(_pair_of(before, key) * _B) >> shift])
             num += 1
@@ -272,74 +292,86 @@ def _score(data: Any, starts: Any, lengths: Any, effects_H: Any, shift: Any, pai
 
 
 @compiled
-def _collect(data: Any, start: Any, end: Any, shift: Any, pairs: Any, units: Any, twos: Any) -> Any:
-    """Buckets of one text's units and pairs, into `units` and `twos`; how many of each."""
+def _collect(data: Any, start: Any, end: Any, shift: Any, pairs: Any, pieces: Any, units: Any, others: Any) -> Any:
+    """Buckets of one text's units, and of its pairs and pieces, into `units` and `others`; how many of each."""
     text = data.ctypes.data
     i, end = np.uint64(start), np.uint64(end)
-    num, num_twos = 0, 0
+    num, num_others = 0, 0
     before, kind_before = _ZERO, _NOTHING
     while i < end:
+        begin = i
         i, key, kind = _next_unit(text, i, end, _ZERO)
         if kind == _NOTHING:
             continue
         units[num] = (key * _B) >> shift
         if num and (pairs or (kind == _LETTER and kind_before == _LETTER)):
-            twos[num_twos] = (_pair_of(before, key) * _B) >> shift
-            num_twos += 1
+            others[num_others] = (_pair_of(before, key) * _B) >> shift
+            num_others += 1
+        if pieces and i - begin >= _SIX:
+            others[num_others] = (_piece(text, begin, _FIRST) * _B) >> shift
+            others[num_others + 1] = (_piece(text, i - _THREE, _LAST) * _B) >> shift
+            num_others += 2
         num += 1
         before, kind_before = key, kind
-    return num, num_twos
+    return num, num_others
 
 
 def _shift(num_buckets: int) -> np.uint64:
     return _ALL - np.uint64(num_buckets.bit_length() - 1)
 
 
-def score_texts(spans: TextSpans, effects_H: npt.NDArray[np.int16], pairs: bool) -> npt.NDArray[np.float64]:
-    """Mean effect of each text's units, pairs of neighbours among them.
+def score_texts(
+    spans: TextSpans, effects_H: npt.NDArray[np.int16], pairs: bool, pieces: bool = False
+) -> npt.NDArray[np.float64]:
+    """Mean effect of each text's units, pairs of neighbours and pieces among them.
 
     Args:
         spans: N texts; their bytes are read once and not copied.
         effects_H: (H,) int16, H a power of two. Whole numbers of a smallest effect, so that
             sums are exact in any order.
         pairs: Whether all pairs of neighbouring units count; otherwise only those of letters do.
+        pieces: Whether the ends of long units count as well.
 
     Returns:
-        (N,) float64: the sum over units and pairs, divided by the number of units; 0 where a text has none. It is, bit
-        for bit, what each text gives alone, whatever the number of threads.
+        (N,) float64: the sum over units, pairs and pieces, divided by the number of units; 0 where a text has none. It
+        is, bit for bit, what each text gives alone, whatever the number of threads.
     """
     out = np.zeros(spans.num_rows, np.float64)
     shift = _shift(len(effects_H))
 
     def score(piece: Piece) -> None:
         found = np.empty(len(piece.where), np.float64)
-        _score(piece.values, piece.starts, piece.lengths, effects_H, shift, pairs, _NATIVE, found)
+        _score(piece.values, piece.starts, piece.lengths, effects_H, shift, pairs, pieces, _NATIVE, found)
         out[piece.where] = found
 
     spread(score, spans.pieces, small=_SMALL, part=_PART)
     return out
 
 
-def buckets_of(spans: TextSpans, num_buckets: int, pairs: bool) -> tuple[npt.NDArray[np.int32], ...]:
+def buckets_of(
+    spans: TextSpans, num_buckets: int, pairs: bool, pieces: bool = False
+) -> tuple[npt.NDArray[np.int32], ...]:
     """Buckets of all texts' units, text by text, as a sparse matrix wants them.
 
     Args:
         spans: N texts.
         num_buckets: Number of buckets, a power of two of at most 2**31.
         pairs: As `score_texts` takes it.
+        pieces: As `score_texts` takes it.
 
     Returns:
-        (E,) int32 buckets of units and pairs; (N,) int32 how many of them each text has; (N,) int32 units of each.
+        (E,) int32 buckets of units, pairs and pieces; (N,) int32 how many of them each text has; (N,) int32 units of
+        each.
     """
     parts: list[npt.NDArray[np.int32]] = [np.zeros(0, np.int32)] * spans.num_rows
     num_units = np.zeros(spans.num_rows, np.int32)
     shift = _shift(num_buckets)
     for piece in spans.pieces:
         longest = int(piece.lengths.max()) if len(piece.lengths) else 0
-        units, twos = np.empty(longest, np.int32), np.empty(longest, np.int32)
+        units, others = np.empty(longest, np.int32), np.empty(2 * longest, np.int32)
         for start, length, row in zip(piece.starts, piece.lengths, piece.where, strict=True):
-            num, num_twos = _collect(piece.values, start, start + length, shift, pairs, units, twos)
-            parts[row] = np.concatenate([units[:num], twos[:num_twos]])
+            num, num_others = _collect(piece.values, start, start + length, shift, pairs, pieces, units, others)
+            parts[row] = np.concatenate([units[:num], others[:num_others]])
             num_units[row] = num
     sizes = np.array([len(part) for part in parts], np.int32)
     return np.concatenate(parts) if parts else np.zeros(0, np.int32), sizes, num_units

@@ -121,11 +121,14 @@ class Run:
 
     def _pieces(self, groups: AllGroups | None, num_rows: int) -> list[list[Callable[[], Any]]]:
         """What reads the scores of each bundle, with the groups of its rows where there are any."""
-        pieces = []
+        pieces: list[list[Callable[[], Any]]] = []
         for bundle in self.bundles:
             url = self.folder.scores(bundle)
-            some = open_scores(url) if groups is None else groups.bundles[bundle.number].open(url)
-            pieces.append([functools.cache(read) for read in some] if num_rows <= _HELD_ROWS else some)
+            opened = open_scores(url) if groups is None else groups.bundles[bundle.number].open(url)
+            some: list[Callable[[], Any]] = [*opened]
+            if num_rows <= _HELD_ROWS:
+                some = [functools.cache(read) for read in some]
+            pieces.append(some)
         return pieces
 
     def _cut(self, pieces: list[Callable[[], Any]], groups: AllGroups | None) -> Cut | QuotaCut | None:
