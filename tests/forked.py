@@ -64,7 +64,7 @@ class ForkedProcess:
 
 
 def start(arguments: list[str], environment: Mapping[str, str], rank: int) -> ForkedProcess:
-    """What `python *arguments` would be with this environment, in the repository's root, forked from a rank's template."""
+    """A fork of a rank's template that does what `python *arguments` would with this environment."""
     connection, errors = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), tempfile.TemporaryFile()  # noqa: SIM115
     connection.connect(_template(rank))
     request = json.dumps({"arguments": arguments, "environment": dict(environment)}).encode()
@@ -102,7 +102,8 @@ def serve(address: str) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(address)
     listener.listen(16)
-    print("ready", flush=True)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     running: dict[int, tuple[int, socket.socket]] = {}  # by file descriptor: the process and who waits for it
     while os.getppid() == parent:
         ready, _, _ = select.select([listener, *running], [], [], 5.0)
@@ -151,7 +152,7 @@ def _become(arguments: list[str], environment: dict[str, str]) -> int:
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         if end.code is not None and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
+            sys.stderr.write(f"{end.code}\n")
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()

@@ -142,8 +142,8 @@ def fasttext(positive: Sequence[str], negative: Sequence[str], seed: int, **chan
 def _trained(path: str, seed: int, settings: dict[str, Any]) -> Any:
     """A fastText model; where it says that it diverged, it is tried once more, and then at half of its rate.
 
-    With words alone it reads memory that it has not written, and so meets NaN on data that it learns another time. In a
-    process whose memory is zero to begin with it did not.
+    With words alone it reads memory that it has not written, and so meets NaN on data that it learns another time. In
+    a process whose memory is zero to begin with it did not.
     """
     import fasttext
 
