@@ -58,7 +58,7 @@ def all_units(quick: bool, seeds: Sequence[int] | None) -> list[Unit]:
         for (task, filtered), (arms, num_seeds) in SETTINGS.items()
         for seed in (seeds or range(num_seeds))
         for arm in arms
-        if ARMS[arm].installed
+        if ARMS[arm].installed and (seeds or seed < known.DEAR.get(arm, num_seeds))
     ]
     # What takes long comes after what does not, and ablations last.
     units.sort(key=lambda unit: unit.arm in known.SLOW)

@@ -30,8 +30,9 @@ NOTES = {
     ORACLE_TABLES: "the same with 200 labels by the paper's one-step oracle on 64 passages",
     "one-step oracle, small encoder": "the oracle's labels on 64 passages, 500 a round; a fine-tuned MiniLM, "
     "temperature 1, rounds of 100 steps",
-    "ours, labels of the one-step oracle": "ours with the oracle's labels instead of those along a path; an oracle "
-    "has labels of documents only, so it is to be read beside the change `document labels` as well",
+    "ours, labels of the one-step oracle": "ours with the oracle's labels instead of those along a path, on 64 "
+    "passages; an oracle has labels of documents only, so it is to be read beside the changes `64 passages` and "
+    "`document labels`",
 }
 
 FEWEST_SEEDS = 3  # of an arm that is reported
