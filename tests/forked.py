@@ -130,6 +130,7 @@ def _fork(connection: socket.socket, listener: socket.socket, running: dict[int,
         connection.sendall(str(pid).encode())
         return pid
     os.dup2(descriptors[0], 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the template's is a pipe that nobody reads any more
     for descriptor in running:
         os.close(descriptor)
     for other in (connection, listener, *(waiting for _, waiting in running.values())):

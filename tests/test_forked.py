@@ -26,6 +26,8 @@ if __name__ == "__main__":
         os.kill(os.getpid(), 9)
     if what == "sleep":
         time.sleep(60)
+    if what == "talk":
+        print("a line of a log\\n" * 100_000)
     if what == "hash":
         print("hash", hash("a text"), file=sys.stderr)
     if what == "threads":
@@ -44,6 +46,7 @@ def script(tmp_path):
     ("what", "code", "said"),
     [
         ("nothing", 0, ""),
+        ("talk", 0, ""),
         ("exit", 3, ""),
         ("fail", 1, "ValueError: on purpose"),
         ("thread", 0, "late"),
