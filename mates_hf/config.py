@@ -22,7 +22,7 @@ SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
 BEFORE: dict[str, Any] = {
     "max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0, "max_passes": 1,
-    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0, "round_page": "none", "allow": None,
+    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0, "allow": None,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -139,7 +140,7 @@ def _fork(connection: socket.socket, listener: socket.socket, running: dict[int,
 
 
 def _become(arguments: list[str], environment: dict[str, str]) -> int:
-    """Run a script or a module as `python` would; the exit code."""
+    """Run a script, a module or a line of code as `python` would; the exit code."""
     os.environ.clear()
     os.environ.update(environment)
     code = 0
@@ -147,6 +148,12 @@ def _become(arguments: list[str], environment: dict[str, str]) -> int:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            sys.path.insert(0, "")
+            main = types.ModuleType("__main__")
+            sys.modules["__main__"] = main
+            exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
         else:
             sys.argv = list(arguments)
             sys.path.insert(0, str(Path(arguments[0]).resolve().parent))

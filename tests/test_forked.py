@@ -81,3 +81,10 @@ def test_a_fork_that_does_not_end_is_killed(script):
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_fork_runs_a_line_of_code_too():
+    code = "import sys; sys.stderr.write(f'{__name__} {sys.argv}')"
+    for fresh in (False, True):
+        (process,) = start_processes(["-c", code, "given"], 1, free_port(), fresh=fresh)
+        assert "__main__ ['-c', 'given']" in process.communicate(timeout=60)[1]

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from mates_hf.engine.processes import ProcessError
-from mates_hf.training.opening import disk_errors_named
+from mates_hf.training.disk_errors import disk_errors_named
 from mates_hf.training.order import Order
 from mates_hf.training.run import Run
 from mates_hf.training.scoring import help_to_score

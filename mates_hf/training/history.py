@@ -23,6 +23,7 @@ from mates_hf.disk import make_directory, read_array, read_json, replace_path, w
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 from mates_hf.training.clock import RowClock
+from mates_hf.training.disk_errors import disk_errors_named
 
 HISTORY = "history"  # the folder, beside the rounds
 NO_ROW = -1  # in a last batch that was not full
@@ -48,13 +49,30 @@ class History:
         self.folder = history_dir(rounds_dir)
         self._step, self._own_until, self._call = step, position, position
         self._began, self._fills, self._about = False, fills, dict(about)
+        self._due: RowClock | None = None
 
     def begin(self, clock: RowClock) -> None:
-        """Say how steps relate to rows from here on; what earlier calls said of later rows holds no longer.
+        """How steps relate to rows from here on; what earlier calls said of later rows holds no longer.
+
+        Nothing is written before `write`, because a call may still be refused.
 
         Args:
             clock: steps and positions of the call.
         """
+        self._due = clock
+
+    def write(self) -> None:
+        """Write what `begin` was told, if it is not written yet.
+
+        Raises:
+            DiskError: the disk refuses it.
+        """
+        clock, self._due = self._due, None
+        if clock is not None:
+            with disk_errors_named(self.folder.parent):
+                self._begin(clock)
+
+    def _begin(self, clock: RowClock) -> None:
         make_directory(self.folder)
         self._call = clock.pool_rows(clock.start_position)
         self._own_until = min(self._own_until, self._call)
@@ -85,6 +103,7 @@ class History:
             sampler: gives the own order's rows; None where selections have taken its place.
             until: pool rows before the end of what is known of the own order; None: those of the steps.
         """
+        self.write()
         until = clock.pool_position(step) if until is None else until
         if hasattr(sampler, "own_between") and until > self._own_until:
             rows = sampler.own_between(self._own_until, until, fills=self._fills)
@@ -106,10 +125,12 @@ def open_history(run: Any, clock: RowClock, step: int, *, a_loop: bool) -> Histo
     Returns:
         It, without a file yet.
     """
-    return History(
+    history = History(
         run.rounds_dir, step, clock.pool_rows(clock.start_position), {"pool": dict(run.pool_identity)},
         fills=run.processes.size > 1 or a_loop,
     )  # fmt: skip
+    history.begin(clock)
+    return history
 
 
 def _forget_from(folder: Path, kind: str, position: int) -> None:

@@ -9,13 +9,9 @@ later ends the run with the file's name, and the round is done again when the ru
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,10 @@ from mates_hf.config import MatesConfig
 from mates_hf.data.columns import fixed_positions
 from mates_hf.disk import make_directory, write_array, written_whole
 from mates_hf.engine.fragments import whole_size
-from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.selection.plan import RunPlan, num_candidates
 from mates_hf.training.blocked import MARKS_FILE, set_removed_aside
+from mates_hf.training.disk_errors import DiskError, disk_errors_named
 from mates_hf.training.history import set_history_aside
 from mates_hf.training.lock import RoundsLock
 from mates_hf.training.refit import refit_models
@@ -37,15 +33,6 @@ logger = logging.getLogger(__name__)
 
 _NUM_LOOKED_AT = 64  # rows of the pool whose tokens say what a probed row takes
 _INFLUENCE_MODEL_BYTES = 2**26  # of an influence model that is not fitted yet: an n-gram model's tables
-_DISK_ERRORS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ESTALE", "EACCES", "EPERM", "ENOTDIR", "ENAMETOOLONG")
-    if hasattr(errno, name)
-}
-
-
-class DiskError(MatesError):
-    """Rounds cannot be written where they must go: no such folder, no right to it, no room, or a disk that fails."""
 
 
 def run_folders(args: Any, state: Any, config: MatesConfig, trainer: Any) -> tuple[Path, Path]:
@@ -233,28 +220,3 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.{0 if unit == 'B' else 1}f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
-
-
-@contextlib.contextmanager
-def disk_errors_named(rounds_dir: Path, *, any_of_them: bool = False) -> Iterator[None]:
-    """What a disk refuses inside ends the run with its name and the way out.
-
-    Args:
-        rounds_dir: where the run's rounds go.
-        any_of_them: every `OSError` inside is of the folder; else only those that tell of it, or of a full or broken
-            disk.
-
-    Raises:
-        DiskError: in place of the `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        named = isinstance(error.filename, (str, os.PathLike)) and Path(error.filename).is_relative_to(rounds_dir)
-        if not (any_of_them or named or (error.filename is None and error.errno in _DISK_ERRORS)):
-            raise
-        raise DiskError(
-            f"Rounds must be written to `{rounds_dir}`, which failed: {error}. Free some space there, or set "
-            "`rounds_dir` to a folder that can be written to. Nothing that is finished was lost: resume from the last "
-            "checkpoint, and the round is finished."
-        ) from error

@@ -4,8 +4,7 @@ Where it is used: `MatesCallback` opens a `Session` in `on_train_begin` and tell
 session runs the rounds (`rounds.run_round`) and feeds their orders to the `ScheduledSampler`. The main process decides
 and writes; the others assist it and receive the order.
 
-Trade-off: everything that lives as long as one `train()` call is here, so that the callback itself can be reused,
-retried with a smaller batch, or trained twice.
+Trade-off: everything that lives as long as one `train()` call is here, so that the callback itself can be used again.
 """
 
 from __future__ import annotations
@@ -29,12 +28,13 @@ from mates_hf.selection.plan import PlannedRound, RunPlan
 from mates_hf.training import resume, rounds_on_disk
 from mates_hf.training.beside import Beside, CheckpointState, await_order, conclude_round, due_step
 from mates_hf.training.clock import RowClock
+from mates_hf.training.disk_errors import disk_errors_named
 from mates_hf.training.drift import look_inside, rate_steps_ahead
 from mates_hf.training.history import History, open_history
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
-from mates_hf.training.opening import disk_errors_named, open_rounds
+from mates_hf.training.opening import open_rounds
 from mates_hf.training.order import Order
 from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import restore_rounds
@@ -111,8 +111,6 @@ class Session:
             run.processes.receive()
         with released_on_error(self.lock):
             sampler.begin()
-            if self.history is not None:
-                self.history.begin(clock)
             if saved and isinstance(sampler, StreamSampler):
                 self.order = go_on(run, sampler, saved["last_round"], step)
             elif saved and saved["last_round"] is not None:
@@ -129,6 +127,8 @@ class Session:
                     require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
                 if self.order is not None:  # a resume between the first boundary and its switch
                     self._keep_history(self.order.from_position)
+            if self.history is not None:
+                self.history.write()
             if run.processes.is_main and self.next_look:
                 run.ledger.prepare()
 

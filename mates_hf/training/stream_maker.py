@@ -23,7 +23,7 @@ from mates_hf.records import IntArray
 from mates_hf.selection.select_stage import SelectedRows
 from mates_hf.selection.stream_buffers import BufferSizes, best, split, whole
 from mates_hf.selection.stream_ledger import StreamLedger
-from mates_hf.training.opening import DiskError, disk_errors_named
+from mates_hf.training.disk_errors import DiskError, disk_errors_named
 from mates_hf.training.run import Run
 from mates_hf.training.stream_files import BufferRecord, stream_dir, write_aside, write_buffer
 from mates_hf.training.stream_rules import Rule, ScoredBuffer, score

@@ -23,8 +23,8 @@ import pytest
 from transformers import TrainerCallback
 
 from mates_hf import MatesCallback
+from mates_hf.training.disk_errors import DiskError
 from mates_hf.training.lock import LOCK_FILE
-from mates_hf.training.opening import DiskError
 from tests.training.kit import Result, Stop, make_arguments, make_reference, run, small_config
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 5, "max_steps": 13}

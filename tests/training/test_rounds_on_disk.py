@@ -20,8 +20,9 @@ from mates_hf import MatesCallback, MatesConfig, load_round
 from mates_hf.disk import write_json
 from mates_hf.errors import MatesError
 from mates_hf.training import rounds_on_disk
+from mates_hf.training.disk_errors import DiskError
 from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
-from mates_hf.training.opening import DiskError, run_folders
+from mates_hf.training.opening import run_folders
 from mates_hf.training.order import load_order
 from tests.training.kit import Stop, make_arguments, make_reference, run, small_config
 
