@@ -149,7 +149,8 @@ def files_of(path: Path) -> list[Path]:
 @fixed(250)
 @given(data=st.data(), how=damages())
 def test_a_damaged_round_is_loaded_or_refused_and_never_verified(finished, data, how):
-    files = files_of(finished / "_mates")
+    # What stands beside rounds, such as the run's history and its page, vouches for none of them.
+    files = [file for round_dir in sorted((finished / "_mates").glob("round-*")) for file in files_of(round_dir)]
     path = data.draw(st.sampled_from(files))
     with damaged(path, how, files) as changed:
         for number in (2, 3):

@@ -68,7 +68,17 @@ def test_what_is_declared_is_imported_and_what_is_imported_is_declared() -> None
     assert names(extras["eval"]) <= package
     assert names(extras["report"]) <= package | imports_of(ROOT / "examples") | imports_of(ROOT / "benchmarks")
     # What comes with a declared one, and what is imported only where the user has it.
-    beside = {"axolotl", "datatrove", "fsspec", "llvmlite", "nemo_curator", "pandas", "pydantic", "ray"}
+    beside = {
+        "axolotl",
+        "datatrove",
+        "fsspec",
+        "llvmlite",
+        "nemo_curator",
+        "pandas",
+        "pydantic",
+        "ray",
+        "wandb_workspaces",
+    }
     beside |= {"typing_extensions", "tokenizers", "yaml"}
     of_pilot = {"fasttext_wheel": "fasttext", "jinja2": "jinja2", "scikit_learn": "sklearn"}  # by what is imported
     assert names(extras["pilot"]) == set(of_pilot)

@@ -103,6 +103,8 @@ class History:
             sampler: gives the own order's rows; None where selections have taken its place.
             until: pool rows before the end of what is known of the own order; None: those of the steps.
         """
+        if self._due is not None and step == self._step and until is None:
+            return  # no step was done, and the call may have been refused
         self.write()
         until = clock.pool_position(step) if until is None else until
         if hasattr(sampler, "own_between") and until > self._own_until:

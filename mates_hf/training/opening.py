@@ -23,8 +23,8 @@ from mates_hf.paths import expand_path
 from mates_hf.selection.plan import RunPlan, num_candidates
 from mates_hf.training.blocked import MARKS_FILE, set_removed_aside
 from mates_hf.training.disk_errors import DiskError, disk_errors_named
-from mates_hf.training.history import set_history_aside
-from mates_hf.training.lock import RoundsLock
+from mates_hf.training.history import History, set_history_aside
+from mates_hf.training.lock import RoundsLock, released_on_error
 from mates_hf.training.refit import refit_models
 from mates_hf.training.rounds_on_disk import newest_checkpoint, set_earlier_run_aside
 from mates_hf.training.run import Run
@@ -97,14 +97,30 @@ def open_rounds(run: Run, plan: RunPlan, output_dir: Path, *, resumes: bool, ste
                 refit_models(run)
             else:
                 _start_anew(rounds_dir, output_dir, step)
-            if run.blocked is not None:
-                run.blocked.write(rounds_dir)
-                if not resumes or not (rounds_dir / MARKS_FILE).exists() and not run.num_removed:
-                    write_array(rounds_dir / MARKS_FILE, run.pool.row_marks())
+                (rounds_dir / MARKS_FILE).unlink(missing_ok=True)
     except BaseException:
         lock.release()
         raise
     return lock
+
+
+def leave_marks(run: Run, history: History, lock: RoundsLock | None) -> None:
+    """Write what a run leaves beside its rounds, once nothing refuses it any more.
+
+    Args:
+        run: the run, in its main process.
+        history: that of its `train()` call.
+        lock: that of its folder, which is let go of where this fails.
+
+    Raises:
+        DiskError: the disk refuses it.
+    """
+    with released_on_error(lock), disk_errors_named(run.rounds_dir):
+        history.write()
+        if run.blocked is not None:
+            run.blocked.write(run.rounds_dir)
+            if not (run.rounds_dir / MARKS_FILE).exists() and not run.num_removed:
+                write_array(run.rounds_dir / MARKS_FILE, run.pool.row_marks())
 
 
 def _start_anew(rounds_dir: Path, output_dir: Path, step: int) -> None:

@@ -34,7 +34,7 @@ from mates_hf.training.history import History, open_history
 from mates_hf.training.lock import RoundsLock, released_on_error, withdrawn_on_error
 from mates_hf.training.measure import assist, release
 from mates_hf.training.memory import place_average, starts_on_host
-from mates_hf.training.opening import open_rounds
+from mates_hf.training.opening import leave_marks, open_rounds
 from mates_hf.training.order import Order
 from mates_hf.training.own_order import require_one_order
 from mates_hf.training.restore import restore_rounds
@@ -127,8 +127,6 @@ class Session:
                     require_one_order(run.processes, sampler.own, sampler.own_state["own_sha256"])
                 if self.order is not None:  # a resume between the first boundary and its switch
                     self._keep_history(self.order.from_position)
-            if self.history is not None:
-                self.history.write()
             if run.processes.is_main and self.next_look:
                 run.ledger.prepare()
 
@@ -163,6 +161,8 @@ class Session:
             self._learning_rates = rates
         if step == self._first_step:  # what training takes at its peak is known now
             self._on_host = place_average(self.run)
+            if self.history is not None:  # nothing refuses the call any more
+                leave_marks(self.run, self.history, self.lock)
             if self.average is not None:
                 self.average.place(on_host=self._on_host)
         pending = self._pending

@@ -27,7 +27,16 @@ from mates_hf.training import journal
 from mates_hf.training.lock import LockedError
 from mates_hf.training.verify import report_lines, verify_run
 from tests.launch import free_port, start_processes
-from tests.training.kit import Stop, make_arguments, make_model, make_pool, make_reference, run, small_config
+from tests.training.kit import (
+    OLD_TRAINER,
+    Stop,
+    make_arguments,
+    make_model,
+    make_pool,
+    make_reference,
+    run,
+    small_config,
+)
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 ROWS = 1200
@@ -225,6 +234,7 @@ def test_several_passes(tmp_path):
     assert holds(tmp_path)
 
 
+@pytest.mark.skipif(OLD_TRAINER, reason="transformers 4 resumes with the batch size of the checkpoint")
 def test_a_larger_batch_after_the_resume(copied):
     path, _ = copied
     rows = most_rows(num=300)

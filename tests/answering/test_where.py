@@ -12,7 +12,16 @@ from mates_hf import MatesCallback, NgramInfluenceModel
 from mates_hf.answering.where import where_rows
 from mates_hf.cli import main
 from mates_hf.errors import UnsupportedSettingError
-from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.kit import (
+    OLD_DATASETS,
+    OLD_TRAINER,
+    Stop,
+    make_arguments,
+    make_pool,
+    make_reference,
+    run,
+    small_config,
+)
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 ROWS = 400
@@ -82,6 +91,7 @@ def test_a_killed_run_that_resumes_earlier(tmp_path):
     assert len([use for each in uses for use in each]) > 40  # what is ahead is said, and is not done
 
 
+@pytest.mark.skipif(OLD_TRAINER, reason="transformers 4 resumes with the batch size of the checkpoint")
 def test_a_resume_with_a_larger_batch_has_its_own_steps(tmp_path):
     settings = {**SAVES, "max_steps": 20}
     first = run(make_arguments(tmp_path, **settings), [callback(switch_lead_steps=1), Stop(9)])
@@ -180,6 +190,7 @@ def test_what_is_no_row_is_refused_in_one_line(tmp_path, capsys, rows, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(OLD_DATASETS, reason="streams need datasets 4.0")
 def test_a_stream_is_refused_with_a_way_out(tmp_path):
     from mates_hf import MatesStream
 

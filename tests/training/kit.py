@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from mates_hf.influence import micro_batches, output_head, passes
 from mates_hf.influence.probe_directional import DirectionalProbe
 
 OLD_TRAINER = transformers.__version__.startswith("4.")
+OLD_DATASETS = int(datasets.__version__.split(".")[0]) < 4
 VOCAB = 64
 DIGITS = 32  # the first two tokens of a row are its number in this base
 LENGTH = 12

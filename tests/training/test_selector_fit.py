@@ -327,7 +327,7 @@ def wrong(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "no task": ({"reference": "lm-eval:no_such_task"}, "no_such_task"),
         "empty pool": ({"pool": empty}, "`pool` must have rows, got none"),
         "blank pool": ({"pool": blank}, "`pool` must have texts, got 30 rows with fewer than two tokens"),
-        "no files": ({"pool": tmp_path / "none-*.parquet"}, "must match files, and matches none"),
+        "no files": ({"pool": tmp_path / "none-*.parquet"}, "nothing matches"),
         "no column": ({"column": "body"}, r"must have a column `body`, got the columns \['url', 'text'\]"),
         "no lines": ({"pool": tmp_path / "not.jsonl"}, "must hold one JSON object a line"),
         "mixed": ({"pool": [blank, chat]}, "files of one format, got JSON Lines .* Parquet"),
