@@ -330,7 +330,7 @@ def wrong(tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "no files": ({"pool": tmp_path / "none-*.parquet"}, "nothing matches"),
         "no column": ({"column": "body"}, r"must have a column `body`, got the columns \['url', 'text'\]"),
         "no lines": ({"pool": tmp_path / "not.jsonl"}, "must hold one JSON object a line"),
-        "mixed": ({"pool": [blank, chat]}, "files of one format, got JSON Lines .* Parquet"),
+        "mixed": ({"pool": [blank, chat]}, "All files must have the columns"),
         "no model": ({"model": tmp_path / "none"}, "`model` must be a folder or a repository"),
         "no tokenizer": ({"model": bare}, "`model` must have a tokenizer"),
         "no template": ({"pool": chat}, "must have a chat template"),
