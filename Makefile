@@ -44,7 +44,7 @@ BROWSER := $(VENV)/.with-browser
 # A real browser looks at the pages of reports. Only CI installs one; elsewhere it is the system's, if there is one.
 $(BROWSER): $(STAMP)
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
-		{ test -n "$(CI)" && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } && \
+		{ test -n "$(CI)" && timeout 120 apt-get update -qq && timeout 240 apt-get install -qq -y --no-install-recommends chromium >/dev/null; } && \
 		touch $@ || echo "There is no Chromium: the tests of pages in a browser are skipped."
 
 test: $(STAMP) $(BROWSER)
