@@ -26,7 +26,7 @@ from typing import Any
 from mates_hf.disk import make_directory, read_json, write_json
 from mates_hf.errors import MatesError
 from mates_hf.pilot.settings import MAY_GROW
-from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
+from mates_hf.training.lock import LOCK_FILE, RoundsLock, lock_for_one
 
 ASKED_FILE, RESULT_FILE, PAGE_FILE = "pilot.json", "result.json", "pilot.html"
 FORMAT_VERSION = 1
@@ -96,13 +96,7 @@ class PilotPlace:
             MatesError: it belongs to another pilot, or one that lives writes to it.
         """
         make_directory(self.out)
-        try:
-            self._lock = RoundsLock(self.out, self)
-        except LockedError as error:
-            raise LockedError(
-                f"`{self.out}` must be written to by one pilot, and another one that lives has it. Wait until it is "
-                f"done, or name another folder. If no pilot runs any more, delete `{self.out / LOCK_FILE}`."
-            ) from error
+        self._lock = lock_for_one(self.out, self, "pilot", "name another folder")
         self.check()
         if not (self.out / ASKED_FILE).exists():  # data that no settings are known of
             shutil.rmtree(self.data, ignore_errors=True)

@@ -23,7 +23,6 @@ from mates_hf.disk import make_directory, read_array, read_json, replace_path, w
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 from mates_hf.training.clock import RowClock
-from mates_hf.training.disk_errors import disk_errors_named
 
 HISTORY = "history"  # the folder, beside the rounds
 NO_ROW = -1  # in a last batch that was not full
@@ -62,17 +61,10 @@ class History:
         self._due = clock
 
     def write(self) -> None:
-        """Write what `begin` was told, if it is not written yet.
-
-        Raises:
-            DiskError: the disk refuses it.
-        """
+        """Write what `begin` was told, if it is not written yet."""
         clock, self._due = self._due, None
-        if clock is not None:
-            with disk_errors_named(self.folder.parent):
-                self._begin(clock)
-
-    def _begin(self, clock: RowClock) -> None:
+        if clock is None:
+            return
         make_directory(self.folder)
         self._call = clock.pool_rows(clock.start_position)
         self._own_until = min(self._own_until, self._call)

@@ -327,6 +327,30 @@ def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
+def lock_for_one(folder: Path, owner: object, what: str, way_out: str) -> RoundsLock:
+    """The lock of a working folder that is not a run's, with an error that says whose folder it is.
+
+    Args:
+        folder: it, which must be there.
+        owner: whoever holds the lock; it goes when that goes.
+        what: `fit` or `pilot`.
+        way_out: what else a user may do than wait.
+
+    Returns:
+        The lock, taken.
+
+    Raises:
+        LockedError: another process that lives has it.
+    """
+    try:
+        return RoundsLock(folder, owner)
+    except LockedError as error:
+        raise LockedError(
+            f"`{folder}` must be written to by one {what}, and another one that lives has it. Wait until it is done, "
+            f"or {way_out}. If no {what} runs any more, delete `{folder / LOCK_FILE}`."
+        ) from error
+
+
 @contextlib.contextmanager
 def released_on_error(lock: RoundsLock | None) -> Iterator[None]:
     """Give a lock back where what is done inside ends the run, though its process may live on, in a notebook, say."""

@@ -29,7 +29,7 @@ from typing import Any
 from mates_hf.disk import make_directory, read_json, replace_path, sync_tree, write_json
 from mates_hf.errors import MatesError
 from mates_hf.training.fit.settings import ABOUT_PROBES
-from mates_hf.training.lock import LOCK_FILE, LockedError, RoundsLock
+from mates_hf.training.lock import LOCK_FILE, RoundsLock, lock_for_one
 
 ABOUT_FILE = "fit_selector.json"
 FORMAT_VERSION = 1
@@ -114,13 +114,7 @@ class Place:
             MatesError: it belongs to another fit, or one that lives writes to it.
         """
         make_directory(self.work)
-        try:
-            self._lock = RoundsLock(self.work, self)
-        except LockedError as error:
-            raise LockedError(
-                f"`{self.work}` must be written to by one fit, and another one that lives has it. Wait until it is "
-                f"done, or name another folder as `out`. If no fit runs any more, delete `{self.work / LOCK_FILE}`."
-            ) from error
+        self._lock = lock_for_one(self.work, self, "fit", "name another folder as `out`")
         self.check()
         write_json(self.work / _ASKED, self.asked)
 
