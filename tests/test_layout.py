@@ -45,8 +45,20 @@ DOORS = {  # closed rooms, and the module beside each that opens it
         "mates_hf.reporting.comparison",
         "mates_hf.training.run_report",
     ],
+    "training.checks": [
+        "mates_hf.training.callback",
+        "mates_hf.training.loop",
+        "mates_hf.training.start",
+        "mates_hf.training.fit.warm_up",
+    ],
     "training.fit": ["mates_hf.training.selector_fit", "mates_hf.cli.fit"],
     "training.replay": ["mates_hf.training.verify"],
+    "training.stream": [
+        "mates_hf.training.rounds",
+        "mates_hf.training.session",
+        "mates_hf.training.supply",
+        "mates_hf.training.replay.stream",
+    ],
     "selection.files": ["mates_hf.selection.file_scoring"],
 }
 MAX_MODULE_LINES = 400

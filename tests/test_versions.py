@@ -18,7 +18,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard, SkipBatchSampler
 
 from mates_hf import MatesCallback
-from mates_hf.training.checks import resume_caveats
+from mates_hf.training.checks.trainer import resume_caveats
 from tests.training.kit import make_arguments, make_pool, make_reference, run, small_config
 
 ROOT = Path(__file__).parents[1]
@@ -201,7 +201,7 @@ def test_caveats_are_told_exactly_where_a_plain_run_does_not_resume(tmp_path: Pa
 def test_a_caveat_names_the_version_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import data_loader
 
-    from mates_hf.training import checks
+    from mates_hf.training.checks import trainer as checks
 
     def forgets(dataloader: Any, num_batches: int = 0) -> torch.utils.data.DataLoader[Any]:
         return data_loader.DataLoaderShard(dataloader.dataset)

@@ -35,9 +35,9 @@ from mates_hf.selection.stream_buffers import BufferSizes, sizes_for
 from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
-from mates_hf.training.stream_maker import BufferMaker
-from mates_hf.training.stream_rules import Rule
-from mates_hf.training.stream_sampler import StreamSampler
+from mates_hf.training.stream.maker import BufferMaker
+from mates_hf.training.stream.rules import Rule
+from mates_hf.training.stream.sampler import StreamSampler
 
 LENGTH, VOCAB, NUM_LABELS, SHARDS, BATCH, LEAST = 256, 8_192, 500, 8, 512, 0.9
 

@@ -1,6 +1,6 @@
 """Rows of a stream that are to be trained on, in one Arrow file a buffer: what a dataloader's workers read.
 
-Where it is used: `training/stream_sampler` writes a buffer's rows before it hands out their numbers; `MatesStream`
+Where it is used: `training/stream/sampler` writes a buffer's rows before it hands out their numbers; `MatesStream`
 answers the numbers from the files, in whatever process it is asked. A file is written whole and renamed, so that it is
 there or is not. Processes of one machine may write the same one: its rows are the same.
 

@@ -1,6 +1,6 @@
 """`MatesStream`: a streamed candidate pool that a Trainer takes as its `train_dataset`.
 
-Where it is used: the user wraps a stream in it. `training/stream_sampler`, in the main process, reads the stream
+Where it is used: the user wraps a stream in it. `training/stream/sampler`, in the main process, reads the stream
 buffer by buffer, chooses from each, spools what it chose, and hands out row numbers. The dataloader asks this object
 for those, in its workers too. To it this is a map-style dataset with very many rows, so its batching, sharing out and
 skipping are those of any dataset.

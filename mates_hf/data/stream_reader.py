@@ -1,6 +1,6 @@
 """Buffers of a stream, read ahead in a thread: what is read does not depend on what is chosen.
 
-Where it is used: `training/stream_sampler` asks for the next buffer when it needs one. Trade-off: up to three buffers
+Where it is used: `training/stream/sampler` asks for the next buffer when it needs one. Trade-off: up to three buffers
 are in memory, the one in use and two that wait. A source whose code draws from the random streams of the process would
 move training's own from another thread, so it is refused at its first rows.
 """

@@ -1,6 +1,6 @@
 """Buffers of a stream: their rows, those that each sets aside, and the order in which the others are trained on.
 
-Where it is used: `training/stream_sampler` makes the buffers of a run by it, `training/replay/stream` makes them again
+Where it is used: `training/stream/sampler` makes the buffers of a run by it, `training/replay/stream` makes them again
 from what they left. Selection is the best share of each buffer: an exact ratio, no threshold to estimate, and memory
 for one buffer. Trade-off: the best of a buffer are worse than the best of the whole stream, and a text that is in two
 buffers can be chosen in both.

@@ -33,13 +33,13 @@ from mates_hf.reporting.cost import idle_seconds
 from mates_hf.round_files import round_path
 from mates_hf.training import resume
 from mates_hf.training.checkpoints import num_random_states
-from mates_hf.training.checks import check_look_ahead, check_run, look_ahead_steps, own_memory, resume_caveats
+from mates_hf.training.checks.loss import refuse_unknown_loss, run_loss_of
+from mates_hf.training.checks.preference import preference_refusal
+from mates_hf.training.checks.trainer import check_look_ahead, check_run, look_ahead_steps, own_memory, resume_caveats
 from mates_hf.training.clock import RowClock
 from mates_hf.training.opening import run_folders
 from mates_hf.training.order import Order
-from mates_hf.training.own_loss import refuse_unknown_loss, run_loss_of
 from mates_hf.training.own_order import check_rows_once, find_sampler, install
-from mates_hf.training.preference import preference_refusal
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
 from mates_hf.training.start import Loop, Parts, checked_parts, open_session, prepare, tell_no_round, tell_opened

@@ -38,8 +38,7 @@ from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
 from mates_hf.paths import expand_path
 from mates_hf.records import IntArray
 from mates_hf.training import resume
-from mates_hf.training.checks import own_memory
-from mates_hf.training.loop_checks import (
+from mates_hf.training.checks.loop import (
     check_numbers,
     check_state,
     has_state,
@@ -48,7 +47,8 @@ from mates_hf.training.loop_checks import (
     require_its_parameters,
     round_in,
 )
-from mates_hf.training.preference import preference_refusal
+from mates_hf.training.checks.preference import preference_refusal
+from mates_hf.training.checks.trainer import own_memory
 from mates_hf.training.run import InfluenceModel
 from mates_hf.training.session import Session
 from mates_hf.training.start import Loop, checked_parts, open_session, prepare, tell_no_round, tell_opened

@@ -55,7 +55,7 @@ from mates_hf.training.rise import course_so_far, measure_rise
 from mates_hf.training.run import InfluenceModel, Run, Stages, takes
 from mates_hf.training.scoring import Scored, predict_rows, score_candidates
 from mates_hf.training.stages import fitted_model, measured_labels, why_unrankable
-from mates_hf.training.stream_rounds import stream_facts, with_files
+from mates_hf.training.stream.rounds import stream_facts, with_files
 from mates_hf.training.trust import GAP_FILE, Gap, length_facts, measure_gap, shortened
 
 CONCLUDING = ("fit", "guard", "score", "select")  # the stages that may run beside training

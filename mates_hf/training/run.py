@@ -127,7 +127,7 @@ class Run:
         passages: identity of the passages that the run trains on as well, and of their places; empty without any.
         asked: The fields of the config that were given otherwise than the run goes by, as they were given.
         blocked: rows that must not be used; None where there are none.
-        row_memory: Bytes that the longest row took when it ran whole (`whole_rows`); 0 where none was run.
+        row_memory: Bytes that the longest row took when it ran whole (`checks/whole_rows`); 0 where none was run.
 
     Raises:
         ValueError: the pool has not the `document_column` or the `group_column`.

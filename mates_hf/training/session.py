@@ -42,8 +42,8 @@ from mates_hf.training.rounds import run_round
 from mates_hf.training.run import Run, recorded_steps
 from mates_hf.training.run_report import RunPage
 from mates_hf.training.sampler import ScheduledSampler
-from mates_hf.training.stream_rounds import go_on, prune_aside
-from mates_hf.training.stream_sampler import StreamSampler
+from mates_hf.training.stream.rounds import go_on, prune_aside
+from mates_hf.training.stream.sampler import StreamSampler
 from mates_hf.training.trust import longest_steps, next_check
 
 logger = logging.getLogger(__name__)

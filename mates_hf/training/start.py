@@ -33,7 +33,8 @@ from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
 from mates_hf.training.blocked import Blocked
-from mates_hf.training.checks import check_pool
+from mates_hf.training.checks.trainer import check_pool
+from mates_hf.training.checks.whole_rows import named_where_memory_ends, require_whole_rows
 from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.fitting import settle
@@ -50,7 +51,6 @@ from mates_hf.training.supply import (
     pool_identity,
     told_rows,
 )
-from mates_hf.training.whole_rows import named_where_memory_ends, require_whole_rows
 
 logger = logging.getLogger(__name__)
 

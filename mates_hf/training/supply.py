@@ -37,9 +37,9 @@ from mates_hf.training.journal import finish_pending
 from mates_hf.training.run import Run
 from mates_hf.training.sampler import ScheduledSampler
 from mates_hf.training.session import Session
-from mates_hf.training.stream_files import stream_dir
-from mates_hf.training.stream_maker import BufferMaker
-from mates_hf.training.stream_sampler import StreamSampler
+from mates_hf.training.stream.files import stream_dir
+from mates_hf.training.stream.maker import BufferMaker
+from mates_hf.training.stream.sampler import StreamSampler
 
 
 def open_pool(dataset: Any, collate_fn: Collator | None) -> CandidatePool:

@@ -21,7 +21,7 @@ from mates_hf.data.token_overlap import shared_rows
 from mates_hf.disk import read_json, write_json
 from mates_hf.errors import RoundMismatchError
 from mates_hf.round_files import write_checksums
-from mates_hf.training.checks import check_look_ahead
+from mates_hf.training.checks.trainer import check_look_ahead
 from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.resume import config_to_resume

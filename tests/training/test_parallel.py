@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from mates_hf.training import parallel
-from mates_hf.training.parallel import parallel_refusals
+from mates_hf.training.checks import parallel
+from mates_hf.training.checks.parallel import parallel_refusals
 from tests.launch import run_script
 from tests.training.kit import make_model
 from tests.training.settings import NO_FILE, Setup, assert_refused, case, mates, proves
@@ -185,7 +185,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from mates_hf.training.parallel import parallel_refusals
+from mates_hf.training.checks.parallel import parallel_refusals
 
 torch.set_num_threads(1)
 Accelerator(cpu=True)

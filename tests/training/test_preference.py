@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, LlamaForSequenceClassification, Trainer
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from mates_hf.training.preference import preference_refusal
+from mates_hf.training.checks.preference import preference_refusal
 
 trl = pytest.importorskip("trl")
 

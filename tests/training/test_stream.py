@@ -21,8 +21,8 @@ from mates_hf.data.stream_reader import BufferReader
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
 from mates_hf.selection.stream_buffers import BufferSizes, sizes_for, split
-from mates_hf.training.stream_files import numbered, read_buffer
-from mates_hf.training.stream_sampler import StreamEndedError
+from mates_hf.training.stream.files import numbered, read_buffer
+from mates_hf.training.stream.sampler import StreamEndedError
 from mates_hf.training.verify import verify_run
 from tests.launch import free_port, start_processes
 from tests.training.kit import DIGITS, make_arguments, make_pool, make_reference, run, small_config

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from mates_hf import MatesCallback
 from mates_hf.influence.micro_batches import ProbeMemoryError
-from mates_hf.training import memory, whole_rows
+from mates_hf.training import memory
+from mates_hf.training.checks import whole_rows
 from mates_hf.training.memory import DeviceMemory, RoundMemory
 from tests.training.kit import make_arguments, make_model, make_pool, make_reference, run, small_config
 from tests.training.settings import NO_FILE, Setup, assert_refused, pad, proves, ragged_pool

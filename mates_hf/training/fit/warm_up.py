@@ -32,7 +32,7 @@ from mates_hf.errors import MatesError
 from mates_hf.records import STATE_KEY
 from mates_hf.training import resume
 from mates_hf.training.checkpoints import last_complete_checkpoint, num_random_states
-from mates_hf.training.checks import own_memory
+from mates_hf.training.checks.trainer import own_memory
 from mates_hf.training.fit.settings import FitSettings
 
 logger = logging.getLogger(__name__)

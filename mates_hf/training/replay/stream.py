@@ -25,7 +25,7 @@ from mates_hf.training.replay.finished import FinishedRound
 from mates_hf.training.replay.length import check_length, check_rise
 from mates_hf.training.replay.passages import check_passages
 from mates_hf.training.replay.reader import RoundReader, WrongError
-from mates_hf.training.stream_files import BufferRecord, files_in, numbered, read_buffer
+from mates_hf.training.stream.files import BufferRecord, files_in, numbered, read_buffer
 
 _ROWS = 2**62  # more than any stream has
 

@@ -1,6 +1,6 @@
 """Makes a buffer of a stream: sets rows aside, scores the others, chooses, writes down and spools.
 
-Where it is used: `stream_sampler`, in each process of a run, with the same result in all of them. The main process
+Where it is used: `stream/sampler`, in each process of a run, with the same result in all of them. The main process
 writes what stays beside the rounds. Trade-off: each process scores the whole buffer, which takes a few percent of what
 reading it takes, and needs no collective inside of a data loop.
 """
@@ -25,8 +25,8 @@ from mates_hf.selection.stream_buffers import BufferSizes, best, split, whole
 from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.disk_errors import DiskError, disk_errors_named
 from mates_hf.training.run import Run
-from mates_hf.training.stream_files import BufferRecord, stream_dir, write_aside, write_buffer
-from mates_hf.training.stream_rules import Rule, ScoredBuffer, score
+from mates_hf.training.stream.files import BufferRecord, stream_dir, write_aside, write_buffer
+from mates_hf.training.stream.rules import Rule, ScoredBuffer, score
 
 
 class BufferMaker:

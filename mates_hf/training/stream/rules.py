@@ -1,7 +1,7 @@
 """By what a stream's buffers are selected from: a round's influence model, from a position on.
 
-Where it is used: `stream_sampler` asks for the rule of each buffer it makes. A round of a stream decides no rows, only
-by which model the rows to come are chosen (`stream_rounds`). Trade-off: each process needs that model, so its files
+Where it is used: `stream/sampler` asks for the rule of each buffer it makes. A round of a stream decides no rows, only
+by which model the rows to come are chosen (`stream/rounds`). Trade-off: each process needs that model, so its files
 travel with the order, also to machines that do not see the folder of the rounds.
 """
 

@@ -26,8 +26,8 @@ from mates_hf.engine.processes import Processes
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.paths import expand_path
+from mates_hf.training.checks.parallel import loader_refusals, parallel_refusals
 from mates_hf.training.own_order import find_sampler
-from mates_hf.training.parallel import loader_refusals, parallel_refusals
 from mates_hf.training.sampler import ScheduledSampler
 
 P = ParamSpec("P")

@@ -2,7 +2,7 @@
 
 Where it is used: `rounds` asks where a map-style pool would be scored and selected from, `session` where a run
 resumes. A round probes, fits and judges as always. What it decides is by which influence model buffers to come are
-selected from (`stream_rules`), since their rows are not read yet. Its own selection is empty: the rows are in the
+selected from (`stream/rules`), since their rows are not read yet. Its own selection is empty: the rows are in the
 buffers' files.
 
 Trade-off: `mates_hf` can say what a round trained on once its buffers were made, not before.
@@ -29,9 +29,9 @@ from mates_hf.training import rounds_on_disk
 from mates_hf.training.order import Files, Order, load_order, stream_digest
 from mates_hf.training.restore import restore_models
 from mates_hf.training.run import InfluenceModel, Run
-from mates_hf.training.stream_files import files_in, numbered, read_aside
-from mates_hf.training.stream_maker import BufferMaker
-from mates_hf.training.stream_sampler import StreamSampler
+from mates_hf.training.stream.files import files_in, numbered, read_aside
+from mates_hf.training.stream.maker import BufferMaker
+from mates_hf.training.stream.sampler import StreamSampler
 
 
 def stream_facts(

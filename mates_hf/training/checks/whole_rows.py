@@ -25,7 +25,7 @@ from mates_hf.influence.passes import mean_loss_gradient
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training import memory
-from mates_hf.training.parallel import context_parallel_size
+from mates_hf.training.checks.parallel import context_parallel_size
 from mates_hf.training.run import Run
 
 NUM_ROWS = 64

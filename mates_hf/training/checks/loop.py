@@ -21,8 +21,8 @@ from mates_hf.engine.weight_store import adopt_engine, weight_store
 from mates_hf.errors import MatesError, UnsupportedSettingError
 from mates_hf.influence.preconditioner import unwrap_optimizer
 from mates_hf.training import resume
+from mates_hf.training.checks.parallel import parallel_refusals
 from mates_hf.training.clock import RowClock
-from mates_hf.training.parallel import parallel_refusals
 
 _STATE_KEYS = {"version", "step", "position", "own_start", "own_epoch", "own_sha256", "origin_step", "last_round"}
 

@@ -5,7 +5,7 @@ of the live model at weights it wrote, and the optimizer's state parameter by pa
 in buffers of its own, it is refused rather than probed wrongly.
 
 Context parallelism of accelerate splits rows in the Trainer's training step and nowhere else. A probe does not enter
-it: its rows are whole and go to all processes, as with FSDP2 alone. They must fit into a device (`whole_rows`).
+it: its rows are whole and go to all processes, as with FSDP2 alone. They must fit into a device (`checks/whole_rows`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from mates_hf.training.deepspeed_settings import deepspeed_refusals
+from mates_hf.training.checks.deepspeed import deepspeed_refusals
 
 DATA_PARALLEL = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU",
                  "MULTI_HPU", "FSDP")  # fmt: skip

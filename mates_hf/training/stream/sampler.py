@@ -29,8 +29,8 @@ from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 from mates_hf.training.clock import RowClock
 from mates_hf.training.order import Order
-from mates_hf.training.stream_maker import BufferMaker
-from mates_hf.training.stream_rules import Rule
+from mates_hf.training.stream.maker import BufferMaker
+from mates_hf.training.stream.rules import Rule
 
 
 class StreamEndedError(MatesError):
