@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import sys
-import typing
 from typing import Any
 
+from mates_hf.cli.flags import add_flags, flags_of
 from mates_hf.cli.printing import print_json, print_lines
 from mates_hf.training.fit.settings import FitSettings
 
@@ -55,23 +54,13 @@ def add_command(commands: Any) -> None:
     add("--distil", action="store_true", help="also write DIR-text, a selector that reads texts without a tokenizer")
     add("--json", action="store_true", help="print one JSON object instead of lines")
     add("--quiet", action="store_true", help="show no progress bars")
-    types = typing.get_type_hints(FitSettings)
-    for one in dataclasses.fields(FitSettings):
-        option, kind = "--" + one.name.replace("_", "-"), types[one.name]
-        text = one.metadata["help"].replace("`", "").replace("%", "%%")
-        if kind is bool:
-            add(option, action="store_true", help=text)
-        elif typing.get_origin(kind) is typing.Literal:
-            add(option, choices=typing.get_args(kind), default=one.default, help=f"{text} (default: {one.default})")
-        else:
-            add(option, type=kind, default=one.default, metavar="N", help=f"{text} (default: {one.default})")
+    add_flags(command, FitSettings)
     command.set_defaults(run=_fit, parser=command)
 
 
 def _fit(arguments: argparse.Namespace) -> int:
     """Fit, and print what came of it."""
-    names = [one.name for one in dataclasses.fields(FitSettings)]
-    settings = {name: getattr(arguments, name) for name in names}
+    settings = flags_of(arguments, FitSettings)
     try:
         FitSettings(**settings)
     except ValueError as error:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 import typing
 from pathlib import Path
 from typing import Any
 
+from mates_hf.cli.flags import add_flags, flags_of
 from mates_hf.cli.plan import number
 from mates_hf.cli.printing import print_json, print_lines
 from mates_hf.pilot.settings import PilotSettings
@@ -46,26 +46,15 @@ def add_command(commands: Any) -> None:
     add("--held-out", metavar="FILE", help="passages that arms are judged by (default: a part of the reference)")
     add("--json", action="store_true", help="print one JSON object instead of lines")
     add("--quiet", action="store_true", help="show no progress bar")
-    types = typing.get_type_hints(PilotSettings)
-    for one in dataclasses.fields(PilotSettings):
-        kinds = [kind for kind in (typing.get_args(types[one.name]) or (types[one.name],)) if kind is not type(None)]
-        option, kind = "--" + one.name.replace("_", "-"), kinds[0]
-        text = one.metadata["help"].replace("`", "").replace("%", "%%")
-        if one.name == "protected":
-            add(option, nargs="+", metavar="GROUP", help=text)
-        elif typing.get_origin(types[one.name]) is typing.Literal:
-            add(option, choices=kinds, help=f"{text} (default: {one.default})")
-        else:
-            shown = "" if one.default in (None, dataclasses.MISSING, 0.0) else f" (default: {one.default})"
-            add(option, type={float: number, int: int, str: str}[kind], metavar="N", help=text + shown)
+    add_flags(command, PilotSettings, given_alone=True)
     command.set_defaults(run=_pilot, parser=command)
 
 
 def _pilot(arguments: argparse.Namespace) -> int:
     """Run the pilot, and print its page."""
-    names = [one.name for one in dataclasses.fields(PilotSettings)]
-    flags = {name: value for name in (*names, *_INPUTS) if (value := getattr(arguments, name)) is not None}
-    given = {**_from_file(arguments.config, (*names, *_INPUTS, "tiny")), **flags}
+    options = flags_of(arguments, PilotSettings) | {name: getattr(arguments, name) for name in _INPUTS}
+    flags = {name: value for name, value in options.items() if value is not None}
+    given = {**_from_file(arguments.config, (*options, "tiny")), **flags}
     pool = given.pop("pool", "built-in")
     pool = pool[0] if isinstance(pool, list) and len(pool) == 1 else pool
     tiny = bool(given.pop("tiny", False)) or arguments.tiny
