@@ -36,7 +36,7 @@ from mates_hf.engine import digest
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weights_digest
 from mates_hf.engine.preserve import preserved
-from mates_hf.influence import cross_entropy, passes
+from mates_hf.influence import cross_entropy, passes, real_step
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.probe_directional import DirectionalProbe
 
@@ -70,6 +70,7 @@ def pieces_of_a_device() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(digest, "CPU_BLOCK", digest.CHUNK))
         stack.enter_context(patch.object(cross_entropy, "_CHUNK_LOGITS_CPU", cross_entropy._CHUNK_LOGITS))
+        stack.enter_context(patch.object(real_step, "_MIN_PIECE", real_step._MAX_PIECE))
         if importlib.util.find_spec(TOGETHER) is not None:  # versions before had one size for all
             module = importlib.import_module(TOGETHER)
             of_device, cuda = module.most_entries, torch.device("cuda")
@@ -226,8 +227,11 @@ def page(document: dict[str, Any]) -> str:
         blocks += [f"## A {name} model", table(heads, rows)]
     about = (
         "Launches are operations that read or write memory, those of the model among them. Stops are where the host "
-        "waits for the device. Counted on a CPU; seconds on a device are not known."
+        "waits for the device. Counted on a CPU; seconds on a device are not known. A round's parts are counted in it; "
+        "all of it is more than their sum, by the digest of the weights and the exchange with their mean."
     )
+    if before:
+        about += " The counts before are of the version that worked on one tensor after the other."
     return settings_page("kernels", document, about, *blocks)
 
 
