@@ -264,16 +264,16 @@ class ReferencePath:
         lengths: list[tuple[Tensor, Tensor]] = []
         unknown: list[ParameterStep] = []
         self._snapshot.rewind_parameters()
-        found: dict[int, Tensor | None] = {}
+        found: dict[int, Tensor] = {}
         for numbers in self._alike:
             steps = [self._steps[number] for number in numbers if id(self._steps[number]) in self._moves]
             if not steps:
                 continue
             first = steps[0]  # whether there is momentum is the same for all that are alike
             squares = first.null_squares_of(steps) if first.momentum else first.usual_squares_of(steps)
-            found.update(zip(map(id, steps), squares or [None] * len(steps), strict=True))
+            found.update(zip(map(id, steps), squares or (), strict=squares is not None))
         for step in self._moving:
-            square = found[id(step)]
+            square = found.get(id(step))
             if square is None:
                 unknown.append(step)
             else:

@@ -81,7 +81,8 @@ class UsualBatches:
         self, squares: dict[nn.Parameter, Tensor], reached: Sequence[ParameterStep], factor: float
     ) -> None:
         """Add the squares of `.grad` times a factor, their share of the mean; `.grad` is not left as it was."""
-        gradients = {step.parameter: local_shard(step.parameter.grad) for step in reached}
+        found = {step.parameter: step.parameter.grad for step in reached}
+        gradients = {parameter: local_shard(grad) for parameter, grad in found.items() if grad is not None}
         multiply(list(gradients.values()), factor)
         for l2 in {step.l2 for step in reached if step.l2}:
             decayed = [step.parameter for step in reached if step.l2 == l2]
@@ -102,9 +103,10 @@ class UsualBatches:
         if self._rows is None or self._candidates is None or not len(self._candidates):
             return None
         factor = self._read(np.random.default_rng(self._seed))
-        reached = [p for p in trainable_parameters(self._model).values() if p.grad is not None]
-        found = scaled_sums([[square] for square in squares_of([local_shard(p.grad) for p in reached])], factor**2)
-        squares = dict(zip(reached, found, strict=True))
+        found = {parameter: parameter.grad for parameter in trainable_parameters(self._model).values()}
+        gradients = {parameter: local_shard(grad) for parameter, grad in found.items() if grad is not None}
+        sums = [[square] for square in squares_of(list(gradients.values()))]
+        squares = dict(zip(gradients, scaled_sums(sums, factor**2), strict=True))
         for parameter in trainable_parameters(self._model).values():
             parameter.grad = None
         return squares
