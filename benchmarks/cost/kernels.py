@@ -227,11 +227,8 @@ def page(document: dict[str, Any]) -> str:
         blocks += [f"## A {name} model", table(heads, rows)]
     about = (
         "Launches are operations that read or write memory, those of the model among them. Stops are where the host "
-        "waits for the device. Counted on a CPU; seconds on a device are not known. All of a round is more than "
-        "its probe and its audit, by a digest of the weights and their exchange with the mean."
+        "waits for the device. Counted on a CPU; seconds on a device are not known."
     )
-    if before:
-        about += " The counts before are of the version that worked on one tensor after the other."
     return settings_page("kernels", document, about, *blocks)
 
 
