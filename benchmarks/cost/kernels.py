@@ -36,7 +36,7 @@ from mates_hf.engine import digest
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.engine.digest import weights_digest
 from mates_hf.engine.preserve import preserved
-from mates_hf.influence import cross_entropy, passes
+from mates_hf.influence import cross_entropy, passes, real_step
 from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.probe_directional import DirectionalProbe
 
@@ -70,6 +70,7 @@ def pieces_of_a_device() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(digest, "CPU_BLOCK", digest.CHUNK))
         stack.enter_context(patch.object(cross_entropy, "_CHUNK_LOGITS_CPU", cross_entropy._CHUNK_LOGITS))
+        stack.enter_context(patch.object(real_step, "_MIN_PIECE", real_step._MAX_PIECE))
         if importlib.util.find_spec(TOGETHER) is not None:  # versions before had one size for all
             module = importlib.import_module(TOGETHER)
             of_device, cuda = module.most_entries, torch.device("cuda")

@@ -1,6 +1,6 @@
 """What runs on a device and what waits for it, counted on the CPU: launches of kernels, and stops of the host.
 
-An operation that is no view and allocates nothing alone is one launch. A `_foreach` operation is one for so many
+An operation that is no view and allocates nothing alone is one launch. A `_foreach` or fused one is one for so many
 tensors and blocks as torch's multi-tensor kernels take at once. The host stops where it reads a value (`.item()`,
 `float(tensor)`, `bool(tensor)`, `torch.equal`), where a size depends on values (`nonzero`, a mask as an index), and
 where this library copies a tensor to the host.
@@ -46,6 +46,7 @@ class CountOperations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.launches = 0
+        self.calls = 0  # as launches, but a list of tensors is one however long it is
         self.syncs: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,6 +58,7 @@ class CountOperations(TorchDispatchMode):
                 self.syncs[name] += 1
             if not name.startswith((*_ALLOCATIONS, "aten._local_scalar_dense")):
                 self.launches += _launches(name, args)
+                self.calls += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -66,7 +68,7 @@ def _has_mask(args: Any) -> bool:
 
 
 def _launches(name: str, args: Any) -> int:
-    if "_foreach_" not in name:
+    if "_foreach_" not in name and "._fused_" not in name:
         return 1
     lists = [part for part in args if isinstance(part, (list, tuple)) and part and isinstance(part[0], Tensor)]
     blocks = sum(math.ceil(tensor.numel() / _BLOCK) for tensor in lists[0])
@@ -83,7 +85,10 @@ def counted() -> Iterator[CountOperations]:
         original = getattr(Tensor, name)
 
         def method(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if str(sys._getframe(1).f_globals.get("__name__", "")).startswith("mates_hf"):
+            caller = sys._getframe(1)
+            while caller.f_back is not None and caller.f_globals.get("__name__") == __name__:
+                caller = caller.f_back  # one count inside another
+            if str(caller.f_globals.get("__name__", "")).startswith("mates_hf"):
                 mode.syncs[name] += 1
             return original(tensor, *args, **kwargs)
 

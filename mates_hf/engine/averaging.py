@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mates_hf.disk import written_whole_by_name
 from mates_hf.engine.fragments import Exact, own_part, whole_tensor
-from mates_hf.engine.pieces import HostMemory, Piece, SideStream, cut, groups, mean_dtype
-from mates_hf.engine.preserve import local_shard
+from mates_hf.engine.pieces import HostMemory, Piece, SideStream, cut, groups, mean_dtype, most_at_once
+from mates_hf.engine.preserve import copy_all, local_shard
 from mates_hf.engine.processes import ALONE, Processes
 from mates_hf.engine.weight_store import weight_store
 from mates_hf.errors import MatesError
@@ -128,23 +128,25 @@ class WeightAverage:
 
     @torch.no_grad()
     def _put_in(self, own: list[Tensor]) -> None:
-        """Write the mean into the model, one piece after the other, each only when its own weights are kept."""
+        """Write the mean into the model, some pieces after the others, each only when its own weights are kept."""
         shards = self._shards()
         marks = []
+        limit = most_at_once([shard.nbytes for shard in shards])
+        trading: list[tuple[Tensor, Tensor]] = []  # pieces of the model and their means
         for piece, mean in self._whole(release=True):
             live = piece.of(shards[piece.number])
             if piece.owner is not None:
                 marks.append(_mark(live))
-            if piece.owner is None and mean.dtype == live.dtype:
-                own.append(live.clone())
-                live.copy_(mean)
-                # The mean's own memory keeps the weights, so that the clone goes at once and memory is not cut up.
-                mean.copy_(own[-1])
-                own[-1] = mean
+            trades = piece.owner is None and mean.dtype == live.dtype
+            if not trades or sum(part.nbytes for part, _ in trading) + live.nbytes > limit:
+                _trade(own, trading)
+            if trades:
+                trading.append((live, mean))
             else:  # a mean in float32 is twice as large as the weights it makes room for
                 own.append(live.to("cpu", copy=True) if self._on_host else live.clone())
                 live.copy_(mean)
             del mean
+        _trade(own, trading)
         self._store.written()
         self._warn_of_different(marks)
 
@@ -152,8 +154,7 @@ class WeightAverage:
     def _put_back(self, own: list[Tensor], exact: Exact, *, failing: bool = False) -> None:
         """Write back the weights that were exchanged, which are the first of all."""
         shards = self._shards()
-        for piece, live in zip(self._pieces, own, strict=False):
-            piece.of(shards[piece.number]).copy_(live)
+        copy_all([piece.of(shards[piece.number]) for piece, _ in zip(self._pieces, own, strict=False)], own)
         own.clear()
         self._store.written(exact, failing=failing)
 
@@ -327,6 +328,18 @@ def _take_part(whole: Tensor, parameter: nn.Parameter, means: list[tuple[Piece, 
         part = torch.empty_like(shard, dtype=part.dtype, device=part.device).copy_(part)
     for piece, mean in means:
         mean.copy_(piece.of(part))
+
+
+def _trade(own: list[Tensor], trading: list[tuple[Tensor, Tensor]]) -> None:
+    """Put means into the model, and keep its own weights in their memory, so that memory is not cut up."""
+    live, means = [part for part, _ in trading], [mean for _, mean in trading]
+    kept = [torch.empty_like(part) for part in live]
+    copy_all(kept, live)
+    own += kept
+    copy_all(live, means)
+    copy_all(means, kept)
+    own[len(own) - len(means) :] = means
+    trading.clear()
 
 
 def _mark(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A digest of the live weights that gathers, copies and hashes none of them.
+"""A digest of the live weights that gathers and hashes none of them, and copies small ones alone.
 
 Where it is used: a round's stages are keyed by it (`rounds.run_round`), and a checkpoint carries marks of it, by
 which a resumed run proves that every parameter came back (`resume`).
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 MARK = "sum:"  # begins marks of this kind; those of earlier versions were SHA-256
 CHUNK = 1 << 20  # entries that share a second factor, and are added up at a time: 24 MB of temporaries
 CPU_BLOCK = 1 << 16  # entries added up at a time on a CPU, whose cache holds no more; divides a chunk
+_SMALL = 1 << 16  # entries of a parameter that is added up together with others of its size
 NUM_MARKED = 1_024  # entries of a parameter that its mark looks at, up to twice as many
 # By bytes of an entry. Eight are two integers: the highest bit of 64 would leave nothing of its factor in the sum.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -116,7 +118,7 @@ def _sums(
     parameters: dict[str, nn.Parameter], processes: Processes, lanes_of: tuple[Any, Any], num_factors: int
 ) -> npt.NDArray[np.int64]:
     """(P, 2) int64 lanes of each parameter, over all of its shards; of a shard in one piece, and of any other."""
-    factors, found, shared = _Factors(num_factors), [], np.zeros(len(parameters), bool)
+    factors, found, shared = _Factors(num_factors), _Lanes(len(parameters)), np.zeros(len(parameters), bool)
     in_one_piece, in_several = lanes_of
     with torch.no_grad():
         for number, parameter in enumerate(parameters.values()):
@@ -133,18 +135,62 @@ def _sums(
             each = max(1, parameter.element_size() // 4)  # integers an entry
             values, num = _as_integers(shard), whole_size(parameter) * each
             start = 0 if place is None else place.start
-            if start is not None:
-                found.append(in_one_piece(values, start * each, num, factors))
+            if start == 0 and len(values) == num <= min(_SMALL, CHUNK):
+                found.put_off(number, values)
+            elif start is not None:
+                found.add(number, in_one_piece(values, start * each, num, factors))
             else:
                 assert place is not None
-                found.append(in_several(values, place, num, factors))
-        if not found:
-            return np.zeros((0, 2), np.int64)
-        sums: npt.NDArray[np.int64] = torch.stack([lanes.to(found[0].device) for lanes in found]).cpu().numpy()
+                found.add(number, in_several(values, place, num, factors))
+        for numbers, several in found.put_together():
+            found.add_all(numbers, in_one_piece(several, 0, several.shape[-1], factors))
+        sums = found.read()
     if shared.any():
         everyone = processes.sum(np.where(shared[:, None], sums, 0))
         sums = np.where(shared[:, None], everyone, sums)
     return sums
+
+
+class _Lanes:
+    """What is found of each parameter, and small ones of one size that are added up at once.
+
+    Args:
+        num: Number of parameters.
+    """
+
+    def __init__(self, num: int) -> None:
+        self._found: list[Tensor] = []
+        self._order: list[int] = []
+        self._small: dict[Any, list[tuple[int, Tensor]]] = {}
+        self._num = num
+
+    def add(self, number: int, lanes: Tensor) -> None:
+        """(2,) lanes of a parameter."""
+        self.add_all([number], lanes.unsqueeze(0))
+
+    def add_all(self, numbers: list[int], lanes: Tensor) -> None:
+        """(n, 2) lanes of parameters."""
+        self._order += numbers
+        self._found.append(lanes)
+
+    def put_off(self, number: int, values: Tensor) -> None:
+        """Have a whole parameter wait for others of its size."""
+        self._small.setdefault((len(values), values.dtype, values.device), []).append((number, values))
+
+    def put_together(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Numbers of parameters that waited, and (n, m) their values; copies, of a chunk at most."""
+        for (size, *_), waiting in self._small.items():
+            most = max(1, CHUNK // max(1, size))
+            for start in range(0, len(waiting), most):
+                some = waiting[start : start + most]
+                yield [number for number, _ in some], torch.stack([values for _, values in some])
+
+    def read(self) -> npt.NDArray[np.int64]:
+        """(P, 2) int64 lanes of all parameters, after one wait for a device."""
+        sums = np.zeros((self._num, 2), np.int64)
+        if self._found:
+            sums[self._order] = torch.cat([lanes.to(self._found[0].device) for lanes in self._found]).cpu().numpy()
+        return sums
 
 
 def _as_integers(shard: Tensor) -> Tensor:
@@ -155,8 +201,14 @@ def _as_integers(shard: Tensor) -> Tensor:
 
 
 def _lanes(values: Tensor, start: int, num: int, factors: _Factors) -> Tensor:
-    """(2,) int64 sums over the entries of a shard that begins at `start` of the `num` of the whole parameter."""
+    """(2,) int64 sums over the entries of a shard that begins at `start` of the `num` of the whole parameter.
+
+    Of several whole parameters of one size (n, m) they are (n, 2).
+    """
     inside = factors.inside(values.device)
+    if values.dim() > 1:
+        first_factors = torch.from_numpy(_odd(_OUTSIDE, 1).T.copy()).to(values.device)
+        return torch.cat([(values * lane[:num]).sum(1, keepdim=True) for lane in inside], 1) * first_factors
     stop = start + len(values)
     first, last = start // CHUNK, max(stop - 1, start) // CHUNK
     block = min(CHUNK, CPU_BLOCK) if values.device.type == "cpu" else CHUNK
@@ -171,8 +223,14 @@ def _lanes(values: Tensor, start: int, num: int, factors: _Factors) -> Tensor:
 
 
 def _marked_lanes(values: Tensor, start: int, num: int, factors: _Factors) -> Tensor:
-    """(2,) int64 sums over every so manieth entry of the whole parameter, as far as it is in the shard."""
+    """(2,) int64 sums over every so manieth entry of the whole parameter, as far as it is in the shard.
+
+    Of several whole parameters of one size (n, m) they are (n, 2).
+    """
     stride = max(1, num // NUM_MARKED)
+    if values.dim() > 1:
+        part, inside = values[:, ::stride], factors.inside(values.device)
+        return torch.cat([(part * lane[: part.shape[1]]).sum(1, keepdim=True) for lane in inside], 1)
     first = -(-start // stride)
     part = values[first * stride - start :: stride]
     return (factors.inside(values.device)[:, first : first + len(part)] * part).sum(1)

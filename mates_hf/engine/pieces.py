@@ -91,7 +91,7 @@ def groups(sizes: Sequence[int]) -> Iterator[slice]:
     Yields:
         One slice a run.
     """
-    limit = min(MAX_PIECE, sum(sizes) // _PARTS)
+    limit = most_at_once(sizes)
     start, size = 0, 0
     for number, here in enumerate(sizes):
         if number > start and size + here > limit:
@@ -100,6 +100,11 @@ def groups(sizes: Sequence[int]) -> Iterator[slice]:
         size += here
     if sizes:
         yield slice(start, len(sizes))
+
+
+def most_at_once(sizes: Sequence[int]) -> int:
+    """Bytes of the pieces that are worked on at a time."""
+    return min(MAX_PIECE, sum(sizes) // _PARTS)
 
 
 class HostMemory:

@@ -12,6 +12,7 @@ steps instead.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,8 +27,10 @@ from mates_hf.influence.optimizer.muon_step import MuonStep
 from mates_hf.influence.optimizer.parameter_step import ParameterStep as ParameterStep
 from mates_hf.influence.optimizer.parameter_step import add_up as add_up
 from mates_hf.influence.optimizer.parameter_step import grouped as grouped
+from mates_hf.influence.optimizer.parameter_step import scaled_sums as scaled_sums
 from mates_hf.influence.optimizer.parameter_step import sum_of_squares as sum_of_squares
 from mates_hf.influence.optimizer.sgd_step import SgdStep
+from mates_hf.influence.optimizer.together import multiply as multiply
 from mates_hf.influence.optimizer.together import squares_of as squares_of
 from mates_hf.influence.optimizer.together import wide_dtype
 
@@ -49,7 +52,8 @@ for _name, _make in (("Muon", MuonStep), ("Adafactor", factored_step.torch_adafa
     if hasattr(torch.optim, _name):  # newer than the oldest torch supported
         _KNOWN[getattr(torch.optim, _name)] = _make
 _NUMBERS = ("step", "mu_product")  # of a parameter's state
-_NEED_WHOLE_TENSORS = (MuonStep, factored_step.torch_adafactor_step, factored_step.transformers_adafactor_step)
+_SCALED_BY_NORM = (factored_step.torch_adafactor_step, factored_step.transformers_adafactor_step)
+_NEED_WHOLE_TENSORS = (MuonStep, *_SCALED_BY_NORM)
 
 
 class UnsupportedOptimizerError(MatesError):
@@ -301,11 +305,31 @@ def _states_on_host(optimizer: torch.optim.Optimizer, wanted: Collection[int]) -
     ]
     if numbers:
         device = numbers[0][2].device
-        wide = wide_dtype(device)
-        together = torch.stack([value.detach().reshape(()).to(device, wide) for _, _, value in numbers])
-        for (state, name, _), value in zip(numbers, together.tolist(), strict=True):
+        numbers.sort(key=lambda number: (str(number[2].dtype), str(number[2].device)))  # alike ones in one kernel
+        parts = [
+            torch.stack([value.detach().reshape(()) for _, _, value in alike]).to(device, wide_dtype(device))
+            for _, alike in itertools.groupby(numbers, key=lambda number: (number[2].dtype, number[2].device))
+        ]
+        for (state, name, _), value in zip(numbers, torch.cat(parts).tolist(), strict=True):
             state[name] = value
+    _add_norms(optimizer, states)
     return states
+
+
+def _add_norms(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]]) -> None:
+    """Put the norms of parameters whose rates depend on them into their state, after one wait for a device."""
+    parameters = [
+        parameter
+        for part in optimizer_parts(optimizer)
+        if _make_step_of(part) in _SCALED_BY_NORM
+        for group in part.param_groups
+        for parameter in group["params"]
+        if states.get(id(parameter))
+    ]
+    if parameters:
+        norms = torch.stack(list(torch._foreach_norm([parameter.detach() for parameter in parameters])))
+        for parameter, norm in zip(parameters, norms.tolist(), strict=True):
+            states[id(parameter)][factored_step.NORM] = norm
 
 
 def rarely_reached_parameters(model: nn.Module) -> set[int]:

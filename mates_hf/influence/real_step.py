@@ -4,8 +4,8 @@ Where it is used: `OneStepProbe` takes one for each candidate, and puts the para
 
 An optimizer that `preconditioner` knows moves each parameter by itself, most of them each element by itself. So it
 steps on one piece after the other, each with a copy of that piece's state: bit for bit the same step, without a copy
-of all of the state and without a trace in it. Any other optimizer steps once on everything, and whoever calls has
-copied its state.
+of all of the state and without a trace in it. Small parameters share a call, so that they share launches as well. Any
+other optimizer steps once on everything, and whoever calls has copied its state.
 
 Trade-off: a Python loop over pieces and one call of `step` for each of them, against 2 copies of the parameters for
 Adam's state.
@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mates_hf.engine.preserve import local_shard, optimizer_parts
+from mates_hf.engine.preserve import copy_all, local_shard, optimizer_parts
 from mates_hf.influence.preconditioner import stepped_alone
 
-_MAX_PIECE = 2**22  # elements; of a small model a 64th, so that what a piece needs is small beside the model
+_MAX_PIECE = 2**22  # elements; on a processor a 64th of the model, so that what a piece needs is small beside it
 _MIN_PIECE = 2**12
+
+_Piece = tuple[nn.Parameter, slice | None]  # rows of a parameter; None is all of it
 
 
 class RealStep:
@@ -44,8 +46,10 @@ class RealStep:
         self.needs_copy = not all(self._alone)
         self._moved = {id(parameter): parameter for parameter in _parameters_of_null_step(optimizer)}
         groups = [group["params"] for group in optimizer.param_groups]
-        total = sum(local_shard(parameter).numel() for group in groups for parameter in group)
-        self._piece = max(_MIN_PIECE, min(_MAX_PIECE, total // 64))
+        shards = [local_shard(parameter) for group in groups for parameter in group]
+        on_host = all(shard.device.type == "cpu" for shard in shards)
+        total = sum(shard.numel() for shard in shards)
+        self._piece = max(_MIN_PIECE, min(_MAX_PIECE, total // 64)) if on_host else _MAX_PIECE
 
     def take(self) -> bool:
         """Move the parameters.
@@ -67,10 +71,9 @@ class RealStep:
         for part, how in zip(optimizer_parts(self._optimizer), self._alone, strict=True):
             for group in part.param_groups:
                 settings = {**group, "lr": _like(group["lr"], next(rates))}
-                for parameter in group["params"]:
-                    if parameter.grad is not None or id(parameter) in self._moved:
-                        size = self._piece if how == "elements" else parameter.numel()
-                        stepped |= _step_in_pieces(part, settings, parameter, max(1, size))
+                moved = [p for p in group["params"] if p.grad is not None or id(p) in self._moved]
+                for pieces in _pieces(moved, self._piece, whole=how == "tensors"):
+                    stepped |= _step_on(part, settings, pieces)
         return stepped
 
 
@@ -93,28 +96,52 @@ def _parameters_of_null_step(optimizer: torch.optim.Optimizer) -> list[nn.Parame
     return moved
 
 
+def _pieces(parameters: Sequence[nn.Parameter], size: int, *, whole: bool) -> Iterator[list[_Piece]]:
+    """Some rows of a large parameter, or as many small ones as are about as large together."""
+    gathered: list[_Piece] = []
+    total = 0
+    for parameter in parameters:
+        shard = local_shard(parameter)
+        for rows in [None] if whole else _slices(shard, max(1, size)):
+            num = _part(shard, rows).numel()
+            if gathered and total + num > size:
+                yield gathered
+                gathered, total = [], 0
+            gathered.append((parameter, rows))
+            total += num
+    if gathered:
+        yield gathered
+
+
 @torch.no_grad()
-def _step_in_pieces(
-    part: torch.optim.Optimizer, settings: Mapping[str, Any], parameter: nn.Parameter, size: int
-) -> bool:
-    """Step a parameter, some rows at a time; true where a piece has state afterwards."""
+def _step_on(part: torch.optim.Optimizer, settings: Mapping[str, Any], pieces: Sequence[_Piece]) -> bool:
+    """Step on pieces of parameters; true where one of them has state afterwards."""
     # A shallow copy of the object by hand: torch's own would convert old state in place.
     stepper: Any = object.__new__(type(part))
     vars(stepper).update(vars(part))
-    whole = local_shard(parameter)
-    gradient = None if parameter.grad is None else local_shard(parameter.grad)
-    state = part.state.get(parameter, {})
-    stepped = False
-    for rows in _slices(whole, size):
+    stepper.state = defaultdict(dict)
+    stepped_on, to, of, unreached = [], [], [], []
+    for parameter, rows in pieces:
+        whole = local_shard(parameter)
         piece = nn.Parameter(_part(whole, rows))
-        piece.grad = torch.zeros_like(piece) if gradient is None else _part(gradient, rows)
-        stepper.state = defaultdict(dict)
-        if state:
-            stepper.state[piece] = {key: _copy(value, whole, rows) for key, value in state.items()}
-        stepper.param_groups = [{**settings, "params": [piece]}]
-        type(part).step(stepper)
-        stepped |= bool(stepper.state[piece])
-    return stepped
+        stepped_on.append(piece)
+        if parameter.grad is None:
+            piece.grad = torch.empty_like(piece)
+            unreached.append(piece.grad)
+        else:
+            piece.grad = _part(local_shard(parameter.grad), rows)
+        for key, value in part.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                of.append(_own(value, whole, rows))
+                value = torch.empty_like(of[-1])
+                to.append(value)
+            stepper.state[piece][key] = value
+    copy_all(to, of)
+    if unreached:
+        torch._foreach_zero_(unreached)
+    stepper.param_groups = [{**settings, "params": stepped_on}]
+    type(part).step(stepper)
+    return any(bool(stepper.state[piece]) for piece in stepped_on)
 
 
 def _slices(tensor: Tensor, size: int) -> Iterator[slice | None]:
@@ -131,12 +158,10 @@ def _part(tensor: Tensor, rows: slice | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def _copy(value: Any, whole: Tensor, rows: slice | None) -> Any:
-    """A piece's own state: of tensors like the parameter the same rows, of all else a copy."""
-    if not isinstance(value, Tensor):
-        return value
+def _own(value: Tensor, whole: Tensor, rows: slice | None) -> Tensor:
+    """What of a parameter's state a piece has: of tensors like the parameter the same rows, of others all."""
     local = local_shard(value)
-    return (local[rows] if rows is not None and local.shape == whole.shape else local).clone()
+    return local[rows] if rows is not None and local.shape == whole.shape else local
 
 
 def _like(old: Any, rate: float) -> Any:

@@ -239,8 +239,12 @@ class ReferencePath:
         self, steps: list[ParameterStep], factor: float
     ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
         """Pieces of the parameters of a group, and of `factor` (c_p / step_size) Pᵀ times their `.grad`."""
-        scale = factor * steps[0].coefficient / self._step_size
-        return steps[0].preconditioned_of(steps, _gradients(steps), scale, self._squares_for(steps))
+        return steps[0].preconditioned_of(
+            steps, _gradients(steps), self._scales(steps, factor), self._squares_for(steps)
+        )
+
+    def _scales(self, steps: list[ParameterStep], factor: float) -> list[float]:
+        return [factor * step.coefficient / self._step_size for step in steps]
 
     def _squares_for(self, steps: list[ParameterStep]) -> list[Tensor | None]:
         return [self._squares.get(step.parameter) for step in steps]
@@ -262,10 +266,14 @@ class ReferencePath:
         self._snapshot.rewind_parameters()
         found: dict[int, Tensor] = {}
         for numbers in self._alike:
-            steps = [self._steps[n] for n in numbers if id(self._steps[n]) in self._moves and self._steps[n].momentum]
-            found.update(zip(map(id, steps), steps[0].null_squares_of(steps) if steps else [], strict=True))
+            steps = [self._steps[number] for number in numbers if id(self._steps[number]) in self._moves]
+            if not steps:
+                continue
+            first = steps[0]  # whether there is momentum is the same for all that are alike
+            squares = first.null_squares_of(steps) if first.momentum else first.usual_squares_of(steps)
+            found.update(zip(map(id, steps), squares or (), strict=squares is not None))
         for step in self._moving:
-            square = found[id(step)] if step.momentum else step.usual_square()
+            square = found.get(id(step))
             if square is None:
                 unknown.append(step)
             else:
@@ -282,8 +290,8 @@ class ReferencePath:
     def _direction(self, scale: float, loss: float) -> Direction:
         """Precondition `.grad`, times `scale`, in place; parameters are put back, for ‖θ‖ is of where the run is."""
         for steps in self._groups():
-            factor = scale * steps[0].coefficient / self._step_size
-            steps[0].precondition_of(steps, _gradients(steps), factor, self._squares_for(steps))
+            scales = self._scales(steps, scale)
+            steps[0].precondition_of(steps, _gradients(steps), scales, self._squares_for(steps))
         moved = [step.parameter for step in self._moving]
         total = {parameter: parameter.grad for parameter in moved if parameter.grad is not None}
         for parameter in self._snapshot.parameters:

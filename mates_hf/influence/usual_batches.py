@@ -19,7 +19,7 @@ from mates_hf.engine.averaging import trainable_parameters
 from mates_hf.engine.preserve import local_shard
 from mates_hf.flops import NUM_SECOND_MOMENT_BATCHES
 from mates_hf.influence.difference import norm_by_parameter
-from mates_hf.influence.preconditioner import ParameterStep, sum_of_squares
+from mates_hf.influence.preconditioner import ParameterStep, multiply, scaled_sums, squares_of
 
 
 class UsualBatches:
@@ -74,18 +74,26 @@ class UsualBatches:
         for _ in range(NUM_SECOND_MOMENT_BATCHES):
             factor = self._read(generator)
             with torch.no_grad():
-                for step in steps:
-                    if step.parameter.grad is None:
-                        continue
-                    gradient = local_shard(step.parameter.grad).mul_(factor)
-                    if step.l2:
-                        gradient.add_(local_shard(step.parameter), alpha=step.l2)
-                    gradient.square_().div_(NUM_SECOND_MOMENT_BATCHES)
-                    if step.parameter in squares:
-                        squares[step.parameter].add_(gradient)
-                    else:
-                        squares[step.parameter] = gradient
+                self._add_squares(squares, [step for step in steps if step.parameter.grad is not None], factor)
         return squares
+
+    def _add_squares(
+        self, squares: dict[nn.Parameter, Tensor], reached: Sequence[ParameterStep], factor: float
+    ) -> None:
+        """Add the squares of `.grad` times a factor, their share of the mean; `.grad` is not left as it was."""
+        found = {step.parameter: step.parameter.grad for step in reached}
+        gradients = {parameter: local_shard(grad) for parameter, grad in found.items() if grad is not None}
+        multiply(list(gradients.values()), factor)
+        for l2 in {step.l2 for step in reached if step.l2}:
+            decayed = [step.parameter for step in reached if step.l2 == l2]
+            torch._foreach_add_([gradients[p] for p in decayed], [local_shard(p) for p in decayed], alpha=l2)
+        if gradients:
+            torch._foreach_mul_(list(gradients.values()), list(gradients.values()))
+            torch._foreach_div_(list(gradients.values()), NUM_SECOND_MOMENT_BATCHES)
+        again = [parameter for parameter in gradients if parameter in squares]
+        if again:
+            torch._foreach_add_([squares[p] for p in again], [gradients[p] for p in again])
+        squares.update({p: gradient for p, gradient in gradients.items() if p not in squares})
 
     def square_of_one(self) -> dict[nn.Parameter, Tensor] | None:
         """() squared length of each local shard of one batch's gradient, clipped as the run clips; None without rows.
@@ -95,11 +103,10 @@ class UsualBatches:
         if self._rows is None or self._candidates is None or not len(self._candidates):
             return None
         factor = self._read(np.random.default_rng(self._seed))
-        squares = {
-            parameter: factor**2 * sum_of_squares(local_shard(parameter.grad))
-            for parameter in trainable_parameters(self._model).values()
-            if parameter.grad is not None
-        }
+        found = {parameter: parameter.grad for parameter in trainable_parameters(self._model).values()}
+        gradients = {parameter: local_shard(grad) for parameter, grad in found.items() if grad is not None}
+        sums = [[square] for square in squares_of(list(gradients.values()))]
+        squares = dict(zip(gradients, scaled_sums(sums, factor**2), strict=True))
         for parameter in trainable_parameters(self._model).values():
             parameter.grad = None
         return squares

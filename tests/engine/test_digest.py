@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.lab.operations import counted
 from mates_hf.engine import digest
 from mates_hf.engine.digest import weight_marks, weights_digest
 from tests.launch import run_script
@@ -51,6 +52,28 @@ def test_every_single_bit_and_every_swap_shows_and_coming_back_does_not(dtype, c
         seen.add(weights_digest(model))
         flat[[one, other]] = flat[[other, one]]
     assert len(seen) == num + 4
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_small_parameters_of_one_size_have_the_lanes_that_they_have_alone(dtype, monkeypatch):
+    models = [nn.ModuleDict({str(i): nn.Linear(7, 5) for i in range(num)}).to(dtype) for num in (2, 9)]
+    found = [(weights_digest(model), weight_marks(model)) for model in models]
+    operations = []
+    for model in models:
+        with counted() as mode:
+            weights_digest(model)
+            weight_marks(model)
+        operations.append(mode.calls)
+        assert mode.syncs.total() == 2
+    assert operations[0] == operations[1]
+    for most in (0, 5):  # never; biases alone
+        monkeypatch.setattr(digest, "_SMALL", most)
+        assert [(weights_digest(model), weight_marks(model)) for model in models] == found
+    monkeypatch.undo()
+    monkeypatch.setattr(digest, "CHUNK", 70)  # two matrices at a time
+    in_chunks = weights_digest(models[1])
+    monkeypatch.setattr(digest, "_SMALL", 0)
+    assert weights_digest(models[1]) == in_chunks
 
 
 def test_parameters_that_trade_places_or_change_shape_or_type_show():

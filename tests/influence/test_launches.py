@@ -21,7 +21,7 @@ from mates_hf.flops import num_path_points
 from mates_hf.influence import micro_batches, output_head
 from mates_hf.influence.optimizer import together
 from mates_hf.influence.passes import likelihood, mean_loss_gradient, token_losses
-from mates_hf.influence.preconditioner import grouped, parameter_steps
+from mates_hf.influence.preconditioner import grouped, parameter_steps, rarely_reached_parameters
 from mates_hf.influence.probe_directional import DirectionalProbe
 from tests.influence.test_optimizers import hf_adafactor
 from tests.influence.test_probes import chain_rows, task
@@ -39,9 +39,14 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=1e-1),
     "adafactor": hf_adafactor(lr=1e-2),
+    "adafactor_scaled": hf_adafactor(lr=1e-2, scale_parameter=True, beta1=0.8, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.1),
     "sgd_nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
 }
+
+
+if hasattr(torch.optim, "Adafactor"):  # newer than the oldest torch supported
+    OPTIMIZERS["adafactor_of_torch"] = lambda p: torch.optim.Adafactor(p, lr=1e-2)
 
 
 def after_steps(model: Any, optimizer: torch.optim.Optimizer, num: int = 3) -> torch.optim.Optimizer:
@@ -124,7 +129,7 @@ def test_steps_taken_together_are_those_taken_one_by_one(
     model = make_tiny_model().to(dtype)
     optimizer = after_steps(model, OPTIMIZERS[name](list(model.parameters())))
     saved = [parameter.detach().clone() for parameter in model.parameters()]
-    steps = parameter_steps(optimizer, list(model.parameters()))
+    steps = parameter_steps(optimizer, list(model.parameters()), rarely=())
     gradients = [torch.randn_like(step.parameter) for step in steps]
     nothing = [None] * len(steps)
     alone = []
@@ -143,18 +148,53 @@ def test_steps_taken_together_are_those_taken_one_by_one(
             alike[0].write_null_of(alike)
             given = [gradients[number].clone() for number in numbers]
             changes = [torch.empty_like(gradient).reshape(-1) for gradient in given]
+            scales = [0.3] * len(alike)
             ends = [0] * len(given)
-            for owners, thetas, results in alike[0].preconditioned_of(alike, given, 0.3, nothing[: len(alike)]):
+            for owners, thetas, results in alike[0].preconditioned_of(alike, given, scales, nothing[: len(alike)]):
                 for owner, theta, result in zip(owners, thetas, results, strict=True):
                     assert theta.shape == result.shape
                     changes[owner][ends[owner] : ends[owner] + result.numel()] = result.reshape(-1)
                     ends[owner] += result.numel()
-            alike[0].precondition_of(alike, given, 0.3, nothing[: len(alike)])
+            alike[0].precondition_of(alike, given, scales, nothing[: len(alike)])
             for place, number in enumerate(numbers):
                 assert torch.equal(steps[number].parameter, alone[number][0]), number
                 assert torch.equal(given[place], alone[number][1])
                 assert torch.equal(changes[place], alone[number][1].reshape(-1))
-    assert len(grouped(steps)) < len(steps) or name == "adafactor"  # whose rate is each parameter's own
+    kinds = {step.parameter.shape for step in steps} if name.startswith("adafactor") else {None}
+    assert len(grouped(steps)) == len(kinds)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_takes_as_many_operations_for_six_layers_as_for_two(
+    make_tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(together, "_LEAST_ENTRIES_CPU", together.MOST_ENTRIES_CPU)  # in lists as long as a device's
+
+    def found(layers: int) -> CountOperations:
+        model = make_tiny_model(num_hidden_layers=layers)
+        parameters = list(model.parameters())
+        optimizer = after_steps(model, OPTIMIZERS[name](parameters))
+        gradients = {id(parameter): torch.randn_like(parameter) for parameter in parameters}
+        rarely = rarely_reached_parameters(model)
+
+        def work() -> None:
+            steps = parameter_steps(optimizer, parameters, rarely=rarely)
+            for numbers in grouped(steps):
+                alike = [steps[number] for number in numbers]
+                given = [gradients[id(step.parameter)] for step in alike]
+                alike[0].null_squares_of(alike)
+                alike[0].usual_squares_of(alike)
+                alike[0].write_null_of(alike)
+                nothing, scales = [None] * len(alike), [0.3] * len(alike)
+                for _ in alike[0].preconditioned_of(alike, given, scales, nothing):
+                    pass
+                alike[0].precondition_of(alike, given, scales, nothing)
+
+        return count(work)
+
+    two, six = found(2), found(6)
+    assert two.calls == six.calls, six.counts - two.counts
+    assert two.syncs.total() == six.syncs.total() <= 2
 
 
 def test_counters_on_a_device_are_read_at_once(live: Any) -> None:
@@ -170,7 +210,7 @@ def test_muon_waits_for_no_matrix_and_leaves_one_without_momentum_alone() -> Non
     reached.grad, never.grad = torch.randn(6, 4), torch.zeros(6, 4)
     optimizer.step()
     steps, gradients = parameter_steps(optimizer, [reached, never]), [torch.ones(6, 4), torch.ones(6, 4)]
-    assert count(lambda: steps[0].precondition_of(steps, gradients, 1.0, [None, None])).syncs.total() == 0
+    assert count(lambda: steps[0].precondition_of(steps, gradients, [1.0, 1.0], [None, None])).syncs.total() == 0
     assert gradients[0].norm() > 0
     assert torch.equal(gradients[1], torch.zeros(6, 4))
 

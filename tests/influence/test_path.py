@@ -382,7 +382,7 @@ def test_a_small_row_of_a_matrix_keeps_its_own_size() -> None:
         whole = torch.ones(4, 3)
         step.precondition(whole, 1.0, None)
         pieces = [
-            part for _, _, parts in step.preconditioned_of([step], [torch.ones(4, 3)], 1.0, [None]) for part in parts
+            part for _, _, parts in step.preconditioned_of([step], [torch.ones(4, 3)], [1.0], [None]) for part in parts
         ]
         assert torch.equal(whole, torch.cat(pieces))
         results.append(whole)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from mates_hf.engine.fragments import Fragment, whole_shape
 from mates_hf.engine.preserve import local_shard
-from mates_hf.influence.optimizer.parameter_step import ParameterStep, add_up, rarely_reached, row_means
-from mates_hf.influence.optimizer.together import multiply, pieces, squares_of
+from mates_hf.influence.optimizer.parameter_step import ParameterStep, rarely_reached, row_means, scaled_sums
+from mates_hf.influence.optimizer.together import multiply, pieces, squares_of, zeros_like
 
 Tensors = list[Tensor]
 
@@ -121,7 +121,7 @@ class AdaptiveStep(ParameterStep):
             torch._foreach_addcdiv_(moved, update, divisor)
             for owner, square in zip(owners, squares_of(moved), strict=True):
                 squares[owner].append(square)
-        return [add_up(parts) if len(parts) != 1 else parts[0] for parts in squares]
+        return scaled_sums(squares, 1.0)
 
     def _null_updates(self, steps: Sequence[ParameterStep]) -> Iterator[tuple[list[int], Tensors, Tensors, Tensors]]:
         """Whose pieces they are, and pieces of the parameters, of what a null step takes off, and of its divisor."""
@@ -144,42 +144,44 @@ class AdaptiveStep(ParameterStep):
             torch._foreach_add_(update, moved, alpha=self._first_rate)
         return update
 
-    def usual_square(self) -> Tensor | None:
-        """() squared length of c P sqrt(E[g_B²]): about lr² for each element that batches reach."""
-        squares: Tensors = []
-        for _, (second, *beside) in pieces([(self._second, *self._beside)]):
+    def usual_squares_of(self, steps: Sequence[ParameterStep]) -> list[Tensor] | None:
+        """() squared lengths of c P sqrt(E[g_B²]): about lr² for each element that batches reach."""
+        squares: list[Tensors] = [[] for _ in steps]
+        columns = [(step._second, *step._beside) for step in cast("Sequence[AdaptiveStep]", steps)]
+        for owners, (second, *beside) in pieces(columns):
             usual = self._usual(second)
             torch._foreach_sqrt_(usual)
             torch._foreach_div_(usual, self._next_divisor(second, self._average(second), beside))
-            squares += squares_of(usual)
-        return self.coefficient**2 * add_up(squares)
+            for owner, square in zip(owners, squares_of(usual), strict=True):
+                squares[owner].append(square)
+        return scaled_sums(squares, self.coefficient**2)
 
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale` and P, in place."""
-        self.precondition_of([self], [gradient], scale, [squares])
+        self.precondition_of([self], [gradient], [scale], [squares])
 
     def precondition_of(
         self,
         steps: Sequence[ParameterStep],
         gradients: Sequence[Tensor],
-        scale: float,
+        scales: Sequence[float],
         squares: Sequence[Tensor | None],
     ) -> None:
-        """Multiply the gradients of steps like this one by `scale` and P, in place."""
+        """Multiply the gradients of steps like this one by `scales`, all the same, and P, in place."""
         for _, _, g, divisor in self._divisors(steps, gradients, squares):
-            multiply(g, scale)
+            multiply(g, scales[0])
             torch._foreach_div_(g, divisor)
 
     def preconditioned_of(
         self,
         steps: Sequence[ParameterStep],
         gradients: Sequence[Tensor],
-        scale: float,
+        scales: Sequence[float],
         squares: Sequence[Tensor | None],
     ) -> Iterator[tuple[list[int], Tensors, Tensors]]:
-        """Pieces of the parameters of steps like this one, and of the gradients multiplied by `scale` and P."""
+        """Pieces of the parameters of steps like this one, and of the gradients multiplied by `scales` and P."""
         for owners, theta, g, divisor in self._divisors(steps, gradients, squares):
-            result = list(torch._foreach_mul(g, scale))
+            result = list(torch._foreach_mul(g, scales[0]))
             torch._foreach_div_(result, divisor)
             yield owners, theta, result
 
@@ -250,7 +252,9 @@ class UndividedStep(AdaptiveStep):
     """RAdam before its variance is tractable: D = 1."""
 
     def _divisor(self, second: Tensors, *beside: Tensors) -> Tensors:
-        return [torch.ones_like(part) for part in second]
+        ones = zeros_like(second)
+        torch._foreach_add_(ones, 1.0)
+        return ones
 
 
 class CentredStep(RootStep):
@@ -315,7 +319,7 @@ class PeakStep(AdaptiveStep):
         return list(torch._foreach_mul(second, second))  # at most
 
     def _average(self, second: Tensors) -> Tensors:
-        return [torch.zeros_like(part) for part in second]  # how far below its peak a gradient is, u does not tell
+        return zeros_like(second)  # how far below its peak a gradient is, u does not tell
 
 
 class RatioStep(AdaptiveStep):

@@ -23,8 +23,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mates_hf.influence.optimizer.parameter_step import ParameterStep, rarely_reached, sum_of_squares
-from mates_hf.influence.optimizer.together import chunks
+from mates_hf.influence.optimizer.parameter_step import ParameterStep, rarely_reached, scaled_sums
+from mates_hf.influence.optimizer.together import multiplied, multiply, pieces, squares_of
+
+NORM = "parameter_norm"  # ‖θ‖ of the parameter, which whoever makes a step puts into its state
 
 
 class _Rule(NamedTuple):
@@ -45,6 +47,8 @@ class _Rule(NamedTuple):
 class FactoredStep(ParameterStep):
     """The next step of Adafactor on one parameter.
 
+    Each has a rate of its own. Those of one shape are stacked, so that what P is made of takes one kernel for all.
+
     Args:
         parameter: the parameter, whole.
         group: its parameter group.
@@ -56,79 +60,149 @@ class FactoredStep(ParameterStep):
         self._rule = rule
         self._next_factors: dict[bool, tuple[Tensor, Tensor]] = {}  # by whether E[g_B²] was given
 
+    def likeness(self) -> Any:
+        """The shape, and the numbers of the step but for its rates; a table whose rows may be rare is alone."""
+        rule, shape = self._rule, tuple(self.parameter.shape)
+        alone = id(self) if rule.whole is None and self.rows_may_be_rare else None
+        states = (rule.row, rule.column, rule.whole, rule.momentum)
+        kinds = [None if state is None else state.dtype for state in states]
+        numbers = (rule.add, rule.floor, rule.mean_floor, rule.beta, self.momentum)
+        return type(self), self.parameter.dtype, self.parameter.device, shape, *kinds, *numbers, alone
+
     def write_null(self) -> None:
         """Move the parameter to where a step with zero gradient takes it; the update's momentum holds its rate."""
-        theta = self.parameter.detach().mul_(self._rule.shrink)
-        if self._rule.momentum is not None:
-            theta.sub_(self._rule.momentum.to(theta.dtype), alpha=self._rule.beta)
+        self.write_null_of([self])
+
+    def write_null_of(self, steps: Sequence[ParameterStep]) -> None:
+        """Move the parameters of steps like this one to where a step with zero gradient takes them."""
+        for owners, theta, momentum in self._with_momentum(steps):
+            multiply(theta, [_rule_of(steps[owner]).shrink for owner in owners])
+            if momentum is not None:
+                torch._foreach_sub_(theta, momentum, alpha=self._rule.beta)
 
     def null_square(self) -> Tensor:
         """() squared length of the null step."""
-        moved = self.parameter.detach() * (1 - self._rule.shrink)
-        if self._rule.momentum is not None:
-            moved.add_(self._rule.momentum.to(moved.dtype), alpha=self._rule.beta)
-        return sum_of_squares(moved)
+        return self.null_squares_of([self])[0]
 
-    def usual_square(self) -> Tensor | None:
-        """() squared length of an update whose root mean square is 1, which is what the clipping of updates allows."""
-        length = self.coefficient**2 * self.parameter.numel()
-        return torch.tensor(length, dtype=torch.float32, device=self.parameter.device)
+    def null_squares_of(self, steps: Sequence[ParameterStep]) -> list[Tensor]:
+        """() squared lengths of the null steps of steps like this one."""
+        squares: list[list[Tensor]] = [[] for _ in steps]
+        for owners, theta, momentum in self._with_momentum(steps):
+            moved = multiplied(theta, [1 - _rule_of(steps[owner]).shrink for owner in owners])
+            if momentum is not None:
+                torch._foreach_add_(moved, momentum, alpha=self._rule.beta)
+            for owner, square in zip(owners, squares_of(moved), strict=True):
+                squares[owner].append(square)
+        return scaled_sums(squares, 1.0)
+
+    def _with_momentum(
+        self, steps: Sequence[ParameterStep]
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor] | None]]:
+        """Whose they are, and pieces of the parameters and of the momentum, in the parameters' precision."""
+        for owners, (theta, momentum) in pieces([(s.parameter.detach(), _rule_of(s).momentum) for s in steps]):
+            if momentum is not None and momentum[0].dtype != theta[0].dtype:
+                rounded = [torch.empty_like(part) for part in theta]
+                torch._foreach_copy_(rounded, momentum)
+                momentum = rounded
+            yield owners, theta, momentum
+
+    def usual_squares_of(self, steps: Sequence[ParameterStep]) -> list[Tensor] | None:
+        """() squared lengths of updates whose root mean square is 1, which is what the clipping of updates allows."""
+        lengths = [step.coefficient**2 * step.parameter.numel() for step in steps]
+        # From the host without waiting for the device.
+        return list(torch.tensor(lengths, dtype=torch.float32).to(self.parameter.device, non_blocking=True).unbind())
 
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale` and P, in place."""
-        for g, root in self._factors(gradient, squares):
-            g.mul_(scale).mul_(root)
+        self.precondition_of([self], [gradient], [scale], [squares])
+
+    def precondition_of(
+        self,
+        steps: Sequence[ParameterStep],
+        gradients: Sequence[Tensor],
+        scales: Sequence[float],
+        squares: Sequence[Tensor | None],
+    ) -> None:
+        """Multiply the gradients of steps like this one by `scales` and P, in place."""
+        for owners, _, g, roots in self._roots(steps, gradients, squares):
+            multiply(g, [scales[owner] for owner in owners])
+            _multiply_each(g, roots)
 
     def preconditioned_of(
         self,
         steps: Sequence[ParameterStep],
         gradients: Sequence[Tensor],
-        scale: float,
+        scales: Sequence[float],
         squares: Sequence[Tensor | None],
     ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
-        """Pieces of the parameters of steps like this one, and of the gradients multiplied by `scale` and P."""
-        for number, step in enumerate(cast("Sequence[FactoredStep]", steps)):
-            whole = step._rule.whole is not None
-            pieces = iter([(step.parameter.detach(),)]) if whole else chunks(step.parameter.detach())
-            found = step._factors(gradients[number], squares[number])
-            for (theta,), (g, root) in zip(pieces, found, strict=True):
-                yield [number], [theta], [(g * scale).mul_(root)]
+        """Pieces of the parameters of steps like this one, and of the gradients multiplied by `scales` and P."""
+        for owners, theta, g, roots in self._roots(steps, gradients, squares):
+            result = multiplied(g, [scales[owner] for owner in owners])
+            _multiply_each(result, roots)
+            yield owners, theta, result
 
-    def _factors(self, gradient: Tensor, squares: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the gradient, and of what P multiplies them with."""
-        rule = self._rule
+    def _roots(
+        self, steps: Sequence[ParameterStep], gradients: Sequence[Tensor], squares: Sequence[Tensor | None]
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor], Tensor]]:
+        """Whose they are, pieces of the parameters and of the gradients, and (n, ...) what P multiplies those with."""
+        alike, rule = cast("Sequence[FactoredStep]", steps), self._rule
+        thetas = [step.parameter.detach() for step in steps]
         if rule.whole is not None:
-            expected = rule.whole if squares is None else squares.to(rule.whole.dtype)
-            yield gradient, self._next(rule.whole, expected).clamp_(min=rule.floor).rsqrt_()
+            state = [step._rule.whole for step in alike]
+            for owners, (g, theta, whole, square) in pieces(list(zip(gradients, thetas, state, squares, strict=True))):
+                second = self._next(_stacked(whole), _stacked(whole if square is None else square))
+                yield owners, theta, g, second.clamp_(min=rule.floor).rsqrt_()
             return
-        row, column = self._rows_and_columns(squares)
-        for g, r, c in chunks(gradient, row, column if gradient.dim() > 2 else None):
-            second = r.unsqueeze(-1) * (column if c is None else c).unsqueeze(-2)
-            yield g, second.clamp_(min=rule.floor).rsqrt_()
+        self._find_factors(alike, squares)
+        rows, columns = zip(*(step._next_factors[squares[0] is not None] for step in alike), strict=True)
+        cut = [column if column.dim() > 1 else None for column in columns]
+        for owners, (g, theta, row, column) in pieces(list(zip(gradients, thetas, rows, cut, strict=True))):
+            across = [columns[owner] for owner in owners] if column is None else column
+            second = _stacked(row).unsqueeze(-1) * _stacked(across).unsqueeze(-2)
+            yield owners, theta, g, second.clamp_(min=rule.floor).rsqrt_()
 
-    def _rows_and_columns(self, squares: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Factors of the next second moment, found once: neither the state nor E[g_B²] changes while a probe runs."""
-        given, rule = squares is not None, self._rule
-        if given not in self._next_factors:
-            assert rule.row is not None
-            assert rule.column is not None
-            row = self._next(rule.row, self._usual_rows(rule.row, squares))
-            row = row / row.mean(-1, keepdim=True).clamp_(min=rule.mean_floor)
-            columns = rule.column if squares is None else squares.mean(-2, dtype=rule.column.dtype)
-            self._next_factors[given] = (row, self._next(rule.column, columns))
-        return self._next_factors[given]
+    def _find_factors(self, steps: Sequence[FactoredStep], squares: Sequence[Tensor | None]) -> None:
+        """Factors of the next second moments, found once: neither the state nor E[g_B²] changes while a probe runs."""
+        given, rule = squares[0] is not None, self._rule
+        if all(given in step._next_factors for step in steps):
+            return
+        row, column = _stacked([step._rule.row for step in steps]), _stacked([step._rule.column for step in steps])
+        averages, columns = row, column
+        if given:
+            averages = torch.stack([square.mean(-1, dtype=row.dtype) for square in squares if square is not None])
+            columns = torch.stack([square.mean(-2, dtype=column.dtype) for square in squares if square is not None])
+        if self.rows_may_be_rare:  # then it is alone
+            averages = self._usual_rows(row[0], averages[0]).unsqueeze(0)
+        row = self._next(row, averages)
+        row = row / row.mean(-1, keepdim=True).clamp_(min=rule.mean_floor)
+        for step, *found in zip(steps, row.unbind(), self._next(column, columns).unbind(), strict=True):
+            step._next_factors[given] = (found[0], found[1])
 
     def _next(self, second: Tensor, expected: Tensor) -> Tensor:
         """The second moment after a step on a usual batch."""
-        return (second * (1 - self._rule.add)).add_(expected, alpha=self._rule.add)
+        return (second * (1 - self._rule.add)).add_(expected.to(second.dtype), alpha=self._rule.add)
 
-    def _usual_rows(self, row: Tensor, squares: Tensor | None) -> Tensor:
+    def _usual_rows(self, row: Tensor, average: Tensor) -> Tensor:
         """Mean squares that a batch brings to each row; to those that hardly any batch reaches, the usual ones."""
-        average = row if squares is None else squares.mean(-1, dtype=row.dtype)
-        if not self.rows_may_be_rare:
-            return average
         rarely, usual = rarely_reached(row, average, keep=1 - self._rule.add, add=self._rule.add, like=row)
         return torch.where(rarely, torch.maximum(average, usual), average)
+
+
+def _rule_of(step: ParameterStep) -> _Rule:
+    return cast("FactoredStep", step)._rule
+
+
+def _stacked(tensors: Sequence[Any]) -> Tensor:
+    """Tensors of one shape as one, a view where there is one; `pieces` puts no others together."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _multiply_each(tensors: list[Tensor], factors: Tensor) -> None:
+    """Multiply tensors of one shape by (n, ...) factors of each entry, in place."""
+    if tensors[0].dtype == factors.dtype:
+        torch._foreach_mul_(tensors, list(factors.unbind()))
+    else:  # lists of two types are taken one by one
+        torch._foreach_copy_(tensors, list(torch.stack(tensors).mul_(factors).unbind()))
 
 
 def transformers_adafactor_step(
@@ -136,7 +210,7 @@ def transformers_adafactor_step(
 ) -> ParameterStep:
     """`transformers.Adafactor` with a learning rate of its own (`relative_step=False`)."""
     floor, smallest = (float(eps) for eps in group["eps"])
-    rate = lr * max(smallest, _root_mean_square(parameter)) if group["scale_parameter"] else lr
+    rate = lr * max(smallest, _root_mean_square(parameter, state)) if group["scale_parameter"] else lr
     with_momentum = group["beta1"] is not None
     return FactoredStep(
         parameter,
@@ -168,7 +242,7 @@ def torch_adafactor_step(
         parameter,
         group,
         _Rule(
-            rate=min(lr, step**-0.5) * max(float(smallest), _root_mean_square(parameter)),
+            rate=min(lr, step**-0.5) * max(float(smallest), _root_mean_square(parameter, state)),
             add=step ** float(group["beta2_decay"]),
             floor=floor**2,
             mean_floor=floor,
@@ -180,5 +254,5 @@ def torch_adafactor_step(
     )
 
 
-def _root_mean_square(parameter: nn.Parameter) -> float:
-    return float(parameter.detach().norm(2)) / math.sqrt(parameter.numel())
+def _root_mean_square(parameter: nn.Parameter, state: Mapping[str, Any]) -> float:
+    return float(state[NORM]) / math.sqrt(parameter.numel())

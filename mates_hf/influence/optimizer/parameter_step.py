@@ -79,7 +79,7 @@ class ParameterStep(abc.ABC):
         self,
         steps: Sequence[ParameterStep],
         gradients: Sequence[Tensor],
-        scale: float,
+        scales: Sequence[float],
         squares: Sequence[Tensor | None],
     ) -> None:
         """`precondition` of several steps like this one, at once where that is known.
@@ -87,10 +87,10 @@ class ParameterStep(abc.ABC):
         Args:
             steps: the steps.
             gradients: The gradient of each.
-            scale: any factor.
+            scales: A factor of each; the same for steps whose coefficient is the same.
             squares: E[g_B²] of each, or None for all.
         """
-        for step, gradient, square in zip(steps, gradients, squares, strict=True):
+        for step, gradient, scale, square in zip(steps, gradients, scales, squares, strict=True):
             step.precondition(gradient, scale, square)
 
     @abc.abstractmethod
@@ -101,10 +101,10 @@ class ParameterStep(abc.ABC):
         """`null_square` of several steps like this one, at once where that is known."""
         return [step.null_square() for step in steps]
 
-    def usual_square(self) -> Tensor | None:
-        """() squared length, in the local shard, of the step that a usual batch makes where there is no momentum.
+    def usual_squares_of(self, steps: Sequence[ParameterStep]) -> list[Tensor] | None:
+        """() squared lengths, in the local shards, of the steps like this one that a usual batch makes.
 
-        None where the state does not tell how large a usual gradient is.
+        Asked where there is no momentum. None where the state does not tell how large a usual gradient is.
         """
         return None
 
@@ -112,7 +112,7 @@ class ParameterStep(abc.ABC):
         self,
         steps: Sequence[ParameterStep],
         gradients: Sequence[Tensor],
-        scale: float,
+        scales: Sequence[float],
         squares: Sequence[Tensor | None],
     ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
         """What `precondition_of` makes of gradients that are left as they are, piece by piece.
@@ -120,7 +120,7 @@ class ParameterStep(abc.ABC):
         Args:
             steps: steps like this one.
             gradients: The gradient of each, local shards of the parameters' shapes.
-            scale: any factor.
+            scales: A factor of each; the same for steps whose coefficient is the same.
             squares: E[g_B²] of each, or None for all.
 
         Yields:
@@ -129,7 +129,7 @@ class ParameterStep(abc.ABC):
         """
         for number, (step, gradient, square) in enumerate(zip(steps, gradients, squares, strict=True)):
             result = gradient.clone()
-            step.precondition(result, scale, square)
+            step.precondition(result, scales[number], square)
             yield [number], [local_shard(step.parameter)], [result]
 
 
@@ -153,6 +153,12 @@ def add_up(squares: Iterable[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
     device = parts[0].device
     return torch.stack([part.reshape(()).to(device, wide_dtype(device)) for part in parts]).sum()
+
+
+def scaled_sums(squares: Sequence[Sequence[Tensor]], factor: float) -> list[Tensor]:
+    """() sum of the scalars of each, times a factor."""
+    sums = [parts[0] if len(parts) == 1 else add_up(parts) for parts in squares]
+    return list(torch._foreach_mul(sums, factor)) if sums and factor != 1 else sums
 
 
 def row_means(tensor: Tensor, parameter: nn.Parameter | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.engine.preserve import local_shard
-from mates_hf.influence.optimizer.parameter_step import ParameterStep, add_up
+from mates_hf.influence.optimizer.parameter_step import ParameterStep, scaled_sums
 from mates_hf.influence.optimizer.together import multiply, pieces, squares_of
 
 
@@ -48,29 +48,36 @@ class SgdStep(ParameterStep):
 
     def write_null_of(self, steps: Sequence[ParameterStep]) -> None:
         """Move the parameters of steps like this one to where a step with zero gradient takes them."""
-        for theta, update in self._null_updates(steps):
+        for _, theta, update in self._null_updates(steps):
             torch._foreach_add_(theta, update, alpha=-self._lr)
 
     def null_square(self) -> Tensor:
         """() squared length of the null step of the local shard."""
-        squares = [square for _, update in self._null_updates([self]) for square in squares_of(update)]
-        return self._lr**2 * add_up(squares)
+        return self.null_squares_of([self])[0]
 
-    def _null_updates(self, steps: Sequence[ParameterStep]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Pieces of the parameters, and of what a step with zero gradient takes off them, per learning rate."""
+    def null_squares_of(self, steps: Sequence[ParameterStep]) -> list[Tensor]:
+        """() squared lengths of the null steps of the local shards of steps like this one."""
+        squares: list[list[Tensor]] = [[] for _ in steps]
+        for owners, _, update in self._null_updates(steps):
+            for owner, square in zip(owners, squares_of(update), strict=True):
+                squares[owner].append(square)
+        return scaled_sums(squares, self._lr**2)
+
+    def _null_updates(self, steps: Sequence[ParameterStep]) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Whose they are, pieces of the parameters, and of what a null step takes off them, per learning rate."""
         if not self.moves:  # has never had a gradient, and a null step brings none
             return
         columns = [(local_shard(s.parameter), s._buffer) for s in cast("Sequence[SgdStep]", steps)]
-        for _, (theta, buffer) in pieces(columns):
+        for owners, (theta, buffer) in pieces(columns):
             decay = list(torch._foreach_mul(theta, self.l2))
             if buffer is None:
-                yield theta, decay
+                yield owners, theta, decay
                 continue
             moved = list(torch._foreach_mul(buffer, self._momentum))
             torch._foreach_add_(moved, decay, alpha=self._kept)
             if self._nesterov:
                 torch._foreach_add_(decay, moved, alpha=self._momentum)
-            yield theta, decay if self._nesterov else moved
+            yield owners, theta, decay if self._nesterov else moved
 
     def precondition(self, gradient: Tensor, scale: float, squares: Tensor | None) -> None:
         """Multiply a gradient by `scale`, in place."""
@@ -80,20 +87,20 @@ class SgdStep(ParameterStep):
         self,
         steps: Sequence[ParameterStep],
         gradients: Sequence[Tensor],
-        scale: float,
+        scales: Sequence[float],
         squares: Sequence[Tensor | None],
     ) -> None:
-        """Multiply gradients by `scale`, in place."""
-        multiply(gradients, scale)
+        """Multiply gradients by `scales`, all the same, in place."""
+        multiply(gradients, scales[0])
 
     def preconditioned_of(
         self,
         steps: Sequence[ParameterStep],
         gradients: Sequence[Tensor],
-        scale: float,
+        scales: Sequence[float],
         squares: Sequence[Tensor | None],
     ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
-        """Pieces of the parameters, and of the gradients multiplied by `scale`."""
+        """Pieces of the parameters, and of the gradients multiplied by `scales`, all the same."""
         columns = [(local_shard(s.parameter), g) for s, g in zip(steps, gradients, strict=True)]
         for owners, (theta, g) in pieces(columns):
-            yield owners, theta, list(torch._foreach_mul(g, scale))
+            yield owners, theta, list(torch._foreach_mul(g, scales[0]))

@@ -95,16 +95,35 @@ def _as_lists(rows: list[tuple[Any, ...]]) -> Lists:
     return tuple(None if column[0] is None else list(column) for column in zip(*rows, strict=True))
 
 
-def multiply(tensors: Sequence[Tensor], factor: float) -> None:
-    """Multiply tensors by a number, in place, as `Tensor.mul_` does.
+def multiply(tensors: Sequence[Tensor], factors: float | Sequence[float]) -> None:
+    """Multiply tensors by a number, or each by its own, in place, as `Tensor.mul_` does.
 
     On a processor torch rounds the number to the tensors' dtype first where it is given a list.
     """
-    if tensors and tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.bfloat16, torch.float16):
-        for tensor in tensors:
-            tensor.mul_(factor)
+    if _one_by_one(tensors):
+        for number, tensor in enumerate(tensors):
+            tensor.mul_(factors[number] if isinstance(factors, Sequence) else factors)
     elif tensors:
-        torch._foreach_mul_(list(tensors), factor)
+        torch._foreach_mul_(list(tensors), list(factors) if isinstance(factors, Sequence) else factors)
+
+
+def multiplied(tensors: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:
+    """Each tensor times its number, as `Tensor.mul` has it; new tensors."""
+    if _one_by_one(tensors):
+        return [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    return list(torch._foreach_mul(list(tensors), list(factors)))
+
+
+def zeros_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros in the shapes of tensors."""
+    zeros = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_zero_(zeros)
+    return zeros
+
+
+def _one_by_one(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch would round a number first where it is given these tensors as a list."""
+    return bool(tensors) and tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.bfloat16, torch.float16)
 
 
 def squares_of(tensors: Sequence[Tensor]) -> list[Tensor]:
