@@ -1,10 +1,10 @@
 """How fast a text influence model reads, and how nearly it ranks as what it was distilled from.
 
-A model of a million parameters takes some random steps on a corpus, a probe labels rows of it, and an n-gram model is
-fitted to the labels. What that predicts of texts, tokenising included, is distilled: from few and from many texts.
-Agreement is on texts that no fit has seen, all together and by group of domains. Speed is bytes of text a second with
-one thread and with two, arms taking turns: scoring, fastText's `predict` on the same texts, reading them with pyarrow
-from a Parquet file without compression (the page cache holds it), and the tokenizer with the n-gram model.
+What an n-gram model predicts of texts, tokenising included, is distilled: from few and from many texts. That model is
+fitted to labels of a model of a million parameters (`lab/text_teacher.py`). Agreement is on texts no fit has seen,
+all together and by group of domains. Speed is bytes of text a second with one thread and with two, arms taking turns:
+scoring, fastText's `predict` on the same texts, reading them with pyarrow from a Parquet file without compression (the
+page cache holds it), and the tokenizer with the n-gram model.
 
 With `--data` the corpus there is read, else the built-in one. Trade-off: one small model's labels; texts are cut to
 1,500 characters.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,17 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.lab import rivals
-from benchmarks.lab.corpus import as_rows, as_tasks, byte_bpe, cut_rows, lambada, read_documents
+from benchmarks.lab.corpus import read_documents
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import alternate, median_ratio, num_cores, temporary_folder, versions
 from benchmarks.lab.tables import markdown, table, title
+from benchmarks.lab.text_teacher import CHARACTERS, text_teacher
 from mates_hf.evaluation.agreement import rank_correlation, top_precision
-from mates_hf.influence.probe_directional import DirectionalProbe
-from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.prediction.text_model import TextInfluenceModel
 from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.selector import MatesSelector
 
 DATA = False
-CHARACTERS, ROW_TOKENS, BATCH_ROWS = 1_500, 128, 16
 # Groups of the large corpus's domains; what is in none is counted with all texts only.
 GROUPS = {
     "English prose": ("wikipedia", "fiction_classic", "news", "un_speeches", "blogs", "humanities_textbook"),
@@ -44,27 +42,6 @@ GROUPS = {
     "code and its documentation": ("tech_docs", "cli_help", "standards", "tables_csv"),
 }
 SCORED, FASTTEXT, READ, TOKENISED = "text model", "fastText, `predict`", "pyarrow, read", "tokenizer and n-gram model"
-
-
-def source(documents: Sequence[dict[str, Any]], data: Path, quick: bool) -> MatesSelector:
-    """The selector that is distilled."""
-    from transformers import PreTrainedTokenizerFast
-
-    from benchmarks.lab.models import build_model, build_optimizer, train_steps
-
-    texts = [document["text"][:CHARACTERS] for document in documents]
-    vocab, steps, labelled = (2_048, 20, 200) if quick else (8_192, 300, 1_000)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_bpe(texts[:10_000], vocab))
-    rows = as_rows(cut_rows(texts[:30_000], tokenizer, ROW_TOKENS, 2)[0], ROW_TOKENS)
-    passages = lambada(data / "eval" / "lambada")[0][:256]
-    model = build_model(len(tokenizer), seed=0)
-    optimizer = build_optimizer(model)
-    order = np.random.default_rng(0).permutation(len(rows))
-    train_steps(model, optimizer, rows, order[: steps * BATCH_ROWS], batch_rows=BATCH_ROWS, warm_up=min(20, steps))
-    candidates = rows.take(np.sort(order[steps * BATCH_ROWS :][:labelled]))
-    probe = DirectionalProbe(tokens_per_batch=1_024)
-    labels = probe.measure(model, optimizer, as_tasks(passages, tokenizer, "reference")["all"], candidates)
-    return MatesSelector(NgramInfluenceModel().fit(candidates, labels), tokenizer)
 
 
 def agreement(
@@ -118,8 +95,8 @@ def run(bench: Bench) -> dict[str, Any]:
     data = bench.data
     large = data / "large" / "corpus.jsonl.gz"
     documents = read_documents(large if large.exists() else data / "corpus.jsonl.gz", 3_000 if bench.quick else None)
-    selector = source(documents, data, bench.quick)
     texts = [document["text"][:CHARACTERS] for document in documents]
+    selector = text_teacher(texts, data, bench.quick)
     values = selector.score(Dataset.from_dict({"text": texts})).influence
     order = np.random.default_rng(1).permutation(len(texts))
     held, rest = order[: len(texts) // 5], order[len(texts) // 5 :]
