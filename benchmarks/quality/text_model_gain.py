@@ -25,7 +25,7 @@ from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import versions
 from benchmarks.lab.statistics import mean_interval
 from benchmarks.lab.tables import markdown, table, title
-from benchmarks.lab.text_teacher import BATCH_ROWS, CHARACTERS, NUM_REFERENCE, ROW_TOKENS, text_teacher
+from benchmarks.lab.text_teacher import CHARACTERS, NUM_REFERENCE, ROW_TOKENS, text_teacher
 from benchmarks.lab.units import run_units
 from mates_hf.evaluation.agreement import rank_correlation, top_precision
 
@@ -33,7 +33,7 @@ DATA = False
 DIGITS = 6
 RANDOM, SELECTOR, TEXT_MODEL = "random", "selector", "text model"
 ARMS = (RANDOM, SELECTOR, TEXT_MODEL)
-RATIO, LR, WARM_UP, WINDOW = 0.2, 2e-3, 20, 10
+RATIO, LR, WARM_UP, WINDOW, BATCH_ROWS = 0.2, 2e-3, 20, 10, 8
 LEAST = 0.95  # of the selector's gain
 
 
