@@ -39,7 +39,7 @@ DATA = False
 COPY, ONE, TWO = "pyarrow copy", "scored, one process", "scored, two workers"
 NUM_FILES, SMALL_FILES, SMALL_ROWS = 4, 10_000, 5
 LARGE_FILES, LARGE_GROUPS = 2, 16  # of the part `large`, each group all texts
-HUGE_BYTES = 50e9  # of text, of the part `huge`
+HUGE_BYTES, HUGE_RATIO = 50e9, 0.02  # of text, of the part `huge`, and what is kept of it
 
 
 def write_files(folder: Path, texts: list[str], num_files: int, **options: Any) -> None:
@@ -107,12 +107,12 @@ def copied(source: Path, out: Path) -> None:
         pq.write_table(pq.read_table(path), out / path.name, compression="zstd")
 
 
-def scored(selector: Any, source: Path, out: Path, workers: int) -> dict[str, Any]:
+def scored(selector: Any, source: Path, out: Path, workers: int, ratio: float = 0.2) -> dict[str, Any]:
     """Score a folder into a new one."""
     from mates_hf.selection.file_scoring import score_files
 
     shutil.rmtree(out, ignore_errors=True)
-    return score_files(selector, source, out, ratio=0.2, workers=workers).to_dict()
+    return score_files(selector, source, out, ratio=ratio, workers=workers).to_dict()
 
 
 def speed(folder: str, name: str, repeats: int) -> dict[str, Any]:
@@ -153,7 +153,8 @@ def memory(folder: str, name: str, workers: int) -> dict[str, Any]:
             time.sleep(0.05)
 
     threading.Thread(target=watch, daemon=True).start()
-    report = scored(MatesSelector.from_pretrained(work / "selector"), work / name, work / "out", workers)
+    ratio = HUGE_RATIO if name == "huge" else 0.2
+    report = scored(MatesSelector.from_pretrained(work / "selector"), work / name, work / "out", workers, ratio)
     peaks["own"] = peak_of("self")
     sizes = {"files": name, "bytes": report["bytes_read"], "scored": report["bytes_scored"], "workers": workers}
     if name == "huge":
