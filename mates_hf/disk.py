@@ -98,6 +98,8 @@ def make_directory(path: Path) -> None:
     Raises:
         OSError: it could not be made, or the disk failed.
     """
+    if path.is_dir():
+        return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):

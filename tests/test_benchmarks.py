@@ -305,6 +305,21 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
     assert kept[8:].sum() == pytest.approx(kept[:8].sum(), abs=64)
 
 
+def test_a_file_that_lists_a_row_group_again_is_read_at_full_length(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from benchmarks.cost.score_files import list_again, write_files
+
+    write_files(tmp_path / "one", [f"text {i}" for i in range(5_000)], 1, row_group_size=5_000)
+    (one,) = (tmp_path / "one").iterdir()
+    list_again(one, tmp_path / "more" / "0.parquet", 40)
+    file, whole = pq.ParquetFile(tmp_path / "more" / "0.parquet"), pq.read_table(one)
+    assert file.metadata.num_row_groups == 40
+    assert file.metadata.num_rows == 200_000
+    assert all(file.read_row_group(number).equals(whole) for number in (0, 1, 39))
+    assert (tmp_path / "more" / "0.parquet").stat().st_size < 2 * one.stat().st_size
+
+
 def test_every_place_of_a_fault_is_there() -> None:
     from benchmarks.reliability.faults.places import all_faults
 

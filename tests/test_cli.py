@@ -338,6 +338,7 @@ def test_score_reads_and_writes_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_score_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mates_hf import MatesSelector, TextInfluenceModel
     from tests.selection.files_kit import make_texts, text_selector, write_parquet
 
     text_selector().save_pretrained(tmp_path / "selector")
@@ -365,3 +366,19 @@ def test_score_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.Cap
         assert words.replace("names", "must name") in told
         assert told.count("\n") == 1
     assert not list(Path(out).glob("*.parquet"))
+
+    given = [selector, source, "--out", out, "--top-k", "3"]
+    assert main(["score", *given]) == 0
+    texts = make_texts(50, 1)
+    other = TextInfluenceModel.distil([len(text) for text in texts], texts, num_buckets=2**10)
+    MatesSelector(other).save_pretrained(tmp_path / "other")
+    before = Path(out, "a.parquet").read_bytes()
+    capsys.readouterr()
+    assert main(["score", str(tmp_path / "other"), *given[1:]]) == 1
+    assert "`out` must be a folder of this selector" in capsys.readouterr().err
+    write_parquet(tmp_path / "a.parquet", make_texts(6, 0))
+    assert main(["score", *given]) == 1
+    told = capsys.readouterr().err
+    assert "`a.parquet` was changed" in told
+    assert told.count("\n") == 1
+    assert Path(out, "a.parquet").read_bytes() == before

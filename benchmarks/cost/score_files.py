@@ -7,12 +7,15 @@ scored a small file before, so that compiling is not counted; starting two worke
 
 Memory is the largest resident set of a process that scores a file, and one of four times its size, each a single row
 group, and of a worker; also of workers that score gigabytes each, a row group repeated. Thousands of small files
-are scored and copied too. With `--data` the corpus there is read, else the built-in one; each file has it in another
-order. Trade-off: the page cache holds most files, so this is the cost of the work and not of a disk.
+are scored and copied too. `--huge` scores one file of 50 GB of text alone, and adds that to the results that are
+there: its footer lists one row group again and again, so it is read at full length and is small on disk. With `--data`
+the corpus there is read, else the built-in one; each file has it in another order. Trade-off: the page cache holds
+most files, so this is the cost of the work and not of a disk.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import multiprocessing
 import os
@@ -36,6 +39,7 @@ DATA = False
 COPY, ONE, TWO = "pyarrow copy", "scored, one process", "scored, two workers"
 NUM_FILES, SMALL_FILES, SMALL_ROWS = 4, 10_000, 5
 LARGE_FILES, LARGE_GROUPS = 2, 16  # of the part `large`, each group all texts
+HUGE_BYTES, HUGE_RATIO = 50e9, 0.02  # of text, of the part `huge`, and what is kept of it
 
 
 def write_files(folder: Path, texts: list[str], num_files: int, **options: Any) -> None:
@@ -65,6 +69,22 @@ def repeat_file(path: Path, folder: Path, num_files: int, times: int) -> None:
                 writer.write_table(rows, row_group_size=rows.num_rows)
 
 
+def list_again(path: Path, target: Path, times: int) -> None:
+    """A file whose footer lists the one row group of another `times` times: so long to read, and no longer on disk."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    target.parent.mkdir()
+    once, whole = pq.read_metadata(path), pq.read_metadata(path)
+    for _ in range(times - 1):
+        whole.append_row_groups(once)
+    footer = pa.BufferOutputStream()
+    whole.write_metadata_file(footer)  # with the four bytes that a file begins with
+    content = path.read_bytes()
+    pages = content[: -8 - int.from_bytes(content[-8:-4], "little")]
+    target.write_bytes(pages + footer.getvalue().to_pybytes()[4:])
+
+
 def distil(texts: list[str], folder: Path) -> str:
     """Save a selector of what a few pairs of words are worth; the units that its model counts."""
     from mates_hf.prediction.text_model import TextInfluenceModel
@@ -87,12 +107,12 @@ def copied(source: Path, out: Path) -> None:
         pq.write_table(pq.read_table(path), out / path.name, compression="zstd")
 
 
-def scored(selector: Any, source: Path, out: Path, workers: int) -> dict[str, Any]:
+def scored(selector: Any, source: Path, out: Path, workers: int, ratio: float = 0.2) -> dict[str, Any]:
     """Score a folder into a new one."""
     from mates_hf.selection.file_scoring import score_files
 
     shutil.rmtree(out, ignore_errors=True)
-    return score_files(selector, source, out, ratio=0.2, workers=workers).to_dict()
+    return score_files(selector, source, out, ratio=ratio, workers=workers).to_dict()
 
 
 def speed(folder: str, name: str, repeats: int) -> dict[str, Any]:
@@ -133,9 +153,12 @@ def memory(folder: str, name: str, workers: int) -> dict[str, Any]:
             time.sleep(0.05)
 
     threading.Thread(target=watch, daemon=True).start()
-    report = scored(MatesSelector.from_pretrained(work / "selector"), work / name, work / "out", workers)
+    ratio = HUGE_RATIO if name == "huge" else 0.2
+    report = scored(MatesSelector.from_pretrained(work / "selector"), work / name, work / "out", workers, ratio)
     peaks["own"] = peak_of("self")
     sizes = {"files": name, "bytes": report["bytes_read"], "scored": report["bytes_scored"], "workers": workers}
+    if name == "huge":
+        sizes |= {"seconds": report["seconds"], "rows": report["rows"], "kept": report["rows_kept"]}
     return {**sizes, **peaks}
 
 
@@ -144,12 +167,37 @@ def measured(work: Path, name: str, workers: int) -> dict[str, Any]:
     return in_its_own_process(memory, str(work), name, workers, threads=num_cores(), steady=False)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The part that takes long."""
+    parser.add_argument(
+        "--huge", action="store_true", help="only the file of 50 GB, added to the results that are there"
+    )
+
+
+def with_huge(bench: Bench, texts: list[str]) -> dict[str, Any]:
+    """The newest document with the memory of a process that scores one file of 50 GB."""
+    document = bench.earlier()
+    if document is None:
+        raise SystemExit("`--huge` adds to results, and there are none: run it without first.")
+    times = 3 if bench.quick else 1 + int(HUGE_BYTES / sum(len(text.encode()) for text in texts))
+    with temporary_folder(bench.work) as work:
+        distil(texts[:2_000], work / "selector")
+        write_files(work / "one", texts, 1, row_group_size=len(texts))
+        list_again(work / "one" / "00000.parquet", work / "huge" / "00000.parquet", times)
+        say(f"Scoring one row group {times} times")
+        found = {**measured(work, "huge", 1), "times": times, "load": os.getloadavg()[0]}
+    others = [one for one in document["memory"] if one["files"] != "huge"]
+    return {**document, "memory": [*others, found]}
+
+
 def run(bench: Bench) -> dict[str, Any]:
     """Make the files, and take times and memory."""
     data = bench.data
     large = data / "large" / "corpus.jsonl.gz"
     documents = read_documents(large if large.exists() else data / "corpus.jsonl.gz", 2_000 if bench.quick else None)
     texts = [document["text"] for document in documents]
+    if bench.options.huge:
+        return with_huge(bench, texts)
     num_small, repeats = (50, 1) if bench.quick else (SMALL_FILES, 3)
     load = os.getloadavg()[0]
     with temporary_folder(bench.work) as work:
@@ -200,6 +248,7 @@ def page(document: dict[str, Any]) -> str:
             f"{report['bytes_scored'] / 1e6:,.0f} MB of text. Starting the workers is in their time.",
             table(["what", "seconds", "MB of text a second", "GB of files an hour", "speed of a copy"], rows),
         ]
+    huge = next((one for one in document["memory"] if one["files"] == "huge"), None)
     shown = [
         [
             one["files"], f"{one['bytes'] / 1e6:,.0f}", f"{one['scored'] / 1e6:,.0f}", one["workers"],
@@ -220,4 +269,8 @@ def page(document: dict[str, Any]) -> str:
             else ""
         ),
         table(["files", "MB", "MB of text", "workers", "MiB of the process", "MiB of a worker"], shown),
+        ""
+        if huge is None
+        else f"`huge`: a file whose footer lists the row group of `one` {huge['times']} times, {huge['rows']:,} rows. "
+        f"Of these {huge['kept']:,} were kept, in {huge['seconds']:,.0f} s at a load of {huge['load']:.1f}.",
     )

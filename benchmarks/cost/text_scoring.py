@@ -1,21 +1,22 @@
 """How fast a text influence model reads, and how nearly it ranks as what it was distilled from.
 
-A model of a million parameters takes some random steps on a corpus, a probe labels rows of it, and an n-gram model is
-fitted to the labels. What that predicts of texts, tokenising included, is distilled: from few and from many texts.
-Agreement is on texts that no fit has seen, all together and by group of domains. Speed is bytes of text a second with
-one thread and with two, arms taking turns: scoring, fastText's `predict` on the same texts, reading them with pyarrow
-from a Parquet file without compression (the page cache holds it), and the tokenizer with the n-gram model.
+What an n-gram model predicts of texts, tokenising included, is distilled: from few and from many texts. That model is
+fitted to labels of a model of a million parameters (`lab/text_teacher.py`). Agreement is on texts no fit has seen,
+all together and by group of domains. Speed is bytes of text a second with one thread and with two, arms taking turns:
+scoring, fastText's `predict` on the same texts, reading them with pyarrow from a Parquet file without compression (the
+page cache holds it), and the tokenizer with the n-gram model.
 
-With `--data` the corpus there is read, else the built-in one. Trade-off: one small model's labels; texts are cut to
-1,500 characters.
+`--agreement` measures that alone, on a busy machine too. With `--data` the corpus there is read, else the built-in
+one. Trade-off: one small model's labels; texts are cut to 1,500 characters.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,17 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.lab import rivals
-from benchmarks.lab.corpus import as_rows, as_tasks, byte_bpe, cut_rows, lambada, read_documents
+from benchmarks.lab.corpus import read_documents
 from benchmarks.lab.harness import Bench, say
 from benchmarks.lab.machine import alternate, median_ratio, num_cores, temporary_folder, versions
 from benchmarks.lab.tables import markdown, table, title
+from benchmarks.lab.text_teacher import CHARACTERS, text_teacher
 from mates_hf.evaluation.agreement import rank_correlation, top_precision
-from mates_hf.influence.probe_directional import DirectionalProbe
-from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.prediction.text_model import TextInfluenceModel
 from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.selector import MatesSelector
 
 DATA = False
-CHARACTERS, ROW_TOKENS, BATCH_ROWS = 1_500, 128, 16
 # Groups of the large corpus's domains; what is in none is counted with all texts only.
 GROUPS = {
     "English prose": ("wikipedia", "fiction_classic", "news", "un_speeches", "blogs", "humanities_textbook"),
@@ -44,27 +43,6 @@ GROUPS = {
     "code and its documentation": ("tech_docs", "cli_help", "standards", "tables_csv"),
 }
 SCORED, FASTTEXT, READ, TOKENISED = "text model", "fastText, `predict`", "pyarrow, read", "tokenizer and n-gram model"
-
-
-def source(documents: Sequence[dict[str, Any]], data: Path, quick: bool) -> MatesSelector:
-    """The selector that is distilled."""
-    from transformers import PreTrainedTokenizerFast
-
-    from benchmarks.lab.models import build_model, build_optimizer, train_steps
-
-    texts = [document["text"][:CHARACTERS] for document in documents]
-    vocab, steps, labelled = (2_048, 20, 200) if quick else (8_192, 300, 1_000)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_bpe(texts[:10_000], vocab))
-    rows = as_rows(cut_rows(texts[:30_000], tokenizer, ROW_TOKENS, 2)[0], ROW_TOKENS)
-    passages = lambada(data / "eval" / "lambada")[0][:256]
-    model = build_model(len(tokenizer), seed=0)
-    optimizer = build_optimizer(model)
-    order = np.random.default_rng(0).permutation(len(rows))
-    train_steps(model, optimizer, rows, order[: steps * BATCH_ROWS], batch_rows=BATCH_ROWS, warm_up=min(20, steps))
-    candidates = rows.take(np.sort(order[steps * BATCH_ROWS :][:labelled]))
-    probe = DirectionalProbe(tokens_per_batch=1_024)
-    labels = probe.measure(model, optimizer, as_tasks(passages, tokenizer, "reference")["all"], candidates)
-    return MatesSelector(NgramInfluenceModel().fit(candidates, labels), tokenizer)
 
 
 def agreement(
@@ -111,21 +89,14 @@ def timed(
     return found
 
 
-def run(bench: Bench) -> dict[str, Any]:
-    """Fit what is distilled, distil it, compare, and take times."""
-    from datasets import Dataset
-
-    data = bench.data
-    large = data / "large" / "corpus.jsonl.gz"
-    documents = read_documents(large if large.exists() else data / "corpus.jsonl.gz", 3_000 if bench.quick else None)
-    selector = source(documents, data, bench.quick)
-    texts = [document["text"][:CHARACTERS] for document in documents]
-    values = selector.score(Dataset.from_dict({"text": texts})).influence
+def fitted(
+    texts: list[str], values: npt.NDArray[Any], domains: npt.NDArray[Any]
+) -> tuple[list[dict[str, Any]], TextInfluenceModel]:
+    """How models distilled from few and from many texts agree with the values of a fifth kept out; the last model."""
     order = np.random.default_rng(1).permutation(len(texts))
     held, rest = order[: len(texts) // 5], order[len(texts) // 5 :]
-    domains = np.array([document["domain"] for document in documents])[held]
     groups = {"all": np.ones(len(held), bool)}
-    groups |= {name: np.isin(domains, members) for name, members in GROUPS.items()}
+    groups |= {name: np.isin(domains[held], members) for name, members in GROUPS.items()}
     groups = {name: member for name, member in groups.items() if member.sum() > 50}
     fits = []
     for num in dict.fromkeys((min(20_000, len(rest)), len(rest))):
@@ -136,6 +107,38 @@ def run(bench: Bench) -> dict[str, Any]:
             "texts": num, "units": model.units, "seconds": model.report.seconds, "reported": model.report.spearman,
             "agreement": agreement(values[held], predicted, groups),
         })  # fmt: skip
+    return fits, model
+
+
+def with_fits(bench: Bench, fits: list[dict[str, Any]], load: float) -> dict[str, Any]:
+    """The newest document with other fits; its times stay."""
+    document = bench.earlier()
+    if document is None:
+        raise SystemExit(
+            "`--agreement` keeps the times of results that are there, and there are none: run it without."
+        )
+    return {**document, "settings": {**document["settings"], "load_of_fits": load}, "fits": fits}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The part that needs no idle machine."""
+    parser.add_argument("--agreement", action="store_true", help="only the fits; times are kept as they are there")
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Fit what is distilled, distil it, compare, and take times."""
+    from datasets import Dataset
+
+    data = bench.data
+    large = data / "large" / "corpus.jsonl.gz"
+    documents = read_documents(large if large.exists() else data / "corpus.jsonl.gz", 3_000 if bench.quick else None)
+    texts = [document["text"][:CHARACTERS] for document in documents]
+    selector = text_teacher(texts, data, bench.quick)
+    values = selector.score(Dataset.from_dict({"text": texts})).influence
+    load = os.getloadavg()[0]
+    fits, model = fitted(texts, values, np.array([document["domain"] for document in documents]))
+    if bench.options.agreement:
+        return with_fits(bench, fits, load)
     with temporary_folder(bench.work) as work:
         seconds = timed(texts, model, selector, work, bench.quick)
     num_bytes = [len(text.encode()) for text in texts]
@@ -146,7 +149,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "corpus": "large" if large.exists() else "small" if bench.options.data else "built-in",
             "texts": len(texts), "bytes": sum(num_bytes), "few_bytes": sum(num_bytes[:few]),
             "source_spearman": selector.influence_model.report.spearman, "cores": num_cores(),
-            "load_before": os.getloadavg()[0],
+            "load_before": load, "load_of_fits": load,
             **versions("pyarrow", "numba"),
         },
         "fits": fits,
@@ -178,7 +181,9 @@ def page(document: dict[str, Any]) -> str:
         f"n-gram model that is distilled has a held-out Spearman of {settings['source_spearman']:.3f}.",
         "How nearly the text model ranks texts that no fit has seen. Best fifth: share of it that is found.",
         table(["distilled from", "units", "texts of", "held out", "Spearman", "best fifth"], ranked),
-        "Distilling took " + " and ".join(f"{fit['seconds']:,.0f} s" for fit in fits) + ".",
+        "Distilling took "
+        + " and ".join(f"{fit['seconds']:,.0f} s" for fit in fits)
+        + f" at a load of {settings['load_of_fits']:.1f}.",
         "Bytes of text a second; the last column is how many times as fast the text model is.",
         table(["threads", "what", "MB a second", "text model is faster by"], speed),
     )

@@ -133,6 +133,11 @@ def located(path_or_url: str, fs: Any = None) -> tuple[Any, str]:
     """
     if fs is not None:
         return fs, fs._strip_protocol(path_or_url)
+    if ":" not in path_or_url:  # a path of this machine, without the way through all protocols
+        from fsspec.implementations.local import LocalFileSystem
+
+        fs = LocalFileSystem()
+        return fs, fs._strip_protocol(path_or_url)
     from fsspec.core import url_to_fs
 
     try:

@@ -122,7 +122,7 @@ class TextInfluenceModel:
         inside = np.flatnonzero(~held_out)
         self._choice = choose(spans.take(inside), values[inside], self.num_buckets, self.seed)
         design = Design(spans, self.num_buckets, self._choice.pairs, self._choice.pieces)
-        first = design.solve(values, ~held_out, self._choice.penalty)
+        first = design.solve_by_way(values, ~held_out, self._choice.penalty)
         predicted = design.predict(first, held_out)
         report = judge.fit_report(
             predicted, values[held_out], num_labels=int((~held_out).sum()), seed=self.seed,

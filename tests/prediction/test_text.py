@@ -21,8 +21,9 @@ from scipy.stats import spearmanr
 from mates_hf import MatesError, MatesSelector, TextInfluenceModel
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.text_spans import TextSpans
+from mates_hf.prediction import text_model
 from mates_hf.prediction.artifacts import load_influence_model, model_digest
-from mates_hf.prediction.text import units
+from mates_hf.prediction.text import ridge_path, units
 from mates_hf.prediction.threads import at_most_threads
 from tests.selection.selector_kit import fit_model
 
@@ -238,6 +239,21 @@ def test_it_counts_pieces_where_words_are_made_of_them(tmp_path: Path) -> None:
     again = TextInfluenceModel.from_pretrained(tmp_path)
     assert again.units == "pieces"
     assert again.predict_texts(texts).tolist() == model.predict_texts(texts).tolist()
+
+
+def test_a_weak_penalty_is_fitted_as_well_as_a_choice_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of a word and of a hundred make the equations so uneven that a start from nothing does not get there."""
+    rng = np.random.default_rng(0)
+    chance = 1 / np.arange(1, 5_001)
+    effects = rng.normal(size=5_000)
+    lengths = np.exp(rng.uniform(0, np.log(100), 1_000)).astype(int)
+    rows = [rng.choice(5_000, length, p=chance / chance.sum()) for length in lengths]
+    values = np.array([effects[row].mean() for row in rows]) + 0.02 * rng.normal(size=1_000)
+    texts = [" ".join(f"w{i}" for i in row) for row in rows]
+    monkeypatch.setattr(text_model, "choose", lambda *_: ridge_path.Choice(True, ridge_path.PENALTIES[-1], 0.0))
+    found = TextInfluenceModel.distil(values, texts, num_buckets=2**14).report.spearman
+    monkeypatch.setattr(ridge_path.Design, "solve_by_way", ridge_path.Design.solve)
+    assert found > TextInfluenceModel.distil(values, texts, num_buckets=2**14).report.spearman + 0.02
 
 
 def test_the_same_fit_twice_and_saved_is_the_same(tmp_path: Path) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from mates_hf.selection.file_scoring import score_files
-from tests.launch import ROOT
-from tests.selection.files_kit import content_of, text_selector, write_corpus
+from mates_hf.selection.selector import MatesSelector
+from tests.launch import ROOT, start_processes
+from tests.selection.files_kit import content_of, kept_ids, text_selector, write_corpus
+from tests.training import fit_kit
 
 NUM_KILLS = int(os.environ.get("MATES_NUM_KILLS", "5"))
 # What a person runs, with small bundles, and slow enough to be met in the middle of a file.
@@ -89,6 +94,83 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(tmp_path: Path):
     assert {name: content for name, content in found.items() if not name.endswith(".tmp")} == expected
     assert not list(out.rglob("*.tmp"))
     assert len(stages) > 1
+
+
+@pytest.mark.slow
+def test_from_a_checkpoint_to_a_cut_corpus_killed_at_random_moments(tmp_path: Path):
+    """`mates-hf fit`, then `mates-hf score`, of 20,000 texts: the rows of `filter`, as many as were asked for."""
+    folder, texts = tmp_path / "data", fit_kit.make_texts(20_000)
+    folder.mkdir()
+    for part in range(8):
+        rows = [{"id": i, "text": texts[i]} for i in range(part * 2_500, (part + 1) * 2_500)]
+        if part % 2:
+            fit_kit.write_jsonl(folder / f"{part}.jsonl.zst", rows)
+        else:
+            columns = {name: [row[name] for row in rows] for name in ("id", "text")}
+            fit_kit.write_parquet(folder / f"{part}.parquet", columns)
+    given = fit_kit.write_all(tmp_path / "inputs")
+    options = {"model": given["model"], "pool": str(folder), "reference": given["reference"], **fit_kit.QUICK}
+    fit = ["fit", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()), "--quiet", "--out"]
+    whole = tmp_path / "selector"
+    seconds = ended([*fit, str(whole)])
+    chance = random.Random(time.time_ns())
+
+    def same_selector(out: Path) -> None:
+        assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    kill_often([*fit, str(tmp_path / "again")], seconds, max(1, NUM_KILLS // 4), chance, same_selector)
+    score = ["score", str(tmp_path / "again"), str(folder), "--ratio", "0.2", "--out"]
+    seconds = ended([*score, str(tmp_path / "whole")])
+    kept = MatesSelector.from_pretrained(whole).filter(
+        Dataset.from_dict({"text": texts, "id": range(20_000)}), k=4_000
+    )
+
+    def same_rows(out: Path) -> None:
+        found = kept_ids(out)
+        assert len(found) == len(kept) == 4_000
+        assert found == sorted(kept["id"])
+        assert content_of(out) == content_of(tmp_path / "whole")
+
+    kill_often([*score, str(tmp_path / "out")], seconds, max(1, NUM_KILLS - NUM_KILLS // 4), chance, same_rows)
+
+
+COMMAND = "import sys; from mates_hf.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def ended(arguments: list[str]) -> float:
+    """Seconds that the command takes."""
+    begun = time.monotonic()
+    (process,) = start_processes(["-c", COMMAND, *arguments], 1, "")
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    return time.monotonic() - begun
+
+
+def kill_often(
+    arguments: list[str], seconds: float, kills: int, chance: random.Random, check: Callable[[Path], None]
+) -> None:
+    """Kill the command at random moments, and end it; it begins anew where it ended before it was killed."""
+    out = Path(arguments[-1])
+    while kills:
+        (process,) = start_processes(["-c", COMMAND, *arguments], 1, "")
+        try:
+            errors = process.communicate(timeout=chance.uniform(0.1, seconds))[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills -= 1
+            continue
+        assert process.returncode == 0, errors
+        check(out)
+        for folder in left_by(out):
+            shutil.rmtree(folder)
+    ended(arguments)
+    check(out)
+
+
+def left_by(out: Path) -> list[Path]:
+    """What a command left."""
+    return [folder for folder in (out, out.with_name(out.name + ".fit")) if folder.exists()]
 
 
 @pytest.mark.slow

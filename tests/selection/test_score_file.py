@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,24 @@ def test_a_file_system_may_be_given_instead_of_a_url():
     write_scores("/given/part", made(5), FACTS, fs=fs)
     assert read_facts("memory://given/part")["num_rows"] == 5
     assert_same(joined_scores(read() for read in open_scores("/given/part", fs=fs)), made(5))
+
+
+def test_many_files_are_flushed_side_by_side_and_their_folders_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = [tmp_path / name / str(number) for name in "ab" for number in range(40)]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    seen: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.fstat(handle).st_ino))
+    score_file.flush_files(map(str, files))
+    assert sorted(seen[:80]) == sorted(file.stat().st_ino for file in files)
+    assert sorted(seen[80:]) == sorted((tmp_path / name).stat().st_ino for name in "ab")
+    files[33].unlink()
+    with pytest.raises(FileNotFoundError):
+        score_file.flush_files(map(str, files))
+    score_file.flush_files([])
 
 
 def test_a_piece_has_so_many_rows_at_most_and_another_process_may_read_it(tmp_path: Path):

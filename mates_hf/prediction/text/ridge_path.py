@@ -127,6 +127,26 @@ class Design:
         effects = np.asarray(found * scale, np.float64)
         return Effects(effects, centre - float(columns @ effects))
 
+    def solve_by_way(self, values: Floats, members: Bool, penalty: float) -> Effects:
+        """As `solve`, from nothing, by way of the stronger penalties that a choice went through.
+
+        Started at a weak penalty, conjugate gradients end far from its solution: held-out Spearman was 0.95, and 0.96
+        by this way.
+
+        Args:
+            values: (N,) values.
+            members: (N,) True for the texts to fit.
+            penalty: Strength of the penalty, in variances of the values.
+
+        Returns:
+            The effects.
+        """
+        found: Effects | None = None
+        for stronger in (*(one for one in PENALTIES[_FIRST:] if one > penalty), penalty):
+            found = self.solve(values, members, stronger, None if found is None else found.effects_H)
+        assert found is not None
+        return found
+
     def predict(self, effects: Effects, members: Bool) -> Floats:
         """(M,) values of the texts that are `members`."""
         rows = self.means[np.flatnonzero(members)]
