@@ -94,6 +94,22 @@ def mentions(path: Path, rows: np.ndarray) -> None:
             assert not set(read_json(check).get("candidate_id", [])) & set(rows.tolist())
 
 
+def each_is_known_of(path: Path, trained_on: list[int], removed: Any, since: int) -> int:
+    """Rounds decided after a step, in one pass, know of every row before them: it cannot be drawn again; how many."""
+    assert len(set(trained_on)) == len(trained_on)
+    num = 0
+    for round_path in sorted((path / "_mates").glob("round-????")):
+        info = read_json(round_path / "round.json")
+        if info["step"] <= since:
+            continue
+        bits = np.load(round_path / "consumed.npy")
+        consumed = set(np.flatnonzero(np.unpackbits(bits, count=info["pool"]["num_rows"])).tolist())
+        assert set(trained_on[: info["from_position"]]) <= consumed | set(np.asarray(removed).tolist())
+        assert not consumed & set(trained_on[info["from_position"] :])
+        num += 1
+    return num
+
+
 # --- what follows ---
 
 
@@ -109,8 +125,35 @@ def test_none_of_800_rows_is_trained_on_afterwards(copied, at):
     rest = train(path, resume=str(path / f"checkpoint-{at}"))
     assert len(rest.rows) == 4 * (24 - at)
     assert not set(rest.rows) & set(rows.tolist())
-    assert len(set(rest.rows)) == len(rest.rows)
+    assert each_is_known_of(path, [*before[: 4 * at], *rest.rows], rows, at)
     assert holds(path)
+
+
+BOUNDARY, SWITCH = 6, 8  # steps, of the first round
+
+
+@pytest.mark.parametrize("at", [BOUNDARY, BOUNDARY + 1])
+def test_rows_that_stand_before_the_first_selection_are_not_drawn_again(copied, at):
+    """Resumed between the first boundary and its switch; twice, and each time after a further removal."""
+    path, before = copied
+    held = before[: 4 * SWITCH]
+    found: list[list[int]] = []
+    gone: list[int] = []
+    for lost in (held[4 * at : 4 * SWITCH : 2], None, held[4 * at + 1 : 4 * SWITCH : 4]):
+        # the second time a row is removed that the first time put somewhere, the last time others as well
+        gone += lost if lost is not None else [found[-1][0]]
+        forget_rows(path, gone)
+        rest = train(path, Stop(at + 1), resume=str(path / f"checkpoint-{at}")).rows
+        again = train(path, Stop(20), resume=str(path / f"checkpoint-{at}")).rows
+        assert again[: len(rest)] == rest
+        for new, was in zip(again[: 4 * (SWITCH - at)], found[-1] if found else [], strict=False):
+            assert new == was or was in gone  # no row moves that an earlier resume put somewhere
+        found.append(again)
+        assert not set(again) & set(gone)
+        assert each_is_known_of(path, [*before[: 4 * at], *again], gone, BOUNDARY) == 2
+        assert holds(path)
+        uses = {(use.row, use.position) for use in where_rows(path, np.arange(ROWS)).uses if use.done}
+        assert uses == {(row, i) for i, row in enumerate([*before[: 4 * at], *again])}
 
 
 def test_before_the_first_round(tmp_path):
