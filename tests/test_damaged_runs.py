@@ -49,7 +49,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     args = make_arguments(path, remove_unused_columns=False, save_strategy="steps", save_steps=10)
     callback = MatesCallback(make_reference(), small_config(group_column="source", num_probes=20))
     run(args, [callback], grouped(), collator=collate)
-    shutil.copy(path / "checkpoint-20" / "trainer_state.json", path / "trainer_state.json")
+    state = json.loads((path / "checkpoint-20" / "trainer_state.json").read_text())
+    state["log_history"] += [{"step": 10, "eval_loss": 3.0}, {"step": 20, "eval_loss": 2.5}]  # for `compare`
+    (path / "trainer_state.json").write_text(json.dumps(state))
     for folder in path.glob("checkpoint-*"):
         shutil.rmtree(folder)
     return path
