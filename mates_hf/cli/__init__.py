@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mates-hf: {what}", file=sys.stderr)
         return 1
     except Exception as error:
-        if not isinstance(error, _expected_errors()):
+        said = _said_of(error, arguments)
+        if said is None:
             raise
-        print(f"mates-hf: {error}", file=sys.stderr)
+        print(f"mates-hf: {said}", file=sys.stderr)
         return 1
     return status
 
@@ -69,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 def _own_version() -> str:
     """The version of the package that runs, which need not be the one that is installed."""
     return str(getattr(sys.modules.get("mates_hf"), "__version__", None) or env.version_of("mates-hf") or "unknown")
+
+
+def _said_of(error: Exception, arguments: argparse.Namespace) -> str | None:
+    """An error in one line: what it says, or which file of a run is damaged; None for a fault of this program."""
+    if isinstance(error, _expected_errors()):
+        return " ".join(str(error).split()) or type(error).__name__
+    from mates_hf.cli.damage import find_damage
+
+    given = [getattr(arguments, name, None) for name in ("rounds_dir", "path", "a", "b")]
+    return find_damage([path for path in given if isinstance(path, str)])
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

@@ -106,4 +106,6 @@ def _audit(arguments: argparse.Namespace) -> int:
         print_json(found.to_dict())
     else:
         print_lines(found.lines())
+    if not found.ok:
+        print(f"mates-hf: {found.facts['verify']['problem']}", file=sys.stderr)
     return int(not found.ok)

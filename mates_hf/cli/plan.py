@@ -7,6 +7,7 @@ assumed and printed; `--json` has all of them.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from typing import Any
 
@@ -52,6 +53,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     from mates_hf.reporting.payback import Machine, plan_selection
 
     row, batch = int(arguments.row_tokens), arguments.batch_tokens
+    if row < 1:
+        raise ValueError(f"`--row-tokens` must be at least 1, got {arguments.row_tokens:g}.")
     if batch < row:
         raise ValueError(f"`--batch-tokens` must be at least a row's `--row-tokens` ({row}), got {batch:.0f}.")
     rows = max(1, round(batch / row))
@@ -90,4 +93,7 @@ def number(text: str) -> float:
     found = re.fullmatch(r"([0-9][0-9,_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)([kmbgt]?)", text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"must be a number such as 410M, 26B or 5e5, got {text!r}")
-    return float(found[1].replace(",", "").replace("_", "")) * _SIZES[found[2]]
+    value = float(found[1].replace(",", "").replace("_", "")) * _SIZES[found[2]]
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number that is no larger than 1e308, got {text!r}")
+    return value

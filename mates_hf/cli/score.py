@@ -38,6 +38,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--group-column", help="column that says which group a row is of: source, language, licence")
     command.add_argument("--max-group-boost", type=float, help="most times its share of the rows a group may get")
     command.add_argument("--min-group-boost", type=float, default=0.0, help="least times its share it must get")
+    command.add_argument("--allow", metavar="RULE", help="rows that may be used: 'licence=cc-by,cc0;consent=yes'")
     command.add_argument("--column", help="column to score; input_ids, text or messages by default")
     command.add_argument("--workers", type=int, default=1, help="processes of one thread; 1 uses all cores in one")
     command.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at what cannot be read")
@@ -47,6 +48,7 @@ def add_command(commands: Any) -> None:
 
 def _score(arguments: argparse.Namespace) -> int:
     """Score the files and print the summary; 2 where the arguments cannot be."""
+    from mates_hf.allow import parse_allow
     from mates_hf.selection.budget import Budget, require_rows
     from mates_hf.selection.options import bounds_of
 
@@ -58,6 +60,7 @@ def _score(arguments: argparse.Namespace) -> int:
         bounds = bounds_of(*groups.values())
         if bounds is not None and bounds.bind:
             require_rows(budget)
+        parse_allow(arguments.allow)
         if arguments.workers < 1:
             raise ValueError(f"`workers` must be a whole number of at least 1, got {arguments.workers}.")
     except ValueError as error:
@@ -68,8 +71,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
     report = score_files(
         MatesSelector.from_pretrained(arguments.selector), arguments.inputs, arguments.out, **amount, **drawn,
-        **groups, add_scores=arguments.add_scores, column=arguments.column, workers=arguments.workers,
-        on_error=arguments.on_error,
+        **groups, add_scores=arguments.add_scores, allow=arguments.allow, column=arguments.column,
+        workers=arguments.workers, on_error=arguments.on_error,
     )  # fmt: skip
     if arguments.json:
         print_json(report.to_dict())

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.allow import Allow, parse_allow
-from mates_hf.data.groups import entries_of
+from mates_hf.data.groups import entries_in, entries_of
 
 _MOST_NAMED = 8  # entries that an error names
 
@@ -37,7 +37,7 @@ def allowed_rows(dataset: Any, allow: Allow) -> npt.NDArray[np.bool_]:
     found = np.ones(len(dataset), np.bool_)
     for column, wanted in allow.items():
         entries, places = entries_of(dataset, column, "allow")
-        fine = np.array([_is_one_of(entry, wanted, column) for entry in entries], np.bool_)
+        fine = np.array([is_allowed(entry, wanted, column) for entry in entries], np.bool_)
         found &= fine[places]
         if not found.any():
             raise ValueError(_none_left(allow, column, entries, places))
@@ -80,11 +80,44 @@ class _IsAllowed:
         self.allow = allow
 
     def __call__(self, row: dict[str, Any]) -> bool:
-        return all(_is_one_of(row.get(column), wanted, column) for column, wanted in self.allow.items())
+        return all(is_allowed(row.get(column), wanted, column) for column, wanted in self.allow.items())
 
 
-def _is_one_of(entry: Any, wanted: list[str], column: str) -> bool:
-    """Whether an entry is an allowed one; a missing one is not."""
+def is_allowed_arrow(values: Any, wanted: list[str], column: str) -> npt.NDArray[np.bool_]:
+    """Which entries of a column of Arrow are allowed ones.
+
+    Args:
+        values: A `pyarrow.ChunkedArray` of N entries.
+        wanted: Allowed entries, as text.
+        column: Name of the column, for errors.
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        ValueError: an entry is a list or a struct.
+    """
+    entries, places = entries_in(values)
+    used = np.unique(places)
+    fine = np.zeros(len(entries), np.bool_)
+    fine[used] = [is_allowed(entries[place], wanted, column) for place in used.tolist()]
+    return fine[places]
+
+
+def is_allowed(entry: Any, wanted: list[str], column: str) -> bool:
+    """Whether an entry is an allowed one; a missing one is not.
+
+    Args:
+        entry: What a row has.
+        wanted: Allowed entries, as text.
+        column: Name of the column, for errors.
+
+    Returns:
+        Whether the row may be used.
+
+    Raises:
+        ValueError: it is a list or a struct.
+    """
     if not isinstance(entry, (str, int, float, bool, type(None))):
         raise ValueError(
             f"`allow` must name a column with one text or number a row, got {type(entry).__name__} in `{column}`. "

@@ -82,7 +82,7 @@ class GroupNumbers:
 
     def of_arrow(self, column: Any) -> npt.NDArray[np.int32]:
         """(N,) number of the group of each entry of a `pyarrow.ChunkedArray`."""
-        entries, places = _entries_of(column)
+        entries, places = entries_in(column)
         used, inverse = np.unique(places, return_inverse=True)
         return self.of_values(entries[place] for place in used.tolist())[inverse.reshape(-1)]
 
@@ -173,13 +173,13 @@ def _read(dataset: Any, column: str, ids: IntArray | None) -> tuple[list[Any], I
     """The entries that there are, and (N,) which of them each row has; read from Arrow where that is how they lie."""
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         table = dataset.with_format("arrow", columns=[column])[slice(None) if ids is None else ids]
-        return _entries_of(table.column(column))
+        return entries_in(table.column(column))
     rows = range(len(dataset)) if ids is None else ids.tolist()
     values = [dataset[i][column] for i in rows]
     return values, np.arange(len(values))
 
 
-def _entries_of(column: Any) -> tuple[list[Any], IntArray]:
+def entries_in(column: Any) -> tuple[list[Any], IntArray]:
     """The entries of a `pyarrow.ChunkedArray`, and (N,) which of them each row has."""
     found = column.combine_chunks()
     if hasattr(found, "chunks"):

@@ -19,11 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mates_hf.allow import parse_allow
 from mates_hf.data.arguments import described
 from mates_hf.data.listing import is_local, located
 from mates_hf.errors import MatesError
 from mates_hf.selection.budget import Budget, require_rows
 from mates_hf.selection.card import label_unit
+from mates_hf.selection.files.allow import AllowedRows
 from mates_hf.selection.files.folder import Folder
 from mates_hf.selection.files.groups import require_column
 from mates_hf.selection.files.plan import Part, bundles_of, find_parts
@@ -60,6 +62,7 @@ def score_files(
     group_column: str | None = None,
     max_group_boost: float | None = None,
     min_group_boost: float = 0.0,
+    allow: Mapping[str, Any] | str | None = None,
     column: str | None = None,
     workers: int = 1,
     on_error: str = "stop",
@@ -95,6 +98,8 @@ def score_files(
         max_group_boost: No group gets more than so many times its share of the rows, over all files; at least 1.
         min_group_boost: No group gets less than so many times its share of the rows, in [0, 1]. Both need a budget of
             rows, `ratio` or `k`.
+        allow: Rows that may be used at all, such as `"licence=cc-by,cc0;consent=yes"`, or lists of entries by column,
+            nested ones with dots. Other rows, and those without an entry, are neither scored nor written.
         column: Column to score, in any form that `MatesSelector.map` takes.
         workers: Number of processes, of one thread each; 1 is this process, with all cores.
         on_error: `"stop"` raises an error at the first file or line that cannot be read. `"skip"` counts and names
@@ -105,7 +110,7 @@ def score_files(
 
     Raises:
         FileNotFoundError: an input is not there.
-        ValueError: the budget is impossible, a file has another format, or there is no such column.
+        ValueError: the budget is impossible, a file has another format, there is no such column, or no row is allowed.
         MatesError: the output folder holds other work, a file cannot be read, or it changed meanwhile.
     """
     started_at = time.perf_counter()
@@ -118,14 +123,16 @@ def score_files(
     drawn = {"random_share": random_share, "temperature": temperature, "seed": seed}
     budget = _budget_of(selector, amount, drawn, add_scores)
     bounds = _bounds_of(budget, group_column, max_group_boost, min_group_boost)
+    rule = parse_allow(allow)
+    allowed = None if rule is None else AllowedRows(rule)
     _check_options(workers, on_error)
     folder = Folder(os.fspath(out))
     parts = find_parts(inputs, folder.url)
     _check_processes([folder.url, *(part.url for part in parts)], workers)
-    work = _opened(selector, parts, column, folder, on_error == "skip", group_column)
+    work = _opened(selector, parts, column, folder, on_error == "skip", group_column, allowed)
     work = dataclasses.replace(work, threads=None if workers == 1 else 1)
     with _alone(folder):
-        folder.claim(work.digest, work.scored[1], parts)
+        folder.claim(work.digest, work.scored[1], parts, rule)
         return Run(work, bundles_of(parts), budget, bounds, started_at).do(workers)
 
 
@@ -181,6 +188,7 @@ def _opened(
     folder: Folder,
     skip: bool,
     group_column: str | None,
+    allowed: AllowedRows | None,
 ) -> Work:
     """What to score with, decided by the first file that can be read."""
     fitted = Fitted.of(selector)
@@ -201,7 +209,9 @@ def _opened(
             continue
         if group_column is not None:
             require_column(part, schema, group_column)
-        return Work(fitted, column, what_is(scorer.column), scorer.digest(), folder.url, skip)
+        if allowed is not None:
+            allowed.require_columns(part, schema)
+        return Work(fitted, column, what_is(scorer.column), scorer.digest(), folder.url, skip, allowed=allowed)
     raise first or ValueError("`inputs` must hold at least one row, and all files are empty.")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -89,50 +88,42 @@ class Blocked:
             write_array(path, np.packbits(self.allowed))
 
 
-def own_order_without(
-    rows: npt.NDArray[np.integer[Any]], blocked: Blocked, avoid: npt.NDArray[np.integer[Any]]
-) -> npt.NDArray[np.integer[Any]]:
+def own_order_without(rows: npt.NDArray[np.integer[Any]], blocked: Blocked) -> npt.NDArray[np.integer[Any]]:
     """A pass in the own order without the rows that must not be used; as long as it was.
 
     Of rows that `allow` leaves out the next allowed ones take the place, and where these end, the first ones follow.
-    A removed row's place is taken by one from the end of the pass, so that no other row moves; a row that is removed
-    later changes nothing that an earlier removal decided.
+    A removed row's place is taken by the last row that stands nowhere else, so that no other row moves; a row that is
+    removed later changes nothing that an earlier removal decided. No row is twice in as many rows as are left.
 
     Args:
-        rows: (L,) integer pool rows, as the sampler draws them.
+        rows: (L,) integer pool rows, as the sampler draws them, no row twice.
         blocked: the rows that must not be used.
-        avoid: (n,) integer rows of the first selection, which do not take the place of removed ones.
 
     Returns:
         (L,) integer pool rows of the same type.
+
+    Raises:
+        MatesError: no row is left.
     """
     if blocked.mask is None or not len(rows):
         return rows
     kept = rows if blocked.allowed is None else rows[blocked.allowed[rows]]
     found = np.resize(kept, len(rows))
-    if not len(blocked.removed):
-        return found
     places: dict[int, list[int]] = {}
     for at in np.flatnonzero(np.isin(found, blocked.removed)).tolist():
         places.setdefault(int(found[at]), []).append(at)
-    gone: set[int] = set(avoid.tolist())
-    others = itertools.cycle(kept[::-1].tolist())
+    end = len(kept)  # before it each row stands once; behind it stand rows again
     for row in blocked.removed.tolist():
-        gone.add(row)
         if row not in places:
             continue
-        other = next((each for each in itertools.islice(others, len(kept)) if each not in gone), None)
-        if other is None:
+        end -= 1
+        if not end:
             raise MatesError("The pool must have rows that were not removed, got none that is left to train on.")
-        found[places[row]] = other
-        places.setdefault(other, []).extend(places.pop(row))
+        for at in sorted(places.pop(row)):  # the one before the end first: others may take what stands there now
+            other = int(found[end] if at < end else found[at % end])
+            found[at] = other
+            places.setdefault(other, []).append(at)
     return found
-
-
-def first_of_each(rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
-    """Rows in their order, each where it stands first."""
-    _, where = np.unique(rows, return_index=True)
-    return np.asarray(rows[np.sort(where)])
 
 
 def _digest(allowed: Mask) -> str:

@@ -49,6 +49,15 @@ class History:
         self._step, self._own_until, self._call = step, position, position
         self._began, self._fills, self._about = False, fills, dict(about)
         self._due: RowClock | None = None
+        self._kept = position
+
+    def has_own(self, until: int) -> None:
+        """Say that the own order's rows up to a position are on disk as the call trains on them (`keep_own`).
+
+        Args:
+            until: pool rows before the end of them.
+        """
+        self._kept = max(self._kept, until)
 
     def begin(self, clock: RowClock) -> None:
         """How steps relate to rows from here on; what earlier calls said of later rows holds no longer.
@@ -67,9 +76,9 @@ class History:
             return
         make_directory(self.folder)
         self._call = clock.pool_rows(clock.start_position)
-        self._own_until = min(self._own_until, self._call)
+        self._own_until = max(min(self._own_until, self._call), self._kept)
         if not self._began:
-            _forget_from(self.folder, "own", self._call)
+            _forget_from(self.folder, "own", self._own_until)
         self._began = True
         _forget_from(self.folder, "call", self._call)
         self._clock = dataclasses.asdict(clock)
@@ -105,6 +114,20 @@ class History:
             self._own_until = until
         if step != self._step:
             self.reached(step)
+
+
+def keep_own(rounds_dir: Path, start: int, rows: IntArray) -> None:
+    """Write what the own order trains on from a position to its end, in the place of what earlier calls left.
+
+    Args:
+        rounds_dir: where the run's rounds are.
+        start: pool rows before the first of them.
+        rows: (L,) int64 rows; `NO_ROW` where no row stands.
+    """
+    folder = history_dir(rounds_dir)
+    make_directory(folder)
+    write_array(folder / f"own-{start:012d}.npy", rows)
+    _forget_from(folder, "own", start + 1)
 
 
 def open_history(run: Any, clock: RowClock, step: int, *, a_loop: bool) -> History:

@@ -16,13 +16,15 @@ from mates_hf.disk import read_array
 from mates_hf.errors import MatesError
 from mates_hf.selection.ledger import Ledger
 from mates_hf.training.blocked import read_blocked
-from mates_hf.training.order import Order, load_order
+from mates_hf.training.order import Order
 from mates_hf.training.redact import probed_by
-from mates_hf.training.replaced import REPLACED_FILE, read_replaced, replaced_since, with_replaced
+from mates_hf.training.replaced import LATE_FILE, read_late, read_replaced, with_replaced
 
 
 def ledger_of(path: Path, order: Order, num_rows: int, seed: int) -> Ledger:
     """The ledger as it was when a finished round was decided, with the rows that it probed.
+
+    Rows that took the place of removed ones before the round, after it was decided, are marked as trained on.
 
     Args:
         path: the finished round.
@@ -50,12 +52,12 @@ def ledger_of(path: Path, order: Order, num_rows: int, seed: int) -> Ledger:
         None if waiting is None else np.asarray(waiting),
     )
     ledger.pass_number = int(order.info.get("pass", 1))
-    blocked, num_removed = read_blocked(path.parent, order.info, num_rows), int(order.info.get("num_removed", 0))
-    ledger.blocked = blocked.mask_of(num_removed)
-    before = path.parent / f"round-{order.number - 1:04d}"
-    if len(blocked.removed) and (before / REPLACED_FILE).exists():
-        if int(load_order(before).info.get("pass", 1)) == ledger.pass_number:
-            ledger.consumed[replaced_since(before, blocked.removed[:num_removed])] = True
+    blocked = read_blocked(path.parent, order.info, num_rows)
+    ledger.blocked = blocked.mask_of(int(order.info.get("num_removed", 0)))
+    late = read_late(path)[:, 0]
+    if len(late) and (late.min() < 0 or late.max() >= num_rows):
+        raise MatesError(f"`{path / LATE_FILE}` must hold rows of the pool, below {num_rows}: it was changed.")
+    ledger.consumed[late] = True
     ledger.mark_probed(probed_by(path))
     return ledger
 

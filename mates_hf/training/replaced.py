@@ -1,8 +1,9 @@
 """Rows of a round's order that were removed before they were trained on, and what stands in their place.
 
 Where it is used: a run that resumes replaces them from the first position that it has not come to; `verify` and
-`where` follow the same entries. Trade-off: `selection.npy` stays as the round decided it, because checkpoints name its
-hash; the entries are a file of their own, in the order in which they were made.
+`where` follow the same entries. A round that was decided before, and takes effect after them, has the new rows in a
+file of its own, so that none is drawn again. Trade-off: `selection.npy` stays as the round decided it, because
+checkpoints name its hash; the entries are files of their own, in the order in which they were made.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mates_hf.disk import read_array, write_array
+from mates_hf.disk import COPY_AGAIN, read_array, write_array
+from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
 from mates_hf.selection.ledger import Ledger
 from mates_hf.selection.turns import Mask
 from mates_hf.training.order import Order
 from mates_hf.training.redact import probed_by
 
+LATE_FILE = "late.npy"  # `read_late`
 REPLACED_FILE = "replaced.npy"  # (n, 3) int64: pool rows before the place, the row that stood there, the new one
 
 
@@ -35,7 +38,9 @@ def read_replaced(path: Path) -> IntArray:
         MatesError: the file is damaged.
     """
     found = read_array(path / REPLACED_FILE, np.int64, num_dims=2)
-    return np.zeros((0, 3), np.int64) if found is None else np.array(found).reshape(-1, 3)
+    if found is not None and found.shape[1] != 3:
+        raise MatesError(f"`{path / REPLACED_FILE}` must have three numbers a row, got {found.shape[1]}. {COPY_AGAIN}")
+    return np.zeros((0, 3), np.int64) if found is None else np.array(found)
 
 
 def with_replaced(order: Order, entries: IntArray) -> Order:
@@ -57,19 +62,41 @@ def with_replaced(order: Order, entries: IntArray) -> Order:
     return dataclasses.replace(order, rows=rows, info={**order.info, "num_replaced": len(entries)})
 
 
-def replaced_since(path: Path, removed: IntArray) -> IntArray:
-    """The rows that were put into a round's order after the next round was decided.
+def read_late(path: Path) -> IntArray:
+    """The rows that took the place of removed ones before a round, after it was decided.
 
     Args:
         path: the finished round.
-        removed: (R,) int64 rows that were removed when the next round was decided.
 
     Returns:
-        (n,) int64 rows, which the next round did not know to be trained on.
+        (n, 2) int64: the row, which is trained on before the round takes effect, and how many rows of the run were
+        removed when it got its place. A round that is decided later, with as many removed, knows of it.
+
+    Raises:
+        MatesError: the file is damaged.
     """
-    entries = read_replaced(path)
-    found: IntArray = entries[~np.isin(entries[:, 1], removed), 2]
-    return found
+    found = read_array(path / LATE_FILE, np.int64, num_dims=2)
+    if found is not None and found.shape[1] != 2:
+        raise MatesError(f"`{path / LATE_FILE}` must have two numbers a row, got {found.shape[1]}. {COPY_AGAIN}")
+    return np.zeros((0, 2), np.int64) if found is None else np.array(found)
+
+
+def add_late(path: Path, rows: IntArray, num_removed: int) -> None:
+    """Write down that rows took the place of removed ones before a round, after it was decided.
+
+    Args:
+        path: the finished round.
+        rows: (n,) int64 rows; those that are written down already change nothing.
+        num_removed: how many rows of the run are removed by now.
+
+    Raises:
+        MatesError: the file is damaged.
+    """
+    late = read_late(path)
+    new = rows[~np.isin(rows, late[:, 0])]
+    if len(new):
+        more = np.stack([new, np.full(len(new), num_removed)], axis=1).astype(np.int64)
+        write_array(path / LATE_FILE, np.concatenate([late, more]))
 
 
 def replace_blocked(

@@ -18,10 +18,10 @@ from mates_hf.records import IntArray
 from mates_hf.round_files import round_path
 from mates_hf.selection.plan import PlannedRound, Rest, RunPlan
 from mates_hf.training import rounds_on_disk
+from mates_hf.training.lead import own_order_before, rows_of_round, tell_later_round
 from mates_hf.training.ledger_on_disk import lasting, ledger_of
 from mates_hf.training.order import Order, load_order
-from mates_hf.training.redact import probed_by
-from mates_hf.training.replaced import read_replaced, replace_blocked
+from mates_hf.training.replaced import replace_blocked
 from mates_hf.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,10 @@ def restore_order(run: Run, path: Path, until: int, start: int, later: Path | No
     run.ledger = ledger_of(path, decided, len(run.pool), run.config.selection_seed)
     order = lasting(path, decided, run.ledger, until)
     run.ledger.blocked = None if run.blocked is None else run.blocked.mask
-    avoid = np.zeros(0, np.int64)
-    if later is not None:
-        avoid = np.concatenate([np.asarray(load_order(later).rows), read_replaced(later)[:, 2], probed_by(later)])
+    avoid = np.zeros(0, np.int64) if later is None else rows_of_round(later)
     order = replace_blocked(path, order, run.ledger, run.ledger.blocked, start, avoid)
+    if later is not None and run.blocked is not None:
+        tell_later_round(later, path, run.blocked.removed)
     more = np.asarray(order.rows[len(decided.rows) :])
     if len(more):
         logger.warning(
@@ -112,7 +112,7 @@ def restore_rounds(
         what_follows: gives the round after another one, and the pool rows before it takes effect.
 
     Returns:
-        The orders that the run continues with, in every process.
+        The orders that the run continues with, in every process; the last one is that of the last round.
 
     Raises:
         ValueError: the pool has too few rows for what is ahead.
@@ -123,9 +123,11 @@ def restore_rounds(
     path = rounds_on_disk.require_round(run.rounds_dir, last_round, step)
     last = load_order(path)
     earlier = rounds_on_disk.round_before(run.rounds_dir, last.number)
-    orders = []
+    orders: list[Order] = []
     if last.from_position > start and earlier is not None:
         orders.append(restore_order(run, earlier, last.from_position, start, later=path))
+    elif last.from_position > start:
+        orders += own_order_before(run, path, start)
     planned, until = what_follows(last, step)
     orders.append(restore_order(run, path, until, start))
     restore_models(run, last.number)

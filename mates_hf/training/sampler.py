@@ -30,7 +30,7 @@ from torch.utils.data import Sampler
 
 from mates_hf.errors import MatesError
 from mates_hf.records import IntArray
-from mates_hf.training.blocked import Blocked, first_of_each, own_order_without
+from mates_hf.training.blocked import Blocked, own_order_without
 from mates_hf.training.clock import RowClock
 from mates_hf.training.history import NO_ROW
 from mates_hf.training.order import Order
@@ -59,6 +59,7 @@ class ScheduledSampler(Sampler[int]):
     Attributes:
         own_rows: (N,) integer, the running pass in the Trainer's own order; empty until it is drawn, and where
             `keeps_own_rows` is false, once selections have taken its place.
+        own_rows_once: the same rows without those that must not be used, each once.
         own_start: global position at which that pass began.
         keeps_own_rows: false where nobody asks for the own order once there are selections.
         each_once: whether no row can be twice in the running pass, by how it was drawn.
@@ -80,6 +81,7 @@ class ScheduledSampler(Sampler[int]):
         self.clock = clock
         self.epoch = clock.first_epoch
         self.own_rows: Rows = np.zeros(0, np.int64)
+        self.own_rows_once = self.own_rows
         self.own_start = clock.epoch_position(clock.first_epoch)
         self.keeps_own_rows = True
         self.each_once = True
@@ -186,7 +188,7 @@ class ScheduledSampler(Sampler[int]):
     def _drop_own_rows(self, position: int) -> None:
         """Free the own order where no row of it is trained on from a position on and nobody else asks for it."""
         if not self.keeps_own_rows and not self.uses_own_rows(position):
-            self.own_rows = self.own_rows[:0].copy()
+            self.own_rows = self.own_rows_once = self.own_rows[:0].copy()
 
     def restart(self, step: int) -> None:
         """Begin a new epoch after `step` steps: the one that runs was ended before its time.
@@ -281,11 +283,12 @@ class ScheduledSampler(Sampler[int]):
             self._own_random = {"own_random": ""} if by_epoch else _random_state(self.own)
             self.own_rows, self.each_once, self._finish_own = draw_pass(self.own, self._num_rows)
         self._own_hash, self.unproven = OrderHash(self.own_rows), True
-        raw = self.own_rows
+        self.own_rows_once = self.own_rows
         if self._blocked is not None and self._blocked.mask is not None:
             if not self.each_once:
-                check_rows_once(raw)
-            self.each_once, self.own_rows = True, own_order_without(raw, self._blocked, self._scheduled)
+                check_rows_once(self.own_rows)
+            self.own_rows_once = self.own_rows[~self._blocked.mask[self.own_rows]]
+            self.each_once, self.own_rows = True, own_order_without(self.own_rows, self._blocked)
         expected = saved.get("own_sha256")
         if not expected or expected == (sha256 := self._own_hash.hexdigest()):
             return
@@ -300,11 +303,6 @@ class ScheduledSampler(Sampler[int]):
             "The Trainer's own order is another one than before the resume (is `data_seed` another?). Selections go "
             "on exactly; a round that the guard sends back to that order takes other rows."
         )
-
-    @property
-    def _scheduled(self) -> Rows:
-        """All rows of orders that were appended and not forgotten."""
-        return np.concatenate([np.zeros(0, np.int64), *(np.asarray(rows) for _, rows in self._orders)])
 
     def _rows_at(self, position: int, stop: int) -> list[int]:
         """The ids from a position on: up to `stop`, or where another order begins; none behind the schedule."""
@@ -334,12 +332,6 @@ class ScheduledSampler(Sampler[int]):
         stop = min(stop, position + self.clock.rows_per_epoch - index % self.clock.rows_per_epoch)
         first = self.clock.rows_of_pass(self.own_start, position) % max(len(self.own_rows), 1)
         return self.own_rows[first : first + self.clock.pool_rows(stop) - self.clock.pool_rows(position)]
-
-    @property
-    def own_rows_once(self) -> Rows:
-        """The running pass in the own order, each row once."""
-        blocked = self._blocked is not None and self._blocked.mask is not None
-        return first_of_each(self.own_rows) if blocked else self.own_rows
 
     def own_between(self, first: int, stop: int, *, fills: bool = False) -> IntArray:
         """The own order's pool rows of the running pass, by the number of pool rows before each.

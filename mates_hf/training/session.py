@@ -92,10 +92,7 @@ class Session:
         self._learning_rates: tuple[float, ...] | None = None
         self.state = CheckpointState(self.settle)
         self.state |= {
-            "version": resume.STATE_VERSION,
-            "step": step,
-            "position": clock.start_position,
-            **sampler.own_state,
+            **{"version": resume.STATE_VERSION, "step": step, "position": clock.start_position, **sampler.own_state},
             "origin_step": plan.first_step,
             "last_round": saved["last_round"] if saved else None,
             **run.identity(),
@@ -374,6 +371,8 @@ class Session:
         start = self.clock.pool_rows(self.clock.start_position)
         orders = restore_rounds(self.run, self.plan, last_round, step, start, self._what_follows)
         self.order = orders[-1]
+        if self.history is not None and orders[0].number < 0:  # the rest of the own order, without removed rows
+            self.history.has_own(self.order.from_position)
         for order in orders:
             if order.from_position + len(order.rows) > start:
                 self.sampler.append(max(order.from_position, start), order.rows_from(start))

@@ -94,6 +94,22 @@ def mentions(path: Path, rows: np.ndarray) -> None:
             assert not set(read_json(check).get("candidate_id", [])) & set(rows.tolist())
 
 
+def each_is_known_of(path: Path, trained_on: list[int], removed: Any, since: int) -> int:
+    """Rounds decided after a step, in one pass, know of every row before them: it cannot be drawn again; how many."""
+    assert len(set(trained_on)) == len(trained_on)
+    num = 0
+    for round_path in sorted((path / "_mates").glob("round-????")):
+        info = read_json(round_path / "round.json")
+        if info["step"] <= since:
+            continue
+        bits = np.load(round_path / "consumed.npy")
+        consumed = set(np.flatnonzero(np.unpackbits(bits, count=info["pool"]["num_rows"])).tolist())
+        assert set(trained_on[: info["from_position"]]) <= consumed | set(np.asarray(removed).tolist())
+        assert not consumed & set(trained_on[info["from_position"] :])
+        num += 1
+    return num
+
+
 # --- what follows ---
 
 
@@ -109,8 +125,36 @@ def test_none_of_800_rows_is_trained_on_afterwards(copied, at):
     rest = train(path, resume=str(path / f"checkpoint-{at}"))
     assert len(rest.rows) == 4 * (24 - at)
     assert not set(rest.rows) & set(rows.tolist())
-    assert len(set(rest.rows)) == len(rest.rows)
+    assert each_is_known_of(path, [*before[: 4 * at], *rest.rows], rows, at)
     assert holds(path)
+
+
+LEAD = {"switch_lead_steps": 3}
+BOUNDARY, SWITCH = 6, 9  # steps, of the first round with that lead
+
+
+@pytest.mark.parametrize("at", [BOUNDARY, BOUNDARY + 1])
+def test_rows_that_stand_before_the_first_selection_are_not_drawn_again(tmp_path, at):
+    """Resumed between the first boundary and its switch; twice, and each time after a further removal."""
+    path, before = tmp_path, train(tmp_path, Stop(16), config=LEAD).rows
+    held = before[: 4 * SWITCH]
+    found: list[list[int]] = []
+    gone: list[int] = []
+    for lost in (held[4 * at : 4 * SWITCH : 2], None, held[4 * at + 1 : 4 * SWITCH : 4]):
+        # the second time a row is removed that the first time put somewhere, the last time others as well
+        gone += lost if lost is not None else [found[-1][0]]
+        forget_rows(path, gone)
+        rest = train(path, Stop(at + 1), resume=str(path / f"checkpoint-{at}"), config=LEAD).rows
+        again = train(path, Stop(20), resume=str(path / f"checkpoint-{at}"), config=LEAD).rows
+        assert again[: len(rest)] == rest
+        for new, was in zip(again[: 4 * (SWITCH - at)], found[-1] if found else [], strict=False):
+            assert new == was or was in gone  # no row moves that an earlier resume put somewhere
+        found.append(again)
+        assert not set(again) & set(gone)
+        assert each_is_known_of(path, [*before[: 4 * at], *again], gone, BOUNDARY) == 2
+        assert holds(path)
+        uses = {(use.row, use.position) for use in where_rows(path, np.arange(ROWS)).uses if use.done}
+        assert uses == {(row, i) for i, row in enumerate([*before[: 4 * at], *again])}
 
 
 def test_before_the_first_round(tmp_path):
@@ -234,14 +278,34 @@ def test_several_passes(tmp_path):
     assert holds(tmp_path)
 
 
+@pytest.mark.parametrize("at", [24, 25])
+def test_several_passes_where_a_round_is_decided_and_not_begun(tmp_path, at):
+    """Rows of the round before that stand in the lead: nothing takes their place that is in the next round too."""
+    config = {"num_probes": 20, "max_passes": 6, "switch_lead_steps": 2}
+    pool = make_pool(120)
+    before = train(tmp_path, Stop(30), config=config, pool=pool, max_steps=48).rows
+    rows = np.unique(before[4 * at : 4 * 26])
+    forget_rows(tmp_path, rows)
+    rest = train(tmp_path, resume=str(tmp_path / f"checkpoint-{at}"), config=config, pool=pool, max_steps=48).rows
+    assert not set(rest) & set(rows.tolist())
+    info = read_json(tmp_path / "_mates" / "round-0004" / "round.json")
+    assert (info["step"], info["from_position"]) == (24, 4 * 26)
+    lead, own = rest[: 4 * (26 - at)], rest[4 * (26 - at) :][: info["num_rows"]]
+    assert not set(lead) & set(own)
+    assert holds(tmp_path)
+
+
 @pytest.mark.skipif(OLD_TRAINER, reason="transformers 4 resumes with the batch size of the checkpoint")
-def test_a_larger_batch_after_the_resume(copied):
-    path, _ = copied
-    rows = most_rows(num=300)
+@pytest.mark.parametrize("at", [16, 7])
+def test_a_larger_batch_after_the_resume(copied, at):
+    path, before = copied
+    rows = np.union1d(most_rows(num=300), np.array(before[4 * at : 4 * at + 4], np.int64))
     forget_rows(path, rows)
-    rest = train(path, resume=True, per_device_train_batch_size=8, max_steps=24)
-    assert len(rest.rows) == 8 * 8
+    resume = str(path / f"checkpoint-{at}")
+    rest = train(path, resume=resume, per_device_train_batch_size=8, max_steps=24 if at == 16 else 18)
+    assert len(rest.rows) == 8 * (8 if at == 16 else 11)
     assert not set(rest.rows) & set(rows.tolist())
+    assert each_is_known_of(path, [*before[: 4 * at], *rest.rows], rows, at)
     assert holds(path)
 
 

@@ -415,3 +415,18 @@ def test_a_pilot_that_was_killed_in_a_unit_ends_as_one_that_was_not(
     assert json.loads(capsys.readouterr().out)["verdict"] == json.loads(json.dumps(more.data["verdict"]))
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"page: {more.page}"
+
+
+@pytest.mark.slow
+def test_a_tiny_pilot_ends_in_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`mates-hf pilot --tiny` on the built-in text, of fewer tokens, one seed and the filter that needs no package."""
+    out = tmp_path / "pilot"
+    smaller = ["--pilot-tokens", "40k", "--pilot-params", "20k", "--row-tokens", "64", "--batch-rows", "8"]
+    smaller += ["--vocab-size", "512", "--reference-limit", "48", "--held-out-limit", "32", "--pool-documents", "2000"]
+    smaller += ["--update-steps", "20", "--num-probes", "60", "--seeds", "1", "--longer", "1.0"]
+    assert main(["pilot", "--out", str(out), "--tiny", "--static-filter", "linear", "--quiet", *smaller]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"page: {out / 'pilot.html'}"
+    page = (out / "pilot.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert json.loads((out / "result.json").read_text())["verdict"]["decision"] in ("no-go", "measure more")

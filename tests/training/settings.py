@@ -59,6 +59,7 @@ MODULES = (
     "test_mixed_in.py",
     "test_packing.py",
     "test_groups.py",
+    "test_allow.py",
     "test_stream.py",
 )
 LAUNCHERS = ("test_axolotl.py", "test_launchers.py")  # of `tests/integrations`

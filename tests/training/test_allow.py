@@ -29,6 +29,7 @@ from tests.training.kit import (
     run,
     small_config,
 )
+from tests.training.settings import proves
 
 ROWS = 400
 ENTRIES = ["cc-by", "cc0", "all rights reserved", None]
@@ -59,6 +60,9 @@ def train(path, callbacks, pool=None, *, resume=None, **settings):
     return run(args, callbacks, licensed() if pool is None else pool, collator=collate, resume=resume)
 
 
+@proves(
+    "`allow`", "no other row is probed, drawn or trained on; verifies; resumes exactly", note="docs/answer_for_data.md"
+)
 @pytest.mark.parametrize(
     "config",
     [
@@ -101,6 +105,9 @@ def test_epochs_go_through_the_allowed_rows_again_and_again(tmp_path):
     assert verify_run(tmp_path).problem is None
 
 
+@proves(
+    "`allow`", "no other row is probed, drawn or trained on; verifies; resumes exactly", note="docs/answer_for_data.md"
+)
 def test_it_resumes_exactly_and_refuses_other_entries(tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 3}
     whole = train(tmp_path, [callback()], **saves)

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from mates_hf.errors import MatesError
 from mates_hf.selection.ledger import Ledger
-from mates_hf.training.blocked import Blocked, first_of_each, own_order_without, read_removed
-
-NOBODY = np.zeros(0, np.int64)
+from mates_hf.training.blocked import Blocked, own_order_without, read_removed
 
 
 def blocked(num: int, removed: list[int], allowed: np.ndarray | None = None) -> Blocked:
@@ -25,30 +23,35 @@ def test_a_later_removal_moves_no_row_that_an_earlier_one_put_somewhere(seed, nu
     rows = rng.permutation(num).astype(np.int32)
     removed = rng.permutation(num)[: int(share * num)].tolist()
     few = removed[: len(removed) // 2]
-    before, after = (own_order_without(rows, blocked(num, each), NOBODY) for each in (few, removed))
+    before, after = (own_order_without(rows, blocked(num, each)) for each in (few, removed))
     assert len(after) == num
     assert after.dtype == rows.dtype
     assert not set(after.tolist()) & set(removed)
     stays = ~np.isin(before, removed)
     assert (after[stays] == before[stays]).all()
     assert (before[~np.isin(rows, few)] == rows[~np.isin(rows, few)]).all()
+    for found, gone in ((before, few), (after, removed)):  # none is twice in as many rows as are left
+        left = found[: num - len(gone)]
+        assert len(set(left.tolist())) == len(left)
 
 
 def test_what_is_not_allowed_is_skipped_and_a_short_pass_begins_again():
     rows, allowed = np.array([4, 0, 3, 1, 2]), np.array([True, False, True, True, False])
-    found = own_order_without(rows, blocked(5, [], allowed), NOBODY)
+    found = own_order_without(rows, blocked(5, [], allowed))
     assert found.tolist() == [0, 3, 2, 0, 3]
-    assert first_of_each(found).tolist() == [0, 3, 2]
+    found = own_order_without(rows, blocked(5, [3], allowed))
+    assert found.tolist() == [0, 2, 2, 0, 0]
 
 
-def test_rows_of_the_first_selection_take_nobodys_place():
-    found = own_order_without(np.arange(6), blocked(6, [1]), np.array([5, 4]))
-    assert found.tolist() == [0, 3, 2, 3, 4, 5]
+def test_a_row_that_took_a_place_and_the_last_rows_are_removed_too():
+    assert own_order_without(np.arange(6), blocked(6, [1])).tolist() == [0, 5, 2, 3, 4, 5]
+    assert own_order_without(np.arange(6), blocked(6, [1, 5])).tolist() == [0, 4, 2, 3, 4, 4]
+    assert own_order_without(np.arange(6), blocked(6, [5])).tolist() == [0, 1, 2, 3, 4, 0]
 
 
 def test_nothing_that_is_left_is_an_error():
     with pytest.raises(MatesError, match="rows that were not removed"):
-        own_order_without(np.arange(3), blocked(3, [0, 1, 2]), NOBODY)
+        own_order_without(np.arange(3), blocked(3, [0, 1, 2]))
 
 
 @settings(deadline=None, max_examples=60)

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from mates_hf import MatesCallback, load_round
+from mates_hf import MatesCallback, ReferenceTask, load_round
 from mates_hf.cli import main
+from mates_hf.data.corpus import builtin_corpus
 from mates_hf.disk import write_array, write_json
 from mates_hf.errors import RoundMismatchError
 from mates_hf.reporting.lines import round_line, round_lines
@@ -195,3 +197,30 @@ def test_a_column_that_the_trainer_removes_is_named_before_the_first_step(tmp_pa
     ):
         run(make_arguments(tmp_path), [callback], grouped())
     assert not (tmp_path / "_mates").exists()
+
+
+def test_groups_of_the_demo_stay_within_their_boosts(tmp_path):
+    """The demo's pool: its kinds of text are the groups, and the manual, which the reference is of, is wanted most."""
+    corpus = builtin_corpus(max_rows_per_kind=100)
+
+    def tokens(text: str) -> list[int]:
+        return [byte % 64 for byte in text.encode()[:30].ljust(30)]
+
+    ids = [tokens(row["text"]) for row in corpus.pool]
+    pool = Dataset.from_dict({"input_ids": ids, "kind": [row["kind"] for row in corpus.pool]})
+    passages = [tokens(text) for text in corpus.reference[:40]]
+    reference = ReferenceTask.from_dataset(Dataset.from_dict({"input_ids": passages}), input_ids_column="input_ids")
+    boosts = {}
+    for name, bounds in (("free", {}), ("bounded", {"max_group_boost": 1.5, "min_group_boost": 0.5})):
+        config = small_config(group_column="kind", num_probes=80, selection_ratio=0.3, **bounds)
+        args = make_arguments(tmp_path / name, remove_unused_columns=False, learning_rate=1e-2)
+        run(args, [MatesCallback(reference, config)], pool, collator=collate)
+        boosts[name] = []
+        for record in rounds(tmp_path / name):
+            share = len(record.selection) / len(record.candidates)
+            for facts in record.info["groups"].values():
+                fair = facts["candidates"] * share
+                boosts[name].append((facts["chosen"], fair))
+        assert verify_run(tmp_path / name).problem is None
+    assert all(np.floor(0.5 * fair) <= chosen <= np.ceil(1.5 * fair) for chosen, fair in boosts["bounded"])
+    assert any(chosen > np.ceil(1.5 * fair) or chosen < np.floor(0.5 * fair) for chosen, fair in boosts["free"])

@@ -419,6 +419,7 @@ REFUSED = [
     refused("a stream with `max_passes` above 1", stream_setup(), "`max_passes=2`", max_passes=2),
     refused("a stream with `drift_check_steps`", stream_setup(), "`drift_check_steps`", drift_check_steps=3,
             average_steps=2),
+    refused("a stream with `allow`", stream_setup(), "filter the stream itself", allow="licence=mit"),
     refused("a stream with `group_column`", stream_setup(), "interleave_datasets", group_column="source"),
     refused("a stream known to have fewer rows than the run reads", stream_setup(num_rows=90),
             r"Set `max_steps` to \d+ or less", ValueError),

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mates_hf.allow import Allow
 from mates_hf.data.listing import OWN, located
 from mates_hf.disk import json_bytes
 from mates_hf.errors import MatesError, RoundMismatchError
@@ -58,22 +59,24 @@ class Folder:
     def _root(self) -> str:
         return self.url.rstrip("/")
 
-    def claim(self, selector: str, column: str, parts: Sequence[Part]) -> None:
+    def claim(self, selector: str, column: str, parts: Sequence[Part], allow: Allow | None = None) -> None:
         """Record what the folder is of, or check that it is of the same.
 
         Args:
             selector: Digest of what scores.
             column: Name of the scored column.
             parts: All parts.
+            allow: Entries of rows that may be used, by column; None allows all.
 
         Raises:
-            RoundMismatchError: it holds the work of another selector, column or input.
+            RoundMismatchError: it holds the work of another selector, column, input or `allow`.
             ValueError: it holds other files.
         """
         wanted = {
             "format": _FORMAT,
             "selector": selector,
             "column": column,
+            "allow": allow,
             "parts": [[part.name, part.url, part.size, part.version] for part in parts],
         }
         path = f"{self._root}/{OWN}/{RECORD}"
@@ -102,6 +105,11 @@ class Folder:
                     f"`out` must be a folder of this {what}, and `{self.url}` was begun with another one: "
                     f"{str(found.get(name))[:12]}, not {str(wanted[name])[:12]}. Choose another folder, or delete it."
                 )
+        if found.get("allow") != wanted["allow"]:
+            raise RoundMismatchError(
+                f"`out` must be a folder of this `allow`, and `{self.url}` was begun with {found.get('allow')}, not "
+                f"{wanted['allow']}: other rows were scored. Choose another folder, or delete it."
+            )
         had = {name: rest for name, *rest in found.get("parts", [])}
         have = {name: rest for name, *rest in wanted["parts"]}
         if had == have:

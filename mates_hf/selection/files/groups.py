@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from mates_hf.selection.cut import Cut
 from mates_hf.selection.files import parquet_files
 from mates_hf.selection.files.ahead import read_ahead
 from mates_hf.selection.files.folder import Folder, read_object, write_object
-from mates_hf.selection.files.lines import read_lines
+from mates_hf.selection.files.lines import read_lines, value_at
 from mates_hf.selection.files.plan import Bundle, Part
 from mates_hf.selection.files.work import FileError, PartFacts, Work, check_same, named, parts_in, schema_of
 from mates_hf.selection.prefix import PieceScores
@@ -118,14 +117,22 @@ def _codes(work: Work, bundle: Bundle, numbers: GroupNumbers, column: str) -> It
 
 def _part_codes(work: Work, part: Part, found: PartFacts, numbers: GroupNumbers, column: str) -> Iterator[Codes]:
     if part.kind == PARQUET:
-        path = require_column(part, schema_of(part), column)
-        for table in read_ahead(parquet_files.tables(part, [".".join(path)], work.many_threads), part.size):
+        schema = schema_of(part)
+        path = require_column(part, schema, column)
+        beside = [] if work.allowed is None else work.allowed.require_columns(part, schema)
+        names = list(dict.fromkeys(".".join(one) for one in (path, *beside)))
+        for table in read_ahead(parquet_files.tables(part, names, work.many_threads), part.size):
+            if work.allowed is not None:
+                table = table.filter(work.allowed.of_table(table, beside))
             yield numbers.of_arrow(column_at(table, path))
         return
     first, bad = 0, np.array(sorted(found.bad), np.int64)
     for lines in read_ahead(read_lines(part), part.size):
         here = bad[slice(*np.searchsorted(bad, [first, first + len(lines)]).tolist())] - first
-        values = [_value(lines.line(i), column, first + i) for i in np.delete(np.arange(len(lines)), here).tolist()]
+        rows = np.delete(np.arange(len(lines)), here)
+        if work.allowed is not None:
+            rows = rows[work.allowed.of_lines(lines)[0][rows]]
+        values = [_value(lines.line(i), column, first + i) for i in rows.tolist()]
         first += len(lines)
         yield numbers.of_values(values)
 
@@ -133,21 +140,9 @@ def _part_codes(work: Work, part: Part, found: PartFacts, numbers: GroupNumbers,
 def _value(line: bytes, column: str, number: int) -> Any:
     """What a line has at a column; None where it has none."""
     try:
-        row = json.loads(line)
+        return value_at(line, column)
     except ValueError as error:
         raise ValueError(f"line {number + 1} cannot be read: it must be one JSON object ({error})") from error
-    return _at(row, column)
-
-
-def _at(row: Any, column: str) -> Any:
-    if not isinstance(row, dict):
-        return None
-    if column in row:
-        return row[column]
-    for end in (i for i, char in enumerate(column) if char == "."):
-        if isinstance(row.get(column[:end]), dict):
-            return _at(row[column[:end]], column[end + 1 :])
-    return None
 
 
 def _write(url: str, parts: Iterator[Codes]) -> None:

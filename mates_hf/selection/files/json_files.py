@@ -20,6 +20,7 @@ from mates_hf.data.raw_texts import RawTexts
 from mates_hf.data.scored_column import Conversations, ScoredColumn, Texts
 from mates_hf.prediction.score import INFLUENCE_COLUMN
 from mates_hf.selection.files.ahead import read_ahead
+from mates_hf.selection.files.allow import AllowedRows, lines_among
 from mates_hf.selection.files.lines import Lines, packed_file, read_lines
 from mates_hf.selection.files.parquet_files import Kept
 from mates_hf.selection.files.plan import Part
@@ -47,11 +48,13 @@ class Block(NamedTuple):
         rows: `pyarrow.Table` of the scored columns, or, of conversations, lists of plain values by column.
         num_rows: How many.
         bad: Lines among them that cannot be read, and are no rows.
+        num_passed_over: Lines between them that may not be used.
     """
 
     rows: Any
     num_rows: int
     bad: list[BadLine]
+    num_passed_over: int = 0
 
 
 def schema_of(part: Part) -> Any:
@@ -81,7 +84,9 @@ def _type_of(values: list[Any]) -> Any:
         return pa.null()
 
 
-def blocks(part: Part, column: ScoredColumn, schema: Any, threads: bool) -> Iterator[Block]:
+def blocks(
+    part: Part, column: ScoredColumn, schema: Any, threads: bool, allowed: AllowedRows | None = None
+) -> Iterator[Block]:
     """The scored column, a block at a time.
 
     Args:
@@ -89,6 +94,7 @@ def blocks(part: Part, column: ScoredColumn, schema: Any, threads: bool) -> Iter
         column: The scored column.
         schema: What `schema_of` found.
         threads: Whether a block may be read by several threads.
+        allowed: Says which lines may be used; None: all. The others are passed over.
 
     Yields:
         Blocks of some megabytes.
@@ -96,10 +102,13 @@ def blocks(part: Part, column: ScoredColumn, schema: Any, threads: bool) -> Iter
     first = 0
     wanted = None if isinstance(column, Conversations) else _wanted(column, schema)
     for lines in read_lines(part):
-        if wanted is None:
-            yield _read_conversations(lines, column.path, first)
-        else:
-            yield _read_block(lines, wanted, first, threads)
+        mask, unread = (np.ones(len(lines), np.bool_), {}) if allowed is None else allowed.of_lines(lines)
+        rest = lines_among(lines, mask)
+        block = _read_conversations(rest, column.path) if wanted is None else _read_block(rest, wanted, threads)
+        numbers = first + np.flatnonzero(mask)
+        bad = [BadLine(int(numbers[one.number]), one.why) for one in block.bad]
+        bad += [BadLine(first + number, why) for number, why in unread.items()]
+        yield Block(block.rows, block.num_rows, sorted(bad), len(lines) - len(rest) - len(unread))
         first += len(lines)
 
 
@@ -125,7 +134,7 @@ def _list_type(kind: Any) -> Any:
     return pa.list_(pa.int64()) if nothing else kind
 
 
-def _read_block(lines: Lines, wanted: Any, first: int, threads: bool) -> Block:
+def _read_block(lines: Lines, wanted: Any, threads: bool) -> Block:
     import pyarrow as pa
 
     found: list[Any] = []
@@ -137,7 +146,7 @@ def _read_block(lines: Lines, wanted: Any, first: int, threads: bool) -> Block:
         if not isinstance(table, str):
             found.append(table)
         elif end - begin == 1:
-            bad.append(BadLine(first + begin, table))
+            bad.append(BadLine(begin, table))
         else:
             middle = (begin + end) // 2
             todo += [(middle, end), (begin, middle)]
@@ -193,7 +202,7 @@ def _is_utf8(content: Any) -> bool:
     return True
 
 
-def _read_conversations(lines: Lines, path: Sequence[str], first: int) -> Block:
+def _read_conversations(lines: Lines, path: Sequence[str]) -> Block:
     """Conversations as plain values: their messages may have other fields than those before."""
     values: list[Any] = []
     bad: list[BadLine] = []
@@ -201,11 +210,11 @@ def _read_conversations(lines: Lines, path: Sequence[str], first: int) -> Block:
         try:
             row = json.loads(lines.line(number))
         except ValueError as error:
-            bad.append(BadLine(first + number, f"it must be one JSON object ({error})"))
+            bad.append(BadLine(number, f"it must be one JSON object ({error})"))
             continue
         for name in path:
             if row is not None and not isinstance(row, Mapping):
-                bad.append(BadLine(first + number, f"`{name}` must be in an object"))
+                bad.append(BadLine(number, f"`{name}` must be in an object"))
                 break
             row = None if row is None else row.get(name)
         else:
@@ -218,7 +227,9 @@ def _read_conversations(lines: Lines, path: Sequence[str], first: int) -> Block:
 # --- writing ---
 
 
-def write_rows(part: Part, local: Path, kept: Kept, *, bad: Sequence[int], add_scores: bool) -> None:
+def write_rows(
+    part: Part, local: Path, kept: Kept, *, bad: Sequence[int], add_scores: bool, allowed: AllowedRows | None = None
+) -> None:
     """Write the lines that are kept, or all of them with their influence.
 
     Args:
@@ -227,6 +238,7 @@ def write_rows(part: Part, local: Path, kept: Kept, *, bad: Sequence[int], add_s
         kept: What is known of the next rows.
         bad: Numbers of the lines that cannot be read; they are not written.
         add_scores: Whether all rows are written, with a field `influence`; one of that name is replaced.
+        allowed: Says which lines may be used; None: all. The others are not written.
     """
     first = 0
     all_bad = np.array(sorted(bad), np.int64)
@@ -235,6 +247,8 @@ def write_rows(part: Part, local: Path, kept: Kept, *, bad: Sequence[int], add_s
             here = slice(*np.searchsorted(all_bad, [first, first + len(lines)]).tolist())
             numbers = np.delete(np.arange(len(lines)), all_bad[here] - first)
             first += len(lines)
+            if allowed is not None:
+                numbers = numbers[allowed.of_lines(lines)[0][numbers]]
             scores, mask = kept(len(numbers))
             if add_scores:
                 values = [str(value) for value in scores.influence]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,6 +93,33 @@ def lines_of(content: bytes) -> Lines:
     for number in np.flatnonzero(np.isin(signs[np.minimum(starts, max(len(signs) - 1, 0))], list(_WHITE)) & ~blank):
         blank[number] = not content[starts[number] : ends[number]].strip()
     return Lines(content, starts[~blank], ends[~blank], nexts[~blank])
+
+
+def value_at(line: bytes, column: str) -> Any:
+    """What a line has at a column.
+
+    Args:
+        line: The line.
+        column: Name of the column, with dots for a nested one.
+
+    Returns:
+        The value; None where it has none.
+
+    Raises:
+        ValueError: the line is no JSON.
+    """
+    return _at(json.loads(line), column)
+
+
+def _at(row: Any, column: str) -> Any:
+    if not isinstance(row, dict):
+        return None
+    if column in row:
+        return row[column]
+    for end in (i for i, char in enumerate(column) if char == "."):
+        if isinstance(row.get(column[:end]), dict):
+            return _at(row[column[:end]], column[end + 1 :])
+    return None
 
 
 @contextlib.contextmanager

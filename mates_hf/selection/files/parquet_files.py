@@ -10,6 +10,7 @@ Shape suffix: N rows of a batch.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from mates_hf.data.listing import is_local, located
 from mates_hf.prediction.score import INFLUENCE_COLUMN
 from mates_hf.selection.files.ahead import SMALL, read_ahead
+from mates_hf.selection.files.allow import AllowedRows
 from mates_hf.selection.files.plan import Part
 from mates_hf.selection.prefix import Mask, PieceScores
 
@@ -97,7 +99,9 @@ def _within(path: str, name: str) -> bool:
     return path == name or path.startswith(name + ".")
 
 
-def write_rows(part: Part, local: Path, kept: Kept, *, add_scores: bool, threads: bool) -> None:
+def write_rows(
+    part: Part, local: Path, kept: Kept, *, add_scores: bool, threads: bool, allowed: AllowedRows | None = None
+) -> None:
     """Write the rows that are kept, or all of them with their influence.
 
     Args:
@@ -106,6 +110,7 @@ def write_rows(part: Part, local: Path, kept: Kept, *, add_scores: bool, threads
         kept: What is known of the next rows.
         add_scores: Whether all rows are written, with a float32 column `influence`; one of that name is replaced.
         threads: Whether columns may be decoded by several threads.
+        allowed: Says which rows may be used; None: all. The others are not written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -117,15 +122,25 @@ def write_rows(part: Part, local: Path, kept: Kept, *, add_scores: bool, threads
             fields = [field for field in had if field.name != INFLUENCE_COLUMN]
             schema = pa.schema([*fields, pa.field(INFLUENCE_COLUMN, pa.float32())], had.metadata)
         with pa.OSFile(str(local), "wb") as out, pq.ParquetWriter(out, schema, **_as_written(file, schema)) as writer:
-            for group in _groups(_rows(file, schema, kept, add_scores, threads, part.size), _usual_rows(file)):
+            may = None
+            if allowed is not None:
+                may = functools.partial(allowed.of_table, paths=allowed.require_columns(part, had))
+            tables = _allowed_only(read_ahead(_batches(file, None, threads), part.size), may)
+            for group in _groups(_rows(tables, schema, kept, add_scores), _usual_rows(file)):
                 writer.write_table(group, row_group_size=max(group.num_rows, 1))
 
 
-def _rows(file: Any, schema: Any, kept: Kept, add_scores: bool, threads: bool, size: int) -> Iterator[Any]:
+def _allowed_only(tables: Iterator[Any], may: Callable[[Any], Mask] | None) -> Iterator[Any]:
+    """The rows of each table that may be used; None: all."""
+    for table in tables:
+        yield table if may is None else table.filter(may(table))
+
+
+def _rows(tables: Iterator[Any], schema: Any, kept: Kept, add_scores: bool) -> Iterator[Any]:
     """The rows to write, batch by batch."""
     import pyarrow as pa
 
-    for table in read_ahead(_batches(file, None, threads), size):
+    for table in tables:
         scores, mask = kept(table.num_rows)
         if not add_scores:
             yield table.filter(pa.array(mask))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mates_hf.allow import Allow
 from mates_hf.display import card, html_card
 
 _SHOWN_GROUPS = 5  # where it is printed, the largest
@@ -35,6 +36,8 @@ class FilesReport:
         seconds: Seconds of this call.
         gb_per_hour: Gigabytes (10^9) of input files an hour; None where an earlier call did a part of it.
         errors: What could not be read, the first thousand.
+        rows_not_allowed: Rows that `allow` left out; they were not scored, and are not among `rows`.
+        allow: Allowed entries by column; None allowed all rows.
         shares: By group: `rows` and `kept` as shares of all, and `boost`, how many times its share it got. Empty
             where no column says the groups.
     """
@@ -55,6 +58,8 @@ class FilesReport:
     seconds: float
     gb_per_hour: float | None
     errors: tuple[str, ...] = ()
+    rows_not_allowed: int = 0
+    allow: Allow | None = None
     shares: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +76,9 @@ class FilesReport:
             "written": f"{_bytes(self.bytes_written)} in {self.out}",
             "time": f"{self.seconds:,.1f} s{speed}",
         }
+        if self.allow is not None:
+            rule = "; ".join(f"{name}={', '.join(entries)}" for name, entries in self.allow.items())
+            facts["not allowed"] = f"{self.rows_not_allowed:,} other rows, not scored (allowed: {rule})"
         if self.threshold is not None:
             facts["threshold"] = f"{self.threshold:.6g}"
         if self.shares:

@@ -101,6 +101,13 @@ class Run:
             raise FileError(f"{errors[0]} An earlier call left it out: `on_error='skip'` does so again.")
         if all(one.dropped is not None for one in known):
             raise FileError(f"At least one file must be read, and all {len(known)} are left out: {errors[0]}")
+        left_out = sum(one.not_allowed for one in known)
+        if left_out and not any(one.rows for one in known):
+            assert self.work.allowed is not None
+            rule = "; ".join(f"{', '.join(of)} in `{name}`" for name, of in self.work.allowed.allow.items())
+            raise ValueError(
+                f"`allow` must leave rows, and none of {left_out:,} has {rule}. Name entries that are there."
+            )
 
     @property
     def _parts(self) -> list[Part]:
@@ -209,6 +216,8 @@ class Run:
             seconds=seconds,
             gb_per_hour=None if self.resumed else num_bytes / 1e9 / seconds * 3600,
             errors=tuple(errors[:_MOST_ERRORS]),
+            rows_not_allowed=sum(one.not_allowed for one in known),
+            allow=None if self.work.allowed is None else self.work.allowed.allow,
             shares=shares,
         )
 

@@ -26,6 +26,7 @@ from mates_hf.prediction.threads import at_most_threads
 from mates_hf.selection.cut import Cut
 from mates_hf.selection.files import json_files, parquet_files
 from mates_hf.selection.files.ahead import read_ahead
+from mates_hf.selection.files.allow import AllowedRows
 from mates_hf.selection.files.folder import Folder, read_object, write_object
 from mates_hf.selection.files.plan import Bundle, Part
 from mates_hf.selection.inputs import Fitted
@@ -63,6 +64,7 @@ class PartFacts:
         bad: Numbers of the lines that cannot be read, of those that are not blank, from 0.
         said: What is wrong with the first of them.
         dropped: Why the whole part is left out; None where it is not.
+        not_allowed: Rows that may not be used, and were not scored.
     """
 
     rows: int = 0
@@ -71,6 +73,7 @@ class PartFacts:
     bad: list[int] = dataclasses.field(default_factory=list)
     said: list[str] = dataclasses.field(default_factory=list)
     dropped: str | None = None
+    not_allowed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Work:
         out: The output folder.
         skip: Whether what is wrong with a file is counted and left out.
         threads: Threads of a process; None is one a core.
+        allowed: Says which rows may be used; None: all.
     """
 
     fitted: Fitted
@@ -94,6 +98,7 @@ class Work:
     out: str
     skip: bool
     threads: int | None = None
+    allowed: AllowedRows | None = None
 
     @property
     def many_threads(self) -> bool:
@@ -187,11 +192,19 @@ def _rows(work: Work, part: Part, column: ScoredColumn, schema: Any, facts: Part
     if part.kind == "parquet":
         names = column.names_among(schema.names)
         names = [".".join(column.path) if name == column.path[0] else name for name in names]
-        for table in parquet_files.tables(part, names, work.many_threads):
+        beside = [] if work.allowed is None else work.allowed.require_columns(part, schema)
+        every = list(dict.fromkeys([*names, *map(".".join, beside)]))
+        for table in parquet_files.tables(part, every, work.many_threads):
+            if work.allowed is not None:
+                table, num_before = table.filter(work.allowed.of_table(table, beside)), table.num_rows
+                facts.not_allowed += num_before - table.num_rows
+                kept = {column.path[0], *names}
+                table = table.drop_columns([name for name in table.column_names if name not in kept])
             facts.content_bytes += table.nbytes
             yield from _cut(table, column)
         return
-    for block in json_files.blocks(part, column, schema, work.many_threads):
+    for block in json_files.blocks(part, column, schema, work.many_threads, work.allowed):
+        facts.not_allowed += block.num_passed_over
         _note(part, facts, block.bad, work.skip)
         if isinstance(block.rows, dict):
             facts.content_bytes += sum(map(len, map(str, block.rows[column.path[0]])))
@@ -334,9 +347,13 @@ def _write_part(work: Work, part: Part, facts: PartFacts, scores: _Scores, add_s
         end = scores.done + facts.rows
         try:
             if part.kind == "parquet":
-                parquet_files.write_rows(part, local, scores.take, add_scores=add_scores, threads=work.many_threads)
+                parquet_files.write_rows(
+                    part, local, scores.take, add_scores=add_scores, threads=work.many_threads, allowed=work.allowed
+                )
             else:
-                json_files.write_rows(part, local, scores.take, bad=facts.bad, add_scores=add_scores)
+                json_files.write_rows(
+                    part, local, scores.take, bad=facts.bad, add_scores=add_scores, allowed=work.allowed
+                )
         except _TooFewError:
             scores.done = -1
         check_same(part)

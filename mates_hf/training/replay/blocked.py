@@ -19,7 +19,7 @@ from mates_hf.selection.turns import Mask
 from mates_hf.training.blocked import ALLOWED_FILE, read_blocked
 from mates_hf.training.order import Order
 from mates_hf.training.redact import REDACTED_FILE, REDACTED_PROBES_FILE
-from mates_hf.training.replaced import REPLACED_FILE, read_replaced, with_replaced
+from mates_hf.training.replaced import LATE_FILE, REPLACED_FILE, read_late, read_replaced, with_replaced
 from mates_hf.training.replay.reader import RoundReader, WrongError, is_whole
 
 
@@ -40,7 +40,7 @@ class RoundWithBlocked(RoundReader):
         gone: (R,) int64 rows that were removed after it was decided.
         redacted: What was taken out of it; None where nothing was.
         entries: (n, 3) int64 of the rows that were replaced in its order.
-        late: rows that the round before it trains on, and that took the place of others after it was decided.
+        late: (n, 2) int64 of the rows that took the place of others before it, after it was decided (`read_late`).
     """
 
     info: dict[str, Any]
@@ -56,7 +56,7 @@ class RoundWithBlocked(RoundReader):
     gone: IntArray = np.zeros(0, np.int64)
     redacted: dict[str, Any] | None = None
     entries: IntArray = np.zeros((0, 3), np.int64)
-    late: IntArray = np.zeros(0, np.int64)
+    late: IntArray = np.zeros((0, 2), np.int64)
 
     def trained_on(self, following: RoundWithBlocked) -> IntArray:
         """The rows that a round trains on, as the next one knew them when it was decided.
@@ -95,6 +95,10 @@ def read_redacted(current: RoundWithBlocked) -> None:
         WrongError: rows were taken out or replaced that were not removed.
     """
     current.entries = read_replaced_of(current)
+    try:
+        current.late = read_late(current.path)
+    except MatesError as error:
+        raise WrongError(LATE_FILE, "two numbers for each row", str(error)) from error
     if not (current.path / REDACTED_FILE).exists():
         current.require("redacted" not in current.info, REDACTED_FILE, "the file, as round.json names it", "none")
         return
@@ -181,6 +185,30 @@ def check_replaced(current: RoundWithBlocked) -> None:
         current.require(ok, file, "rows in the order of the shuffled pool", "another order")
 
 
+def check_late(current: RoundWithBlocked, before: RoundWithBlocked | None) -> None:
+    """What took the place of removed rows before a round, after it was decided: rows that it knew to be unused.
+
+    Args:
+        current: the round; its draw was checked.
+        before: the round before it, where it is on disk and of the same pass.
+
+    Raises:
+        WrongError: another row stands there, or one that the round before trains on is missing.
+    """
+    late, numbers = current.late[:, 0], current.num_pool_rows
+    ok = bool(((late >= 0) & (late < numbers)).all()) and len(np.unique(late)) == len(late)
+    current.require(ok, LATE_FILE, f"rows of the pool, below {numbers}, each once", f"{late.tolist()[:8]}")
+    used = current.consumed[late] | np.isin(late, np.concatenate([current.rows, current.probes]))
+    used |= False if current.blocked is None else current.blocked[late]
+    current.require(not used.any(), LATE_FILE, "unused rows that were not probed", f"row {late[used][:1].tolist()}")
+    if before is None:
+        return
+    since = np.isin(before.entries[:, 1], current.gone) & (before.entries[:, 0] < current.info["from_position"])
+    missing = np.setdiff1d(before.entries[since, 2], late)
+    what = f"the rows that replaced others in round {before.info['number']} since"
+    current.require(not len(missing), LATE_FILE, what, f"row {missing[:1].tolist()} missing")
+
+
 def read_blocked_of(current: RoundWithBlocked) -> Mask | None:
     """The rows that a round was not to use.
 
@@ -242,10 +270,10 @@ def read_probed(current: RoundWithBlocked, before: RoundWithBlocked | None) -> M
     return found
 
 
-def consumed_after(before: RoundWithBlocked) -> Mask:
-    """(N,) bool, a new array: rows trained on before a round, those that were put there after it was decided too."""
+def consumed_after(before: RoundWithBlocked, following: RoundWithBlocked) -> Mask:
+    """(N,) bool, a new array: rows trained on before a round, those put there until the next one was decided too."""
     found: Mask = before.consumed.copy()
-    found[before.late] = True
+    found[before.late[before.late[:, 1] <= following.info.get("num_removed", 0), 0]] = True
     return found
 
 
@@ -266,7 +294,7 @@ def rows_between(before: RoundWithBlocked, following: RoundWithBlocked, num_more
     if num_more <= 0:
         return np.zeros(0, np.int64)
     ledger = before.ledger
-    ledger.consumed, ledger.waiting, ledger.blocked = consumed_after(before), before.waiting, before.blocked
+    ledger.consumed, ledger.waiting, ledger.blocked = consumed_after(before, following), before.waiting, before.blocked
     ledger.cursor = int(before.info["cursor"])
     exclude = np.concatenate([before.probes, before.entries[:, 2]])
     try:

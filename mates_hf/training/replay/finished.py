@@ -38,6 +38,7 @@ from mates_hf.selection.select_stage import select_rows
 from mates_hf.training.redact import REDACTED_FILE
 from mates_hf.training.replay.blocked import (
     RoundWithBlocked,
+    check_late,
     check_replaced,
     consumed_after,
     read_blocked_of,
@@ -157,6 +158,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
             self._check_candidates(candidates)
         self._check_draw(candidates, cursor)
         check_replaced(self)
+        check_late(self, before if before is not None and before.pass_number == self.pass_number else None)
         if candidates is not None:
             self._check_selection(candidates)
         check_inside(self)
@@ -246,11 +248,9 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         moved = info["from_step"] != earlier["to_step"] or rows_per_step(info) != rows_per_step(earlier)
         ok = 0 < kept < self.num_pool_rows if moved else kept == len(before.rows)
         self.require(ok, ROUND_FILE, what, str(info["from_position"]))
-        was, now = consumed_after(before), self.consumed
+        was, now = consumed_after(before, self), self.consumed
         was[before.trained_on(self)[:kept]] = True
         more = rows_between(before, self, kept - len(before.rows))
-        if before.pass_number == self.pass_number:
-            self.late = before.entries[np.isin(before.entries[:, 1], self.gone), 2]
         was[more] = True
         if check_pass(self, before, was, more):
             was[:] = False
