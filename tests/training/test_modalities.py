@@ -1,4 +1,4 @@
-"""Runs on images, speech, and images with text: the whole way through a Trainer, and what is refused before it begins."""
+"""Runs on images, speech, and images with text: the whole way through a Trainer, and what is refused before it."""
 
 from __future__ import annotations
 
@@ -152,15 +152,15 @@ def test_text_alone_may_decide_where_that_is_said(reference: Any, tmp_path: Path
     assert verify_run(tmp_path).problem is None
 
 
-# --- refused before the first step --------------------------------------------------------------------------------------
+# --- refused before the first step -----------------------------------------------------------------------------------
 
 
 def refused(path: Path, match: str, *, model: Any = None, rows: Any = None, collator: Any = None,
-            error: type[Exception] = UnsupportedSettingError, batch_rows: int = 4, **changes: Any) -> None:  # fmt: skip
+            error: type[Exception] = UnsupportedSettingError, **changes: Any) -> None:  # fmt: skip
     steps = Steps()
     run = trainer(
         model or vit(), rows or images(80), path, [mates(**changes), steps], collator=collator,
-        per_device_train_batch_size=batch_rows, max_steps=9,
+        max_steps=9,
     )  # fmt: skip
     with pytest.raises(error, match=match):
         run.train()
@@ -337,7 +337,7 @@ def test_an_encoder_of_text_may_be_told_so_as_well(tiny_tokenizer: Any) -> None:
     assert EncoderInfluenceModel((BertModel(config), tiny_tokenizer), text_only=True, **lengths).text_only
 
 
-# --- several processes --------------------------------------------------------------------------------------------------
+# --- several processes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

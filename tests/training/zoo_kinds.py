@@ -258,7 +258,7 @@ def git() -> Any:
 # Its pictures stand before the text and have logits: only its own loss knows how many, and passages have none.
 add("Git", git, columns=more_pictures(0, (3, 8, 8)), reading="row by row", **SLOW)
 
-# --- rows without tokens; with an influence model that reads them they are in `test_modalities` ------------------------
+# --- rows without tokens; with an influence model that reads them they are in `test_modalities` ----------------------
 
 NO_TOKENS = r"reads text, and the rows of this pool have none"
 
