@@ -110,7 +110,7 @@ def test_rows_are_batched_by_what_they_cost() -> None:
 
 
 def test_the_model_s_own_loss_where_there_is_no_likelihood() -> None:
-    """CTC gives logits for other positions than there are labels: its loss is taken row by row, of the task as well."""
+    """CTC gives logits for other positions than there are labels: its loss is taken row by row, of the task too."""
     config = Wav2Vec2Config(
         vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(8, 4), num_feat_extract_layers=2, mask_time_prob=0.0,

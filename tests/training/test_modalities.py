@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import default_data_collator
 
-from mates_hf import DirectionalProbe, MatesCallback, NgramInfluenceModel, ReferenceTask, load_round
+from mates_hf import DirectionalProbe, MatesCallback, MatesStream, NgramInfluenceModel, ReferenceTask, load_round
 from mates_hf.answering.forget import forget_rows
 from mates_hf.answering.where import where_rows
 from mates_hf.errors import UnsupportedSettingError
@@ -21,6 +22,9 @@ from mates_hf.influence.example_losses import contrastive_loss, seeded_loss
 from mates_hf.prediction.encoder_model import EncoderInfluenceModel
 from mates_hf.training.run_report import read_report, write_report
 from mates_hf.training.verify import verify_run
+from tests.influence.test_examples import (
+    test_the_model_s_own_loss_where_there_is_no_likelihood as of_ctc,
+)
 from tests.launch import free_port, start_processes
 from tests.training.kit import Stop, leave_modules_to_themselves, make_reference, small_config
 from tests.training.modalities import (
@@ -35,7 +39,7 @@ from tests.training.modalities import (
     trainer,
     vit,
 )
-from tests.training.settings import Steps, proves
+from tests.training.settings import NO_FILE, Steps, proves
 
 QUICK = {"num_probes": 24, "average_steps": 0}
 EXAMPLES = (
@@ -68,7 +72,7 @@ def train(path: Path, kind: str = "ViT", *, stop_at: int | None = None, resume: 
     return run
 
 
-@proves(EXAMPLES, "a round ran and selected by what the collator makes of rows; it is verified, and answers for them")
+@proves(EXAMPLES, "a round ran and selected by what the collator makes of rows; it verifies, and says where rows went")
 @pytest.mark.quick("ViT", "Llava")
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_run_selects(kind: str, tmp_path: Path) -> None:
@@ -97,6 +101,7 @@ def test_a_run_selects(kind: str, tmp_path: Path) -> None:
         read_report(tmp_path, dataset=KINDS[kind].rows(120))
 
 
+@proves(EXAMPLES, "resumes exactly; a pool with another image in it is refused")
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     train(tmp_path / "parts", stop_at=7)
@@ -168,6 +173,7 @@ def refused(path: Path, match: str, *, model: Any = None, rows: Any = None, coll
     assert not (path / "_mates").exists()
 
 
+@proves("influence models of text where rows are more than text, without `text_only=True`", NO_FILE, outcome="refused")
 def test_an_influence_model_of_text_is_refused(tmp_path: Path) -> None:
     way = r"FeatureInfluenceModel\(\)"
     refused(tmp_path, rf"reads text, and the rows of this pool have none, but `pixel_values`. .*{way}",
@@ -200,6 +206,13 @@ def test_what_needs_text_is_refused_by_name(tmp_path: Path) -> None:
         ReferenceTask.mixture([task, task])
 
 
+def test_a_stream_of_examples_is_refused(tmp_path: Path) -> None:
+    rows = [{"pixel_values": row["pixel_values"].tolist(), "labels": row["labels"]} for row in images(80)]
+    stream = MatesStream(Dataset.from_list(rows).to_iterable_dataset())
+    refused(tmp_path, "its rows have `pixel_values`, and buffers of a stream are chosen from by text", rows=stream)
+
+
+@proves("images of several sizes that make no batch", NO_FILE, outcome="refused")
 def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
     rows = images(80)
     rows = [{**row, "pixel_values": row["pixel_values"][:, : 4 if i % 5 == 4 else 8]} for i, row in enumerate(rows)]
@@ -239,10 +252,9 @@ def test_a_class_that_the_model_has_no_logit_for_is_refused(tmp_path: Path) -> N
 
 
 @proves(
-    "losses that compare the rows of a batch (CLIP)",
-    "refused with both numbers; with `DirectionalProbe(loss=contrastive_loss(bank))` a round selects",
-    outcome="refused",
-)
+    "a loss that compares the rows of a batch (CLIP) without a bank of pairs", NO_FILE, outcome="refused",
+    note="supported with `DirectionalProbe(loss=contrastive_loss(bank))`",
+)  # fmt: skip
 def test_a_contrastive_loss_needs_a_bank(tmp_path: Path) -> None:
     task = ReferenceTask.from_examples(pairs(8, seed=99))
     given = {"model": clip(), "rows": pairs(80), "collator": pair_collator, "reference": task}
@@ -278,6 +290,8 @@ class Denoiser(nn.Module):
         return {"loss": ((self.layer(flat + noise) - noise) ** 2).mean()}
 
 
+@proves("random numbers in the forward pass (diffusion) without a seed of the row", NO_FILE, outcome="refused",
+        note="supported with `DirectionalProbe(loss=seeded_loss())`")  # fmt: skip
 def test_a_forward_pass_that_draws_is_refused_or_seeded_by_row(tmp_path: Path) -> None:
     rows = [{"pixel_values": row["pixel_values"]} for row in images(80)]
     task = ReferenceTask.from_examples(rows[:8])
@@ -305,6 +319,8 @@ class Augmented:
         return {**row, "pixel_values": row["pixel_values"] + self.draw()}
 
 
+@proves("augmentations drawn from the usual random streams", "a row is measured as its own number draws it",
+        note="one with a random stream of its own is refused")  # fmt: skip
 def test_augmentations_are_fixed_by_row_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = Augmented(images(120), lambda: torch.randn(3, 8, 8) / 10)
     with caplog.at_level(logging.WARNING):
@@ -318,6 +334,7 @@ def test_augmentations_are_fixed_by_row_or_refused(tmp_path: Path, caplog: pytes
     refused(tmp_path / "own", "draws from a random stream of its own", rows=own)
 
 
+@proves("a collator that mixes rows (mixup, cutmix)", NO_FILE, outcome="refused")
 def test_a_collator_that_mixes_rows_is_refused(tmp_path: Path) -> None:
     def mixup(rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = default_data_collator(rows)
@@ -342,6 +359,7 @@ def test_an_encoder_of_text_may_be_told_so_as_well(tiny_tokenizer: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ViT", "ResNet"])
+@proves(EXAMPLES, "two processes share scoring and measure by the main one's batch norm", note="docs/modalities.md")
 def test_two_processes_measure_and_select_as_one(kind: str, tmp_path: Path) -> None:
     """Batch norm keeps other statistics in each process: the main one's are what both measure by."""
     found: dict[int, list[dict[str, Any]]] = {}
@@ -365,3 +383,30 @@ def test_two_processes_measure_and_select_as_one(kind: str, tmp_path: Path) -> N
     else:
         first, second = (result["statistics"][5] for result in found[2])
         assert first != second  # each has normalised its own half of the batches
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "modalities.md"
+BACKED_BY = {
+    "image classifier (ViT)": test_a_run_selects,
+    "image classifier with batch norm (ResNet)": test_a_run_selects,
+    "speech to text (Whisper)": test_a_run_selects,
+    "images with text (Llava)": test_a_run_selects,
+    "a loss of other positions than the labels (CTC)": of_ctc,
+    "a loss without logits": test_a_forward_pass_that_draws_is_refused_or_seeded_by_row,
+    "a loss that compares rows (CLIP)": test_a_contrastive_loss_needs_a_bank,
+    "random numbers in the forward pass (diffusion)": test_a_forward_pass_that_draws_is_refused_or_seeded_by_row,
+    "augmentations that draw from the usual random streams": test_augmentations_are_fixed_by_row_or_refused,
+    "augmentations with a random stream of their own": test_augmentations_are_fixed_by_row_or_refused,
+    "a collator that mixes rows (mixup, cutmix)": test_a_collator_that_mixes_rows_is_refused,
+    "text models on rows with images": test_text_alone_may_decide_where_that_is_said,
+    "a stream of examples (`MatesStream`)": test_a_stream_of_examples_is_refused,
+    "passages mixed in (`reference_passes`)": test_what_needs_text_is_refused_by_name,
+    "a mixture of tasks of examples": test_what_needs_text_is_refused_by_name,
+}
+
+
+def test_each_line_of_the_page_has_a_test() -> None:
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[1:]] == list(BACKED_BY)
