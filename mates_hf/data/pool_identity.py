@@ -11,7 +11,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,7 @@ from mates_hf.data.columns import fixed_positions, visible_columns
 from mates_hf.data.examples import beyond_text, content_hash
 from mates_hf.data.stream import MatesStream
 from mates_hf.errors import UnsupportedSettingError
-
-if TYPE_CHECKING:
-    from mates_hf.data.pool import CandidatePool
-    from mates_hf.records import IntArray
+from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +49,11 @@ def look_beyond_text(dataset: Any, collate_fn: Any) -> tuple[tuple[str, ...], bo
     return beyond_text(batch), batch.get("input_ids") is not None
 
 
-def identity_of(pool: CandidatePool) -> dict[str, Any]:
+def identity_of(pool: Any) -> dict[str, Any]:
     """`CandidatePool.identity`.
 
     Args:
-        pool: A view of some or all rows.
+        pool: A `CandidatePool`, a view of some or all rows.
 
     Returns:
         Plain JSON values.
@@ -75,11 +72,11 @@ def identity_of(pool: CandidatePool) -> dict[str, Any]:
     return {**found, "rows_sha256": digest.hexdigest()}
 
 
-def marks_of(pool: CandidatePool) -> npt.NDArray[np.uint64]:
+def marks_of(pool: Any) -> npt.NDArray[np.uint64]:
     """`CandidatePool.row_marks`.
 
     Args:
-        pool: A view of some or all rows.
+        pool: A `CandidatePool`, a view of some or all rows.
 
     Returns:
         (K,) uint64.
@@ -99,13 +96,13 @@ def marks_of(pool: CandidatePool) -> npt.NDArray[np.uint64]:
     return found
 
 
-def _looked_at(pool: CandidatePool) -> tuple[IntArray, IntArray]:
+def _looked_at(pool: Any) -> tuple[IntArray, IntArray]:
     """Places of fixed rows in a view, and their numbers in the pool."""
     where = fixed_positions(len(pool), NUM_IDENTITY_ROWS)
     return where, where if pool._ids is None else pool._ids[where]
 
 
-def _whole_hash(pool: CandidatePool, row: int) -> bytes:
+def _whole_hash(pool: Any, row: int) -> bytes:
     """SHA-256 of all inputs and labels of a row."""
     assert pool.collate_fn is not None
     return content_hash(collate(pool.dataset, pool.collate_fn, [row]), with_labels=True)

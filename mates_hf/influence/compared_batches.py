@@ -31,7 +31,14 @@ class BatchComparison(Comparison):
     """What is asked of batches of the rows that are compared."""
 
     def check_batches(self, reading: Reading, own: FloatArray) -> tuple[bool, dict[str, Any]]:
-        """Whether rows in one batch have the losses that they have alone, and what was found of the first batch.
+        """Compare the run's loss of a few batches with the losses of their rows alone.
+
+        Args:
+            reading: How the loss of a row is read.
+            own: The run's loss of each compared row.
+
+        Returns:
+            Whether rows in one batch have the losses that they have alone, and what was found of the first batch.
 
         Raises:
             UnsupportedSettingError: the run's loss of a batch does not follow from its rows.

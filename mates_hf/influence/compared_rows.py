@@ -85,9 +85,12 @@ class ComparedRows:
         return {key: value for key in sorted(self.extras) if (value := self._constant(key)) is not None}
 
     def draws(self) -> tuple[bool, bool]:
-        """Whether the dataset draws from the random streams, as augmentations do, and whether the collator does.
+        """Find out what draws from the random streams, as augmentations do.
 
-        Each row is then read and collated on streams of its own number, so what is measured of it is fixed.
+        Each row is read and collated on streams of its own number, so what is measured of it is fixed.
+
+        Returns:
+            Whether the dataset draws where a row is read, and whether the collator does.
 
         Raises:
             UnsupportedSettingError: a row is another one each time all the same, or the collator mixes rows.

@@ -54,8 +54,7 @@ class NgramInfluenceModel:
         seed: Random seed of the held-out split and the folds.
         labels: what is fitted. `"token"`: the derivative at each token; `"document"`: each candidate's
             `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
-            token labels where the probe measured derivatives, else document labels. What `"both"` adds follows this
-            round alone.
+            token labels where the probe measured derivatives, else document labels.
         text_only: Whether the text of rows is enough where they have other inputs, such as images, which are not read.
 
     Raises:
