@@ -103,9 +103,11 @@ def _looked_at(pool: Any) -> tuple[IntArray, IntArray]:
 
 
 def _whole_hash(pool: Any, row: int) -> bytes:
-    """SHA-256 of all inputs and labels of a row."""
-    assert pool.collate_fn is not None
-    return content_hash(collate(pool.dataset, pool.collate_fn, [row]), with_labels=True)
+    """SHA-256 of all inputs and labels of a row, which is collated once for the identity and the marks."""
+    known: dict[int, bytes] = pool._seen.setdefault("hashes", {})
+    if row not in known:
+        known[row] = content_hash(collate(pool.dataset, pool.collate_fn, [row]), with_labels=True)
+    return known[row]
 
 
 def features_of(dataset: Any) -> str:

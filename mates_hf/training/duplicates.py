@@ -16,7 +16,6 @@ import numpy as np
 
 from mates_hf.data.batches import PLAIN
 from mates_hf.data.feeds import CollatedRows
-from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.token_overlap import NGRAM_TOKENS, TokenNgramIndex
 from mates_hf.records import IntArray
@@ -58,13 +57,16 @@ class CopyMarks:
         return own_hashes(ids) if self.others else row_hashes(rows, ids, self.ends)
 
 
-def selection_facts(run: Run, selected: SelectedRows, num_candidates: int, number: int) -> dict[str, Any]:
+def selection_facts(
+    run: Run, selected: SelectedRows, candidates: IntArray, hashes: Hashes, number: int
+) -> dict[str, Any]:
     """What `round.json` says of copies and of rows shared with the reference task.
 
     Args:
         run: the run's state; it keeps the reference task's index, which is made once.
         selected: what the round chose.
-        num_candidates: how many it chose from.
+        candidates: (M,) int64 pool rows that it chose from.
+        hashes: (M,) uint64 of their texts, or of their inputs.
         number: the round.
 
     Returns:
@@ -76,13 +78,16 @@ def selection_facts(run: Run, selected: SelectedRows, num_candidates: int, numbe
     """
     if run.reference_overlap is None:
         run.reference_overlap = _index_of(run)
-    shared = run.reference_overlap.shared_of(run.pool, selected.rows)
+    if isinstance(run.reference_overlap, ExampleIndex):
+        shared = run.reference_overlap.shared_among(candidates, hashes, selected.rows)
+    else:
+        shared = run.reference_overlap.shared_of(run.pool, selected.rows)
     share = len(shared) / max(1, len(selected.rows))
     if len(shared) and not run.overlap_told:
         run.overlap_told = True  # once a run is enough to act on; what later rounds find is recorded
         _warn_of_overlap(run, shared, len(selected.rows), number)
     return {
-        "repeated_share": selected.num_repeated / max(1, num_candidates),
+        "repeated_share": selected.num_repeated / max(1, len(candidates)),
         "num_passed_over": selected.num_passed_over,
         "num_random": selected.num_random,
         "reference_overlap": {
@@ -130,10 +135,9 @@ class ExampleIndex:
     def __init__(self, hashes: Hashes) -> None:
         self._hashes = hashes
 
-    def shared_of(self, pool: CandidatePool, ids: IntArray) -> IntArray:
-        """(M,) int64, ascending, those of the pool rows `ids` that have the inputs of an example."""
-        rows = np.sort(ids)
-        return rows[np.isin(pool.input_hashes(rows), self._hashes)] if len(self._hashes) else rows[:0]
+    def shared_among(self, candidates: IntArray, hashes: Hashes, rows: IntArray) -> IntArray:
+        """(M,) int64, ascending, those of some candidates, by their pool rows, that have the inputs of an example."""
+        return np.sort(candidates[np.isin(candidates, rows) & np.isin(hashes, self._hashes)])
 
 
 def _index_of(run: Run) -> TokenNgramIndex | ExampleIndex:
