@@ -14,7 +14,15 @@ from datasets import Dataset
 from torch import nn
 from transformers import default_data_collator
 
-from mates_hf import DirectionalProbe, MatesCallback, MatesStream, NgramInfluenceModel, ReferenceTask, load_round
+from mates_hf import (
+    DirectionalProbe,
+    MatesCallback,
+    MatesRounds,
+    MatesStream,
+    NgramInfluenceModel,
+    ReferenceTask,
+    load_round,
+)
 from mates_hf.answering.forget import forget_rows
 from mates_hf.answering.where import where_rows
 from mates_hf.errors import UnsupportedSettingError
@@ -114,6 +122,20 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path) -> None:
     changed[0] = {**changed[0], "pixel_values": changed[0]["pixel_values"] + 1}  # a fixed row of the identity
     with pytest.raises(Exception, match="pool"):
         train(tmp_path / "parts", resume=True, rows=changed)
+
+
+def test_a_loop_of_ones_own_selects_images_too(tmp_path: Path) -> None:
+    model, rows = vit(), images(80)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rounds = MatesRounds(
+        ReferenceTask.from_examples(images(8, seed=99)), rows, small_config(**QUICK), output_dir=tmp_path,
+        collate_fn=default_data_collator, influence_model=PixelRidge(), probe=DirectionalProbe(epsilon=1e-2),
+    )  # fmt: skip
+    for _, batch in rounds.order(model, optimizer, batch_size=4, max_steps=9):
+        model(**default_data_collator([rows[i] for i in batch])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert load_round(tmp_path / "_mates" / "round-0001").info["guard"]["decision"] == "select"
 
 
 def test_rows_are_forgotten(tmp_path: Path) -> None:
