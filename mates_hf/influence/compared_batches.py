@@ -45,7 +45,7 @@ class BatchComparison(Comparison):
         """
         firsts = range(0, min(len(self.rows.rows), MAX_BATCHES * NUM_TOGETHER), NUM_TOGETHER)
         found: dict[str, Any] = {}
-        possible = {"tokens", "rows", "sums"}
+        possible = {"tokens", "rows", *(("sums",) if self.rows.beyond_text else ())}  # CTC adds rows up
         for number, first in enumerate(firsts):
             ids = np.arange(first, min(first + NUM_TOGETHER, len(self.rows.rows)))
             if len(ids) < 2:
