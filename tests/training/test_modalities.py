@@ -109,6 +109,7 @@ def test_a_run_selects(kind: str, tmp_path: Path) -> None:
         read_report(tmp_path, dataset=KINDS[kind].rows(120))
 
 
+@pytest.mark.slow
 @proves(EXAMPLES, "resumes exactly; a pool with another image in it is refused")
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
@@ -138,6 +139,7 @@ def test_a_loop_of_ones_own_selects_images_too(tmp_path: Path) -> None:
     assert load_round(tmp_path / "_mates" / "round-0001").info["guard"]["decision"] == "select"
 
 
+@pytest.mark.slow
 def test_rows_are_forgotten(tmp_path: Path) -> None:
     train(tmp_path)
     row = int(load_round(tmp_path / "_mates" / "round-0001").selection[0])
@@ -163,6 +165,7 @@ def test_rows_that_are_in_the_reference_task_are_told(tmp_path: Path, caplog: py
     assert all(row < 8 for row in info["reference_overlap"]["examples"])
 
 
+@pytest.mark.quick("text")
 @pytest.mark.parametrize("reference", [captions, None], ids=["examples", "text"])
 def test_text_alone_may_decide_where_that_is_said(reference: Any, tmp_path: Path) -> None:
     task = make_reference(8) if reference is None else ReferenceTask.from_examples(captions(8, seed=99))
