@@ -120,9 +120,10 @@ def texts_of(source: Any, argument: str, *, tokenizer: Any = None, text_column: 
     Raises:
         TypeError: the source or a row is of the wrong kind, such as a dict of splits.
         ValueError: a row has neither column, its text is none, or there is no tokenizer for its ids.
+        UnsupportedSettingError: the source is a reference task of examples.
     """
     if isinstance(source, ReferenceTask):
-        passages = source.rows
+        passages = source.text(f"`{argument}`", "Compare the bytes of examples instead.")
         return (_decode(passages.row(i)[0], tokenizer, f"`{argument}`") for i in range(len(passages)))
     if is_lm_eval_task(source):
         return iter(evaluated_texts(source))

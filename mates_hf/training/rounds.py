@@ -308,7 +308,8 @@ def _fit_and_judge(run: Run, path: Path, labels: InfluenceLabels, number: int, s
     if run.trusted_model is not None:
         with stages.timed("guard") as cost:
             more = {"documents": documents} if takes(run.trusted_model.evaluate, "documents") else {}
-            fresh = run.trusted_model.evaluate(run.pool, labels, **more)
+            read = run.read_by(run.trusted_model, labels.candidate_id)
+            fresh = run.trusted_model.evaluate(read, labels, **more)
             num_asked = 1
             if run.last_decision != "own_order":  # else its kind of rows was not bought
                 gap, num_asked = _gap(run, path, labels), 2
@@ -347,7 +348,7 @@ def _select(
         random_share=run.config.random_share,
         quota=quota_of(run.config, groups),
     )
-    found = selection_facts(run, selected, len(scored.candidates), number)
+    found = selection_facts(run, selected, scored.candidates, scored.hashes, number)
     found["bought_most"] = most_bought(run, selected.rows, scored.candidates)
     if groups is not None:
         found["groups"] = shares_by_group(groups, scored.candidates, selected.rows)
