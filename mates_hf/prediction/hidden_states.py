@@ -11,13 +11,12 @@ Shape suffixes: N candidates, B rows of one pass, L tokens of the longest of the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,13 +29,12 @@ from mates_hf.data.documents import document_codes
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.model_traits import is_sharded, require_known_tokens, unwrap
-from mates_hf.engine.preserve import undisturbed
 from mates_hf.errors import MatesError
 from mates_hf.flops import forward_flops
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.prediction.judge import fresh_report, measured_rows
-from mates_hf.prediction.pooling import collect, fitting_precision, length_buckets, mean_states, own_streams
+from mates_hf.prediction.pooling import collect, fitting_precision, left_as_found, length_buckets, mean_states
 from mates_hf.prediction.ridge import (
     SETTINGS,
     FitTarget,
@@ -290,7 +288,7 @@ class HiddenStateInfluenceModel:
         if line is not None:
             require_same_width(line, width)
         keep = {"width": width} if line is None else {"width": None, "of": line.z_scores}
-        with _reading(model, self.seed):
+        with left_as_found(model, self.seed), fitting_precision(next(model.parameters()).device):
             return collect(
                 length_buckets(rows.lengths, np.ones(len(rows), np.int64), self.tokens_per_batch),
                 lambda batch: _mean_over_targets(module, layers, rows.take(batch)),
@@ -332,24 +330,6 @@ class HiddenStateInfluenceModel:
             raise damaged(path, error) from error
         found._report = report
         return found
-
-
-@contextlib.contextmanager
-def _reading(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run a live model in eval mode, on random streams of its own, and put every bit of it back."""
-    device = next(model.parameters()).device
-    # transformers collects hidden states through hooks that it leaves in the modules, and notes there that it did.
-    found = [(module, dict(module._forward_hooks), set(vars(module))) for module in model.modules()]
-    try:
-        with undisturbed(unwrap(model)), own_streams(seed, device), fitting_precision(device):
-            unwrap(model).eval()
-            yield
-    finally:
-        for module, hooks, names in found:
-            module._forward_hooks.clear()
-            module._forward_hooks.update(hooks)
-            for name in vars(module).keys() - names:
-                delattr(module, name)
 
 
 def _states_module(model: Any) -> tuple[Any, int, int]:
