@@ -1,8 +1,9 @@
 """What the live model is fed, and how the run's loss follows from it: the contract of everything that measures.
 
 Where it is used: everything that runs the model runs a `ModelBatch`. `influence/passes` gets it from
-`Candidates`: token rows that pad themselves (`rows`), or rows that the run's own collator makes (`feeds`). A `Reading`
-says how the run's loss follows from a batch; `influence/reading` finds it by comparing with that loss.
+`Candidates`: token rows that pad themselves (`rows`), or rows that the run's own collator makes (`feeds`), of any
+modality. A `Reading` says how the run's loss follows from a batch; `influence/reading` finds it by comparing with
+that loss.
 
 Trade-off: three kinds of rows behind one Protocol, so that the fast one need not know of the others.
 
@@ -95,7 +96,7 @@ class ModelBatch(NamedTuple):
         import torch
 
         where, known = torch.device(device), self.known
-        if self.labels.dtype == torch.int64 and self.labels.dim() == 2:  # others are a loss of the run's own
+        if self.labels.dtype == torch.int64 and self.labels.dim() in (1, 2):  # others are a loss of the run's own
             known = self.targets()
             known = known._replace(positions=moved_to(known.positions, where), labels=moved_to(known.labels, where))
         inputs = {name: moved_to(value, where) for name, value in self.inputs.items()}
@@ -207,6 +208,8 @@ class Reading:
             measured alone; `"together"` where they do, so that a packed row is one text; None where no row is packed.
         constants: inputs that had one value at every token of every row looked at, such as token types of 0; passages
             of the reference task get them, rows of the pool what their collator gives.
+        values_per_position: how many input values that are no text (pixels, sound) cost the model as much as one
+            token position, by the multiplications of a forward pass.
         compared: The numbers that were compared, for the record: the run's loss, the loss as read, the number of rows.
     """
 
@@ -221,6 +224,7 @@ class Reading:
     encoder_decoder: bool = False
     packed: Literal["apart", "together"] | None = None
     constants: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    values_per_position: float = 256.0
     compared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -45,10 +45,17 @@ class CollatedRow(NamedTuple):
         return self._replace(labels=labels, starts=None)
 
 
+def drawn_row(dataset: Any, i: int) -> Any:
+    """Row `i`, read on random streams seeded by its number: what reading draws is the same beside any other rows."""
+    with forked_rng(i):
+        return dataset[i]
+
+
 def collate(dataset: Any, collate_fn: Collator, ids: Sequence[int]) -> Mapping[str, Any]:
     """The batch that the collator makes of some rows, on random streams seeded by the first one's number."""
+    rows = [drawn_row(dataset, i) for i in ids]
     with forked_rng(ids[0]):
-        batch = collate_fn([dataset[i] for i in ids])
+        batch = collate_fn(rows)
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"A collator must make a dict, got {type(batch).__name__} from `{name_of(collate_fn)}`, pool row {ids[0]}."
@@ -56,12 +63,14 @@ def collate(dataset: Any, collate_fn: Collator, ids: Sequence[int]) -> Mapping[s
     return batch
 
 
-def drew_random(dataset: Any, collate_fn: Collator, row: int) -> bool:
-    """True where reading and collating a row draws from the random streams."""
+def drew_random(dataset: Any, collate_fn: Collator, row: int) -> tuple[bool, bool]:
+    """Whether reading a row draws from the random streams, and whether collating it does."""
     with forked_rng(row):
         before = rng_state()
-        collate_fn([dataset[row]])
-        return rng_state() != before
+        read = dataset[row]
+        between = rng_state()
+        collate_fn([read])
+        return between != before, rng_state() != between
 
 
 def read_row(

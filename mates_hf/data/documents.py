@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.feeds import CollatedRows
 from mates_hf.data.rows import TokenRows
 from mates_hf.records import IntArray
 
 
 def document_codes(
-    rows: TokenRows, pool: Any = None, ids: IntArray | None = None, column: str | None = None
+    rows: TokenRows | CollatedRows, pool: Any = None, ids: IntArray | None = None, column: str | None = None
 ) -> IntArray:
     """A number for the document of each row: equal numbers are one document.
 
     Args:
-        rows: The N rows.
+        rows: The N rows; of those that are fed by a collator the bytes of all inputs stand for the tokens.
         pool: the `CandidatePool` they are of; needed with a column.
         ids: (N,) their pool rows; needed with a column.
         column: Column of the pool with the document of each row (text or numbers); None recognises documents by
@@ -39,13 +40,14 @@ def document_codes(
         ValueError: the dataset has no such column, or it holds neither text nor numbers.
     """
     if column is None:
-        return text_codes(rows.values[start:stop] for start, stop in zip(rows.offsets, rows.offsets[1:], strict=False))
+        return _own_codes(rows)
     assert ids is not None
     require_column(pool.dataset, column)
-    codes = np.empty(len(rows), np.int64)
+    codes, own = np.empty(len(rows), np.int64), None
     for i, value in enumerate(_read_column(pool.dataset, column, ids.tolist())):
         if value is None:
-            codes[i] = _hash(b"tokens" + _as_bytes(rows.values[rows.offsets[i] : rows.offsets[i + 1]]))
+            own = _own_codes(rows) if own is None else own
+            codes[i] = own[i]
         elif isinstance(value, (str, int, float, np.integer, np.floating)):
             codes[i] = _hash(b"column" + str(value).encode("utf-8", "surrogatepass"))
         else:
@@ -54,6 +56,13 @@ def document_codes(
                 f"{ids[i]}. Name a column with one text or number a row."
             )
     return codes
+
+
+def _own_codes(rows: TokenRows | CollatedRows) -> IntArray:
+    """(N,) int64, equal for rows of equal content."""
+    if isinstance(rows, TokenRows):
+        return text_codes(rows.values[start:stop] for start, stop in zip(rows.offsets, rows.offsets[1:], strict=False))
+    return rows.hashes.view(np.int64)
 
 
 def text_codes(texts: Iterable[Any], found: npt.NDArray[np.bool_] | None = None) -> IntArray:

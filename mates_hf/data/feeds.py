@@ -13,14 +13,16 @@ Shapes: N rows, B rows of a batch padded to L positions.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.batches import IGNORED, ModelBatch, Reading, RowsAround
+from mates_hf.data.batches import IGNORED, LossFunction, ModelBatch, Reading, RowsAround
 from mates_hf.data.collated import Collator, collate, name_of
+from mates_hf.data.examples import beyond_text, content_hash
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.segments import document_starts, is_packing_key, positions
 from mates_hf.errors import MatesError
@@ -40,7 +42,10 @@ class CollatedRows:
         reading: How the run's loss follows from a batch.
         ids: (N,) rows of the dataset.
         lengths: (N,) int64 positions of each row alone.
-        num_targets: (N,) int32 trained tokens of each row.
+        num_targets: (N,) int32 trained labels of each row: tokens, or one class.
+        highest: (N,) int64 the largest of them; -1 without any.
+        hashes: (N,) uint64 of the bytes of all inputs of each row, without its labels.
+        loss: the loss of a row where no likelihood of its labels is one; None elsewhere.
     """
 
     dataset: Any
@@ -49,31 +54,41 @@ class CollatedRows:
     ids: IntArray
     lengths: IntArray
     num_targets: npt.NDArray[np.int32]
+    highest: IntArray
+    hashes: npt.NDArray[np.uint64]
+    loss: LossFunction | None = None
 
     @property
     def one_by_one(self) -> bool:
-        """True where the run's loss of a row depends on the other rows of its batch, or where the collator draws."""
-        return self.reading.feed == "row"
+        """True where a row's loss depends on the rows beside it or is a number a row, or where the collator draws."""
+        return self.reading.feed == "row" or self.loss is not None
 
     @classmethod
     def of(cls, dataset: Any, collate_fn: Collator, reading: Reading, ids: IntArray) -> CollatedRows:
-        """Collate each row alone, once, to learn its length and its trained tokens."""
+        """Collate each row alone, once, to learn its length, its trained labels and what tells it from others."""
         lengths, counts = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int32)
+        highest, hashes = np.full(len(ids), -1, np.int64), np.zeros(len(ids), np.uint64)
         for number, i in enumerate(ids.tolist()):
-            batch = model_batch(collate(dataset, collate_fn, [i]), reading)
-            lengths[number] = _num_positions(batch)
-            # A loss that needs no labels is made of every token but the first.
-            counts[number] = len(batch.targets()[0]) if batch.labels.numel() else max(int(lengths[number]) - 1, 0)
-        return cls(dataset, collate_fn, reading, ids, lengths, counts)
+            collated = collate(dataset, collate_fn, [i])
+            batch = model_batch(collated, reading)
+            lengths[number] = _num_positions(batch, reading)
+            hashes[number] = int.from_bytes(content_hash(collated, with_labels=False)[:8], "little")
+            if not batch.labels.numel():  # a loss that needs no labels: of every token but the first, else of the row
+                counts[number] = max(_text_positions(batch) - 1, 0) if "input_ids" in batch.inputs else 1
+            elif batch.labels.is_floating_point():  # a number a row, or several of one
+                counts[number] = 1
+            else:
+                found = batch.targets()
+                counts[number], highest[number] = len(found.labels), found.highest if len(found.labels) else -1
+        return cls(dataset, collate_fn, reading, ids, lengths, counts, highest, hashes)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, index: npt.NDArray[Any]) -> CollatedRows:
         """Some rows: `index` is (M,) int row numbers or an (N,) bool mask; order and repeats are kept."""
-        return dataclasses.replace(
-            self, ids=self.ids[index], lengths=self.lengths[index], num_targets=self.num_targets[index]
-        )
+        names = ("ids", "lengths", "num_targets", "highest", "hashes")
+        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in names})
 
     def batch(self, index: IntArray, device: torch.device | str) -> ModelBatch:
         """The rows `index` as the run's collator makes them, on a device.
@@ -91,8 +106,10 @@ class CollatedRows:
         batch = model_batch(
             collate(self.dataset, self.collate_fn, self.ids[np.asarray(index)].tolist()), self.reading, device
         )
+        if self.reading.loss is not None or self.loss is not None:
+            return batch
         found, wanted = len(batch.targets()[0]), int(self.num_targets[index].sum())
-        if self.reading.loss is None and found != wanted:
+        if found != wanted:
             raise MatesError(
                 f"A batch must train the tokens that its rows train alone, {wanted} for {len(index)} rows, got "
                 f"{found} from the collator `{name_of(self.collate_fn)}`, first pool row {int(self.ids[index][0])}. "
@@ -224,8 +241,14 @@ def as_text(
     )
 
 
-def _num_positions(batch: ModelBatch) -> int:
-    """Positions of a batch of one row: the longest of its token inputs and labels."""
+def _num_positions(batch: ModelBatch, reading: Reading) -> int:
+    """Positions of a batch of one row, by which micro-batches are sized: of its tokens, or of what is no text."""
+    others = sum(int(batch.inputs[name].numel()) for name in beyond_text(batch.inputs))
+    return max(_text_positions(batch), math.ceil(others / reading.values_per_position))
+
+
+def _text_positions(batch: ModelBatch) -> int:
+    """The longest of a row's token inputs and labels."""
     ids = batch.inputs.get("input_ids")
     sizes = [part.shape[1] for part in (ids, batch.labels) if part is not None and part.dim() > 1]
     return max(sizes, default=1)

@@ -28,6 +28,7 @@ def mixed(tasks: Sequence[Any], weights: Sequence[float] | None, name: str | Non
 
     Raises:
         ValueError: fewer than two tasks, not one weight for each, or a weight that is none.
+        UnsupportedSettingError: a task is of examples.
     """
     shares = [1.0] * len(tasks) if weights is None else [float(weight) for weight in weights]
     if len(tasks) < 2 or len(shares) != len(tasks):
@@ -37,12 +38,14 @@ def mixed(tasks: Sequence[Any], weights: Sequence[float] | None, name: str | Non
         )
     if not (np.isfinite(shares).all() and min(shares) >= 0 and max(shares) > 0):
         raise ValueError(f"`weights` must be finite and at least 0, and one of them above 0, got {shares}.")
+    instead = "Put their examples into one dataset (`datasets.concatenate_datasets`), and make one task of it."
+    texts = [task.text("a mixture", instead) for task in tasks]
     every = [np.ones(len(task.rows.values)) if task.weights is None else task.weights for task in tasks]
     kinds = {task.loss_on for task in tasks}
     parts = [{**task.description, "weight": share} for task, share in zip(tasks, shares, strict=True)]
     return {
         "name": name or "+".join(task.name for task in tasks),
-        "rows": _joined([task.rows for task in tasks]),
+        "rows": _joined(texts),
         "loss_on": kinds.pop() if len(kinds) == 1 else "all",
         "description": {"source": "mixture", "parts": parts},
         "weights": np.concatenate(

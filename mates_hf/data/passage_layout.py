@@ -47,21 +47,20 @@ def lay_out(reference: ReferenceTask, pool: CandidatePool, separator: int | None
     Raises:
         UnsupportedSettingError: pool rows and passages make no batch, or target tokens would not be trained in it.
     """
+    text = reference.text("`reference_passes`", "Set `reference_passes=0`.")
     with forked_rng(0):
         rows = [pool.dataset[i] for i in fixed_positions(len(pool), _NUM_LOOKED_AT).tolist()]
     columns, left_out = columns_of(rows)
     lengths = {len(as_array(row["input_ids"], "input_ids", "the pool")) for row in rows} if columns else set()
     problem, collate_fn = "" if columns else "they have no `input_ids`", pool.collate_fn
     if columns and (collate_fn is not None or len(lengths) > 1):
-        labels = effective_labels(reference.rows)
-        found = PassageRows(
-            dataclasses.replace(reference.rows, labels=labels), np.ones(len(labels), np.bool_), columns
-        )
+        labels = effective_labels(text)
+        found = PassageRows(dataclasses.replace(text, labels=labels), np.ones(len(labels), np.bool_), columns)
         problem = "" if collate_fn is None else _problem(found, pool.dataset, collate_fn)
         if not problem:
             return found
     if len(lengths) == 1 and min(lengths) > 1:
-        found = PassageRows(*_blocks(reference.rows, min(lengths), separator), columns)
+        found = PassageRows(*_blocks(text, min(lengths), separator), columns)
         if not any(column.kind == "labels" for column in columns):
             problem = "rows of one length without `labels` say of no token that it is not trained"
         else:

@@ -10,31 +10,34 @@ to give exactly its columns is read from Arrow instead (`columns`).
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import PLAIN, Candidates, Reading
-from mates_hf.data.collated import TOKEN_KEYS, CollatedRow, Collator, forked_rng, name_of, read_row, stack_rows
-from mates_hf.data.columns import DatasetColumns, LabelRule, fixed_positions, visible_columns
+from mates_hf.data.collated import (
+    TOKEN_KEYS,
+    CollatedRow,
+    Collator,
+    drawn_row,
+    forked_rng,
+    name_of,
+    read_row,
+    stack_rows,
+)
+from mates_hf.data.columns import DatasetColumns, LabelRule, visible_columns
 from mates_hf.data.feeds import CollatedRows, StackedColumns, as_text
+from mates_hf.data.pool_identity import NUM_IDENTITY_ROWS as NUM_IDENTITY_ROWS
+from mates_hf.data.pool_identity import features_of, identity_of, look_beyond_text, marks_of, refuse_streams
 from mates_hf.data.rows import TokenRows, stretches
 from mates_hf.data.segments import document_starts
-from mates_hf.data.stream import MatesStream
 from mates_hf.display import card
-from mates_hf.errors import UnsupportedSettingError
 from mates_hf.records import IntArray
 
 logger = logging.getLogger(__name__)
-
-NUM_IDENTITY_ROWS = 1024
 
 
 class CandidatePool:
@@ -60,7 +63,7 @@ class CandidatePool:
     def __init__(
         self, dataset: Any, collate_fn: Collator | None = None, ids: Sequence[int] | IntArray | None = None
     ) -> None:
-        _refuse_streams(dataset)
+        refuse_streams(dataset)
         self.dataset = dataset
         self.collate_fn = collate_fn
         self._num_rows = len(dataset)
@@ -71,7 +74,8 @@ class CandidatePool:
             if "input_ids" not in names:
                 raise ValueError(
                     f"The candidate pool must have a column `input_ids`, got the columns {names}. Tokenise it "
-                    "(`dataset.map(lambda row: tokenizer(row['text']))`), or pass the `collate_fn` that does."
+                    "(`dataset.map(lambda row: tokenizer(row['text']))`), or pass the `collate_fn` that does. Rows of "
+                    "images or speech need one: `CandidatePool(dataset, collate_fn)`."
                 )
             document_starts(dataset[0], "the dataset")
         self.reading: Reading | None = None
@@ -80,6 +84,7 @@ class CandidatePool:
         # Shared by all views: the open columns, and the label rule of the collator once it was looked for.
         self._columns = DatasetColumns(dataset)
         self._told_slow = False
+        self._seen: dict[str, Any] = {}  # what was found of the first row; shared by all views
 
     def __len__(self) -> int:
         return self._num_rows if self._ids is None else len(self._ids)
@@ -130,8 +135,8 @@ class CandidatePool:
 
     @property
     def is_read_by_columns(self) -> bool:
-        """Whether `token_rows` reads Arrow columns alone: no dataset row, no collator and no random stream."""
-        return (self.reading or PLAIN).is_plain_text and self._label_rule() is not None
+        """Whether all there is of rows is read from Arrow columns: no dataset row, no collator, no random stream."""
+        return (self.reading or PLAIN).is_plain_text and not self.beyond_text and self._label_rule() is not None
 
     def candidates(self, ids: Sequence[int] | IntArray | None = None) -> Candidates:
         """The pool rows `ids` (None: the view's) as a model is fed them, in that order.
@@ -185,44 +190,40 @@ class CandidatePool:
             else:
                 yield from _stacked(self._read_rows(piece), max_tokens)
 
+    @property
+    def beyond_text(self) -> tuple[str, ...]:
+        """Inputs of the model that are no text (pixels, sound), as the collator makes them of the first row."""
+        if "beyond_text" not in self._seen:
+            self._seen["beyond_text"], self._seen["has_text"] = look_beyond_text(self.dataset, self.collate_fn)
+        found: tuple[str, ...] = self._seen["beyond_text"]
+        return found
+
+    @property
+    def has_text(self) -> bool:
+        """Whether rows have token ids, alone or beside other inputs."""
+        return not self.beyond_text or bool(self._seen["has_text"])
+
+    def input_hashes(self, ids: Sequence[int] | IntArray) -> npt.NDArray[np.uint64]:
+        """(N,) uint64 of the bytes of all inputs of the pool rows `ids`, labels left out; each is collated once."""
+        return self.collated(self._checked(ids), self.reading or PLAIN).hashes
+
     def identity(self) -> dict[str, Any]:
         """What the view holds, as plain JSON values that are equal for equal content.
 
         Returns:
             `num_rows`, `features` (columns and their types) and `rows_sha256`, over the tokens and labels of 1,024
-            rows whose positions depend on the number of rows only.
+            rows whose positions depend on the number of rows only. Where rows are more than text it is over all
+            inputs and labels, and `inputs` names those that are no text.
         """
-        num = len(self)
-        where = fixed_positions(num, NUM_IDENTITY_ROWS)
-        rows = self.token_rows(where if self._ids is None else self._ids[where])
-        digest = hashlib.sha256()
-        documents = [] if rows.segments is None else [rows.segments]
-        for part in (where, rows.offsets, rows.values, effective_labels(rows), *documents):
-            digest.update(np.ascontiguousarray(part, "<i8").tobytes())
-        return {"num_rows": num, "features": self._features(), "rows_sha256": digest.hexdigest()}
+        return identity_of(self)
 
     def row_marks(self) -> npt.NDArray[np.uint64]:
         """(K,) uint64 hashes of the rows that `identity` reads, one by one: which of them were changed."""
-        where = fixed_positions(len(self), NUM_IDENTITY_ROWS)
-        rows = self.token_rows(where if self._ids is None else self._ids[where])
-        labels = effective_labels(rows)
-        found = np.empty(len(where), np.uint64)
-        for i, (start, stop) in enumerate(itertools.pairwise(rows.offsets.tolist())):
-            digest = hashlib.blake2b(digest_size=8)
-            for part in (rows.values[start:stop], labels[start:stop]):
-                digest.update(np.ascontiguousarray(part, "<i8").tobytes())
-            found[i] = int.from_bytes(digest.digest(), "little")
-        return found
+        return marks_of(self)
 
     def _features(self) -> str:
         """Names and Arrow types of a `datasets.Dataset`, else the keys and the type of the first row."""
-        names = visible_columns(self.dataset)
-        if names is not None:
-            schema = self.dataset.data.schema
-            return ", ".join(f"{name}: {schema.field(name).type}" for name in sorted(names))
-        with forked_rng(0):
-            row = self.dataset[0]
-        return ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
+        return features_of(self.dataset)
 
     def _checked(self, ids: Sequence[int] | IntArray) -> IntArray:
         """`ids` as (N,) int64, or an error."""
@@ -242,9 +243,10 @@ class CandidatePool:
         reading = self.reading or PLAIN
         same_length = reading.likelihood != "classes" and not reading.encoder_decoder
         for i in ids.tolist():
+            given = drawn_row(self.dataset, i)
             with forked_rng(i):
                 row = read_row(
-                    self.dataset[i],
+                    given,
                     self.collate_fn,
                     f"pool row {i}",
                     same_length=same_length,
@@ -372,27 +374,3 @@ def rows_of(candidates: Any, candidate_ids: Sequence[int] | IntArray) -> TokenRo
         return candidates.take(ids)
     pool = candidates if isinstance(candidates, CandidatePool) else CandidatePool(candidates)
     return pool.token_rows(candidate_ids)
-
-
-def _refuse_streams(dataset: Any) -> None:
-    """Raise for what has no numbered rows: streams, bare iterables, dicts of splits or columns."""
-    if isinstance(dataset, MatesStream):
-        raise UnsupportedSettingError(
-            "The candidate pool must have rows that are known beforehand, got a MatesStream, whose rows only the "
-            "sampler of a Trainer's dataloader reads. Train with a MatesCallback, or filter the stream before with "
-            "`MatesSelector.filter`."
-        )
-    loaded = [(name, sys.modules.get(name)) for name in ("datasets", "torch.utils.data")]
-    streams = tuple(module.IterableDataset for _, module in loaded if module is not None)
-    if isinstance(dataset, streams):
-        raise UnsupportedSettingError(
-            "The candidate pool must be a map-style dataset, got a stream "
-            f"({type(dataset).__name__}), whose rows cannot be re-ordered. Wrap it for a Trainer "
-            "(`train_dataset=MatesStream(dataset)`), select from it before the run with `MatesSelector.filter`, or "
-            "load it without streaming."
-        )
-    if isinstance(dataset, (Mapping, str)) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(
-            "The candidate pool must be a map-style dataset whose rows are dicts, got "
-            f"{type(dataset).__name__}. Pass one split of a DatasetDict; columns go through `Dataset.from_dict`."
-        )

@@ -1,4 +1,4 @@
-"""The reference task: the passages whose loss says what the model should get better at.
+"""The reference task: the passages, or examples, whose loss says what the model should get better at.
 
 Where it is used: `training/` and the probes read its `rows`; nothing else of it reaches them. The reference loss is
 the mean negative log-likelihood over all its target tokens (nats/token, weighted by token, never a mean of means),
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,11 +20,13 @@ import numpy.typing as npt
 
 from mates_hf.data.arrow import effective_labels
 from mates_hf.data.batches import Candidates
+from mates_hf.data.collated import name_of
+from mates_hf.data.cut_passages import check_loss_on, check_parts, cut_passages
+from mates_hf.data.examples import ExampleRows, examples_of
 from mates_hf.data.mixture import mixed
 from mates_hf.data.passages import (
     LossOn,
     Passage,
-    both_weights,
     check_columns,
     check_tokenizer,
     columns_there,
@@ -37,17 +38,16 @@ from mates_hf.data.passages import (
 from mates_hf.data.rows import TokenRows, flat_index
 from mates_hf.data.weighted import WeightedRows, Weights, checked_weights
 from mates_hf.display import card
-
-logger = logging.getLogger(__name__)
+from mates_hf.errors import UnsupportedSettingError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferenceTask:
-    """Passages and the tokens of them that count. Build one with `from_dataset` or `from_lm_eval`.
+    """What the model should get better at. Build it with `from_dataset`, `from_lm_eval` or `from_examples`.
 
     Attributes:
         name: Name of the task in reports and round records.
-        rows: The passages; their labels are -100 outside of the targets.
+        rows: Passages of text, whose labels are -100 outside of the targets; or examples of any modality.
         loss_on: `"all"` where every token of a passage but the first is a target (or every labelled one, where labels
             were given), `"completion"` where only the completion's are, `"both"` where all are and the completion's
             together count as much as all together.
@@ -63,7 +63,7 @@ class ReferenceTask:
     """
 
     name: str
-    rows: TokenRows
+    rows: TokenRows | ExampleRows
     loss_on: LossOn = "all"
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fed: Candidates | None = dataclasses.field(default=None, repr=False, compare=False)
@@ -71,15 +71,16 @@ class ReferenceTask:
     is_evaluated: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_parts(self.name, self.rows, self.description)
-        _check_loss_on(self.loss_on)
+        check_parts(self.name, self.rows, self.description)
+        check_loss_on(self.loss_on)
         if not self.num_targets:
-            raise ValueError(
-                f"The reference task `{self.name}` must have target tokens, got {len(self)} passages with none. A "
-                "passage needs two tokens, and a label other than -100 after the first."
-            )
+            needs = "passages with none. A passage needs two tokens, and a label other than -100 after the first."
+            if isinstance(self.rows, ExampleRows):
+                needs = "examples with none. An example needs `labels` of which one is not -100."
+            raise ValueError(f"The reference task `{self.name}` must have target tokens, got {len(self)} {needs}")
         if self.weights is not None:
-            weights = checked_weights(self.weights, len(self.rows.values), self.rows.target_mask, self.name)
+            text = self.text("weights of tokens")
+            weights = checked_weights(self.weights, len(text.values), text.target_mask, self.name)
             object.__setattr__(self, "weights", weights)
         sizes = {
             "name": self.name,
@@ -94,12 +95,40 @@ class ReferenceTask:
 
     def __repr__(self) -> str:
         source = str(self.description.get("source", "rows"))
-        targets = f"{self.num_targets:,} target tokens (loss_on {self.loss_on!r})"
-        return card(f"ReferenceTask: {self.name}", {"passages": f"{len(self):,}, {targets}", "source": source})
+        facts = {"passages": f"{len(self):,}, {self.num_targets:,} target tokens (loss_on {self.loss_on!r})"}
+        if isinstance(self.rows, ExampleRows):
+            facts = {"examples": f"{len(self):,}, {self.num_targets:,} labels"}
+        return card(f"ReferenceTask: {self.name}", {**facts, "source": source})
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the task is of passages of text; else of examples, whatever they are made of."""
+        return isinstance(self.rows, TokenRows)
+
+    def text(self, what: str, instead: str = "") -> TokenRows:
+        """The passages, for what reads text.
+
+        Args:
+            what: What needs text, for the error.
+            instead: A whole sentence on what to do where there is none.
+
+        Returns:
+            The passages.
+
+        Raises:
+            UnsupportedSettingError: the task is of examples.
+        """
+        if isinstance(self.rows, TokenRows):
+            return self.rows
+        raise UnsupportedSettingError(
+            f"A reference task must be of text for {what}, got `{self.name}`, which is of examples. {instead}".strip()
+        )
 
     @property
     def measured(self) -> Candidates:
         """What a probe reads: the passages as the model is fed them, with the weights of their targets."""
+        if not self.is_text and self.fed is not None:
+            return self.fed
         weighted = self.weighted_rows
         if self.fed is None:
             return weighted
@@ -108,15 +137,19 @@ class ReferenceTask:
     @property
     def weighted_rows(self) -> TokenRows | WeightedRows:
         """The passages as text, with the weights of their targets where they have some."""
-        return self.rows if self.weights is None else WeightedRows(self.rows, self.weights[self.rows.target_mask])
+        rows = self.text("tokens of it to be read", "Give a probe that ships here, which feeds it to the model.")
+        return rows if self.weights is None else WeightedRows(rows, self.weights[rows.target_mask])
 
     @property
     def num_targets(self) -> int:
-        """Target tokens over all passages: what the reference loss is a mean over."""
-        return int(self.rows.num_targets.sum())
+        """Target tokens, or labels of examples, over all rows: what the reference loss is a mean over."""
+        known = self.rows if self.fed is None or self.is_text else self.fed
+        return int(known.num_targets.sum())
 
     def digest(self) -> str:
-        """SHA-256 of the passages' tokens and targets, and of their weights, in their order."""
+        """SHA-256 of the passages' tokens, targets and weights; of examples, of all their inputs and labels."""
+        if isinstance(self.rows, ExampleRows):
+            return self.rows.digest()
         digest = hashlib.sha256()
         for part in (self.rows.offsets, self.rows.values, effective_labels(self.rows)):
             digest.update(np.ascontiguousarray(part, "<i8").tobytes())
@@ -134,10 +167,13 @@ class ReferenceTask:
 
         Returns:
             The same passages, cut and counted in `description`; those that lose all their targets are left out.
+            Examples stay as they are.
 
         Raises:
             ValueError: a token id is beyond the vocabulary, or no target is left.
         """
+        if isinstance(self.rows, ExampleRows):
+            return self
         values = self.rows.values
         if vocab_size is not None and (values.min() < 0 or values.max() >= vocab_size):
             raise ValueError(
@@ -147,7 +183,7 @@ class ReferenceTask:
         if max_positions is None:
             return self
         given = (self.name, self.rows, self.loss_on, self.description, max_positions, "the model's context")
-        return dataclasses.replace(_build(*given, self.weights), is_evaluated=self.is_evaluated)
+        return ReferenceTask(**cut_passages(*given, self.weights), is_evaluated=self.is_evaluated)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ReferenceTask, ReferenceTask]:
         """Two disjoint tasks that together hold every passage, drawn by `seed`.
@@ -183,7 +219,7 @@ class ReferenceTask:
         passages = np.flatnonzero(index) if index.dtype == bool else np.asarray(index, np.int64)
         fed = None if self.fed is None else self.fed.take(passages)
         weights = self.weights
-        if weights is not None:
+        if weights is not None and isinstance(self.rows, TokenRows):
             weights = weights[flat_index(self.rows.offsets[passages], self.rows.lengths[passages])]
         return dataclasses.replace(self, rows=self.rows.take(passages), fed=fed, weights=weights)
 
@@ -209,6 +245,35 @@ class ReferenceTask:
             if not isinstance(task, ReferenceTask):
                 raise TypeError(f"`tasks` must be reference tasks, got {type(task).__name__}.")
         return cls(**mixed(tasks, weights, name))
+
+    @classmethod
+    def from_examples(
+        cls, dataset: Any, data_collator: Any = None, *, name: str = "examples", limit: int | None = None
+    ) -> ReferenceTask:
+        """A task of rows that the run's own collator turns into a batch: images, speech, or any other inputs.
+
+        The reference loss is the mean over their labels: a class of each image, or the tokens of each text. Where the
+        model gives no likelihood of labels, it is the run's own loss, example by example. Each row is read once here.
+
+        Args:
+            dataset: A map-style dataset or a list of dicts, in the form of the rows that the run trains on.
+            data_collator: Makes a batch of these rows. None takes the collator of the run.
+            name: Name of the task in reports.
+            limit: Number of first rows to take; None takes all.
+
+        Returns:
+            The task; rows whose labels are all -100 are left out and counted.
+
+        Raises:
+            ValueError: no row, or none with a label.
+            TypeError: `dataset` has no numbered rows, a row is no dict, or holds what has no bytes to be known by.
+        """
+        rows = examples_of(dataset, data_collator, limit)
+        num = len(dataset) if limit is None else min(limit, len(dataset))
+        return cls(name=name, rows=rows, description={
+            "source": "from_examples", "limit": limit, "num_dropped": num - len(rows),
+            "collator": "the run's" if data_collator is None else name_of(data_collator),
+        })  # fmt: skip
 
     @classmethod
     def from_dataset(
@@ -253,7 +318,7 @@ class ReferenceTask:
                 stream without limit, or no target token.
             TypeError: the dataset cannot be iterated over, or is a dict of splits.
         """
-        _check_loss_on(loss_on)
+        check_loss_on(loss_on)
         columns = {
             "text_column": text_column,
             "prompt_column": prompt_column,
@@ -282,7 +347,8 @@ class ReferenceTask:
             passages = [join(row, text_column, prompt_column, completion_column, i) for i, row in enumerate(rows)]
             tokens = tokenise(passages, check_tokenizer(tokenizer), loss_on)
         description = {"source": "from_dataset", **given, "limit": limit, "max_length": max_length}
-        return _build(name or ",".join(given.values()), tokens, loss_on, description, max_length, "`max_length`")
+        named = name or ",".join(given.values())
+        return cls(**cut_passages(named, tokens, loss_on, description, max_length, "`max_length`"))
 
     @classmethod
     def from_lm_eval(
@@ -318,80 +384,9 @@ class ReferenceTask:
         """
         from mates_hf.data.harness import read_passages
 
-        _check_loss_on(loss_on)
+        check_loss_on(loss_on)
         name, used, is_evaluated, pairs = read_passages(task, metadata, split, limit)
         tokens = tokenise([Passage(*pair) for pair in pairs], check_tokenizer(tokenizer), loss_on)
         description = {"source": "from_lm_eval", "split": used, "limit": limit, "max_length": max_length}
-        made = _build(name, tokens, loss_on, description, max_length, "`max_length`")
-        return dataclasses.replace(made, is_evaluated=is_evaluated)
-
-
-def _build(
-    name: str,
-    rows: TokenRows,
-    loss_on: LossOn,
-    description: Mapping[str, Any],
-    max_length: int,
-    what: str,
-    weights: Weights | None = None,
-) -> ReferenceTask:
-    """A task of the passages cut to their last `max_length` tokens, without those that have no target; one warning.
-
-    Rows of a task on `"both"` come with labels on the completions, or with weights that were made of these.
-    """
-    if max_length < 2:
-        raise ValueError(f"{what} must be at least 2 tokens, got {max_length}: a passage's first token is no target.")
-    lengths = rows.lengths
-    num_cut = int((lengths > max_length).sum())
-    if num_cut:
-        # Position of each token counted from its passage's end, so that the last `max_length` stay.
-        kept = np.repeat(rows.offsets[1:], lengths) - np.arange(len(rows.values)) <= max_length
-        weights = None if weights is None else weights[kept]
-        rows = TokenRows(
-            values=rows.values[kept],
-            offsets=np.concatenate([[0], np.cumsum(np.minimum(lengths, max_length))]).astype(np.int64),
-            labels=None if rows.labels is None else rows.labels[kept],
-        )
-    with_target = rows.num_targets > 0
-    num_dropped = int((~with_target).sum())
-    if num_cut or num_dropped:
-        logger.warning(
-            "Reference task `%s`, %d passages: %d were longer than %s (%d tokens) and cut from the left; %d have no "
-            "target token and were left out.",
-            name,
-            len(rows),
-            num_cut,
-            what,
-            max_length,
-            num_dropped,
-        )
-    counts = {
-        "num_cut": description.get("num_cut", 0) + num_cut,
-        "num_dropped": description.get("num_dropped", 0) + num_dropped,
-    }
-    if num_dropped:
-        weights = None if weights is None else weights[np.repeat(with_target, rows.lengths)]
-        rows = rows.take(with_target)
-    if loss_on == "both" and weights is None:
-        weights, rows = both_weights(rows), dataclasses.replace(rows, labels=None)
-    return ReferenceTask(name=name, rows=rows, loss_on=loss_on, description={**description, **counts}, weights=weights)
-
-
-def _check_parts(name: Any, rows: Any, description: Any) -> None:
-    """Raise where an argument of the class itself, rather than of `from_dataset`, is of another type."""
-    if not isinstance(rows, TokenRows):
-        raise TypeError(
-            f"`rows` must be TokenRows, got {type(rows).__name__}. `ReferenceTask.from_dataset(dataset, tokenizer, "
-            'text_column="text")` makes a task of texts, `from_dataset(dataset, input_ids_column="input_ids")` of '
-            "token ids."
-        )
-    if not isinstance(name, str) or not isinstance(description, Mapping):
-        raise TypeError(
-            "`name` must be a str and `description` a mapping, got "
-            f"{type(name).__name__} and {type(description).__name__}."
-        )
-
-
-def _check_loss_on(loss_on: str) -> None:
-    if loss_on not in ("all", "completion", "both"):
-        raise ValueError(f"`loss_on` must be 'all', 'completion' or 'both', got {loss_on!r}.")
+        made = cut_passages(name, tokens, loss_on, description, max_length, "`max_length`")
+        return cls(**made, is_evaluated=is_evaluated)

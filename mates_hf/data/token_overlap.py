@@ -131,10 +131,10 @@ def shared_rows(candidates: Any, reference: ReferenceTask, n: int = NGRAM_TOKENS
     Raises:
         ValueError: there is no row, no `input_ids`, or `n` is too small.
         TypeError: these are no candidates.
-        UnsupportedSettingError: the candidates are streamed.
+        UnsupportedSettingError: the candidates are streamed, or the reference task is of examples.
     """
     pool, rows = open_candidates(candidates)
-    index = TokenNgramIndex(reference.rows, n)
+    index = TokenNgramIndex(reference.text("a search for shared text", "Compare the bytes of examples instead."), n)
     return index.shared_of(pool) if rows is None else index.shared(rows)
 
 

@@ -57,10 +57,17 @@ def context_length(model: Any) -> int | None:
 
 def vocabulary_size(model: Any) -> int | None:
     """Rows of the model's input embedding, or None where it has none."""
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    size = getattr(embedding, "num_embeddings", None)
+    size = getattr(_input_embedding(model), "num_embeddings", None)
     return int(size) if size is not None else None
+
+
+def _input_embedding(model: Any) -> Any:
+    """The module that reads a model's inputs; None where it does not tell, as models of images and sound may not."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def require_known_tokens(model: Any, values: npt.NDArray[Any]) -> None:
@@ -146,8 +153,7 @@ def named_output(output: Any, name: str) -> Any:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids go: the device of the input embedding; an accelerator where sharded weights rest on a host."""
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
+    embedding = _input_embedding(model)
     first = next(iter(embedding.parameters()), None) if isinstance(embedding, nn.Module) else None
     parameter = next(model.parameters()) if first is None or first.device.type == "meta" else first
     if parameter.device.type == "cpu" and _in_parts(parameter) and torch.cuda.is_available():

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mates_hf.data.batches import IGNORED, Reading
-from mates_hf.data.collated import collate, drew_random
+from mates_hf.data.collated import collate, drew_random, name_of
 from mates_hf.data.columns import fixed_positions
+from mates_hf.data.examples import beyond_text, content_hash
 from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.segments import document_starts, is_packing_key
@@ -83,9 +84,68 @@ class ComparedRows:
         """Further inputs that have one whole number at every token of every row looked at."""
         return {key: value for key in sorted(self.extras) if (value := self._constant(key)) is not None}
 
-    def is_random(self) -> bool:
-        """True where the collator, or the dataset, draws from the random streams."""
-        return any(drew_random(self.collated.dataset, self.collated.collate_fn, i) for i in self.rows[:4])
+    def draws(self) -> tuple[bool, bool]:
+        """Whether the dataset draws from the random streams, as augmentations do, and whether the collator does.
+
+        Each row is then read and collated on streams of its own number, so what is measured of it is fixed.
+
+        Raises:
+            UnsupportedSettingError: a row is another one each time all the same, or the collator mixes rows.
+        """
+        dataset, collate_fn = self.collated.dataset, self.collated.collate_fn
+        found = [drew_random(dataset, collate_fn, i) for i in self.rows[:4]]
+        for i in self.rows[:4]:
+            if content_hash(collate(dataset, collate_fn, [i]), with_labels=True) != content_hash(
+                self._looked_at[i], with_labels=True
+            ):
+                raise UnsupportedSettingError(
+                    f"A row must be the same whenever it is read at the same seeds, got two of pool row {i} by "
+                    f"`{name_of(collate_fn)}`: an augmentation draws from a random stream of its own. Let it draw "
+                    "from `random`, `numpy.random` or torch's default stream, or seed it by the number of the row."
+                )
+        reading, collating = (any(pair[place] for pair in found) for place in (0, 1))
+        if collating and self.beyond_text:
+            self._refuse_mixtures()
+        return reading, collating
+
+    @property
+    def beyond_text(self) -> tuple[str, ...]:
+        """Inputs of the first row looked at that are no text."""
+        return beyond_text(next(iter(self._looked_at.values())))
+
+    def _refuse_mixtures(self) -> None:
+        """Raise where what the collator makes of a row depends on the rows beside it (mixup, cutmix)."""
+        first, *others = self.rows[:7]
+        for mates in (others[:3], others[3:]), (others[::2], others[1::2]):
+            try:
+                one, other = (self.together([first, *rows]) for rows in mates)
+            except Exception as error:  # rows that fit no batch, which is looked at elsewhere
+                logger.debug("The collator makes no batch of pool rows: %s", error)
+                continue
+            for key in self.beyond_text:
+                a, b = one.get(key), other.get(key)
+                comparable = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape[1:] == b.shape[1:] and len(a)
+                if comparable and len(mates[0]) == len(mates[1]) and not torch.equal(a[0], b[0]):
+                    raise UnsupportedSettingError(
+                        f"A collator must make of a row the same whatever rows are beside it, but "
+                        f"`{name_of(self.collated.collate_fn)}` mixes them (mixup, cutmix): `{key}` of pool row "
+                        f"{first} is another one beside other rows. What a row is worth cannot be told then. Leave "
+                        "the mixing out of the collator; augmentations of single rows may stay."
+                    )
+
+    def joined(self, rows: list[int]) -> Mapping[str, Any] | None:
+        """Some rows looked at in one batch, without the collator; None where their shapes differ."""
+        singles = [self._looked_at[row] for row in rows]
+        batch: dict[str, Any] = {}
+        for key, value in singles[0].items():
+            if not isinstance(value, Tensor):
+                batch[key] = value
+                continue
+            parts = [single.get(key) for single in singles]
+            if not value.dim() or not all(isinstance(p, Tensor) and p.shape == value.shape for p in parts):
+                return None
+            batch[key] = torch.cat([part for part in parts if part is not None])
+        return batch
 
     def is_mask(self, key: str) -> bool:
         """True for an input of 0 and 1 at every label."""
@@ -185,5 +245,11 @@ class ComparedRows:
 
 
 def _size(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch of one row; where it has none, the values of its inputs."""
     ids = batch.get("input_ids")
-    return int(ids.shape[-1]) if isinstance(ids, Tensor) else 1
+    return int(ids.shape[-1]) if isinstance(ids, Tensor) else num_values(batch)
+
+
+def num_values(batch: Mapping[str, Any]) -> int:
+    """Input values of a batch that are no text."""
+    return sum(int(torch.as_tensor(batch[name]).numel()) for name in beyond_text(batch))

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from mates_hf.data.batches import Candidates, ModelBatch, moved_to
 from mates_hf.data.batches import LossFunction as LossFunction
+from mates_hf.data.feeds import CollatedRows
 from mates_hf.data.rows import TokenRows, flat_index
 from mates_hf.data.weighted import WeightedRows, plain
 from mates_hf.engine.model_traits import (
@@ -266,6 +267,7 @@ def batch_losses(
         losses = batch_losses(model, rows.rows, index, loss)
         weights: Tensor = moved_to(torch.from_numpy(rows.weights_of(index)), losses.device)
         return losses * weights.to(losses.dtype)
+    loss = loss or (rows.loss if isinstance(rows, CollatedRows) else None)
     batch = rows.batch(index, "cpu")
     ids = batch.inputs.get("input_ids")
     if not isinstance(rows, TokenRows) and ids is not None and not batch.inputs.keys() - _TEXT_INPUTS:

@@ -66,7 +66,8 @@ class Probe(Protocol):
             model: the live model, wrapped by accelerate or not.
             optimizer: its optimizer, wrapped by accelerate or not, after at least one step.
             reference: what the model should get better at.
-            candidates: a dataset with `input_ids` (and `labels`), a candidate pool, or `TokenRows`.
+            candidates: a dataset with `input_ids` (and `labels`), `TokenRows`, or a `CandidatePool`, which examples of
+                another modality need for its collator.
 
         Returns:
             Labels of the candidates that have a trained token, in their order.
@@ -131,8 +132,10 @@ def read_measurable(
     with counted_tokens(model) as num_tokens:
         reading = pool.reading = compared or read_given(model, pool, loss, reference_loss)
         is_known = compared is not None and reading.is_plain_text and not reading.constants
-        if reference_loss is None and reference.fed is None and not is_known:
-            reference = fed_reference(model, reference, reading, pool if rows is None else None)
+        needs_text_fed = reference_loss is None and not is_known
+        if reference.fed is None and (needs_text_fed or not reference.is_text):
+            given = pool if rows is None else None
+            reference = fed_reference(model, reference, reading, given, reference_loss)
     ids = pool.candidate_ids
     fed = pool.candidates() if rows is None else text_rows(rows, reading)
     trained = fed.num_targets > 0

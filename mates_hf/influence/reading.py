@@ -14,37 +14,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from mates_hf.data.batches import IGNORED, Feed, Likelihood, Reading
 from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
-from mates_hf.engine.model_traits import input_device, is_low_precision
 from mates_hf.engine.preserve import undisturbed
-from mates_hf.errors import InfluenceError, UnsupportedSettingError
-from mates_hf.influence.compared_rows import NO_LOGITS, ComparedRows
+from mates_hf.errors import InfluenceError
+from mates_hf.influence.compared_batches import BatchComparison
+from mates_hf.influence.compared_rows import NO_LOGITS
+from mates_hf.influence.comparison import CANNOT_RUN as CANNOT_RUN
+from mates_hf.influence.comparison import WAY_OUT as WAY_OUT
+from mates_hf.influence.comparison import FloatArray, gap
 from mates_hf.influence.other_weights import at_other_weights
-from mates_hf.influence.packed_rows import documents, require_own_targets
-from mates_hf.influence.passes import likelihood, likelihood_of, logits_of_batch, needs_labels, token_losses
-from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, without_router_loss
-from mates_hf.records import IntArray
+from mates_hf.influence.packed_rows import documents
+from mates_hf.influence.passes import likelihood, likelihood_of, logits_of_batch, token_losses
+from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
 
 logger = logging.getLogger(__name__)
 
-FloatArray: TypeAlias = npt.NDArray[np.float64]
-
-NUM_TOGETHER, MAX_BATCHES = 3, 4  # rows compared in one batch, and batches of them
 _APART = 0.05  # nats: readings that part by less are compared at other weights, too
-WAY_OUT = (
-    "Pass the loss that the run trains with to the probe, as `MatesCallback(..., probe=DirectionalProbe(loss=...))`."
-)
-# What a model raises that cannot run a batch; out-of-memory is a RuntimeError, too, and passed on.
-CANNOT_RUN = (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 def find_reading(
@@ -69,36 +62,29 @@ def find_reading(
     """
     with undisturbed(model), torch.no_grad():
         model.eval()
-        comparison = _Comparison(model, pool, run_loss)
+        comparison = _Finder(model, pool, run_loss)
         return comparison.given() if is_given else comparison.find()
 
 
-class _Comparison:
-    """The rows looked at, and the run's loss of them."""
-
-    def __init__(self, model: nn.Module, pool: CandidatePool, run_loss: RunLoss) -> None:
-        self.model, self.pool, self.run_loss = model, pool, run_loss
-        self.device = input_device(model)
-        self.base = Reading(encoder_decoder=needs_labels(model))
-        self.rows = ComparedRows(model, pool, self.base)
-        has_shift_labels = self.rows.longest.get("shift_labels") is not None
-        num_virtual = self.rows.count_virtual()
-        self.base = dataclasses.replace(self.base, num_virtual=num_virtual, has_shift_labels=has_shift_labels)
+class _Finder(BatchComparison):
+    """Which reading of the rows looked at is the run's loss of them."""
 
     def find(self) -> Reading:
         """The reading, and how rows are to be fed."""
-        own = self._losses(self.run_loss)
+        own = self.losses(self.run_loss)
         if own is None:
+            self.require_labels()
             return self._uncompared()
         if not np.isfinite(own).all():
             raise InfluenceError(
                 f"The run's loss must be finite, got {own.tolist()} of pool rows {self.rows.rows} before the first "
                 "step. Look for NaN in the model."
             )
+        self.require_fixed(self.run_loss, own)
         self._look_at_documents(self.run_loss, own)
         compared: dict[str, Any] = {"loss": self.run_loss.name, "own_loss": float(own.mean()), "num_rows": len(own)}
         reading, error, read = self._nearest(self.run_loss, own)
-        if error <= self._tolerance(own):
+        if error <= self.tolerance(own):
             compared["read_loss"] = float(read.mean())
         else:
             near = self._of_model() if self.run_loss is not MODEL_LOSS else None
@@ -111,10 +97,11 @@ class _Comparison:
         if reading.mask_key:
             constants[reading.mask_key] = 1  # every target of a passage counts
         reading = dataclasses.replace(reading, feed=feed, constants=constants)
-        if not self.rows.is_random():
-            alike, found = self._check_batches(reading, own)
+        compared.update(self.told_drawn())
+        if not self.collator_draws or self.rows.beyond_text:
+            alike, found = self.check_batches(reading, own)
             compared.update(found)
-            if feed == "collated" and (not alike or reading.loss is not None):
+            if feed == "collated" and (self.collator_draws or not alike or reading.loss is not None):
                 reading = dataclasses.replace(reading, feed="row")
         elif feed == "collated":
             reading = dataclasses.replace(reading, feed="row")
@@ -124,16 +111,19 @@ class _Comparison:
         """Find out how documents that share a row are trained, for all readings."""
 
         def loss(batch: Mapping[str, Any]) -> float | None:
-            value = self._loss(run_loss, batch)
-            read = self._read(batch, self.base) if value is None else None
+            value = self.loss(run_loss, batch)
+            read = self.read(batch, self.base) if value is None else None
             return float(read.mean()) if read is not None and len(read) else value
 
-        packed = documents(self.model, self.pool, self.rows, loss, self._tolerance(own))
+        packed = documents(self.model, self.pool, self.rows, loss, self.tolerance(own))
         self.base = dataclasses.replace(self.base, packed=packed)
 
     def given(self) -> Reading:
         """How to feed rows to a loss that is not compared."""
         self._look_at_documents(MODEL_LOSS, np.ones(1))
+        if self.rows.beyond_text:
+            first = self.loss(self.run_loss, self.rows.batches[0])
+            self.require_fixed(self.run_loss, np.array([np.nan if first is None else first]))
         near = self._of_model() or self.base
         reading = dataclasses.replace(near, mask_key=None, loss=self.run_loss.row_loss(), loss_name=self.run_loss.name)
         if reading.likelihood == "unshifted" and not reading.encoder_decoder:
@@ -142,41 +132,16 @@ class _Comparison:
         plain = (
             not self.rows.further_inputs(reads_all=True)
             and reading.likelihood == "shifted"
-            and not self.rows.is_random()
+            and not (self.dataset_draws or self.collator_draws)
             and not self.base.packed
         )
-        return dataclasses.replace(reading, feed="plain" if plain else "row", constants=constants)
+        told = self.told_drawn()
+        return dataclasses.replace(reading, feed="plain" if plain else "row", constants=constants, compared=told)
 
     def _of_model(self) -> Reading | None:
         """The likelihood nearest to the model's own loss; None where it has none."""
-        models = self._losses(MODEL_LOSS)
+        models = self.losses(MODEL_LOSS)
         return self._nearest(MODEL_LOSS, models)[0] if models is not None and np.isfinite(models).all() else None
-
-    def _losses(self, run_loss: RunLoss) -> FloatArray | None:
-        """A loss of each chosen row alone, or None where there is none."""
-        values = [self._loss(run_loss, batch) for batch in self.rows.batches]
-        return None if any(value is None for value in values) else np.array(values, np.float64)
-
-    def _loss(self, run_loss: RunLoss, batch: Mapping[str, Any]) -> float | None:
-        try:
-            value = run_loss.compute(self.model, model_batch(batch, self.base, self.device).with_labels())
-        except torch.OutOfMemoryError:
-            raise
-        except CANNOT_RUN as error:
-            if run_loss is not self.run_loss:
-                return None
-            raise UnsupportedSettingError(
-                f"A collated row must have a loss in eval mode; {self.run_loss.name} of {type(self.model).__name__} "
-                f"ended in {type(error).__name__}: {error}. {WAY_OUT}"
-            ) from error
-        return None if value is None else float(value)
-
-    def _read(self, batch: Mapping[str, Any], reading: Reading) -> FloatArray | None:
-        """(T,) losses of a batch's trained tokens by a reading, or None where the model does not give them."""
-        try:
-            return likelihood(self.model, model_batch(batch, reading, self.device)).double().cpu().numpy()
-        except NO_LOGITS:
-            return None
 
     def _readings(self) -> list[Reading]:
         """The likelihoods to try, by the shape of the labels; each also with the labels masked by a further input."""
@@ -197,20 +162,20 @@ class _Comparison:
         read = self._means()
         if not read:
             return self.base, np.inf, own
-        read.sort(key=lambda pair: _gap(pair[1], own))
+        read.sort(key=lambda pair: gap(pair[1], own))
         best, values = read[0]
-        if len(read) > 1 and _gap(read[1][1], own) < _APART:
+        if len(read) > 1 and gap(read[1][1], own) < _APART:
             # A model that has learnt little says much the same of every token; at other weights the readings part.
             with at_other_weights(self.model):
-                there, apart = self._losses(run_loss), self._means()
+                there, apart = self.losses(run_loss), self._means()
             assert there is not None
             if not apart:
                 return best, np.inf, values
-            best, found = min(apart, key=lambda pair: _gap(pair[1], there))
+            best, found = min(apart, key=lambda pair: gap(pair[1], there))
             values = next(values for reading, values in read if reading == best)
-            if not _gap(found, there) <= self._tolerance(there):
+            if not gap(found, there) <= self.tolerance(there):
                 return best, np.inf, values
-        return best, _gap(values, own), values
+        return best, gap(values, own), values
 
     def _means(self) -> list[tuple[Reading, FloatArray]]:
         """Mean loss of each compared row by each reading that the model gives."""
@@ -231,10 +196,6 @@ class _Comparison:
         whole = len(self.rows.batches)
         return [(readings[number], np.array(values)) for number, values in means.items() if len(values) == whole]
 
-    def _tolerance(self, own: FloatArray) -> float:
-        """Rounding of a mean loss."""
-        return (5e-3 if is_low_precision(self.model) else 1e-5) * max(1.0, float(np.abs(own).max()))
-
     def _looks_ahead(self) -> bool:
         """True where other tokens behind the first position change what the model says there."""
         if self._sees_later():
@@ -246,6 +207,8 @@ class _Comparison:
     def _sees_later(self) -> bool:
         """Whether it does at these weights, by more than rounding."""
         batch = self.rows.longest
+        if batch.get("input_ids") is None:
+            return True  # of a row without tokens every position may see all of it
         ids = torch.as_tensor(batch["input_ids"])
         labels = torch.full_like(ids, IGNORED)
         labels[:, 0] = 0  # a label that every table has: there may be few classes
@@ -254,9 +217,9 @@ class _Comparison:
             changed = ids.clone()
             changed[:, 1:] = token
             given = {**batch, "input_ids": changed, "labels": labels, "shift_labels": None}
-            read = self._read(given, dataclasses.replace(self.base, likelihood="unshifted"))
+            read = self.read(given, dataclasses.replace(self.base, likelihood="unshifted"))
             values.append(0.0 if read is None else float(read.sum()))
-        return max(values) - min(values) > self._tolerance(np.array(values))
+        return max(values) - min(values) > self.tolerance(np.array(values))
 
     def _feed(self, reading: Reading, own: FloatArray) -> tuple[Feed, dict[str, int]]:
         """How rows reach the model as the collator makes them, the fastest way first; and inputs that are constant."""
@@ -278,96 +241,12 @@ class _Comparison:
         if (rows.num_targets == 0).any() or len(self.rows.batches) > len(rows):
             return False
         parts = np.split(token_losses(self.model, rows, loss=reading.loss), np.cumsum(rows.num_targets)[:-1])
-        return _gap(np.array([part.mean() for part in parts]), own) <= 2 * self._tolerance(own)
-
-    def _check_batches(self, reading: Reading, own: FloatArray) -> tuple[bool, dict[str, Any]]:
-        """Whether rows in one batch have the losses that they have alone, and what was found of the first batch.
-
-        Raises:
-            UnsupportedSettingError: the run's loss of a batch does not follow from its rows.
-        """
-        firsts = range(0, min(len(self.rows.rows), MAX_BATCHES * NUM_TOGETHER), NUM_TOGETHER)
-        found: dict[str, Any] = {}
-        possible = {"tokens", "rows"}
-        for number, first in enumerate(firsts):
-            ids = np.arange(first, min(first + NUM_TOGETHER, len(self.rows.rows)))
-            if len(ids) < 2:
-                break
-            weighs = self._check_batch(reading, own, ids, possible)
-            if weighs is None:
-                return False, found
-            possible = set(weighs) - {"batch_loss"}
-            if number == 0:
-                found["batch_loss"] = weighs["batch_loss"]
-            found["weighs"] = "tokens" if "tokens" in possible else "rows"
-        return True, found
-
-    def _check_batch(
-        self, reading: Reading, own: FloatArray, chosen: IntArray, possible: set[str]
-    ) -> dict[str, float] | None:
-        """Which of the possible weights make the loss of one batch of its rows'; None where rows must run alone."""
-        rows = [self.rows.rows[i] for i in chosen]
-        try:
-            batch = self.rows.together(rows)
-        except Exception as error:  # a collator of single rows, or of rows of one length
-            logger.debug("The collator makes no batch of pool rows %s: %s", rows, error)
-            return None
-        if len(batch.get("input_ids", rows)) != len(rows) and not self.rows.flattens:
-            return None
-        together = self._loss(self.run_loss, batch)
-        counts = self.pool.collated(np.array(rows), reading).num_targets
-        if together is None or not counts.sum():
-            return None
-        found = len(model_batch(batch, reading).targets()[0])
-        if self.rows.flattens:
-            require_own_targets(self.pool, rows, found, int(counts.sum()))
-        if reading.loss is None and found != counts.sum():
-            return None  # padding on the left: a row's first token is trained behind it
-        means = {"tokens": float(np.average(own[chosen], weights=counts)), "rows": float(own[chosen].mean())}
-        tolerance = 2 * self._tolerance(own)
-        weighs = {name: means[name] for name in possible if abs(means[name] - together) <= tolerance}
-        if weighs:
-            return {**weighs, "batch_loss": together}
-        if not self.rows.flattens and self._padding_moves(
-            batch, reading, chosen, counts, together if reading.loss is None else None
-        ):
-            return None
-        with without_router_loss(self.model) as has_router_loss:  # which is a batch's, and part of an own loss
-            if has_router_loss:
-                return None
-        raise UnsupportedSettingError(
-            "The loss of a batch must be a mean over its rows, so that a row has a loss of its own; "
-            f"{self.run_loss.name} of pool rows {rows} together is {together:.6f}, and of the same rows one by one "
-            f"{means['tokens']:.6f} (weighed by tokens) or {means['rows']:.6f} (by rows). {WAY_OUT}"
-        )
-
-    def _padding_moves(
-        self,
-        batch: Mapping[str, Any],
-        reading: Reading,
-        chosen: IntArray,
-        counts: npt.NDArray[Any],
-        together: float | None,
-    ) -> bool:
-        """True where a row's likelihood is another one beside longer rows (padding on the left moves positions, say).
-
-        That is the collator's doing, and no part of the loss: such a row is measured alone.
-        """
-        plain = dataclasses.replace(reading, loss=None)
-        read = self._read(batch, plain)
-        singles = [self._read(self.rows.batches[i], plain) for i in chosen]
-        if read is None or any(single is None for single in singles):
-            return False
-        alone = np.array([single.mean() for single in singles if single is not None])
-        tolerance = 2 * self._tolerance(alone)
-        if together is not None and abs(float(read.mean()) - together) > tolerance:
-            return False
-        return abs(float(read.mean()) - float(np.average(alone, weights=counts))) > tolerance
+        return gap(np.array([part.mean() for part in parts]), own) <= 2 * self.tolerance(own)
 
     def _uncompared(self) -> Reading:
         """No loss to compare with: the likelihood of the next token, if the model gives logits for it."""
         batch = model_batch(self.rows.batches[0], self.base, self.device)
-        if not batch.labels.numel():
+        if not batch.labels.numel() and "input_ids" in batch.inputs:
             batch = batch._replace(labels=batch.inputs["input_ids"])
         values = likelihood(self.model, batch)
         read = [means for reading, means in self._means() if reading.likelihood == "shifted"]
@@ -379,9 +258,3 @@ class _Comparison:
             constants=constants,
             compared={"loss": None, "read_loss": float(values.double().mean())},
         )
-
-
-def _gap(a: FloatArray, b: FloatArray) -> float:
-    """The largest difference; infinite where one is not finite."""
-    gap = float(np.abs(a - b).max())
-    return gap if np.isfinite(gap) else np.inf

@@ -55,7 +55,8 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
     Returns:
         A scalar tensor.
     """
-    if not takes_labels(model):
+    # CLIP and its kind are asked for a loss by `return_loss`, and models of no text may need no labels for one.
+    if not (takes_labels(model) or batch.get("return_loss") or "input_ids" not in batch):
         return None
     given = {name: value for name, value in batch.items() if accepts(model, name)}
     with without_router_loss(model):

@@ -120,6 +120,11 @@ def read_artifact(
     return config, tensors, report
 
 
+def told_text_only(model: Any) -> dict[str, bool]:
+    """What a config says of a model that reads the text of rows with other inputs; nothing of others."""
+    return {"text_only": True} if model.text_only else {}
+
+
 def damaged(path: Any, error: Exception) -> MatesError:
     """The error for a saved model whose content was damaged along with its checksum."""
     return MatesError(f"`{path}` must hold a model as it was fitted: {error}. {COPY_AGAIN}")

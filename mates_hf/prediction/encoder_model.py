@@ -33,7 +33,7 @@ from mates_hf.data.texts import decode_rows, has_column, read_texts
 from mates_hf.errors import MatesError
 from mates_hf.flops import forward_flops
 from mates_hf.influence.probe import count_multiplied_parameters
-from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
+from mates_hf.prediction.artifacts import damaged, read_artifact, told_text_only, write_artifact
 from mates_hf.prediction.encoder.fine_tune import FineTuning
 from mates_hf.prediction.encoder.folding import FoldingEncoder, load_encoder, pack_tokenizer, rebuild, unpack_tokenizer
 from mates_hf.prediction.judge import fresh_report, measured_rows
@@ -75,6 +75,7 @@ class EncoderInfluenceModel:
         seed: Random seed of splits, order of candidates, and dropout.
         device: where to run; None is the GPU where there is one. Between calls the weights are on the CPU.
         progress: show progress bars.
+        text_only: Whether the text of rows is enough where they have other inputs, such as images, which are not read.
 
     Raises:
         ValueError: an argument outside its range, or an encoder without tokenizer.
@@ -101,6 +102,7 @@ class EncoderInfluenceModel:
         seed: int = 0,
         device: str | None = None,
         progress: bool = False,
+        text_only: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.head_only = head_only
@@ -109,7 +111,7 @@ class EncoderInfluenceModel:
         self.tokens_per_batch, self.validation_fraction = tokens_per_batch, validation_fraction
         self.text_column, self.seed = text_column, seed
         self.device = None if device is None else str(device)
-        self.progress = progress
+        self.progress, self.text_only = progress, text_only
         for name in _COUNTS:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(self, name)!r}.")
@@ -361,7 +363,7 @@ class EncoderInfluenceModel:
         tensors = {"coefficient": line.coefficient, **encoder.tensors()}
         if self.tokenizer is not None:
             tensors |= pack_tokenizer(self.tokenizer, "tokenizer")
-        settings = {name: getattr(self, name) for name in _ARGUMENTS}
+        settings = {name: getattr(self, name) for name in _ARGUMENTS} | told_text_only(self)
         settings |= {**line.settings(), "encoder_config": encoder.config()}
         write_artifact(path, type(self).__name__, settings, tensors, self.report)
 
@@ -384,7 +386,7 @@ class EncoderInfluenceModel:
         names = (*_ARGUMENTS, *SETTINGS, "encoder_config")
         config, tensors, report = read_artifact(path, cls.__name__, names)
         try:
-            arguments = {name: config[name] for name in _ARGUMENTS}
+            arguments = {name: config[name] for name in _ARGUMENTS} | {"text_only": config.get("text_only", False)}
             lengths = {name: arguments[name] for name in ("max_tokens", "chunk_tokens")}
             encoder = rebuild(config["encoder_config"], tensors, **lengths)
             model = cls(encoder, tokenizer=unpack_tokenizer(tensors, "tokenizer"), **arguments)

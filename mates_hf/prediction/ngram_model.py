@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,9 @@ from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.errors import MatesError
 from mates_hf.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
 from mates_hf.prediction import judge
-from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
+from mates_hf.prediction.artifacts import damaged, read_artifact, told_text_only, write_artifact
 from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, calibration
+from mates_hf.prediction.ngram.arguments import LabelKind, check_arguments
 from mates_hf.prediction.ngram.evidence import Passages, log_odds, weighted_evidence
 from mates_hf.prediction.ngram.explain import strongest_ngrams
 from mates_hf.prediction.ngram.tables import Statistics, Tables
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
-
-LabelKind = Literal["auto", "token", "document", "both"]
 
 _ARGUMENTS = ("num_buckets", "pool_decay", "seed", "labels")
 _AUTO_KIND: LabelKind = "token"
@@ -50,14 +49,14 @@ class NgramInfluenceModel:
     Args:
         num_buckets: hash buckets of the bigram table, a power of two; 4 bytes each in memory and on disk.
         pool_decay: weight of the previous round's token labels against this round's, compounding with age, in [0, 1];
-            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (benchmark `fidelity`);
-            rounds so long that influence itself changes may want less. With document labels it only switches pooling
-            on: earlier rounds' weight is then the slope of the new labels on their prediction, held to [0, 1].
+            0 forgets earlier rounds. 0.9 was best over five rounds of 40 steps (benchmark `fidelity`). With document
+            labels it only switches pooling on: earlier rounds weigh as the new labels' slope on their prediction.
         seed: Random seed of the held-out split and the folds.
         labels: what is fitted. `"token"`: the derivative at each token; `"document"`: each candidate's
             `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
-            token labels where the probe measured derivatives, else document labels. `"both"` predicts a round's own
-            labels a little better, but what it adds follows this round alone and undoes the pooling of rounds.
+            token labels where the probe measured derivatives, else document labels. What `"both"` adds follows this
+            round alone.
+        text_only: Whether the text of rows is enough where they have other inputs, such as images, which are not read.
 
     Raises:
         ValueError: an argument outside its range.
@@ -68,20 +67,20 @@ class NgramInfluenceModel:
     reads_spans = True  # `predict` scores rows in the buffers of others, without a copy
 
     def __init__(
-        self, *, num_buckets: int = 2**20, pool_decay: float = 0.9, seed: int = 0, labels: LabelKind = "auto"
+        self,
+        *,
+        num_buckets: int = 2**20,
+        pool_decay: float = 0.9,
+        seed: int = 0,
+        labels: LabelKind = "auto",
+        text_only: bool = False,
     ) -> None:
-        if num_buckets < 2 or num_buckets & (num_buckets - 1):
-            raise ValueError(f"`num_buckets` must be a power of two of at least 2, got {num_buckets!r}.")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
-        if not 0 <= pool_decay <= 1:
-            raise ValueError(f"`pool_decay` must be in [0, 1], got {pool_decay!r}.")
-        if labels not in ("auto", "token", "document", "both"):
-            raise ValueError(f"`labels` must be 'auto', 'token', 'document' or 'both', got {labels!r}.")
+        check_arguments(num_buckets, pool_decay, seed, labels)
         self.num_buckets = num_buckets
         self.pool_decay = pool_decay
         self.seed = seed
         self.labels: LabelKind = labels
+        self.text_only = text_only
         self._tables: Tables | None = None  # float32, units of influence_per_token
         self._document: Tables | None = None  # float32, standardised: what document labels of later rounds build on
         self._statistics = Statistics.empty()
@@ -290,8 +289,7 @@ class NgramInfluenceModel:
         Returns:
             (N,) float32, > 0 helps, higher is better, in the unit of the labels; the intercept where a row has no
             target. Labels of one step are nats/token of reference loss that a step on the row takes off. Of path
-            labels (`DirectionalProbe(path_steps=...)`, the default of a run) only the order has a meaning: they are a
-            mean over the gradients of many steps, and neither their zero nor their scale is that of a real one.
+            labels (`DirectionalProbe(path_steps=...)`, the default of a run) only the order has a meaning.
         """
         return (self._score(dataset) * self._step_size).astype(np.float32)
 
@@ -359,11 +357,15 @@ class NgramInfluenceModel:
             if part is not None
             for field, tensor in vars(part).items()
         }
-        settings = {name: getattr(self, name) for name in _ARGUMENTS} | {
-            "intercept": self._intercept,
-            "step_size": self._step_size,
-            "penalties": dataclasses.asdict(self._penalties),
-        }
+        settings = (
+            {name: getattr(self, name) for name in _ARGUMENTS}
+            | told_text_only(self)
+            | {
+                "intercept": self._intercept,
+                "step_size": self._step_size,
+                "penalties": dataclasses.asdict(self._penalties),
+            }
+        )
         write_artifact(path, type(self).__name__, settings, tensors, self.report)
 
     @classmethod
@@ -384,7 +386,7 @@ class NgramInfluenceModel:
         names = (*_ARGUMENTS, "intercept", "step_size", "penalties")
         config, tensors, report = read_artifact(path, cls.__name__, names)
         try:
-            model = cls(**{name: config[name] for name in _ARGUMENTS})
+            model = cls(**{name: config[name] for name in _ARGUMENTS}, text_only=config.get("text_only", False))
             model._tables = Tables.read(tensors, "tables", model.num_buckets)
             if "document.token" in tensors:
                 model._document = Tables.read(tensors, "document", model.num_buckets)

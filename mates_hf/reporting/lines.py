@@ -84,7 +84,8 @@ def round_line(info: Mapping[str, Any]) -> str:
         parts.append(f"{info['num_passed_over']:,} passed over as copies")
     shared = info.get("reference_overlap") or {}
     if shared.get("rows"):
-        parts.append(f"{shared['rows']:,} with {shared.get('ngram', '?')} tokens of the reference")
+        of = f"{shared['ngram']} tokens" if shared.get("ngram") else "an example"
+        parts.append(f"{shared['rows']:,} with {of} of the reference")
     seconds = round_seconds(info)
     if seconds is not None:
         parts.append(f"{seconds:.1f} s")

@@ -31,8 +31,10 @@ def most_bought(run: Run, selected: IntArray, candidates: IntArray) -> list[dict
 
     Returns:
         Up to three, the most peculiar first, as JSON values: `token_id`, `text` (None without a tokenizer), `share` of
-        the selected rows that have the token, and `candidate_share`.
+        the selected rows that have the token, and `candidate_share`. None where rows have no text.
     """
+    if not run.pool.has_text:
+        return []
     chosen, every = (
         run.pool.token_rows(ids[fixed_positions(len(ids), NUM_COMPARED)]) for ids in (selected, candidates)
     )

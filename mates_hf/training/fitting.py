@@ -179,3 +179,34 @@ def _fits(plan: RunPlan, changes: Mapping[str, Any]) -> bool:
     changed = _with(plan, **changes)
     steps = fitted_steps(changed)
     return steps is not None and bool(_with(changed, update_steps=min(steps, plan.config.update_steps)).rounds)
+
+
+def tell_no_round(plan: RunPlan) -> None:
+    """Warn that a run is too short for its rounds, with settings that would let it select.
+
+    Args:
+        plan: has no round.
+    """
+    ahead = max(plan.max_steps - plan.first_step, 1)
+    tried = [{"update_steps": max(ahead // part, 1)} for part in (10, 20, 50, 5, 3, 2)]
+    tried += [{**changes, "random_rounds": 1} for changes in tried]
+    fewer = [num for num in (500, 200, 100, 50, 20, 10) if num < plan.config.num_probes]
+    tried += [{**changes, "num_probes": num} for num in fewer for changes in tried]
+    found = next((changes for changes in tried if _selects(plan, changes)), None)
+    way_out = "Train longer, or on a larger pool,"
+    if found is not None:
+        way_out = "Set " + " and ".join(f"`{name}={value}`" for name, value in found.items())
+    logger.warning(
+        "No round takes effect: the first selection would be trained on from step %d, and the run ends at step %d. It "
+        "stays in its own order. %s to have data selected.", plan.first_from_step, plan.max_steps, way_out,
+    )  # fmt: skip
+
+
+def _selects(plan: RunPlan, changes: Mapping[str, Any]) -> bool:
+    """Whether a run with these changes of its config has a round, and rows for all of them."""
+    try:
+        other = dataclasses.replace(plan, config=dataclasses.replace(plan.config, **changes))
+        other.check()
+    except ValueError:  # what else the config asks for, or the pool
+        return False
+    return bool(other.rounds)

@@ -75,6 +75,9 @@ def mix_in(
         UnsupportedSettingError: lm-eval evaluates on them, or no batch takes pool rows and passages together.
         MatesError: The checkpoint's schedule cannot be read.
     """
+    reference.text(
+        "`reference_passes`", "Set `reference_passes=0`, and add the examples to the pool as rows of its own."
+    )
     _refuse_evaluated(reference)
     if clock.batch_rows * clock.accumulation < 2:
         raise UnsupportedSettingError(

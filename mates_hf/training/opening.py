@@ -202,7 +202,9 @@ def round_bytes(run: Run, plan: RunPlan) -> tuple[dict[str, int], dict[str, int]
     pool, config = run.pool, run.config
     num_selected = max(planned.num_rows for planned in plan.rounds)
     scored = len(pool) if config.candidate_scope == "pool" else num_candidates(num_selected, config.selection_ratio)
-    targets = float(pool.token_rows(fixed_positions(len(pool), _NUM_LOOKED_AT)).num_targets.mean())
+    looked_at = fixed_positions(len(pool), _NUM_LOOKED_AT)
+    rows = pool.candidates(looked_at) if pool.beyond_text else pool.token_rows(looked_at)
+    targets = float(rows.num_targets.mean())
     probed_tokens = int(config.num_probes * targets)
     mean = sum(
         whole_size(parameter) * max(parameter.element_size(), 4)

@@ -308,7 +308,8 @@ def _fit_and_judge(run: Run, path: Path, labels: InfluenceLabels, number: int, s
     if run.trusted_model is not None:
         with stages.timed("guard") as cost:
             more = {"documents": documents} if takes(run.trusted_model.evaluate, "documents") else {}
-            fresh = run.trusted_model.evaluate(run.pool, labels, **more)
+            read = run.read_by(run.trusted_model, labels.candidate_id)
+            fresh = run.trusted_model.evaluate(read, labels, **more)
             num_asked = 1
             if run.last_decision != "own_order":  # else its kind of rows was not bought
                 gap, num_asked = _gap(run, path, labels), 2

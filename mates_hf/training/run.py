@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mates_hf.config import BEFORE, MatesConfig
+from mates_hf.data.batches import PLAIN
 from mates_hf.data.documents import document_codes, require_column
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.reference import ReferenceTask
-from mates_hf.data.token_overlap import TokenNgramIndex
 from mates_hf.disk import read_json, unless_disk_fails, write_json
 from mates_hf.engine.model_traits import hub_name
 from mates_hf.engine.processes import ALONE, Processes
@@ -39,6 +39,10 @@ class InfluenceModel(Protocol):
     One with an attribute `runs_beside_training` that is true is fitted and asked in a thread while training goes on,
     and in every process: it must use no model, no device and no random stream of the run's, and a row's prediction
     must not depend on the rows beside it.
+
+    One with an attribute `reads_examples` that is true is given `Candidates`, the rows as the model that trains is fed
+    them: to `fit` and `evaluate` those of the labels, one a label in their order, to `predict` any. It may run that
+    model, which `for_run` gives it. All others are given text: the pool, or `TokenRows`.
     """
 
     @property
@@ -89,6 +93,11 @@ def bound_to_run(influence_model: InfluenceModel, model: Any, tokenizer: Any) ->
     return influence_model if bind is None else bind(model=model, tokenizer=tokenizer)
 
 
+def reads_examples(influence_model: Any) -> bool:
+    """Whether an influence model reads rows as the model that trains is fed them, and not as text."""
+    return bool(getattr(influence_model, "reads_examples", False))
+
+
 @dataclasses.dataclass(kw_only=True)
 class Run:
     """What the rounds of one `train()` call share.
@@ -122,7 +131,8 @@ class Run:
         loss_reading: which reading of the run's loss the probes take, for the record.
         copy_marks: tell which rows are one text (`duplicates.CopyMarks`), made where the run begins.
         evidence: log-odds of the reference task against the pool, once a fit has asked for them (`static_evidence`).
-        reference_overlap: the reference task's n-grams, made at the first selection; only in the main process.
+        reference_overlap: the reference task's n-grams, or hashes of its examples, made at the first selection; only
+            in the main process.
         overlap_told: whether the run has warned of selected rows that share text with the reference task.
         passages: identity of the passages that the run trains on as well, and of their places; empty without any.
         asked: The fields of the config that were given otherwise than the run goes by, as they were given.
@@ -161,7 +171,7 @@ class Run:
     loss_reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     copy_marks: Any = None
     evidence: Any = None
-    reference_overlap: TokenNgramIndex | None = None
+    reference_overlap: Any = None
     overlap_told: bool = False
     passages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -212,8 +222,14 @@ class Run:
         self.last_round, self.last_rises, self.ended_by = info["number"], info["guard"].get("rises", {}), None
 
     def documents(self, ids: IntArray) -> IntArray:
-        """(N,) int64 document of some pool rows, equal where they are of one."""
-        return document_codes(self.pool.token_rows(ids), self.pool, ids, self.config.document_column)
+        """(N,) int64 document of some pool rows, equal where they are of one; rows of equal inputs are."""
+        reading = self.pool.reading or PLAIN
+        rows = self.pool.collated(ids, reading) if self.pool.beyond_text else self.pool.token_rows(ids)
+        return document_codes(rows, self.pool, ids, self.config.document_column)
+
+    def read_by(self, influence_model: InfluenceModel, ids: IntArray) -> Any:
+        """What an influence model is fitted on, or judged by, of the labelled pool rows `ids`."""
+        return self.pool.candidates(ids) if reads_examples(influence_model) else self.pool
 
     def measured_with(self) -> dict[str, Any]:
         """What labels and predictions are made with and no config says; a change redoes a stage, and no run."""

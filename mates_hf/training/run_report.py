@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,10 +159,17 @@ def _texts_on_disk(folder: Path, rounds: Mapping[int, Path], dataset: Any) -> tu
     if newest is None:
         return None, ["No round keeps rows whose texts could be shown."]
     number, path, info = newest
+    inputs = str((info.get("pool") or {}).get("inputs") or "")
+    if inputs and dataset is not None:
+        raise ValueError(
+            f"`dataset` must be left out: the rows of this run have {inputs}, and a page shows texts alone."
+        )
     if dataset is None:
         kept = _kept_texts(folder / TEXTS_FILE)
         if kept is not None and (kept["round"], kept["order_sha256"]) == (number, info.get("order_sha256")):
-            return kept, []
+            return kept, [_not_shown(inputs.split(", "))] if inputs else []
+    if inputs:
+        return None, [_not_shown(inputs.split(", "))]
     model, tokenizer, unit, missing = _scorer(rounds, number)
     texts: dict[str, Any] = {"round": number, "order_sha256": info.get("order_sha256"), "examples": {}, "ngrams": None}
     if model is not None:
@@ -288,10 +295,12 @@ class RunPage:
         newest = newest_selection(find_rounds(folder)[1])
         texts = None
         redact = self._run.config.round_page == "redacted"
-        if newest is not None and not redact:
+        if newest is not None and not redact and self._run.pool.has_text:
             texts = self._texts(*newest)
             _write_plainly(folder / TEXTS_FILE, json.dumps(texts).encode())
         missing = [] if texts is not None else ["No round keeps rows whose texts could be shown."]
+        if self._run.pool.beyond_text:
+            missing = [_not_shown(self._run.pool.beyond_text)]
         data = report_data(folder, texts=texts, missing=missing, redact=redact, version=library_version())
         _write_plainly(folder / PAGE_FILE, report_html(data).encode())
 
@@ -308,6 +317,11 @@ class RunPage:
             "examples": example_texts(path, dict(info), run.pool, run.tokenizer, model, unit),
             "ngrams": ngram_texts(model, run.tokenizer, float(info["step_size"])),
         }
+
+
+def _not_shown(inputs: Sequence[str]) -> str:
+    """What a page says of rows that are more than text."""
+    return f"Rows have `{'`, `'.join(inputs)}`, which this page does not show: it shows texts alone."
 
 
 def _write_plainly(path: Path, content: bytes) -> None:

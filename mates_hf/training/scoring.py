@@ -4,14 +4,14 @@ Where it is used: between the guard and the selection in `rounds.run_round`. The
 for it in `beside.await_order`; each has the pool, so what is sent are the influence model's files and ids.
 
 Trade-off: every process holds all that is found for a moment, 16 bytes a candidate, and gets the sum of all shares, in
-which each value was made by one process alone. Only influence models that `runs_beside_training` are sent: the others
-may need the model that trains, or predict a row by the rows beside it.
+which each value was made by one process alone. Sent are influence models that `runs_beside_training`, and those that
+`reads_examples` where each process has the model that trains whole: others may predict a row by the rows beside it.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.disk import read_array, write_array
+from mates_hf.engine.model_traits import is_sharded
 from mates_hf.records import FloatArray, IntArray
 from mates_hf.selection.copies import Hashes
 from mates_hf.training.duplicates import CopyMarks
-from mates_hf.training.run import InfluenceModel, Run
+from mates_hf.training.run import InfluenceModel, Run, bound_to_run, reads_examples
 
 # What is scored at a time, so that a large slice is never in memory at once: 9 to 23 bytes a token are.
-SCORE_ROWS, SCORE_TOKENS = 65_536, 1 << 22
+SCORE_ROWS, SCORE_TOKENS, SCORE_EXAMPLES = 65_536, 1 << 22, 4_096
 
 
 class Scored(NamedTuple):
@@ -52,7 +53,7 @@ def score_candidates(
     Returns:
         What was written, memory-mapped.
     """
-    shared = run.side.size > 1 and bool(getattr(influence_model, "runs_beside_training", False))
+    shared = run.side.size > 1 and _can_be_sent(run, influence_model)
     if shared:
         run.side.publish({"score": True}, candidates=np.asarray(candidates, np.int64), **_files_of(influence_model))
     influence, num_targets, hashes = _predict(run, influence_model, candidates, shared=shared)
@@ -78,14 +79,31 @@ def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
                 file = Path(folder) / name.removeprefix("file:")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data.tobytes())
-        influence_model: InfluenceModel = type(run.influence_model).from_pretrained(folder)
+        found: InfluenceModel = type(run.influence_model).from_pretrained(folder)
+        influence_model = bound_to_run(found, run.model, run.tokenizer)
         _predict(run, influence_model, arrays["candidates"], shared=True)
 
 
 def predict_rows(run: Run, influence_model: InfluenceModel, ids: IntArray) -> FloatArray:
     """(P,) float32 predicted influence of some pool rows, by this process alone; > 0 helps."""
-    chunks = run.pool.chunks(ids, SCORE_ROWS, max_tokens=SCORE_TOKENS)
+    chunks = _chunks(run, influence_model, ids)
     return np.concatenate([np.zeros(0, np.float32), *(influence_model.predict(rows) for rows in chunks)])
+
+
+def _chunks(run: Run, influence_model: InfluenceModel, ids: IntArray) -> Iterator[Any]:
+    """Some pool rows, a chunk in memory at a time, in the form that an influence model reads."""
+    if not reads_examples(influence_model):
+        yield from run.pool.chunks(ids, SCORE_ROWS, max_tokens=SCORE_TOKENS)
+        return
+    for start in range(0, len(ids), SCORE_EXAMPLES):
+        yield run.pool.candidates(ids[start : start + SCORE_EXAMPLES])
+
+
+def _can_be_sent(run: Run, influence_model: InfluenceModel) -> bool:
+    """Whether other processes can predict with a copy of it: by itself, or by a model that is whole in each."""
+    if reads_examples(influence_model):
+        return not is_sharded(run.model)
+    return bool(getattr(influence_model, "runs_beside_training", False))
 
 
 def _files_of(influence_model: InfluenceModel) -> dict[str, npt.NDArray[np.uint8]]:
@@ -107,7 +125,7 @@ def _predict(
     influence, num_targets = np.zeros(len(candidates), np.float32), np.zeros(len(candidates), np.int32)
     hashes = np.zeros(len(candidates), np.uint64)
     marks = run.copy_marks or CopyMarks(run)
-    for rows in run.pool.chunks(candidates[start:end], SCORE_ROWS, max_tokens=SCORE_TOKENS):
+    for rows in _chunks(run, influence_model, candidates[start:end]):
         span = slice(start, start + len(rows))
         influence[span] = influence_model.predict(rows)
         num_targets[span] = rows.num_targets

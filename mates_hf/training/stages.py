@@ -75,7 +75,7 @@ def fitted_model(run: Run, path: Path, labels: InfluenceLabels, documents: IntAr
     shutil.rmtree(partial, ignore_errors=True)
     unfitted = copy.deepcopy(run.influence_model)
     fitted: InfluenceModel = unfitted.fit(
-        run.pool,
+        run.read_by(unfitted, labels.candidate_id),
         labels,
         held_out_fraction=run.config.held_out_fraction,
         previous=run.latest_model,

@@ -33,11 +33,13 @@ from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
 from mates_hf.training.blocked import Blocked
+from mates_hf.training.checks.examples import check_examples
 from mates_hf.training.checks.trainer import check_pool
 from mates_hf.training.checks.whole_rows import named_where_memory_ends, require_whole_rows
 from mates_hf.training.clock import RowClock
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.fitting import settle
+from mates_hf.training.fitting import tell_no_round as tell_no_round
 from mates_hf.training.mixed_in import MixedIn, mix_in, require_text
 from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
@@ -95,7 +97,7 @@ def checked_parts(reference: Any, config: Any, probe: Any, influence_model: Any)
     if not isinstance(reference, ReferenceTask):
         raise TypeError(
             f"`reference` must be a ReferenceTask, got {type(reference).__name__}. Make one with "
-            "`ReferenceTask.from_dataset(...)` or `ReferenceTask.from_lm_eval(...)`."
+            "`ReferenceTask.from_dataset(...)`, `.from_lm_eval(...)` or `.from_examples(...)`."
         )
     if config is not None and not isinstance(config, MatesConfig):
         raise TypeError(f"`config` must be a MatesConfig or None, got {type(config).__name__}.")
@@ -261,6 +263,7 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     elif isinstance(parts.probe, OneStepProbe):
         require_real_steps(optimizer)
     check_pool(loop.pool, loop.model)
+    check_examples(loop.pool, parts.reference, parts.influence_model, rows_together=_rows_together(loop))
     reference = parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model))
     with named_where_memory_ends(loop.pool):
         reference = _compare(parts.probe, loop, reference)
@@ -292,35 +295,9 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     )
 
 
-def tell_no_round(plan: RunPlan) -> None:
-    """Warn that a run is too short for its rounds, with settings that would let it select.
-
-    Args:
-        plan: has no round.
-    """
-    ahead = max(plan.max_steps - plan.first_step, 1)
-    tried = [{"update_steps": max(ahead // part, 1)} for part in (10, 20, 50, 5, 3, 2)]
-    tried += [{**changes, "random_rounds": 1} for changes in tried]
-    fewer = [num for num in (500, 200, 100, 50, 20, 10) if num < plan.config.num_probes]
-    tried += [{**changes, "num_probes": num} for num in fewer for changes in tried]
-    found = next((changes for changes in tried if _selects(plan, changes)), None)
-    way_out = "Train longer, or on a larger pool,"
-    if found is not None:
-        way_out = "Set " + " and ".join(f"`{name}={value}`" for name, value in found.items())
-    logger.warning(
-        "No round takes effect: the first selection would be trained on from step %d, and the run ends at step %d. It "
-        "stays in its own order. %s to have data selected.", plan.first_from_step, plan.max_steps, way_out,
-    )  # fmt: skip
-
-
-def _selects(plan: RunPlan, changes: Mapping[str, Any]) -> bool:
-    """Whether a run with these changes of its config has a round, and rows for all of them."""
-    try:
-        other = dataclasses.replace(plan, config=dataclasses.replace(plan.config, **changes))
-        other.check()
-    except ValueError:  # what else the config asks for, or the pool
-        return False
-    return bool(other.rounds)
+def _rows_together(loop: Loop) -> int:
+    """Rows that one process trains in one batch."""
+    return max(1, loop.clock.batch_rows // Processes.of_run().size)
 
 
 def tell_opened(session: Session) -> None:
@@ -375,14 +352,15 @@ def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask
 def _compare(probe: Probe, loop: Loop, reference: ReferenceTask) -> ReferenceTask:
     """Hold what the probe would read of pool and reference against the run's own loss of it.
 
-    A probe of the user's own reads token rows as they are.
+    A probe of the user's own reads token rows as they are, and of other rows what the run's collator makes.
     """
-    if not isinstance(probe, (DirectionalProbe, OneStepProbe)):
+    if not isinstance(probe, (DirectionalProbe, OneStepProbe)) and reference.is_text and not loop.pool.beyond_text:
         return reference
-    is_given = probe.loss is not None
+    loss, reference_loss = getattr(probe, "loss", None), getattr(probe, "reference_loss", None)
+    is_given = loss is not None
     run_loss = MODEL_LOSS if is_given else loop.run_loss()  # a loss that was given is compared with nothing
     module, pool = unwrap(loop.model), loop.pool
-    pool.reading = read_given(module, pool, probe.loss, probe.reference_loss, run_loss)
+    pool.reading = read_given(module, pool, loss, reference_loss, run_loss)
     if not is_given and (pool.reading.compared or {}).get("loss", "") is None:
         raise UnsupportedSettingError(
             f"The loss that the run trains with must be known to be measured, but {type(module).__name__} returns "
@@ -395,4 +373,6 @@ def _compare(probe: Probe, loop: Loop, reference: ReferenceTask) -> ReferenceTas
             "Candidates are measured by %s, which no likelihood of their tokens equals: a row at a time, which is "
             "slower, and without token detail.", pool.reading.loss_name,
         )  # fmt: skip
-    return reference if probe.reference_loss else fed_reference(module, reference, pool.reading, pool)
+    if reference_loss is not None and reference.is_text:
+        return reference
+    return fed_reference(module, reference, pool.reading, pool, reference_loss)

@@ -32,11 +32,15 @@ def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
         labels: Labels of the round, whose rows say how long rows are.
 
     Returns:
-        The argument `evidence` of the fit, or nothing where the model counts none, or its `fit` does not name it. One
-        that takes whatever it is given may hand it on to one that does not.
+        The argument `evidence` of the fit, or nothing where the model counts none, its `fit` does not name it, or the
+        reference task has no text. One that takes whatever it is given may hand it on to one that does not.
     """
     model: Any = run.influence_model
-    if not hasattr(model, "count_evidence") or "evidence" not in inspect.signature(model.fit).parameters:
+    if (
+        not run.reference.is_text
+        or not hasattr(model, "count_evidence")
+        or "evidence" not in inspect.signature(model.fit).parameters
+    ):
         return {}
     if run.evidence is None:
         wanted = math.ceil(BACKGROUND_TOKENS / max(float(np.mean(labels.num_tokens)), 1.0))

@@ -202,6 +202,11 @@ def check_stream(pool: CandidatePool, config: MatesConfig, influence_model: Any,
     if not isinstance(pool, StreamPool):
         return
     found = []
+    if pool.beyond_text:
+        found.append(
+            f"its rows have `{'`, `'.join(pool.beyond_text)}`, and buffers of a stream are chosen from by text: load "
+            "it without streaming, or part by part"
+        )
     if int(version("datasets").split(".")[0]) < 4:
         found.append("`datasets` before 4.0 does not find its place in a stream again: `pip install -U datasets`")
     if config.candidate_scope == "pool":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import IterableDataset
 
 from mates_hf.config import MatesConfig
-from mates_hf.data.collated import forked_rng, name_of, read_row
+from mates_hf.data.collated import Collator, collate, drawn_row, forked_rng, name_of, read_row
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.segments import ONE_DOCUMENT_A_ROW, is_packing_key
 from mates_hf.engine.model_traits import vocabulary_size
@@ -159,8 +159,7 @@ def check_pool(pool: CandidatePool, model: Any) -> None:
         ValueError: a token id of a few fixed rows is not in the model's vocabulary; names the row and the id.
     """
     if pool.collate_fn is not None:
-        with forked_rng(0):
-            batch = pool.collate_fn([pool.dataset[0]] * 2)
+        batch = _first_twice(pool, pool.collate_fn)
         num = len(batch.get("input_ids", "ab"))
         if num != 2 and not (num == 1 and any(is_packing_key(key) for key in batch)):
             raise UnsupportedSettingError(
@@ -169,16 +168,34 @@ def check_pool(pool: CandidatePool, model: Any) -> None:
                 "says so. Use one that gives `position_ids` that begin anew (`DataCollatorWithFlattening`), or one "
                 f"that pads (`DataCollatorForLanguageModeling`). {ONE_DOCUMENT_A_ROW}"
             )
+    if not pool.has_text:
+        return
     size = vocabulary_size(model)
     for i in np.unique(np.linspace(0, len(pool) - 1, 64).astype(np.int64)).tolist():
+        given = drawn_row(pool.dataset, i)
         with forked_rng(i):
-            row = read_row(pool.dataset[i], pool.collate_fn, f"pool row {i}", same_length=False)
+            row = read_row(given, pool.collate_fn, f"pool row {i}", same_length=False)
         values = row.input_ids
         if size is not None and len(values) and (values.max() >= size or values.min() < 0):
             raise ValueError(
                 f"Token ids must be in the model's vocabulary of {size}, got {int(values.max())} in pool row "
                 f"{i}. The pool was tokenised with another tokenizer, or the embedding was not resized."
             )
+
+
+def _first_twice(pool: CandidatePool, collate_fn: Collator) -> Mapping[str, Any]:
+    """What the collator makes of the first row, given twice; refused by name where rows are no text and it fails."""
+    try:
+        return collate(pool.dataset, collate_fn, [0, 0])
+    except Exception as error:
+        row = drawn_row(pool.dataset, 0)
+        if isinstance(row, Mapping) and "input_ids" not in row and not {"text", "messages"} & set(row):
+            raise UnsupportedSettingError(
+                f"The collator `{name_of(collate_fn)}` must make a batch of pool rows, got {type(error).__name__} for "
+                f"row 0 with the keys {sorted(map(str, row))}: {error}. Let a processor make `pixel_values` or "
+                "`input_features`, and `labels`, of each row, or use the collator that does."
+            ) from error
+        raise
 
 
 def resume_caveats() -> list[str]:

@@ -342,7 +342,7 @@ def _trainable(rows: TokenRows, task: ReferenceTask) -> tuple[TokenRows, dict[st
     """The rows that have a trained token and share no text with the reference, and how many others there are."""
     has_target = rows.num_targets > 0
     shared = np.zeros(len(rows), bool)
-    shared[TokenNgramIndex(task.rows).shared(rows)] = True
+    shared[TokenNgramIndex(task.text("a fit on a file of texts")).shared(rows)] = True
     num_shared = int((shared & has_target).sum())
     facts = {"num_rows": len(rows), "num_empty": int((~has_target).sum()), "num_shared": num_shared}
     if not has_target.any():
