@@ -76,7 +76,6 @@ class FeatureInfluenceModel:
 
     __repr__ = fitted_repr
     reads_examples = True  # rows as the model is fed them, not token ids alone
-    shares_scoring = True  # each process of a run has the model, and predicts its share of the candidates
 
     def __init__(
         self,

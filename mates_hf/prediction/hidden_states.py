@@ -67,6 +67,8 @@ class HiddenStateInfluenceModel:
         tokens_per_batch: padded tokens in one pass; less memory, not other results.
         seed: Random seed of the held-out split.
         progress: show progress bars.
+        max_seconds: Largest number of seconds that scoring the candidates of one round may take. A run that would take
+            longer is refused before its first step. None sets no limit, and the seconds are logged.
 
     Raises:
         ValueError: an argument outside its range.
@@ -81,6 +83,7 @@ class HiddenStateInfluenceModel:
         tokens_per_batch: int = 8192,
         seed: int = 0,
         progress: bool = False,
+        max_seconds: float | None = None,
     ) -> None:
         if layers is not None and not (layers and all(isinstance(layer, int) for layer in layers)):
             raise ValueError(f"`layers` must be None or whole numbers, got {layers!r}.")
@@ -88,9 +91,12 @@ class HiddenStateInfluenceModel:
             raise ValueError(f"`tokens_per_batch` must be a whole number of at least 1, got {tokens_per_batch!r}.")
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
+        if max_seconds is not None and not (isinstance(max_seconds, (int, float)) and max_seconds > 0):
+            raise ValueError(f"`max_seconds` must be a number above 0, or None, got {max_seconds!r}.")
         if model is not None:
             _states_module(model)
         self.model = model
+        self.max_seconds = max_seconds  # of a run: no prediction depends on it, and it is not saved
         self.layers = None if layers is None else list(layers)
         self.tokens_per_batch, self.seed, self.progress = tokens_per_batch, seed, progress
         self._line: StateLine | None = None
@@ -295,6 +301,15 @@ class HiddenStateInfluenceModel:
                 progress=self.progress,
                 **keep,
             )
+
+    def seconds_to_score(self, rows: TokenRows, num: int) -> float:
+        """Estimate how long `num` candidates take to predict, by running a few, the second time of two."""
+        rows, took = rows.take(rows.num_targets > 0), 0.0
+        for _ in range(2):
+            started = time.perf_counter()
+            self._states(rows, None)
+            took = time.perf_counter() - started
+        return took * num / max(1, len(rows))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and `fit.json` into a directory.

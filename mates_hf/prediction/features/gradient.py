@@ -143,7 +143,7 @@ class HeadFeatures:
         for column in range(errors.shape[1]):
             part = (self.products[:, :, column] - np.outer(errors[:, column], mean)) / spread
             found += part @ part.T
-        return found
+        return np.asarray(found)
 
     def weighted_sum(self, weights: FloatVector, mean: FloatVector) -> FloatVector:
         """(D + 1, E) float64 sum over candidates of weight times product; states are centred, the 1 comes last."""

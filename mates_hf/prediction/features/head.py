@@ -142,7 +142,7 @@ def find_head(model: nn.Module, batch: ModelBatch, given: nn.Module | str | None
     get = getattr(model, "get_output_embeddings", None)
     try:
         own = get() if callable(get) else None
-    except NotImplementedError:
+    except (AttributeError, NotImplementedError):
         own = None
     seen: list[tuple[nn.Module, Tensor]] = []
 
@@ -170,7 +170,7 @@ def find_head(model: nn.Module, batch: ModelBatch, given: nn.Module | str | None
 
 def _named(model: nn.Module, given: nn.Module | str) -> nn.Module:
     """The module that was given, or that has the name."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if isinstance(given, str):
         found = modules.get(given)
     else:
@@ -189,4 +189,5 @@ def name_of_head(model: nn.Module, given: nn.Module | str | None) -> str | None:
     if given is None or isinstance(given, str):
         return given
     found = _named(model, given)
-    return next(name for name, module in model.named_modules() if module is found)
+    names: list[str] = [name for name, module in model.named_modules() if module is found]
+    return names[0]

@@ -34,7 +34,13 @@ def check_arguments(features: Any, num_errors: Any, tokens_per_batch: Any, max_s
 
 
 def readable(model: Any) -> nn.Module:
-    """The module to run, unwrapped.
+    """The module to run.
+
+    Args:
+        model: The live model, wrapped or not.
+
+    Returns:
+        The module, unwrapped.
 
     Raises:
         TypeError: it is no module.

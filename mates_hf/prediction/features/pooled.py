@@ -113,4 +113,4 @@ class _Means:
         """(N, D) float32; no column where there is no candidate."""
         if self._sums is None:
             return np.zeros((len(self._num_targets), 0), np.float32)
-        return self._sums / self._num_targets[:, None].astype(np.float32)
+        return np.asarray(self._sums / self._num_targets[:, None], np.float32)

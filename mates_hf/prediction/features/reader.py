@@ -100,7 +100,7 @@ class LiveReader:
                 if self.features == "head_gradient":
                     head = self._head(passes)
                     errors = Errors(head.num_classes, NUM_ERRORS)
-                    passes.run(lambda batch, *_, head=head, errors=errors: errors.of(*head.read(batch)[1:]))  # type: ignore[misc]
+                    passes.run(lambda batch, *_, head=head, errors=errors: errors.of(*head.read(batch)[1:]))
                 else:
                     self._states(passes, num_targets)
                 took = time.perf_counter() - started

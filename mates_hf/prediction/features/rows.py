@@ -3,8 +3,8 @@
 Where it is used: `feature_model` opens what it is given here. Rows that the run's collator makes (pixels, audio, text)
 and token rows that pad themselves are run alike.
 
-Trade-off: rows are grouped by the bytes of their inputs as well as by their tokens. One image may be as large as ten
-thousand tokens, and its length says 1.
+Trade-off: a pool whose reading is not known yet is compared with the model's own loss first, as a probe does, which
+runs a few rows more.
 
 Shape suffixes: N candidates, R rows that are run (documents of packed candidates are rows of their own).
 """
@@ -19,22 +19,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from mates_hf.data.batches import Candidates, ModelBatch
 from mates_hf.data.documents import document_codes
+from mates_hf.data.feeds import CollatedRows
 from mates_hf.data.pool import open_candidates
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.model_traits import input_device, require_known_tokens, without_needless_mask
 from mates_hf.flops import forward_flops
 from mates_hf.influence.micro_batches import max_tokens, run_batches
-from mates_hf.influence.passes import logits_of_batch, measured_apart
+from mates_hf.influence.passes import measured_apart
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.reading import find_reading
 from mates_hf.records import InfluenceLabels, IntArray
 
-_MAX_INPUT_BYTES = 32 * 2**20  # of the inputs of one pass; what a model makes of them is many times that
 _TIMED_ROWS = 64  # rows that are run to say how long many will take
 
 
@@ -96,13 +95,14 @@ def is_fed(candidates: Any) -> bool:
 def _places(rows: Any, ids: IntArray) -> IntArray:
     """Where candidates with these ids stand: rows of a collator know their pool rows, token rows count from 0."""
     known = getattr(rows, "ids", None)
-    if known is None and getattr(rows, "rows", None) is not None:
-        known = getattr(rows.rows, "ids", None)
     if known is None:
-        if len(ids) and int(ids.max()) >= len(rows):
+        highest = int(ids.max(initial=-1))
+        if len(rows) == len(ids) and highest >= len(rows):
+            return np.arange(len(rows))  # a run hands over the labelled rows alone, in the labels' order
+        if highest >= len(rows):
             raise ValueError(
                 f"`candidates` must be those that were measured, got {len(rows)} rows for labels of rows up to "
-                f"{int(ids.max())}. Pass the pool that was probed."
+                f"{highest}. Pass the pool that was probed."
             )
         return ids
     known = np.asarray(known)
@@ -120,7 +120,7 @@ def _places(rows: Any, ids: IntArray) -> IntArray:
 
 def codes_of(rows: Candidates) -> IntArray:
     """(N,) int64, equal for candidates of one content: tokens, or all that the collator makes but the labels."""
-    if isinstance(rows, TokenRows):
+    if isinstance(rows, (TokenRows, CollatedRows)):
         return document_codes(rows)
     codes = np.empty(len(rows), np.int64)
     for i in range(len(rows)):
@@ -167,19 +167,14 @@ class Passes:
         def one(index: npt.NDArray[np.int64], counts: bool) -> None:
             work(self._batch(index), self._owners[index], np.asarray(self._rows.num_targets[index], np.int64))
 
-        num_bytes = sum(v.numel() * v.element_size() for v in self.first().inputs.values() if isinstance(v, Tensor))
-        each = max(1, num_bytes // max(1, int(self._rows.lengths[0])))
-        limit = max(1, min(self._limit, _MAX_INPUT_BYTES // each))
         with torch.no_grad(), tqdm(total=len(self._rows), desc="features", unit="row", disable=not progress) as bar:
-            run_batches(self._model, self._rows, one, tokens_per_batch=limit, one_row=self._rows.one_by_one, bar=bar)
+            run_batches(
+                self._model, self._rows, one, tokens_per_batch=self._limit, one_row=self._rows.one_by_one, bar=bar
+            )
 
     def flops(self) -> float:
-        """FLOPs of one pass over all rows: of token rows by the rule of `flops`, of others as torch counts one row."""
-        if isinstance(self._rows, TokenRows):
-            return forward_flops(count_multiplied_parameters(self._model), float(self._rows.lengths.sum()))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            logits_of_batch(self._model, self.first())
-        return float(counter.get_total_flops()) * len(self._rows)
+        """FLOPs of one pass over all rows, by the rule of `flops`."""
+        return forward_flops(count_multiplied_parameters(self._model), float(self._rows.lengths.sum()))
 
     def _batch(self, index: npt.NDArray[np.int64]) -> ModelBatch:
         batch = self._rows.batch(index, "cpu").to(input_device(self._model))

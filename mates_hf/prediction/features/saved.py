@@ -29,10 +29,10 @@ def write_line(
         report: How well it predicts.
     """
     flat = line.line if isinstance(line, HeadLine) else line
-    tensors, further = {"coefficient": flat.coefficient}, {"num_classes": None}
+    tensors, num_classes = {"coefficient": flat.coefficient}, None
     if isinstance(line, HeadLine):
-        tensors["mean"], further["num_classes"] = line.mean, line.num_classes
-    write_artifact(path, kind, {**settings, **flat.settings(), **further}, tensors, report)
+        tensors["mean"], num_classes = line.mean, line.num_classes
+    write_artifact(path, kind, {**settings, **flat.settings(), "num_classes": num_classes}, tensors, report)
 
 
 def read_line(path: Any, kind: str, names: Iterable[str]) -> tuple[dict[str, Any], StateLine | HeadLine, FitReport]:
