@@ -1,8 +1,8 @@
 """A data influence model for any modality: it reads what the model that trains makes of a candidate and its label.
 
 Where it is used: in place of `ngram_model`, where candidates are images, audio, or texts with more than tokens. What
-moves a model is the product of a hidden state and the error of what was said there, which is the gradient of the
-output head. A ridge on that product ranks candidates in one forward pass each (`features/gradient`).
+moves a model is the product of a hidden state and the error of what was said there, the gradient of the output head. A
+ridge on that product ranks candidates in one forward pass each (`features/gradient`).
 
 Trade-off: a label error needs the label, and predictions cost a forward pass of the training model a candidate and
 hold for the weights of the fit. Pixels or hidden states alone, which need less, predict little.
@@ -24,16 +24,16 @@ from torch import nn
 
 from mates_hf.data.arguments import check_fit, fitted_repr
 from mates_hf.data.batches import Candidates
-from mates_hf.engine.digest import live_digest
 from mates_hf.errors import MatesError
 from mates_hf.prediction.artifacts import damaged
 from mates_hf.prediction.features.gradient import HeadLine
 from mates_hf.prediction.features.head import name_of_head
 from mates_hf.prediction.features.live import check_arguments, readable, tell_other_weights
+from mates_hf.prediction.features.media import MediaReader
 from mates_hf.prediction.features.pooled import FeatureFunction
 from mates_hf.prediction.features.reader import LiveReader
 from mates_hf.prediction.features.rows import codes_of, is_fed, labelled_rows, open_rows
-from mates_hf.prediction.features.saved import read_line, write_line
+from mates_hf.prediction.features.saved import features_to_load, read_line, require_encoder, write_line
 from mates_hf.prediction.judge import fresh_report
 from mates_hf.prediction.ridge import FitTarget, StateLine
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Features = Literal["head_gradient", "hidden"]
-_SAVED = ("head", "num_errors", "tokens_per_batch", "max_seconds", "seed", "progress")
+_SAVED = ("column", "head", "num_errors", "tokens_per_batch", "max_seconds", "seed", "progress")
 
 
 class FeatureInfluenceModel:
@@ -58,7 +58,9 @@ class FeatureInfluenceModel:
     Args:
         features: What is read of a candidate. `"head_gradient"`: the mean over its targets of hidden state times label
             error. `"hidden"`: the mean hidden state, and the class where a candidate has one. A function
-            `features(model, batch)`: whatever it returns, (B, D) for the B rows of a batch with labels.
+            `features(model, batch)`: whatever it returns, (B, D) for the B rows of a batch with labels. An encoder of
+            images or sounds, a model of transformers or its folder or repository: its pooled states. It reads neither
+            labels nor the model that trains, so that a `MatesSelector` can score datasets with it.
         model: The model that trains; None where each call is given one, or a run.
         head: The output head, or its name in the model (`"classifier"`). None looks for it.
         num_errors: Number of dimensions that label errors are projected to where there are more classes. None keeps up
@@ -67,6 +69,8 @@ class FeatureInfluenceModel:
         tokens_per_batch: Padded tokens in one pass; less memory, not other results.
         max_seconds: Largest number of seconds that scoring the candidates of one round may take. A run that would take
             longer is refused before its first step. None sets no limit, and the seconds are logged.
+        processor: Image processor or feature extractor of an encoder; None loads the one that lies next to it.
+        column: The pool's column that an encoder reads; None is `image`, or `audio` with a feature extractor.
         seed: Random seed of the held-out split.
         progress: Whether to show progress bars.
 
@@ -79,18 +83,25 @@ class FeatureInfluenceModel:
 
     def __init__(
         self,
-        features: Features | FeatureFunction = "head_gradient",
+        features: Features | FeatureFunction | nn.Module | str | os.PathLike[str] = "head_gradient",
         model: nn.Module | None = None,
         *,
         head: nn.Module | str | None = None,
         num_errors: int | None = None,
         tokens_per_batch: int = 8192,
         max_seconds: float | None = None,
+        processor: Any = None,
+        column: str | None = None,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        check_arguments(features, num_errors, tokens_per_batch, max_seconds, seed)
+        kind = check_arguments(features, num_errors, tokens_per_batch, max_seconds, seed, processor, column)
         self.features = features
+        self._kind, self.processor, self.column = kind, processor, column
+        self._encoder: MediaReader | None = None
+        if kind == "encoder":
+            self._encoder = MediaReader.of(features, processor, column, progress=progress)
+            self.column = self._encoder.column
         self.model = None if model is None else readable(model)
         self.head = head
         self.num_errors, self.tokens_per_batch, self.max_seconds = num_errors, tokens_per_batch, max_seconds
@@ -115,19 +126,11 @@ class FeatureInfluenceModel:
     def with_model(self, model: nn.Module) -> Self:
         """A copy of this, fitted or not, that runs `model`."""
         twin = self.__deepcopy__({})
-        twin.model = readable(model)
+        twin.model = readable(model) if self._encoder is None else None
         return twin
 
     def for_run(self, *, model: nn.Module, tokenizer: Any = None) -> Self:
-        """A copy that reads the model of a run, whose guard judges predictions at other weights.
-
-        Args:
-            model: The model that trains; one that was given before is kept.
-            tokenizer: Its tokenizer, which is not needed here.
-
-        Returns:
-            The copy.
-        """
+        """A copy that reads a run's model, unless one was given; the run's guard judges it at other weights."""
         twin = self.with_model(model if self.model is None else self.model)
         twin._in_run = True
         return twin
@@ -142,6 +145,11 @@ class FeatureInfluenceModel:
         self._fitted()
         assert self._report is not None
         return self._report
+
+    @property
+    def reads_media(self) -> bool:
+        """Whether it reads images or sounds by an encoder of their own, and no model that trains."""
+        return self._encoder is not None
 
     @property
     def weights(self) -> str | None:
@@ -194,17 +202,15 @@ class FeatureInfluenceModel:
             check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
         earlier = self._line_of(previous)
-        live = self._live(model)
-        self.head = name_of_head(live, self.head)
-        rows = labelled_rows(candidates, labels, live)
+        reader, rows = self._opened(candidates, model, labels)
         usable = labels.num_tokens > 0
         target = FitTarget.of(
             labels, usable, groups=groups, documents=codes_of(rows) if documents is None else documents,
             held_out_fraction=held_out_fraction, seed=seed,
         )  # fmt: skip
         kept = rows.take(np.flatnonzero(usable))
-        held_out, self._line, flops = self._reader(live).fit(kept, target, earlier)
-        self._weights = live_digest(live)
+        held_out, self._line, flops = reader.fit(kept, target, earlier)
+        self._weights = reader.digest()
         report = target.report(held_out, num_labels=int((~target.held_out).sum()), seed=seed)
         self._report = dataclasses.replace(
             report,
@@ -222,16 +228,13 @@ class FeatureInfluenceModel:
         """What the influence model of the round before has to build on."""
         if previous is None:
             return None
-        if not isinstance(previous, FeatureInfluenceModel) or previous._kind != self._kind:
-            got = f"features={previous._kind!r}" if isinstance(previous, FeatureInfluenceModel) else type(previous)
+        if getattr(previous, "_kind", None) != self._kind:
             raise ValueError(
-                f"`previous` must be a FeatureInfluenceModel with the same features ({self._kind!r}), got {got}."
+                f"`previous` must be a FeatureInfluenceModel with the same features ({self._kind!r}), got "
+                f"{getattr(previous, '_kind', type(previous).__name__)!r}."
             )
-        return previous._fitted()
-
-    @property
-    def _kind(self) -> str:
-        return self.features if isinstance(self.features, str) else "function"
+        line: StateLine | HeadLine = previous._fitted()
+        return line
 
     def predict(self, dataset: Any, *, model: nn.Module | None = None) -> FloatArray:
         """Predicted `influence` of each row.
@@ -262,19 +265,28 @@ class FeatureInfluenceModel:
         return line.line if isinstance(line, HeadLine) else line
 
     def _per_token(self, dataset: Any, model: nn.Module | None, *, tell: bool = True) -> npt.NDArray[np.float64]:
-        line, live = self._fitted(), self._live(model)
-        if tell and not self._in_run:
-            tell_other_weights(live, self._weights, self._told)
-        rows = open_rows(dataset, live)
+        line = self._fitted()
+        reader, rows = self._opened(dataset, model)
+        if tell and not self._in_run and isinstance(reader, LiveReader):
+            tell_other_weights(reader.model, self._weights, self._told)
         found = np.asarray(rows.num_targets) > 0
         if not found.any():
             return self._units.per_token(np.zeros(0), found)
-        scores = self._reader(live).z_scores(rows.take(np.flatnonzero(found)), line)
-        return self._units.per_token(scores, found)
+        return self._units.per_token(reader.z_scores(rows.take(np.flatnonzero(found)), line), found)
+
+    def _opened(self, candidates: Any, model: nn.Module | None, labels: InfluenceLabels | None = None) -> Any:
+        """What reads candidates, and the candidates: those of labels in their order, or all."""
+        if self._encoder is not None:
+            return self._encoder, self._encoder.rows(candidates, labels)
+        live = self._live(model)
+        rows = open_rows(candidates, live) if labels is None else labelled_rows(candidates, labels, live)
+        return self._reader(live), rows
 
     def _reader(self, live: nn.Module) -> LiveReader:
-        head = name_of_head(live, self.head)
-        return LiveReader(live, self.features, head, self.num_errors, self.tokens_per_batch, self.seed, self.progress)
+        self.head = name_of_head(live, self.head)
+        return LiveReader(
+            live, self.features, self.head, self.num_errors, self.tokens_per_batch, self.seed, self.progress
+        )
 
     def _live(self, model: nn.Module | None) -> nn.Module:
         """The model to read with, unwrapped."""
@@ -309,10 +321,9 @@ class FeatureInfluenceModel:
         Returns:
             The report, in the unit of `labels.influence`; `seconds` is the time this took.
         """
-        live = self._live(model)
-        rows = labelled_rows(candidates, labels, live)
+        _, rows = self._opened(candidates, model, labels)
         return fresh_report(
-            lambda: self._per_token(rows, live, tell=False), labels, self.report, groups=groups,
+            lambda: self._per_token(rows, model, tell=False), labels, self.report, groups=groups,
             documents=codes_of(rows) if documents is None else documents, seed=seed,
         )  # fmt: skip
 
@@ -327,7 +338,8 @@ class FeatureInfluenceModel:
         Returns:
             Seconds.
         """
-        return self._reader(self._live(model)).seconds(candidates, num)
+        reader = self._encoder or self._reader(self._live(model))
+        return reader.seconds(candidates, num)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and `fit.json` into a directory.
@@ -339,6 +351,7 @@ class FeatureInfluenceModel:
         line = self._fitted()
         settings = {name: getattr(self, name) for name in _SAVED}
         settings |= {"features": self._kind, "weights": self._weights}
+        settings["encoder"] = None if self._encoder is None else self._encoder.name
         write_line(path, type(self).__name__, settings, line, self.report)
 
     @classmethod
@@ -347,14 +360,17 @@ class FeatureInfluenceModel:
         path: str | os.PathLike[str],
         *,
         model: nn.Module | None = None,
-        features: FeatureFunction | None = None,
+        features: FeatureFunction | nn.Module | None = None,
+        processor: Any = None,
     ) -> Self:
         """Read what `save_pretrained` wrote. Nothing is unpickled.
 
         Args:
             path: The directory.
             model: The model to read candidates with; at the weights of the fit, predictions are equal bit for bit.
-            features: The function that it was fitted with, where it was fitted with one.
+            features: The function or the encoder that it was fitted with, where no file holds it. An encoder that was
+                given by its folder or repository is loaded from there.
+            processor: Processor of an encoder that is given.
 
         Returns:
             The fitted ridge; without a model it can be `previous`, and predicts once it is given one.
@@ -362,20 +378,20 @@ class FeatureInfluenceModel:
         Raises:
             FileNotFoundError: the directory holds no influence model.
             ValueError: it holds another kind of model, was written in a newer format, or needs `features`.
-            MatesError: a file is damaged or was changed after it was written.
+            MatesError: a file is damaged or was changed after it was written, or the encoder is another one.
         """
-        config, line, report = read_line(path, cls.__name__, (*_SAVED, "features", "weights"))
-        needs = config["features"] == "function"
-        if needs != (features is not None):
-            wanted = "the function that it was fitted with" if needs else f"left out: it reads {config['features']!r}"
-            raise ValueError(f"`features` must be {wanted}, for the influence model of `{path}`.")
+        config, line, report = read_line(path, cls.__name__, (*_SAVED, "features", "weights", "encoder"))
+        read = features_to_load(path, config, features)
         try:
-            found = cls(features or config["features"], model, **{name: config[name] for name in _SAVED})
+            found = cls(read, model, processor=processor, **{name: config[name] for name in _SAVED})
         except (TypeError, ValueError) as error:  # damaged along with its checksum
             raise damaged(path, error) from error
+        require_encoder(found._encoder, config["weights"])
         found._line, found._report, found._weights = line, report, config["weights"]
         return found
 
     def load_fitted(self, path: str | os.PathLike[str]) -> Self:
         """A saved fit of this influence model, with the function of features that a file cannot hold."""
-        return self.from_pretrained(path, features=self.features if callable(self.features) else None)
+        if not callable(self.features):
+            return self.from_pretrained(path)
+        return self.from_pretrained(path, features=self.features, processor=self.processor)

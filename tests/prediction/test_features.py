@@ -468,7 +468,10 @@ class ConvHead(nn.Module):
 
 def test_wrong_input_is_refused_by_name(digits: Digits, fitted: Any, make_tiny_model: Any) -> None:
     for arguments, match in (
-        ({"features": "logits"}, "`features` must be 'head_gradient', 'hidden' or a function, got 'logits'"),
+        (
+            {"features": "logits"},
+            "`features` must be 'head_gradient', 'hidden', a function, or an encoder .*, got 'logits'",
+        ),
         ({"num_errors": 0}, "`num_errors` must be a whole number of at least 1, got 0"),
         ({"tokens_per_batch": 1.5}, "`tokens_per_batch` must be"),
         ({"max_seconds": -1}, "`max_seconds` must be a number above 0, or None, got -1"),

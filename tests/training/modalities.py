@@ -87,9 +87,7 @@ def captions(num: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def pairs(num: int, seed: int = 0) -> list[dict[str, Any]]:
     """A picture and a text of three tokens that says which quadrant is lit."""
-    return [
-        {"input_ids": [1, row["labels"] + 5, 2], "pixel_values": row["pixel_values"]} for row in images(num, seed)
-    ]
+    return [{"input_ids": [1, row["labels"] + 5, 2], "pixel_values": row["pixel_values"]} for row in images(num, seed)]
 
 
 def seeded(make: Callable[[], Any], seed: int = 0) -> Any:

@@ -161,7 +161,7 @@ class HeadFeatures:
         errors = self.errors.astype(np.float64)
         if self.products is None:
             return np.asarray(np.einsum("ne,ne->n", (self.states - mean) @ matrix[:-1] + matrix[-1], errors))
-        found = errors @ (matrix[-1] - mean @ matrix[:-1])
+        found: FloatVector = errors @ (matrix[-1] - mean @ matrix[:-1])
         for rows, block in self._blocks():
             found[rows] += block.reshape(len(block), -1) @ matrix[:-1].reshape(-1)
         return found

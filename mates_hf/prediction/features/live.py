@@ -7,6 +7,8 @@ whether they are those of the fit, at every prediction; that is little next to a
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,10 +22,52 @@ logger = logging.getLogger(__name__)
 _NAMED = ("head_gradient", "hidden")
 
 
-def check_arguments(features: Any, num_errors: Any, tokens_per_batch: Any, max_seconds: Any, seed: Any) -> None:
-    """Raise a `ValueError` that names the first argument of the influence model which is outside its range."""
-    if not callable(features) and features not in _NAMED:
-        raise ValueError(f"`features` must be 'head_gradient', 'hidden' or a function, got {features!r}.")
+def check_arguments(
+    features: Any,
+    num_errors: Any,
+    tokens_per_batch: Any,
+    max_seconds: Any,
+    seed: Any,
+    processor: Any,
+    column: Any,
+) -> str:
+    """Check the arguments of the influence model.
+
+    Args:
+        features: Its `features`.
+        num_errors: Its `num_errors`.
+        tokens_per_batch: Its `tokens_per_batch`.
+        max_seconds: Its `max_seconds`.
+        seed: Its `seed`.
+        processor: Its `processor`.
+        column: Its `column`.
+
+    Returns:
+        The kind of the features: `"head_gradient"`, `"hidden"`, `"encoder"` or `"function"`.
+
+    Raises:
+        ValueError: the first that is outside its range, by its name.
+    """
+    is_path = isinstance(features, os.PathLike) or (
+        isinstance(features, str) and ("/" in features or Path(features).is_dir())
+    )
+    if isinstance(features, nn.Module) or is_path:
+        kind = "encoder"
+    elif callable(features) and not isinstance(features, type):
+        kind = "function"
+    elif isinstance(features, str) and features in _NAMED:
+        kind = features
+    else:
+        raise ValueError(
+            "`features` must be 'head_gradient', 'hidden', a function, or an encoder (a model of transformers, its "
+            f"folder or repository), got {features!r}."
+        )
+    if isinstance(features, nn.Module) and processor is None:
+        raise ValueError(
+            "`processor` must be given with an encoder, got None. Pass `AutoImageProcessor.from_pretrained(name)`."
+        )
+    if kind != "encoder" and (processor is not None or column is not None):
+        raise ValueError("`processor` and `column` are for an encoder as `features`. Leave them out.")
     for name, value, least in (("num_errors", num_errors, 1), ("tokens_per_batch", tokens_per_batch, 1)):
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
@@ -31,6 +75,7 @@ def check_arguments(features: Any, num_errors: Any, tokens_per_batch: Any, max_s
         raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
     if max_seconds is not None and not (isinstance(max_seconds, (int, float)) and max_seconds > 0):
         raise ValueError(f"`max_seconds` must be a number above 0, or None, got {max_seconds!r}.")
+    return kind
 
 
 def readable(model: Any) -> nn.Module:

@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 
 from mates_hf.data.batches import Candidates
+from mates_hf.engine.digest import live_digest
 from mates_hf.prediction.features.gradient import NUM_ERRORS, Errors, HeadLine, fit_and_hold_out
 from mates_hf.prediction.features.head import OutputHead
 from mates_hf.prediction.features.pooled import own_features, pooled_states
@@ -48,6 +49,10 @@ class LiveReader:
     tokens_per_batch: int
     seed: int
     progress: bool
+
+    def digest(self) -> str:
+        """Digest of the model's weights."""
+        return live_digest(self.model)
 
     def fit(
         self, rows: Candidates, target: FitTarget, earlier: StateLine | HeadLine | None

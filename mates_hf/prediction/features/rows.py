@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from mates_hf.data.batches import Candidates, ModelBatch
 from mates_hf.data.documents import document_codes
 from mates_hf.data.feeds import CollatedRows
+from mates_hf.data.media_column import MediaRows
 from mates_hf.data.pool import open_candidates
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.model_traits import input_device, require_known_tokens, without_needless_mask
@@ -118,8 +119,10 @@ def _places(rows: Any, ids: IntArray) -> IntArray:
     return np.asarray(places, np.int64)
 
 
-def codes_of(rows: Candidates) -> IntArray:
+def codes_of(rows: Candidates | MediaRows) -> IntArray:
     """(N,) int64, equal for candidates of one content: tokens, or all that the collator makes but the labels."""
+    if isinstance(rows, MediaRows):
+        return rows.hashes()
     if isinstance(rows, (TokenRows, CollatedRows)):
         return document_codes(rows)
     codes = np.empty(len(rows), np.int64)

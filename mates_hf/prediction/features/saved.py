@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mates_hf.errors import MatesError
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.prediction.features.gradient import HeadLine
+from mates_hf.prediction.features.media import MediaReader
 from mates_hf.prediction.ridge import SETTINGS, StateLine
 from mates_hf.records import FitReport
 
@@ -59,3 +61,38 @@ def read_line(path: Any, kind: str, names: Iterable[str]) -> tuple[dict[str, Any
     except (TypeError, ValueError, OverflowError) as error:  # damaged along with its checksum
         raise damaged(path, error) from error
     return config, line, report
+
+
+def features_to_load(path: Any, config: Mapping[str, Any], given: Any) -> Any:
+    """The `features` of a saved influence model.
+
+    Args:
+        path: Its directory, for errors.
+        config: What it was saved with.
+        given: What the caller passes, or None.
+
+    Returns:
+        The name, the function or the encoder.
+
+    Raises:
+        ValueError: a function or an encoder is needed and was not given, or the other way round.
+    """
+    kind, needed = config["features"], ""
+    if kind == "function" and given is None:
+        needed = "the function that it was fitted with"
+    elif kind == "encoder" and given is None and config["encoder"] is None:
+        needed = "the encoder that it was fitted with, and `processor` its processor"
+    elif kind not in ("function", "encoder") and given is not None:
+        needed = f"left out, because it reads {kind!r}"
+    if needed:
+        raise ValueError(f"`features` must be {needed}, for the influence model of `{path}`.")
+    return given if given is not None else (config["encoder"] if kind == "encoder" else kind)
+
+
+def require_encoder(reader: MediaReader | None, digest: Any) -> None:
+    """Raise a `MatesError` where an encoder is not the one of the fit, whose digest was saved."""
+    if reader is not None and reader.digest() != digest:
+        raise MatesError(
+            "The encoder must be the one that the influence model was fitted with, and its weights are others. Pass "
+            "that one as `features=`, with its `processor=`, or fit again."
+        )
