@@ -103,9 +103,9 @@ class ComparedRows:
                     f"`{name_of(collate_fn)}`: an augmentation draws from a random stream of its own. Let it draw "
                     "from `random`, `numpy.random` or torch's default stream, or seed it by the number of the row."
                 )
-        reading, collating = (any(pair[place] for pair in found) for place in (0, 1))
-        if collating and self.beyond_text:
+        if self.beyond_text:
             self._refuse_mixtures()
+        reading, collating = (any(pair[place] for pair in found) for place in (0, 1))
         return reading, collating
 
     @property
@@ -115,19 +115,20 @@ class ComparedRows:
 
     def _refuse_mixtures(self) -> None:
         """Raise where what the collator makes of a row depends on the rows beside it (mixup, cutmix)."""
-        first, *others = self.rows[:7]
-        for mates in (others[:3], others[3:]), (others[::2], others[1::2]):
+        for first in self.rows[:4]:  # a row may be mixed with itself
+            others = [row for row in self.rows if row != first]
             try:
-                one, other = (self.together([first, *rows]) for rows in mates)
+                one, other = (self.together([first, *others[part : part + 3]]) for part in (0, 3))
             except Exception as error:  # rows that fit no batch, which is looked at elsewhere
                 logger.debug("The collator makes no batch of pool rows: %s", error)
                 continue
             for key in self.beyond_text:
                 a, b = one.get(key), other.get(key)
-                comparable = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape[1:] == b.shape[1:] and len(a)
-                if comparable and len(mates[0]) == len(mates[1]) and not torch.equal(a[0], b[0]):
+                if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or len(others) < 6:
+                    continue
+                if not torch.equal(a[0], b[0]):
                     raise UnsupportedSettingError(
-                        f"A collator must make of a row the same whatever rows are beside it, but "
+                        "A collator must make of a row the same whatever rows are beside it, but "
                         f"`{name_of(self.collated.collate_fn)}` mixes them (mixup, cutmix): `{key}` of pool row "
                         f"{first} is another one beside other rows. What a row is worth cannot be told then. Leave "
                         "the mixing out of the collator; augmentations of single rows may stay."

@@ -24,7 +24,7 @@ from mates_hf.data.batches import IGNORED, Feed, Likelihood, Reading
 from mates_hf.data.feeds import model_batch
 from mates_hf.data.pool import CandidatePool
 from mates_hf.engine.preserve import undisturbed
-from mates_hf.errors import InfluenceError
+from mates_hf.errors import InfluenceError, UnsupportedSettingError
 from mates_hf.influence.compared_batches import BatchComparison
 from mates_hf.influence.compared_rows import NO_LOGITS
 from mates_hf.influence.comparison import CANNOT_RUN as CANNOT_RUN
@@ -248,7 +248,15 @@ class _Finder(BatchComparison):
         batch = model_batch(self.rows.batches[0], self.base, self.device)
         if not batch.labels.numel() and "input_ids" in batch.inputs:
             batch = batch._replace(labels=batch.inputs["input_ids"])
-        values = likelihood(self.model, batch)
+        try:
+            values = likelihood(self.model, batch)
+        except NO_LOGITS as error:
+            if not self.rows.beyond_text:
+                raise
+            raise UnsupportedSettingError(
+                f"{type(self.model).__name__} must give a loss or logits of each row, got neither for the inputs "
+                f"{sorted(map(str, batch.with_labels()))} ({type(error).__name__}: {error}). {WAY_OUT}"
+            ) from error
         read = [means for reading, means in self._means() if reading.likelihood == "shifted"]
         self._look_at_documents(self.run_loss, np.ones(1))
         feed, constants = self._feed(self.base, read[0] if read else np.zeros(len(self.rows.rows)))

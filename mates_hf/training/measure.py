@@ -27,6 +27,7 @@ from mates_hf.config import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
 from mates_hf.engine.digest import weights_digest
 from mates_hf.engine.model_traits import is_out_of_memory, is_sharded
 from mates_hf.engine.processes import ProcessError, Processes
+from mates_hf.engine.running_statistics import running_statistics, with_statistics
 from mates_hf.errors import InfluenceError, UnrankableError
 from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.influence.probe_directional import DirectionalProbe
@@ -100,23 +101,30 @@ def assist(run: Run) -> int | None:
     """
     while True:
         message, arrays = run.processes.receive()
-        what = message.get("measure")
-        if what == "labels":
-            _labels(run, arrays["ids"], None)
-        elif what == "digest":
-            weights_digest(run.model, run.processes)
-        elif what == "audit":
-            _audit(run, arrays["ids"], message["epsilon"], message["seed"])
-        elif what == "sentinel":
-            with contextlib.suppress(InfluenceError):  # which the main process sees as well, and decides upon
-                _sentinel(run, arrays["ids"], message["epsilon"], message["seed"])
-        else:
+        if "measure" not in message:
             due: int | None = message["due"]
             return due
+        with with_statistics(run.model, arrays):
+            _assist(run, message, arrays)
+
+
+def _assist(run: Run, message: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Measure once what the main process asks for."""
+    what = message["measure"]
+    if what == "labels":
+        _labels(run, arrays["ids"], None)
+    elif what == "digest":
+        weights_digest(run.model, run.processes)
+    elif what == "audit":
+        _audit(run, arrays["ids"], message["epsilon"], message["seed"])
+    elif what == "sentinel":
+        with contextlib.suppress(InfluenceError):  # which the main process sees as well, and decides upon
+            _sentinel(run, arrays["ids"], message["epsilon"], message["seed"])
 
 
 def _ask(run: Run, what: str, ids: IntArray, **details: Any) -> None:
-    run.processes.publish({"measure": what, **details}, ids=np.asarray(ids, np.int64))
+    statistics = running_statistics(run.model) if run.processes.size > 1 else {}
+    run.processes.publish({"measure": what, **details}, ids=np.asarray(ids, np.int64), **statistics)
 
 
 def _labels(run: Run, ids: IntArray, shards_dir: Path | None) -> InfluenceLabels:

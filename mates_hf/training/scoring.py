@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mates_hf.disk import read_array, write_array
 from mates_hf.engine.model_traits import is_sharded
+from mates_hf.engine.running_statistics import running_statistics, with_statistics
 from mates_hf.records import FloatArray, IntArray
 from mates_hf.selection.copies import Hashes
 from mates_hf.training.duplicates import CopyMarks
@@ -55,7 +56,9 @@ def score_candidates(
     """
     shared = run.side.size > 1 and _can_be_sent(run, influence_model)
     if shared:
-        run.side.publish({"score": True}, candidates=np.asarray(candidates, np.int64), **_files_of(influence_model))
+        statistics = running_statistics(run.model) if reads_examples(influence_model) else {}
+        files = _files_of(influence_model)
+        run.side.publish({"score": True}, candidates=np.asarray(candidates, np.int64), **files, **statistics)
     influence, num_targets, hashes = _predict(run, influence_model, candidates, shared=shared)
     write_array(path / "candidates.npy", candidates)
     write_array(path / "scores.npy", influence * np.float32(unit))
@@ -75,12 +78,13 @@ def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, data in arrays.items():
-            if name != "candidates":
+            if name.startswith("file:"):
                 file = Path(folder) / name.removeprefix("file:")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data.tobytes())
         influence_model = bound_to_run(read_fitted(run.influence_model, folder), run.model, run.tokenizer)
-        _predict(run, influence_model, arrays["candidates"], shared=True)
+        with with_statistics(run.model, arrays):
+            _predict(run, influence_model, arrays["candidates"], shared=True)
 
 
 def predict_rows(run: Run, influence_model: InfluenceModel, ids: IntArray) -> FloatArray:

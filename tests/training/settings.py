@@ -49,6 +49,7 @@ MODULES = (
     "test_readings.py",
     "test_settings_refused.py",
     "test_models.py",
+    "test_modalities.py",
     "test_parallel.py",
     "test_processes.py",
     "test_whole_rows.py",

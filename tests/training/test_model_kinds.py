@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from mates_hf import DirectionalProbe, MatesCallback, MatesConfig, load_round
 from mates_hf.data.collated import forked_rng
+from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from tests.training import zoo_kinds, zoo_losses  # noqa: F401 (each enters its kinds)
 from tests.training.kit import leave_modules_to_themselves, make_arguments
 from tests.training.settings import Steps
@@ -56,13 +57,16 @@ def make_trainer(kind: Kind, output_dir: Path, callbacks: list[TrainerCallback])
     )
     epsilon = EPSILON_OF_MIXTURES if is_mixture(model) else EPSILON
     probe = DirectionalProbe(**{"epsilon": epsilon, **kind.probe})
-    mates = MatesCallback(kind.reference(), config, probe=probe)
+    columns = kind.columns()
+    seen = {"pixel_values", "input_ids"} <= columns.keys()
+    influence_model = NgramInfluenceModel(text_only=True) if seen else None
+    mates = MatesCallback(kind.reference(), config, probe=probe, influence_model=influence_model)
     trainer = kind.trainer(
         model=model,
         args=make_arguments(
             output_dir, **{"max_steps": STEPS, "per_device_train_batch_size": 2, **copy.deepcopy(kind.args)}
         ),
-        train_dataset=Dataset.from_dict(kind.columns()),
+        train_dataset=Dataset.from_dict(columns),
         data_collator=kind.collator(model),
         callbacks=[*callbacks, mates],
         **kind.given,

@@ -258,9 +258,9 @@ def git() -> Any:
 # Its pictures stand before the text and have logits: only its own loss knows how many, and passages have none.
 add("Git", git, columns=more_pictures(0, (3, 8, 8)), reading="row by row", **SLOW)
 
-# --- rows without tokens ---------------------------------------------------------------------------------------------
+# --- rows without tokens; with an influence model that reads them they are in `test_modalities` ----------------------
 
-NO_TOKENS = r"must have `input_ids`"
+NO_TOKENS = r"reads text, and the rows of this pool have none"
 
 
 def heard() -> dict[str, Any]:
