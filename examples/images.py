@@ -13,10 +13,11 @@ what is kept out of the classes that `--wanted` names.
     python examples/images.py
     python examples/images.py --folder photos --wanted cat dog --image_size 64 --hidden_size 192
 
-One minute of one CPU core and 1.0 GB of memory. Its last lines:
+35 seconds of one CPU core and 0.8 GB of memory. One seed and so few images show how it is used, and no gain. Its
+last lines:
 
-    random rows: loss 0.0000 nats, accuracy 0.000 on 000 held-out images of 0 1 2 3 4
-    selected rows: loss 0.0000 nats, accuracy 0.000 on 000 held-out images of 0 1 2 3 4
+    random rows: loss 1.0343 nats, accuracy 0.799 on 139 held-out images of 0 1 2 3 4
+    selected rows: loss 1.0488 nats, accuracy 0.799 on 139 held-out images of 0 1 2 3 4
 """
 
 from __future__ import annotations
