@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mates_hf.influence.probe_directional import DirectionalProbe
     from mates_hf.influence.probe_one_step import OneStepProbe
     from mates_hf.prediction.encoder_model import EncoderInfluenceModel
+    from mates_hf.prediction.feature_model import FeatureInfluenceModel
     from mates_hf.prediction.ngram_model import NgramInfluenceModel
     from mates_hf.prediction.text_model import TextInfluenceModel
     from mates_hf.round_files import load_round
@@ -39,6 +40,7 @@ __all__ = [
     "CombinedOptimizer",
     "DirectionalProbe",
     "EncoderInfluenceModel",
+    "FeatureInfluenceModel",
     "MatesCallback",
     "MatesConfig",
     "MatesError",
@@ -60,6 +62,7 @@ _HOME = {
     "CombinedOptimizer": "mates_hf.engine.combined_optimizer",
     "DirectionalProbe": "mates_hf.influence.probe_directional",
     "EncoderInfluenceModel": "mates_hf.prediction.encoder_model",
+    "FeatureInfluenceModel": "mates_hf.prediction.feature_model",
     "MatesCallback": "mates_hf.training.callback",
     "MatesConfig": "mates_hf.config",
     "MatesError": "mates_hf.errors",

@@ -108,19 +108,19 @@ def test_an_example_lists_what_it_imports(path):
     here = path.parent / header["tool"]["uv"]["sources"]["mates-hf"]["path"]
     project = tomllib.loads((here / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert header["requires-python"] == project["requires-python"]
-    (needed,) = header["dependencies"]
+    needed, *others = header["dependencies"]
     name, _, extras = needed.rstrip("]").partition("[")
     assert name == project["name"]
 
     listed = set(extras.split(",")) - {""}
     given = [*project["dependencies"], *(line for extra in listed for line in project["optional-dependencies"][extra])]
     given += requires("transformers")  # whose tokenizers and YAML come with it
-    names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in given} | {"mates_hf"}
+    names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in given + others} | {"mates_hf"}
     nodes = list(ast.walk(ast.parse(path.read_text())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     roots = {module.partition(".")[0] for module in imported} - set(sys.stdlib_module_names)
-    assert {{"yaml": "pyyaml"}.get(root, root) for root in roots} <= names
+    assert {{"yaml": "pyyaml", "sklearn": "scikit_learn"}.get(root, root) for root in roots} <= names
     evaluates = any(module.startswith("mates_hf.evaluation") for module in imported)
     assert listed == {extra for extra, used in (("eval", evaluates), ("report", "matplotlib" in roots)) if used}
 
@@ -491,3 +491,27 @@ def test_compare_reads_off_where_a_curve_reaches_a_loss():
     assert compare.steps_to(curve, 2.0) == float("inf")
     assert compare.interval([-0.5]) == "-0.500 (one seed: no interval)"
     assert compare.interval([-0.4, -0.6]) == "-0.500 (95% interval -1.771 to +0.771, 2 seeds)"  # t of 1 degree: 12.706
+
+
+# --- images ---
+
+
+@pytest.mark.slow
+def test_images_selects_from_a_folder(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("dark", "light")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(100):
+            pixels = rng.integers(0, 120, (20, 16 + i % 5, 3)) + 130 * number
+            image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
+    sizes = ["--image_size", "16", "--hidden_size", "16", "--max_steps", "12", "--update_steps", "3"]
+    example = load("images")
+    example.main(
+        ["--folder", str(tmp_path / "photos"), "--wanted", "light", "--num_probes", "40", *sizes]
+        + ["--output_dir", str(tmp_path / "run")]
+    )
+    printed = capsys.readouterr().out
+    assert re.search(r"random rows: loss \d+\.\d{4} nats, accuracy .* held-out images of light", printed)
+    assert re.search(r"selected rows: loss \d+\.\d{4} nats", printed)
+    assert list((tmp_path / "run" / "selected" / "_mates").glob("round-0001/round.json"))

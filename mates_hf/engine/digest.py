@@ -69,6 +69,23 @@ def weights_digest(model: nn.Module, processes: Processes = ALONE) -> str:
     return f"sum128-{digest.hexdigest()}"
 
 
+def live_digest(model: nn.Module) -> str:
+    """Digest of all that a forward pass of a model depends on: parameters, trained or not, and buffers.
+
+    Args:
+        model: The live model, unwrapped, whole in this process.
+
+    Returns:
+        `sum128-` and 64 hexadecimal digits.
+    """
+    found: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    digest = hashlib.sha256()
+    for (name, tensor), lanes in zip(found.items(), _sums(found, ALONE, (_lanes, _lanes_at), CHUNK), strict=True):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(lanes.astype("<i8").tobytes())
+    return f"sum128-{digest.hexdigest()}"
+
+
 def weight_marks(model: nn.Module, processes: Processes | None = None) -> dict[str, str]:
     """A short digest of some 1,024 entries of each trainable parameter: unequal where one was not restored.
 

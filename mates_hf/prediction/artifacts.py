@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 _HOMES = {
     "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
     "EncoderInfluenceModel": "mates_hf.prediction.encoder_model",
+    "FeatureInfluenceModel": "mates_hf.prediction.feature_model",
     "HiddenStateInfluenceModel": "mates_hf.prediction.hidden_states",
     "TextInfluenceModel": "mates_hf.prediction.text_model",
 }

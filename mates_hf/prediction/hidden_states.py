@@ -11,13 +11,12 @@ Shape suffixes: N candidates, B rows of one pass, L tokens of the longest of the
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,13 +29,12 @@ from mates_hf.data.documents import document_codes
 from mates_hf.data.pool import rows_to_predict
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.model_traits import is_sharded, require_known_tokens, unwrap
-from mates_hf.engine.preserve import undisturbed
 from mates_hf.errors import MatesError
 from mates_hf.flops import forward_flops
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.prediction.judge import fresh_report, measured_rows
-from mates_hf.prediction.pooling import collect, fitting_precision, length_buckets, mean_states, own_streams
+from mates_hf.prediction.pooling import collect, fitting_precision, left_as_found, length_buckets, mean_states
 from mates_hf.prediction.ridge import (
     SETTINGS,
     FitTarget,
@@ -69,6 +67,8 @@ class HiddenStateInfluenceModel:
         tokens_per_batch: padded tokens in one pass; less memory, not other results.
         seed: Random seed of the held-out split.
         progress: show progress bars.
+        max_seconds: Largest number of seconds that scoring the candidates of one round may take. A run that would take
+            longer is refused before its first step. None sets no limit, and the seconds are logged.
 
     Raises:
         ValueError: an argument outside its range.
@@ -83,6 +83,7 @@ class HiddenStateInfluenceModel:
         tokens_per_batch: int = 8192,
         seed: int = 0,
         progress: bool = False,
+        max_seconds: float | None = None,
     ) -> None:
         if layers is not None and not (layers and all(isinstance(layer, int) for layer in layers)):
             raise ValueError(f"`layers` must be None or whole numbers, got {layers!r}.")
@@ -90,9 +91,12 @@ class HiddenStateInfluenceModel:
             raise ValueError(f"`tokens_per_batch` must be a whole number of at least 1, got {tokens_per_batch!r}.")
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
+        if max_seconds is not None and not (isinstance(max_seconds, (int, float)) and max_seconds > 0):
+            raise ValueError(f"`max_seconds` must be a number above 0, or None, got {max_seconds!r}.")
         if model is not None:
             _states_module(model)
         self.model = model
+        self.max_seconds = max_seconds  # of a run: no prediction depends on it, and it is not saved
         self.layers = None if layers is None else list(layers)
         self.tokens_per_batch, self.seed, self.progress = tokens_per_batch, seed, progress
         self._line: StateLine | None = None
@@ -290,13 +294,22 @@ class HiddenStateInfluenceModel:
         if line is not None:
             require_same_width(line, width)
         keep = {"width": width} if line is None else {"width": None, "of": line.z_scores}
-        with _reading(model, self.seed):
+        with left_as_found(model, self.seed), fitting_precision(next(model.parameters()).device):
             return collect(
                 length_buckets(rows.lengths, np.ones(len(rows), np.int64), self.tokens_per_batch),
                 lambda batch: _mean_over_targets(module, layers, rows.take(batch)),
                 progress=self.progress,
                 **keep,
             )
+
+    def seconds_to_score(self, rows: TokenRows, num: int) -> float:
+        """Estimate how long `num` candidates take to predict, by running a few, the second time of two."""
+        rows, took = rows.take(rows.num_targets > 0), 0.0
+        for _ in range(2):
+            started = time.perf_counter()
+            self._states(rows, None)
+            took = time.perf_counter() - started
+        return took * num / max(1, len(rows))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and `fit.json` into a directory.
@@ -332,24 +345,6 @@ class HiddenStateInfluenceModel:
             raise damaged(path, error) from error
         found._report = report
         return found
-
-
-@contextlib.contextmanager
-def _reading(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run a live model in eval mode, on random streams of its own, and put every bit of it back."""
-    device = next(model.parameters()).device
-    # transformers collects hidden states through hooks that it leaves in the modules, and notes there that it did.
-    found = [(module, dict(module._forward_hooks), set(vars(module))) for module in model.modules()]
-    try:
-        with undisturbed(unwrap(model)), own_streams(seed, device), fitting_precision(device):
-            unwrap(model).eval()
-            yield
-    finally:
-        for module, hooks, names in found:
-            module._forward_hooks.clear()
-            module._forward_hooks.update(hooks)
-            for name in vars(module).keys() - names:
-                delattr(module, name)
 
 
 def _states_module(model: Any) -> tuple[Any, int, int]:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mates_hf.data.collated import forked_rng
-from mates_hf.engine.model_traits import is_out_of_memory
+from mates_hf.engine.model_traits import is_out_of_memory, unwrap
+from mates_hf.engine.preserve import undisturbed
 from mates_hf.records import IntArray
 
 
@@ -133,3 +134,28 @@ def own_streams(seed: int, device: torch.device) -> Iterator[None]:
                 generator = torch.Generator(device)
                 torch.get_device_module(device).set_rng_state(generator.manual_seed(seed).get_state(), device)
             yield
+
+
+@contextlib.contextmanager
+def left_as_found(model: nn.Module, seed: int) -> Iterator[None]:
+    """Run a live model in eval mode, on random streams of its own, and put every bit of it back.
+
+    Args:
+        model: The live model, wrapped or not; the body must not write to its parameters.
+        seed: Random seed of the streams.
+
+    Yields:
+        Nothing.
+    """
+    # transformers collects hidden states through hooks that it leaves in the modules, and notes there that it did.
+    found = [(module, dict(module._forward_hooks), set(vars(module))) for module in model.modules()]
+    try:
+        with undisturbed(unwrap(model)), own_streams(seed, next(model.parameters()).device):
+            unwrap(model).eval()
+            yield
+    finally:
+        for module, hooks, names in found:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+            for name in vars(module).keys() - names:
+                delattr(module, name)

@@ -238,14 +238,30 @@ def leave_one_out_errors(states: FloatVector, target: FloatVector, penalties: tu
     Returns:
         One error a penalty.
     """
-    vectors, square = _decomposed(states)
-    unit = square.sum() / len(states)
+    return errors_without_each(*_decomposed(states), target, penalties)
+
+
+def errors_without_each(
+    vectors: FloatVector, square: FloatVector, target: FloatVector, penalties: tuple[float, ...]
+) -> list[float]:
+    """`leave_one_out_errors` of states that are decomposed already.
+
+    Args:
+        vectors: (N, R) left singular vectors of the centred states.
+        square: (R,) squared singular values.
+        target: (N,) float64.
+        penalties: in units of the states' mean squared length.
+
+    Returns:
+        One error a penalty.
+    """
+    unit = square.sum() / len(target)
     centred = target - target.mean()
     along = vectors.T @ centred
     errors = []
     for penalty in penalties:
-        kept = square / (square + penalty * unit)
-        leverage = np.einsum("nr,nr,r->n", vectors, vectors, kept) + 1 / len(states)
+        kept = square / (square + penalty * unit) if unit > 0 else square
+        leverage = np.einsum("nr,nr,r->n", vectors, vectors, kept) + 1 / len(target)
         residual = (centred - vectors @ (kept * along)) / np.maximum(1 - leverage, 1e-9)
         errors.append(float(np.mean(residual**2)))
     return errors

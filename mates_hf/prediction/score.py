@@ -68,7 +68,7 @@ class Scorer:
 
     Attributes:
         model: fitted; anything with `predict(TokenRows)`. One whose class says `reads_spans = True` gets `TokenSpans`,
-            one whose class says `reads_texts = True` gets `TextSpans`.
+            one whose class says `reads_texts = True` gets `TextSpans`, one that `reads_media` gets `MediaRows`.
         column: what is scored.
     """
 

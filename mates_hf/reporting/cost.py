@@ -29,7 +29,8 @@ UNRECORDED = "not recorded"
 _INSIDE = "gap checks"
 _ORDER = ("probe", "audit", "sentinel", "drift checks", "fit", "score", "select")
 IDLE_STAGES = ("fit", "score", "select")  # on the CPU of the main process
-_ON_DEVICE = ("EncoderInfluenceModel", "HiddenStateInfluenceModel")  # their fit and score use the device
+# Their fit and score use the device.
+_ON_DEVICE = ("EncoderInfluenceModel", "FeatureInfluenceModel", "HiddenStateInfluenceModel")
 _MOST_MISSING = 0.1  # of the steps that one `train()` seems to lack: its rate is rounded
 
 

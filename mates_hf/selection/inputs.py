@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mates_hf.data.media_column import find_media_column
 from mates_hf.data.raw_texts import find_text_column
 from mates_hf.data.scored_column import find_column
 from mates_hf.errors import UnsupportedSettingError
@@ -64,6 +65,8 @@ class Fitted(NamedTuple):
         """What scores this column of a dataset of this `pyarrow.Schema`."""
         if getattr(self.model, "reads_texts", False):
             return Scorer(self.model, find_text_column(schema, column))
+        if getattr(self.model, "reads_media", False):
+            return Scorer(self.model, find_media_column(schema, column or self.model.column))
         return Scorer(self.model, find_column(schema, column, self.tokenizer, self.max_length))
 
     @property

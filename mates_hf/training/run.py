@@ -93,6 +93,13 @@ def bound_to_run(influence_model: InfluenceModel, model: Any, tokenizer: Any) ->
     return influence_model if bind is None else bind(model=model, tokenizer=tokenizer)
 
 
+def read_fitted(influence_model: InfluenceModel, path: Any) -> InfluenceModel:
+    """A saved fit of an influence model; one that needs what no file holds reads it itself (`load_fitted`)."""
+    load = getattr(influence_model, "load_fitted", None)
+    found: InfluenceModel = type(influence_model).from_pretrained(path) if load is None else load(path)
+    return found
+
+
 def reads_examples(influence_model: Any) -> bool:
     """Whether an influence model reads rows as the model that trains is fed them, and not as text."""
     return bool(getattr(influence_model, "reads_examples", False))
@@ -205,7 +212,7 @@ class Run:
 
     def load_model(self, path: Path) -> InfluenceModel:
         """The influence model that a round directory holds."""
-        model: InfluenceModel = type(self.influence_model).from_pretrained(path / "influence_model")
+        model = read_fitted(self.influence_model, path / "influence_model")
         return bound_to_run(model, self.model, self.tokenizer)
 
     def remember(self, influence_model: InfluenceModel, info: Mapping[str, Any]) -> None:
@@ -338,7 +345,9 @@ def takes(function: Any, name: str) -> bool:
     return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
-_DECIDES_NOTHING = ("tokens_per_batch", "progress", "processes", "shards_dir", "device", "tokenizer", "model")
+_DECIDES_NOTHING = (
+    "tokens_per_batch", "progress", "processes", "shards_dir", "device", "tokenizer", "model", "max_seconds",
+)  # fmt: skip
 
 
 def _described(thing: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mates_hf.engine.running_statistics import running_statistics, with_statisti
 from mates_hf.records import FloatArray, IntArray
 from mates_hf.selection.copies import Hashes
 from mates_hf.training.duplicates import CopyMarks
-from mates_hf.training.run import InfluenceModel, Run, bound_to_run, reads_examples
+from mates_hf.training.run import InfluenceModel, Run, bound_to_run, read_fitted, reads_examples
 
 # What is scored at a time, so that a large slice is never in memory at once: 9 to 23 bytes a token are.
 SCORE_ROWS, SCORE_TOKENS, SCORE_EXAMPLES = 65_536, 1 << 22, 4_096
@@ -82,8 +82,7 @@ def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
                 file = Path(folder) / name.removeprefix("file:")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data.tobytes())
-        found: InfluenceModel = type(run.influence_model).from_pretrained(folder)
-        influence_model = bound_to_run(found, run.model, run.tokenizer)
+        influence_model = bound_to_run(read_fitted(run.influence_model, folder), run.model, run.tokenizer)
         with with_statistics(run.model, arrays):
             _predict(run, influence_model, arrays["candidates"], shared=True)
 

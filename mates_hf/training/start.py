@@ -34,6 +34,7 @@ from mates_hf.selection.plan import RunPlan
 from mates_hf.training import resume
 from mates_hf.training.blocked import Blocked
 from mates_hf.training.checks.examples import check_examples
+from mates_hf.training.checks.scoring_time import check_scoring_time
 from mates_hf.training.checks.trainer import check_pool
 from mates_hf.training.checks.whole_rows import named_where_memory_ends, require_whole_rows
 from mates_hf.training.clock import RowClock
@@ -274,6 +275,7 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     run = _make_run(parts, loop, optimizer, reference, processes)
     processes.require_same("config, pool, reference and position", [run.identity(), loop.clock.start_position])
     require_whole_rows(run)
+    check_scoring_time(run, plan)
     if loop.saved:
         resume.check_same_run(loop.saved, run.identity())
         resume.check_weights(loop.model, loop.saved.get("weights", {}), loop.checkpoint)
