@@ -279,8 +279,9 @@ class FeatureInfluenceModel:
         if self._encoder is not None:
             return self._encoder, self._encoder.rows(candidates, labels)
         live = self._live(model)
-        rows = open_rows(candidates, live) if labels is None else labelled_rows(candidates, labels, live)
-        return self._reader(live), rows
+        if labels is None:
+            return self._reader(live), open_rows(candidates, live)
+        return self._reader(live), labelled_rows(candidates, labels, live, aligned=self._in_run)
 
     def _reader(self, live: nn.Module) -> LiveReader:
         self.head = name_of_head(live, self.head)

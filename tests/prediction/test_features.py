@@ -338,6 +338,9 @@ def test_reads_texts_with_and_without_the_run(make_tiny_model: Any) -> None:
     assert whole.predict(TokenRows.from_lists([])).shape == (0,)
     pool = CandidatePool([{"input_ids": rows.row(i)[0], "labels": rows.row(i)[1]} for i in range(len(rows))])
     assert np.array_equal(whole.predict(pool), whole.predict(rows))
+    mixed = rng.permutation(len(rows))  # a run hands over one row a label, in the labels' order
+    fitted = FeatureInfluenceModel().for_run(model=model).fit(rows.take(mixed), labels.take(mixed))
+    np.testing.assert_allclose(fitted.predict(rows), whole.predict(rows), atol=BATCHING * labels.influence.std())
     few = labels.take(np.arange(30))
     built = FeatureInfluenceModel(model=model).fit(rows, few, previous=whole)
     alone = FeatureInfluenceModel(model=model).fit(rows, few)

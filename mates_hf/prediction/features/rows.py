@@ -38,7 +38,9 @@ from mates_hf.records import InfluenceLabels, IntArray
 _TIMED_ROWS = 64  # rows that are run to say how long many will take
 
 
-def open_rows(candidates: Any, model: nn.Module | None, ids: IntArray | None = None) -> Candidates:
+def open_rows(
+    candidates: Any, model: nn.Module | None, ids: IntArray | None = None, *, aligned: bool = False
+) -> Candidates:
     """Candidates as the model is fed them.
 
     Args:
@@ -46,6 +48,7 @@ def open_rows(candidates: Any, model: nn.Module | None, ids: IntArray | None = N
         model: The model that reads them; a pool whose reading is not known yet is compared with its loss. None only
             where the reading is known.
         ids: (N,) candidate ids; None takes all candidates.
+        aligned: Whether rows that know no ids are those of `ids`, one each in their order, as a run hands them over.
 
     Returns:
         N rows, in the order of `ids`.
@@ -55,20 +58,25 @@ def open_rows(candidates: Any, model: nn.Module | None, ids: IntArray | None = N
     """
     if is_fed(candidates):
         rows: Candidates = candidates
-        return rows if ids is None else rows.take(_places(rows, ids))
+        if ids is None or (aligned and len(rows) == len(ids) and getattr(rows, "ids", None) is None):
+            return rows
+        return rows.take(_places(rows, ids))
     pool, _ = open_candidates(candidates)
     if pool.reading is None and pool.collate_fn is not None and model is not None:
         pool.reading = find_reading(model, pool)
     return pool.candidates(ids)
 
 
-def labelled_rows(candidates: Any, labels: InfluenceLabels, model: nn.Module | None) -> Candidates:
+def labelled_rows(
+    candidates: Any, labels: InfluenceLabels, model: nn.Module | None, *, aligned: bool = False
+) -> Candidates:
     """The rows that labels were measured on, in their order.
 
     Args:
         candidates: Candidates in any form that `open_rows` takes.
         labels: Measured influence.
         model: The model that reads them.
+        aligned: Whether rows that know no ids are those of the labels, in their order.
 
     Returns:
         One row a label.
@@ -76,7 +84,7 @@ def labelled_rows(candidates: Any, labels: InfluenceLabels, model: nn.Module | N
     Raises:
         ValueError: their numbers of targets are not the labels'.
     """
-    rows = open_rows(candidates, model, labels.candidate_id)
+    rows = open_rows(candidates, model, labels.candidate_id, aligned=aligned)
     differ = np.flatnonzero(rows.num_targets != labels.num_tokens)
     if len(differ):
         first = differ[0]
@@ -98,8 +106,6 @@ def _places(rows: Any, ids: IntArray) -> IntArray:
     known = getattr(rows, "ids", None)
     if known is None:
         highest = int(ids.max(initial=-1))
-        if len(rows) == len(ids) and highest >= len(rows):
-            return np.arange(len(rows))  # a run hands over the labelled rows alone, in the labels' order
         if highest >= len(rows):
             raise ValueError(
                 f"`candidates` must be those that were measured, got {len(rows)} rows for labels of rows up to "
