@@ -23,7 +23,7 @@ from benchmarks.lab import harness
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 MODULES = sorted(path for path in BENCHMARKS.rglob("*.py") if path.parent != BENCHMARKS)
-NOT_MEASURED = {"gpu", "floors"}  # needs a card; not finished
+NOT_MEASURED = {"gpu"}  # needs a card
 RESULT = re.compile(r"(?P<name>[a-z_]+)_(cpu\d+|[a-z0-9]+)_20\d\d-(0[1-9]|1[0-2])")
 
 
