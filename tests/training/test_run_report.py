@@ -118,6 +118,7 @@ def test_pages_take_a_small_part_of_a_run(monkeypatch: pytest.MonkeyPatch) -> No
     class FakeRun:
         processes = Alone()
         config = small_config()
+        rounds_dir = Path("no-such-folder")
 
     now, written = [0.0], []
     monkeypatch.setattr(run_report.time, "perf_counter", lambda: now[0])
