@@ -184,7 +184,19 @@ def test_without_pillow_a_line_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     assert pictures_of(page) == []
     assert page.count("pillow is not installed") == 1
     assert {entry["png"] for entry in kept(tmp_path)["examples"]["top"]} == {None}
-    assert " · <bdi>3</bdi>" in page  # a label
+    assert " · label <bdi>3</bdi>" in page
+
+
+@pytest.mark.parametrize("kind", ["Llava", "Whisper"])
+def test_pictures_stand_beside_texts_and_sounds_have_none(kind: str, tmp_path: Path) -> None:
+    train(tmp_path, kind, round_page="images")
+    page = (tmp_path / "_mates" / PAGE_FILE).read_text(encoding="utf-8")
+    entries = kept(tmp_path)["examples"]["top"]
+    assert len(pictures_of(page)) == (40 if kind == "Llava" else 0)
+    assert page.count('<ol class="texts">') == (5 if kind == "Llava" else 0)
+    assert all(len(entry["label"].split()) > 1 for entry in entries)  # tokens
+    assert "No picture" not in page
+    assert "does not show" not in page
 
 
 # --- rows of datasets ---
