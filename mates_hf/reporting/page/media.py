@@ -229,12 +229,12 @@ def _length(value: Any) -> float | None:
         return None
     rate, array = value.get("sampling_rate"), value.get("array")
     if rate and array is not None:
-        return np.asarray(array).shape[-1] / float(rate)
+        return float(np.asarray(array).shape[-1] / float(rate))
     data = value.get("bytes")
     if not isinstance(data, bytes) or len(data) > _MAX_SOUND or data[:4] != b"RIFF":
         return None
     try:
         with wave.open(io.BytesIO(data)) as sound:
-            return sound.getnframes() / sound.getframerate()
+            return float(sound.getnframes() / sound.getframerate())
     except (wave.Error, EOFError, ZeroDivisionError):
         return None
