@@ -205,11 +205,12 @@ class MatesConfig:
             "rounds set aside as `.stale` are deleted with them. None: all."
         },
     )
-    round_page: Literal["texts", "redacted", "none"] = field(
+    round_page: Literal["texts", "images", "redacted", "none"] = field(
         default="texts",
         metadata={
             "help": "Page that the main process writes next to the rounds after a round, as `mates-hf report`: with "
-            "`texts` of the pool, which stay on this disk; `redacted`, without any text; or `none`."
+            "`texts` of the pool, which stay on this disk; `images`, with texts, small pictures and labels; "
+            "`redacted`, without any of these; or `none`."
         },
     )
 

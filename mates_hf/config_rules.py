@@ -99,7 +99,8 @@ def require_valid(config: Any) -> None:
         value = getattr(config, name)
         require(value is None or (number(name) and value > 0), name, "None or a finite number above 0")
     require(config.keep_rounds is None or whole("keep_rounds", 2), "keep_rounds", "None or at least 2")
-    require(config.round_page in ("texts", "redacted", "none"), "round_page", "'texts', 'redacted' or 'none'")
+    pages = ("texts", "images", "redacted", "none")
+    require(config.round_page in pages, "round_page", "'texts', 'images', 'redacted' or 'none'")
 
 
 def _is_allow(value: Any) -> bool:

@@ -86,7 +86,7 @@ EDGES = {
     "selection_seed": ([-1, 0.0, None, True], [0, 2**40]),
     "rounds_dir": (["", 1, Path("runs"), b"runs"], [None, "runs/_mates"]),
     "keep_rounds": ([1, 0, 2.0, True], [None, 2]),
-    "round_page": (["all", "", None, True, []], ["texts", "redacted", "none"]),
+    "round_page": (["all", "", None, True, []], ["texts", "images", "redacted", "none"]),
     "alert_weak_rounds": ([0, -1, 1.0, True, None], [1, 10**9]),
     "alert_idle_share": ([0, -0.1, math.nan, True, "1"], [None, 1e-9, 2]),
     "alert_reference_overlap": ([0, -0.1, math.nan, True, "1"], [None, 1e-9, 2]),

@@ -44,6 +44,7 @@ DOORS = {  # closed rooms, and the module beside each that opens it
     "reporting.page": [
         "mates_hf.reporting.report",
         "mates_hf.reporting.comparison",
+        "mates_hf.training.kept_page",
         "mates_hf.training.run_report",
     ],
     "training.checks": [

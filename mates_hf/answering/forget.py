@@ -29,6 +29,7 @@ from mates_hf.round_files import ROUND_FILE
 from mates_hf.round_writer import is_set_aside
 from mates_hf.training.blocked import EVENTS_FILE, REMOVED_FILE, read_removed
 from mates_hf.training.journal import Change, carry_out, finish_pending, held
+from mates_hf.training.kept_page import leave_out
 from mates_hf.training.redact import MODEL_DIR, event_of, is_touched, redact_round
 
 
@@ -44,6 +45,7 @@ class Forgotten:
         rounds: names of the rounds that were written again.
         models: names of the rounds whose influence model was deleted.
         dropped: whether those are not fitted again.
+        page: whether the run's page was deleted, which may have shown the rows.
     """
 
     rounds_dir: Path
@@ -53,6 +55,7 @@ class Forgotten:
     rounds: tuple[str, ...]
     models: tuple[str, ...]
     dropped: bool
+    page: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -67,6 +70,8 @@ class Forgotten:
         if self.models:
             what = "are not fitted again" if self.dropped else "are fitted again when the run resumes"
             yield f"The influence models of {len(self.models)} rounds were deleted and {what}: {_some(self.models)}."
+        if self.page:
+            yield "The run's page was deleted, for it may show them: `mates-hf report` writes it again."
         if self.num_trained_on:
             yield (
                 f"{self.num_trained_on:,} of the rows had been trained on already. What the model learned from them "
@@ -115,6 +120,7 @@ def _forget(run: RunFiles, wanted: IntArray, drop_models: bool) -> Forgotten:
     trained_on = len({use.row for use in uses if use.done})
     touched: list[Path] = []
     models: list[Path] = []
+    page = False
     if len(new):
         event = event_of(new, datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
         change = Change(run.rounds_dir)
@@ -131,6 +137,7 @@ def _forget(run: RunFiles, wanted: IntArray, drop_models: bool) -> Forgotten:
                 models += [at] if has_model else []
         for partial in run.rounds_dir.glob("round-*.partial"):  # a resume makes it again from its checkpoint
             change.delete(partial.name)
+        page = leave_out(change, new, with_model=not models)
         change.decide(event)
         carry_out(run.rounds_dir)
     return Forgotten(
@@ -141,6 +148,7 @@ def _forget(run: RunFiles, wanted: IntArray, drop_models: bool) -> Forgotten:
         tuple(path.name for path in touched),
         tuple(path.name for path in models),
         drop_models,
+        page,
     )
 
 

@@ -21,7 +21,7 @@ def add_command(commands: Any) -> None:
     add("path", metavar="RUN", help="a run's output_dir, or its _mates; while it trains or afterwards")
     add("--out", metavar="FILE", help="the file to write (default: report.html next to the rounds)")
     add("--open", action="store_true", help="show it in the browser afterwards")
-    add("--redact", action="store_true", help="leave all text of the pool out")
+    add("--redact", action="store_true", help="leave all texts and pictures of the pool out")
     add("--price", type=float, metavar="X", help="price of one device for an hour, any currency")
     add("--devices", type=int, default=1, metavar="N", help="number of devices that the run trained on (1)")
     add(

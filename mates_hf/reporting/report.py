@@ -23,7 +23,7 @@ from mates_hf.reporting.cost import RunCost, StageCost, newest_state, run_cost
 from mates_hf.reporting.lines import finite
 from mates_hf.reporting.page import shapes
 from mates_hf.reporting.page.checks import find_checks, last_selection
-from mates_hf.reporting.page.examples import NGRAM_KINDS, example_kinds
+from mates_hf.reporting.page.examples import NGRAM_KINDS, example_kinds, media_kinds
 from mates_hf.reporting.page.groups import group_data
 from mates_hf.reporting.page.render import render
 from mates_hf.reporting.page.rounds import Facts, number, part, read_infos, round_row, selects
@@ -33,6 +33,7 @@ from mates_hf.round_files import find_rounds, newest_round
 
 PAGE_FILE = "report.html"  # next to the rounds
 TEXTS_FILE = "report-texts.json"  # the texts of the newest page that a run wrote itself
+IMAGES_FILE = "report-images.json"  # thumbnails and labels of the newest page that a run wrote itself
 _WORDS_OF = 3  # newest rounds whose words are listed
 _MAX_ROUNDS_OF_WORDS = 12
 
@@ -46,6 +47,7 @@ def report_data(
     redact: bool = False,
     verify: Mapping[str, Any] | None = None,
     texts: Mapping[str, Any] | None = None,
+    media: Mapping[str, Any] | None = None,
     missing: Sequence[str] = (),
     version: str = "unknown",
 ) -> dict[str, Any]:
@@ -56,9 +58,11 @@ def report_data(
         rounds_dir: Where its rounds are, where that is neither `run_dir` nor its `_mates`.
         price: Price of one device for an hour, in any currency.
         num_devices: Number of devices that the run trained on; money counts each.
-        redact: Whether texts of the pool are left out: tokens, n-grams and words. Names of groups stay.
+        redact: Whether texts and pictures of the pool are left out: tokens, n-grams, words, labels. Names of groups
+            stay.
         verify: What `verify_run` found, as a mapping with `ok`, `problem` and `leftovers`; None where nobody looked.
         texts: `round`, `examples` and `ngrams` of the newest round that selected, or None.
+        media: `round`, `examples` and `missing` of pictures and sounds of that round, or None.
         missing: Sentences on what of the texts is missing, and why.
         version: Version of this library.
 
@@ -102,7 +106,11 @@ def report_data(
         "missing": [] if redact else list(missing),
         "ngrams": None,
         "texts": None,
+        "media": None,
     }
+    if media is not None and not redact:
+        data["media"] = media_kinds(media)
+        data["missing"] += media["missing"]
     if texts is not None and not redact:
         data["ngrams"] = None if not texts.get("ngrams") else {"round": texts["round"], **texts["ngrams"]}
         data["texts"] = example_kinds(texts)

@@ -4,14 +4,14 @@ Where it is used: `mates-hf report` calls `write_report`; `session` keeps a `Run
 never reaches the run. It is here and not in `reporting/` because it asks `verify`, the saved influence model and the
 run's pool.
 
-Trade-off: a run shows texts because it has the pool at hand, and keeps those it showed in a small file next to its
-rounds, so that a later page has them without the pool. A page is written again only while pages take less than a
-hundredth of the run's time, so after some rounds of a fast run there is none.
+Trade-off: a run shows texts and pictures because it has the pool at hand, and keeps those it showed in small files
+next to its rounds (`kept_page`), so that a later page has them without the pool. A page is written again only while
+pages take less than a hundredth of the run's time, so after some rounds of a fast run there is none.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import time
@@ -23,9 +23,9 @@ from mates_hf.disk import read_json, written_whole
 from mates_hf.errors import MatesError
 from mates_hf.paths import expand_path
 from mates_hf.prediction.artifacts import library_version
-from mates_hf.reporting.page.examples import checked_texts
-from mates_hf.reporting.report import PAGE_FILE, TEXTS_FILE, newest_selection, report_data, report_html
+from mates_hf.reporting.report import IMAGES_FILE, PAGE_FILE, TEXTS_FILE, newest_selection, report_data, report_html
 from mates_hf.round_files import ROUND_FILE, find_rounds
+from mates_hf.training.kept_page import delete_shown, keep, read_kept, write_plainly
 from mates_hf.training.verify import verify_run
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def write_report(
         path: The file to write; None is `report.html` next to the rounds.
         price: Price of one device for an hour, in any currency; None leaves money out.
         num_devices: Number of devices that the run trained on; money counts each.
-        redact: Whether all text of the pool is left out. Names of groups and columns stay.
+        redact: Whether all texts, pictures and labels of the pool are left out. Names of groups and columns stay.
         dataset: The pool that the run trained on, for texts: a `datasets.Dataset` with `input_ids`, or with `text`
             where the run's tokenizer is known. None takes the texts that the run itself showed last.
         verify: Whether every selection is recomputed from what the rounds left.
@@ -121,7 +121,7 @@ def read_report(
         run_dir: The run's `output_dir`, or the directory of its rounds.
         price: Price of one device for an hour, in any currency.
         num_devices: Number of devices that the run trained on.
-        redact: Whether all text of the pool is left out.
+        redact: Whether all texts, pictures and labels of the pool are left out.
         dataset: The pool that the run trained on, or None.
         verify: Whether every selection is recomputed.
         rounds_dir: Where the run's rounds are, where that is neither `run_dir` nor its `_mates`.
@@ -137,10 +137,12 @@ def read_report(
     folder = _folder(run_dir, rounds_dir)
     rounds = find_rounds(folder)[1]
     texts, missing = (None, []) if redact or not rounds else _texts_on_disk(folder, rounds, dataset)
+    media = None if redact else _media_on_disk(folder, rounds)
+    missing = missing if media is None else [line for line in missing if not line.startswith(_LEFT_OUT)]
     found = verify_run(folder).to_dict() if verify and rounds else None
     return report_data(
         run_dir, rounds_dir=rounds_dir, price=price, num_devices=num_devices, redact=redact, verify=found, texts=texts,
-        missing=missing, version=library_version(),
+        media=media, missing=missing, version=library_version(),
     )  # fmt: skip
 
 
@@ -162,10 +164,11 @@ def _texts_on_disk(folder: Path, rounds: Mapping[int, Path], dataset: Any) -> tu
     inputs = str((info.get("pool") or {}).get("inputs") or "")
     if inputs and dataset is not None:
         raise ValueError(
-            f"`dataset` must be left out: the rows of this run have {inputs}, and a page shows texts alone."
+            f"`dataset` must be left out: the rows of this run have {inputs}, which only the run itself can show. "
+            '`MatesConfig(round_page="images")` has it keep small pictures of the rows on its page.'
         )
     if dataset is None:
-        kept = _kept_texts(folder / TEXTS_FILE)
+        kept = read_kept(folder / TEXTS_FILE)
         if kept is not None and (kept["round"], kept["order_sha256"]) == (number, info.get("order_sha256")):
             return kept, [_not_shown(inputs.split(", "))] if inputs else []
     if inputs:
@@ -186,12 +189,13 @@ def _texts_on_disk(folder: Path, rounds: Mapping[int, Path], dataset: Any) -> tu
     return texts, missing
 
 
-def _kept_texts(path: Path) -> dict[str, Any] | None:
-    """What the run showed last, or None."""
-    try:
-        return checked_texts(read_json(path)) if path.exists() else None
-    except (KeyError, TypeError, ValueError, AttributeError, MatesError):
+def _media_on_disk(folder: Path, rounds: Mapping[int, Path]) -> dict[str, Any] | None:
+    """Pictures of the newest round that selected, where the run kept them."""
+    newest = newest_selection(rounds)
+    kept = None if newest is None else read_kept(folder / IMAGES_FILE)
+    if newest is None or kept is None:
         return None
+    return kept if (kept["round"], kept["order_sha256"]) == (newest[0], newest[2].get("order_sha256")) else None
 
 
 def _scorer(rounds: Mapping[int, Path], number: int) -> tuple[Any, Any, float, list[str]]:
@@ -266,6 +270,10 @@ class RunPage:
         self._run = run
         self._began = time.perf_counter()
         self._spent = 0.0
+        shown = {"images": (), "texts": (IMAGES_FILE,)}.get(run.config.round_page, (TEXTS_FILE, IMAGES_FILE))
+        if run.processes.is_main and shown:
+            with contextlib.suppress(OSError):
+                delete_shown(run.rounds_dir, shown)
         self._failed = run.config.round_page == "none"
         self._is_old = False
 
@@ -291,18 +299,30 @@ class RunPage:
         self._spent += time.perf_counter() - began
 
     def _write(self) -> None:
-        folder = self._run.rounds_dir
+        run, folder = self._run, self._run.rounds_dir
         newest = newest_selection(find_rounds(folder)[1])
-        texts = None
-        redact = self._run.config.round_page == "redacted"
-        if newest is not None and not redact and self._run.pool.has_text:
-            texts = self._texts(*newest)
-            _write_plainly(folder / TEXTS_FILE, json.dumps(texts).encode())
-        missing = [] if texts is not None else ["No round keeps rows whose texts could be shown."]
-        if self._run.pool.beyond_text:
-            missing = [_not_shown(self._run.pool.beyond_text)]
-        data = report_data(folder, texts=texts, missing=missing, redact=redact, version=library_version())
-        _write_plainly(folder / PAGE_FILE, report_html(data).encode())
+        page = run.config.round_page
+        redact = page == "redacted"
+        beyond = run.pool.beyond_text
+        texts = self._texts(*newest) if newest is not None and not redact and run.pool.has_text else None
+        media = self._media(*newest) if newest is not None and page == "images" and beyond else None
+        keep(folder / TEXTS_FILE, texts)
+        keep(folder / IMAGES_FILE, media)
+        missing = [] if texts is not None or media is not None else ["No round keeps rows that could be shown."]
+        if beyond and page != "images":
+            missing = [_not_shown(beyond)]
+        data = report_data(
+            folder, texts=texts, media=media, missing=missing, redact=redact, version=library_version()
+        )  # fmt: skip
+        write_plainly(folder / PAGE_FILE, report_html(data).encode())
+
+    def _media(self, number: int, path: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+        """Pictures, lengths of sounds and labels of the rows of a round that are shown."""
+        from mates_hf.reporting.page.media import example_media
+
+        names = getattr(getattr(self._run.model, "config", None), "id2label", None)
+        found = example_media(path, dict(info), self._run.pool, self._run.tokenizer, names)
+        return {"round": number, "order_sha256": info["order_sha256"], **found}
 
     def _texts(self, number: int, path: Path, info: Mapping[str, Any]) -> dict[str, Any]:
         """Texts of a round with the model that chose it, which the run still has."""
@@ -319,18 +339,12 @@ class RunPage:
         }
 
 
+_LEFT_OUT = "Rows have "
+
+
 def _not_shown(inputs: Sequence[str]) -> str:
     """What a page says of rows that are more than text."""
-    return f"Rows have `{'`, `'.join(inputs)}`, which this page does not show: it shows texts alone."
-
-
-def _write_plainly(path: Path, content: bytes) -> None:
-    """Write a file that nothing depends on: whole for its readers, and not flushed to disk."""
-    temporary = path.with_name(path.name + ".run.tmp")  # not that of somebody who writes a page of the run meanwhile
-    temporary.unlink(missing_ok=True)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return (
+        f"{_LEFT_OUT}`{'`, `'.join(inputs)}`, which this page does not show. "
+        '`MatesConfig(round_page="images")` has a run show small pictures.'
+    )

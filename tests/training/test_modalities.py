@@ -105,7 +105,7 @@ def test_a_run_selects(kind: str, tmp_path: Path) -> None:
     data = read_report(tmp_path)
     assert any("does not show" in line for line in data["missing"])
     assert write_report(tmp_path, tmp_path / "redacted.html", redact=True).exists()
-    with pytest.raises(ValueError, match="a page shows texts alone"):
+    with pytest.raises(ValueError, match="only the run itself can show"):
         read_report(tmp_path, dataset=KINDS[kind].rows(120))
 
 

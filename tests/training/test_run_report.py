@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import Trainer, default_data_collator
 
+from mates_hf.answering.forget import forget_rows
 from mates_hf.reporting.report import PAGE_FILE, TEXTS_FILE
 from mates_hf.round_files import load_round
 from mates_hf.training import run_report
@@ -78,6 +80,25 @@ def test_a_damaged_run_is_named_and_damaged_texts_are_left_out(tmp_path: Path) -
     assert "scores.npy" in data["checks"][0]["text"]
 
 
+def test_forgotten_rows_are_in_no_text_that_is_kept_or_shown_later(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "_mates"
+    before = json.loads((folder / TEXTS_FILE).read_text())
+    rows = {entry["row"] for entries in before["examples"].values() for entry in entries}
+    gone = sorted(rows)[::2]
+    assert forget_rows(tmp_path / "run", gone).page
+    assert not (folder / PAGE_FILE).exists()
+    after = json.loads((folder / TEXTS_FILE).read_text())
+    assert {entry["row"] for entries in after["examples"].values() for entry in entries} == rows - set(gone)
+    assert after["ngrams"] is None  # of a model that was made of probed rows
+    for dataset in (None, make_pool()):  # what was kept, and the pool itself
+        data = read_report(tmp_path / "run", dataset=dataset)
+        assert data["verify"]["ok"]
+        kinds = data["texts"]["kinds"]
+        assert [kind["kind"] for kind in kinds][:3] == ["top", "border", "bottom"]
+        assert not {entry["row"] for kind in kinds for entry in kind["entries"]} & set(gone)
+
+
 @pytest.mark.parametrize("error", [OSError("no space left on device"), ImportError("no jinja2"), ValueError("odd")])
 def test_a_page_that_fails_is_told_once_and_harms_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
@@ -118,6 +139,7 @@ def test_pages_take_a_small_part_of_a_run(monkeypatch: pytest.MonkeyPatch) -> No
     class FakeRun:
         processes = Alone()
         config = small_config()
+        rounds_dir = Path("no-such-folder")
 
     now, written = [0.0], []
     monkeypatch.setattr(run_report.time, "perf_counter", lambda: now[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,21 @@ def _environment() -> Any:
     )
     environment.filters |= {
         "fixed": _fixed, "signed": _signed, "percent": _percent, "seconds": _seconds, "count": _count,
-        "figure": number, "money": _money, "level": level_of,
+        "figure": number, "money": _money, "level": level_of, "png": _png,
     }  # fmt: skip
     return environment
+
+
+class _Address(str):
+    """A `data:` address, whose characters HTML gives no meaning."""
+
+    def __html__(self) -> str:
+        return str(self)
+
+
+def _png(data: str) -> _Address:
+    """The address of a PNG in base64; of anything else an empty one."""
+    return _Address(f"data:image/png;base64,{data}" if re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", data) else "data:,")
 
 
 def _printed(value: Any) -> Any:

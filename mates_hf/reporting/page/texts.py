@@ -63,6 +63,10 @@ def shown_rows(path: Path, num_random: int) -> tuple[list[Shown], float]:
     if any(array is None or not len(array) for array in arrays):
         return [], 0.0
     candidates, scores, num_targets, selection = (np.asarray(array) for array in arrays)
+    there = np.isfinite(scores)  # rows that `forget` took out of the round have no score, and are shown nowhere
+    candidates, scores, num_targets = candidates[there], scores[there], num_targets[there]
+    if not len(scores):
+        return [], 0.0
     worth = row_worth(scores, num_targets)
     order = np.argsort(-worth, kind="stable")
     chosen = np.isin(candidates, selection)
@@ -86,6 +90,12 @@ def shown_rows(path: Path, num_random: int) -> tuple[list[Shown], float]:
         if len(rows := order[np.asarray(list(at), np.int64)])
     ]
     return found, float(scores.mean(dtype=np.float64))
+
+
+def all_shown(path: Path, num_random: int) -> list[Shown]:
+    """Which candidates and which probed rows of a round are shown; arguments as of `shown_rows`."""
+    measured = [shown for shown, _ in _measured(read_labels(path / PROBES_FILE))]
+    return [*shown_rows(path, num_random)[0], *measured]
 
 
 def example_texts(path: Path, info: Facts, pool: CandidatePool, tokenizer: Any, model: Any, unit: float) -> Facts:
