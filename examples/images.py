@@ -11,6 +11,7 @@ trains on random rows, then on those that it selects. A folder has one folder of
 what is kept out of the classes that `--wanted` names.
 
     python examples/images.py
+    accelerate launch --num_processes 2 examples/images.py
     python examples/images.py --folder photos --wanted cat dog --image_size 64 --hidden_size 192
 
 35 seconds of one CPU core and 0.8 GB of memory. One seed and so few images show how it is used, and no gain. Its
@@ -121,17 +122,19 @@ def main(arguments: list[str] | None = None) -> None:
         if kind == "selected":
             task = ReferenceTask.from_examples(reference)
             callbacks = [MatesCallback(task, mates, influence_model=FeatureInfluenceModel())]
-        Trainer(
+        trainer = Trainer(
             model=model, train_dataset=pool, data_collator=default_data_collator, callbacks=callbacks,
             args=TrainingArguments(
                 output_dir=str(args.output_dir / kind), max_steps=args.max_steps, per_device_train_batch_size=16,
                 learning_rate=2e-3, warmup_steps=10, seed=args.seed, report_to=[], save_strategy="no",
                 logging_steps=50, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
             ),
-        ).train()  # fmt: skip
-        loss, accuracy = measure(model.cpu(), held_out)
-        told = f"loss {loss:.4f} nats, accuracy {accuracy:.3f} on {len(held_out)} held-out images"
-        print(f"{kind} rows: {told} of {' '.join(args.wanted)}")
+        )  # fmt: skip
+        trainer.train()
+        if trainer.is_world_process_zero():
+            loss, accuracy = measure(model.cpu(), held_out)
+            told = f"loss {loss:.4f} nats, accuracy {accuracy:.3f} on {len(held_out)} held-out images"
+            print(f"{kind} rows: {told} of {' '.join(args.wanted)}")
 
 
 if __name__ == "__main__":

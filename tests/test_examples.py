@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -19,6 +21,7 @@ import torch
 from mates_hf import load_round
 from mates_hf.errors import EvaluationError
 from mates_hf.evaluation.benchmarks import BENCHMARKS
+from mates_hf.training.verify import verify_run
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -120,7 +123,7 @@ def test_an_example_lists_what_it_imports(path):
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     roots = {module.partition(".")[0] for module in imported} - set(sys.stdlib_module_names)
-    assert {{"yaml": "pyyaml", "sklearn": "scikit_learn"}.get(root, root) for root in roots} <= names
+    assert {{"yaml": "pyyaml", "sklearn": "scikit_learn", "PIL": "pillow"}.get(root, root) for root in roots} <= names
     evaluates = any(module.startswith("mates_hf.evaluation") for module in imported)
     assert listed == {extra for extra, used in (("eval", evaluates), ("report", "matplotlib" in roots)) if used}
 
@@ -493,7 +496,24 @@ def test_compare_reads_off_where_a_curve_reaches_a_loss():
     assert compare.interval([-0.4, -0.6]) == "-0.500 (95% interval -1.771 to +0.771, 2 seeds)"  # t of 1 degree: 12.706
 
 
-# --- images ---
+# --- images, speech, vision_language ---
+
+SMALL_RUN = "--max_steps 12 --update_steps 4 --num_probes 24".split()
+SMALL_ROWS = [
+    *SMALL_RUN,
+    *"--num_rows 240 --num_reference 12 --hidden_size 16 --per_device_train_batch_size 8".split(),
+]
+
+
+def check_arms(folder: Path, printed: str, said: str) -> None:
+    """Each arm has said once what it came to, and the selecting one selected."""
+    for arm in ("random", "selected"):
+        assert len(re.findall(rf"(?m)^{arm} rows: loss \d+\.\d{{4}} nats.*{said}", printed)) == 1
+    record = load_round(folder / "selected" / "_mates" / "round-0001")
+    assert record.selection is not None
+    assert record.info["loss"]["fed"] == "collated"  # examples, not tokens
+    assert verify_run(folder / "selected").problem is None
+    assert not (folder / "random" / "_mates").exists()
 
 
 @pytest.mark.slow
@@ -515,3 +535,83 @@ def test_images_selects_from_a_folder(tmp_path, capsys):
     assert re.search(r"random rows: loss \d+\.\d{4} nats, accuracy .* held-out images of light", printed)
     assert re.search(r"selected rows: loss \d+\.\d{4} nats", printed)
     assert list((tmp_path / "run" / "selected" / "_mates").glob("round-0001/round.json"))
+
+
+@pytest.mark.slow
+def test_images_in_two_processes(tmp_path):
+    pytest.importorskip("sklearn")
+    sizes = [*SMALL_RUN, "--hidden_size", "16", "--output_dir", tmp_path]
+    check_arms(tmp_path, launch("examples/images.py", *sizes, cache=tmp_path / "cache"), "of 0 1 2 3 4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("voice", ["--tones", "espeak-ng"])
+def test_speech_alone(tmp_path, voice, capsys):
+    if voice == "espeak-ng" and shutil.which("espeak-ng") is None:
+        pytest.skip("espeak-ng is not installed")
+    load("speech").main([*SMALL_ROWS, *(["--tones"] if voice == "--tones" else []), "--output_dir", str(tmp_path)])
+    check_arms(tmp_path, capsys.readouterr().out, "words right in 12 held-out texts")
+
+
+@pytest.mark.slow
+def test_speech_in_two_processes(tmp_path):
+    printed = launch("examples/speech.py", *SMALL_ROWS, "--tones", "--output_dir", tmp_path, cache=tmp_path / "cache")
+    check_arms(tmp_path, printed, "words right in 12 held-out texts")
+
+
+def test_speech_says_how_to_install_what_speaks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="espeak-ng is not on PATH: .*apt install espeak-ng.* or pass `--tones`"):
+        load("speech").main(["--output_dir", str(tmp_path / "run"), "--use_cpu"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_speech_is_heard_by_its_words():
+    """Recordings of one word are nearer to each other than to those of another; the reference has numbers alone."""
+    speech = load("speech")
+    args = speech.SpeechArguments(tones=True, num_rows=200, num_reference=8, wrong=0.3)
+    pool, reference, held_out = speech.make_rows(args, seed=0)
+    assert (len(pool), len(reference), len(held_out)) == (200, 8, 8)
+    assert pool[0]["input_features"].shape == (speech.MEL_BINS, speech.FRAMES)
+    numbers = set(map(speech.WORDS.index, speech.NUMBERS))
+    assert all(set(row["labels"][:-1]) <= numbers for row in reference + held_out)
+    means = speech.record(["one", "one", "red", "red"], 0, tones=True).mean(-1)
+    assert (means[0] - means[1]).norm() < (means[0] - means[2]).norm()
+    assert (means[2] - means[3]).norm() < (means[1] - means[3]).norm()
+    clean = speech.make_rows(dataclasses.replace(args, wrong=0.0), seed=0)[1]
+    assert [row["labels"] for row in clean] == [row["labels"] for row in reference]  # the share is of the pool alone
+
+
+@pytest.mark.slow
+def test_vision_language_alone(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    load("vision_language").main([*SMALL_ROWS, "--output_dir", str(tmp_path)])
+    check_arms(tmp_path, capsys.readouterr().out, "of 12 held-out captions right")
+
+
+@pytest.mark.slow
+def test_vision_language_in_two_processes(tmp_path):
+    pytest.importorskip("PIL")
+    printed = launch("examples/vision_language.py", *SMALL_ROWS, "--output_dir", tmp_path, cache=tmp_path / "cache")
+    check_arms(tmp_path, printed, "of 12 held-out captions right")
+
+
+def test_pictures_are_drawn_as_their_captions_say():
+    pytest.importorskip("PIL")
+    drawn = load("vision_language")
+    rng = np.random.default_rng(0)
+    red, blue = (drawn.paint(f"a large {colour} square", rng).mean((1, 2)) for colour in ("red", "blue"))
+    assert red.argmax() == 0
+    assert blue.argmax() == 2
+    lit = {
+        (size, shape): float((drawn.paint(f"a {size} white {shape}", rng) > 0).float().mean())
+        for size in drawn.SIZES
+        for shape in drawn.SHAPES
+    }
+    assert all(lit["large", shape] > 2 * lit["small", shape] for shape in drawn.SHAPES)
+    assert lit["large", "square"] > lit["large", "circle"] > lit["large", "triangle"] > lit["large", "cross"]
+    pool, reference, _ = drawn.make_rows(drawn.CaptionArguments(num_rows=20, num_reference=5), seed=0)
+    wanted = set(map(drawn.WORDS.index, drawn.WANTED))
+    assert {row["labels"][-2] for row in reference} <= wanted
+    assert {row["labels"][-2] for row in pool} - wanted
+    assert pool[0]["labels"][drawn.NUM_PATCHES :] == [-100, *pool[0]["input_ids"][drawn.NUM_PATCHES + 1 :]]
