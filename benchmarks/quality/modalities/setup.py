@@ -1,0 +1,289 @@
+"""The models of `modalities`, the examples they train on, and how much is measured.
+
+Trade-off: models of some ten thousand parameters on small pictures and made-up sounds, so that seeds are cheap. What
+is wrong or beside the point is planted, and a label that is wrong cannot be seen in the inputs alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mates_hf.data.pool import CandidatePool
+from mates_hf.data.reference import ReferenceTask
+from mates_hf.influence.example_losses import contrastive_loss
+
+Batch = dict[str, Any]
+Ids = npt.NDArray[np.int64]
+Rng = np.random.Generator
+
+IMAGE, NUM_WORDS, NUM_SOUNDS, TEXT_LENGTH = 39, 16, 8, 4
+CARED_FOR = 5  # digits 0 to 4
+WRONG_DIGITS, WRONG_TEXTS = 0.2, 0.4
+BANK_PAIRS = 32
+
+
+class Examples:
+    """Examples as tensors of equal first dimension, read row by row as a Trainer reads a dataset."""
+
+    def __init__(self, **columns: Any) -> None:
+        self.columns = {name: torch.as_tensor(value) for name, value in columns.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, row: int) -> Batch:
+        return {name: value[row] for name, value in self.columns.items()}
+
+    def batch(self, ids: Any) -> Batch:
+        """A batch of these rows."""
+        return {name: value[torch.as_tensor(ids)] for name, value in self.columns.items()}
+
+    def pool(self, ids: Any) -> CandidatePool:
+        """These rows as candidates."""
+        return CandidatePool(self, stacked, np.asarray(ids, np.int64))
+
+
+def stacked(rows: list[Batch]) -> Batch:
+    """The collator: rows of equal shape as one batch."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """What one run works with."""
+
+    pool: Examples
+    planted: npt.NDArray[np.bool_]  # whether a row of the pool is of the wanted kind; read by no arm
+    reference: Examples
+    judged: Examples
+
+    def task(self) -> ReferenceTask:
+        """The reference task."""
+        return ReferenceTask.from_examples([self.reference[i] for i in range(len(self.reference))], stacked)
+
+
+# --- examples ---
+
+
+def digits(num: int, num_reference: int, num_judged: int, seed: int) -> Split:
+    """scikit-learn's digits, with noise on each draw; wrong labels in the pool, and 0 to 4 are wanted."""
+    from sklearn.datasets import load_digits
+
+    rng = np.random.default_rng([seed, 1])
+    pixels, labels = load_digits(return_X_y=True)
+    order = rng.permutation(len(labels))
+    images, labels = (pixels[order] / 8 - 1).reshape(-1, 8, 8), labels[order]
+    kept_out = np.flatnonzero((labels < CARED_FOR) & (np.arange(len(labels)) >= 1300))
+
+    def drawn(num: int, rows: Ids) -> tuple[Any, Ids]:
+        rows = rng.choice(rows, num)
+        noisy = images[rows] + rng.normal(0, 0.3, (num, 8, 8))
+        return noisy.astype(np.float32)[:, None], labels[rows]
+
+    found, said = drawn(num, np.arange(1300))
+    wrong = rng.random(num) < WRONG_DIGITS
+    told = np.where(wrong, (said + rng.integers(1, 10, num)) % 10, said)
+    parts = []
+    for part, size in ((kept_out[::2], num_reference), (kept_out[1::2], num_judged)):
+        other, own = drawn(size, part)
+        parts.append(Examples(pixel_values=other, labels=own))
+    pool = Examples(pixel_values=found, labels=told)
+    return Split(pool=pool, planted=~wrong & (said < CARED_FOR), reference=parts[0], judged=parts[1])
+
+
+def speech(num: int, num_reference: int, num_judged: int, seed: int) -> Split:
+    """Sounds whose loud bands are the letters of a text; of the pool a share has another text."""
+    rng = np.random.default_rng([seed, 2])
+
+    def drawn(num: int, wrong: npt.NDArray[np.bool_]) -> Examples:
+        said = rng.integers(0, NUM_SOUNDS, (num, TEXT_LENGTH))
+        sound = rng.normal(0, 0.5, (num, NUM_SOUNDS, 4 * TEXT_LENGTH)).astype(np.float32)
+        for place in range(TEXT_LENGTH):
+            sound[np.arange(num), said[:, place], 4 * place : 4 * place + 4] += 2
+        text = np.where(wrong[:, None], rng.integers(0, NUM_SOUNDS, said.shape), said)
+        return Examples(input_features=sound, labels=text + 3)
+
+    wrong = rng.random(num) < WRONG_TEXTS
+    kept_out = (drawn(size, np.zeros(size, bool)) for size in (num_reference, num_judged))
+    return Split(pool=drawn(num, wrong), planted=~wrong, **dict(zip(("reference", "judged"), kept_out, strict=True)))
+
+
+def lit_quadrants(shown: Ids, rng: Rng) -> Any:
+    """(N, 3, 8, 8) noisy pictures; each bit of `shown` lights a quadrant."""
+    pictures = rng.normal(0, 0.7, (len(shown), 3, 8, 8)).astype(np.float32)
+    for bit in range(4):
+        row, column = divmod(bit, 2)
+        pictures[shown >> bit & 1 == 1, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+    return pictures
+
+
+def captions(num: int, num_reference: int, num_judged: int, seed: int, *, pairs: bool = False) -> Split:
+    """Pictures of 16 kinds, each with a text that says which; of the pool a share is told wrong."""
+    rng = np.random.default_rng([seed, 3])
+
+    def drawn(num: int, wrong: npt.NDArray[np.bool_]) -> Examples:
+        shown = rng.integers(0, NUM_WORDS, num)
+        word = np.where(wrong, (shown + rng.integers(1, NUM_WORDS, num)) % NUM_WORDS, shown) + 5
+        if pairs:
+            ids = np.stack([np.ones(num, np.int64), word, np.full(num, 2)], 1)
+            return Examples(input_ids=ids, pixel_values=lit_quadrants(shown, rng))
+        ids = np.concatenate([np.full((num, 4), IMAGE), np.full((num, 1), 3), word[:, None], word[:, None] + 17], 1)
+        labels = np.where(np.arange(7) < 5, -100, ids)
+        return Examples(
+            input_ids=ids, pixel_values=lit_quadrants(shown, rng), labels=labels, attention_mask=np.ones_like(ids)
+        )
+
+    wrong = rng.random(num) < WRONG_TEXTS
+    kept_out = (drawn(size, np.zeros(size, bool)) for size in (num_reference, num_judged))
+    return Split(pool=drawn(num, wrong), planted=~wrong, **dict(zip(("reference", "judged"), kept_out, strict=True)))
+
+
+# --- models ---
+
+
+def vit() -> nn.Module:
+    """A ViT of digits."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=96, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def resnet() -> nn.Module:
+    """A residual network of digits, with batch norm."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10
+    )
+    return ResNetForImageClassification(config)
+
+
+def whisper() -> nn.Module:
+    """An encoder of sounds and a decoder of letters."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=24, num_mel_bins=NUM_SOUNDS, d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_source_positions=8, max_target_positions=16, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[], attn_implementation="eager",
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config)
+
+
+def llava() -> nn.Module:
+    """Pictures as tokens of a small Llama."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=4)
+    config._attn_implementation = "eager"
+    return LlavaForConditionalGeneration(config)
+
+
+def clip() -> nn.Module:
+    """Pictures and texts side by side."""
+    from transformers import CLIPConfig, CLIPModel
+
+    own: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    text = {"vocab_size": 40, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    vision = {"image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=own | text, vision_config=own | vision, projection_dim=16))
+
+
+# --- set-ups ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A model, its examples, and what a step of it minimises."""
+
+    model: Callable[[], nn.Module]
+    split: Callable[[int, int, int, int], Split]
+    lr: float
+    contrastive: bool = False
+
+    def build(self, seed: int) -> nn.Module:
+        """Fresh weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.model()
+
+    def own_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What the model's own Trainer would minimise."""
+        extra = {"return_loss": True} if self.contrastive else {}
+        loss: torch.Tensor = model(**batch, **extra).loss
+        return loss
+
+    def probe_loss(self, split: Split) -> Any:
+        """What a probe is given; None where it finds the loss itself."""
+        return contrastive_loss(split.judged.batch(np.arange(BANK_PAIRS))) if self.contrastive else None
+
+
+KINDS = {
+    "ViT": Kind(model=vit, split=digits, lr=1e-3),
+    "ResNet": Kind(model=resnet, split=digits, lr=1e-3),
+    "Whisper": Kind(model=whisper, split=speech, lr=2e-3),
+    "Llava": Kind(model=llava, split=captions, lr=2e-3),
+    "CLIP": Kind(model=clip, split=functools.partial(captions, pairs=True), lr=2e-3, contrastive=True),
+}
+TRAINED = {"digits": "ViT", "speech": "Whisper", "images with text": "Llava"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is measured; the defaults are the full run."""
+
+    # Labels.
+    label_seeds: int = 3
+    label_steps: int = 150
+    candidates: int = 40
+    truth_batches: int = 6
+    label_reference: int = 64
+    # Speed, candidates in one turn.
+    speed: int = 512
+    speed_oracle: int = 16
+    turns: int = 3
+    # Training.
+    seeds: int = 5
+    tuning_seed: int = 10
+    steps: int = 400
+    batch: int = 32
+    first: int = 250  # random steps that all arms share
+    round: int = 25
+    window: int = 15  # steps whose weights' mean a round looks at
+    random_share: float = 0.25
+    probes: int = 100
+    reference: int = 128
+    judged: int = 512
+    rates: tuple[float, ...] = (2e-3, 5e-3)
+    setups: tuple[str, ...] = tuple(TRAINED)
+    kinds: tuple[str, ...] = tuple(KINDS)
+
+
+QUICK = Sizes(
+    label_seeds=1, label_steps=20, candidates=8, truth_batches=2, label_reference=16, speed=16, speed_oracle=2,
+    turns=1, seeds=2, steps=30, first=10, round=10, window=5, probes=40, reference=24, judged=32, rates=(2e-3,),
+    setups=("digits",), kinds=("ViT", "CLIP"),
+)  # fmt: skip
