@@ -16,7 +16,7 @@ that it selects. Where espeak-ng is not installed, `--tones` plays each word as 
 
 Settings are the fields of `SpeechArguments`, `TrainingArguments` and `MatesConfig`.
 
-It took 116 seconds on a busy machine, 59 of one CPU core, and 1.8 GB of memory. Selected rows end at a lower loss
+It took 116 seconds on a busy machine, 59 of one CPU core, and 1.7 GB of memory. Selected rows end at a lower loss
 here: wrong texts and other words were planted to be found, and one seed is no measurement. Last lines:
 
     random rows: loss 0.3790 nats/token, 1.000 of words right in 100 held-out texts
