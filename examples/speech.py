@@ -7,8 +7,8 @@
 """Speech to text that selects its recordings while it trains: two words, spoken by the program espeak-ng.
 
 Half of the recordings have numbers ("seven three"), half have other words, and a fifth of the texts are wrong. The
-reference task is numbers with the right text. A Whisper of 110,000 parameters trains on random rows, then on those that
-it selects. Where espeak-ng is not installed, `--tones` plays each word as two tones.
+reference task is numbers with the right text. A Whisper of 110,000 parameters trains on random rows, then on those
+that it selects. Where espeak-ng is not installed, `--tones` plays each word as two tones.
 
     python examples/speech.py
     python examples/speech.py --tones --seed 1
@@ -16,8 +16,8 @@ it selects. Where espeak-ng is not installed, `--tones` plays each word as two t
 
 Settings are the fields of `SpeechArguments`, `TrainingArguments` and `MatesConfig`.
 
-It took 116 seconds on a busy machine, 59 of one CPU core, and 1.8 GB of memory. Selected rows end at a lower loss here:
-wrong texts and other words were planted to be found, and one seed is no measurement. Last lines:
+It took 116 seconds on a busy machine, 59 of one CPU core, and 1.7 GB of memory. Selected rows end at a lower loss
+here: wrong texts and other words were planted to be found, and one seed is no measurement. Last lines:
 
     random rows: loss 0.3790 nats/token, 1.000 of words right in 100 held-out texts
     selected rows: loss 0.1580 nats/token, 1.000 of words right in 100 held-out texts

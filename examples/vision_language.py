@@ -7,8 +7,8 @@
 """A vision-language model that selects its captioned pictures while it trains: shapes that are drawn, in words.
 
 Each picture has one shape, and a caption such as "a small red circle". A fifth of the captions belong to another
-picture, and the reference task is right captions of circles and squares. A Llava of 116,000 parameters trains on random
-rows, then on those that it selects.
+picture, and the reference task is right captions of circles and squares. A Llava of 116,000 parameters trains on
+random rows, then on those that it selects.
 
     python examples/vision_language.py
     accelerate launch --num_processes 2 examples/vision_language.py --num_probes 300 --learning_rate 2e-3
