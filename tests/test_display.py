@@ -87,6 +87,7 @@ def objects(folder: Path) -> list[Any]:
         mates_hf.MatesCallback(task, config, probe=probes[0]),
         mates_hf.MatesRounds(task, dataset, config, output_dir=folder / EVIL[:900], probe=probes[0]),
         mates_hf.NgramInfluenceModel(pool_decay=0.5), mates_hf.TextInfluenceModel(num_buckets=2),
+        mates_hf.FeatureInfluenceModel(),
         mates_hf.MatesStream(dataset.to_iterable_dataset(), spool_dir="d" * 5_000),
         labels(0), labels(1), labels(300), labels(9, float("nan")), labels(9, float("inf")),
         labels(9, probe=EVIL[:900]), report(), report(spearman_within_group=0.1),

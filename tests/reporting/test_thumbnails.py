@@ -84,7 +84,6 @@ def test_each_mode_of_pillow(mode: str, side: int) -> None:
         np.full((3, 4, 4), 7.0), np.random.default_rng(0).normal(size=(3, 224, 224)), np.ones((4, 4), bool),
         np.array([[-1e308, 1e308]]), np.zeros((4, 6, 6), np.uint8),
     ],
-    ids=str,
 )  # fmt: skip
 def test_odd_sizes_and_numbers_stay_within_the_limits(value: Any) -> None:
     decoded(value)
