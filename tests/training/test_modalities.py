@@ -34,7 +34,7 @@ from tests.influence.test_examples import (
     test_the_model_s_own_loss_where_there_is_no_likelihood as of_ctc,
 )
 from tests.launch import free_port, start_processes
-from tests.training.kit import Stop, leave_modules_to_themselves, make_reference, small_config
+from tests.training.kit import OLD_DATASETS, Stop, leave_modules_to_themselves, make_reference, small_config
 from tests.training.modalities import (
     KINDS,
     PixelRidge,
@@ -231,6 +231,7 @@ def test_what_needs_text_is_refused_by_name(tmp_path: Path) -> None:
         ReferenceTask.mixture([task, task])
 
 
+@pytest.mark.skipif(OLD_DATASETS, reason="streams need datasets 4.0")
 def test_a_stream_of_examples_is_refused(tmp_path: Path) -> None:
     rows = [{"pixel_values": row["pixel_values"].tolist(), "labels": row["labels"]} for row in images(80)]
     stream = MatesStream(Dataset.from_list(rows).to_iterable_dataset())
@@ -433,5 +434,6 @@ BACKED_BY = {
 
 
 def test_each_line_of_the_page_has_a_test() -> None:
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    section = PAGE.read_text(encoding="utf-8").split("## Which models work")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in lines[1:]] == list(BACKED_BY)
