@@ -116,7 +116,8 @@ def beyond_text(batch: Mapping[str, Any]) -> tuple[str, ...]:
 
     Returns:
         Names in order. With token ids: numbers that are no whole ones, and whole ones of one byte (pixels), unless
-        there is one for each token. Without token ids: every input but the labels.
+        they are a row's or a token's, or say which token belongs to which (XLNet's `target_mapping`). Without token
+        ids: every input but the labels.
     """
     names = []
     ids = batch.get("input_ids")
@@ -124,9 +125,18 @@ def beyond_text(batch: Mapping[str, Any]) -> tuple[str, ...]:
         shape, dtype = getattr(value, "shape", None), str(getattr(value, "dtype", ""))
         if not shape or "mask" in str(key) or key in ("labels", "shift_labels"):
             continue
-        if ids is None or (("float" in dtype or dtype.endswith("uint8")) and shape != ids.shape):
+        if ids is None or (("float" in dtype or dtype.endswith("uint8")) and not _is_of_tokens(value, ids)):
             names.append(str(key))
     return tuple(sorted(names))
+
+
+def _is_of_tokens(value: Any, ids: Any) -> bool:
+    """Whether an input has numbers for each row or token (a teacher's logits), or 0 and 1 for pairs of them."""
+    shape, num = tuple(value.shape), ids.shape[-1]
+    if len(shape) < 2 or (len(shape) < 4 and shape[:2] == tuple(ids.shape)):  # a picture has four, whatever its sizes
+        return True
+    are_pairs = len(shape) == 3 and shape[0] == ids.shape[0] and shape[1] <= num == shape[2]
+    return are_pairs and bool(((value == 0) | (value == 1)).all())
 
 
 def content_hash(batch: Mapping[str, Any], *, with_labels: bool) -> bytes:

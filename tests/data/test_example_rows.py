@@ -50,6 +50,9 @@ def test_what_of_a_batch_is_no_text() -> None:
         "mask_2d": ids.float()[:, :2],
     }
     assert beyond_text(text) == ()
+    num = text["input_ids"].shape[1]
+    of_tokens = {"margin": torch.ones(1), "teacher": torch.rand(1, num, 9), "target_mapping": torch.eye(num)[None]}
+    assert beyond_text({**text, **of_tokens}) == ()
     assert beyond_text({**text, "pixel_values": torch.zeros(1, 3, 2, 2)}) == ("pixel_values",)
     assert beyond_text({**text, "pixels": torch.zeros(1, 3, 2, 2, dtype=torch.uint8)}) == ("pixels",)
     assert beyond_text({"codes": ids, "labels": ids, "return_loss": True}) == ("codes",)
