@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mates_hf.data.batches import Candidates
 from mates_hf.data.pool import rows_of
 from mates_hf.data.rows import TokenRows
 from mates_hf.errors import UnrankableError
@@ -301,6 +302,20 @@ def measured_rows(candidates: Any, labels: InfluenceLabels) -> TokenRows:
         ValueError: their numbers of targets are not the labels'.
     """
     rows = rows_of(candidates, labels.candidate_id)
+    require_measured(rows, labels)
+    return rows
+
+
+def require_measured(rows: Candidates, labels: InfluenceLabels) -> None:
+    """Refuse rows that labels were not measured on.
+
+    Args:
+        rows: One row a label, in their order.
+        labels: measured influence.
+
+    Raises:
+        ValueError: their numbers of targets are not the labels'.
+    """
     differ = np.flatnonzero(rows.num_targets != labels.num_tokens)
     if len(differ):
         first = differ[0]
@@ -309,4 +324,3 @@ def measured_rows(candidates: Any, labels: InfluenceLabels) -> TokenRows:
             f"{rows.num_targets[first]} targets here and {labels.num_tokens[first]} in the labels ({len(differ)} "
             "candidates differ). Pass the pool that was probed, untouched."
         )
-    return rows

@@ -33,6 +33,7 @@ from mates_hf.influence.micro_batches import max_tokens, run_batches
 from mates_hf.influence.passes import measured_apart
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.reading import find_reading
+from mates_hf.prediction.judge import require_measured
 from mates_hf.records import InfluenceLabels, IntArray
 
 _TIMED_ROWS = 64  # rows that are run to say how long many will take
@@ -85,14 +86,7 @@ def labelled_rows(
         ValueError: their numbers of targets are not the labels'.
     """
     rows = open_rows(candidates, model, labels.candidate_id, aligned=aligned)
-    differ = np.flatnonzero(rows.num_targets != labels.num_tokens)
-    if len(differ):
-        first = differ[0]
-        raise ValueError(
-            f"`labels` must have been measured on these candidates: candidate_id {labels.candidate_id[first]} has "
-            f"{rows.num_targets[first]} targets here and {labels.num_tokens[first]} in the labels ({len(differ)} "
-            "candidates differ). Pass the pool that was probed, untouched."
-        )
+    require_measured(rows, labels)
     return rows
 
 
