@@ -50,10 +50,18 @@ from pathlib import Path
 from mates_hf import MatesCallback, MatesConfig
 from tests.training.kit import make_arguments, make_reference, run
 
-records = []
 import logging
-logging.getLogger("mates_hf.training.start").addFilter(lambda record: records.append(record.getMessage()) or True)
 import torch.distributed as dist
+
+records = []
+
+
+class Kept(logging.Handler):
+    def emit(self, record):
+        records.append(record.getMessage())
+
+
+logging.getLogger("mates_hf").addHandler(Kept())
 trainer = run(make_arguments(Path(sys.argv[1])), [MatesCallback(make_reference(), MatesConfig())])
 said = [message for message in records if message.startswith("No round takes effect")]
 assert len(said) == (dist.get_rank() == 0), (dist.get_rank(), records)
