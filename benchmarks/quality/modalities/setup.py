@@ -26,7 +26,7 @@ Rng = np.random.Generator
 
 IMAGE, NUM_WORDS, NUM_SOUNDS, TEXT_LENGTH = 39, 16, 8, 4
 CARED_FOR = 5  # digits 0 to 4
-WRONG_DIGITS, WRONG_TEXTS = 0.2, 0.4
+WRONG, MISLABELLED = 0.2, 0.4  # of labels, in the pool
 BANK_PAIRS = 32
 
 
@@ -70,6 +70,8 @@ class Split:
         return ReferenceTask.from_examples([self.reference[i] for i in range(len(self.reference))], stacked)
 
 
+Splitter = Callable[[int, int, int, int], Split]
+
 # --- examples ---
 
 
@@ -89,7 +91,7 @@ def digits(num: int, num_reference: int, num_judged: int, seed: int) -> Split:
         return noisy.astype(np.float32)[:, None], labels[rows]
 
     found, said = drawn(num, np.arange(1300))
-    wrong = rng.random(num) < WRONG_DIGITS
+    wrong = rng.random(num) < WRONG
     told = np.where(wrong, (said + rng.integers(1, 10, num)) % 10, said)
     parts = []
     for part, size in ((kept_out[::2], num_reference), (kept_out[1::2], num_judged)):
@@ -99,21 +101,26 @@ def digits(num: int, num_reference: int, num_judged: int, seed: int) -> Split:
     return Split(pool=pool, planted=~wrong & (said < CARED_FOR), reference=parts[0], judged=parts[1])
 
 
-def speech(num: int, num_reference: int, num_judged: int, seed: int) -> Split:
-    """Sounds whose loud bands are the letters of a text; of the pool a share has another text."""
-    rng = np.random.default_rng([seed, 2])
+def speech(num: int, num_reference: int, num_judged: int, seed: int, *, halves: bool = False) -> Split:
+    """Sounds whose loud bands are the letters of a text; of the pool a share has another text.
 
-    def drawn(num: int, wrong: npt.NDArray[np.bool_]) -> Examples:
-        said = rng.integers(0, NUM_SOUNDS, (num, TEXT_LENGTH))
-        sound = rng.normal(0, 0.5, (num, NUM_SOUNDS, 4 * TEXT_LENGTH)).astype(np.float32)
+    With `halves` a text is of one half of the letters, texts of the first half are wanted, and fewer are wrong.
+    """
+    rng = np.random.default_rng([seed, 2])
+    own = NUM_SOUNDS // 2 if halves else NUM_SOUNDS  # letters that a text is made of
+
+    def drawn(first: Ids, wrong: npt.NDArray[np.bool_]) -> Examples:
+        said = first[:, None] + rng.integers(0, own, (len(first), TEXT_LENGTH))
+        sound = rng.normal(0, 0.5, (len(first), NUM_SOUNDS, 4 * TEXT_LENGTH)).astype(np.float32)
         for place in range(TEXT_LENGTH):
-            sound[np.arange(num), said[:, place], 4 * place : 4 * place + 4] += 2
-        text = np.where(wrong[:, None], rng.integers(0, NUM_SOUNDS, said.shape), said)
+            sound[np.arange(len(first)), said[:, place], 4 * place : 4 * place + 4] += 2
+        text = np.where(wrong[:, None], first[:, None] + rng.integers(0, own, said.shape), said)
         return Examples(input_features=sound, labels=text + 3)
 
-    wrong = rng.random(num) < WRONG_TEXTS
-    kept_out = (drawn(size, np.zeros(size, bool)) for size in (num_reference, num_judged))
-    return Split(pool=drawn(num, wrong), planted=~wrong, **dict(zip(("reference", "judged"), kept_out, strict=True)))
+    wrong = rng.random(num) < (WRONG if halves else MISLABELLED)
+    first = own * rng.integers(0, 2, num) if halves else np.zeros(num, np.int64)
+    parts = [drawn(np.zeros(size, np.int64), np.zeros(size, bool)) for size in (num_reference, num_judged)]
+    return Split(pool=drawn(first, wrong), planted=~wrong & (first == 0), reference=parts[0], judged=parts[1])
 
 
 def lit_quadrants(shown: Ids, rng: Rng) -> Any:
@@ -125,25 +132,32 @@ def lit_quadrants(shown: Ids, rng: Rng) -> Any:
     return pictures
 
 
-def captions(num: int, num_reference: int, num_judged: int, seed: int, *, pairs: bool = False) -> Split:
-    """Pictures of 16 kinds, each with a text that says which; of the pool a share is told wrong."""
-    rng = np.random.default_rng([seed, 3])
+def captions(
+    num: int, num_reference: int, num_judged: int, seed: int, *, pairs: bool = False, halves: bool = False
+) -> Split:
+    """Pictures of 16 kinds, each with a text that says which; of the pool a share is told wrong.
 
-    def drawn(num: int, wrong: npt.NDArray[np.bool_]) -> Examples:
-        shown = rng.integers(0, NUM_WORDS, num)
-        word = np.where(wrong, (shown + rng.integers(1, NUM_WORDS, num)) % NUM_WORDS, shown) + 5
+    With `halves` pictures of the first 8 kinds are wanted, and fewer are told wrong.
+    """
+    rng = np.random.default_rng([seed, 3])
+    own = NUM_WORDS // 2 if halves else NUM_WORDS  # kinds that are wanted
+
+    def drawn(shown: Ids, wrong: npt.NDArray[np.bool_]) -> Examples:
+        size = len(shown)
+        word = np.where(wrong, (shown + rng.integers(1, NUM_WORDS, size)) % NUM_WORDS, shown) + 5
         if pairs:
-            ids = np.stack([np.ones(num, np.int64), word, np.full(num, 2)], 1)
+            ids = np.stack([np.ones(size, np.int64), word, np.full(size, 2)], 1)
             return Examples(input_ids=ids, pixel_values=lit_quadrants(shown, rng))
-        ids = np.concatenate([np.full((num, 4), IMAGE), np.full((num, 1), 3), word[:, None], word[:, None] + 17], 1)
+        ids = np.concatenate([np.full((size, 4), IMAGE), np.full((size, 1), 3), word[:, None], word[:, None] + 17], 1)
         labels = np.where(np.arange(7) < 5, -100, ids)
         return Examples(
             input_ids=ids, pixel_values=lit_quadrants(shown, rng), labels=labels, attention_mask=np.ones_like(ids)
         )
 
-    wrong = rng.random(num) < WRONG_TEXTS
-    kept_out = (drawn(size, np.zeros(size, bool)) for size in (num_reference, num_judged))
-    return Split(pool=drawn(num, wrong), planted=~wrong, **dict(zip(("reference", "judged"), kept_out, strict=True)))
+    wrong = rng.random(num) < (WRONG if halves else MISLABELLED)
+    parts = [drawn(rng.integers(0, own, size), np.zeros(size, bool)) for size in (num_reference, num_judged)]
+    shown = rng.integers(0, NUM_WORDS, num)
+    return Split(pool=drawn(shown, wrong), planted=~wrong & (shown < own), reference=parts[0], judged=parts[1])
 
 
 # --- models ---
@@ -220,7 +234,7 @@ class Kind:
     """A model, its examples, and what a step of it minimises."""
 
     model: Callable[[], nn.Module]
-    split: Callable[[int, int, int, int], Split]
+    split: Splitter
     lr: float
     contrastive: bool = False
 
@@ -248,7 +262,13 @@ KINDS = {
     "Llava": Kind(model=llava, split=captions, lr=2e-3),
     "CLIP": Kind(model=clip, split=functools.partial(captions, pairs=True), lr=2e-3, contrastive=True),
 }
-TRAINED = {"digits": "ViT", "speech": "Whisper", "images with text": "Llava"}
+TRAINED: dict[str, tuple[str, Splitter]] = {  # set-ups of trainings: the model, and what it trains on
+    "digits": ("ViT", digits),
+    "speech": ("Whisper", functools.partial(speech, halves=True)),
+    "images with text": ("Llava", functools.partial(captions, halves=True)),
+    "speech, mislabelled": ("Whisper", speech),
+    "images with text, mislabelled": ("Llava", captions),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,7 +287,7 @@ class Sizes:
     turns: int = 3
     # Training.
     seeds: int = 5
-    tuning_seed: int = 10
+    tuning_seeds: tuple[int, ...] = (10, 11, 12)
     steps: int = 400
     batch: int = 32
     first: int = 250  # random steps that all arms share
@@ -277,13 +297,14 @@ class Sizes:
     probes: int = 100
     reference: int = 128
     judged: int = 512
-    rates: tuple[float, ...] = (2e-3, 5e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3)
     setups: tuple[str, ...] = tuple(TRAINED)
     kinds: tuple[str, ...] = tuple(KINDS)
 
 
 QUICK = Sizes(
     label_seeds=1, label_steps=20, candidates=8, truth_batches=2, label_reference=16, speed=16, speed_oracle=2,
-    turns=1, seeds=2, steps=30, first=10, round=10, window=5, probes=40, reference=24, judged=32, rates=(2e-3,),
+    turns=1, seeds=2, tuning_seeds=(10,), steps=30, first=10, round=10, window=5, probes=40, reference=24, judged=32,
+    rates=(2e-3,),
     setups=("digits",), kinds=("ViT", "CLIP"),
 )  # fmt: skip

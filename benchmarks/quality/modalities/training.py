@@ -45,7 +45,7 @@ class Run:
     """One model that trains on a pool whose rows are each offered once."""
 
     def __init__(self, sizes: Sizes, setup: str, arm: str, lr: float, seed: int, split: Split) -> None:
-        self.kind, self.sizes, self.arm, self.lr, self.split = KINDS[TRAINED[setup]], sizes, arm, lr, split
+        self.kind, self.sizes, self.arm, self.lr, self.split = KINDS[TRAINED[setup][0]], sizes, arm, lr, split
         self.model = self.kind.build(seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
         self.mean = copy.deepcopy(self.model).eval()  # of the weights, for judging
@@ -207,7 +207,7 @@ class Run:
 def split_of(sizes: Sizes, setup: str, seed: int) -> Split:
     """The examples of a run, enough for the longest one."""
     num = round(MOST * sizes.steps * sizes.batch / SHARE)
-    return KINDS[TRAINED[setup]].split(num, sizes.reference, sizes.judged, seed)
+    return TRAINED[setup][1](num, sizes.reference, sizes.judged, seed)
 
 
 def tune(sizes: Sizes, setup: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
