@@ -109,6 +109,12 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         """Whether the round says which of its candidates are one text."""
         return self.config.max_copies is not None or "repeated_share" in self.info
 
+    def _check_whole(self, before: FinishedRound | None) -> None:
+        """What every kind of round has is there: a key, files as they were written, and the passages it says."""
+        self._check_key()
+        self._check_checksums()
+        check_passages(self, before)
+
     def check(self, before: FinishedRound | None) -> None:
         """All of it, the cheap first.
 
@@ -118,9 +124,7 @@ class FinishedRound(RoundWithLength, RoundWithPassages, RoundWithPasses, RoundWi
         Raises:
             WrongError: the first thing that is wrong.
         """
-        self._check_key()
-        self._check_checksums()
-        check_passages(self, before)
+        self._check_whole(before)
         order_file = self.order_file
         other_file = "selection.npy" if self.decision == "own_order" else "own_order.npy"
         there = (self.path / other_file).exists()

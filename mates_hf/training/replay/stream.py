@@ -23,7 +23,6 @@ from mates_hf.selection.stream_ledger import StreamLedger
 from mates_hf.training.order import stream_digest
 from mates_hf.training.replay.finished import FinishedRound
 from mates_hf.training.replay.length import check_length, check_rise
-from mates_hf.training.replay.passages import check_passages
 from mates_hf.training.replay.reader import RoundReader, WrongError
 from mates_hf.training.stream.files import BufferRecord, files_in, numbered, read_buffer
 
@@ -60,9 +59,7 @@ class StreamRound(FinishedRound):
         Raises:
             WrongError: the first thing that is wrong.
         """
-        self._check_key()
-        self._check_checksums()
-        check_passages(self, before)
+        self._check_whole(before)
         self.rows = self.array(self.order_file, np.int64, 0)
         self._check_rule()
         self.labels = self._read_labels()
