@@ -52,6 +52,37 @@ def field_path(schema: Any, column: str) -> tuple[str, ...] | None:
     return None
 
 
+def find_path(
+    schema: Any, column: str | None, looked_for: Sequence[str], holds: str, nested: bool = True
+) -> tuple[str, tuple[str, ...]]:
+    """The column that is scored.
+
+    Args:
+        schema: `pyarrow.Schema` of the dataset.
+        column: Name of the column, with dots where it is nested; None takes the first there is of `looked_for`.
+        looked_for: Names of columns that are scored without being named.
+        holds: What it must hold, for the error.
+        nested: Whether the error says that a column may be inside of a struct.
+
+    Returns:
+        Its name and the names from the row down to it.
+
+    Raises:
+        ValueError: there is no such column (names those there are).
+    """
+    names = list(schema.names)
+    name = column if column is not None else next((found for found in looked_for if found in names), None)
+    path = None if name is None else field_path(schema, name)
+    if name is None or path is None:
+        *others, last = (f"`{found}`" for found in (looked_for if column is None else [column]))
+        meant = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(
+            f"The dataset must have a column {meant} to score, got the columns {names}. Pass the one that holds the "
+            f"{holds} as `column=`{'; inside of a struct, `meta.text`' if nested else ''}."
+        )
+    return name, path
+
+
 def type_at(schema: Any, path: Sequence[str]) -> Any:
     """`pyarrow.DataType` of the column at a path."""
     kind = schema.field(path[0]).type

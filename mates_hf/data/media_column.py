@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mates_hf.data.column_types import field_path
+from mates_hf.data.column_types import find_path
 from mates_hf.data.scored_column import ScoredColumn, column_at, values_at
 from mates_hf.records import IntArray
 
@@ -87,15 +87,7 @@ def find_media_column(schema: Any, column: str | None) -> MediaColumn:
     Raises:
         ValueError: there is no such column (names those there are).
     """
-    names = list(schema.names)
-    name = column if column is not None else next((found for found in _LOOKED_FOR if found in names), None)
-    path = None if name is None else field_path(schema, name)
-    if name is None or path is None:
-        meant = "`image` or `audio`" if column is None else f"`{column}`"
-        raise ValueError(
-            f"The dataset must have a column {meant} to score, got the columns {names}. Pass the one that holds the "
-            "images or sounds as `column=`."
-        )
+    name, path = find_path(schema, column, _LOOKED_FOR, "images or sounds", nested=False)
     return MediaColumn(name, path)
 
 

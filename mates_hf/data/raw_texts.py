@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mates_hf.data.column_types import field_path, holds_texts, is_null, type_at
+from mates_hf.data.column_types import find_path, holds_texts, is_null, type_at
 from mates_hf.data.scored_column import SPAN_TARGETS, ScoredColumn, column_at, values_at
 from mates_hf.data.text_spans import TextSpans
 from mates_hf.records import IntArray
 
 _ROWS_AT_ONCE = 2**16
-_LOOKED_FOR = "text"  # the column that is scored without being named
+_LOOKED_FOR = ("text",)  # the column that is scored without being named
 
 
 def find_text_column(schema: Any, column: str | None) -> RawTexts:
@@ -34,13 +34,7 @@ def find_text_column(schema: Any, column: str | None) -> RawTexts:
         ValueError: there is no such column (names those there are).
         TypeError: the column holds no texts.
     """
-    name = _LOOKED_FOR if column is None else column
-    path = field_path(schema, name)
-    if path is None:
-        raise ValueError(
-            f"The dataset must have a column `{name}` to score, got the columns {list(schema.names)}. Pass the one "
-            "that holds the text as `column=`; inside of a struct, `meta.text`."
-        )
+    name, path = find_path(schema, column, _LOOKED_FOR, "text")
     kind = type_at(schema, path)
     if not holds_texts(kind) and not is_null(kind):
         raise TypeError(

@@ -23,7 +23,7 @@ from mates_hf.data.arrow import physical_rows
 from mates_hf.data.column_types import (
     TOKENS,
     check_types,
-    field_path,
+    find_path,
     holds_texts,
     holds_tokens,
     is_conversation,
@@ -61,15 +61,8 @@ def find_column(schema: Any, column: str | None, tokenizer: Any = None, max_leng
             `labels` or `attention_mask` next to `input_ids` cannot count as what they are called.
         TypeError: the column holds neither texts, nor conversations, nor integer tokens.
     """
+    name, path = find_path(schema, column, _LOOKED_FOR, "tokens, the text or the conversation")
     names = list(schema.names)
-    name = column if column is not None else next((found for found in _LOOKED_FOR if found in names), None)
-    path = None if name is None else field_path(schema, name)
-    if name is None or path is None:
-        meant = "`input_ids`, `text` or `messages`" if column is None else f"`{column}`"
-        raise ValueError(
-            f"The dataset must have a column {meant} to score, got the columns {names}. Pass the one that holds the "
-            "tokens, the text or the conversation as `column=`; inside of a struct, `meta.text`."
-        )
     kind = type_at(schema, path)
     is_chat = is_conversation(kind, name)
     if is_chat or holds_texts(kind) or (is_null(kind) and name == "text"):
