@@ -1,4 +1,4 @@
-"""The page of `horizon`: for each setting a table of arms against random, and how labels change by themselves."""
+"""The page of `horizon`: for each setting arms against random and against ours, and how labels change."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from benchmarks.lab.statistics import mean_interval, steps_to_reach
 from benchmarks.lab.tables import interval, markdown, table, title
-from benchmarks.quality.horizon.arms import GROUPS, RANDOM, REPORTED_SEEDS
+from benchmarks.quality.horizon.arms import GROUPS, OURS, RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.settings import SETTINGS
 from mates_hf.evaluation.agreement import rank_correlation
 
+DEFAULT = f"{OURS}, 30 % random"
 Units = dict[tuple[str, int], Mapping[str, Any]]
 
 
@@ -36,7 +37,8 @@ def page(document: Mapping[str, Any]) -> str:
             }
             if units:
                 parts.append(f"## {name}: {setting.about} ({of})")
-                parts += [_table(name, units)] if any(arm == RANDOM for arm, _ in units) else []
+                if any(arm == RANDOM for arm, _ in units):
+                    parts += [_table(name, units), *_against(name, units)]
                 parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
     return markdown(*parts)
 
@@ -79,6 +81,32 @@ def _table(setting: str, units: Units) -> str:
         cells.append(f"{np.mean([ours['flops'] / random['flops'] for ours, random in ends]):.2f}")
         rows.append(cells)
     return table(heads, rows)
+
+
+def _against(setting: str, units: Units) -> list[str]:
+    """The default form minus each other arm that is no form of ours."""
+    outside = [f"{task}: answers" for task in SETTINGS[setting].outside]
+    rows = []
+    for arm in (arm for group, arms in GROUPS.items() if not group.startswith("ours") for arm in arms):
+        pairs = [(units[DEFAULT, seed], unit) for (name, seed), unit in units.items()
+                 if name == arm and (DEFAULT, seed) in units]  # fmt: skip
+        if not pairs:
+            continue
+        ends = [(ours["decayed"][-1], theirs["decayed"][-1]) for ours, theirs in pairs]
+        reached = [_reaches(ours, theirs, setting) for ours, theirs in pairs]
+        rows.append([
+            arm, len(pairs), _crossed(ends, SETTINGS[setting].parts), *([_crossed(ends, outside)] if outside else []),
+            interval([ours["pool"] - theirs["pool"] for ours, theirs in ends], 3),
+            ", ".join("not" if share is None else f"{1 / share:.2f}" for share in reached),
+        ])  # fmt: skip
+    if not rows:
+        return []
+    others = ["answers of other tasks"] if outside else []
+    return [
+        f"`{DEFAULT}`, what a run does by default, minus each of these. Last column: how many times our steps an "
+        "arm took to where it ends, seed by seed; `not` where ours does not get there.",
+        table(["minus", "seeds", "passages", *others, "pool's text", "steps to its end"], rows),
+    ]
 
 
 def _crossed(ends: Sequence[tuple[Any, Any]], parts: Sequence[str]) -> str:
