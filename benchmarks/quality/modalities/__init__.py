@@ -8,8 +8,8 @@ and no data.
 - `speed`: candidates a second of both, and of gradients taken for each candidate, in turns on one thread.
 - `training`: in three set-ups a fifth of the pool's labels are wrong, and the reference is of half of the kinds of
   examples; in two more, labels are wrong and nothing else. Rows chosen by influence against random ones and against
-  those of lowest or highest loss, at equal steps and at equal FLOPs. The learning rate (best for random rows) and the
-  better of the two ways to choose by loss come from seeds of their own.
+  those of lowest or highest loss, at equal steps and at equal FLOPs. The learning rate (best for random rows), and how
+  ours and the rows by loss are chosen, come from seeds of their own.
 
 Trade-off: models of some ten thousand parameters, and examples where it is planted what should be left out.
 """
@@ -17,7 +17,6 @@ Trade-off: models of some ten thousand parameters, and examples where it is plan
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -26,18 +25,24 @@ from benchmarks.lab.machine import versions
 from benchmarks.lab.units import run_units
 from benchmarks.quality.modalities.labels import agreement, speed
 from benchmarks.quality.modalities.page import page
-from benchmarks.quality.modalities.setup import QUICK, Sizes
-from benchmarks.quality.modalities.training import HIGH, LOW, RANDOM, compare, tune
+from benchmarks.quality.modalities.setup import QUICK, Choice, Sizes
+from benchmarks.quality.modalities.training import HIGH, LOW, OURS, RANDOM, compare, tune
 
 __all__ = ["page", "run"]
 DIGITS = 6
 FUNCTIONS = {"labels": agreement, "speed": speed, "tune": tune, "training": compare}
 Calls = dict[str, tuple[Any, ...]]
+Try = tuple[str, Choice, float]  # an arm, how it chooses, and the learning rate
 
 
 def run_unit(part: str, sizes: Sizes, *arguments: Any) -> dict[str, Any]:
     """Run one unit; its result."""
     return {"part": part, **FUNCTIONS[part](sizes, *arguments)}
+
+
+def way(one: Try) -> str:
+    """How an arm chooses, in names."""
+    return one[0] if one[0] == RANDOM else f"{one[0]}, {one[1].name}"
 
 
 def mean_loss(found: dict[str, Any], names: list[str]) -> float:
@@ -59,46 +64,54 @@ def run(bench: Bench) -> dict[str, Any]:
         left += bench.left
         return found
 
-    def tuned(arm: str, setup: str, lr: float) -> list[str]:
-        return [f"tune/{setup}/{arm}/{lr:g}/{seed}" for seed in sizes.tuning_seeds]
-
-    def best(arms: dict[str, tuple[str, ...]], rates: dict[str, tuple[float, ...]]) -> dict[str, tuple[str, float]]:
-        """Of each set-up, the arm and the rate with the lowest loss over the tuning seeds, where all of them ran."""
-        tried = {setup: list(itertools.product(arms[setup], rates[setup])) for setup in rates}
-        calls = {
-            name: (setup, arm, lr, seed)
-            for setup, pairs in tried.items()
-            for arm, lr in pairs
-            for seed, name in zip(sizes.tuning_seeds, tuned(arm, setup, lr), strict=True)
-        }
-        found = done("tune", calls)
-        losses = {
-            setup: {(arm, lr): mean_loss(found, tuned(arm, setup, lr)) for arm, lr in pairs}
-            for setup, pairs in tried.items()
-        }
+    def best(tries: dict[str, list[Try]]) -> dict[str, Try]:
+        """Of each set-up, what has the lowest loss over the tuning seeds, where all of it ran."""
+        names = {
+            (setup, one): [
+                f"tune/{setup}/{way(one)}, {one[2]:g}/{seed}" for seed in sizes.tuning_seeds
+            ]
+            for setup, some in tries.items()
+            for one in some
+        }  # fmt: skip
+        found = done("tune", {
+            name: (setup, *one, seed)
+            for (setup, one), own in names.items() for seed, name in zip(sizes.tuning_seeds, own, strict=True)
+        })  # fmt: skip
+        losses = {key: mean_loss(found, own) for key, own in names.items()}
         return {
-            setup: min(own, key=own.__getitem__)
-            for setup, own in losses.items()
-            if not any(map(math.isnan, own.values()))
+            setup: min(some, key=lambda one, setup=setup: losses[setup, one])
+            for setup, some in tries.items()
+            if not any(math.isnan(losses[setup, one]) for one in some)
         }
 
-    random_rows = best(dict.fromkeys(sizes.setups, (RANDOM,)), dict.fromkeys(sizes.setups, sizes.rates))
-    chosen = {setup: lr for setup, (_, lr) in random_rows.items()}
-    by_loss = best(dict.fromkeys(chosen, (LOW, HIGH)), {setup: (lr,) for setup, lr in chosen.items()})
-    rivals = {setup: arm for setup, (arm, _) in by_loss.items()}
+    at_random = best({setup: [(RANDOM, Choice(), lr) for lr in sizes.rates] for setup in sizes.setups})
+    rates = {setup: lr for setup, (_, _, lr) in at_random.items()}
+    by_loss = best({
+        setup: [(arm, choice, lr) for arm in (LOW, HIGH) for choice in sizes.by_loss] for setup, lr in rates.items()
+    })  # fmt: skip
+    ours = best({setup: [(OURS, choice, lr) for choice in sizes.choices] for setup, lr in rates.items()})
+    ready = {
+        setup: (lr, ours[setup][1], *by_loss[setup][:2])
+        for setup, lr in rates.items()
+        if setup in ours and setup in by_loss
+    }
     done("labels", {
         f"labels/{kind}/{i}": (kind, i) for i in range(sizes.label_seeds) for kind in sizes.kinds
     })  # fmt: skip
     done("training", {
-        f"training/{setup}/{i}": (setup, chosen[setup], rivals[setup], i)
-        for i in range(sizes.seeds) for setup in rivals
+        f"training/{setup}/{i}": (setup, *settings, i)
+        for i in range(sizes.seeds) for setup, settings in ready.items()
     })  # fmt: skip
     done("speed", {f"speed/{kind}": (kind,) for kind in sizes.kinds})
     bench.left = left
     return {
         "settings": {
-            "quick": bench.quick, "sizes": dataclasses.asdict(sizes), "learning_rates": chosen, "rivals": rivals,
-            "missing": left, **versions("torch", "transformers"),
+            "quick": bench.quick, "sizes": dataclasses.asdict(sizes), "missing": left,
+            "chosen": {
+                setup: {"learning rate": lr, "ours": choice.name, "rival": way((rival, by, lr))}
+                for setup, (lr, choice, rival, by) in ready.items()
+            },
+            **versions("torch", "transformers"),
         },
         "units": units,
     }  # fmt: skip

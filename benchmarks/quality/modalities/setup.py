@@ -27,6 +27,7 @@ Rng = np.random.Generator
 IMAGE, NUM_WORDS, NUM_SOUNDS, TEXT_LENGTH = 39, 16, 8, 4
 CARED_FOR = 5  # digits 0 to 4
 WRONG, MISLABELLED = 0.2, 0.4  # of labels, in the pool
+FEW = 0.3  # of the pool's texts are of the first half of the letters
 BANK_PAIRS = 32
 
 
@@ -104,7 +105,8 @@ def digits(num: int, num_reference: int, num_judged: int, seed: int) -> Split:
 def speech(num: int, num_reference: int, num_judged: int, seed: int, *, halves: bool = False) -> Split:
     """Sounds whose loud bands are the letters of a text; of the pool a share has another text.
 
-    With `halves` a text is of one half of the letters, texts of the first half are wanted, and fewer are wrong.
+    With `halves` a text is of one half of the letters. Texts of the first half are wanted and are the smaller part of
+    the pool: of two equal parts rows by loss fall into either one and stay there. Fewer are wrong, too.
     """
     rng = np.random.default_rng([seed, 2])
     own = NUM_SOUNDS // 2 if halves else NUM_SOUNDS  # letters that a text is made of
@@ -118,7 +120,7 @@ def speech(num: int, num_reference: int, num_judged: int, seed: int, *, halves: 
         return Examples(input_features=sound, labels=text + 3)
 
     wrong = rng.random(num) < (WRONG if halves else MISLABELLED)
-    first = own * rng.integers(0, 2, num) if halves else np.zeros(num, np.int64)
+    first = own * (rng.random(num) >= FEW) if halves else np.zeros(num, np.int64)
     parts = [drawn(np.zeros(size, np.int64), np.zeros(size, bool)) for size in (num_reference, num_judged)]
     return Split(pool=drawn(first, wrong), planted=~wrong & (first == 0), reference=parts[0], judged=parts[1])
 
@@ -272,6 +274,22 @@ TRAINED: dict[str, tuple[str, Splitter]] = {  # set-ups of trainings: the model,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How an arm that chooses does so; tuned."""
+
+    round: int = 25  # steps; by loss each step is one
+    share: float = 0.25  # of each slice that is trained on
+    random_share: float = 0.0  # of those
+
+    @property
+    def name(self) -> str:
+        """In names of units and in tables."""
+        shared = f", {self.random_share:g} of them random" if self.random_share else ""
+        rounds = f", rounds of {self.round}" if self.round != 1 else ""
+        return f"{self.share:g} of a slice{shared}{rounds}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much is measured; the defaults are the full run."""
 
@@ -291,9 +309,11 @@ class Sizes:
     steps: int = 400
     batch: int = 32
     first: int = 250  # random steps that all arms share
-    round: int = 25
     window: int = 15  # steps whose weights' mean a round looks at
-    random_share: float = 0.25
+    choices: tuple[Choice, ...] = (
+        Choice(), Choice(share=0.5), Choice(share=0.5, random_share=0.25), Choice(share=0.5, round=50),
+    )  # fmt: skip
+    by_loss: tuple[Choice, ...] = (Choice(round=1), Choice(round=1, share=0.5))
     probes: int = 100
     reference: int = 128
     judged: int = 512
@@ -304,7 +324,7 @@ class Sizes:
 
 QUICK = Sizes(
     label_seeds=1, label_steps=20, candidates=8, truth_batches=2, label_reference=16, speed=16, speed_oracle=2,
-    turns=1, seeds=2, tuning_seeds=(10,), steps=30, first=10, round=10, window=5, probes=40, reference=24, judged=32,
-    rates=(2e-3,),
+    turns=1, seeds=2, tuning_seeds=(10,), steps=30, first=10, choices=(Choice(round=10, share=0.5),),
+    by_loss=(Choice(round=1, share=0.5),), window=5, probes=40, reference=24, judged=32, rates=(2e-3,),
     setups=("digits",), kinds=("ViT", "CLIP"),
 )  # fmt: skip

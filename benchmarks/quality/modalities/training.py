@@ -19,15 +19,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.quality.modalities.setup import KINDS, TRAINED, Ids, Sizes, Split
+from benchmarks.quality.modalities.setup import KINDS, TRAINED, Choice, Ids, Sizes, Split
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.flops import PATH_STEPS
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.prediction.feature_model import FeatureInfluenceModel
 
 RANDOM, LOW, HIGH, OURS = "random", "lowest loss", "highest loss", "ours"
-SHARE = 0.5  # of each slice that is trained on
 WARM_UP, CLIP, EVERY, AVERAGED = 20, 1.0, 20, 0.95
+TUNED = 1.5
 MOST = 4  # times the steps that an arm may take to spend its FLOPs
 
 
@@ -44,8 +44,11 @@ Start = tuple[dict[str, Any], list[dict[str, Any]]]
 class Run:
     """One model that trains on a pool whose rows are each offered once."""
 
-    def __init__(self, sizes: Sizes, setup: str, arm: str, lr: float, seed: int, split: Split) -> None:
+    def __init__(
+        self, sizes: Sizes, setup: str, arm: str, lr: float, seed: int, split: Split, choice: Choice | None = None
+    ) -> None:
         self.kind, self.sizes, self.arm, self.lr, self.split = KINDS[TRAINED[setup][0]], sizes, arm, lr, split
+        self.choice = choice or Choice()
         self.model = self.kind.build(seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
         self.mean = copy.deepcopy(self.model).eval()  # of the weights, for judging
@@ -72,7 +75,7 @@ class Run:
         if self.arm == RANDOM or self.step < self.sizes.first:
             return self.next_rows(batch)
         if self.arm != OURS:
-            rows = self.next_rows(round(batch / SHARE))
+            rows = self.next_rows(round(batch / self.choice.share))
             losses = self.losses(rows)
             self.flops["choose"] += self._per_scored * len(rows)
             return rows[np.argsort(losses if self.arm == LOW else -losses, kind="stable")[:batch]]
@@ -107,11 +110,12 @@ class Run:
 
     def round(self) -> Ids:
         """The rows of a round: probe some of its slice, fit, score the slice, take the best in random order."""
-        sizes = self.sizes
-        slice_rows = self.next_rows(round(sizes.round * sizes.batch / SHARE))
+        sizes, choice = self.sizes, self.choice
+        num = choice.round * sizes.batch
+        slice_rows = self.next_rows(round(num / choice.share))
         probed = np.sort(self.rng.choice(slice_rows, sizes.probes, replace=False))
         probe = DirectionalProbe(
-            path_steps=PATH_STEPS, rate_steps=sizes.round, max_grad_norm=CLIP, batch_rows=sizes.batch
+            path_steps=PATH_STEPS, rate_steps=choice.round, max_grad_norm=CLIP, batch_rows=sizes.batch
         )
 
         pool = self.split.pool.pool(probed)
@@ -124,7 +128,7 @@ class Run:
         flops += self._per_scored * len(slice_rows)
         self.flops["choose"] += flops
         order = np.argsort(-scores, kind="stable")
-        num, at_random = sizes.round * sizes.batch, round(sizes.round * sizes.batch * sizes.random_share)
+        at_random = round(num * choice.random_share)
         best = order[: num - at_random]
         best = slice_rows[np.concatenate([best, self.rng.choice(order[len(best) :], at_random, replace=False)])]
         self.rounds.append({
@@ -188,10 +192,10 @@ class Run:
         for part, state in zip((self.model, self.optimizer, self.mean), states, strict=True):
             part.load_state_dict(state)
 
-    def train(self, budget: float = 0.0) -> dict[str, Any]:
-        """Train for the steps, and on until the FLOPs are spent; the result."""
+    def train(self, steps: int, budget: float = 0.0) -> dict[str, Any]:
+        """Train until so many steps are taken, and on until the FLOPs are spent; the result."""
         curve = [self.judge()]
-        while self.step < self.sizes.steps or (self.spent() < budget and self.step < MOST * self.sizes.steps):
+        while self.step < steps or (self.spent() < budget and self.step < MOST * self.sizes.steps):
             self.take_step()
             if self.step % EVERY == 0 or self.step == self.sizes.steps:
                 curve.append(self.judge())
@@ -206,25 +210,27 @@ class Run:
 
 def split_of(sizes: Sizes, setup: str, seed: int) -> Split:
     """The examples of a run, enough for the longest one."""
-    num = round(MOST * sizes.steps * sizes.batch / SHARE)
+    least = min(choice.share for choice in (*sizes.choices, *sizes.by_loss))
+    num = round(MOST * sizes.steps * sizes.batch / least)
     return TRAINED[setup][1](num, sizes.reference, sizes.judged, seed)
 
 
-def tune(sizes: Sizes, setup: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
-    """One arm for the steps, on a seed that no result has."""
-    run = Run(sizes, setup, arm, lr, seed, split_of(sizes, setup, seed))
+def tune(sizes: Sizes, setup: str, arm: str, choice: Choice, lr: float, seed: int) -> dict[str, Any]:
+    """One arm until it has spent what random rows take for `TUNED` times the steps, on a seed that no result has."""
+    run = Run(sizes, setup, arm, lr, seed, split_of(sizes, setup, seed), choice)
     run.begin()
-    return {"setup": setup, "arm": arm, "seed": seed, **run.train()}
+    found = run.train(0, TUNED * sizes.steps * run.flops["train"] / run.step)
+    return {"setup": setup, "arm": arm, "choice": choice.name, "seed": seed, **found}
 
 
-def compare(sizes: Sizes, setup: str, lr: float, rival: str, seed: int) -> dict[str, Any]:
+def compare(sizes: Sizes, setup: str, lr: float, choice: Choice, rival: str, by: Choice, seed: int) -> dict[str, Any]:
     """The arms from one start on one pool; each spends at least the FLOPs that ours took."""
     split = split_of(sizes, setup, seed)
-    ours = Run(sizes, setup, OURS, lr, seed, split)
+    ours = Run(sizes, setup, OURS, lr, seed, split, choice)
     start = ours.begin()
-    arms = {OURS: ours.train()}
+    arms = {OURS: ours.train(sizes.steps)}
     for arm in (RANDOM, rival):
-        run = Run(sizes, setup, arm, lr, seed, split)
+        run = Run(sizes, setup, arm, lr, seed, split, by)
         run.go_on(start)
-        arms[arm] = run.train(ours.spent())
+        arms[arm] = run.train(sizes.steps, ours.spent())
     return {"setup": setup, "seed": seed, "arms": arms}
