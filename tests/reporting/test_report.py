@@ -24,6 +24,7 @@ from mates_hf.errors import MatesError
 from mates_hf.reporting.page.checks import find_checks
 from mates_hf.reporting.page.examples import checked_texts, level_of
 from mates_hf.reporting.page.plain import plain
+from mates_hf.reporting.page.render import _environment
 from mates_hf.reporting.page.texts import predicted_tokens, shown_rows
 from mates_hf.reporting.report import report_data, report_html
 from mates_hf.training.run_report import read_report, write_report
@@ -410,6 +411,23 @@ def test_plain_text_shows_and_does_nothing(text: str) -> None:
 )  # fmt: skip
 def test_what_cannot_be_seen_is_named(text: str, shown: str) -> None:
     assert plain(text, 5 if text.startswith("ab") else 100) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("`run` has no `trainer_state.json`.", "{}run{} has no {}trainer_state.json{}."),
+        ("no names", "no names"),
+        ("`", "`"),
+        ("`<b>` & one ` more", "`&lt;b&gt;` &amp; one ` more"),
+        ("`<script>alert(1)</script>`", "{}&lt;script&gt;alert(1)&lt;/script&gt;{}"),
+        ("`a\u202eb`\x00", "{}a⟨RLO⟩b{}⟨NUL⟩"),
+    ],
+)
+def test_names_in_a_sentence_look_like_names(text: str, shown: str) -> None:
+    template = _environment().from_string("{{ text|worded }}")
+    pieces = ['<bdi class="gram">', "</bdi>"] * 2
+    assert template.render(text=text) == shown.format(*pieces[: shown.count("{}")])
 
 
 @pytest.mark.parametrize(
