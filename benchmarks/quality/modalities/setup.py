@@ -313,6 +313,7 @@ class Sizes:
     window: int = 15  # steps whose weights' mean a round looks at
     choices: tuple[Choice, ...] = (
         Choice(), Choice(share=0.5), Choice(share=0.5, random_share=0.25), Choice(share=0.5, round=50),
+        Choice(share=0.5, round=50, random_share=0.25), Choice(share=0.5, round=75, random_share=0.25),
     )  # fmt: skip
     by_loss: tuple[Choice, ...] = (Choice(round=1), Choice(round=1, share=0.5))
     probes: int = 100
