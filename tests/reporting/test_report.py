@@ -425,7 +425,7 @@ def test_what_cannot_be_seen_is_named(text: str, shown: str) -> None:
     ],
 )
 def test_names_in_a_sentence_look_like_names(text: str, shown: str) -> None:
-    template = _environment().from_string("{{ text|worded }}")
+    template = _environment().from_string('{% from "parts.html.jinja" import worded %}{{ worded(text) }}')
     pieces = ['<bdi class="gram">', "</bdi>"] * 2
     assert template.render(text=text) == shown.format(*pieces[: shown.count("{}")])
 

@@ -62,7 +62,7 @@ def _environment() -> Any:
     )
     environment.filters |= {
         "fixed": _fixed, "signed": _signed, "percent": _percent, "seconds": _seconds, "count": _count,
-        "figure": number, "money": _money, "level": level_of, "png": _png, "worded": _worded,
+        "figure": number, "money": _money, "level": level_of, "png": _png, "named": _named,
     }  # fmt: skip
     return environment
 
@@ -79,15 +79,12 @@ def _png(data: str) -> _Address:
     return _Address(f"data:image/png;base64,{data}" if re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", data) else "data:,")
 
 
-def _worded(text: str) -> Any:
-    """A sentence made plain, in which names between backticks look like names."""
-    from markupsafe import Markup, escape
-
+def _named(text: str) -> list[tuple[str, bool]]:
+    """The parts of a sentence, each with whether it is a name, which stands between backticks."""
     parts = plain(text).split("`")
     if len(parts) % 2 == 0:  # one of them has no partner
-        return Markup(escape("`".join(parts)))
-    named = Markup('<bdi class="gram">{}</bdi>')
-    return Markup("").join(named.format(part) if i % 2 else escape(part) for i, part in enumerate(parts))
+        return [("`".join(parts), False)]
+    return [(part, i % 2 == 1) for i, part in enumerate(parts)]
 
 
 def _printed(value: Any) -> Any:
