@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from mates_hf import MatesCallback, load_round
@@ -120,6 +122,26 @@ def mates(*, probe: Any = None, **changes: Any) -> MatesCallback:
 
 class Rows(Watch):
     """Watches the random streams; the rows are seen by the Trainer (`watched`)."""
+
+
+class Replaced(Trainer):
+    """Samples with replacement."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return RandomSampler(self.train_dataset, replacement=True)
+
+
+class Stateful(Trainer):
+    """Has its dataloader as accelerate prepares it with torchdata."""
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        loader.use_stateful_dataloader = True
+        return loader
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Has the name by which FSDP1's wrapper is known."""
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 from transformers import (
     LlamaForSequenceClassification,
     T5Config,
@@ -42,13 +42,7 @@ from tests.training.kit import (
     make_reference,
     small_config,
 )
-
-
-class Replaced(Trainer):
-    """Samples with replacement."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return RandomSampler(self.train_dataset, replacement=True)
+from tests.training.settings import FullyShardedDataParallel, Replaced, Stateful
 
 
 class PlainLoader(Trainer):
@@ -67,15 +61,6 @@ class OwnBatches(Trainer):
         return self.accelerator.prepare(loader)
 
 
-class Stateful(Trainer):
-    """Has its dataloader as accelerate prepares it with torchdata."""
-
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        loader.use_stateful_dataloader = True
-        return loader
-
-
 class Elsewhere(Trainer):
     """Has a dataloader that keeps its dataset where nothing but itself looks."""
 
@@ -92,10 +77,6 @@ class Offloading(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.extra = nn.Linear(2, 2, device="meta")
-
-
-class FullyShardedDataParallel(nn.Module):
-    """Has the name by which FSDP1's wrapper is known."""
 
 
 def extended(extra: Callable[[], nn.Module]) -> nn.Module:
@@ -164,13 +145,9 @@ def classified_reference() -> ReferenceTask:
     return ReferenceTask.from_examples(classified().select(range(24)))
 
 
-def small_llama() -> Any:
-    return make_model().config
-
-
 def classifier() -> nn.Module:
     torch.manual_seed(0)
-    config = small_llama()
+    config: Any = make_model().config
     config.pad_token_id, config.num_labels = 0, 2
     return LlamaForSequenceClassification(config)
 

@@ -20,7 +20,7 @@ from mates_hf.training.checks import parallel
 from mates_hf.training.checks.parallel import parallel_refusals
 from tests.launch import run_script
 from tests.training.kit import make_model
-from tests.training.settings import NO_FILE, Setup, assert_refused, case, mates, proves
+from tests.training.settings import NO_FILE, FullyShardedDataParallel, Setup, assert_refused, case, mates, proves
 
 ONE = SimpleNamespace(n_gpu=1, deepspeed=None)
 
@@ -28,10 +28,6 @@ ONE = SimpleNamespace(n_gpu=1, deepspeed=None)
 class ShardedParameter(nn.Parameter):
     def to_local(self) -> torch.Tensor:
         return self.data
-
-
-class FullyShardedDataParallel(nn.Module):
-    """Named as FSDP1's wrapper is."""
 
 
 def with_state(monkeypatch: pytest.MonkeyPatch, **state: object) -> None:

@@ -17,7 +17,9 @@ from tests.training.settings import (
     LAUNCHERS,
     MODULES,
     NO_FILE,
+    Replaced,
     Setup,
+    Stateful,
     assert_refused,
     case,
     mates,
@@ -32,13 +34,6 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(make_pool(40))
-
-
-class Replaced(Trainer):
-    """Samples with replacement."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return RandomSampler(self.train_dataset, replacement=True)
 
 
 class Weighted(Trainer):
@@ -87,15 +82,6 @@ class Bypassing(Trainer):
         return self.accelerator.prepare(
             DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         )
-
-
-class Stateful(Trainer):
-    """As accelerate prepares a dataloader with torchdata installed."""
-
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        loader.use_stateful_dataloader = True
-        return loader
 
 
 def flattened(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -54,59 +54,62 @@ def outside_loss(losses: Mapping[str, Any], setting: str) -> float:
 
 
 def _table(setting: str, units: Units) -> str:
-    outside = bool(SETTINGS[setting].outside)
-    others = ["answers of other tasks"] if outside else []
-    heads = ["arm", "seeds", "passages", *others, "pool's text", "worst domain", "to random", "FLOPs"]
+    heads = ["arm", "seeds", *_heads(setting), "worst domain", "to random", "FLOPs"]
     rows, last = [], ""
     for group, arm in ((group, arm) for group, arms in GROUPS.items() for arm in arms):
-        mine = {seed: unit for (name, seed), unit in units.items() if name == arm}
-        pairs = [(unit, units[RANDOM, seed]) for seed, unit in mine.items() if (RANDOM, seed) in units]
+        pairs = _pairs(units, arm, RANDOM)
         if not pairs:
             continue
         if group != last:
             rows.append([f"**{group}**", *[""] * (len(heads) - 1)])
             last = group
         ends = [(ours["decayed"][-1], random["decayed"][-1]) for ours, random in pairs]
-
-        def difference(of: Any, ends: Any = ends) -> str:
-            return interval([of(ours) - of(random) for ours, random in ends], 3)
-
-        cells = [arm, len(pairs), _crossed(ends, SETTINGS[setting].parts)]
-        if outside:
-            cells.append(_crossed(ends, [f"{task}: answers" for task in SETTINGS[setting].outside]))
         worst = np.mean([np.subtract(ours["domains"], random["domains"]) for ours, random in ends], 0).max()
-        cells += [difference(lambda losses: losses["pool"]), f"{worst:+.2f}"]
         reached = [_reaches(ours, random, setting) for ours, random in pairs]
-        cells.append(f"{np.mean(reached):.2f}" if all(reached) else "")
-        cells.append(f"{np.mean([ours['flops'] / random['flops'] for ours, random in ends]):.2f}")
-        rows.append(cells)
+        rows.append([
+            arm, len(pairs), *_differences(setting, ends), f"{worst:+.2f}",
+            f"{np.mean(reached):.2f}" if all(reached) else "",
+            f"{np.mean([ours['flops'] / random['flops'] for ours, random in ends]):.2f}",
+        ])  # fmt: skip
     return table(heads, rows)
 
 
 def _against(setting: str, units: Units) -> list[str]:
     """The default form minus each other arm that is no form of ours."""
-    outside = [f"{task}: answers" for task in SETTINGS[setting].outside]
     rows = []
     for arm in (arm for group, arms in GROUPS.items() if not group.startswith("ours") for arm in arms):
-        pairs = [(units[DEFAULT, seed], unit) for (name, seed), unit in units.items()
-                 if name == arm and (DEFAULT, seed) in units]  # fmt: skip
+        pairs = _pairs(units, DEFAULT, arm)
         if not pairs:
             continue
         ends = [(ours["decayed"][-1], theirs["decayed"][-1]) for ours, theirs in pairs]
         reached = [_reaches(ours, theirs, setting) for ours, theirs in pairs]
-        rows.append([
-            arm, len(pairs), _crossed(ends, SETTINGS[setting].parts), *([_crossed(ends, outside)] if outside else []),
-            interval([ours["pool"] - theirs["pool"] for ours, theirs in ends], 3),
-            ", ".join("not" if share is None else f"{1 / share:.2f}" for share in reached),
-        ])  # fmt: skip
+        times = ", ".join("not" if share is None else f"{1 / share:.2f}" for share in reached)
+        rows.append([arm, len(pairs), *_differences(setting, ends), times])
     if not rows:
         return []
-    others = ["answers of other tasks"] if outside else []
     return [
         f"`{DEFAULT}`, what a run does by default, minus each of these. Last column: how many times our steps an "
         "arm took to where it ends, seed by seed; `not` where ours does not get there.",
-        table(["minus", "seeds", "passages", *others, "pool's text", "steps to its end"], rows),
+        table(["minus", "seeds", *_heads(setting), "steps to its end"], rows),
     ]
+
+
+def _pairs(units: Units, arm: str, other: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Units of two arms, seed by seed, where there are both."""
+    return [
+        (unit, units[other, seed]) for (name, seed), unit in units.items() if name == arm and (other, seed) in units
+    ]
+
+
+def _heads(setting: str) -> list[str]:
+    return ["passages", *(["answers of other tasks"] if SETTINGS[setting].outside else []), "pool's text"]
+
+
+def _differences(setting: str, ends: Sequence[tuple[Any, Any]]) -> list[str]:
+    """Mean differences of two arms' last losses, one for each of `_heads`."""
+    parts, outside = SETTINGS[setting].parts, [f"{task}: answers" for task in SETTINGS[setting].outside]
+    others = [_crossed(ends, outside)] if outside else []
+    return [_crossed(ends, parts), *others, interval([ours["pool"] - theirs["pool"] for ours, theirs in ends], 3)]
 
 
 def _crossed(ends: Sequence[tuple[Any, Any]], parts: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from benchmarks.lab.machine import versions
 from benchmarks.lab.units import run_units
 from benchmarks.quality.modalities.labels import agreement, speed
 from benchmarks.quality.modalities.page import page
-from benchmarks.quality.modalities.setup import MISLABELLED_ONLY, QUICK, Choice, Sizes
+from benchmarks.quality.modalities.setup import QUICK, TRAINED, Choice, Sizes
 from benchmarks.quality.modalities.training import HIGH, LOW, OURS, RANDOM, compare, tune
 
 __all__ = ["page", "run"]
@@ -67,12 +67,10 @@ def run(bench: Bench) -> dict[str, Any]:
     def best(tries: dict[str, list[Try]]) -> dict[str, Try]:
         """Of each set-up, what has the lowest loss over the tuning seeds, where all of it ran."""
         names = {
-            (setup, one): [
-                f"tune/{setup}/{way(one)}, {one[2]:g}/{seed}" for seed in sizes.tuning_seeds
-            ]
+            (setup, one): [f"tune/{setup}/{way(one)}, {one[2]:g}/{seed}" for seed in sizes.tuning_seeds]
             for setup, some in tries.items()
             for one in some
-        }  # fmt: skip
+        }
         found = done("tune", {
             name: (setup, *one, seed)
             for (setup, one), own in names.items() for seed, name in zip(sizes.tuning_seeds, own, strict=True)
@@ -101,7 +99,7 @@ def run(bench: Bench) -> dict[str, Any]:
     done("training", {
         f"training/{setup}/{i}": (setup, *settings, i)
         for i in range(sizes.seeds) for setup, settings in ready.items()
-        if i < sizes.seeds // 2 or setup not in MISLABELLED_ONLY
+        if i < sizes.seeds // 2 or not TRAINED[setup].only_wrong
     })  # fmt: skip
     done("speed", {f"speed/{kind}": (kind,) for kind in sizes.kinds})
     bench.left = left

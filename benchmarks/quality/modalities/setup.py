@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -264,14 +264,23 @@ KINDS = {
     "Llava": Kind(model=llava, split=captions, lr=2e-3),
     "CLIP": Kind(model=clip, split=functools.partial(captions, pairs=True), lr=2e-3, contrastive=True),
 }
-TRAINED: dict[str, tuple[str, Splitter]] = {  # set-ups of trainings: the model, and what it trains on
-    "digits": ("ViT", digits),
-    "speech": ("Whisper", functools.partial(speech, halves=True)),
-    "images with text": ("Llava", functools.partial(captions, halves=True)),
-    "speech, mislabelled": ("Whisper", speech),
-    "images with text, mislabelled": ("Llava", captions),
+
+
+class Trained(NamedTuple):
+    """A set-up of trainings."""
+
+    kind: str  # of `KINDS`
+    split: Splitter  # what it trains on
+    only_wrong: bool = False  # whether labels are wrong and nothing else is planted; half as many seeds
+
+
+TRAINED = {
+    "digits": Trained("ViT", digits),
+    "speech": Trained("Whisper", functools.partial(speech, halves=True)),
+    "images with text": Trained("Llava", functools.partial(captions, halves=True)),
+    "speech, mislabelled": Trained("Whisper", speech, only_wrong=True),
+    "images with text, mislabelled": Trained("Llava", captions, only_wrong=True),
 }
-MISLABELLED_ONLY = ("speech, mislabelled", "images with text, mislabelled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,7 +314,7 @@ class Sizes:
     speed_oracle: int = 16
     turns: int = 3
     # Training.
-    seeds: int = 10  # half as many of set-ups where labels are wrong and nothing else
+    seeds: int = 10
     tuning_seeds: tuple[int, ...] = (10, 11, 12)
     steps: int = 400
     batch: int = 32

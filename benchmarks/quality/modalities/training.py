@@ -27,7 +27,7 @@ from mates_hf.prediction.feature_model import FeatureInfluenceModel
 
 RANDOM, LOW, HIGH, OURS = "random", "lowest loss", "highest loss", "ours"
 WARM_UP, CLIP, EVERY, AVERAGED = 20, 1.0, 20, 0.95
-TUNED = 1.5
+TUNED = 1.5  # times the steps of random rows: the FLOPs that each arm is tuned at
 MOST = 4  # times the steps that an arm may take to spend its FLOPs
 
 
@@ -47,7 +47,7 @@ class Run:
     def __init__(
         self, sizes: Sizes, setup: str, arm: str, lr: float, seed: int, split: Split, choice: Choice | None = None
     ) -> None:
-        self.kind, self.sizes, self.arm, self.lr, self.split = KINDS[TRAINED[setup][0]], sizes, arm, lr, split
+        self.kind, self.sizes, self.arm, self.lr, self.split = KINDS[TRAINED[setup].kind], sizes, arm, lr, split
         self.choice = choice or Choice()
         self.model = self.kind.build(seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
@@ -212,7 +212,7 @@ def split_of(sizes: Sizes, setup: str, seed: int) -> Split:
     """The examples of a run, enough for the longest one."""
     least = min(choice.share for choice in (*sizes.choices, *sizes.by_loss))
     num = round(MOST * sizes.steps * sizes.batch / least)
-    return TRAINED[setup][1](num, sizes.reference, sizes.judged, seed)
+    return TRAINED[setup].split(num, sizes.reference, sizes.judged, seed)
 
 
 def tune(sizes: Sizes, setup: str, arm: str, choice: Choice, lr: float, seed: int) -> dict[str, Any]:
