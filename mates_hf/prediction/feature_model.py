@@ -5,7 +5,8 @@ moves a model is the product of a hidden state and the error of what was said th
 ridge on that product ranks candidates in one forward pass each (`features/gradient`).
 
 Trade-off: a label error needs the label, and predictions cost a forward pass of the training model a candidate and
-hold for the weights of the fit. Pixels or hidden states alone, which need less, predict little.
+hold for the weights of the fit. Small copies of the inputs times the label (`features/inputs`) need no pass and hold
+longer, where what matters can be seen in them. Pixels or hidden states alone predict little.
 
 Shape suffix: N candidates.
 """
@@ -26,14 +27,15 @@ from mates_hf.data.arguments import check_fit, fitted_repr
 from mates_hf.data.batches import Candidates
 from mates_hf.errors import MatesError
 from mates_hf.prediction.artifacts import damaged
-from mates_hf.prediction.features.gradient import HeadLine
+from mates_hf.prediction.features import saved
 from mates_hf.prediction.features.head import name_of_head
+from mates_hf.prediction.features.inputs import InputReader
 from mates_hf.prediction.features.live import check_arguments, readable, tell_other_weights
 from mates_hf.prediction.features.media import MediaReader
 from mates_hf.prediction.features.pooled import FeatureFunction
 from mates_hf.prediction.features.reader import LiveReader
 from mates_hf.prediction.features.rows import codes_of, is_fed, labelled_rows, open_rows
-from mates_hf.prediction.features.saved import features_to_load, read_line, require_encoder, write_line
+from mates_hf.prediction.features.saved import Line
 from mates_hf.prediction.judge import fresh_report
 from mates_hf.prediction.ridge import FitTarget, StateLine
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Features = Literal["head_gradient", "hidden"]
+Features = Literal["head_gradient", "hidden", "inputs"]
 _SAVED = ("column", "head", "num_errors", "tokens_per_batch", "max_seconds", "seed", "progress")
 
 
@@ -102,11 +104,11 @@ class FeatureInfluenceModel:
         if kind == "encoder":
             self._encoder = MediaReader.of(features, processor, column, progress=progress)
             self.column = self._encoder.column
-        self.model = None if model is None else readable(model)
+        self.model = self._readable(model)
         self.head = head
         self.num_errors, self.tokens_per_batch, self.max_seconds = num_errors, tokens_per_batch, max_seconds
         self.seed, self.progress = seed, progress
-        self._line: StateLine | HeadLine | None = None
+        self._line: Line | None = None
         self._weights: str | None = None  # of the fit
         self._in_run = False
         self._told: set[str] = set()
@@ -126,8 +128,12 @@ class FeatureInfluenceModel:
     def with_model(self, model: nn.Module) -> Self:
         """A copy of this, fitted or not, that runs `model`."""
         twin = self.__deepcopy__({})
-        twin.model = readable(model) if self._encoder is None else None
+        twin.model = self._readable(model)
         return twin
+
+    def _readable(self, model: nn.Module | None) -> nn.Module | None:
+        """The module to read with; None where an encoder reads, or none is given."""
+        return None if model is None or self._encoder is not None else readable(model, runs=self._kind != "inputs")
 
     def for_run(self, *, model: nn.Module, tokenizer: Any = None) -> Self:
         """A copy that reads a run's model, unless one was given; the run's guard judges it at other weights."""
@@ -156,7 +162,7 @@ class FeatureInfluenceModel:
         """Digest of the weights that the last fit was made at; None before it."""
         return self._weights
 
-    def _fitted(self) -> StateLine | HeadLine:
+    def _fitted(self) -> Line:
         if self._line is None:
             raise MatesError("The influence model must be fitted first: call `fit(candidates, labels)`.")
         return self._line
@@ -201,7 +207,7 @@ class FeatureInfluenceModel:
         else:
             check_fit(candidates, labels)
         seed = self.seed if seed is None else seed
-        earlier = self._line_of(previous)
+        earlier = saved.line_of(previous, self._kind)
         reader, rows = self._opened(candidates, model, labels)
         usable = labels.num_tokens > 0
         target = FitTarget.of(
@@ -223,18 +229,6 @@ class FeatureInfluenceModel:
             len(target.labels), report.num_held_out, self._report.seconds, report.spearman,
         )  # fmt: skip
         return self
-
-    def _line_of(self, previous: Any) -> StateLine | HeadLine | None:
-        """What the influence model of the round before has to build on."""
-        if previous is None:
-            return None
-        if getattr(previous, "_kind", None) != self._kind:
-            raise ValueError(
-                f"`previous` must be a FeatureInfluenceModel with the same features ({self._kind!r}), got "
-                f"{getattr(previous, '_kind', type(previous).__name__)!r}."
-            )
-        line: StateLine | HeadLine = previous._fitted()
-        return line
 
     def predict(self, dataset: Any, *, model: nn.Module | None = None) -> FloatArray:
         """Predicted `influence` of each row.
@@ -261,8 +255,7 @@ class FeatureInfluenceModel:
 
     @property
     def _units(self) -> StateLine:
-        line = self._fitted()
-        return line.line if isinstance(line, HeadLine) else line
+        return saved.units_of(self._fitted())
 
     def _per_token(self, dataset: Any, model: nn.Module | None, *, tell: bool = True) -> npt.NDArray[np.float64]:
         line = self._fitted()
@@ -279,9 +272,10 @@ class FeatureInfluenceModel:
         if self._encoder is not None:
             return self._encoder, self._encoder.rows(candidates, labels)
         live = self._live(model)
+        reader = InputReader(self.progress) if live is None or self._kind == "inputs" else self._reader(live)
         if labels is None:
-            return self._reader(live), open_rows(candidates, live)
-        return self._reader(live), labelled_rows(candidates, labels, live, aligned=self._in_run)
+            return reader, open_rows(candidates, live)
+        return reader, labelled_rows(candidates, labels, live, aligned=self._in_run)
 
     def _reader(self, live: nn.Module) -> LiveReader:
         self.head = name_of_head(live, self.head)
@@ -289,15 +283,15 @@ class FeatureInfluenceModel:
             live, self.features, self.head, self.num_errors, self.tokens_per_batch, self.seed, self.progress
         )
 
-    def _live(self, model: nn.Module | None) -> nn.Module:
-        """The model to read with, unwrapped."""
+    def _live(self, model: nn.Module | None) -> nn.Module | None:
+        """The model to read with, unwrapped; None where none is given and none is run."""
         model = self.model if model is None else model
-        if model is None:
+        if model is None and self._kind != "inputs":
             raise ValueError(
                 "A FeatureInfluenceModel needs the model that trains to read with, and is saved without it. Pass it "
                 "(`predict(dataset, model=model)`), or use `with_model(model)`."
             )
-        return readable(model)
+        return self._readable(model)
 
     def evaluate(
         self,
@@ -339,8 +333,10 @@ class FeatureInfluenceModel:
         Returns:
             Seconds.
         """
-        reader = self._encoder or self._reader(self._live(model))
-        return reader.seconds(candidates, num)
+        if self._encoder is not None:
+            return self._encoder.seconds(candidates, num)
+        reader, rows = self._opened(candidates, model)
+        return float(reader.seconds(rows, num))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and `fit.json` into a directory.
@@ -353,7 +349,7 @@ class FeatureInfluenceModel:
         settings = {name: getattr(self, name) for name in _SAVED}
         settings |= {"features": self._kind, "weights": self._weights}
         settings["encoder"] = None if self._encoder is None else self._encoder.name
-        write_line(path, type(self).__name__, settings, line, self.report)
+        saved.write_line(path, type(self).__name__, settings, line, self.report)
 
     @classmethod
     def from_pretrained(
@@ -381,13 +377,13 @@ class FeatureInfluenceModel:
             ValueError: it holds another kind of model, was written in a newer format, or needs `features`.
             MatesError: a file is damaged or was changed after it was written, or the encoder is another one.
         """
-        config, line, report = read_line(path, cls.__name__, (*_SAVED, "features", "weights", "encoder"))
-        read = features_to_load(path, config, features)
+        config, line, report = saved.read_line(path, cls.__name__, (*_SAVED, "features", "weights", "encoder"))
+        read = saved.features_to_load(path, config, features)
         try:
             found = cls(read, model, processor=processor, **{name: config[name] for name in _SAVED})
         except (TypeError, ValueError) as error:  # damaged along with its checksum
             raise damaged(path, error) from error
-        require_encoder(found._encoder, config["weights"])
+        saved.require_encoder(found._encoder, config["weights"])
         found._line, found._report, found._weights = line, report, config["weights"]
         return found
 

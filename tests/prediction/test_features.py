@@ -473,7 +473,7 @@ def test_wrong_input_is_refused_by_name(digits: Digits, fitted: Any, make_tiny_m
     for arguments, match in (
         (
             {"features": "logits"},
-            "`features` must be 'head_gradient', 'hidden', a function, or an encoder .*, got 'logits'",
+            "`features` must be 'head_gradient', 'hidden', 'inputs', a function, or an encoder .*, got 'logits'",
         ),
         ({"num_errors": 0}, "`num_errors` must be a whole number of at least 1, got 0"),
         ({"tokens_per_batch": 1.5}, "`tokens_per_batch` must be"),

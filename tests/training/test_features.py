@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from mates_hf.prediction.feature_model import FeatureInfluenceModel
 from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
@@ -42,12 +43,32 @@ def test_selects_rows_of_any_modality(kind: str, tmp_path: Path) -> None:
     assert scores.std() > 0
 
 
+@pytest.mark.quick("ViT")
+@pytest.mark.parametrize("kind", ["ViT", "Whisper", "Llava"])
+def test_selects_rows_by_their_inputs_without_a_pass(kind: str, tmp_path: Path) -> None:
+    made = KINDS[kind]
+    model = FeatureInfluenceModel("inputs")
+    callback = MatesCallback(made.reference(), small_config(), influence_model=model)
+    trainer(made.model(), made.rows(400, seed=1), tmp_path, [callback], max_steps=18).train()
+    rounds = sorted((tmp_path / "_mates").glob("round-????"))
+    assert len(rounds) > 1
+    fits = []
+    for folder in rounds:
+        assert load_round(folder).selection is not None
+        config = json.loads((folder / "influence_model" / "config.json").read_text())
+        assert (config["features"], config["weights"]) == ("inputs", None)
+        fits.append(load_file(folder / "influence_model" / "model.safetensors")["values"])
+    assert len(fits[1]) > len(fits[0])  # labels of earlier rounds are fitted along
+    assert np.array_equal(fits[1][: len(fits[0])], fits[0])
+
+
 @pytest.mark.slow
-def test_a_function_of_features_survives_a_resume(tmp_path: Path) -> None:
-    """What a file cannot hold is taken from the influence model of the run that resumes."""
+@pytest.mark.parametrize("features", [mean_pixels, "inputs"])
+def test_features_survive_a_resume(features: Any, tmp_path: Path) -> None:
+    """A function, which a file cannot hold, is taken from the influence model of the run that resumes."""
     made, found = KINDS["ViT"], []
     for folder in ("whole", "stopped"):
-        model = FeatureInfluenceModel(mean_pixels)
+        model = FeatureInfluenceModel(features)
         settings = {"save_strategy": "steps", "save_steps": 9, "max_steps": 18}
         callback = MatesCallback(made.reference(), small_config(), influence_model=copy.deepcopy(model))
         run = trainer(made.model(), made.rows(400, seed=1), tmp_path / folder, [callback], **settings)

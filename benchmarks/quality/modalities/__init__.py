@@ -97,7 +97,7 @@ def run(bench: Bench) -> dict[str, Any]:
         f"labels/{kind}/{i}": (kind, i) for i in range(sizes.label_seeds) for kind in sizes.kinds
     })  # fmt: skip
     done("training", {
-        f"training/{setup}/{i}": (setup, *settings, i)
+        f"training/{setup}/{sizes.first_seed + i}": (setup, *settings, sizes.first_seed + i)
         for i in range(sizes.seeds) for setup, settings in ready.items()
         if i < sizes.seeds // 2 or not TRAINED[setup].only_wrong
     })  # fmt: skip

@@ -131,8 +131,10 @@ def _training(units: list[Unit], settings: dict[str, Any]) -> list[str]:
         f"Loss on {sizes['judged']} judged examples (nats a label), at a running mean of the weights. All arms share "
         f"{sizes['first']} random steps of {sizes['batch']} rows, then choose until step {sizes['steps']} (equal "
         "steps). Random rows and those by loss go on until they have spent the FLOPs of ours, choosing counted (equal "
-        f"FLOPs). Ours: rounds with {sizes['probes']} probes along a path and a `FeatureInfluenceModel`, which train "
-        "on the best part of each slice by prediction. By loss: a part of each slice, by the live model at each step.",
+        "FLOPs). Ours: rounds with 100 probes (where the table does not say otherwise) along a path and a "
+        "`FeatureInfluenceModel`, which train on the best part of each slice by prediction. It reads the head's "
+        "gradient in a pass of the model for each row, or inputs alone without one. By loss: a part of each slice, by "
+        "the live model at each step.",
         "Of the pool's labels 20 % are wrong, and the reference is clean and of one half of the kinds: digits 0 to 4 "
         "(a ViT), texts of the first letters, which are three tenths of the pool (a Whisper), pictures of the first "
         "kinds (a Llava). In set-ups called mislabelled the reference is of all kinds, and 40 % of the pool's texts "
@@ -179,8 +181,8 @@ def _tuning(units: list[Unit], settings: dict[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, settings["sizes"]["tuning_seeds"]))
     return [
         "## Tuning",
-        f"Seeds {seeds}, which no result above has. All arms end where they have spent what random rows take for 1.5 "
-        "times the steps, choosing counted. The learning rate is the best one of random rows. The way to choose is "
-        "the best one of ours, and of rows by loss.",
+        f"Seeds {seeds}, which no result above has. All arms end where they have spent what random rows take for "
+        f"{settings['sizes']['tuned']:g} times the steps, choosing counted. The learning rate is the best one of "
+        "random rows. The way to choose is the best one of ours, and of rows by loss.",
         table(["set-up", "rows", "chosen", "learning rate", "mean loss", "each seed"], rows),
     ]

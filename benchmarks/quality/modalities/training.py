@@ -27,7 +27,6 @@ from mates_hf.prediction.feature_model import FeatureInfluenceModel
 
 RANDOM, LOW, HIGH, OURS = "random", "lowest loss", "highest loss", "ours"
 WARM_UP, CLIP, EVERY, AVERAGED = 20, 1.0, 20, 0.95
-TUNED = 1.5  # times the steps of random rows: the FLOPs that each arm is tuned at
 MOST = 4  # times the steps that an arm may take to spend its FLOPs
 
 
@@ -113,19 +112,22 @@ class Run:
         sizes, choice = self.sizes, self.choice
         num = choice.round * sizes.batch
         slice_rows = self.next_rows(round(num / choice.share))
-        probed = np.sort(self.rng.choice(slice_rows, sizes.probes, replace=False))
+        probed = np.sort(self.rng.choice(slice_rows, choice.probes, replace=False))
         probe = DirectionalProbe(
             path_steps=PATH_STEPS, rate_steps=choice.round, max_grad_norm=CLIP, batch_rows=sizes.batch
         )
 
         pool = self.split.pool.pool(probed)
         labels = probe.measure(self.model, self.optimizer, self._task, pool)
-        self.fitted = FeatureInfluenceModel(model=self.model).fit(pool, labels, previous=self.fitted)
+        self.fitted = FeatureInfluenceModel(choice.features, model=self.model).fit(pool, labels, previous=self.fitted)
         scores = self.fitted.predict(self.split.pool.pool(slice_rows))
-        if not self._per_scored:
-            self.losses(slice_rows[: sizes.batch])
-        flops = float(labels.info["flops"]) + float(self.fitted.report.flops or 0.0)
-        flops += self._per_scored * len(slice_rows)
+        fitting = float(self.fitted.report.flops or 0.0)
+        each = fitting / len(probed)  # features of inputs cost as much to score as to fit
+        if choice.features != "inputs":
+            if not self._per_scored:
+                self.losses(slice_rows[: sizes.batch])
+            each = self._per_scored
+        flops = float(labels.info["flops"]) + fitting + each * len(slice_rows)
         self.flops["choose"] += flops
         order = np.argsort(-scores, kind="stable")
         at_random = round(num * choice.random_share)
@@ -216,10 +218,10 @@ def split_of(sizes: Sizes, setup: str, seed: int) -> Split:
 
 
 def tune(sizes: Sizes, setup: str, arm: str, choice: Choice, lr: float, seed: int) -> dict[str, Any]:
-    """One arm until it has spent what random rows take for `TUNED` times the steps, on a seed that no result has."""
+    """One arm until it has spent what random rows take for `tuned` times the steps, on a seed that no result has."""
     run = Run(sizes, setup, arm, lr, seed, split_of(sizes, setup, seed), choice)
     run.begin()
-    found = run.train(0, TUNED * sizes.steps * run.flops["train"] / run.step)
+    found = run.train(0, sizes.tuned * sizes.steps * run.flops["train"] / run.step)
     return {"setup": setup, "arm": arm, "choice": choice.name, "seed": seed, **found}
 
 

@@ -19,7 +19,7 @@ from mates_hf.errors import MatesError
 
 logger = logging.getLogger(__name__)
 
-_NAMED = ("head_gradient", "hidden")
+_NAMED = ("head_gradient", "hidden", "inputs")
 
 
 def check_arguments(
@@ -43,7 +43,7 @@ def check_arguments(
         column: Its `column`.
 
     Returns:
-        The kind of the features: `"head_gradient"`, `"hidden"`, `"encoder"` or `"function"`.
+        The kind of the features: `"head_gradient"`, `"hidden"`, `"inputs"`, `"encoder"` or `"function"`.
 
     Raises:
         ValueError: the first that is outside its range, by its name.
@@ -59,8 +59,8 @@ def check_arguments(
         kind = features
     else:
         raise ValueError(
-            "`features` must be 'head_gradient', 'hidden', a function, or an encoder (a model of transformers, its "
-            f"folder or repository), got {features!r}."
+            "`features` must be 'head_gradient', 'hidden', 'inputs', a function, or an encoder (a model of "
+            f"transformers, its folder or repository), got {features!r}."
         )
     if isinstance(features, nn.Module) and processor is None:
         raise ValueError(
@@ -78,11 +78,12 @@ def check_arguments(
     return kind
 
 
-def readable(model: Any) -> nn.Module:
-    """The module to run.
+def readable(model: Any, *, runs: bool = True) -> nn.Module:
+    """The module to run, or to ask how it reads its rows.
 
     Args:
         model: The live model, wrapped or not.
+        runs: Whether each candidate is run through it.
 
     Returns:
         The module, unwrapped.
@@ -93,7 +94,7 @@ def readable(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be the live model (a torch.nn.Module), got {type(model).__name__}.")
-    if is_sharded(model):
+    if runs and is_sharded(model):
         raise MatesError(
             "A FeatureInfluenceModel runs the model in one process, so its weights must be whole there, and are "
             "sharded. Use `NgramInfluenceModel` or `EncoderInfluenceModel`."

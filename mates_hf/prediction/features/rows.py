@@ -55,7 +55,7 @@ def open_rows(
         N rows, in the order of `ids`.
 
     Raises:
-        ValueError: an id is none of the candidates'.
+        ValueError: an id is none of the candidates', or a new pool is more than text and there is no model.
     """
     if is_fed(candidates):
         rows: Candidates = candidates
@@ -63,8 +63,13 @@ def open_rows(
             return rows
         return rows.take(_places(rows, ids))
     pool, _ = open_candidates(candidates)
-    if pool.reading is None and pool.collate_fn is not None and model is not None:
-        pool.reading = find_reading(model, pool)
+    if pool.reading is None and pool.collate_fn is not None:
+        if model is None and pool.beyond_text:
+            raise ValueError(
+                "How the rows of a pool are trained on must be known, and the model that trains tells it. Pass it "
+                "once: `model=model`."
+            )
+        pool.reading = None if model is None else find_reading(model, pool)
     return pool.candidates(ids)
 
 

@@ -11,16 +11,15 @@ from typing import Any
 from mates_hf.errors import MatesError
 from mates_hf.prediction.artifacts import damaged, read_artifact, write_artifact
 from mates_hf.prediction.features.gradient import HeadLine
+from mates_hf.prediction.features.inputs import InputLine
 from mates_hf.prediction.features.media import MediaReader
 from mates_hf.prediction.ridge import SETTINGS, StateLine
 from mates_hf.records import FitReport
 
-_HEAD = "head_gradient"  # the features whose line is a matrix
+Line = StateLine | HeadLine | InputLine
 
 
-def write_line(
-    path: Any, kind: str, settings: Mapping[str, Any], line: StateLine | HeadLine, report: FitReport
-) -> None:
+def write_line(path: Any, kind: str, settings: Mapping[str, Any], line: Line, report: FitReport) -> None:
     """Write a fit into a directory.
 
     Args:
@@ -30,14 +29,47 @@ def write_line(
         line: What was fitted.
         report: How well it predicts.
     """
-    flat = line.line if isinstance(line, HeadLine) else line
-    tensors, num_classes = {"coefficient": flat.coefficient}, None
+    flat, num_classes = units_of(line), None
+    tensors = {"coefficient": flat.coefficient}
     if isinstance(line, HeadLine):
         tensors["mean"], num_classes = line.mean, line.num_classes
+    if isinstance(line, InputLine):
+        tensors |= line.tensors()
     write_artifact(path, kind, {**settings, **flat.settings(), "num_classes": num_classes}, tensors, report)
 
 
-def read_line(path: Any, kind: str, names: Iterable[str]) -> tuple[dict[str, Any], StateLine | HeadLine, FitReport]:
+def units_of(line: Line) -> StateLine:
+    """The units of what was fitted, and its coefficients."""
+    return line if isinstance(line, StateLine) else line.line
+
+
+def line_of(previous: Any, kind: str) -> Line | None:
+    """What the influence model of the round before has to build on.
+
+    Args:
+        previous: A fitted `FeatureInfluenceModel`, or None.
+        kind: Its features must be.
+
+    Returns:
+        Its line; None without a `previous`.
+
+    Raises:
+        ValueError: it is of another kind.
+        MatesError: it is not fitted.
+    """
+    if previous is None:
+        return None
+    found = getattr(previous, "_kind", None)
+    if found != kind:
+        raise ValueError(
+            f"`previous` must be a FeatureInfluenceModel with the same features ({kind!r}), got "
+            f"{found or type(previous).__name__!r}."
+        )
+    line: Line = previous._fitted()
+    return line
+
+
+def read_line(path: Any, kind: str, names: Iterable[str]) -> tuple[dict[str, Any], Line, FitReport]:
     """Read what `write_line` wrote.
 
     Args:
@@ -56,8 +88,10 @@ def read_line(path: Any, kind: str, names: Iterable[str]) -> tuple[dict[str, Any
     config, tensors, report = read_artifact(path, kind, (*names, *SETTINGS, "num_classes"))
     try:
         line = StateLine.read(config, tensors.get("coefficient"))
-        if config["features"] == _HEAD:
+        if config["features"] == "head_gradient":
             return config, HeadLine.read(line, tensors.get("mean"), config["num_classes"]), report
+        if config["features"] == "inputs":
+            return config, InputLine.read(line, tensors), report
     except (TypeError, ValueError, OverflowError) as error:  # damaged along with its checksum
         raise damaged(path, error) from error
     return config, line, report
