@@ -22,7 +22,7 @@ SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
 BEFORE: dict[str, Any] = {
     "max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0, "max_passes": 1,
-    "group_column": None, "max_group_boost": None, "min_group_boost": 0.0, "allow": None,
+    "group_column": None, "score_column": None, "max_group_boost": None, "min_group_boost": 0.0, "allow": None,
 }  # fmt: skip
 
 
@@ -112,6 +112,13 @@ class MatesConfig:
         metadata={
             "help": "Column of the pool with the group of each row: its source, its language. Rounds record each "
             "group's share of what they choose, and its loss. None: rows have no group."
+        },
+    )
+    score_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the pool with a score of each row, higher is better: of a filter, of a quality model. "
+            "It is added to predicted influence, both in standard deviations. None: influence alone."
         },
     )
     max_group_boost: float | None = field(

@@ -83,7 +83,7 @@ def require_valid(config: Any) -> None:
         "rounds_dir",
         "None or a path as a non-empty str",
     )
-    for name in ("document_column", "group_column"):
+    for name in ("document_column", "group_column", "score_column"):
         value = getattr(config, name)
         ok = value is None or (isinstance(value, str) and value != "")
         require(ok, name, "None or the name of a column as a non-empty str")

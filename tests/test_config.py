@@ -69,6 +69,7 @@ EDGES = {
     "held_out_fraction": ([0, 1, 1.0, -0.2, math.nan, None], [1e-6, 0.999]),
     "document_column": (["", 1, b"url"], [None, "url"]),
     "group_column": (["", 1, b"source"], [None, "source"]),
+    "score_column": (["", 1, b"score"], [None, "score"]),
     "max_group_boost": ([0, 0.5, 2.0, math.nan, "2"], [None]),  # needs `group_column`
     "min_group_boost": ([-0.1, 0.5, 1.1, math.nan, None, "0"], [0, 0.0]),
     "allow": (
@@ -205,6 +206,7 @@ def test_it_parses_next_to_training_arguments(tmp_path):
         held_out_fraction=0.3,
         document_column="url",
         group_column="source",
+        score_column="quality",
         max_group_boost=2.0,
         min_group_boost=0.5,
         max_passes=3,

@@ -112,14 +112,14 @@ def run(
     }
 
 
-def shard_with_fsdp2(trainer: Trainer) -> None:
+def shard_with_fsdp2(trainer: Trainer, layer: str = "LlamaDecoderLayer") -> None:
     """What accelerate does for `fsdp` on an accelerator; on a CPU it leaves `fsdp` out, so it is switched on here."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        transformer_cls_names_to_wrap=[layer],
         state_dict_type="SHARDED_STATE_DICT",
         cpu_ram_efficient_loading=False,
     )

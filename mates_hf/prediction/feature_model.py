@@ -59,10 +59,11 @@ class FeatureInfluenceModel:
 
     Args:
         features: What is read of a candidate. `"head_gradient"`: the mean over its targets of hidden state times label
-            error. `"hidden"`: the mean hidden state, and the class where a candidate has one. A function
-            `features(model, batch)`: whatever it returns, (B, D) for the B rows of a batch with labels. An encoder of
-            images or sounds, a model of transformers or its folder or repository: its pooled states. It reads neither
-            labels nor the model that trains, so that a `MatesSelector` can score datasets with it.
+            error. `"hidden"`: the mean hidden state, and the class where a candidate has one. `"inputs"`: small copies
+            of pictures, sounds or measurements times labels, without a pass of any model (`features/inputs`). A
+            function `features(model, batch)`: what it returns, (B, D) for the B rows of a batch with labels. An
+            encoder of images or sounds, a model of transformers or its folder or repository: its pooled states,
+            without labels and without the model that trains, so that a `MatesSelector` can score datasets with it.
         model: The model that trains; None where each call is given one, or a run.
         head: The output head, or its name in the model (`"classifier"`). None looks for it.
         num_errors: Number of dimensions that label errors are projected to where there are more classes. None keeps up
@@ -133,7 +134,7 @@ class FeatureInfluenceModel:
 
     def _readable(self, model: nn.Module | None) -> nn.Module | None:
         """The module to read with; None where an encoder reads, or none is given."""
-        return None if model is None or self._encoder is not None else readable(model, runs=self._kind != "inputs")
+        return None if model is None or self._encoder is not None else readable(model, runs=self.runs_the_model)
 
     def for_run(self, *, model: nn.Module, tokenizer: Any = None) -> Self:
         """A copy that reads a run's model, unless one was given; the run's guard judges it at other weights."""
@@ -156,6 +157,11 @@ class FeatureInfluenceModel:
     def reads_media(self) -> bool:
         """Whether it reads images or sounds by an encoder of their own, and no model that trains."""
         return self._encoder is not None
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether it runs the model that trains, which must be whole in its process then."""
+        return self._encoder is None and self._kind != "inputs"
 
     @property
     def weights(self) -> str | None:

@@ -348,7 +348,7 @@ def _select(
         random_share=run.config.random_share,
         quota=quota_of(run.config, groups),
     )
-    found = selection_facts(run, selected, scored.candidates, scored.hashes, number)
+    found = scored.found | selection_facts(run, selected, scored.candidates, scored.hashes, number)
     found["bought_most"] = most_bought(run, selected.rows, scored.candidates)
     if groups is not None:
         found["groups"] = shares_by_group(groups, scored.candidates, selected.rows)

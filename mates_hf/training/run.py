@@ -147,7 +147,7 @@ class Run:
         row_memory: Bytes that the longest row took when it ran whole (`checks/whole_rows`); 0 where none was run.
 
     Raises:
-        ValueError: the pool has not the `document_column` or the `group_column`.
+        ValueError: the pool has not the `document_column`, the `group_column` or the `score_column`.
     """
 
     model: Any
@@ -186,7 +186,7 @@ class Run:
     row_memory: int = 0
 
     def __post_init__(self) -> None:
-        for setting in ("document_column", "group_column"):
+        for setting in ("document_column", "group_column", "score_column"):
             if (column := getattr(self.config, setting)) is not None:
                 require_column(self.pool.dataset, column, setting)
 

@@ -5,7 +5,8 @@ for it in `beside.await_order`; each has the pool, so what is sent are the influ
 
 Trade-off: every process holds all that is found for a moment, 16 bytes a candidate, and gets the sum of all shares, in
 which each value was made by one process alone. Sent are influence models that `runs_beside_training`, and those that
-`reads_examples` where each process has the model that trains whole: others may predict a row by the rows beside it.
+`reads_examples` where they do not run the model that trains, or each process has it whole. Others may predict a row by
+the rows beside it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ from mates_hf.records import FloatArray, IntArray
 from mates_hf.selection.copies import Hashes
 from mates_hf.training.duplicates import CopyMarks
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run, read_fitted, reads_examples
+from mates_hf.training.score_column import SETTING, added, agreement, column_scores
 
 # What is scored at a time, so that a large slice is never in memory at once: 9 to 23 bytes a token are.
 SCORE_ROWS, SCORE_TOKENS, SCORE_EXAMPLES = 65_536, 1 << 22, 4_096
 
 
 class Scored(NamedTuple):
-    """M candidates; of each predicted influence (float32, > 0 helps), trained tokens (int32) and text (uint64)."""
+    """M candidates; of each predicted influence (float32, > 0 helps), trained tokens (int32) and text (uint64).
+
+    With a `score_column` its scores are on top of the predictions, and `found` says how far the two agree.
+    """
 
     candidates: IntArray
     influence: FloatArray
     num_targets: npt.NDArray[np.int32]
     hashes: Hashes
+    found: dict[str, Any] = {}  # what `round.json` says of the scores
 
 
 def score_candidates(
@@ -60,13 +66,14 @@ def score_candidates(
         files = _files_of(influence_model)
         run.side.publish({"score": True}, candidates=np.asarray(candidates, np.int64), **files, **statistics)
     influence, num_targets, hashes = _predict(run, influence_model, candidates, shared=shared)
+    influence, found = _with_column(run, candidates, influence * np.float32(unit))
     write_array(path / "candidates.npy", candidates)
-    write_array(path / "scores.npy", influence * np.float32(unit))
+    write_array(path / "scores.npy", influence)
     write_array(path / "num_targets.npy", num_targets)
     write_array(path / "hashes.npy", hashes)
     del influence, num_targets, hashes  # 16 bytes a candidate; the files' pages are the system's to drop
-    arrays = (read_array(path / name) for name in ("scores.npy", "num_targets.npy", "hashes.npy"))
-    return Scored(candidates, *(array for array in arrays if array is not None))
+    kept = [np.asarray(read_array(path / name)) for name in ("scores.npy", "num_targets.npy", "hashes.npy")]
+    return Scored(candidates, kept[0], kept[1], kept[2], found)
 
 
 def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -88,9 +95,22 @@ def help_to_score(run: Run, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
 
 
 def predict_rows(run: Run, influence_model: InfluenceModel, ids: IntArray) -> FloatArray:
-    """(P,) float32 predicted influence of some pool rows, by this process alone; > 0 helps."""
+    """(P,) float32 predicted influence of some pool rows, by this process alone; > 0 helps.
+
+    With a `score_column` its scores are on top, as where a round chooses.
+    """
     chunks = _chunks(run, influence_model, ids)
-    return np.concatenate([np.zeros(0, np.float32), *(influence_model.predict(rows) for rows in chunks)])
+    predicted = np.concatenate([np.zeros(0, np.float32), *(influence_model.predict(rows) for rows in chunks)])
+    return _with_column(run, ids, predicted)[0]
+
+
+def _with_column(run: Run, ids: IntArray, influence: FloatArray) -> tuple[FloatArray, dict[str, Any]]:
+    """Predicted influence with the pool's own scores on top, where a column has them, and what is said of it."""
+    column = run.config.score_column
+    if column is None:
+        return influence, {}
+    scores = column_scores(run.pool.dataset, column, ids)
+    return added(influence, scores), {SETTING: {"column": column, "spearman": agreement(influence, scores)}}
 
 
 def _chunks(run: Run, influence_model: InfluenceModel, ids: IntArray) -> Iterator[Any]:
@@ -105,7 +125,7 @@ def _chunks(run: Run, influence_model: InfluenceModel, ids: IntArray) -> Iterato
 def _can_be_sent(run: Run, influence_model: InfluenceModel) -> bool:
     """Whether other processes can predict with a copy of it: by itself, or by a model that is whole in each."""
     if reads_examples(influence_model):
-        return not is_sharded(run.model)
+        return not is_sharded(run.model) or not getattr(influence_model, "runs_the_model", True)
     return bool(getattr(influence_model, "runs_beside_training", False))
 
 

@@ -44,6 +44,7 @@ from mates_hf.training.fitting import tell_no_round as tell_no_round
 from mates_hf.training.mixed_in import MixedIn, mix_in, require_text
 from mates_hf.training.own_order import require_one_clock, warn_of_own_streams
 from mates_hf.training.run import InfluenceModel, Run, bound_to_run
+from mates_hf.training.score_column import require_scores
 from mates_hf.training.session import Session
 from mates_hf.training.supply import (
     blocked_rows,
@@ -276,6 +277,8 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     processes.require_same("config, pool, reference and position", [run.identity(), loop.clock.start_position])
     require_whole_rows(run)
     check_scoring_time(run, plan)
+    if run.config.score_column is not None:
+        require_scores(run.pool.dataset, run.config.score_column)
     if loop.saved:
         resume.check_same_run(loop.saved, run.identity())
         resume.check_weights(loop.model, loop.saved.get("weights", {}), loop.checkpoint)

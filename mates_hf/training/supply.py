@@ -185,6 +185,14 @@ def make_sampler(
     return StreamSampler(maker, clock, saved, step_rows=step_rows, finished=finished)
 
 
+# Columns of a pool that are read row by row, and what does as well for a stream.
+_NOT_OF_STREAMS = {
+    "allow": "filter the stream itself with `.filter(...)`, before it is shuffled",
+    "group_column": "give each source its share with `datasets.interleave_datasets(..., probabilities=...)`",
+    "score_column": "filter the stream itself by it with `.filter(...)`",
+}
+
+
 def check_stream(pool: CandidatePool, config: MatesConfig, influence_model: Any, plan: RunPlan, saved: Any) -> None:
     """Refuse what cannot hold for a stream, before the first step; nothing where the pool is none.
 
@@ -226,16 +234,11 @@ def check_stream(pool: CandidatePool, config: MatesConfig, influence_model: Any,
         )
     if config.document_column is not None and config.document_column not in pool.stream_columns:
         found.append(f"`document_column={config.document_column!r}` is no column of the stream: name one of its own")
-    if config.allow is not None:
-        found.append(
-            f"`allow={config.allow!r}` is not read from a stream: leave it out, and filter the stream itself with "
-            "`.filter(...)`, before it is shuffled"
-        )
-    if config.group_column is not None:
-        found.append(
-            f"`group_column={config.group_column!r}` is not read from a stream: leave it out, and give each source "
-            "its share with `datasets.interleave_datasets(..., probabilities=...)`"
-        )
+    found += [
+        f"`{name}={getattr(config, name)!r}` is not read from a stream: leave it out, and {instead}"
+        for name, instead in _NOT_OF_STREAMS.items()
+        if getattr(config, name) is not None
+    ]
     if not getattr(influence_model, "runs_beside_training", False):
         found.append(
             f"{type(influence_model).__name__} needs a model while rows are fetched: use an influence model that "

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from mates_hf import MatesCallback, MatesConfig
+from benchmarks.lab.small_run import shard_with_fsdp2
+from mates_hf import FeatureInfluenceModel, MatesCallback, MatesConfig
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.training import scoring
 from tests.training.kit import small_config
@@ -35,9 +36,8 @@ def main(settings: dict[str, Any]) -> None:
     """Train as told and write what this process saw."""
     kind, rank = KINDS[settings["kind"]], os.environ.get("RANK", "0")
     config: MatesConfig = small_config(num_probes=24, average_steps=0)
-    callback = MatesCallback(
-        kind.reference(8), config, influence_model=PixelRidge(), probe=DirectionalProbe(epsilon=1e-2)
-    )
+    model = FeatureInfluenceModel("inputs") if settings.get("fsdp2_layer") else PixelRidge()
+    callback = MatesCallback(kind.reference(8), config, influence_model=model, probe=DirectionalProbe(epsilon=1e-2))
     shared = {"scored": 0}
     predict = scoring._chunks
 
@@ -51,8 +51,11 @@ def main(settings: dict[str, Any]) -> None:
         kind.model(), kind.rows(120), Path(settings["output_dir"]), [callback, statistics], max_steps=8,
         per_device_train_batch_size=settings["batch_rows"],
     )  # fmt: skip
+    if settings.get("fsdp2_layer") and "RANK" in os.environ:
+        shard_with_fsdp2(made, settings["fsdp2_layer"])
     made.train()
-    weights = sum(float(p.double().abs().sum()) for p in made.model.parameters())
+    sums = [parameter.double().abs().sum() for parameter in made.model.parameters()]
+    weights = sum(float(part.full_tensor() if hasattr(part, "full_tensor") else part) for part in sums)
     found = {"weights": weights, "statistics": statistics.seen, **shared}
     Path(f"{settings['result']}-{rank}.json").write_text(json.dumps(found))
 

@@ -62,6 +62,7 @@ MODULES = (
     "test_mixed_in.py",
     "test_packing.py",
     "test_groups.py",
+    "test_score_column.py",
     "test_allow.py",
     "test_stream.py",
 )

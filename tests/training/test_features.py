@@ -101,5 +101,5 @@ def test_more_candidates_than_may_be_scored_are_named_before_the_first_step(
         kind(max_seconds=0)
     with caplog.at_level(logging.WARNING, "mates_hf.training.checks.scoring_time"):
         start(kind(), candidate_scope="pool")
-    assert f"{kind.__name__} scores the 200 candidates of a round by forward passes" in caplog.text
+    assert f"{kind.__name__} scores the 200 candidates of a round in about" in caplog.text
     start(kind(max_seconds=1e6), candidate_scope="pool")

@@ -384,14 +384,18 @@ def test_an_encoder_of_text_may_be_told_so_as_well(tiny_tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ViT", "ResNet"])
+@pytest.mark.parametrize("kind", ["ViT", "ResNet", "ViT, sharded"])
 @proves(EXAMPLES, "two processes share scoring and measure by the main one's batch norm", note="docs/modalities.md")
 def test_two_processes_measure_and_select_as_one(kind: str, tmp_path: Path) -> None:
-    """Batch norm keeps other statistics in each process: the main one's are what both measure by."""
+    """Batch norm keeps other statistics in each process: the main one's are what both measure by.
+
+    Sharded weights are no hindrance to an influence model that runs no model.
+    """
+    kind, _, sharded = kind.partition(", ")
     found: dict[int, list[dict[str, Any]]] = {}
     for size in (1, 2):
         settings = {"output_dir": str(tmp_path / str(size)), "result": str(tmp_path / f"result{size}"),
-                    "kind": kind, "batch_rows": 8 // size}  # fmt: skip
+                    "kind": kind, "batch_rows": 8 // size, "fsdp2_layer": "ViTLayer" if sharded else ""}  # fmt: skip
         worker = str(Path(__file__).with_name("example_worker.py"))
         processes = start_processes([worker, json.dumps(settings)], size, free_port())
         for process in processes:

@@ -421,6 +421,7 @@ REFUSED = [
             average_steps=2),
     refused("a stream with `allow`", stream_setup(), "filter the stream itself", allow="licence=mit"),
     refused("a stream with `group_column`", stream_setup(), "interleave_datasets", group_column="source"),
+    refused("a stream with `score_column`", stream_setup(), r"by it with `\.filter", score_column="quality"),
     refused("a stream known to have fewer rows than the run reads", stream_setup(num_rows=90),
             r"Set `max_steps` to \d+ or less", ValueError),
     refused("a stream in buffers that leave no row to choose", stream_setup(buffer_rows=3),

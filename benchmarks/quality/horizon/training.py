@@ -193,7 +193,7 @@ class Run:
                 part = name if loss_on == "all" else f"{name}: answers"
                 found[part] = float(sums.sum() / tokens.sum())
                 if self.step == self.sizes.steps:
-                    found.setdefault("by_passage", {})[part] = [sums.round(2), tokens]
+                    found.setdefault("by_passage", {})[part] = [sums.round(1), tokens]
         losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
         means, counts = self._by_domain(self.held, losses.reshape(len(self.held), -1).mean(1, dtype=np.float64))
         found["pool"] = float((means * self.share)[counts > 0].sum() / self.share[counts > 0].sum())
@@ -240,7 +240,7 @@ class Run:
         self.queue = np.random.default_rng([self.unit.seed, 4, self.number]).permutation(
             np.concatenate([chosen, others])
         )
-        record["domains"] = np.bincount(self.lab.domain[self.queue], minlength=len(self.share)) / k
+        record["domains"] = (np.bincount(self.lab.domain[self.queue], minlength=len(self.share)) / k).round(3)
         self.rounds.append(record)
         self.number += 1
         self.averages.pop("round", None)

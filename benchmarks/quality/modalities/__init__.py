@@ -23,12 +23,13 @@ from typing import Any
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
 from benchmarks.lab.units import run_units
+from benchmarks.quality.modalities.docs import differences
 from benchmarks.quality.modalities.labels import agreement, speed
 from benchmarks.quality.modalities.page import page
 from benchmarks.quality.modalities.setup import QUICK, TRAINED, Choice, Sizes
 from benchmarks.quality.modalities.training import HIGH, LOW, OURS, RANDOM, compare, tune
 
-__all__ = ["page", "run"]
+__all__ = ["differences", "page", "run"]
 DIGITS = 6
 FUNCTIONS = {"labels": agreement, "speed": speed, "tune": tune, "training": compare}
 Calls = dict[str, tuple[Any, ...]]
@@ -98,8 +99,8 @@ def run(bench: Bench) -> dict[str, Any]:
     })  # fmt: skip
     done("training", {
         f"training/{setup}/{sizes.first_seed + i}": (setup, *settings, sizes.first_seed + i)
-        for i in range(sizes.seeds) for setup, settings in ready.items()
-        if i < sizes.seeds // 2 or not TRAINED[setup].only_wrong
+        for setup, settings in ready.items()
+        for i in range(sizes.seeds_only_wrong if TRAINED[setup].only_wrong else sizes.seeds)
     })  # fmt: skip
     done("speed", {f"speed/{kind}": (kind,) for kind in sizes.kinds})
     bench.left = left
@@ -107,7 +108,10 @@ def run(bench: Bench) -> dict[str, Any]:
         "settings": {
             "quick": bench.quick, "sizes": dataclasses.asdict(sizes), "missing": left,
             "chosen": {
-                setup: {"learning rate": lr, "ours": choice.name, "rival": way((rival, by, lr))}
+                setup: {
+                    "later": TRAINED[setup].later, "learning rate": lr, "ours": choice.name,
+                    "rival": way((rival, by, lr)),
+                }
                 for setup, (lr, choice, rival, by) in ready.items()
             },
             **versions("torch", "transformers"),

@@ -110,12 +110,12 @@ def _training(units: list[Unit], settings: dict[str, Any]) -> list[str]:
     sizes, losses, pairs = settings["sizes"], [], []
     for setup in dict.fromkeys(unit["setup"] for unit in units):
         own = sorted((unit for unit in units if unit["setup"] == setup), key=lambda unit: unit["seed"])
-        ends = {arm: [_ends(unit, arm, sizes) for unit in own] for arm in own[0]["arms"]}
+        ends = {arm: [arm_ends(unit, arm, sizes) for unit in own] for arm in own[0]["arms"]}
         for arm, values in ends.items():
             equal_steps, equal_flops = (f"{statistics.mean(column):.4f}" for column in zip(*values, strict=True))
             wanted = statistics.mean(unit["arms"][arm]["wanted"] for unit in own)
-            spent = [next(point for point in unit["arms"][arm]["curve"] if point["step"] == sizes["steps"])["flops"]
-                     for unit in own]  # fmt: skip
+            curves = [(unit["arms"][arm]["curve"], _last(unit, sizes)) for unit in own]
+            spent = [next(point["flops"] for point in curve if point["step"] == last) for curve, last in curves]
             cost = f"{statistics.mean(spent) / 1e9:.1f}"
             losses.append([setup, arm, equal_steps, equal_flops, cost, f"{wanted:.1%}"])
         for arm in ends:
@@ -129,9 +129,9 @@ def _training(units: list[Unit], settings: dict[str, Any]) -> list[str]:
     return [
         "## Training",
         f"Loss on {sizes['judged']} judged examples (nats a label), at a running mean of the weights. All arms share "
-        f"{sizes['first']} random steps of {sizes['batch']} rows, then choose until step {sizes['steps']} (equal "
-        "steps). Random rows and those by loss go on until they have spent the FLOPs of ours, choosing counted (equal "
-        "FLOPs). Ours: rounds with 100 probes (where the table does not say otherwise) along a path and a "
+        f"random steps of {sizes['batch']} rows, then choose for {sizes['steps'] - sizes['first']} (equal steps). "
+        "Random rows and those by loss go on until they have spent the FLOPs of ours, choosing counted (equal FLOPs). "
+        "Ours: rounds with 100 probes (where the table does not say otherwise) along a path and a "
         "`FeatureInfluenceModel`, which train on the best part of each slice by prediction. It reads the head's "
         "gradient in a pass of the model for each row, or inputs alone without one. By loss: a part of each slice, by "
         "the live model at each step.",
@@ -140,9 +140,9 @@ def _training(units: list[Unit], settings: dict[str, Any]) -> list[str]:
         "kinds (a Llava). In set-ups called mislabelled the reference is of all kinds, and 40 % of the pool's texts "
         "are wrong. Each row is offered once.",
         table(
-            ["set-up", "learning rate", "ours", "rows by loss"],
+            ["set-up", "random steps before", "learning rate", "ours", "rows by loss"],
             [
-                [setup, f"{one['learning rate']:g}", one["ours"], one["rival"]]
+                [setup, sizes["first"] + one["later"], f"{one['learning rate']:g}", one["ours"], one["rival"]]
                 for setup, one in settings["chosen"].items()
             ],
         ),
@@ -155,10 +155,15 @@ def _training(units: list[Unit], settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def _ends(unit: Unit, arm: str, sizes: dict[str, Any]) -> tuple[float, float]:
+def arm_ends(unit: Unit, arm: str, sizes: dict[str, Any]) -> tuple[float, float]:
     """Loss of an arm at the steps, and where it has spent the FLOPs of ours."""
     found, flops = unit["arms"][arm], sum(unit["arms"][OURS]["flops"].values())
-    return loss_at(found, steps=sizes["steps"]), loss_at(found, flops=flops)
+    return loss_at(found, steps=_last(unit, sizes)), loss_at(found, flops=flops)
+
+
+def _last(unit: Unit, sizes: dict[str, Any]) -> int:
+    """The step at which arms are compared at equal steps."""
+    return int(unit["arms"][OURS].get("steps", sizes["steps"]))
 
 
 def _judged(values: list[float]) -> str:

@@ -46,6 +46,8 @@ class Run:
     def __init__(
         self, sizes: Sizes, setup: str, arm: str, lr: float, seed: int, split: Split, choice: Choice | None = None
     ) -> None:
+        later = TRAINED[setup].later
+        self.first, self.steps = sizes.first + later, sizes.steps + later
         self.kind, self.sizes, self.arm, self.lr, self.split = KINDS[TRAINED[setup].kind], sizes, arm, lr, split
         self.choice = choice or Choice()
         self.model = self.kind.build(seed)
@@ -71,7 +73,7 @@ class Run:
     def chosen(self) -> Ids:
         """The rows of the next step."""
         batch = self.sizes.batch
-        if self.arm == RANDOM or self.step < self.sizes.first:
+        if self.arm == RANDOM or self.step < self.first:
             return self.next_rows(batch)
         if self.arm != OURS:
             rows = self.next_rows(round(batch / self.choice.share))
@@ -161,7 +163,7 @@ class Run:
         self.flops["train"] += self._per_step
         self.step += 1
         if self.arm == OURS and self.sizes.window:
-            left = max(self.sizes.first - self.step, len(self.queue) // self.sizes.batch)
+            left = max(self.first - self.step, len(self.queue) // self.sizes.batch)
             if left < self.sizes.window:
                 self.average.update()
         keep = min(AVERAGED, self.step / (self.step + 10))
@@ -181,7 +183,7 @@ class Run:
 
     def begin(self) -> Start:
         """Take the random steps that all arms share; what another arm goes on from."""
-        while self.step < self.sizes.first:
+        while self.step < self.first:
             self.take_step()
         parts = {name: getattr(self, name) for name in ("flops", "step", "offered", "planted", "_per_step")}
         states = [part.state_dict() for part in (self.model, self.optimizer, self.mean)]
@@ -197,23 +199,23 @@ class Run:
     def train(self, steps: int, budget: float = 0.0) -> dict[str, Any]:
         """Train until so many steps are taken, and on until the FLOPs are spent; the result."""
         curve = [self.judge()]
-        while self.step < steps or (self.spent() < budget and self.step < MOST * self.sizes.steps):
+        while self.step < steps or (self.spent() < budget and self.step < MOST * self.steps):
             self.take_step()
-            if self.step % EVERY == 0 or self.step == self.sizes.steps:
+            if self.step % EVERY == 0 or self.step == self.steps:
                 curve.append(self.judge())
         if curve[-1]["step"] != self.step:
             curve.append(self.judge())
         return {
-            "lr": self.lr, "flops": self.flops, "curve": curve, "rounds": self.rounds,
-            "wanted": sum(self.planted[self.sizes.first : self.sizes.steps])
-            / ((self.sizes.steps - self.sizes.first) * self.sizes.batch),
+            "lr": self.lr, "steps": self.steps, "flops": self.flops, "curve": curve, "rounds": self.rounds,
+            "wanted": sum(self.planted[self.first : self.steps])
+            / ((self.steps - self.first) * self.sizes.batch),
         }  # fmt: skip
 
 
 def split_of(sizes: Sizes, setup: str, seed: int) -> Split:
     """The examples of a run, enough for the longest one."""
     least = min(choice.share for choice in (*sizes.choices, *sizes.by_loss))
-    num = round(MOST * sizes.steps * sizes.batch / least)
+    num = round(MOST * (sizes.steps + TRAINED[setup].later) * sizes.batch / least)
     return TRAINED[setup].split(num, sizes.reference, sizes.judged, seed)
 
 
@@ -221,7 +223,8 @@ def tune(sizes: Sizes, setup: str, arm: str, choice: Choice, lr: float, seed: in
     """One arm until it has spent what random rows take for `tuned` times the steps, on a seed that no result has."""
     run = Run(sizes, setup, arm, lr, seed, split_of(sizes, setup, seed), choice)
     run.begin()
-    found = run.train(0, sizes.tuned * sizes.steps * run.flops["train"] / run.step)
+    steps = sizes.tuned * sizes.steps + TRAINED[setup].later
+    found = run.train(0, steps * run.flops["train"] / run.step)
     return {"setup": setup, "arm": arm, "choice": choice.name, "seed": seed, **found}
 
 
@@ -230,9 +233,9 @@ def compare(sizes: Sizes, setup: str, lr: float, choice: Choice, rival: str, by:
     split = split_of(sizes, setup, seed)
     ours = Run(sizes, setup, OURS, lr, seed, split, choice)
     start = ours.begin()
-    arms = {OURS: ours.train(sizes.steps)}
+    arms = {OURS: ours.train(ours.steps)}
     for arm in (RANDOM, rival):
         run = Run(sizes, setup, arm, lr, seed, split, by)
         run.go_on(start)
-        arms[arm] = run.train(sizes.steps, ours.spent())
+        arms[arm] = run.train(run.steps, ours.spent())
     return {"setup": setup, "seed": seed, "arms": arms}

@@ -1,7 +1,7 @@
-"""How long a round's candidates take, where each costs a forward pass: known before the first optimizer step.
+"""How long a round's candidates take, where each is read or run by itself: known before the first optimizer step.
 
-Where it is used: `start` calls `check_scoring_time` once a run is put together. An influence model that runs a model
-on each candidate says how long so many would take (`seconds_to_score`), and how long they may (`max_seconds`).
+Where it is used: `start` calls `check_scoring_time` once a run is put together. An influence model that reads
+each candidate by itself says how long so many would take (`seconds_to_score`), and how long they may (`max_seconds`).
 
 Trade-off: a few rows are run twice, in the process that asks. Rows of other lengths take other times, so it is an
 estimate.
@@ -54,14 +54,14 @@ def check_scoring_time(run: Run, plan: RunPlan) -> None:
     if limit is not None and seconds > limit:
         raise ValueError(
             f"Scoring the {num:,} candidates of one round must take at most `max_seconds={limit:g}`, and would take "
-            f"about {seconds:,.0f} s: each is a forward pass, as was measured on a few rows. "
+            f"about {seconds:,.0f} s, as was measured on a few rows. "
             f"{_way_out(config, each, num_selected, in_slice, limit)}"
         )
     tell = logger.warning if config.candidate_scope == "pool" and limit is None else logger.info
     if run.processes.is_main:
         tell(
-            "%s scores the %d candidates of a round by forward passes, in about %.0f s a round. `max_seconds` sets a "
-            "limit.", type(run.influence_model).__name__, num, seconds,
+            "%s scores the %d candidates of a round in about %.0f s. `max_seconds` sets a limit.",
+            type(run.influence_model).__name__, num, seconds,
         )  # fmt: skip
 
 

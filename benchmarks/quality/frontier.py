@@ -1,0 +1,169 @@
+"""How much of the rest is given up for how much gain, as the share of random rows goes from 60% to none?
+
+The picture of `docs/method.md`, `docs/frontier.svg`, from the newest committed result of `horizon`: a panel for each
+setting, and one for the tasks that are not in the reference. Up: how much lower the loss is than with random rows on
+what was asked for. Right: how much higher on the pool's own text. A line joins one method's shares of random rows. It
+trains nothing. Means are over the seeds that a method and random rows both have; of some there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.lab import harness, svg
+from benchmarks.lab.plots import COLOURS
+from benchmarks.lab.statistics import mean_interval
+from benchmarks.lab.svg import Frame, text
+from benchmarks.lab.tables import markdown, table
+from benchmarks.quality.horizon.arms import RANDOM, REPORTED_SEEDS
+from benchmarks.quality.horizon.page import outside_loss, reference_loss
+
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "frontier.svg"
+SHARES = {"60%": ", 60 % random", "30%": ", 30 % random", "0%": ""}  # of random rows; what it is called in an arm
+METHODS = {
+    "ours": "ours", "DSIR": "DSIR, tuned", "fastText": "fastText, tuned", "ours and DSIR": "ours and DSIR, added",
+}  # fmt: skip
+DASHED = "ours and DSIR"
+Losses = Mapping[str, Any]
+PANELS: tuple[tuple[str, str, Callable[[Losses, str], float]], ...] = (
+    ("tasks", "items of five tasks", reference_loss),
+    ("tasks", "answers of four other tasks", outside_loss),
+    ("continued", "continued: two known domains, two new", reference_loss),
+    ("style", "one style of text", reference_loss),
+    ("broad", "eight domains at once", reference_loss),
+)
+WIDTH, PANEL, COLUMN, ROW = 860, (320, 190), 425, 280
+
+Points = dict[str, dict[str, list[float]]]  # by method and share: given up, gained, half its interval, seeds
+
+
+def points_of(document: Mapping[str, Any], setting: str, loss_of: Callable[[Losses, str], float]) -> Points:
+    """What each method gains and gives up in one panel."""
+    ends = {
+        (unit["arm"], unit["seed"]): unit["decayed"][-1]
+        for unit in document["units"]
+        if unit["setting"] == setting and unit["seed"] in REPORTED_SEEDS
+    }
+    found: Points = {}
+    for method in METHODS:
+        for share, name in SHARES.items():
+            seeds = [seed for arm, seed in sorted(ends) if arm == f"{method}{name}" and (RANDOM, seed) in ends]
+            pairs = [(ends[f"{method}{name}", seed], ends[RANDOM, seed]) for seed in seeds]
+            if pairs:
+                gains = [loss_of(random, setting) - loss_of(own, setting) for own, random in pairs]
+                given = float(np.mean([own["pool"] - random["pool"] for own, random in pairs]))
+                mean, half = mean_interval(gains)
+                found.setdefault(method, {})[share] = [given, mean, 0.0 if len(pairs) == 1 else half, len(pairs)]
+    return found
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    """A range from 0, or a little below it, to a little above the largest value."""
+    most, least = max([0.02, *values]), min([0.0, *values])
+    return least - 0.06 * (most - least), most + 0.1 * (most - least)
+
+
+def _ticks(ends: tuple[float, float]) -> list[tuple[float, str]]:
+    """Three to six round numbers."""
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (ends[1] - ends[0]) / step <= 6)
+    return [(i * step, f"{i * step:g}") for i in range(int(ends[0] / step), int(ends[1] / step) + 1)]
+
+
+def panel(points: Points, title: str, left: float, top: float) -> Iterator[str]:
+    """One setting: axes, random rows at the corner, a line for each method."""
+    cells = [cell for shares in points.values() for cell in shares.values()]
+    x_range = _ends([cell[0] for cell in cells])
+    y_range = _ends([cell[1] + sign * cell[2] for cell in cells for sign in (-1, 1)])
+    frame = Frame(left, top, *PANEL, x_range, y_range)
+    yield text(left, top - 12, title, extra=' font-weight="bold"')
+    yield from svg.axes(frame, _ticks(x_range), _ticks(y_range))
+    yield f'<circle cx="{frame.x(0):.1f}" cy="{frame.y(0):.1f}" r="4" fill="{COLOURS[RANDOM]}"/>'
+    for method, shares in points.items():
+        colour = _colour(method)
+        yield svg.line(frame, [(0.0, 0.0), *((cell[0], cell[1]) for cell in shares.values())], colour, 1.5)
+        for share, (given, gain, half, _) in shares.items():
+            x, y = frame.x(given), frame.y(gain)
+            fill = "none" if method == DASHED else colour
+            yield svg.whisker(x, frame.y(gain - half), frame.y(gain + half), colour)
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
+            if method == "ours":
+                yield text(x + 7, y + 14, share, extra=' class="small"')
+
+
+def _colour(method: str) -> str:
+    return COLOURS["ours" if method == DASHED else method]
+
+
+def draw(document: Mapping[str, Any]) -> str:
+    """The picture as the text of an SVG file."""
+    shown = [(title, points) for (_, title, _), points in zip(PANELS, document["panels"], strict=True) if points]
+    lines: list[str] = []
+    for place, (title, points) in enumerate(shown):
+        lines += panel(points, title, 60 + place % 2 * COLUMN, 40 + place // 2 * ROW)
+    bottom = 40 + (len(shown) - 1) // 2 * ROW + PANEL[1]
+    lines.append(text(WIDTH / 2, bottom + 42, "given up: loss on the pool's own text above that of random rows, "
+                      "nats/token", anchor="middle"))  # fmt: skip
+    middle = (40 + bottom) / 2
+    turned = f' transform="rotate(-90 14 {middle:.1f})"'
+    lines.append(text(14, middle, "gained: loss below that of random rows, nats/token", anchor="middle", extra=turned))
+    drawn = [method for method in METHODS if any(method in points for _, points in shown)]
+    for number, method in enumerate(drawn):
+        x, y = 60 + 190 * number, bottom + 68
+        fill = "none" if method == DASHED else _colour(method)
+        lines.append(
+            f'<circle cx="{x}" cy="{y - 4:.1f}" r="4.5" fill="{fill}" stroke="{_colour(method)}" stroke-width="2"/>'
+        )
+        lines.append(text(x + 10, y, METHODS[method]))
+    note = (
+        "Grey: random rows alone. Numbers beside ours: share of random rows (random_share). "
+        "Intervals where there are seeds for them."
+    )
+    lines.append(text(60, bottom + 92, note, extra=' class="small"'))
+    alt = "With more random rows both the gain and what is given up get smaller, for every method along its own line."
+    return svg.picture(WIDTH, int(bottom + 106), "What is given up for the gain", alt, lines)
+
+
+def run(bench: harness.Bench) -> harness.Document:
+    """Points of all panels; the picture, where this is no trial."""
+    source = harness.newest("horizon")
+    document = {"panels": [points_of(source, setting, loss_of) for setting, _, loss_of in PANELS]}
+    if not bench.quick and bench.options.out is None:
+        PICTURE.write_text(draw(document), encoding="utf-8")
+    return document
+
+
+def page(document: harness.Document) -> str:
+    """A table for each panel."""
+    blocks = [
+        "# frontier",
+        "Points of `docs/frontier.svg`, from the page of `horizon`: nats/token against random rows of the same seed "
+        "at the end of the decay. Gained: on the reference, or on tasks that are not in it. Given up: on the pool's "
+        "own text. ±: half of a 95 % t interval over seeds, where there are two.",
+    ]
+    for (_, title, _), points in zip(PANELS, document["panels"], strict=True):
+        rows = [
+            [METHODS[method], share, int(seeds), f"{gain:.3f}" + (f" ± {half:.3f}" if half else ""), f"{given:.3f}"]
+            for method, shares in points.items() for share, (given, gain, half, seeds) in shares.items()
+        ]  # fmt: skip
+        if rows:
+            blocks += [f"## {title}", table(["method", "random rows", "seeds", "gained", "given up"], rows)]
+    return markdown(*blocks)
+
+
+def differences(document: harness.Document) -> Iterator[str]:
+    """Whether points and picture are those of the committed result of `horizon`."""
+    source = harness.newest("horizon")
+    for (setting, title, loss_of), points in zip(PANELS, document["panels"], strict=True):
+        known = points_of(source, setting, loss_of)
+        cells = [
+            (known.get(method, {}).get(share, [np.nan] * 4), points.get(method, {}).get(share, [np.nan] * 4))
+            for method in METHODS for share in SHARES
+        ]  # fmt: skip
+        if any(not np.allclose(one, other, rtol=1e-6, atol=1e-9, equal_nan=True) for one, other in cells):
+            yield f"{title}: the points are not those of `horizon`"
+    if PICTURE.read_text(encoding="utf-8") != draw(document):
+        yield f"docs/{PICTURE.name} is not drawn from it"
