@@ -14,7 +14,8 @@ from benchmarks.quality.horizon.arms import GROUPS, OURS, RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.settings import SETTINGS
 from mates_hf.evaluation.agreement import rank_correlation
 
-DEFAULT = f"{OURS}, 30 % random"
+DEFAULT, ADDED = f"{OURS}, 30 % random", "ours and DSIR, 30 % random"
+WAYS = {DEFAULT: "what a run does by default", ADDED: "a run with DSIR's scores as its `score_column`"}
 Units = dict[tuple[str, int], Mapping[str, Any]]
 
 
@@ -38,7 +39,7 @@ def page(document: Mapping[str, Any]) -> str:
             if units:
                 parts.append(f"## {name}: {setting.about} ({of})")
                 if any(arm == RANDOM for arm, _ in units):
-                    parts += [_table(name, units), *_against(name, units)]
+                    parts += [_table(name, units), *(part for arm in WAYS for part in _against(name, units, arm))]
                 parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
     return markdown(*parts)
 
@@ -74,22 +75,23 @@ def _table(setting: str, units: Units) -> str:
     return table(heads, rows)
 
 
-def _against(setting: str, units: Units) -> list[str]:
-    """The default form minus each other arm that is no form of ours."""
+def _against(setting: str, units: Units, ours: str) -> list[str]:
+    """One of our forms minus each other arm that is no form of ours."""
     rows = []
-    for arm in (arm for group, arms in GROUPS.items() if not group.startswith("ours") for arm in arms):
-        pairs = _pairs(units, DEFAULT, arm)
+    others = [arm for group, arms in GROUPS.items() if not group.startswith("ours") for arm in arms]
+    for arm in others:
+        pairs = _pairs(units, ours, arm)
         if not pairs:
             continue
-        ends = [(ours["decayed"][-1], theirs["decayed"][-1]) for ours, theirs in pairs]
-        reached = [_reaches(ours, theirs, setting) for ours, theirs in pairs]
+        ends = [(own["decayed"][-1], theirs["decayed"][-1]) for own, theirs in pairs]
+        reached = [_reaches(own, theirs, setting) for own, theirs in pairs]
         times = ", ".join("not" if share is None else f"{1 / share:.2f}" for share in reached)
         rows.append([arm, len(pairs), *_differences(setting, ends), times])
     if not rows:
         return []
     return [
-        f"`{DEFAULT}`, what a run does by default, minus each of these. Last column: how many times our steps an "
-        "arm took to where it ends, seed by seed; `not` where ours does not get there.",
+        f"`{ours}`, {WAYS[ours]}, minus each of these. Last column: how many times its steps an arm took to where the "
+        "arm ends, seed by seed; `not` where it does not get there.",
         table(["minus", "seeds", *_heads(setting), "steps to its end"], rows),
     ]
 
