@@ -26,11 +26,12 @@ from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
 from benchmarks.lab.units import read_units, recover, run_units
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
+from benchmarks.quality.horizon.docs import differences
 from benchmarks.quality.horizon.page import page
 from benchmarks.quality.horizon.settings import QUICK, SETTINGS, Sizes
 from benchmarks.quality.horizon.training import run_unit
 
-__all__ = ["add_options", "page", "run"]
+__all__ = ["add_options", "differences", "page", "run"]
 DATA, DIGITS = True, 6
 FIRST_ARMS = (RANDOM, "ours", "fastText")
 

@@ -39,7 +39,11 @@ def page(document: Mapping[str, Any]) -> str:
             if units:
                 parts.append(f"## {name}: {setting.about} ({of})")
                 if any(arm == RANDOM for arm, _ in units):
-                    parts += [_table(name, units), *(part for arm in WAYS for part in _against(name, units, arm))]
+                    parts += [
+                        _table(name, units),
+                        *_course(name, units),
+                        *(part for arm in WAYS for part in _against(name, units, arm)),
+                    ]
                 parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
     return markdown(*parts)
 
@@ -58,7 +62,7 @@ def _table(setting: str, units: Units) -> str:
     heads = ["arm", "seeds", *_heads(setting), "worst domain", "to random", "FLOPs"]
     rows, last = [], ""
     for group, arm in ((group, arm) for group, arms in GROUPS.items() for arm in arms):
-        pairs = _pairs(units, arm, RANDOM)
+        pairs = pairs_of(units, arm, RANDOM)
         if not pairs:
             continue
         if group != last:
@@ -66,13 +70,39 @@ def _table(setting: str, units: Units) -> str:
             last = group
         ends = [(ours["decayed"][-1], random["decayed"][-1]) for ours, random in pairs]
         worst = np.mean([np.subtract(ours["domains"], random["domains"]) for ours, random in ends], 0).max()
-        reached = [_reaches(ours, random, setting) for ours, random in pairs]
+        reached = [reaches(ours, random, setting) for ours, random in pairs]
         rows.append([
-            arm, len(pairs), *_differences(setting, ends), f"{worst:+.2f}",
+            arm, len(pairs), *differences_of(setting, ends), f"{worst:+.2f}",
             f"{np.mean(reached):.2f}" if all(reached) else "",
             f"{np.mean([ours['flops'] / random['flops'] for ours, random in ends]):.2f}",
         ])  # fmt: skip
     return table(heads, rows)
+
+
+def _course(setting: str, units: Units) -> list[str]:
+    """Whether ours was ever above random rows after it had begun, and whether what it bought held its price."""
+    rows = []
+    for (arm, seed), unit in units.items():
+        if arm not in WAYS or (RANDOM, seed) not in units:
+            continue
+        begun = unit["settings"]["random_first"]
+        pairs = zip(unit["curve"], units[RANDOM, seed]["curve"], strict=True)
+        above = [
+            (reference_loss(own, setting) - reference_loss(random, setting), own["step"])
+            for own, random in pairs if own["step"] > begun
+        ]  # fmt: skip
+        gaps = [found["gap"] for found in unit["rounds"] if found.get("gap") is not None]
+        if above and gaps:
+            highest, step = max(above)
+            rows.append([arm, seed, f"{highest:+.3f}", step, len(gaps), f"{min(gaps):.2f}"])
+    if not rows:
+        return []
+    return [
+        "The course: the highest loss on passages minus that of random rows at any measured point once selection has "
+        "begun, and the smallest gap at a boundary (labels of what was bought minus the rest, in their standard "
+        "deviations; above 0 what was bought is still worth more).",
+        table(["arm", "seed", "highest minus random", "at step", "boundaries", "smallest gap"], rows),
+    ]
 
 
 def _against(setting: str, units: Units, ours: str) -> list[str]:
@@ -80,13 +110,13 @@ def _against(setting: str, units: Units, ours: str) -> list[str]:
     rows = []
     others = [arm for group, arms in GROUPS.items() if not group.startswith("ours") for arm in arms]
     for arm in others:
-        pairs = _pairs(units, ours, arm)
+        pairs = pairs_of(units, ours, arm)
         if not pairs:
             continue
         ends = [(own["decayed"][-1], theirs["decayed"][-1]) for own, theirs in pairs]
-        reached = [_reaches(own, theirs, setting) for own, theirs in pairs]
+        reached = [reaches(own, theirs, setting) for own, theirs in pairs]
         times = ", ".join("not" if share is None else f"{1 / share:.2f}" for share in reached)
-        rows.append([arm, len(pairs), *_differences(setting, ends), times])
+        rows.append([arm, len(pairs), *differences_of(setting, ends), times])
     if not rows:
         return []
     return [
@@ -96,7 +126,7 @@ def _against(setting: str, units: Units, ours: str) -> list[str]:
     ]
 
 
-def _pairs(units: Units, arm: str, other: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def pairs_of(units: Units, arm: str, other: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Units of two arms, seed by seed, where there are both."""
     return [
         (unit, units[other, seed]) for (name, seed), unit in units.items() if name == arm and (other, seed) in units
@@ -107,7 +137,7 @@ def _heads(setting: str) -> list[str]:
     return ["passages", *(["answers of other tasks"] if SETTINGS[setting].outside else []), "pool's text"]
 
 
-def _differences(setting: str, ends: Sequence[tuple[Any, Any]]) -> list[str]:
+def differences_of(setting: str, ends: Sequence[tuple[Any, Any]]) -> list[str]:
     """Mean differences of two arms' last losses, one for each of `_heads`."""
     parts, outside = SETTINGS[setting].parts, [f"{task}: answers" for task in SETTINGS[setting].outside]
     others = [_crossed(ends, outside)] if outside else []
@@ -156,7 +186,7 @@ def _few(found: Sequence[Any]) -> str:
     return f"\n\n{about}\n\n{table(heads, cells)}"
 
 
-def _reaches(unit: Mapping[str, Any], random: Mapping[str, Any], setting: str) -> float | None:
+def reaches(unit: Mapping[str, Any], random: Mapping[str, Any], setting: str) -> float | None:
     """The share of random's steps after which an arm has random's last loss, between the ends of its decays."""
     goal = reference_loss(random["decayed"][-1], setting)
     curve = [
