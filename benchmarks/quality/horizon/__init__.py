@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
 from benchmarks.lab.units import read_units, recover, run_units
+from benchmarks.quality.horizon import docs, frontier
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
-from benchmarks.quality.horizon.docs import differences
 from benchmarks.quality.horizon.page import page
 from benchmarks.quality.horizon.settings import QUICK, SETTINGS, Sizes
 from benchmarks.quality.horizon.training import run_unit
@@ -59,7 +60,16 @@ def run(bench: Bench) -> dict[str, Any]:
     earlier = recover(bench, sizes, Unit, ARMS, Arm())
     done = run_units(bench, run_unit, {unit.name: (bench.data, bench.work, sizes, unit) for unit in units})
     found = {**earlier, **read_units(bench.work, earlier), **done}
-    return {
+    document = {
         "settings": {"quick": bench.quick, "sizes": dataclasses.asdict(sizes), **versions("torch", "transformers")},
         "units": list(found.values()),
     }
+    if not bench.quick and bench.options.out is None:
+        frontier.PICTURE.write_text(frontier.draw(document), encoding="utf-8")
+    return document
+
+
+def differences(document: dict[str, Any]) -> Iterator[str]:
+    """Whether `docs/` has the tables and the picture of the committed JSON."""
+    yield from docs.differences(document)
+    yield from frontier.differences(document)

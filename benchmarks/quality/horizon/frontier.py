@@ -1,9 +1,9 @@
-"""How much of the rest is given up for how much gain, as the share of random rows goes from 60% to none?
+"""How much of the rest is given up for how much gain, as the share of random rows goes from 60% to none.
 
-The picture of `docs/method.md`, `docs/frontier.svg`, from the newest committed result of `horizon`: a panel for each
-setting, and one for the tasks that are not in the reference. Up: how much lower the loss is than with random rows on
-what was asked for. Right: how much higher on the pool's own text. A line joins one method's shares of random rows. It
-trains nothing. Means are over the seeds that a method and random rows both have; of some there is one.
+The picture `docs/frontier.svg`: a panel for each setting, and one for the tasks that are not in the reference. Up: how
+much lower the loss is than with random rows on what was asked for. Right: how much higher on the pool's own text. A
+line joins one method's shares of random rows. Means are over the seeds that a method and random rows both have; of
+some there is one.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab import harness, svg
+from benchmarks.lab import svg
 from benchmarks.lab.plots import COLOURS
 from benchmarks.lab.statistics import mean_interval
 from benchmarks.lab.svg import Frame, text
-from benchmarks.lab.tables import markdown, table
 from benchmarks.quality.horizon.arms import RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.page import outside_loss, reference_loss
 
-PICTURE = Path(__file__).resolve().parents[2] / "docs" / "frontier.svg"
+PICTURE = Path(__file__).resolve().parents[3] / "docs" / "frontier.svg"
 SHARES = {"60%": ", 60 % random", "30%": ", 30 % random", "0%": ""}  # of random rows; what it is called in an arm
 METHODS = {
     "ours": "ours", "DSIR": "DSIR, tuned", "fastText": "fastText, tuned", "ours and DSIR": "ours and DSIR, added",
@@ -100,7 +99,8 @@ def _colour(method: str) -> str:
 
 def draw(document: Mapping[str, Any]) -> str:
     """The picture as the text of an SVG file."""
-    shown = [(title, points) for (_, title, _), points in zip(PANELS, document["panels"], strict=True) if points]
+    found = [(title, points_of(document, setting, loss_of)) for setting, title, loss_of in PANELS]
+    shown = [(title, points) for title, points in found if points]
     lines: list[str] = []
     for place, (title, points) in enumerate(shown):
         lines += panel(points, title, 60 + place % 2 * COLUMN, 40 + place // 2 * ROW)
@@ -127,43 +127,7 @@ def draw(document: Mapping[str, Any]) -> str:
     return svg.picture(WIDTH, int(bottom + 106), "What is given up for the gain", alt, lines)
 
 
-def run(bench: harness.Bench) -> harness.Document:
-    """Points of all panels; the picture, where this is no trial."""
-    source = harness.newest("horizon")
-    document = {"panels": [points_of(source, setting, loss_of) for setting, _, loss_of in PANELS]}
-    if not bench.quick and bench.options.out is None:
-        PICTURE.write_text(draw(document), encoding="utf-8")
-    return document
-
-
-def page(document: harness.Document) -> str:
-    """A table for each panel."""
-    blocks = [
-        "# frontier",
-        "Points of `docs/frontier.svg`, from the page of `horizon`: nats/token against random rows of the same seed "
-        "at the end of the decay. Gained: on the reference, or on tasks that are not in it. Given up: on the pool's "
-        "own text. ±: half of a 95 % t interval over seeds, where there are two.",
-    ]
-    for (_, title, _), points in zip(PANELS, document["panels"], strict=True):
-        rows = [
-            [METHODS[method], share, int(seeds), f"{gain:.3f}" + (f" ± {half:.3f}" if half else ""), f"{given:.3f}"]
-            for method, shares in points.items() for share, (given, gain, half, seeds) in shares.items()
-        ]  # fmt: skip
-        if rows:
-            blocks += [f"## {title}", table(["method", "random rows", "seeds", "gained", "given up"], rows)]
-    return markdown(*blocks)
-
-
-def differences(document: harness.Document) -> Iterator[str]:
-    """Whether points and picture are those of the committed result of `horizon`."""
-    source = harness.newest("horizon")
-    for (setting, title, loss_of), points in zip(PANELS, document["panels"], strict=True):
-        known = points_of(source, setting, loss_of)
-        cells = [
-            (known.get(method, {}).get(share, [np.nan] * 4), points.get(method, {}).get(share, [np.nan] * 4))
-            for method in METHODS for share in SHARES
-        ]  # fmt: skip
-        if any(not np.allclose(one, other, rtol=1e-6, atol=1e-9, equal_nan=True) for one, other in cells):
-            yield f"{title}: the points are not those of `horizon`"
+def differences(document: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the committed picture is drawn from the committed JSON."""
     if PICTURE.read_text(encoding="utf-8") != draw(document):
         yield f"docs/{PICTURE.name} is not drawn from it"
