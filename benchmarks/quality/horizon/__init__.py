@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.lab.harness import Bench
+from benchmarks.lab.harness import Bench, as_json
 from benchmarks.lab.machine import versions
 from benchmarks.lab.units import read_units, recover, run_units
 from benchmarks.quality.horizon import docs, frontier
@@ -65,7 +66,8 @@ def run(bench: Bench) -> dict[str, Any]:
         "units": list(found.values()),
     }
     if not bench.quick and bench.options.out is None:
-        frontier.PICTURE.write_text(frontier.draw(document), encoding="utf-8")
+        kept = json.loads(as_json(document, DIGITS))  # with the digits that are committed
+        frontier.PICTURE.write_text(frontier.draw(kept), encoding="utf-8")
     return document
 
 
