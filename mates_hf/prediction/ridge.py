@@ -14,13 +14,16 @@ Shape suffixes: N candidates, D width of a state, R rank.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mates_hf.prediction.judge import fit_report, require_spread, split_held_out, tell_few, usable_labels
 from mates_hf.records import FitReport, InfluenceLabels
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FloatVector = npt.NDArray[np.float64]
 
@@ -177,6 +180,28 @@ class StateLine:
         if not np.isfinite([*line.settings().values()]).all() or not np.isfinite(coefficient).all():
             raise ValueError("`coefficient`, `intercept`, `centre`, `scale` and `step_size` must be finite")
         return line
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLine:
+    """A line in products of two things: a matrix between them. Kinds of it add what else they need.
+
+    Attributes:
+        line: The matrix (D + 1, E), flat, in the units that `StateLine` has; its last row is for a 1.
+        mean: (D,) float64 what is taken off the first side.
+    """
+
+    line: StateLine
+    mean: FloatVector
+
+    @property
+    def matrix(self) -> FloatVector:
+        """(D + 1, E) float64."""
+        return self.line.coefficient.reshape(len(self.mean) + 1, -1)
+
+    def in_units_of(self, target: FitTarget) -> Self:
+        """The line with the units of the labels it was fitted on."""
+        return dataclasses.replace(self, line=self.line.in_units_of(target))
 
 
 SETTINGS = ("intercept", "centre", "scale", "step_size")

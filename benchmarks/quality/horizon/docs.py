@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.horizon.arms import RANDOM, REPORTED_SEEDS
-from benchmarks.quality.horizon.page import ADDED, DEFAULT, Units, differences_of, pairs_of, reaches
+from benchmarks.quality.horizon.arms import RANDOM
+from benchmarks.quality.horizon.page import ADDED, DEFAULT, differences_of, pairs_of, reaches, units_of
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "results.md"
 HEADLINE = "tasks"
@@ -25,12 +25,7 @@ OTHERS = {
 
 def rows(document: Mapping[str, Any], setting: str) -> list[str]:
     """The lines of a setting: arm, seeds, differences to random rows, how many times its steps those need, FLOPs."""
-    units: Units = {
-        (unit["arm"], unit["seed"]): unit
-        for unit in document["units"]
-        if unit["setting"] == setting and unit["seed"] in REPORTED_SEEDS
-    }
-    found = []
+    units, found = units_of(document, setting), []
     for arm, name in ARMS.items():
         pairs = pairs_of(units, arm, RANDOM)
         if not pairs:

@@ -1,4 +1,4 @@
-"""How much of the rest is given up for how much gain, as the share of random rows goes from 60% to none.
+"""How much of the rest is given up for how much gain, at 60%, 30% and no random rows, as far as they were run.
 
 The picture `docs/frontier.svg`: a panel for each setting, and one for the tasks that are not in the reference. Up: how
 much lower the loss is than with random rows on what was asked for. Right: how much higher on the pool's own text. A
@@ -18,8 +18,8 @@ from benchmarks.lab import svg
 from benchmarks.lab.plots import COLOURS
 from benchmarks.lab.statistics import mean_interval
 from benchmarks.lab.svg import Frame, text
-from benchmarks.quality.horizon.arms import RANDOM, REPORTED_SEEDS
-from benchmarks.quality.horizon.page import outside_loss, reference_loss
+from benchmarks.quality.horizon.arms import RANDOM
+from benchmarks.quality.horizon.page import outside_loss, pairs_of, reference_loss, units_of
 
 PICTURE = Path(__file__).resolve().parents[3] / "docs" / "frontier.svg"
 SHARES = {"60%": ", 60 % random", "30%": ", 30 % random", "0%": ""}  # of random rows; what it is called in an arm
@@ -42,16 +42,14 @@ Points = dict[str, dict[str, list[float]]]  # by method and share: given up, gai
 
 def points_of(document: Mapping[str, Any], setting: str, loss_of: Callable[[Losses, str], float]) -> Points:
     """What each method gains and gives up in one panel."""
-    ends = {
-        (unit["arm"], unit["seed"]): unit["decayed"][-1]
-        for unit in document["units"]
-        if unit["setting"] == setting and unit["seed"] in REPORTED_SEEDS
-    }
+    units = units_of(document, setting)
     found: Points = {}
     for method in METHODS:
         for share, name in SHARES.items():
-            seeds = [seed for arm, seed in sorted(ends) if arm == f"{method}{name}" and (RANDOM, seed) in ends]
-            pairs = [(ends[f"{method}{name}", seed], ends[RANDOM, seed]) for seed in seeds]
+            pairs = [
+                (own["decayed"][-1], random["decayed"][-1])
+                for own, random in pairs_of(units, f"{method}{name}", RANDOM)
+            ]
             if pairs:
                 gains = [loss_of(random, setting) - loss_of(own, setting) for own, random in pairs]
                 given = float(np.mean([own["pool"] - random["pool"] for own, random in pairs]))
@@ -123,7 +121,7 @@ def draw(document: Mapping[str, Any]) -> str:
         "Intervals where there are seeds for them."
     )
     lines.append(text(60, bottom + 92, note, extra=' class="small"'))
-    alt = "With more random rows both the gain and what is given up get smaller, for every method along its own line."
+    alt = "What each method gains against what it gives up, at the shares of random rows that were run."
     return svg.picture(WIDTH, int(bottom + 106), "What is given up for the gain", alt, lines)
 
 

@@ -31,11 +31,7 @@ def page(document: Mapping[str, Any]) -> str:
     ]
     for name, setting in SETTINGS.items():
         for seeds, of in ((REPORTED_SEEDS, "reported seeds"), (tuple(range(10, 20)), "tuning seeds, other passages")):
-            units: Units = {
-                (unit["arm"], unit["seed"]): unit
-                for unit in document["units"]
-                if unit["setting"] == name and unit["seed"] in seeds
-            }
+            units = units_of(document, name, seeds)
             if units:
                 parts.append(f"## {name}: {setting.about} ({of})")
                 if any(arm == RANDOM for arm, _ in units):
@@ -46,6 +42,15 @@ def page(document: Mapping[str, Any]) -> str:
                     ]
                 parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
     return markdown(*parts)
+
+
+def units_of(document: Mapping[str, Any], setting: str, seeds: Sequence[int] = REPORTED_SEEDS) -> Units:
+    """Units of a setting by arm and seed."""
+    return {
+        (unit["arm"], unit["seed"]): unit
+        for unit in document["units"]
+        if unit["setting"] == setting and unit["seed"] in seeds
+    }
 
 
 def reference_loss(losses: Mapping[str, Any], setting: str) -> float:

@@ -277,7 +277,7 @@ class Trained(NamedTuple):
 
 TRAINED = {
     "digits": Trained("ViT", digits),
-    # After 250 steps one such model in eight has learned nothing yet (loss ln 4), and what it lacks is more steps.
+    # After 250 steps one such model in eight knows next to nothing yet (loss about ln 4), and what it lacks is steps.
     "speech": Trained("Whisper", functools.partial(speech, halves=True), later=200),
     "images with text": Trained("Llava", functools.partial(captions, halves=True)),
     "speech, mislabelled": Trained("Whisper", speech, only_wrong=True),

@@ -28,7 +28,7 @@ from torch import Tensor
 from mates_hf.data.batches import ModelBatch
 from mates_hf.prediction.features.head import OutputHead
 from mates_hf.prediction.features.rows import Passes
-from mates_hf.prediction.ridge import PENALTIES, FitTarget, FloatVector, StateLine, errors_without_each
+from mates_hf.prediction.ridge import PENALTIES, FitTarget, FloatVector, MatrixLine, StateLine, errors_without_each
 from mates_hf.records import IntArray
 
 Array = npt.NDArray[Any]
@@ -174,23 +174,14 @@ class HeadFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadLine:
+class HeadLine(MatrixLine):
     """What predicts influence from states and errors: a matrix between them.
 
     Attributes:
-        line: The matrix (D + 1, E), flat, in the units that `StateLine` has.
-        mean: (D,) float64 what is taken off a state first.
         num_classes: V of the model that was fitted on.
     """
 
-    line: StateLine
-    mean: FloatVector
     num_classes: int
-
-    @property
-    def matrix(self) -> FloatVector:
-        """(D + 1, E) float64."""
-        return self.line.coefficient.reshape(len(self.mean) + 1, -1)
 
     def errors(self) -> Errors:
         """How errors were kept when this was fitted."""
@@ -253,10 +244,6 @@ class HeadLine:
         if not isinstance(num_classes, int) or num_classes < 1 or len(line.coefficient) % (len(mean) + 1):
             raise ValueError("`coefficient` must be a matrix between states and errors, and is not")
         return cls(line, mean, num_classes)
-
-    def in_units_of(self, target: FitTarget) -> HeadLine:
-        """The line with the units of the labels it was fitted on."""
-        return dataclasses.replace(self, line=self.line.in_units_of(target))
 
 
 def fit_head(

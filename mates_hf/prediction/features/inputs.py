@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +34,8 @@ from tqdm.auto import tqdm
 from mates_hf.data.batches import Candidates, ModelBatch
 from mates_hf.errors import InfluenceError, UnsupportedSettingError
 from mates_hf.prediction.features.gradient import dual_ridge
-from mates_hf.prediction.features.rows import sample_of
-from mates_hf.prediction.ridge import FitTarget, FloatVector, StateLine
+from mates_hf.prediction.features.rows import sample_of, seconds_of_second
+from mates_hf.prediction.ridge import FitTarget, FloatVector, MatrixLine, StateLine
 from mates_hf.records import IntArray
 
 Array = npt.NDArray[Any]
@@ -220,27 +219,18 @@ def _label_codes(batch: ModelBatch, labels: Tensor) -> tuple[IntArray, IntArray]
 
 
 @dataclasses.dataclass(frozen=True)
-class InputLine:
+class InputLine(MatrixLine):
     """What predicts influence from numbers and codes: a matrix between them.
 
     Attributes:
-        line: The matrix (D + 1, V), flat, in the units that `StateLine` has; the value of a code alone comes last.
-        mean: (D,) float64 what is taken off the numbers.
-        divisor: (D,) float64 what they are divided by then.
+        divisor: (D,) float64 what numbers are divided by once their mean is off.
         seen: What the M candidates that it was fitted on show and are told; the newest come last.
         values: (M,) float64 their labels, z-scored by round.
     """
 
-    line: StateLine
-    mean: FloatVector
     divisor: FloatVector
     seen: Inputs
     values: FloatVector
-
-    @property
-    def matrix(self) -> FloatVector:
-        """(D + 1, V) float64."""
-        return self.line.coefficient.reshape(len(self.mean) + 1, -1)
 
     def require_fits(self, found: Inputs) -> InputLine:
         """The line itself; a `ValueError` where candidates have other numbers than those of the fit."""
@@ -360,7 +350,7 @@ class InputReader:
         found = Inputs.read(rows, progress=self.progress)
         part = fit_inputs(found.take(~target.held_out), target.values[~target.held_out], earlier)
         held_out, line = part.z_scores(found.take(target.held_out)), fit_inputs(found, target.values, earlier)
-        return held_out, dataclasses.replace(line, line=line.line.in_units_of(target)), found.flops
+        return held_out, line.in_units_of(target), found.flops
 
     def z_scores(self, rows: Candidates, line: InputLine) -> FloatVector:
         """(N,) float64 z-scored predictions; a `ValueError` where candidates have other numbers."""
@@ -369,9 +359,5 @@ class InputReader:
 
     def seconds(self, rows: Candidates, num: int) -> float:
         """Estimate how long `num` candidates take, by reading a few twice, first to warm up."""
-        some, took = sample_of(rows), 0.0
-        for _ in range(2):
-            started = time.perf_counter()
-            Inputs.read(some)
-            took = time.perf_counter() - started
-        return took * num / max(1, len(some))
+        some = sample_of(rows)
+        return seconds_of_second(lambda: Inputs.read(some)) * num / max(1, len(some))

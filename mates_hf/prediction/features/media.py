@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from mates_hf.engine.digest import live_digest
 from mates_hf.engine.model_traits import hub_name, named_output
 from mates_hf.flops import forward_flops
 from mates_hf.influence.probe import count_multiplied_parameters
+from mates_hf.prediction.features.rows import seconds_of_second
 from mates_hf.prediction.pooling import left_as_found
 from mates_hf.prediction.ridge import FitTarget, FloatVector, StateLine, fit_ridge, require_same_width
 from mates_hf.records import InfluenceLabels
@@ -155,12 +155,8 @@ class MediaReader:
     def seconds(self, rows: Any, num: int) -> float:
         """Estimate how long `num` candidates take, by running a few."""
         some = self.rows(rows)
-        some, took = some.take(np.arange(min(_TIMED_ROWS, len(some)))), 0.0
-        for _ in range(2):
-            started = time.perf_counter()
-            self.states(some)
-            took = time.perf_counter() - started
-        return took * num / max(1, len(some))
+        some = some.take(np.arange(min(_TIMED_ROWS, len(some))))
+        return seconds_of_second(lambda: self.states(some)) * num / max(1, len(some))
 
     def states(self, rows: MediaRows) -> npt.NDArray[np.float32]:
         """(N, D) float32 pooled states; random streams are left as found."""

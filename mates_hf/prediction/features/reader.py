@@ -11,7 +11,6 @@ Shape suffix: N candidates.
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from mates_hf.engine.digest import live_digest
 from mates_hf.prediction.features.gradient import NUM_ERRORS, Errors, HeadLine, fit_and_hold_out
 from mates_hf.prediction.features.head import OutputHead
 from mates_hf.prediction.features.pooled import own_features, pooled_states
-from mates_hf.prediction.features.rows import Passes, sample_of
+from mates_hf.prediction.features.rows import Passes, sample_of, seconds_of_second
 from mates_hf.prediction.pooling import left_as_found
 from mates_hf.prediction.ridge import FitTarget, FloatVector, StateLine, fit_ridge, require_same_width
 from mates_hf.records import IntArray
@@ -97,19 +96,19 @@ class LiveReader:
     def seconds(self, rows: Candidates, num: int) -> float:
         """Estimate how long `num` candidates take, by running a few of them twice, first to warm up."""
         some = sample_of(rows)
-        num_targets, took = _counts(some), 0.0
+        num_targets = _counts(some)
         with left_as_found(self.model, self.seed):
             passes = Passes(self.model, some, self.tokens_per_batch)
-            for _ in range(2):
-                started = time.perf_counter()
+
+            def work() -> None:
                 if self.features == "head_gradient":
                     head = self._head(passes)
                     errors = Errors(head.num_classes, NUM_ERRORS)
                     passes.run(lambda batch, *_, head=head, errors=errors: errors.of(*head.read(batch)[1:]))
                 else:
                     self._states(passes, num_targets)
-                took = time.perf_counter() - started
-        return took * num / max(1, len(some))
+
+            return seconds_of_second(work) * num / max(1, len(some))
 
     def _head(self, passes: Passes) -> OutputHead:
         return OutputHead(self.model, passes.first(), self.head)

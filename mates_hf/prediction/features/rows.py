@@ -12,6 +12,7 @@ Shape suffixes: N candidates, R rows that are run (documents of packed candidate
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,14 @@ class Passes:
         if isinstance(self._rows, TokenRows):  # padded by us, on the right
             batch = batch._replace(inputs=without_needless_mask(self._model, batch.inputs))
         return batch
+
+
+def seconds_of_second(work: Callable[[], Any]) -> float:
+    """Wall-clock of the second of two calls; the first warms up."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def sample_of(rows: Candidates) -> Candidates:
