@@ -118,7 +118,7 @@ class MatesConfig:
         default=None,
         metadata={
             "help": "Column of the pool with a score of each row, higher is better: of a filter, of a quality model. "
-            "It is added to predicted influence, both in standard deviations. None: influence alone."
+            "It is added to predicted influence, both in standard deviations. None: the influence model alone."
         },
     )
     max_group_boost: float | None = field(

@@ -181,6 +181,8 @@ class FitReport:
         probe: what the labels are, as `InfluenceLabels.kind` says; None where it was not recorded.
         evidence: standard deviation of what static evidence alone predicts of the fitted labels, in theirs: 0 where it
             tells nothing of them; None where the fit was given none.
+        evidence_weight: weight, in [0, 1], of static evidence beside the labels in what is predicted, both in their
+            standard deviations; None where the fit was given none.
     """
 
     num_labels: int
@@ -198,6 +200,7 @@ class FitReport:
     ranking: Literal["influence", "worth"] = "influence"
     probe: str | None = None
     evidence: float | None = None
+    evidence_weight: float | None = None
 
     def __repr__(self) -> str:
         return card(_fit_title(self), _fit_facts(self))
@@ -273,7 +276,8 @@ def _fit_facts(report: FitReport) -> dict[str, str]:
         "best fifth": f"{number(report.top_fifth_overlap)} of it found (0.2 is chance)",
     }
     if report.evidence is not None:
-        facts["static evidence"] = f"{number(report.evidence)} standard deviations of the labels"
+        beside = "" if report.evidence_weight is None else f", {number(report.evidence_weight)} of it beside them"
+        facts["static evidence"] = f"{number(report.evidence)} standard deviations of the labels{beside}"
     if report.spearman_within_group is not None:
         facts["in groups"] = f"Spearman {number(report.spearman_within_group)}"
     if report.calibration:

@@ -27,10 +27,11 @@ from mates_hf.errors import MatesError
 from mates_hf.flops import NGRAM_FIT_FLOPS, NGRAM_SCORE_FLOPS
 from mates_hf.prediction import judge
 from mates_hf.prediction.artifacts import damaged, read_artifact, told_text_only, write_artifact
-from mates_hf.prediction.ngram.additive import SEARCH_CANDIDATES, Penalties, TokenDesign, calibration
-from mates_hf.prediction.ngram.arguments import LabelKind, check_arguments
-from mates_hf.prediction.ngram.evidence import Passages, log_odds, weighted_evidence
+from mates_hf.prediction.ngram.additive import Penalties, TokenDesign, calibration
+from mates_hf.prediction.ngram.arguments import LabelKind, check_arguments, standardised_derivatives
+from mates_hf.prediction.ngram.evidence import Passages, evidence_beside, log_odds, weighted_evidence
 from mates_hf.prediction.ngram.explain import strongest_ngrams
+from mates_hf.prediction.ngram.search import search_penalties
 from mates_hf.prediction.ngram.tables import Statistics, Tables
 from mates_hf.records import FitReport, FloatArray, InfluenceLabels
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ARGUMENTS = ("num_buckets", "pool_decay", "seed", "labels")
+_LATER = {"evidence_weight": 0.0, "text_only": False}  # arguments that older files do not name
 _AUTO_KIND: LabelKind = "token"
 
 
@@ -55,6 +57,9 @@ class NgramInfluenceModel:
         labels: what is fitted. `"token"`: the derivative at each token; `"document"`: each candidate's
             `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
             token labels where the probe measured derivatives, else document labels.
+        evidence_weight: How much static evidence counts beside the labels in what is predicted, where a fit is given
+            some: both in their standard deviations, and evidence times how well labels agree with it
+            (`ngram.evidence.evidence_beside`). At 0 effects shrink towards it and no more.
         text_only: Whether the text of rows is enough where they have other inputs, such as images, which are not read.
 
     Raises:
@@ -72,13 +77,15 @@ class NgramInfluenceModel:
         pool_decay: float = 0.9,
         seed: int = 0,
         labels: LabelKind = "auto",
+        evidence_weight: float = 1.0,
         text_only: bool = False,
     ) -> None:
-        check_arguments(num_buckets, pool_decay, seed, labels)
+        check_arguments(num_buckets, pool_decay, seed, labels, evidence_weight)
         self.num_buckets = num_buckets
         self.pool_decay = pool_decay
         self.seed = seed
         self.labels: LabelKind = labels
+        self.evidence_weight = evidence_weight
         self.text_only = text_only
         self._tables: Tables | None = None  # float32, units of influence_per_token
         self._document: Tables | None = None  # float32, standardised: what document labels of later rounds build on
@@ -120,6 +127,7 @@ class NgramInfluenceModel:
         previous: NgramInfluenceModel | None = None,
         seed: int | None = None,
         evidence: tuple[Tables, Tables] | None = None,
+        evidence_weight: float | None = None,
     ) -> Self:
         """Fit on most candidates, report on the rest, then fit on all.
 
@@ -136,6 +144,8 @@ class NgramInfluenceModel:
             seed: Random seed of the held-out split and the folds. Defaults to the constructor's seed.
             evidence: Static evidence (`ngram.evidence.log_odds`) that effects shrink towards, each part times the
                 weight of at least 0 that the fitted labels give it. Used with token labels only.
+            evidence_weight: How much it counts beside the labels. Defaults to the constructor's; a run whose pool has
+                a `score_column` gives 0, because that column stands in its place.
 
         Returns:
             self, fitted.
@@ -156,34 +166,31 @@ class NgramInfluenceModel:
 
         per_token = labels.influence_per_token.astype(np.float64)
         centre, scale = judge.require_spread(per_token)
-        derivatives = None
-        if kind != "document":
-            assert labels.token_derivatives is not None
-            derivatives = labels.token_derivatives.astype(np.float64)
-            derivatives = (derivatives - derivatives.mean()) / scale
-            if not np.isfinite(derivatives).all():
-                raise ValueError("`labels.token_derivatives` must be finite. Look for NaN in the probed losses.")
+        derivatives = None if kind == "document" else standardised_derivatives(labels, scale)
         earlier, prior = self._earlier(previous, kind)
         standardised, offset, told = (per_token - centre) / scale, None, None
-        if evidence is not None and derivatives is not None:
-            offset, told = weighted_evidence(evidence, rows.take(~held_out), standardised[~held_out])
-        design = TokenDesign(
-            rows,
-            self.num_buckets,
-            standardised,
-            derivatives,
-            earlier=earlier,
-            prior=prior,
-            document=kind != "token",
-            offset=offset,
-        )
-        penalties = None
-        if derivatives is not None and len(labels) > SEARCH_CANDIDATES:
-            penalties = self._search(rows, standardised, derivatives, earlier, ~held_out, seed, offset)
-        choice = design.choose(~held_out, seed, penalties)
-        token, document = design.solve(~held_out, choice)
-        score = design.score(token if document is None else token.plus(document))
         fitted = ~held_out
+        if evidence is not None and derivatives is not None:
+            offset, told = weighted_evidence(evidence, rows.take(fitted), standardised[fitted])
+        design = TokenDesign(
+            rows, self.num_buckets, standardised, derivatives, earlier=earlier, prior=prior, document=kind != "token",
+            offset=offset,
+        )  # fmt: skip
+        penalties = None
+        if derivatives is not None:
+            penalties = search_penalties(
+                rows, self.num_buckets, standardised, derivatives, earlier, fitted, seed, offset
+            )
+        choice = design.choose(fitted, seed, penalties)
+        beside, weight = Tables.zeros(design.vocab_size, self.num_buckets), None
+        most = self.evidence_weight if evidence_weight is None else evidence_weight
+        if evidence is not None and told is not None and most:
+            fits = standardised[fitted], choice.predicted[fitted]
+            found, weight = evidence_beside(evidence, rows.take(fitted), *fits)
+            beside = beside.plus(found.resized(design.vocab_size), most)
+            choice = dataclasses.replace(choice, predicted=choice.predicted + design.score(beside))
+        token, document = design.solve(fitted, choice)
+        score = design.score((token if document is None else token.plus(document)).plus(beside))
         slope = calibration(design.labels[fitted], choice.predicted[fitted], choice.fold[fitted])
         predicted = slope * (score - score[fitted].mean()) + design.labels[fitted].mean()
         unit = scale * labels.step_size
@@ -201,7 +208,7 @@ class NgramInfluenceModel:
         everyone = np.ones(len(labels), bool)
         token_part = np.where(held_out, design.score(token), choice.token_part)
         token, document = design.solve(everyone, dataclasses.replace(choice, token_part=token_part))
-        both = token if document is None else token.plus(document)
+        both = (token if document is None else token.plus(document)).plus(beside)
         slope = calibration(design.labels, np.where(held_out, score, choice.predicted), choice.fold)
         self._tables = both.scaled(slope * scale)
         self._document = None if document is None else document.scaled(1.0)
@@ -215,6 +222,7 @@ class NgramInfluenceModel:
             flops=NGRAM_FIT_FLOPS * float(labels.num_tokens.sum()),
             flops_per_token=NGRAM_SCORE_FLOPS,
             evidence=told,
+            evidence_weight=weight,
         )
         logger.info(
             "Fitted an n-gram influence model on %d candidates (%d held out, %s labels) in %.1f s: Spearman %.3f.",
@@ -225,33 +233,6 @@ class NgramInfluenceModel:
     def count_evidence(self, reference: Passages, background: TokenRows) -> tuple[Tables, Tables]:
         """Log-odds of n-grams, the reference task against rows of the pool: what `fit` takes as `evidence`."""
         return log_odds(reference, background, self.num_buckets)
-
-    def _search(
-        self,
-        rows: TokenRows,
-        values: npt.NDArray[np.float64],
-        derivatives: npt.NDArray[np.float64],
-        earlier: Statistics,
-        members: npt.NDArray[np.bool_],
-        seed: int,
-        offset: Tables | None,
-    ) -> Penalties:
-        """Penalties of the token tables, from as many of the candidates as tell them; earlier rounds weigh as much."""
-        drawn = np.random.default_rng(seed).permutation(np.flatnonzero(members))[:SEARCH_CANDIDATES]
-        few = np.zeros(len(members), bool)
-        few[drawn] = True
-        share = np.float32(len(drawn) / len(members))
-        design = TokenDesign(
-            rows.take(few),
-            self.num_buckets,
-            values[few],
-            derivatives[np.repeat(few, rows.num_targets)],
-            earlier=Statistics(earlier.keys, earlier.counts * share, earlier.sums * share),
-            prior=None,
-            document=False,
-            offset=offset,
-        )
-        return design.choose(np.ones(len(drawn), bool), seed).penalties
 
     def _kind_for(self, labels: InfluenceLabels) -> LabelKind:
         """What to fit on these labels."""
@@ -273,11 +254,10 @@ class NgramInfluenceModel:
             raise ValueError(
                 f"`previous` must have the same `num_buckets` ({self.num_buckets}), got {previous.num_buckets}."
             )
-        decay = np.float32(self.pool_decay)
         found = previous._statistics
         if kind != "document" and not found.sums.any():
             found = Statistics.empty()  # fitted on document labels: counts without derivatives would count as zeros
-        return Statistics(found.keys, found.counts * decay, found.sums * decay), previous._document
+        return found.times(np.float32(self.pool_decay)), previous._document
 
     def predict(self, dataset: Any) -> FloatArray:
         """Predicted `influence` of each row.
@@ -348,8 +328,7 @@ class NgramInfluenceModel:
         Args:
             path: created where missing. The bigrams of the labelled candidates are among what is written.
         """
-        tables = self._fitted()
-        parts = {"tables": tables, "document": self._document, "statistics": self._statistics}
+        parts = {"tables": self._fitted(), "document": self._document, "statistics": self._statistics}
         tensors = {
             f"{name}.{field}": tensor
             for name, part in parts.items()
@@ -360,6 +339,7 @@ class NgramInfluenceModel:
             {name: getattr(self, name) for name in _ARGUMENTS}
             | told_text_only(self)
             | {
+                "evidence_weight": self.evidence_weight,
                 "intercept": self._intercept,
                 "step_size": self._step_size,
                 "penalties": dataclasses.asdict(self._penalties),
@@ -382,10 +362,11 @@ class NgramInfluenceModel:
             ValueError: it holds another kind of model, or was written in a newer format.
             MatesError: a file is damaged or was changed after it was written.
         """
-        names = (*_ARGUMENTS, "intercept", "step_size", "penalties")
-        config, tensors, report = read_artifact(path, cls.__name__, names)
+        kept = (*_ARGUMENTS, "intercept", "step_size", "penalties")
+        config, tensors, report = read_artifact(path, cls.__name__, kept)
         try:
-            model = cls(**{name: config[name] for name in _ARGUMENTS}, text_only=config.get("text_only", False))
+            later = {name: config.get(name, default) for name, default in _LATER.items()}
+            model = cls(**{name: config[name] for name in _ARGUMENTS}, **later)
             model._tables = Tables.read(tensors, "tables", model.num_buckets)
             if "document.token" in tensors:
                 model._document = Tables.read(tensors, "document", model.num_buckets)

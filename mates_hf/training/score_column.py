@@ -3,7 +3,8 @@
 Where it is used: under `scoring`, for runs with a `score_column`. Both rankings are added, each in its standard
 deviations over the rows that are compared, so that neither needs a unit or a weight. Influence says what helps this
 model now, at the price of a few hundred labels; a filter by words knows every word and never changes. On questions of
-five tasks their sum was ahead of either (`benchmarks/README.md`, `horizon`).
+five tasks their sum was ahead of either (`benchmarks/README.md`, `horizon`). The scores stand in the place of the
+log-odds that the default influence model counts beside its labels (`static_evidence`).
 
 Trade-off: equal weight, whatever the labels say of the column; `round.json` records how far the two agree. The guard
 judges the influence model alone. An entry that is missing counts as the mean of the others.

@@ -1,8 +1,9 @@
 """Static evidence of a run: log-odds of the reference task against the pool, counted once and given to every fit.
 
 Where it is used: `rounds` gives it to an influence model that counts it and whose `fit` takes it
-(`NgramInfluenceModel`), which shrinks towards as much of it as the labels agree with. With it a few labels choose as
-many do without it; from 1,000 labels on it changes little (docs/LOG.md).
+(`NgramInfluenceModel`), which shrinks towards as much of it as the labels agree with, and counts it beside them in
+what is predicted. With it a few labels choose as many do without it (docs/LOG.md). Where a run has a `score_column`,
+that stands in its place beside the labels.
 
 Trade-off: a sample of the pool stands for all of it. Two million tokens know the usual bigrams, and reading more would
 take longer than a round's fit.
@@ -32,15 +33,13 @@ def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
         labels: Labels of the round, whose rows say how long rows are.
 
     Returns:
-        The argument `evidence` of the fit, or nothing where the model counts none, its `fit` does not name it, or the
-        reference task has no text. One that takes whatever it is given may hand it on to one that does not.
+        The arguments `evidence` and `evidence_weight` of the fit, or nothing where the model counts none, its `fit`
+        does not name it, or the reference task has no text. One that takes whatever it is given may hand it on to one
+        that does not.
     """
     model: Any = run.influence_model
-    if (
-        not run.reference.is_text
-        or not hasattr(model, "count_evidence")
-        or "evidence" not in inspect.signature(model.fit).parameters
-    ):
+    known = inspect.signature(model.fit).parameters
+    if not run.reference.is_text or not hasattr(model, "count_evidence") or "evidence" not in known:
         return {}
     if run.evidence is None:
         wanted = math.ceil(BACKGROUND_TOKENS / max(float(np.mean(labels.num_tokens)), 1.0))
@@ -51,4 +50,5 @@ def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
         drawn = np.sort(rng.choice(num, min(wanted, MOST_ROWS, num), replace=False, shuffle=False))
         drawn = drawn if may is None else may[drawn]
         run.evidence = model.count_evidence(run.reference.weighted_rows, run.pool.token_rows(drawn))
-    return {"evidence": run.evidence}
+    beside = run.config.score_column is None or "evidence_weight" not in known
+    return {"evidence": run.evidence, **({} if beside else {"evidence_weight": 0.0})}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.weighted import WeightedRows
 from mates_hf.evaluation.agreement import rank_correlation
-from mates_hf.prediction.ngram.evidence import BIGRAM_PRIOR, UNIGRAM_PRIOR, log_odds, weighted_evidence
+from mates_hf.prediction.ngram.evidence import (
+    BIGRAM_PRIOR,
+    UNIGRAM_PRIOR,
+    evidence_beside,
+    log_odds,
+    weighted_evidence,
+)
 from mates_hf.prediction.ngram.kernels import hash_bigrams
 from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -104,3 +112,58 @@ def test_statistics_that_later_rounds_pool_are_of_the_labels_alone(evidence, tmp
     assert model(labels="document").fit(rows, labels, evidence=evidence).report.spearman == (
         model(labels="document").fit(rows, labels).report.spearman
     )
+
+
+def test_evidence_counts_beside_labels_as_much_as_labels_agree_with_it(evidence) -> None:
+    rows = make_rows(400, seed=8)
+    scores = evidence[0].plus(evidence[1]).scaled(1.0).score(rows)
+    rng = np.random.default_rng(0)
+    labels = (scores - scores.mean()) / scores.std() + rng.normal(0, 1, 400)
+    tables, weight = evidence_beside(evidence, rows, labels, 0.3 * labels)
+    agreement = rank_correlation(scores, labels)
+    assert weight == pytest.approx(agreement - 1 / 20)
+    assert tables.score(rows).std() == pytest.approx(weight * 0.3 * labels.std(), rel=1e-5)
+    assert evidence_beside(evidence, rows, labels, scores)[1] == pytest.approx(1 - 1 / 20 / agreement)
+    # Evidence that says nothing of the labels or contradicts them, labels that nothing predicts, evidence of no words.
+    for others, predicted in [(rng.normal(0, 1, 400), labels), (-labels, labels), (labels, np.zeros(400))]:
+        assert evidence_beside(evidence, rows, others, predicted)[1] <= 0.05
+    nothing = (Tables.zeros(VOCAB, BUCKETS), Tables.zeros(VOCAB, BUCKETS))
+    tables, weight = evidence_beside(nothing, rows, labels, labels)
+    assert weight == 0
+    assert not tables.token.any()
+
+
+def test_what_is_predicted_is_both_and_stays_so_after_saving(evidence, tmp_path) -> None:
+    rows, others = make_rows(300, seed=9), make_rows(300, seed=10)
+    labels = make_labels(rows, lambda previous, token: (token < VOCAB // 4) + 2.0 * (token % 2), noise=1.0)
+    alone, both, more = (
+        model(evidence_weight=weight).fit(rows, labels, evidence=evidence) for weight in (0.0, 1.0, 3.0)
+    )
+    assert alone.report.evidence_weight is None
+    assert 0 < both.report.evidence_weight == more.report.evidence_weight <= 1
+    told = evidence[0].plus(evidence[1]).scaled(1.0).score(others)
+    agreement = [rank_correlation(fitted.predict(others), told) for fitted in (alone, both, more)]
+    assert agreement[0] < agreement[1] < agreement[2]
+    assert both.report.spearman > 0.3
+    assert both.report.slope == pytest.approx(1.0, abs=0.4)  # predictions stay in the labels' unit
+    given = model(evidence_weight=3.0).fit(rows, labels, evidence=evidence, evidence_weight=0.0)
+    assert np.array_equal(given.predict(others), alone.predict(others))
+    more.save_pretrained(tmp_path)
+    loaded = NgramInfluenceModel.from_pretrained(tmp_path)
+    assert loaded.evidence_weight == 3.0
+    assert loaded.report == more.report
+    assert np.array_equal(loaded.predict(others), more.predict(others))
+    with pytest.raises(ValueError, match="`evidence_weight` must be a finite number of at least 0, got -1"):
+        NgramInfluenceModel(evidence_weight=-1)
+
+
+def test_a_model_saved_before_evidence_counted_beside_labels_is_read_as_that(tmp_path) -> None:
+    rows = make_rows(80, seed=6)
+    fitted = model().fit(rows, make_labels(rows, lambda previous, token: token * 1.0))
+    fitted.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["evidence_weight"]
+    path.write_text(json.dumps(settings))
+    (tmp_path / "SHA256SUMS").unlink(missing_ok=True)
+    assert NgramInfluenceModel.from_pretrained(tmp_path).evidence_weight == 0.0

@@ -16,7 +16,7 @@ from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.errors import InfluenceError, MatesError
 from mates_hf.prediction import ngram_model as ngram
 from mates_hf.prediction import threads
-from mates_hf.prediction.ngram import kernels
+from mates_hf.prediction.ngram import kernels, search
 from mates_hf.prediction.ngram.additive import Choice, Penalties, TokenDesign
 from mates_hf.prediction.ngram.tables import Statistics
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -131,12 +131,12 @@ def test_penalties_of_some_candidates_serve_all(pooled: bool, monkeypatch: pytes
     earlier = model().fit(make_rows(300, seed=7), make_labels(make_rows(300, seed=7), token_effects, noise=8.0))
     previous = earlier if pooled else None
     whole = model().fit(rows, labels, previous=previous)
-    monkeypatch.setattr(ngram, "SEARCH_CANDIDATES", 600)
+    monkeypatch.setattr(search, "SEARCH_CANDIDATES", 600)
     assert (model().fit(rows, labels, previous=previous).predict(unseen) == whole.predict(unseen)).all()
-    monkeypatch.setattr(ngram, "SEARCH_CANDIDATES", 200)
+    monkeypatch.setattr(search, "SEARCH_CANDIDATES", 200)
     some = model().fit(rows, labels, previous=previous)
     assert not (some.predict(unseen) == whole.predict(unseen)).all()
-    monkeypatch.setattr(NgramInfluenceModel, "_search", lambda *_: Penalties(30.0, 10.0, 3.0))
+    monkeypatch.setattr(ngram, "search_penalties", lambda *_: Penalties(30.0, 10.0, 3.0))
     least = model().fit(rows, labels, previous=previous)
     agreement = [found.evaluate(unseen, truth).spearman for found in (whole, some, least)]
     assert agreement[1] > agreement[0] - 0.1

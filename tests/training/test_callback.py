@@ -365,7 +365,7 @@ def test_planted_pool_is_found_and_with_shuffled_labels_it_is_not(tmp_path, shuf
         assert record.info["guard"]["decision"] == "own_order"
         assert abs(share - 0.3) < CHANCE
     else:
-        assert record.info["guard"]["spearman"] > 0.5
+        assert record.info["guard"]["spearman"] > 0.35
         assert share >= 0.8
 
 

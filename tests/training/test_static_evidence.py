@@ -12,7 +12,7 @@ import pytest
 from mates_hf import MatesCallback, NgramInfluenceModel
 from mates_hf.training import static_evidence
 from mates_hf.training.verify import verify_run
-from tests.training.kit import Stop, make_arguments, make_reference, run, small_config
+from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
 
 
 @pytest.fixture
@@ -41,7 +41,17 @@ def test_a_run_counts_once_and_each_round_says_what_it_tells_of_the_labels(tmp_p
     assert len(found) == 3
     # A third of the pool counts up, as the reference does: words tell most of the labels' order.
     assert all(0.2 < fit["evidence"] < 1.1 for fit in found)
+    assert all(0.3 < fit["evidence_weight"] <= 1 for fit in found)
     verify_run(tmp_path)
+
+
+def test_a_column_of_scores_stands_in_its_place_beside_the_labels(tmp_path: Path, counted) -> None:
+    pool = make_pool()
+    pool = pool.add_column("score", np.random.default_rng(0).random(len(pool)))
+    arguments = make_arguments(tmp_path, max_steps=8, remove_unused_columns=False)
+    run(arguments, [MatesCallback(make_reference(), small_config(score_column="score"))], pool)
+    assert fits(tmp_path)[0]["evidence"] > 0.2
+    assert fits(tmp_path)[0]["evidence_weight"] is None
 
 
 def test_a_large_pool_is_sampled_by_its_rows_length(tmp_path: Path, counted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from mates_hf.flops import PATH_STEPS
 
 Rank = Literal[
     "random", "influence", "stratified", "domain means", "mixer", "distilled", "MATES", "fastText", "DSIR",
-    "similarity", "CoLoR",
+    "similarity", "CoLoR", "log-odds",
 ]  # fmt: skip
 PROBED = ("influence", "domain means", "mixer", "distilled", "MATES")
 
@@ -56,6 +56,7 @@ class Arm(NeedsPackage):
     masked: bool = False  # whether the loss is on the half of each row's tokens that tables give the higher effect
     beside: str | None = None  # an arm of a static filter whose ranking is added, both in their standard deviations
     prior: bool = True  # whether the tables shrink towards log-odds of the reference against the pool
+    evidence_weight: float = 1.0  # how much those log-odds count once more, beside the labels, in what is predicted
     watched: bool = False  # whether the same rows are probed again and again, to see how labels change
     package: str | None = None  # what must be installed
 
@@ -104,6 +105,8 @@ GROUPS: dict[str, dict[str, Arm]] = {
     "static filters": {
         **_shares("fastText", FAIR),
         **_shares("DSIR", FILTERS["DSIR: smoothed, mean over n-grams"]),
+        # What a run counts itself, of pieces of words and their pairs, without a label: our evidence as a filter.
+        **_mixed("log-odds", Arm(rank="log-odds")),
         # An encoder reads 6,000 rows, and tables fitted to them rank the slices (held-out Spearman 0.71 when tried).
         **_shares("similarity", FILTERS["similarity: nearest passage"]),
         # It reads every row of a slice with two models: in FLOPs three times the training, and in time as much.
@@ -133,13 +136,15 @@ GROUPS: dict[str, dict[str, Arm]] = {
     },
     "ours": {
         **_shares(OURS, Arm()),
-        **_shares("ours and DSIR", Arm(beside="DSIR")),
+        # DSIR's scores stand in the place of the run's own log-odds.
+        **_shares("ours and DSIR", Arm(beside="DSIR", evidence_weight=0.0)),
     },
     "ours, one thing changed": {
-        "ours, one round's model": Arm(once=True),
-        "ours, rounds of 500": Arm(round_steps=500, first_steps=None),
         **_changed(
             {
+                "one round's model": {"once": True},
+                "rounds of 500": {"round_steps": 500, "first_steps": None},
+                "evidence as prior alone": {"evidence_weight": 0.0},
                 "without evidence": {"prior": False},
                 "every token alike": {"weighted": False},
                 "labels of one round": {"pooled": False},

@@ -31,11 +31,13 @@ from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.flops import forward_flops, gradient_flops
 from mates_hf.influence.probe import count_multiplied_parameters
+from mates_hf.prediction.ngram.evidence import log_odds
 from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 
 CHUNKS = 20  # in which a set is chosen
+COUNTED, BUCKETS = 8_000, 2**20  # pool rows and hash buckets of log-odds
 FEW = (25, 50, 100, 250)  # labels
 
 Start = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
@@ -76,6 +78,10 @@ def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_
             lambda rows: forward_flops(num, 2 * len(rows.values)),
             gradient_flops(num, int(passages.lengths[order].sum())),
         )
+    if rank == "log-odds":
+        drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))[:COUNTED]
+        tokens, bigrams = log_odds(lab.reference["all"].weighted_rows, lab.rows.take(drawn), BUCKETS)
+        return rivals.StaticFilter(tokens.plus(bigrams).scaled(1.0).score)
     score = rivals.text_ranking(rank, name, lab.tokenizer, lab.rows, passages, seed)
     if rank != "similarity":
         return rivals.StaticFilter(score)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.horizon.arms import RANDOM
-from benchmarks.quality.horizon.page import ADDED, DEFAULT, differences_of, pairs_of, reaches, units_of
+from benchmarks.quality.horizon.page import ADDED, DEFAULT, PRIOR, differences_of, pairs_of, reaches, units_of
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "results.md"
 HEADLINE = "tasks"
 ARMS = {
-    DEFAULT: "**ours**, the default", "DSIR, 30 % random": "DSIR, tuned", "fastText, 30 % random": "fastText, tuned",
-    ADDED: "ours with DSIR's scores as `score_column`",
+    DEFAULT: "**ours**, the default", PRIOR: "ours, `evidence_weight=0`",
+    ADDED: "ours with DSIR's scores as `score_column`", "log-odds, 30 % random": "ours without labels: log-odds alone",
+    "DSIR, 30 % random": "DSIR, tuned", "fastText, 30 % random": "fastText, tuned",
 }  # fmt: skip
 OTHERS = {
     "broad": "eight domains at once", "continued": "continued: two known domains, two new",

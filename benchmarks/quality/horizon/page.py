@@ -15,7 +15,11 @@ from benchmarks.quality.horizon.settings import SETTINGS
 from mates_hf.evaluation.agreement import rank_correlation
 
 DEFAULT, ADDED = f"{OURS}, 30 % random", "ours and DSIR, 30 % random"
-WAYS = {DEFAULT: "what a run does by default", ADDED: "a run with DSIR's scores as its `score_column`"}
+PRIOR = f"{OURS}, evidence as prior alone, 30 % random"
+WAYS = {
+    DEFAULT: "what a run does by default", PRIOR: "a run with `evidence_weight=0`",
+    ADDED: "a run with DSIR's scores as its `score_column`",
+}  # fmt: skip
 Units = dict[tuple[str, int], Mapping[str, Any]]
 
 

@@ -298,7 +298,8 @@ class Run:
     @functools.cached_property
     def _log_odds(self) -> tuple[Tables, Tables]:
         """Log-odds of n-grams, reference against pool."""
-        return log_odds(self.lab.reference["all"].weighted_rows, self.lab.rows.take(self.reserved[-8_000:]), 2**20)
+        background = self.lab.rows.take(self.reserved[-choosing.COUNTED :])
+        return log_odds(self.lab.reference["all"].weighted_rows, background, choosing.BUCKETS)
 
     def _gap(self, labels: InfluenceLabels) -> float:
         """What rows of the kind that was bought are worth now, minus the rest, in standard deviations of labels."""
@@ -316,7 +317,8 @@ class Run:
             record["spearman of tables"] = self.tables.report.spearman
         else:
             previous, evidence = self.tables if self.arm.pooled else None, self._log_odds if self.arm.prior else None
-            self.tables = NgramInfluenceModel(seed=seed).fit(rows, labels, previous=previous, evidence=evidence)
+            model = NgramInfluenceModel(seed=seed, evidence_weight=self.arm.evidence_weight)
+            self.tables = model.fit(rows, labels, previous=previous, evidence=evidence)
             record["spearman"], flops = self.tables.report.spearman, self.tables.report.flops or 0.0
         self._cost("fit", flops)
         worth = (labels.influence_per_token - labels.influence_per_token.mean()) / labels.influence_per_token.std()

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
 
 NUM_FOLDS = 4
-SEARCH_CANDIDATES = 4_000  # that penalties are searched on: they are weights in tokens, whatever the number of labels
 MIN_BIGRAM_COUNT = 1.5  # a bigram seen once says almost nothing, and filling its bucket disturbs unseen bigrams
 MIN_KEPT_COUNT = 0.01  # weight below which a cell of earlier rounds is dropped
 _FINAL_SWEEPS = 12

@@ -4,6 +4,10 @@ Where it is used: a fit of `NgramInfluenceModel` that is given it shrinks its ef
 log-odds instead of towards 0. What the multiple is, labels decide: on a reference that words identify it is large, and
 few labels do; where words say nothing it is 0, and the fit is what it is without.
 
+What is predicted has the log-odds once more beside the fit, as large as the fit's own predictions where labels agree
+with them as well. A label prices one more row now, and a few hundred labels know few words. The reference's words stay
+what they are over the thousands of steps that a run goes on for (benchmark `horizon`).
+
 The log-odds of a text, summed over its tokens, are the difference of two cross-entropies (Moore and Lewis, 2010), by
 bigram models of the two, each backing off to its unigrams.
 
@@ -20,6 +24,7 @@ from scipy.optimize import nnls
 
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.weighted import WeightedRows, plain
+from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.prediction.ngram import kernels
 from mates_hf.prediction.ngram.tables import FloatVector, Tables, join_keys, split_keys
 
@@ -88,6 +93,33 @@ def weighted_evidence(evidence: tuple[Tables, Tables], rows: TokenRows, labels: 
     nothing = Tables.zeros(len(tokens.token), len(tokens.bigram))
     weighted = nothing.plus(tokens, float(weights[0])).plus(bigrams, float(weights[1]))
     return weighted, float((scores @ weights).std())
+
+
+def evidence_beside(
+    evidence: tuple[Tables, Tables], rows: TokenRows, labels: FloatVector, predicted: FloatVector
+) -> tuple[Tables, float]:
+    """Log-odds to be added to what a fit predicts, so that both rank rows.
+
+    They are given the standard deviation of the predictions, times a weight. That is 1 where labels agree with the
+    log-odds as well as with the predictions, and less as they agree less. The rank correlation of the log-odds counts
+    minus its standard error, so that evidence which tells nothing of the labels adds no noise.
+
+    Args:
+        evidence: What `log_odds` returned.
+        rows: N candidates.
+        labels: (N,) standardised label of each.
+        predicted: (N,) what fits without the candidate predict.
+
+    Returns:
+        Tables in the unit of `predicted`, and the weight, in [0, 1].
+    """
+    whole = evidence[0].plus(evidence[1])
+    scores = whole.scaled(1.0).score(rows)
+    told = rank_correlation(scores, labels) - 1.0 / np.sqrt(len(labels)) if scores.std() > 0 else 0.0
+    found = rank_correlation(predicted, labels) if predicted.std() > 0 else 0.0
+    weight = 0.0 if told <= 0 or found <= 0 else min(1.0, float(told / found))
+    nothing = Tables.zeros(len(whole.token), len(whole.bigram))
+    return (nothing.plus(whole, weight * float(predicted.std() / scores.std())) if weight else nothing), weight
 
 
 def _keys(rows: TokenRows) -> npt.NDArray[np.int64]:

@@ -156,6 +156,10 @@ class Statistics:
         _require(bool((found.counts >= 0).all()), "statistics.counts", "at least 0")
         return found
 
+    def times(self, weight: np.float32) -> Statistics:
+        """The same cells with `weight` times their weight."""
+        return Statistics(self.keys, self.counts * weight, self.sums * weight)
+
     @property
     def token(self) -> npt.NDArray[np.int64]:
         """(C,) int64 target of each cell."""
