@@ -24,7 +24,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from mates_hf import MatesCallback, load_round
@@ -139,6 +139,22 @@ class Stateful(Trainer):
         loader = super().get_train_dataloader()
         loader.use_stateful_dataloader = True
         return loader
+
+
+class PlainLoader(Trainer):
+    """Has a dataloader that accelerate has not prepared."""
+
+    def get_train_dataloader(self) -> Any:
+        return DataLoader(self.train_dataset, batch_size=4, shuffle=True, collate_fn=self.data_collator)
+
+
+class OwnBatches(Trainer):
+    """Makes batches without a sampler."""
+
+    def get_train_dataloader(self) -> Any:
+        batches = [list(range(start, start + 4)) for start in range(0, len(self.train_dataset), 4)]
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
 
 class FullyShardedDataParallel(nn.Module):

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import (
     LlamaForSequenceClassification,
     T5Config,
@@ -42,23 +41,7 @@ from tests.training.kit import (
     make_reference,
     small_config,
 )
-from tests.training.settings import FullyShardedDataParallel, Replaced, Stateful
-
-
-class PlainLoader(Trainer):
-    """Has a dataloader that accelerate has not prepared."""
-
-    def get_train_dataloader(self) -> Any:
-        return DataLoader(self.train_dataset, batch_size=4, shuffle=True, collate_fn=self.data_collator)
-
-
-class OwnBatches(Trainer):
-    """Makes batches without a sampler."""
-
-    def get_train_dataloader(self) -> Any:
-        batches = [list(range(start, start + 4)) for start in range(0, 400, 4)]
-        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+from tests.training.settings import FullyShardedDataParallel, OwnBatches, PlainLoader, Replaced, Stateful
 
 
 class Elsewhere(Trainer):

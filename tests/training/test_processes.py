@@ -87,6 +87,7 @@ def launch(tmp_path: Path, size: int, given: dict[str, Any]) -> Finished:
 FINDS_LENGTHS = {
     "config": {"first_round_steps": 2, "switch_lead_steps": 2, "average_steps": 1, "on_weak_signal": "own_order"}
 }
+SCORED = {"scored": True, "config": {"score_column": "score"}, "args": {"remove_unused_columns": False}}
 DRIFTS = {"config": {"average_steps": 2, "drift_check_steps": 3, "drift_spearman": 1.0}}
 
 
@@ -101,7 +102,7 @@ def checked_inside(size: int) -> dict[str, Any]:
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Finished], Path]:
     """Runs of one process, and their folder."""
     tmp_path = tmp_path_factory.mktemp("one")
-    runs = {"run": {}, "lengths": FINDS_LENGTHS, "checked": checked_inside(1), "drifts": DRIFTS}
+    runs = {"run": {}, "lengths": FINDS_LENGTHS, "checked": checked_inside(1), "drifts": DRIFTS, "scored": SCORED}
     return start_several(tmp_path, 1, runs), tmp_path
 
 
@@ -111,6 +112,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Finished],
     tmp_path = tmp_path_factory.mktemp("two")
     shared = {"cp_size": 2, "args": {"per_device_train_batch_size": BATCH}}  # both processes have each row
     runs = {"run": {"own_dirs": True}, "lengths": FINDS_LENGTHS, "checked": checked_inside(2), "drifts": DRIFTS}
+    runs["scored"] = SCORED
     return start_several(tmp_path, 2, {**runs, "fsdp2": {"fsdp2": True}, "context": shared}), tmp_path
 
 
@@ -135,6 +137,13 @@ def test_two_processes_train_on_the_rows_of_one_in_its_order(pair, alone):
     assert [entry["mates/spearman"] for entry in two.results[0]["rounds"]] == [
         entry["mates/spearman"] for entry in two.results[1]["rounds"]
     ]
+
+
+def test_two_processes_add_the_scores_of_a_column_as_one_does(pair, single):
+    one, two = single[0]["scored"], pair[0]["scored"]
+    assert two.rows == one.rows != single[0]["run"].rows
+    for folder in (single[1], pair[1]):
+        assert load_round(folder / "scored/_mates/round-0001").info["score_column"]["column"] == "score"
 
 
 @proves(DDP, "their number may change at each resume")

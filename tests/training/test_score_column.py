@@ -12,7 +12,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mates_hf import MatesCallback, MatesConfig, load_round
+from mates_hf import MatesCallback, MatesConfig, NgramInfluenceModel, load_round
 from mates_hf.training.score_column import added, agreement, column_scores, require_scores
 from mates_hf.training.verify import verify_run
 from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
@@ -26,8 +26,17 @@ def scored(values: Any) -> Dataset:
     return make_pool(NUM).add_column("score", list(values))
 
 
-def train(folder: Path, pool: Dataset, *, stop: int | None = None, resume: str | None = None, **changes: Any) -> Any:
-    callback = MatesCallback(make_reference(), small_config(**{"score_column": "score", **changes}))
+def train(
+    folder: Path,
+    pool: Dataset,
+    *,
+    stop: int | None = None,
+    resume: str | None = None,
+    influence_model: Any = None,
+    **changes: Any,
+) -> Any:
+    config = small_config(**{"score_column": "score", **changes})
+    callback = MatesCallback(make_reference(), config, influence_model=influence_model)
     return run(
         make_arguments(folder, remove_unused_columns=False, save_strategy="steps", save_steps=8),
         [callback] if stop is None else [callback, Stop(stop)], pool, collator=collate, resume=resume,
@@ -52,7 +61,9 @@ def random_scores(seed: int = 3) -> Any:
 )
 def test_scores_are_added_to_what_is_predicted(tmp_path: Path) -> None:
     scores = random_scores()
-    plain = train(tmp_path / "plain", scored(scores), score_column=None)
+    # The column stands in the place of what the influence model counts itself.
+    without = NgramInfluenceModel(evidence_weight=0)
+    plain = train(tmp_path / "plain", scored(scores), score_column=None, influence_model=without)
     both = train(tmp_path / "both", scored(scores))
     assert plain.rows != both.rows
     alone, added_up = rounds(tmp_path / "plain")[0], rounds(tmp_path / "both")[0]

@@ -17,6 +17,8 @@ from tests.training.settings import (
     LAUNCHERS,
     MODULES,
     NO_FILE,
+    OwnBatches,
+    PlainLoader,
     Replaced,
     Setup,
     Stateful,
@@ -54,19 +56,6 @@ class Twice(Sampler):
 class Repeating(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return Twice()
-
-
-class PlainLoader(Trainer):
-    def get_train_dataloader(self):
-        return DataLoader(self.train_dataset.with_format("torch"), batch_size=4, collate_fn=self.data_collator)
-
-
-class OwnBatches(Trainer):
-    def get_train_dataloader(self):
-        batches = [list(range(start, start + 4)) for start in range(0, 200, 4)]
-        return self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
-        )
 
 
 class Ignoring(BatchSampler):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
@@ -34,6 +35,7 @@ from tests.training.kit import (
     run,
     small_config,
 )
+from tests.training.test_groups import collate
 from tests.training.test_guard import Changed
 
 torch.set_num_threads(1)
@@ -87,13 +89,11 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         elif settings.get("fsdp2"):
             shard_with_fsdp2(trainer)
 
-    finished = run(
-        args,
-        [stop, callback],
-        make_pool(settings.get("num_rows", 400)),
-        resume=settings.get("resume"),
-        prepare=prepare,
-    )
+    pool = make_pool(settings.get("num_rows", 400))
+    if settings.get("scored"):
+        pool = pool.add_column("score", np.random.default_rng(3).normal(size=len(pool)).tolist())
+    more = {"collator": collate} if settings.get("scored") else {}
+    finished = run(args, [stop, callback], pool, resume=settings.get("resume"), prepare=prepare, **more)
     trainer = finished.trainer
     sharded = any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters())
     return {

@@ -3,7 +3,8 @@
 A model of half a million parameters takes 1,000 steps of a warm start; from there each arm goes on for 4,000 steps
 of 16 rows of 128 tokens, the last tenth of them in a decay of the learning rate to 0. Decays that would have ended
 after 1,000 and 2,000 steps are branched off and gone back from, so that each arm is compared at three lengths. There
-are four settings: one style of text, questions of five tasks, continued pretraining, and eight domains at once.
+are four settings: one style of text, questions of five tasks, continued pretraining, and eight domains at once. Two
+of them are there again with models of 4 and 10 million parameters, which take fewer steps.
 
 Losses are read from passages that no arm has seen: of each part of the reference, of tasks that are not in it, and of
 the pool's own text by domain. Seeds from 10 on are for choosing settings and read other passages than the reported
@@ -12,7 +13,7 @@ seeds 0 to 2 do.
 Every arm and seed is a unit of 10 to 20 minutes that is kept under `--work`; a run finds finished units in the newest
 JSON, made by arms as they are now. Without `--arms` nothing but `random`, `ours` and `fastText` is run.
 
-Trade-off: one small model. FLOPs are 6 (training) and 2 (reading) for each parameter and token, plus what probes say
+Trade-off: small models. FLOPs are 6 (training) and 2 (reading) for each parameter and token, plus what probes say
 of themselves; of static filters, those that look words up count as none.
 """
 

@@ -25,7 +25,7 @@ from benchmarks.lab.machine import written_once
 from benchmarks.lab.models import row_losses, train_steps
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon.arms import TRIED, Arm
-from benchmarks.quality.horizon.settings import ROW_TOKENS, TOKENS_PER_BATCH, Lab
+from benchmarks.quality.horizon.settings import ROW_TOKENS, Lab
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.evaluation.agreement import rank_correlation
@@ -71,10 +71,11 @@ def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_
         (prior, _), (conditional, optimizer) = start(), start()
         rng = np.random.default_rng([seed, 9])
         order = np.concatenate([rng.permutation(len(passages)) for _ in range(TRIED[rank][name]["passes"])])
-        train_steps(conditional, optimizer, passages, order, batch_rows=BATCH_ROWS, tokens_per_batch=TOKENS_PER_BATCH)
+        size = lab.tokens_per_batch
+        train_steps(conditional, optimizer, passages, order, batch_rows=BATCH_ROWS, tokens_per_batch=size)
         num = count_multiplied_parameters(prior)
         return rivals.StaticFilter(
-            lambda rows: row_losses(prior, rows, TOKENS_PER_BATCH) - row_losses(conditional, rows, TOKENS_PER_BATCH),
+            lambda rows: row_losses(prior, rows, size) - row_losses(conditional, rows, size),
             lambda rows: forward_flops(num, 2 * len(rows.values)),
             gradient_flops(num, int(passages.lengths[order].sum())),
         )

@@ -28,8 +28,8 @@ def page(document: Mapping[str, Any]) -> str:
     parts = [
         title("Long horizons: what to train on, over thousands of steps", document["settings"]["quick"]),
         "Differences to random data of the same seed, at the end of the decay, in nats/token: below 0 is better, on "
-        "the passages as on the pool's own text. `to random` is the share of random's 4,000 steps after which an arm "
-        "is where random ends. `FLOPs` is everything that training and choosing took, as a multiple of random's. "
+        "the passages as on the pool's own text. `to random` is the share of random's steps after which an arm is "
+        "where random ends. `FLOPs` is everything that training and choosing took, as a multiple of random's. "
         "Intervals of losses on passages are over seeds, where there are two, and over passages: the root of the sum "
         "of both squares.",
     ]

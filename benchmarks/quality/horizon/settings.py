@@ -37,9 +37,32 @@ from mates_hf.data.passages import LossOn
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 
-VOCAB, ROW_TOKENS, PIECES = 2_048, 128, 8
+ROW_TOKENS, PIECES = 128, 8
 TOKENIZER_DOCUMENTS = 6_000
-TOKENS_PER_BATCH = 1_024  # of training and probes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large the model of a setting is, and how long it trains where that is not what `Sizes` says."""
+
+    vocab: int = 2_048
+    width: int = 96
+    layers: int = 3
+    tokens_per_batch: int = 1_024  # of training and probes; logits stay below 32 MB
+    sizes: tuple[tuple[str, Any], ...] = ()  # fields of `Sizes` that are others
+
+
+# A larger vocabulary leaves rows longer texts. Fewer steps: a unit takes half an hour of one core.
+LARGER, LARGEST = (
+    Scale(
+        vocab=8_192,
+        width=width,
+        layers=layers,
+        tokens_per_batch=512,
+        sizes=(("warm", warm), ("steps", steps), ("branches", ()), ("marks", (100, 250, steps * 9 // 10))),
+    )
+    for width, layers, warm, steps in ((192, 5, 400, 800), (288, 8, 250, 500))
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +75,7 @@ class Setting:
     passages: int = 256  # reference passages of each part
     mixed: bool = False  # whether every arm trains on the passages too
     about: str = ""  # in a table
+    scale: Scale = Scale()
 
 
 SETTINGS: dict[str, Setting] = {
@@ -78,6 +102,13 @@ SETTINGS: dict[str, Setting] = {
         about="eight domains, an eighth each",
     ),
 }  # fmt: skip
+SETTINGS |= {
+    f"{name}, {size}": dataclasses.replace(
+        SETTINGS[name], scale=scale, about=f"{SETTINGS[name].about}; a model of {size} parameters"
+    )
+    for size, scale in (("4 million", LARGER), ("10 million", LARGEST))
+    for name in ("tasks", "continued")
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +128,11 @@ class Sizes:
     held: int = 16  # rows of each domain that no arm trains on, to see what choosing unlearns
 
 
+def sizes_of(setting: str, sizes: Sizes) -> Sizes:
+    """What is run of a setting: less where its model is larger, and as it is in a quick run."""
+    return sizes if sizes == QUICK else dataclasses.replace(sizes, **dict(SETTINGS[setting].scale.sizes))
+
+
 QUICK = Sizes(
     documents=3_000, warm=40, steps=60, branches=(20,), marks=(10, 20, 54), judged=24, reserved=800, watched=60, held=4
 )
@@ -109,6 +145,7 @@ class Lab(Pool):
     # by half (`development`, `test`), task and `loss_on`: other passages of each part of the reference, and those of
     # each task outside of it. `completion` counts the right answers only.
     judged: dict[str, dict[str, dict[str, ReferenceTask]]]
+    tokens_per_batch: int
 
 
 def _documents(data: Path, num: int | None) -> list[dict[str, Any]]:
@@ -160,7 +197,9 @@ def open_lab(data: Path, cache: Path, name: str, num_documents: int | None = Non
     domain_of = np.array([names.index(row["domain"]) for row in documents], np.int64)
     limit = ROW_TOKENS * PIECES * CHARACTERS_PER_TOKEN
     texts = [row["text"][:limit] for row in documents]
-    tokenizer = kept_tokenizer(texts[:TOKENIZER_DOCUMENTS], VOCAB, cache / f"tokenizer-{len(texts)}.json")
+    vocab = setting.scale.vocab
+    kind = f"{len(texts)}" if vocab == Scale().vocab else f"{len(texts)}-{vocab}"
+    tokenizer = kept_tokenizer(texts[:TOKENIZER_DOCUMENTS], vocab, cache / f"tokenizer-{kind}.json")
     reference: list[ReferenceTask] = []
     halves: dict[str, dict[str, dict[str, ReferenceTask]]] = {"development": {}, "test": {}}
     closed: list[int] = []  # documents that are set aside, because the reference is made of the pool's own domains
@@ -183,9 +222,9 @@ def open_lab(data: Path, cache: Path, name: str, num_documents: int | None = Non
         for half, passages in (("development", order[:size]), ("test", order[size : 2 * size])):
             halves[half][part] = {loss_on: task.take(np.sort(passages)) for loss_on, task in read.items()}
     joined = ReferenceTask.mixture(reference, name=name) if len(reference) > 1 else reference[0]
-    document, values = _rows(texts, tokenizer, cache / f"rows-{len(texts)}.npz")
+    document, values = _rows(texts, tokenizer, cache / f"rows-{kind}.npz")
     told = [joined, *(tasks["all"] for half in halves.values() for tasks in half.values())]
-    shared = _shared(texts, tokenizer, told, cache / f"shared-{name}-{len(texts)}.npy")
+    shared = _shared(texts, tokenizer, told, cache / f"shared-{name}-{len(texts)}.npy".replace(" ", "_"))
     kept = ~np.isin(document, [*closed, *shared])
     document = document[kept]
     return Lab(
@@ -196,6 +235,7 @@ def open_lab(data: Path, cache: Path, name: str, num_documents: int | None = Non
         tokenizer=tokenizer,
         reference={"all": joined},
         judged=halves,
+        tokens_per_batch=setting.scale.tokens_per_batch,
     )
 
 

@@ -29,7 +29,7 @@ from benchmarks.lab.models import LR, Averager, build_model, build_optimizer, pa
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon import choosing
 from benchmarks.quality.horizon.arms import ARMS, Arm, Unit
-from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, TOKENS_PER_BATCH, Lab, Setting, Sizes, open_lab
+from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, Lab, Scale, Setting, Sizes, open_lab, sizes_of
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.flops import gradient_flops, num_path_points
@@ -42,8 +42,6 @@ from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k
-
-SHAPE = {"width": 96, "layers": 3}  # of the model: 0.53 million parameters
 
 
 class Run:
@@ -62,7 +60,7 @@ class Run:
         rest = rest[~np.isin(rest, self.held)]
         self.reserved, self.open = rest[: sizes.reserved], rest[sizes.reserved :]
         self.share = np.bincount(lab.domain, minlength=len(lab.domain_names)) / len(lab.domain)
-        self.cache, self.start = cache, functools.partial(_warm_start, lab, warm, cache, unit.seed)
+        self.cache, self.start = cache, functools.partial(_warm_start, lab, setting.scale, warm, cache, unit.seed)
         self.model, self.optimizer = self.start()
         self.num_parameters = count_multiplied_parameters(self.model)
         self.judged = lab.judged["development" if unit.seed >= 10 else "test"]
@@ -118,7 +116,7 @@ class Run:
                 batch = choosing.best_tokens(batch, self.tables)
                 self._cost("score", self.tables.report.flops_per_token * len(batch.values))
             batch = together(batch, self.lab.reference["all"].rows.take(self._mixed(self.step)))
-            mean_loss_gradient(self.model, batch, tokens_per_batch=TOKENS_PER_BATCH)
+            mean_loss_gradient(self.model, batch, tokens_per_batch=self.lab.tokens_per_batch)
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -189,12 +187,12 @@ class Run:
         """Losses of the passages by task, of the pool's own text, and of each domain."""
         found: dict[str, Any] = {"step": self.step, "flops": sum(self.flops.values())}
         for name, tasks in self.judged.items():
-            for loss_on, (sums, tokens) in passage_losses(self.model, tasks, TOKENS_PER_BATCH).items():
+            for loss_on, (sums, tokens) in passage_losses(self.model, tasks, self.lab.tokens_per_batch).items():
                 part = name if loss_on == "all" else f"{name}: answers"
                 found[part] = float(sums.sum() / tokens.sum())
                 if self.step == self.sizes.steps:
                     found.setdefault("by_passage", {})[part] = [sums.round(1), tokens]
-        losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=TOKENS_PER_BATCH)
+        losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=self.lab.tokens_per_batch)
         means, counts = self._by_domain(self.held, losses.reshape(len(self.held), -1).mean(1, dtype=np.float64))
         found["pool"] = float((means * self.share)[counts > 0].sum() / self.share[counts > 0].sum())
         found["domains"] = means
@@ -257,7 +255,7 @@ class Run:
         self.model, self.optimizer = copy.deepcopy(live)
         averager = Averager(self.model, num_steps, max(1, min(WINDOW, num_steps // 2)))
         order = np.random.default_rng([self.unit.seed, 6, self.number]).permutation(chosen)
-        settings: dict[str, Any] = {"batch_rows": BATCH_ROWS, "tokens_per_batch": TOKENS_PER_BATCH}
+        settings: dict[str, Any] = {"batch_rows": BATCH_ROWS, "tokens_per_batch": self.lab.tokens_per_batch}
         train_steps(self.model, self.optimizer, self.lab.rows, order, on_step=averager.update, **settings)
         self._cost("ahead", gradient_flops(self.num_parameters, num_steps * BATCH_ROWS * ROW_TOKENS))
         self.averages["round"] = averager.average
@@ -291,9 +289,9 @@ class Run:
     def _probe(self, passages: int) -> DirectionalProbe | OneStepProbe:
         """The probe of a round that reads so many passages; pool text among them makes no path longer."""
         if self.arm.rank == "MATES":
-            return OneStepProbe(max_grad_norm=1.0, tokens_per_batch=TOKENS_PER_BATCH)
+            return OneStepProbe(max_grad_norm=1.0, tokens_per_batch=self.lab.tokens_per_batch)
         points = num_path_points(self.arm.path_steps, passages)
-        return DirectionalProbe(tokens_per_batch=TOKENS_PER_BATCH, path_steps=points, path_rate=0.5)
+        return DirectionalProbe(tokens_per_batch=self.lab.tokens_per_batch, path_steps=points, path_rate=0.5)
 
     @functools.cached_property
     def _log_odds(self) -> tuple[Tables, Tables]:
@@ -375,11 +373,11 @@ class Run:
         return values
 
 
-def _warm_start(lab: Lab, rows: Ids, cache: Path, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _warm_start(lab: Lab, scale: Scale, rows: Ids, cache: Path, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer after the warm start, which is trained once and read back from then on."""
-    model = build_model(lab.vocab_size, seed=seed, **SHAPE)
+    model = build_model(lab.vocab_size, width=scale.width, layers=scale.layers, seed=seed)
     optimizer = build_optimizer(model)
-    settings: dict[str, Any] = {"batch_rows": BATCH_ROWS, "warm_up": 50, "tokens_per_batch": TOKENS_PER_BATCH}
+    settings: dict[str, Any] = {"batch_rows": BATCH_ROWS, "warm_up": 50, "tokens_per_batch": lab.tokens_per_batch}
     train = functools.partial(train_steps, model, optimizer, lab.rows, rows, **settings)
     train_once(cache / f"warm-{seed}-{len(rows)}.pt", model, optimizer, train)
     return model, optimizer
@@ -388,7 +386,7 @@ def _warm_start(lab: Lab, rows: Ids, cache: Path, seed: int) -> tuple[nn.Module,
 def run_unit(data: Path, work: Path, sizes: Sizes, unit: Unit) -> dict[str, Any]:
     """Train one arm of one seed in one setting; its result as JSON values."""
     cache = work / "cache"
-    folder = cache / unit.setting
+    folder, sizes = cache / unit.setting.replace(" ", "_"), sizes_of(unit.setting, sizes)
     folder.mkdir(parents=True, exist_ok=True)
     lab = open_lab(data, cache, unit.setting, sizes.documents, sizes.judged)
     return Run(lab, SETTINGS[unit.setting], sizes, folder, unit).train()
