@@ -40,7 +40,12 @@ from mates_hf.data.token_columns import TokenColumns, read_batch, read_lists
 from mates_hf.records import IntArray
 
 SPAN_TARGETS = 32  # of a row are explained together
-_LOOKED_FOR = ("input_ids", "text", "messages")  # columns that are scored without being named, the first there is
+_LOOKED_FOR = (TOKENS, "text", "messages")  # columns that are read without being named, the first there is
+
+
+def unnamed_column(names: Sequence[str]) -> str | None:
+    """The column that is read where none is named: `input_ids`, else `text`, else `messages`; None without any."""
+    return next((found for found in _LOOKED_FOR if found in names), None)
 
 
 def find_column(schema: Any, column: str | None, tokenizer: Any = None, max_length: int | None = None) -> ScoredColumn:

@@ -25,7 +25,7 @@ from mates_hf.data.column_types import BESIDE, TOKENS, field_path, holds_tokens,
 from mates_hf.data.files import Loaded, load_rows
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
-from mates_hf.data.scored_column import find_column
+from mates_hf.data.scored_column import find_column, unnamed_column
 from mates_hf.data.token_overlap import TokenNgramIndex
 from mates_hf.engine.model_traits import context_length, vocabulary_size
 from mates_hf.engine.processes import Processes
@@ -35,7 +35,6 @@ from mates_hf.training.fit.settings import FitSettings
 logger = logging.getLogger(__name__)
 
 LM_EVAL = "lm-eval:"  # begins the name of a task, where a reference is no file
-_LOOKED_FOR = (TOKENS, "text", "messages")
 _PAIR = ("prompt", "completion")
 _AT_ONCE = 1_000  # texts that are tokenised together
 _MOST_SHARED = 0.5  # of the pool's rows, that may share text with the reference
@@ -153,7 +152,9 @@ def read_pool(
         rule = "; ".join(f"{name}={','.join(entries)}" for name, entries in allow.items())
         told = f"{loaded.told}, of which those with {rule}"
         loaded = Loaded(allowed_part(loaded.dataset, allow), told)
-    return loaded, column or next(name for name in _LOOKED_FOR if name in loaded.dataset.column_names)
+    found = column or unnamed_column(loaded.dataset.column_names)
+    assert found is not None  # `load_rows` has asked for it
+    return loaded, found
 
 
 def type_of(dataset: Any, column: str) -> Any:
@@ -260,7 +261,7 @@ def read_reference(
     )  # fmt: skip
     names = loaded.dataset.column_names
     form: dict[str, Any] = {"max_length": settings.max_length}
-    found = column or next((name for name in _LOOKED_FOR if name in names), None)
+    found = column or unnamed_column(names)
     if found is None:
         form |= {"prompt_column": _PAIR[0], "completion_column": _PAIR[1], "loss_on": settings.loss_on}
     elif found == TOKENS:
@@ -291,7 +292,7 @@ def as_dataset(rows: TokenRows) -> Any:
 def _columns(names: Sequence[str], column: str | None, name: str, pair: Sequence[str]) -> list[str]:
     """The columns to read of those that there are."""
     root = column if column is None or column in names else column.partition(".")[0]
-    found = root if root is not None else next((one for one in _LOOKED_FOR if one in names), None)
+    found = unnamed_column(names) if root is None else root
     if found is None and pair and set(pair) <= set(names):
         return list(pair)
     if found is None or found not in names:
