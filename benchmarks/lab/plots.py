@@ -25,6 +25,7 @@ COLOURS = {  # each can be read on white and on black
     "DSIR": "#a9713b",
     "DSIR, tuned": "#a9713b",
     "similarity": "#d6409f",
+    "log-odds": "#17998a",
     "similarity, tuned": "#d6409f",
     "low loss": "#a58a10",
     "domain means": "#7d8590",

@@ -25,6 +25,7 @@ PICTURE = Path(__file__).resolve().parents[3] / "docs" / "frontier.svg"
 SHARES = {"60%": ", 60 % random", "30%": ", 30 % random", "0%": ""}  # of random rows; what it is called in an arm
 METHODS = {
     "ours": "ours", "DSIR": "DSIR, tuned", "fastText": "fastText, tuned", "ours and DSIR": "ours and DSIR, added",
+    "log-odds": "log-odds alone",
 }  # fmt: skip
 DASHED = "ours and DSIR"
 Losses = Mapping[str, Any]
@@ -110,7 +111,7 @@ def draw(document: Mapping[str, Any]) -> str:
     lines.append(text(14, middle, "gained: loss below that of random rows, nats/token", anchor="middle", extra=turned))
     drawn = [method for method in METHODS if any(method in points for _, points in shown)]
     for number, method in enumerate(drawn):
-        x, y = 60 + 190 * number, bottom + 68
+        x, y = 60 + 160 * number, bottom + 68
         fill = "none" if method == DASHED else _colour(method)
         lines.append(
             f'<circle cx="{x}" cy="{y - 4:.1f}" r="4.5" fill="{fill}" stroke="{_colour(method)}" stroke-width="2"/>'
