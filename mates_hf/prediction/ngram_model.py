@@ -182,15 +182,15 @@ class NgramInfluenceModel:
                 rows, self.num_buckets, standardised, derivatives, earlier, fitted, seed, offset
             )
         choice = design.choose(fitted, seed, penalties)
-        beside, weight = Tables.zeros(design.vocab_size, self.num_buckets), None
+        beside, weight = None, None
         most = self.evidence_weight if evidence_weight is None else evidence_weight
-        if evidence is not None and told is not None and most:
+        if evidence is not None and derivatives is not None and most:
             fits = standardised[fitted], choice.predicted[fitted]
             found, weight = evidence_beside(evidence, rows.take(fitted), *fits)
-            beside = beside.plus(found.resized(design.vocab_size), most)
+            beside = Tables.zeros(design.vocab_size, self.num_buckets).plus(found.resized(design.vocab_size), most)
             choice = dataclasses.replace(choice, predicted=choice.predicted + design.score(beside))
         token, document = design.solve(fitted, choice)
-        score = design.score((token if document is None else token.plus(document)).plus(beside))
+        score = design.score(Tables.sum_of(token, document, beside))
         slope = calibration(design.labels[fitted], choice.predicted[fitted], choice.fold[fitted])
         predicted = slope * (score - score[fitted].mean()) + design.labels[fitted].mean()
         unit = scale * labels.step_size
@@ -208,7 +208,7 @@ class NgramInfluenceModel:
         everyone = np.ones(len(labels), bool)
         token_part = np.where(held_out, design.score(token), choice.token_part)
         token, document = design.solve(everyone, dataclasses.replace(choice, token_part=token_part))
-        both = (token if document is None else token.plus(document)).plus(beside)
+        both = Tables.sum_of(token, document, beside)
         slope = calibration(design.labels, np.where(held_out, score, choice.predicted), choice.fold)
         self._tables = both.scaled(slope * scale)
         self._document = None if document is None else document.scaled(1.0)

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from transformers import default_data_collator
 
 from benchmarks.lab.small_run import shard_with_fsdp2
 from mates_hf import MatesCallback
@@ -37,6 +37,7 @@ from tests.training.kit import (
 )
 from tests.training.test_groups import collate
 from tests.training.test_guard import Changed
+from tests.training.test_score_column import random_scores, scored
 
 torch.set_num_threads(1)
 
@@ -89,11 +90,10 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         elif settings.get("fsdp2"):
             shard_with_fsdp2(trainer)
 
-    pool = make_pool(settings.get("num_rows", 400))
-    if settings.get("scored"):
-        pool = pool.add_column("score", np.random.default_rng(3).normal(size=len(pool)).tolist())
-    more = {"collator": collate} if settings.get("scored") else {}
-    finished = run(args, [stop, callback], pool, resume=settings.get("resume"), prepare=prepare, **more)
+    with_scores = settings.get("scored", False)
+    pool = scored(random_scores()) if with_scores else make_pool(settings.get("num_rows", 400))
+    collator = collate if with_scores else default_data_collator
+    finished = run(args, [stop, callback], pool, resume=settings.get("resume"), collator=collator, prepare=prepare)
     trainer = finished.trainer
     sharded = any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters())
     return {

@@ -4,7 +4,8 @@ A model of half a million parameters takes 1,000 steps of a warm start; from the
 of 16 rows of 128 tokens, the last tenth of them in a decay of the learning rate to 0. Decays that would have ended
 after 1,000 and 2,000 steps are branched off and gone back from, so that each arm is compared at three lengths. There
 are four settings: one style of text, questions of five tasks, continued pretraining, and eight domains at once. Two
-of them are there again with models of 4 and 10 million parameters, which take fewer steps.
+of them are there again with models of 4 and 10 million parameters, which take fewer steps and are run where they are
+named.
 
 Losses are read from passages that no arm has seen: of each part of the reference, of tasks that are not in it, and of
 the pool's own text by domain. Seeds from 10 on are for choosing settings and read other passages than the reported
@@ -31,18 +32,19 @@ from benchmarks.lab.units import read_units, recover, run_units
 from benchmarks.quality.horizon import docs, frontier
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
 from benchmarks.quality.horizon.page import page
-from benchmarks.quality.horizon.settings import QUICK, SETTINGS, Sizes
+from benchmarks.quality.horizon.settings import QUICK, SETTINGS, Scale, Sizes
 from benchmarks.quality.horizon.training import run_unit
 
 __all__ = ["add_options", "differences", "page", "run"]
 DATA, DIGITS = True, 6
 FIRST_ARMS = (RANDOM, "ours", "fastText")
+FIRST_SETTINGS = [name for name, setting in SETTINGS.items() if setting.scale == Scale()]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which units to run."""
     parser.add_argument("--arms", nargs="+", choices=[*ARMS], metavar="ARM", default=FIRST_ARMS, help="these arms")
-    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS], default=[*SETTINGS], help="these settings")
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS], default=FIRST_SETTINGS, help="these settings")
     parser.add_argument("--seeds", nargs="+", type=int, default=[*REPORTED_SEEDS], help="these; from 10 on for tuning")
 
 

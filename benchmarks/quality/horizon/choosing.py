@@ -61,6 +61,11 @@ def reference_of_round(lab: Lab, arm: Arm, num: int, others: Ids, seed: tuple[in
     return ReferenceTask.mixture([task, ReferenceTask(name="pool", rows=lab.rows.take(kept))], [1, arm.keep])
 
 
+def counted(lab: Lab, background: Ids) -> tuple[Tables, Tables]:
+    """Log-odds of n-grams, the reference against these pool rows."""
+    return log_odds(lab.reference["all"].weighted_rows, lab.rows.take(background), BUCKETS)
+
+
 def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_encoded: int) -> rivals.StaticFilter:
     """The filter of an arm, fitted on the reference passages.
 
@@ -80,8 +85,7 @@ def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_
             gradient_flops(num, int(passages.lengths[order].sum())),
         )
     if rank == "log-odds":
-        drawn = np.random.default_rng([seed, 8]).permutation(len(lab.rows))[:COUNTED]
-        tokens, bigrams = log_odds(lab.reference["all"].weighted_rows, lab.rows.take(drawn), BUCKETS)
+        tokens, bigrams = counted(lab, np.random.default_rng([seed, 8]).permutation(len(lab.rows))[:COUNTED])
         return rivals.StaticFilter(tokens.plus(bigrams).scaled(1.0).score)
     score = rivals.text_ranking(rank, name, lab.tokenizer, lab.rows, passages, seed)
     if rank != "similarity":

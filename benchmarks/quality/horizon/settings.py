@@ -128,14 +128,14 @@ class Sizes:
     held: int = 16  # rows of each domain that no arm trains on, to see what choosing unlearns
 
 
-def sizes_of(setting: str, sizes: Sizes) -> Sizes:
-    """What is run of a setting: less where its model is larger, and as it is in a quick run."""
-    return sizes if sizes == QUICK else dataclasses.replace(sizes, **dict(SETTINGS[setting].scale.sizes))
-
-
 QUICK = Sizes(
     documents=3_000, warm=40, steps=60, branches=(20,), marks=(10, 20, 54), judged=24, reserved=800, watched=60, held=4
 )
+
+
+def sizes_of(setting: str, sizes: Sizes) -> Sizes:
+    """What is run of a setting: less where its model is larger, and as it is in a quick run."""
+    return sizes if sizes == QUICK else dataclasses.replace(sizes, **dict(SETTINGS[setting].scale.sizes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -37,7 +37,6 @@ from mates_hf.influence.passes import mean_loss_gradient, token_losses
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
-from mates_hf.prediction.ngram.evidence import log_odds
 from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
@@ -296,8 +295,7 @@ class Run:
     @functools.cached_property
     def _log_odds(self) -> tuple[Tables, Tables]:
         """Log-odds of n-grams, reference against pool."""
-        background = self.lab.rows.take(self.reserved[-choosing.COUNTED :])
-        return log_odds(self.lab.reference["all"].weighted_rows, background, choosing.BUCKETS)
+        return choosing.counted(self.lab, self.reserved[-choosing.COUNTED :])
 
     def _gap(self, labels: InfluenceLabels) -> float:
         """What rows of the kind that was bought are worth now, minus the rest, in standard deviations of labels."""

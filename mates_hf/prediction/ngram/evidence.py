@@ -118,8 +118,8 @@ def evidence_beside(
     told = rank_correlation(scores, labels) - 1.0 / np.sqrt(len(labels)) if scores.std() > 0 else 0.0
     found = rank_correlation(predicted, labels) if predicted.std() > 0 else 0.0
     weight = 0.0 if told <= 0 or found <= 0 else min(1.0, float(told / found))
-    nothing = Tables.zeros(len(whole.token), len(whole.bigram))
-    return (nothing.plus(whole, weight * float(predicted.std() / scores.std())) if weight else nothing), weight
+    unit = float(predicted.std() / scores.std()) if weight else 0.0
+    return Tables.zeros(len(whole.token), len(whole.bigram)).plus(whole, weight * unit), weight
 
 
 def _keys(rows: TokenRows) -> npt.NDArray[np.int64]:

@@ -9,6 +9,7 @@ Shape suffixes: N rows, V vocabulary, H hash buckets, C cells (distinct bigrams)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,6 +101,11 @@ class Tables:
             self.previous + weight * other.previous,
             self.bigram + weight * other.bigram,
         )
+
+    @staticmethod
+    def sum_of(first: Tables, *others: Tables | None) -> Tables:
+        """Sum of tables of the same sizes, of those that there are."""
+        return functools.reduce(Tables.plus, (part for part in others if part is not None), first)
 
     def scaled(self, factor: float) -> Tables:
         """All effects times `factor`, float32, as scoring reads them."""
