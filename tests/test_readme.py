@@ -105,7 +105,7 @@ def test_the_readme_stays_short() -> None:
     assert len(re.findall(r"\d[\d.,]*", prose)) <= MAX_NUMBERS
 
 
-@pytest.mark.parametrize("question", ["gain_against_cost", "pictures"])
+@pytest.mark.parametrize("question", ["horizon", "gain_against_cost", "pictures"])
 def test_pictures_follow_from_the_committed_results(question: str) -> None:
     command = [sys.executable, "-m", "benchmarks", question, "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

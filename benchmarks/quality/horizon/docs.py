@@ -1,4 +1,4 @@
-"""The tables of `docs/results.md` on thousands of steps, from the JSON; `--check` compares them with that page."""
+"""Tables of `README.md` and `docs/` on thousands of steps, from the JSON; `--check` compares them with those pages."""
 
 from __future__ import annotations
 
@@ -11,17 +11,31 @@ import numpy as np
 from benchmarks.quality.horizon.arms import RANDOM
 from benchmarks.quality.horizon.page import ADDED, DEFAULT, PRIOR, differences_of, pairs_of, reaches, units_of
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "results.md"
-HEADLINE = "tasks"
+ROOT = Path(__file__).resolve().parents[3]
+HEADLINE, FILTER = "tasks", "DSIR, 30 % random"
 ARMS = {
     DEFAULT: "**ours**, the default", PRIOR: "ours, `evidence_weight=0`",
     ADDED: "ours with DSIR's scores as `score_column`", "log-odds, 30 % random": "ours without labels: log-odds alone",
-    "DSIR, 30 % random": "DSIR, tuned", "fastText, 30 % random": "fastText, tuned",
+    FILTER: "DSIR, tuned", "fastText, 30 % random": "fastText, tuned",
 }  # fmt: skip
 OTHERS = {
     "broad": "eight domains at once", "continued": "continued: two known domains, two new",
     "style": "one style of text",
 }  # fmt: skip
+Pairs = list[tuple[Mapping[str, Any], Mapping[str, Any]]]
+NAMES = {HEADLINE: "questions of five tasks, which every arm trains on too", **OTHERS}
+
+
+def _times(pairs: Pairs, setting: str) -> tuple[float, float]:
+    """How many times an arm's steps and FLOPs random rows take to where they end; NaN where it never gets there."""
+    shares = [np.nan if (share := reaches(own, random, setting)) is None else share for own, random in pairs]
+    steps = float(1 / np.mean(shares))
+    return steps, steps / _flops(pairs)
+
+
+def _flops(pairs: Pairs) -> float:
+    """Everything that training and choosing took, as a multiple of random's."""
+    return float(np.mean([own["decayed"][-1]["flops"] / random["decayed"][-1]["flops"] for own, random in pairs]))
 
 
 def rows(document: Mapping[str, Any], setting: str) -> list[str]:
@@ -32,19 +46,30 @@ def rows(document: Mapping[str, Any], setting: str) -> list[str]:
         if not pairs:
             continue
         ends = [(own["decayed"][-1], random["decayed"][-1]) for own, random in pairs]
-        shares = [share for own, random in pairs if (share := reaches(own, random, setting)) is not None]
-        steps = f"{1 / np.mean(shares):.1f}" if len(shares) == len(pairs) else "never"
-        flops = f"{np.mean([own['flops'] / random['flops'] for own, random in ends]):.2f}"
         cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)]
         label = name if setting == HEADLINE else f"{OTHERS[setting]} | {name}"
-        found.append(f"| {' | '.join([label, str(len(pairs)), *cells, steps, flops])} |")
+        steps = "never" if np.isnan(steps := _times(pairs, setting)[0]) else f"{steps:.1f}"
+        found.append(f"| {' | '.join([label, str(len(pairs)), *cells, steps, f'{_flops(pairs):.2f}'])} |")
     return found
 
 
+def front_row(document: Mapping[str, Any], setting: str) -> str:
+    """A line of the README: steps and FLOPs of random rows, for ours and for DSIR, and what is given up in nats."""
+    units = units_of(document, setting)
+    ours, theirs = (pairs_of(units, arm, RANDOM) for arm in (DEFAULT, FILTER))
+    times = [*_times(ours, setting), _times(theirs, setting)[0]]  # DSIR's FLOPs are none
+    lost = [
+        np.mean([a["decayed"][-1]["pool"] - b["decayed"][-1]["pool"] for a, b in pairs]) for pairs in (ours, theirs)
+    ]
+    return f"| {' | '.join([NAMES[setting], *(f'{n:.1f}×' for n in times), *(f'{x:.2f}' for x in lost)])} |"
+
+
 def differences(document: Mapping[str, Any]) -> Iterator[str]:
-    """Whether the page has the lines of the committed JSON."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    for setting in (HEADLINE, *OTHERS):
-        for line in rows(document, setting):
-            if line not in lines:
-                yield f"docs/{PAGE.name} lacks a line on {setting}: {line}"
+    """Whether the pages have the lines of the committed JSON."""
+    wanted = {
+        "docs/results.md": [line for setting in (HEADLINE, *OTHERS) for line in rows(document, setting)],
+        "README.md": [front_row(document, setting) for setting in NAMES],
+    }
+    for name, expected in wanted.items():
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        yield from (f"{name} lacks a line: {line}" for line in expected if line not in lines)
