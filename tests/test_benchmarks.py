@@ -303,6 +303,11 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
     assert not {bytes(read.row(i)[0]) for i in range(len(read))} & {bytes(passages.row(i)[0]) for i in apart.passages}
     kept = runs["ours, keep 1"][0]._read(8).rows.lengths
     assert kept[8:].sum() == pytest.approx(kept[:8].sum(), abs=64)
+    own = training.Run(
+        lab, SETTINGS["style"], sizes, tmp_path, Unit(setting="style", arm="own domains, known", seed=10)
+    )
+    own.parts = lab.domain_names[:1]
+    assert (own._values(own.open) == (lab.domain[own.open] == 0)).all()
 
 
 def test_a_file_that_lists_a_row_group_again_is_read_at_full_length(tmp_path: Path) -> None:

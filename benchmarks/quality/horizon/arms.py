@@ -13,7 +13,7 @@ from mates_hf.flops import PATH_STEPS
 
 Rank = Literal[
     "random", "influence", "stratified", "domain means", "mixer", "distilled", "MATES", "fastText", "DSIR",
-    "similarity", "CoLoR", "log-odds",
+    "similarity", "CoLoR", "log-odds", "own domains",
 ]  # fmt: skip
 PROBED = ("influence", "domain means", "mixer", "distilled", "MATES")
 
@@ -101,6 +101,8 @@ GROUPS: dict[str, dict[str, Arm]] = {
         "random, watched": Arm(rank="random", watched=True),
         "random, passages": Arm(rank="random", passes=4),
         "stratified by domain": Arm(rank="stratified"),
+        # What no method is told: rows of the domains that the reference is made of come first, in a random order.
+        **_mixed("own domains, known", Arm(rank="own domains")),
     },
     "static filters": {
         **_shares("fastText", FAIR),

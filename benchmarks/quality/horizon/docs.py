@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.horizon.arms import RANDOM
+from benchmarks.quality.horizon.arms import ARMS as EVERY
+from benchmarks.quality.horizon.arms import OURS, RANDOM, TUNING_SEEDS
 from benchmarks.quality.horizon.page import ADDED, DEFAULT, PRIOR, differences_of, pairs_of, reaches, units_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,6 +54,22 @@ def rows(document: Mapping[str, Any], setting: str) -> list[str]:
     return found
 
 
+def changes(document: Mapping[str, Any], setting: str) -> list[str]:
+    """The lines of a setting on tuning seeds: what is changed, and differences to the default; below 0 is better."""
+    units, found = units_of(document, setting, TUNING_SEEDS), []
+    for arm in EVERY:
+        pairs = [] if arm == DEFAULT else pairs_of(units, arm, DEFAULT)
+        if not pairs:
+            continue
+        ends = [(own["decayed"][-1], default["decayed"][-1]) for own, default in pairs]
+        flops = np.mean([own["flops"] / default["flops"] for own, default in ends])
+        cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)]
+        name = "no random rows" if arm == OURS else arm.removeprefix(f"{OURS}, ").removesuffix(", 30 % random")
+        label = name if setting == HEADLINE else f"{OTHERS[setting]} | {name}"
+        found.append(f"| {' | '.join([label.replace(' %', '%'), *cells, f'{flops:.2f}'])} |")
+    return found
+
+
 def front_row(document: Mapping[str, Any], setting: str) -> str:
     """A line of the README: steps and FLOPs of random rows, for ours and for DSIR, and what is given up in nats."""
     units = units_of(document, setting)
@@ -67,6 +84,7 @@ def front_row(document: Mapping[str, Any], setting: str) -> str:
 def differences(document: Mapping[str, Any]) -> Iterator[str]:
     """Whether the pages have the lines of the committed JSON."""
     wanted = {
+        "docs/ablations.md": [line for setting in (HEADLINE, *OTHERS) for line in changes(document, setting)],
         "docs/results.md": [line for setting in (HEADLINE, *OTHERS) for line in rows(document, setting)],
         "README.md": [front_row(document, setting) for setting in NAMES],
     }

@@ -63,7 +63,7 @@ class Run:
         self.model, self.optimizer = self.start()
         self.num_parameters = count_multiplied_parameters(self.model)
         self.judged = lab.judged["development" if unit.seed >= 10 else "test"]
-        self.passages = self._passages(setting)
+        self.passages, self.parts = self._passages(setting), setting.parts
         self._filter: rivals.StaticFilter | None = None
         self.curve: list[dict[str, Any]] = []
         self.decayed: list[dict[str, Any]] = []
@@ -337,6 +337,9 @@ class Run:
         if arm.rank == "stratified":
             domain = pandas.Series(self.lab.domain[candidates])
             return -domain.groupby(domain).cumcount().to_numpy(np.float64)
+        if arm.rank == "own domains":
+            names = np.array(self.lab.domain_names)[self.lab.domain[candidates]]
+            return np.isin(names, self.parts).astype(np.float64)
         if arm.rank == "distilled":
             return self._classifier(rivals.texts_of(rows, self.lab.tokenizer))
         if not arm.probed:
