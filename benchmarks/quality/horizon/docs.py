@@ -10,7 +10,17 @@ import numpy as np
 
 from benchmarks.quality.horizon.arms import ARMS as EVERY
 from benchmarks.quality.horizon.arms import OURS, RANDOM, TUNING_SEEDS
-from benchmarks.quality.horizon.page import ADDED, DEFAULT, PRIOR, differences_of, pairs_of, reaches, units_of
+from benchmarks.quality.horizon.frontier import SHARES, points_of
+from benchmarks.quality.horizon.page import (
+    ADDED,
+    DEFAULT,
+    PRIOR,
+    differences_of,
+    pairs_of,
+    reaches,
+    reference_loss,
+    units_of,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADLINE, FILTER = "tasks", "DSIR, 30 % random"
@@ -54,6 +64,19 @@ def rows(document: Mapping[str, Any], setting: str) -> list[str]:
     return found
 
 
+def shares(document: Mapping[str, Any]) -> list[str]:
+    """The lines on shares of random rows: what each method gains and gives up against random rows."""
+    found = []
+    for setting, name in NAMES.items():
+        points = points_of(document, setting, reference_loss)
+        for share in SHARES:
+            cells = [points.get(method, {}).get(share) for method in (OURS, "DSIR", "log-odds")]
+            if any(cells):
+                texts = [f"−{cell[1]:.3f} / {cell[0]:+.3f}".replace("-", "−") if cell else "" for cell in cells]
+                found.append(f"| {' | '.join([name, share, *texts])} |")
+    return found
+
+
 def changes(document: Mapping[str, Any], setting: str) -> list[str]:
     """The lines of a setting on tuning seeds: what is changed, and differences to the default; below 0 is better."""
     units, found = units_of(document, setting, TUNING_SEEDS), []
@@ -85,7 +108,10 @@ def differences(document: Mapping[str, Any]) -> Iterator[str]:
     """Whether the pages have the lines of the committed JSON."""
     wanted = {
         "docs/ablations.md": [line for setting in (HEADLINE, *OTHERS) for line in changes(document, setting)],
-        "docs/results.md": [line for setting in (HEADLINE, *OTHERS) for line in rows(document, setting)],
+        "docs/results.md": [
+            *(line for setting in (HEADLINE, *OTHERS) for line in rows(document, setting)),
+            *shares(document),
+        ],
         "README.md": [front_row(document, setting) for setting in NAMES],
     }
     for name, expected in wanted.items():
