@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mates_hf.influence.probe_one_step import OneStepProbe
     from mates_hf.prediction.encoder_model import EncoderInfluenceModel
     from mates_hf.prediction.feature_model import FeatureInfluenceModel
+    from mates_hf.prediction.moore_lewis import MooreLewisModel
     from mates_hf.prediction.ngram_model import NgramInfluenceModel
     from mates_hf.prediction.text_model import TextInfluenceModel
     from mates_hf.round_files import load_round
@@ -47,6 +48,7 @@ __all__ = [
     "MatesRounds",
     "MatesSelector",
     "MatesStream",
+    "MooreLewisModel",
     "NgramInfluenceModel",
     "OneStepProbe",
     "ReferenceTask",
@@ -69,6 +71,7 @@ _HOME = {
     "MatesRounds": "mates_hf.training.loop",
     "MatesSelector": "mates_hf.selection.selector",
     "MatesStream": "mates_hf.data.stream",
+    "MooreLewisModel": "mates_hf.prediction.moore_lewis",
     "NgramInfluenceModel": "mates_hf.prediction.ngram_model",
     "OneStepProbe": "mates_hf.influence.probe_one_step",
     "ReferenceTask": "mates_hf.data.reference",

@@ -39,7 +39,7 @@ DOORS = {  # closed rooms, and the module beside each that opens it
     "influence.optimizer": ["mates_hf.influence.preconditioner"],
     "prediction.encoder": ["mates_hf.prediction.encoder_model"],
     "prediction.features": ["mates_hf.prediction.feature_model"],
-    "prediction.ngram": ["mates_hf.prediction.ngram_model"],
+    "prediction.ngram": ["mates_hf.prediction.ngram_model", "mates_hf.prediction.moore_lewis"],
     "prediction.text": ["mates_hf.prediction.text_model"],
     "reporting.page": [
         "mates_hf.reporting.report",

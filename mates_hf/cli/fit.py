@@ -22,6 +22,7 @@ written, and the message says about how many probes would do.
 
   mates-hf fit --model EleutherAI/pythia-160m --pool 'data/*.parquet' --reference passages.jsonl --out selector/
   accelerate launch --num_processes 8 -m mates_hf fit ...
+  mates-hf fit --tokenizer EleutherAI/pythia-160m --pool 'data/*.parquet' --reference passages.jsonl --out filter/
 """
 
 
@@ -29,12 +30,15 @@ def add_command(commands: Any) -> None:
     """Add `fit` to the subparsers."""
     command = commands.add_parser(
         "fit",
-        help="fit a selector to a checkpoint, without a training run",
+        help="fit a selector to a checkpoint, or a filter by words, without a training run",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
-    add("--model", required=True, metavar="DIR_OR_ID", help="causal language model: a folder or a Hub id")
+    add(
+        "--model", metavar="DIR_OR_ID",
+        help="causal language model: a folder or a Hub id; without one the selector is a filter by words",
+    )  # fmt: skip
     add(
         "--pool", required=True, nargs="+", metavar="FILES",
         help="Parquet or JSON Lines files (.gz, .zst, .bz2), a glob in quotes, fsspec URLs, a folder, or a Hub id",
@@ -46,7 +50,7 @@ def add_command(commands: Any) -> None:
     add("--out", required=True, metavar="DIR", help="folder of the selector; must not be there yet")
     add("--column", help="the pool's column; default: input_ids, text or messages")
     add("--reference-column", help="the passages' column; default: one of these, or prompt and completion")
-    add("--tokenizer", metavar="DIR_OR_ID", help="where the model's folder has no tokenizer")
+    add("--tokenizer", metavar="DIR_OR_ID", help="where the model's folder has no tokenizer, or no model is named")
     add("--pool-split", default="train", help="split of a pool on the Hub (default: train)")
     add("--allow", metavar="RULE", help="rows that may be used at all: 'licence=cc-by,cc0;consent=yes'")
     add("--work", metavar="DIR", help="working folder (default: the one of --out with .fit behind its name)")

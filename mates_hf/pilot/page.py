@@ -158,8 +158,11 @@ def _worries(settings: PilotSettings, plan: SelectionPlan, summary: Summary, see
             f"Seeds were added after a look at the result ({', '.join(map(str, seeds_asked))}). Each look makes an "
             "interval that leaves out zero by chance more likely."
         )
-    if settings.static_filter != "fasttext":
-        yield f"The rival is a {NAMES[settings.static_filter]}, and not fastText, which most people would run."
+    if settings.static_filter != "moore-lewis":
+        yield (
+            f"The rival is {NAMES[settings.static_filter]}. Log-odds of words (`static_filter=moore-lewis`) were "
+            "stronger where the library was measured."
+        )
     if not settings.protected:
         yield "No group is protected, so nothing here stops a run that makes a group worse. Read the table of groups."
     worse = [name for name, one in summary.harm["ours"].items() if one.low is not None and one.low > 0]

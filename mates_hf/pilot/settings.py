@@ -88,11 +88,11 @@ class PilotSettings:
     evaluations: int = field(default=12, metadata={"help": "How often an arm is judged on its way."})
     seeds: int = field(default=3, metadata={"help": "Seeds that are reported. A later call may raise it."})
     seed: int = field(default=0, metadata={"help": "First of them. Filters are tuned on another one."})
-    static_filter: Literal["fasttext", "linear"] = field(
-        default="fasttext",
+    static_filter: Literal["moore-lewis", "fasttext", "linear"] = field(
+        default="moore-lewis",
         metadata={
-            "help": "The rival: `fasttext`, or `linear`, a logistic regression on hashed words and pairs by "
-            "scikit-learn, where fastText cannot be installed."
+            "help": "The rival: `moore-lewis`, log-odds of words and pairs, which need no package; `fasttext`; or "
+            "`linear`, a logistic regression on hashed words and pairs by scikit-learn."
         },
     )
     update_steps: int | None = field(
@@ -176,7 +176,8 @@ class PilotSettings:
         require(_is_number(self.longer) and 1 <= self.longer <= 20, "longer", "from 1 to 20")
         require(_is_number(self.selection_ratio) and 0 < self.selection_ratio < 1, "selection_ratio", "in (0, 1)")
         require(_is_number(self.random_share) and 0 <= self.random_share < 1, "random_share", "in [0, 1)")
-        require(self.static_filter in ("fasttext", "linear"), "static_filter", "'fasttext' or 'linear'")
+        filters = ("moore-lewis", "fasttext", "linear")
+        require(self.static_filter in filters, "static_filter", "'moore-lewis', 'fasttext' or 'linear'")
         require(self.device in ("auto", "cpu"), "device", "'auto' or 'cpu'")
         ok = isinstance(self.protected, tuple) and all(isinstance(name, str) and name for name in self.protected)
         require(ok, "protected", "names of groups")

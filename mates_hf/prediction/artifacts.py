@@ -35,6 +35,7 @@ _HOMES = {
     "EncoderInfluenceModel": "mates_hf.prediction.encoder_model",
     "FeatureInfluenceModel": "mates_hf.prediction.feature_model",
     "HiddenStateInfluenceModel": "mates_hf.prediction.hidden_states",
+    "MooreLewisModel": "mates_hf.prediction.moore_lewis",
     "TextInfluenceModel": "mates_hf.prediction.text_model",
 }
 
@@ -44,7 +45,7 @@ def write_artifact(
     kind: str,
     settings: Mapping[str, Any],
     tensors: Mapping[str, npt.NDArray[Any]],
-    report: FitReport,
+    report: FitReport | None,
 ) -> None:
     """Write an influence model; each file appears whole or not at all, and the config, which vouches for all, last.
 
@@ -53,7 +54,7 @@ def write_artifact(
         kind: class name of the model.
         settings: plain JSON values.
         tensors: arrays by name.
-        report: The report of the last fit.
+        report: The report of the last fit; None of a model that is fitted to no labels.
     """
     from safetensors.numpy import save
 
@@ -61,7 +62,7 @@ def write_artifact(
     directory.mkdir(parents=True, exist_ok=True)
     with written_whole(directory / WEIGHTS_FILE) as file:
         file.write(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
-    write_json(directory / FIT_FILE, report.to_dict())
+    write_json(directory / FIT_FILE, {} if report is None else report.to_dict())
     config = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
@@ -90,6 +91,20 @@ def read_artifact(
         ValueError: it holds another kind of model, or was written in a newer format.
         MatesError: a file is missing, damaged, or was changed after it was written.
     """
+    config, tensors = read_without_report(path, kind, settings)
+    try:
+        report = FitReport.from_dict(read_json(Path(path) / FIT_FILE))
+    except MatesError:
+        raise
+    except Exception as error:  # a checksum can be forged along with its file
+        raise _not_as_written(path, kind, error) from error
+    return config, tensors, report
+
+
+def read_without_report(
+    path: str | os.PathLike[str], kind: str, settings: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """The config and the arrays by name; arguments and errors are those of `read_artifact`."""
     from safetensors.numpy import load
 
     directory = Path(path)
@@ -109,15 +124,15 @@ def read_artifact(
                 f"cut short or changed. {COPY_AGAIN}"
             )
     try:
-        tensors = load((directory / WEIGHTS_FILE).read_bytes())
-        report = FitReport.from_dict(read_json(directory / FIT_FILE))
-    except MatesError:
-        raise
+        return config, load((directory / WEIGHTS_FILE).read_bytes())
     except Exception as error:  # checksums can be forged along with a file, and safetensors has errors of its own
-        raise MatesError(
-            f"`{directory}` must hold a {kind} as it was written, and a file is damaged ({error!r}). {COPY_AGAIN}"
-        ) from error
-    return config, tensors, report
+        raise _not_as_written(path, kind, error) from error
+
+
+def _not_as_written(path: Any, kind: str, error: Exception) -> MatesError:
+    return MatesError(
+        f"`{path}` must hold a {kind} as it was written, and a file is damaged ({error!r}). {COPY_AGAIN}"
+    )
 
 
 def told_text_only(model: Any) -> dict[str, bool]:

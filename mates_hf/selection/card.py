@@ -28,8 +28,10 @@ _MAX_NAME = 200  # characters of a name in the text
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # identifiers of the Hub; anything else is `other` there
 
+LOG_ODDS = "log_odds"  # `label_unit` of a filter, which asks no model
 _UNITS = {  # what predictions are, by `label_unit`
     "step": "nats/token of reference loss that one optimizer step on the row takes off; > 0 helps, higher is better",
+    LOG_ODDS: "nats/token by which the reference's words are likelier than the pool's; > 0 is more like the reference",
     "order": "path labels give an order: higher is better, and zero and scale are not those of a step",
 }
 _MEASURED_BY = {  # by `FitReport.probe`
@@ -51,23 +53,30 @@ def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], t
     Returns:
         Markdown with the metadata of the Hub in front.
     """
-    unit = _UNITS.get(str(label_unit(report, origin)), _UNKNOWN)
-    facts = [
-        ("Influence model", _code(kind)),
-        ("Labels", unit),
+    found = label_unit(report, origin)
+    asked = found != LOG_ODDS  # whether a model was
+    of_probe = [
         ("Labels measured by", _measured_by(report)),
-        ("Reference task", _reference(origin.get("reference"))),
         ("Base model", _named(origin.get("model"))),
         ("Optimizer steps at the fit", _number(origin.get("step"))),
         ("Candidates probed", _number(origin.get("num_probed"))),
         ("Probe against real steps", _fidelity(origin.get("fidelity"))),
+    ]
+    facts = [
+        ("Influence model", _code(kind)),
+        ("Labels" if asked else "Scores", _UNITS.get(str(found), _UNKNOWN)),
+        ("Reference task", _reference(origin.get("reference"))),
         ("Tokenizer", _UNKNOWN if tokenizer_name is None else f"{_code(tokenizer_name)} (in `tokenizer/`)"),
-        *_fit(report),
+        *(of_probe if asked else []),
+        *(_fit(report) if asked else []),
     ]
     lines = ["---", _metadata(kind, report, origin).to_yaml(), "---", ""]
-    lines += ["# Data influence model", "", _INTRODUCTION, "", "| | |", "|---|---|"]
+    title, introduction = ("Data influence model", _INTRODUCTION) if asked else ("Filter by words", _FILTER)
+    lines += [f"# {title}", "", introduction, "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts]
-    return "\n".join([*lines, "", _USE])
+    return (
+        "\n".join([*lines, "", _USE, _LIMITS if asked else _FILTER_LIMITS, _CITATION if asked else ""]).rstrip() + "\n"
+    )
 
 
 def _metadata(kind: str, report: FitReport | None, origin: Mapping[str, Any]) -> ModelCardData:
@@ -113,7 +122,7 @@ def label_unit(report: Any, origin: Mapping[str, Any]) -> Any:
         origin: Where the fit comes from.
 
     Returns:
-        One of the two, or None where it is not known.
+        One of the two, `"log_odds"` of a filter that no model was asked for, or None where it is not known.
     """
     if origin.get("label_unit") is not None:
         return origin["label_unit"]
@@ -221,6 +230,10 @@ It predicts how much one pretraining candidate helps one model, at one moment of
 **data influence, higher is better.** The row "Labels" says whether it prices an optimizer step or gives an order. Only
 what prices a step can be compared with a `threshold`."""
 
+_FILTER = """\
+It ranks texts by how much likelier their words are in a reference task than in the pool that they come from (the
+difference of two cross-entropies, Moore and Lewis, 2010). **Higher is more like the reference.** It asks no model."""
+
 _USE = """\
 ## Use
 
@@ -229,9 +242,11 @@ from mates_hf import MatesSelector
 
 selector = MatesSelector.from_pretrained("<this repository>")
 scored = selector.map(dataset)                # adds a float32 `influence` column
-kept = selector.filter(dataset, ratio=0.2)    # the fifth that helps most
+kept = selector.filter(dataset, ratio=0.2)    # the fifth that ranks highest
 ```
+"""
 
+_LIMITS = """\
 Intended use: to choose what the base model is trained on next, near the step it was fitted at.
 
 ## Limits
@@ -243,7 +258,21 @@ Intended use: to choose what the base model is trained on next, near the step it
 - Tokens that none of the labelled candidates had add nothing; an empty document gets the intercept.
 - An n-gram model holds counts of the token pairs in the candidates it was fitted on: publish it only if those may be
   published.
+"""
 
+_FILTER_LIMITS = """\
+Intended use: to choose what a model is trained on that should get better at texts like the reference. Random rows
+mixed in (`random_share`) keep it from forgetting the rest.
+
+## Limits
+
+- It counts words and pairs of them. It knows nothing of what a model knows already, or learns from a text.
+- It is about the reference task alone. What it ranks high need not help other tasks, and can hurt them.
+- It is no judgement of quality, truth, safety or licence of a text, and no filter for any of these.
+- Which tokens the reference has can be read off its tables: publish it only if that may be known.
+"""
+
+_CITATION = """\
 ## Citation
 
 The method is MATES:

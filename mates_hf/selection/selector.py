@@ -74,7 +74,7 @@ class MatesSelector(ModelHubMixin, library_name="mates_hf", tags=list(TAGS)):
         self.tokenizer = tokenizer if tokenizer is not None else getattr(influence_model, "tokenizer", None)
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise ValueError(f"`max_length` must be a whole number of at least 1, or None, got {max_length!r}.")
-        self.origin = dict(origin or {})
+        self.origin = {**getattr(influence_model, "origin", {}), **(origin or {})}
         if self.tokenizer is not None:
             if max_length is None and self.tokenizer.model_max_length < _NO_LENGTH:
                 max_length = int(self.tokenizer.model_max_length)

@@ -35,6 +35,7 @@ from mates_hf.paths import expand_path
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import FitReport, IntArray
 from mates_hf.selection.selector import MatesSelector
+from mates_hf.training.fit.counted import count_filter, require_counted
 from mates_hf.training.fit.inputs import (
     Inputs,
     load_model,
@@ -55,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit_selector(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
     pool: Any,
     reference: Any,
     out: str | os.PathLike[str],
@@ -84,6 +85,8 @@ def fit_selector(
 
     Args:
         model: A causal language model of transformers: a folder or a repository on the Hub. It is never written to.
+            None asks no model: the selector is a filter by words (`MooreLewisModel`), and `tokenizer` must be named
+            where there are texts.
         pool: What a run would be trained on: a path, a glob or an `fsspec` URL of Parquet or JSON Lines files (or a
             list of these), a folder of them, a dataset on the Hub, or a `datasets.Dataset`.
         reference: What the model should get better at: passages in any of these forms (also a text file, a passage a
@@ -112,24 +115,27 @@ def fit_selector(
         MatesError: a folder belongs to something else, or the influence cannot be measured.
     """
     given = settings_of(settings)
+    counts = given.settings_that_count() if model is not None else require_counted(given)
     names = {
-        "model": os.fspath(model), "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
+        "model": None if model is None else os.fspath(model),
+        "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
         "pool": _name_of(pool), "pool_split": pool_split, "column": column, "reference": _name_of(reference),
         "reference_column": reference_column, **({} if allow is None else {"allow": parse_allow(allow)}),
     }  # fmt: skip
-    place = Place(
-        expand_path(out), None if work is None else expand_path(work), {**names, **given.settings_that_count()}
-    )
+    place = Place(expand_path(out), None if work is None else expand_path(work), {**names, **counts})
     finished = place.finished()  # before torch.distributed is asked for: most mistakes are made here
-    arguments = training_arguments(given, place.warm_up)
+    arguments = None if model is None else training_arguments(given, place.warm_up)
     processes = Processes.of_run()
     with processes.together():
         finished = _told(processes, finished)
         if finished is None:
             try:
-                finished = _fit(
-                    place, given, names, arguments, pool, reference, processes, distil=distil, progress=progress
-                )
+                if model is None:
+                    finished = _count(place, given, names, pool, reference, processes, distil, progress)
+                else:
+                    finished = _fit(
+                        place, given, names, arguments, pool, reference, processes, distil=distil, progress=progress
+                    )
             finally:
                 place.close()
         if processes.is_main:
@@ -182,6 +188,26 @@ def _fit(
         place.publish(_selector(place, names, settings, verdict), about)
     finished: dict[str, Any] = _told(processes, place.finished() if processes.is_main else None)
     return finished
+
+
+def _count(
+    place: Place,
+    settings: FitSettings,
+    names: Mapping[str, Any],
+    pool: Any,
+    reference: Any,
+    processes: Processes,
+    distil: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Count and write a filter in the main process; what is known of it, in all."""
+    if processes.is_main:
+        place.check()
+        counted = count_filter(names, pool, reference, settings, distil=distil, progress=progress)
+        place.open()  # what is wrong with pool or passages leaves nothing behind
+        place.publish(*counted)
+    found: dict[str, Any] = _told(processes, place.finished() if processes.is_main else None)
+    return found
 
 
 def _measure(

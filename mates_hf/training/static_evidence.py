@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from mates_hf.prediction.moore_lewis import BACKGROUND_TOKENS, MOST_ROWS
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import stage_seed
 from mates_hf.training.run import Run
-
-BACKGROUND_TOKENS = 2**21  # of the pool that are counted
-MOST_ROWS = 2**14  # in which they are; reading a row may take a call of the collator
 
 
 def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_a_planned_run_gives_its_pilot_sizes() -> None:
         ({"selection_ratio": 1.0}, r"`selection_ratio` must be in \(0, 1\)"),
         ({"update_steps": 2}, "`update_steps` must be None or a whole number of at least 4"),
         ({"longer": 0.5}, "`longer` must be from 1 to 20"),
-        ({"static_filter": "dsir"}, "`static_filter` must be 'fasttext' or 'linear'"),
+        ({"static_filter": "dsir"}, "`static_filter` must be 'moore-lewis', 'fasttext' or 'linear'"),
         ({"protected": "pool"}, "`protected` must be names of groups"),
         ({"price": -1}, "`price` must be None or a number above 0"),
     ],
@@ -74,7 +74,7 @@ def test_each_setting_of_a_filter_finds_what_is_like_the_reference() -> None:
     rng = np.random.default_rng(0)
     good, background = [text(rng, True) for _ in range(30)], [text(rng, i % 4 == 0) for i in range(200)]
     judged = [text(rng, i < 20) for i in range(40)]
-    for kind in ("linear", "fasttext"):
+    for kind in SETTINGS:
         if kind == "fasttext":
             pytest.importorskip("fasttext")
         for setting in SETTINGS[kind]:
@@ -94,8 +94,8 @@ def test_a_filter_that_is_not_installed_says_what_to_do(
         run_pilot(tmp_path / "out", tiny=True, static_filter=kind, progress=False)
     assert not (tmp_path / "out").exists()
     if kind == "fasttext":  # the way out that it names
-        require_filter("linear")
-        assert "hashed words" in NAMES["linear"]
+        require_filter("moore-lewis")
+        assert "log-odds of words" in NAMES["moore-lewis"]
 
 
 # --- what is read ---

@@ -170,7 +170,7 @@ def test_what_speaks_against_it_is_computed() -> None:
         "405,334 times smaller",
         "times shorter",
         "Seeds were added after a look",
-        "not fastText",
+        "The rival is logistic regression on hashed words and pairs",
         "No group is protected",
     ):
         assert words in said

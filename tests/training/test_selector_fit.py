@@ -551,3 +551,56 @@ def test_an_error_in_one_process_ends_all_by_name(whole, tmp_path):
     assert "`reference` must be files that are there" in errors[1]
     assert re.search(r"Process 1 of 2 .*`reference` must be files that are there", errors[0])
     assert not (tmp_path / "selector").exists()
+
+
+def test_without_a_model_it_is_a_filter_by_words(inputs, tmp_path, capsys, caplog) -> None:
+    given = {**inputs, "model": None, "tokenizer": inputs["model"], "out": str(tmp_path / "filter"), "progress": False}
+    found = fit_selector(**given, max_length=32, distil=True, device="cpu")
+    assert share_of_good(found.selector) == 1
+    assert (
+        MatesSelector.from_pretrained(tmp_path / "filter-text")
+        .filter(Dataset.from_dict({"text": make_texts(200, seed=5)}), ratio=0.25)
+        .num_rows
+        == 50
+    )
+    assert found.flops == 0 < found.seconds
+    with pytest.raises(MatesError, match="has no labels to predict"):
+        _ = found.report
+    lines = "\n".join(found.lines())
+    assert "model: none, a filter by words" in lines
+    assert re.search(r"ranks above a row of the pool in (8|9)\d% of pairs", lines)  # a fourth of them is as good
+    assert not (tmp_path / "filter.fit").exists()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "filter").rglob("*")}
+    assert fit_selector(**given, max_length=32).to_dict()["separation"] == found.about["separation"]  # nothing anew
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "filter").rglob("*")} == times
+    with pytest.raises(MatesError, match="holds the selector of another fit; they differ in `seed`"):
+        fit_selector(**given, max_length=32, seed=1)
+    arguments = [
+        "fit", "--tokenizer", inputs["model"], "--pool", inputs["pool"], "--reference", inputs["reference"], "--out",
+        str(tmp_path / "other"), "--max-length", "32", "--quiet",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "a filter by words" in capsys.readouterr().out
+    ours, theirs = (MatesSelector.from_pretrained(tmp_path / name) for name in ("filter", "other"))
+    texts = Dataset.from_dict({"text": make_texts(50, seed=6)})
+    assert np.array_equal(ours.score(texts).influence, theirs.score(texts).influence)
+
+
+def test_without_a_model_what_means_nothing_is_refused(inputs, tmp_path, capsys) -> None:
+    given = {**inputs, "model": None, "out": str(tmp_path / "filter"), "progress": False}
+    with pytest.raises(ValueError, match="`tokenizer` must be named where no model is"):
+        fit_selector(**given)
+    given["tokenizer"] = inputs["model"]
+    with pytest.raises(ValueError, match="`warm_steps`, `num_probes` mean nothing where no model is asked"):
+        fit_selector(**given, warm_steps=3, num_probes=50)
+    with pytest.raises(ValueError, match="cannot be read"):
+        fit_selector(**{**given, "tokenizer": str(tmp_path / "none")})
+    with pytest.raises(ValueError, match="must not be text of the pool"):
+        fit_selector(**{**given, "reference": given["pool"]})
+    tokens = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 30})
+    with pytest.raises(ValueError, match="`distil` must have a pool of texts"):
+        fit_selector(**{**given, "pool": tokens}, distil=True)
+    assert list(tmp_path.iterdir()) == []
+    command = ["fit", "--pool", inputs["pool"], "--reference", inputs["reference"], "--out", str(tmp_path / "z")]
+    assert main([*command, "--quiet"]) == 1
+    assert "`tokenizer` must be named where no model is" in capsys.readouterr().err

@@ -87,7 +87,9 @@ def changes(document: Mapping[str, Any], setting: str) -> list[str]:
         ends = [(own["decayed"][-1], default["decayed"][-1]) for own, default in pairs]
         flops = np.mean([own["flops"] / default["flops"] for own, default in ends])
         cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)]
-        name = "no random rows" if arm == OURS else arm.removeprefix(f"{OURS}, ").removesuffix(", 30 % random")
+        name = "no random rows" if arm == OURS else arm.removeprefix(f"{OURS}, ")
+        drawn = arm == RANDOM or "random" in name  # what most arms have goes without saying
+        name = name.removesuffix(", 30 % random") if drawn else f"{name}, no random rows"
         label = name if setting == HEADLINE else f"{OTHERS[setting]} | {name}"
         found.append(f"| {' | '.join([label.replace(' %', '%'), *cells, f'{flops:.2f}'])} |")
     return found

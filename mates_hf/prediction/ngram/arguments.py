@@ -17,6 +17,12 @@ from mates_hf.records import InfluenceLabels
 LabelKind = Literal["auto", "token", "document", "both"]
 
 
+def check_buckets(num_buckets: Any) -> None:
+    """Raise a `ValueError` where a number of hash buckets is no power of two of at least 2."""
+    if not isinstance(num_buckets, int) or num_buckets < 2 or num_buckets & (num_buckets - 1):
+        raise ValueError(f"`num_buckets` must be a power of two of at least 2, got {num_buckets!r}.")
+
+
 def check_arguments(num_buckets: int, pool_decay: float, seed: Any, labels: str, evidence_weight: float) -> None:
     """Raise a `ValueError` where an argument is outside its range.
 
@@ -27,8 +33,7 @@ def check_arguments(num_buckets: int, pool_decay: float, seed: Any, labels: str,
         labels: What is fitted.
         evidence_weight: How much static evidence counts beside labels.
     """
-    if num_buckets < 2 or num_buckets & (num_buckets - 1):
-        raise ValueError(f"`num_buckets` must be a power of two of at least 2, got {num_buckets!r}.")
+    check_buckets(num_buckets)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
     if not 0 <= pool_decay <= 1:

@@ -20,24 +20,20 @@ import numpy as np
 
 from mates_hf.allow import Allow
 from mates_hf.data.allowed import allowed_part, columns_with
-from mates_hf.data.arrow import effective_labels
 from mates_hf.data.column_types import BESIDE, TOKENS, field_path, holds_tokens, type_at
 from mates_hf.data.files import Loaded, load_rows
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.data.scored_column import find_column, unnamed_column
-from mates_hf.data.token_overlap import TokenNgramIndex
 from mates_hf.engine.model_traits import context_length, vocabulary_size
-from mates_hf.engine.processes import Processes
 from mates_hf.paths import expand_path
+from mates_hf.training.fit.rows import as_dataset, tokens_of, trainable
 from mates_hf.training.fit.settings import FitSettings
 
 logger = logging.getLogger(__name__)
 
 LM_EVAL = "lm-eval:"  # begins the name of a task, where a reference is no file
 _PAIR = ("prompt", "completion")
-_AT_ONCE = 1_000  # texts that are tokenised together
-_MOST_SHARED = 0.5  # of the pool's rows, that may share text with the reference
 
 
 @dataclasses.dataclass
@@ -105,22 +101,18 @@ def read_inputs(
     """
     require_model(model_name)
     loaded, found_column = read_pool(pool, column, pool_split, settings, allow)
-    if distil and holds_tokens(type_of(loaded.dataset, found_column)):
-        raise ValueError(
-            f"`distil` must have a pool of texts or conversations, and the column `{found_column}` holds tokens. Name "
-            "the column of texts (`column`), or leave `distil` out."
-        )
+    require_texts(loaded, found_column, distil)
     tokenizer = load_tokenizer(model_name, tokenizer_name)
     if tokenizer is None and found_column != TOKENS:
-        _refuse_without_tokenizer(model_name, f"the pool's column `{found_column}` becomes tokens")
+        refuse_without_tokenizer(model_name, f"the pool's column `{found_column}` becomes tokens")
     task = read_reference(reference, tokenizer, settings, reference_column, model_name)
     model = load_model(model_name)
     longest = context_length(model)
     max_length = settings.max_length if longest is None else min(settings.max_length, longest)
-    rows = _tokens_of(loaded, found_column, tokenizer, max_length, progress)
+    rows = tokens_of(loaded, found_column, tokenizer, max_length, progress)
     _require_vocabulary(model, rows, tokenizer)
     task = task.fit_to_model(vocabulary_size(model), max_length)
-    kept, facts = _trainable(rows, task)
+    kept, facts = trainable(rows, task)
     facts |= {"pool": loaded.told, "column": found_column, "mean_tokens": float(kept.lengths.mean())}
     return Inputs(model, tokenizer, max_length, as_dataset(kept), task, facts)
 
@@ -155,6 +147,15 @@ def read_pool(
     found = column or unnamed_column(loaded.dataset.column_names)
     assert found is not None  # `load_rows` has asked for it
     return loaded, found
+
+
+def require_texts(loaded: Loaded, column: str, distil: bool) -> None:
+    """Refuse a pool of tokens where a selector of texts is to be distilled from it."""
+    if distil and holds_tokens(type_of(loaded.dataset, column)):
+        raise ValueError(
+            f"`distil` must have a pool of texts or conversations, and the column `{column}` holds tokens. Name the "
+            "column of texts (`column`), or leave `distil` out."
+        )
 
 
 def type_of(dataset: Any, column: str) -> Any:
@@ -227,7 +228,7 @@ def _no_model(name: str, error: Exception) -> ValueError:
 
 
 def read_reference(
-    reference: Any, tokenizer: Any, settings: FitSettings, column: str | None, model_name: str
+    reference: Any, tokenizer: Any, settings: FitSettings, column: str | None, model_name: str | None
 ) -> ReferenceTask:
     """What the model should get better at.
 
@@ -236,7 +237,7 @@ def read_reference(
         tokenizer: The model's tokenizer, or None.
         settings: How the selector is fitted.
         column: Column of the passages, or None.
-        model_name: Name of the model, for errors.
+        model_name: Name of the model, for errors; None where none is named.
 
     Returns:
         The task.
@@ -249,7 +250,7 @@ def read_reference(
         return reference
     if isinstance(reference, str) and reference.startswith(LM_EVAL):
         if tokenizer is None:
-            _refuse_without_tokenizer(model_name, "the reference is a task of texts")
+            refuse_without_tokenizer(model_name, "the reference is a task of texts")
         task = reference.removeprefix(LM_EVAL)
         limit = settings.reference_limit
         return ReferenceTask.from_lm_eval(
@@ -267,7 +268,7 @@ def read_reference(
     elif found == TOKENS:
         form |= {"input_ids_column": TOKENS, "labels_column": "labels" if "labels" in names else None}
     if tokenizer is None and found != TOKENS:
-        _refuse_without_tokenizer(model_name, "the passages become tokens")
+        refuse_without_tokenizer(model_name, "the passages become tokens")
     dataset: Any = loaded.dataset
     if found is not None and found != TOKENS:
         scored = find_column(dataset.features.arrow_schema, found, tokenizer, None)
@@ -276,17 +277,6 @@ def read_reference(
         dataset = [{TOKENS: ids.row(i)[0].tolist()} for i in range(len(ids))]
         form |= {"input_ids_column": TOKENS}
     return ReferenceTask.from_dataset(dataset, tokenizer, name="passages", **form)
-
-
-def as_dataset(rows: TokenRows) -> Any:
-    """Token rows as a `datasets.Dataset` of `input_ids` and `labels`."""
-    import datasets
-    import pyarrow as pa
-
-    offsets = pa.array(rows.offsets.astype(np.int32))
-    columns = {TOKENS: rows.values, "labels": effective_labels(rows)}
-    lists = {name: pa.ListArray.from_arrays(offsets, pa.array(v.astype(np.int32))) for name, v in columns.items()}
-    return datasets.Dataset(pa.table(lists))
 
 
 def _columns(names: Sequence[str], column: str | None, name: str, pair: Sequence[str]) -> list[str]:
@@ -307,64 +297,6 @@ def _columns(names: Sequence[str], column: str | None, name: str, pair: Sequence
     return [found, *(one for one in BESIDE if found == TOKENS and one in names)]
 
 
-def _tokens_of(loaded: Loaded, column: str, tokenizer: Any, max_length: int, progress: bool) -> TokenRows:
-    """All rows as tokens, cut to `max_length`."""
-    from tqdm.auto import tqdm
-
-    dataset = loaded.dataset
-    opened = find_column(dataset.features.arrow_schema, column, tokenizer, max_length).open(dataset)
-    parts = []
-    for start in tqdm(range(0, len(dataset), _AT_ONCE), desc="tokens", disable=not progress, leave=False):
-        rows = opened.rows(np.arange(start, min(start + _AT_ONCE, len(dataset))))
-        assert isinstance(rows, TokenRows)
-        parts.append(_cut(rows, max_length))
-    labelled = any(part.labels is not None for part in parts)
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64)
-    return TokenRows(
-        values=np.concatenate([part.values for part in parts]),
-        offsets=offsets,
-        labels=np.concatenate([effective_labels(part) for part in parts]) if labelled else None,
-    )
-
-
-def _cut(rows: TokenRows, max_length: int) -> TokenRows:
-    """Rows without what is behind their first `max_length` tokens."""
-    lengths = rows.lengths
-    if not len(lengths) or lengths.max() <= max_length:
-        return rows
-    place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], lengths)
-    kept = place < max_length
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_length))]).astype(np.int64)
-    labels = None if rows.labels is None else rows.labels[kept]
-    return TokenRows(values=rows.values[kept], offsets=offsets, labels=labels)
-
-
-def _trainable(rows: TokenRows, task: ReferenceTask) -> tuple[TokenRows, dict[str, Any]]:
-    """The rows that have a trained token and share no text with the reference, and how many others there are."""
-    has_target = rows.num_targets > 0
-    shared = np.zeros(len(rows), bool)
-    shared[TokenNgramIndex(task.text("a fit on a file of texts")).shared(rows)] = True
-    num_shared = int((shared & has_target).sum())
-    facts = {"num_rows": len(rows), "num_empty": int((~has_target).sum()), "num_shared": num_shared}
-    if not has_target.any():
-        raise ValueError(
-            f"`pool` must have texts, got {len(rows):,} rows with fewer than two tokens each, or no label. Name "
-            "the column that holds the text: `column`."
-        )
-    if num_shared > _MOST_SHARED * has_target.sum():
-        raise ValueError(
-            f"`reference` must not be text of the pool, and {num_shared:,} of the pool's {int(has_target.sum()):,} "
-            "rows share 13 tokens in a row with it. Take passages that are kept out of the pool."
-        )
-    if num_shared and Processes.of_run().is_main:
-        logger.warning(
-            "%d of the pool's %d rows that were read share 13 tokens in a row with the reference: they are left out "
-            "of the fit. Drop such rows before you train (`mates_hf.data.token_overlap.shared_rows`).",
-            num_shared, len(rows),
-        )  # fmt: skip
-    return rows.take(has_target & ~shared), facts
-
-
 def _require_vocabulary(model: Any, rows: TokenRows, tokenizer: Any) -> None:
     """Refuse tokens that the model does not know."""
     size = vocabulary_size(model)
@@ -378,7 +310,13 @@ def _require_vocabulary(model: Any, rows: TokenRows, tokenizer: Any) -> None:
     )
 
 
-def _refuse_without_tokenizer(model_name: str, why: str) -> None:
+def refuse_without_tokenizer(model_name: str | None, why: str) -> None:
+    """Raise a `ValueError` that says why tokens are needed, and who has none."""
+    if model_name is None:
+        raise ValueError(
+            f"`tokenizer` must be named where no model is, because {why}: a folder or a repository that holds the one "
+            "of the model that will be trained."
+        )
     raise ValueError(
         f"`model` must have a tokenizer, because {why}, and {model_name!r} has none that can be read. Name a "
         "folder or a repository that holds it: `tokenizer`."

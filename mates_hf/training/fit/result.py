@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mates_hf.display import card, html_card, interval, number
+from mates_hf.errors import MatesError
 from mates_hf.records import FitReport
 from mates_hf.reporting.lines import finite
 
@@ -39,7 +40,16 @@ class SelectorFit:
 
     @property
     def report(self) -> FitReport:
-        """How well held-out labels were predicted."""
+        """How well held-out labels were predicted.
+
+        Raises:
+            MatesError: no model was asked, so that there are no labels; `about["separation"]` says what is known.
+        """
+        if "fit" not in self.about:
+            raise MatesError(
+                "A filter by words has no labels to predict. `about['separation']` is how often a passage that was "
+                "not counted ranks above a row of the pool."
+            )
         return FitReport.from_dict(self.about["fit"])
 
     @property
@@ -63,23 +73,42 @@ class SelectorFit:
 
     def lines(self) -> Iterator[str]:
         """Ten lines for a person, or one more where a second selector was distilled."""
-        about, report = self.about, self.report
-        read, model, seconds = about["read"], about["model"], about["seconds"]
+        about, read, seconds = self.about, self.about["read"], self.about["seconds"]
         yield f"selector: {self.out} ({about['max_length']:,} tokens of a text)"
-        yield f"model: {model['name']}, {model['num_parameters']:,} parameters, {about['step']:,} steps of warm-up"
+        model = about.get("model", {})
+        asked = (
+            f"{model['name']}, {model['num_parameters']:,} parameters, {about['step']:,} steps of warm-up"
+            if model
+            else ""
+        )
+        yield f"model: {asked or 'none, a filter by words'}"
         yield f"pool: {read['pool']}, column `{read['column']}`{_left_out(read)}"
-        loss = number(about["reference_loss"])
-        yield f"reference: {about['reference']['name']}, {about['num_passages']:,} passages, loss {loss} nats/token"
-        held_out = f"{report.num_held_out:,} of {about['num_probed']:,} probed rows"
-        yield f"signal: held-out Spearman {report.spearman:.2f} {interval(report.interval)} on {held_out}: passes"
-        yield f"best fifth: {number(report.top_fifth_overlap)} of it found (0.2 is chance)"
-        yield f"probe: {_fidelity(about['fidelity'])}"
+        yield from self._of_labels() if model else self._of_counts()
         parts = ", ".join(f"{name.replace('_', '-')} {value:,.0f} s" for name, value in seconds.items())
         yield f"cost: {self.seconds:,.0f} s ({parts}), {self.flops:.1e} FLOPs"
         if self.text_out is not None:
             yield f"without a tokenizer: {self.text_out}"
         yield f"score: mates-hf score {self.out} 'corpus/*.parquet' --out scored/ --ratio 0.2"
         yield f"Python: MatesSelector.from_pretrained({str(self.out)!r}).filter(dataset, ratio=0.2)"
+
+    def _of_labels(self) -> Iterator[str]:
+        """What the model was asked, and how well its answers are predicted."""
+        about, report = self.about, self.report
+        loss = number(about["reference_loss"])
+        yield f"reference: {about['reference']['name']}, {about['num_passages']:,} passages, loss {loss} nats/token"
+        held_out = f"{report.num_held_out:,} of {about['num_probed']:,} probed rows"
+        yield f"signal: held-out Spearman {report.spearman:.2f} {interval(report.interval)} on {held_out}: passes"
+        yield f"best fifth: {number(report.top_fifth_overlap)} of it found (0.2 is chance)"
+        yield f"probe: {_fidelity(about['fidelity'])}"
+
+    def _of_counts(self) -> Iterator[str]:
+        """What was counted, and how well that separates passages from the pool."""
+        yield f"reference: {self.about['reference']['name']}, {self.about['num_passages']:,} passages"
+        found = self.about["separation"]
+        if found is None:
+            yield "signal: too few passages to judge the filter by"
+        else:
+            yield f"signal: a passage that was not counted ranks above a row of the pool in {found:.0%} of pairs"
 
     def __repr__(self) -> str:
         return card("SelectorFit", self._facts())
