@@ -164,9 +164,15 @@ def check_influence_model(model: Any, *needed: str) -> None:
         *needed: Methods it must have.
 
     Raises:
-        TypeError: It is a class, a name, or lacks one of the methods.
+        TypeError: It is a class, a name, lacks one of the methods, or is a filter where a run would fit it to labels.
     """
     _check_parts("influence_model", model, needed or ("predict",), "`NgramInfluenceModel()`")
+    if "fit" in needed and not getattr(model, "fits_labels", True):
+        raise TypeError(
+            f"`influence_model` must be fitted to labels, and {type(model).__name__} is a filter that knows none. "
+            "Choose rows by it before the run (`MatesSelector(model, tokenizer).filter`), or write its scores into a "
+            "column and name that: `score_column`."
+        )
 
 
 def _check_parts(name: str, value: Any, needed: tuple[str, ...], example: str) -> None:

@@ -61,6 +61,7 @@ class MooreLewisModel:
     """
 
     runs_beside_training = True  # numpy and kernels on tokens: no model, no device, no random stream
+    fits_labels = False  # a run has none for it
     reads_spans = True  # `predict` scores rows in the buffers of others, without a copy
 
     def __init__(self, *, num_buckets: int = 2**20, bigrams: bool = True, seed: int = 0) -> None:

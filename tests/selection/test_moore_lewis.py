@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from mates_hf import MatesSelector, MooreLewisModel, ReferenceTask, TextInfluenceModel, score_files
+from mates_hf import (
+    MatesCallback,
+    MatesConfig,
+    MatesSelector,
+    MooreLewisModel,
+    ReferenceTask,
+    TextInfluenceModel,
+    score_files,
+)
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.errors import MatesError, UnsupportedSettingError
@@ -177,6 +185,8 @@ def test_what_it_cannot_count_is_refused(reference, pool, tiny_tokenizer, tmp_pa
     for wrong in ({"num_buckets": 3}, {"num_buckets": 2.0}, {"seed": -1}, {"seed": 0.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MooreLewisModel(**wrong)
+    with pytest.raises(TypeError, match="is a filter that knows none.*`score_column`"):
+        MatesCallback(reference, MatesConfig(update_steps=8), influence_model=model)
     with pytest.raises(ValueError, match="temperature"):
         MatesSelector(
             MooreLewisModel(num_buckets=BUCKETS).fit(reference, pool, tokenizer=tiny_tokenizer), tiny_tokenizer
