@@ -15,9 +15,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mates_hf.data.arguments import described
 from mates_hf.data.pool import CandidatePool, rows_to_predict
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 BACKGROUND_TOKENS = 2**21  # of the pool that are counted, also by a run
 MOST_ROWS = 2**14  # in which they are; reading a row may take a call of a collator
+_AT_ONCE = 1_024  # rows that are read together
 _FEWEST = 10  # passages or rows, below which none are kept out to judge by
 _CLOSE = 0.6  # chance below which passages are hardly told from the pool
 _SETTINGS = ("num_buckets", "bigrams", "seed", "separation", "reference")
@@ -144,25 +147,24 @@ class MooreLewisModel:
         return self
 
     def _background(self, background: Any, tokenizer: Any, column: str | None, max_length: int | None) -> TokenRows:
-        """Rows of the pool that are counted, drawn at random where there are more."""
+        """Rows of the pool that are counted, drawn at random where there are more; read until there are enough."""
         if isinstance(background, ReferenceTask):
             raise TypeError("`background` must be the pool, got a ReferenceTask: `fit(reference, background)`.")
-        import datasets
-
+        num, read = _opened(background, tokenizer, column, max_length)
         rng = np.random.default_rng([self.seed, 0])
-        if isinstance(background, datasets.Dataset):
-            opened = find_column(background.features.arrow_schema, column, tokenizer, max_length).open(background)
-            drawn = np.sort(rng.permutation(len(background))[:MOST_ROWS])
-            found = opened.rows(drawn)
-            assert isinstance(found, TokenRows)
-        elif isinstance(background, TokenRows):
-            found = background.take(np.sort(rng.permutation(len(background))[:MOST_ROWS]))
-        else:
-            pool = background if isinstance(background, CandidatePool) else CandidatePool(background)
-            found = pool.token_rows(np.sort(rng.permutation(pool.candidate_ids)[:MOST_ROWS]))
-        order = rng.permutation(len(found))
-        enough = int(np.searchsorted(np.cumsum(found.lengths[order]), BACKGROUND_TOKENS)) + 1
-        return found.take(np.sort(order[:enough]))
+        drawn = rng.permutation(rng.choice(num, min(num, MOST_ROWS), replace=False, shuffle=False))
+        lists: list[Any] = []
+        labels: list[Any] = []
+        num_tokens = 0
+        for start in range(0, len(drawn), _AT_ONCE):
+            rows = read(np.sort(drawn[start : start + _AT_ONCE])).unpacked()  # a document begins anew
+            found = [rows.row(i) for i in range(len(rows))]
+            lists += [ids for ids, _ in found]
+            labels += [each for _, each in found]
+            num_tokens += len(rows.values)
+            if num_tokens >= BACKGROUND_TOKENS:
+                break
+        return TokenRows.from_lists(lists, labels)
 
     def _count(self, passages: Passages, rows: TokenRows) -> Tables:
         tokens, bigrams = log_odds(passages, rows, self.num_buckets)
@@ -236,6 +238,28 @@ class MooreLewisModel:
             raise damaged(path, error) from error
         model._reference = config["reference"]
         return model
+
+
+def _opened(
+    background: Any, tokenizer: Any, column: str | None, max_length: int | None
+) -> tuple[int, Callable[[npt.NDArray[np.int64]], TokenRows]]:
+    """How many rows a pool has, and what reads some of them."""
+    import datasets
+
+    if isinstance(background, datasets.Dataset):
+        opened = find_column(background.features.arrow_schema, column, tokenizer, max_length).open(background)
+
+        def read(ids: npt.NDArray[np.int64]) -> TokenRows:
+            rows = opened.rows(ids)
+            assert isinstance(rows, TokenRows)
+            return rows
+
+        return len(background), read
+    if isinstance(background, TokenRows):
+        return len(background), background.take
+    pool = background if isinstance(background, CandidatePool) else CandidatePool(background)
+    ids_of = pool.candidate_ids
+    return len(pool), lambda ids: pool.token_rows(ids_of[ids])
 
 
 def _passages(reference: Any) -> Passages:

@@ -21,6 +21,7 @@ from mates_hf import (
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.errors import MatesError, UnsupportedSettingError
+from mates_hf.prediction import moore_lewis
 from mates_hf.prediction.artifacts import load_influence_model
 from mates_hf.prediction.ngram.evidence import log_odds
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -191,3 +192,31 @@ def test_what_it_cannot_count_is_refused(reference, pool, tiny_tokenizer, tmp_pa
         MatesSelector(
             MooreLewisModel(num_buckets=BUCKETS).fit(reference, pool, tokenizer=tiny_tokenizer), tiny_tokenizer
         ).filter(pool, ratio=0.2, temperature=0.5)
+
+
+def test_of_a_large_pool_enough_is_read_and_no_more(reference, tiny_tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(moore_lewis, "BACKGROUND_TOKENS", 900)
+    monkeypatch.setattr(moore_lewis, "_AT_ONCE", 50)
+    read = []
+
+    texts = make_texts(500, 0.2, seed=4)
+    tokenise = type(tiny_tokenizer).__call__
+    monkeypatch.setattr(
+        type(tiny_tokenizer),
+        "__call__",
+        lambda self, given, **more: read.append(len(given)) or tokenise(self, given, **more),
+    )
+    fitted = MooreLewisModel(num_buckets=BUCKETS).fit(
+        reference, Dataset.from_dict({"text": texts}), tokenizer=tiny_tokenizer
+    )
+    assert read == [50, 50]  # of rows of 18 tokens
+    assert fitted.separation > 0.85
+
+
+def test_documents_of_a_packed_row_begin_anew(reference) -> None:
+    lists = [list(range(3, 23)), list(range(30, 50)), list(range(20, 40))]
+    packed = TokenRows.from_lists([lists[0] + lists[1] + lists[2]], seq_lengths=[[20, 20, 20]])
+    apart = TokenRows.from_lists(lists)
+    models = [MooreLewisModel(num_buckets=BUCKETS).fit(reference, rows) for rows in (packed, apart)]
+    probe = TokenRows.from_lists([[22, 30, 49, 20, 5, 6]])
+    assert models[0].predict(probe) == models[1].predict(probe)

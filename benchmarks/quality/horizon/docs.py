@@ -28,6 +28,9 @@ ARMS = {
     DEFAULT: "**ours**, the default", PRIOR: "ours, `evidence_weight=0`",
     ADDED: "ours with DSIR's scores as `score_column`", "log-odds, 30 % random": "ours without labels: log-odds alone",
     FILTER: "DSIR, tuned", "fastText, 30 % random": "fastText, tuned",
+    "ours, one round's model, 30 % random": "ours, the first round's model for all rounds",
+    "domain means, 30 % random": "domains by the mean of our labels",
+    "own domains, known, 30 % random": "rows of the reference's own domains, if one knew them",
 }  # fmt: skip
 OTHERS = {
     "broad": "eight domains at once", "continued": "continued: two known domains, two new",
@@ -65,16 +68,33 @@ def rows(document: Mapping[str, Any], setting: str) -> list[str]:
 
 
 def shares(document: Mapping[str, Any]) -> list[str]:
-    """The lines on shares of random rows: what each method gains and gives up against random rows."""
+    """The lines on shares of random rows: what each method gains and gives up against random rows.
+
+    The last line of a setting is what a method would gain where it gives up as much as ours does at the default: read
+    off between its shares, or between its largest share and random rows alone.
+    """
     found = []
     for setting, name in NAMES.items():
         points = points_of(document, setting, reference_loss)
+        methods = [points.get(method, {}) for method in (OURS, "DSIR", "log-odds")]
         for share in SHARES:
-            cells = [points.get(method, {}).get(share) for method in (OURS, "DSIR", "log-odds")]
+            cells = [of_method.get(share) for of_method in methods]
             if any(cells):
                 texts = [f"−{cell[1]:.3f} / {cell[0]:+.3f}".replace("-", "−") if cell else "" for cell in cells]
                 found.append(f"| {' | '.join([name, share, *texts])} |")
+        given = methods[0]["30%"][0]
+        gains = [_gain_at(given, of_method) for of_method in methods]
+        if None not in gains[1:]:
+            texts = [f"−{gain:.3f} / {given:+.3f}" for gain in gains]
+            found.append(f"| {' | '.join([name, 'where as much is given up', *texts])} |")
     return found
+
+
+def _gain_at(given: float, shares: Mapping[str, list[float]]) -> float | None:
+    """What a method gains where it gives up so much, between its points; None beyond them."""
+    points = sorted([(0.0, 0.0), *((cell[0], cell[1]) for cell in shares.values())])
+    up, gained = zip(*points, strict=True)
+    return float(np.interp(given, up, gained)) if len(shares) > 1 and given <= up[-1] else None
 
 
 def changes(document: Mapping[str, Any], setting: str) -> list[str]:
