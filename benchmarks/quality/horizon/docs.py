@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.horizon.arms import ARMS as EVERY
-from benchmarks.quality.horizon.arms import OURS, RANDOM, TUNING_SEEDS
+from benchmarks.quality.horizon.arms import OURS, RANDOM, REPORTED_SEEDS, TUNING_SEEDS
 from benchmarks.quality.horizon.frontier import SHARES, points_of
 from benchmarks.quality.horizon.page import (
     ADDED,
@@ -68,14 +68,15 @@ def rows(document: Mapping[str, Any], setting: str) -> list[str]:
 
 
 def shares(document: Mapping[str, Any]) -> list[str]:
-    """The lines on shares of random rows: what each method gains and gives up against random rows.
+    """The lines on shares of random rows: what each method gains and gives up on the first seed.
 
     The last line of a setting is what a method would gain where it gives up as much as ours does at the default: read
-    off between its shares, or between its largest share and random rows alone.
+    off between two of its shares, on logarithmic scales. A straight line would be below the curve of a rival, since
+    each further step gains less, and favour ours.
     """
     found = []
     for setting, name in NAMES.items():
-        points = points_of(document, setting, reference_loss)
+        points = points_of(document, setting, reference_loss, REPORTED_SEEDS[:1])
         methods = [points.get(method, {}) for method in (OURS, "DSIR", "log-odds")]
         for share in SHARES:
             cells = [of_method.get(share) for of_method in methods]
@@ -84,17 +85,18 @@ def shares(document: Mapping[str, Any]) -> list[str]:
                 found.append(f"| {' | '.join([name, share, *texts])} |")
         given = methods[0]["30%"][0]
         gains = [_gain_at(given, of_method) for of_method in methods]
-        if None not in gains[1:]:
-            texts = [f"−{gain:.3f} / {given:+.3f}" for gain in gains]
+        if any(gain is not None for gain in gains[1:]):
+            texts = ["" if gain is None else f"−{gain:.3f} / {given:+.3f}" for gain in gains]
             found.append(f"| {' | '.join([name, 'where as much is given up', *texts])} |")
     return found
 
 
 def _gain_at(given: float, shares: Mapping[str, list[float]]) -> float | None:
-    """What a method gains where it gives up so much, between its points; None beyond them."""
-    points = sorted([(0.0, 0.0), *((cell[0], cell[1]) for cell in shares.values())])
-    up, gained = zip(*points, strict=True)
-    return float(np.interp(given, up, gained)) if len(shares) > 1 and given <= up[-1] else None
+    """What a method gains where it gives up so much, between its points; None outside of them."""
+    points = sorted((cell[0], cell[1]) for cell in shares.values())
+    up, gained = np.log(np.maximum(points, 1e-4)).T if points else np.zeros((2, 0))
+    known = len(points) > 1 and points[0][0] <= given <= points[-1][0]
+    return float(np.exp(np.interp(np.log(given), up, gained))) if known else None
 
 
 def changes(document: Mapping[str, Any], setting: str) -> list[str]:

@@ -8,7 +8,7 @@ some there is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from benchmarks.lab import svg
 from benchmarks.lab.plots import COLOURS
 from benchmarks.lab.statistics import mean_interval
 from benchmarks.lab.svg import Frame, text
-from benchmarks.quality.horizon.arms import RANDOM
+from benchmarks.quality.horizon.arms import RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.page import outside_loss, pairs_of, reference_loss, units_of
 
 PICTURE = Path(__file__).resolve().parents[3] / "docs" / "frontier.svg"
@@ -42,9 +42,14 @@ WIDTH, PANEL, COLUMNS, COLUMN, ROW = 860, (220, 170), 3, 280, 255
 Points = dict[str, dict[str, list[float]]]  # by method and share: given up, gained, half its interval, seeds
 
 
-def points_of(document: Mapping[str, Any], setting: str, loss_of: Callable[[Losses, str], float]) -> Points:
-    """What each method gains and gives up in one panel."""
-    units = units_of(document, setting)
+def points_of(
+    document: Mapping[str, Any],
+    setting: str,
+    loss_of: Callable[[Losses, str], float],
+    seeds: Sequence[int] = REPORTED_SEEDS,
+) -> Points:
+    """What each method gains and gives up in one panel, over these seeds."""
+    units = units_of(document, setting, seeds)
     found: Points = {}
     for method in METHODS:
         for share, name in SHARES.items():
