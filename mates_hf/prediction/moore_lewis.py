@@ -130,6 +130,7 @@ class MooreLewisModel:
         Raises:
             TypeError: the reference is no text, or the pool is of no such kind.
             ValueError: there is no token to count, no such column, or no tokenizer for it.
+            UnsupportedSettingError: the pool is a stream.
         """
         passages = _passages(reference)
         rows = self._background(background, tokenizer, column, max_length)
@@ -139,9 +140,9 @@ class MooreLewisModel:
         self.separation = self._separation(passages, rows)
         if self.separation < _CLOSE:
             logger.warning(
-                "The reference's words are hardly those of other rows than the pool's: a passage that was kept out "
-                "ranks above a row of the pool in %.0f%% of pairs (50%% is chance). A filter by words finds little "
-                "here.", 100 * self.separation,
+                "Words hardly separate the reference from the pool: a passage that was not counted ranks above a row "
+                "of the pool in %.0f%% of pairs (50%% is chance). A filter by words finds little here.",
+                100 * self.separation,
             )  # fmt: skip
         self._tables = self._count(passages, rows)
         return self

@@ -156,7 +156,7 @@ def test_a_reference_like_the_pool_is_warned_of(pool, tiny_tokenizer, caplog) ->
     with caplog.at_level(logging.WARNING, logger="mates_hf"):
         found = MooreLewisModel(num_buckets=BUCKETS).fit(same, pool, tokenizer=tiny_tokenizer)
     assert 0.3 < found.separation < 0.6
-    assert "hardly those of other rows" in caplog.text
+    assert "Words hardly separate the reference" in caplog.text
 
 
 def test_few_passages_are_counted_and_not_judged(reference, pool, tiny_tokenizer) -> None:
@@ -178,6 +178,8 @@ def test_what_it_cannot_count_is_refused(reference, pool, tiny_tokenizer, tmp_pa
         model.fit(reference, reference)
     with pytest.raises(ValueError, match="rows of two tokens or more"):
         model.fit(reference, TokenRows.from_lists([[5], [6]]))
+    with pytest.raises(UnsupportedSettingError, match="stream"):
+        model.fit(reference, pool.to_iterable_dataset(), tokenizer=tiny_tokenizer)
     images = ReferenceTask.from_examples(
         [{"pixel_values": np.zeros((3, 4, 4), np.float32), "labels": 1}], name="images"
     )
