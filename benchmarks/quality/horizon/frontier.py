@@ -2,7 +2,7 @@
 
 The picture `docs/frontier.svg`: a panel for each setting, and one for the tasks that are not in the reference. Up: how
 much lower the loss is than with random rows on what was asked for. Right: how much higher on the pool's own text. A
-line joins one method's shares of random rows. Means are over the seeds that a method and random rows both have; of
+line joins one method's shares of random rows, where there are two. Means are over the seeds that a method and random rows both have; of
 some there is one.
 """
 
@@ -91,7 +91,8 @@ def panel(points: Points, title: str, left: float, top: float) -> Iterator[str]:
     yield f'<circle cx="{frame.x(0):.1f}" cy="{frame.y(0):.1f}" r="4" fill="{COLOURS[RANDOM]}"/>'
     for method, shares in points.items():
         colour = _colour(method)
-        yield svg.line(frame, [(0.0, 0.0), *((cell[0], cell[1]) for cell in shares.values())], colour, 1.5)
+        if len(shares) > 1:  # of one share nobody knows how the line bends
+            yield svg.line(frame, [(0.0, 0.0), *((cell[0], cell[1]) for cell in shares.values())], colour, 1.5)
         for share, (given, gain, half, _) in shares.items():
             x, y = frame.x(given), frame.y(gain)
             fill = "none" if method == DASHED else colour
