@@ -2,8 +2,8 @@
 
 The picture `docs/frontier.svg`: a panel for each setting, and one for the tasks that are not in the reference. Up: how
 much lower the loss is than with random rows on what was asked for. Right: how much higher on the pool's own text. A
-line joins one method's shares of random rows, where there are two. Means are over the seeds that a method and random rows both have; of
-some there is one.
+line joins one method's shares of random rows, where there are two. Means are over the seeds that a method and random
+rows both have; of some there is one.
 """
 
 from __future__ import annotations
