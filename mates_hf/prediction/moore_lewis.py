@@ -5,7 +5,8 @@ trains must beat. It is the difference of two cross-entropies (Moore and Lewis, 
 to unigrams. A run counts the same next to its labels (`ngram.evidence`). In the lab of long runs it gained as much as
 labels did (benchmark `horizon`).
 
-Trade-off: it knows which words the reference has, and nothing of what a model knows already.
+Trade-off: it knows which words the reference has, and nothing of what a model knows already. Rows that are counted
+rank a little below others, as bigrams that nobody else has are counted with them.
 
 Shape suffixes: N rows, V vocabulary, H hash buckets.
 """
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 BACKGROUND_TOKENS = 2**21  # of the pool that are counted, also by a run
 MOST_ROWS = 2**14  # in which they are; reading a row may take a call of a collator
+DISCOUNT = 1.0  # so that rows of the pool that are counted rank less below others
 _AT_ONCE = 1_024  # rows that are read together
 _FEWEST = 10  # passages or rows, below which none are kept out to judge by
 _CLOSE = 0.6  # chance below which passages are hardly told from the pool
@@ -168,7 +170,7 @@ class MooreLewisModel:
         return TokenRows.from_lists(lists, labels)
 
     def _count(self, passages: Passages, rows: TokenRows) -> Tables:
-        tokens, bigrams = log_odds(passages, rows, self.num_buckets)
+        tokens, bigrams = log_odds(passages, rows, self.num_buckets, DISCOUNT)
         return (tokens.plus(bigrams) if self.bigrams else tokens).scaled(1.0)
 
     def _separation(self, passages: Passages, rows: TokenRows) -> float:

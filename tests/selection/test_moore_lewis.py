@@ -21,6 +21,7 @@ from mates_hf import (
 from mates_hf.data.pool import CandidatePool
 from mates_hf.data.rows import TokenRows
 from mates_hf.errors import MatesError, UnsupportedSettingError
+from mates_hf.evaluation.agreement import rank_correlation
 from mates_hf.prediction import moore_lewis
 from mates_hf.prediction.artifacts import load_influence_model
 from mates_hf.prediction.ngram.evidence import log_odds
@@ -75,11 +76,14 @@ def test_it_finds_what_the_reference_is_like(fitted, pool, tiny_tokenizer) -> No
     assert selector.filter(pool, threshold=0.0).num_rows < 0.4 * len(pool)  # above 0 is likelier in the reference
 
 
-def test_it_counts_what_a_run_counts_next_to_its_labels(reference, pool, tiny_tokenizer) -> None:
+def test_it_is_what_a_run_counts_next_to_its_labels_but_for_a_discount(reference, pool, tiny_tokenizer) -> None:
     ids = tiny_tokenizer(list(pool["text"]))["input_ids"]
     rows = TokenRows.from_lists(ids)
     fitted = MooreLewisModel(num_buckets=BUCKETS).fit(reference, rows)
-    parts = NgramInfluenceModel(num_buckets=BUCKETS).count_evidence(reference.weighted_rows, rows)
+    parts = log_odds(reference.weighted_rows, rows, BUCKETS, discount=1.0)
+    whole = NgramInfluenceModel(num_buckets=BUCKETS).count_evidence(reference.weighted_rows, rows)
+    of_run = whole[0].plus(whole[1]).score(rows)
+    assert rank_correlation(of_run, parts[0].plus(parts[1]).score(rows)) > 0.95
     assert np.allclose(fitted.predict(rows), parts[0].plus(parts[1]).score(rows), atol=1e-6)
     # However the same pool is given, and whichever of its threads reads it.
     others = (Dataset.from_dict({"input_ids": ids}), [{"input_ids": row} for row in ids], pool)
@@ -96,7 +100,7 @@ def test_weights_of_the_reference_count(reference, pool, tiny_tokenizer) -> None
     both = ReferenceTask.mixture([reference, other], [1, 1])
     rows = TokenRows.from_lists(tiny_tokenizer(list(pool["text"]))["input_ids"])
     fitted = MooreLewisModel(num_buckets=BUCKETS).fit(both, rows)
-    tokens, bigrams = log_odds(both.weighted_rows, rows, BUCKETS)
+    tokens, bigrams = log_odds(both.weighted_rows, rows, BUCKETS, discount=1.0)
     assert np.allclose(fitted.predict(rows), tokens.plus(bigrams).score(rows), atol=1e-6)
     # Half of the weight is on the wanted texts, which are a fifth of the pool and an eleventh of the passages.
     wanted = np.array([is_wanted(text) for text in pool["text"]])
@@ -222,3 +226,17 @@ def test_documents_of_a_packed_row_begin_anew(reference) -> None:
     models = [MooreLewisModel(num_buckets=BUCKETS).fit(reference, rows) for rows in (packed, apart)]
     probe = TokenRows.from_lists([[22, 30, 49, 20, 5, 6]])
     assert models[0].predict(probe) == models[1].predict(probe)
+
+
+def test_a_row_that_was_counted_ranks_less_below_others_by_the_discount(reference) -> None:
+    """Each row has pairs of tokens that no other has, and counting those puts it last."""
+    rng = np.random.default_rng(0)
+    rows = TokenRows.from_lists([rng.permutation(400)[:60].tolist() for _ in range(400)])
+    passages = TokenRows.from_lists([rng.permutation(400)[:60].tolist() for _ in range(40)])
+    counted, gaps = np.arange(400) < 200, {}
+    for discount in (0.0, 1.0):
+        tokens, bigrams = log_odds(passages, rows.take(counted), 2**20, discount)
+        scores = tokens.plus(bigrams).score(rows)
+        gaps[discount] = (scores[~counted].mean() - scores[counted].mean()) / scores[~counted].std()
+    assert gaps[0.0] > 5
+    assert gaps[1.0] < 0.4 * gaps[0.0]

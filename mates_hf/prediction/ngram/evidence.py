@@ -34,13 +34,17 @@ UNIGRAM_PRIOR = 100.0  # pool tokens that the reference's unigrams are given bef
 BIGRAM_PRIOR = 20.0  # tokens that a bigram model backs off with
 
 
-def log_odds(reference: Passages, background: TokenRows, num_buckets: int) -> tuple[Tables, Tables]:
+def log_odds(
+    reference: Passages, background: TokenRows, num_buckets: int, discount: float = 0.0
+) -> tuple[Tables, Tables]:
     """Log-odds of n-grams, the reference task against the pool, in nats.
 
     Args:
         reference: The passages; a token of weight 2 counts as two.
         background: Rows drawn from the pool at random.
         num_buckets: Hash buckets of the bigram table, a power of two.
+        discount: What each bigram's count in the pool is lowered by, in [0, 1]; the unigrams get it. A row that was
+            counted ranks below others, because its rarest bigrams are its own. At 1 it does so half as much.
 
     Returns:
         Two tables, whose effects add up: the log-odds of each token alone, and what the token before it adds to them.
@@ -62,9 +66,13 @@ def log_odds(reference: Passages, background: TokenRows, num_buckets: int) -> tu
     usual = (tokens[1] + 1) / (tokens[1].sum() + size)
     wanted = (tokens[0] + UNIGRAM_PRIOR * usual) / (tokens[0].sum() + UNIGRAM_PRIOR)
     unigram = np.log(wanted / usual)
+    lowered = np.maximum(counts[1] - discount, 0.0)
+    kinds = np.bincount(previous, weights=counts[1] - lowered, minlength=size)  # what is taken, by the token before
     chances = [
-        (counted + BIGRAM_PRIOR * alone[token]) / (begun[previous] + BIGRAM_PRIOR)
-        for counted, begun, alone in zip(counts, before, (wanted, usual), strict=True)
+        (counted + (BIGRAM_PRIOR + taken[previous]) * alone[token]) / (begun[previous] + BIGRAM_PRIOR)
+        for counted, taken, begun, alone in zip(
+            (counts[0], lowered), (np.zeros(size), kinds), before, (wanted, usual), strict=True
+        )
     ]
     extra = np.log(chances[0] / chances[1]) - unigram[token]
     buckets = kernels.hash_bigrams(previous.astype(np.int32), token.astype(np.int32), num_buckets)
