@@ -11,7 +11,7 @@ Shape suffixes: N rows, T tokens over all rows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -321,3 +321,14 @@ def effective_labels(rows: TokenRows) -> npt.NDArray[Any]:
     """(T,) the label at each position, -100 where it is no target (each row's first position is never one)."""
     labels = rows.values if rows.labels is None else rows.labels
     return np.where(rows.target_mask, labels, IGNORED)
+
+
+def joined_rows(parts: Sequence[TokenRows]) -> TokenRows:
+    """Rows of all parts, of which there is one or more, one after the other; none of them is packed."""
+    lengths = np.concatenate([rows.lengths for rows in parts])
+    plain = all(rows.labels is None for rows in parts)
+    return TokenRows(
+        values=np.concatenate([rows.values for rows in parts]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels=None if plain else np.concatenate([effective_labels(rows) for rows in parts]),
+    )

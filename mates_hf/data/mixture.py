@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.data.arrow import effective_labels
-from mates_hf.data.rows import TokenRows
+from mates_hf.data.arrow import joined_rows
 
 
 def mixed(tasks: Sequence[Any], weights: Sequence[float] | None, name: str | None) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def mixed(tasks: Sequence[Any], weights: Sequence[float] | None, name: str | Non
     parts = [{**task.description, "weight": share} for task, share in zip(tasks, shares, strict=True)]
     return {
         "name": name or "+".join(task.name for task in tasks),
-        "rows": _joined(texts),
+        "rows": joined_rows(texts),
         "loss_on": kinds.pop() if len(kinds) == 1 else "all",
         "description": {"source": "mixture", "parts": parts},
         "weights": np.concatenate(
@@ -53,14 +52,3 @@ def mixed(tasks: Sequence[Any], weights: Sequence[float] | None, name: str | Non
         ),
         "is_evaluated": any(task.is_evaluated for task in tasks),
     }
-
-
-def _joined(parts: Sequence[TokenRows]) -> TokenRows:
-    """Rows of all parts, one after the other."""
-    lengths = np.concatenate([rows.lengths for rows in parts])
-    plain = all(rows.labels is None for rows in parts)
-    return TokenRows(
-        values=np.concatenate([rows.values for rows in parts]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        labels=None if plain else np.concatenate([effective_labels(rows) for rows in parts]),
-    )

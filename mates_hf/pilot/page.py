@@ -160,8 +160,8 @@ def _worries(settings: PilotSettings, plan: SelectionPlan, summary: Summary, see
         )
     if settings.static_filter != "moore-lewis":
         yield (
-            f"The rival is {NAMES[settings.static_filter]}. Log-odds of words (`static_filter=moore-lewis`) were "
-            "stronger where the library was measured."
+            f"The rival is {NAMES[settings.static_filter]}. Log-odds (`static_filter=moore-lewis`) gained more than "
+            "fastText where the library was measured."
         )
     if not settings.protected:
         yield "No group is protected, so nothing here stops a run that makes a group worse. Read the table of groups."

@@ -23,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mates_hf.data.arguments import described
+from mates_hf.data.arrow import joined_rows
 from mates_hf.data.pool import CandidatePool, rows_to_predict
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows, TokenSpans
 from mates_hf.data.scored_column import find_column
-from mates_hf.data.weighted import WeightedRows
+from mates_hf.data.weighted import WeightedRows, plain
 from mates_hf.display import call, cut
 from mates_hf.errors import MatesError
 from mates_hf.prediction.artifacts import damaged, read_without_report, write_artifact
@@ -156,18 +157,15 @@ class MooreLewisModel:
         num, read = _opened(background, tokenizer, column, max_length)
         rng = np.random.default_rng([self.seed, 0])
         drawn = rng.permutation(rng.choice(num, min(num, MOST_ROWS), replace=False, shuffle=False))
-        lists: list[Any] = []
-        labels: list[Any] = []
+        parts: list[TokenRows] = []
         num_tokens = 0
         for start in range(0, len(drawn), _AT_ONCE):
             rows = read(np.sort(drawn[start : start + _AT_ONCE])).unpacked()  # a document begins anew
-            found = [rows.row(i) for i in range(len(rows))]
-            lists += [ids for ids, _ in found]
-            labels += [each for _, each in found]
+            parts.append(rows)
             num_tokens += len(rows.values)
             if num_tokens >= BACKGROUND_TOKENS:
                 break
-        return TokenRows.from_lists(lists, labels)
+        return joined_rows(parts) if parts else TokenRows.from_lists([])
 
     def _count(self, passages: Passages, rows: TokenRows) -> Tables:
         tokens, bigrams = log_odds(passages, rows, self.num_buckets, DISCOUNT)
@@ -179,7 +177,8 @@ class MooreLewisModel:
             return float("nan")
         kept_out = [np.random.default_rng([self.seed, 1]).permutation(len(part)) % 5 == 0 for part in (passages, rows)]
         counted = self._count(passages.take(np.flatnonzero(~kept_out[0])), rows.take(np.flatnonzero(~kept_out[1])))
-        inside = _plain_rows(passages).take(np.flatnonzero(kept_out[0]))
+        inside = plain(passages.take(np.flatnonzero(kept_out[0])))
+        assert isinstance(inside, TokenRows)
         mine, theirs = counted.score(inside), counted.score(rows.take(np.flatnonzero(kept_out[1])))
         above = np.searchsorted(np.sort(theirs), mine, side="left") + np.searchsorted(np.sort(theirs), mine, "right")
         return float(above.mean() / (2 * len(theirs)))
@@ -274,9 +273,3 @@ def _passages(reference: Any) -> Passages:
     if not isinstance(reference, (TokenRows, WeightedRows)):
         raise TypeError(f"`reference` must be a ReferenceTask, got {described(reference)}.")
     return reference
-
-
-def _plain_rows(passages: Passages) -> TokenRows:
-    rows = passages.rows if isinstance(passages, WeightedRows) else passages
-    assert isinstance(rows, TokenRows)
-    return rows

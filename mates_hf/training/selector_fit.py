@@ -124,18 +124,17 @@ def fit_selector(
     }  # fmt: skip
     place = Place(expand_path(out), None if work is None else expand_path(work), {**names, **counts})
     finished = place.finished()  # before torch.distributed is asked for: most mistakes are made here
-    arguments = None if model is None else training_arguments(given, place.warm_up)
+    arguments = training_arguments(given, place.warm_up)  # joins the other processes, where there are some
     processes = Processes.of_run()
     with processes.together():
         finished = _told(processes, finished)
         if finished is None:
             try:
                 if model is None:
-                    finished = _count(place, given, names, pool, reference, processes, distil, progress)
+                    _count(place, given, names, pool, reference, processes, distil, progress)
                 else:
-                    finished = _fit(
-                        place, given, names, arguments, pool, reference, processes, distil=distil, progress=progress
-                    )
+                    _fit(place, given, names, arguments, pool, reference, processes, distil=distil, progress=progress)
+                finished = _told(processes, place.finished() if processes.is_main else None)
             finally:
                 place.close()
         if processes.is_main:
@@ -158,8 +157,8 @@ def _fit(
     *,
     distil: bool,
     progress: bool,
-) -> dict[str, Any]:
-    """All that is not done yet, up to the selector; what is known of it, in all processes."""
+) -> None:
+    """All that is not done yet, up to the selector, which the main process writes."""
     verdict = None
     if processes.is_main:
         place.check()
@@ -186,8 +185,6 @@ def _fit(
     about = {key: value for key, value in verdict.items() if key != "reason"}
     if processes.is_main:
         place.publish(_selector(place, names, settings, verdict), about)
-    finished: dict[str, Any] = _told(processes, place.finished() if processes.is_main else None)
-    return finished
 
 
 def _count(
@@ -199,15 +196,13 @@ def _count(
     processes: Processes,
     distil: bool,
     progress: bool,
-) -> dict[str, Any]:
-    """Count and write a filter in the main process; what is known of it, in all."""
+) -> None:
+    """Count and write a filter, in the main process."""
     if processes.is_main:
         place.check()
         counted = count_filter(names, pool, reference, settings, distil=distil, progress=progress)
         place.open()  # what is wrong with pool or passages leaves nothing behind
         place.publish(*counted)
-    found: dict[str, Any] = _told(processes, place.finished() if processes.is_main else None)
-    return found
 
 
 def _measure(

@@ -48,7 +48,7 @@ def _times(pairs: Pairs, setting: str) -> tuple[float, float]:
 
 
 def _flops(pairs: Pairs) -> float:
-    """Everything that training and choosing took, as a multiple of random's."""
+    """Everything that training and choosing took, as a multiple of the other arm's."""
     return float(np.mean([own["decayed"][-1]["flops"] / random["decayed"][-1]["flops"] for own, random in pairs]))
 
 
@@ -107,13 +107,12 @@ def changes(document: Mapping[str, Any], setting: str) -> list[str]:
         if not pairs:
             continue
         ends = [(own["decayed"][-1], default["decayed"][-1]) for own, default in pairs]
-        flops = np.mean([own["flops"] / default["flops"] for own, default in ends])
         cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)]
         name = "no random rows" if arm == OURS else arm.removeprefix(f"{OURS}, ")
         drawn = arm == RANDOM or "random" in name  # what most arms have goes without saying
         name = name.removesuffix(", 30 % random") if drawn else f"{name}, no random rows"
         label = name if setting == HEADLINE else f"{OTHERS[setting]} | {name}"
-        found.append(f"| {' | '.join([label.replace(' %', '%'), *cells, f'{flops:.2f}'])} |")
+        found.append(f"| {' | '.join([label.replace(' %', '%'), *cells, f'{_flops(pairs):.2f}'])} |")
     return found
 
 

@@ -178,8 +178,7 @@ class Run:
             found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss, "few": few}
             if not self.watched:
                 found["log_odds"] = self._log_odds[0].plus(self._log_odds[1]).scaled(1.0).score(rows)
-                names = [self.lab.domain_names[d] for d in self.lab.domain[self.reserved[: self.sizes.watched]]]
-                found["asked"] = [name in SETTINGS[self.unit.setting].parts for name in names]
+                found["asked"] = self._own(self.reserved[: self.sizes.watched])
             self.watched.append(found)
 
     def _losses(self) -> dict[str, Any]:
@@ -338,8 +337,7 @@ class Run:
             domain = pandas.Series(self.lab.domain[candidates])
             return -domain.groupby(domain).cumcount().to_numpy(np.float64)
         if arm.rank == "own domains":
-            names = np.array(self.lab.domain_names)[self.lab.domain[candidates]]
-            return np.isin(names, self.parts).astype(np.float64)
+            return self._own(candidates).astype(np.float64)
         if arm.rank == "distilled":
             return self._classifier(rivals.texts_of(rows, self.lab.tokenizer))
         if not arm.probed:
@@ -352,6 +350,10 @@ class Run:
             beside = self._like_reference(ARMS[arm.beside], candidates)
             values = values + beside / beside.std()
         return values
+
+    def _own(self, rows: Ids) -> Any:
+        """(N,) whether rows are of a domain that the reference is made of."""
+        return np.isin(np.array(self.lab.domain_names)[self.lab.domain[rows]], self.parts)
 
     def _like_reference(self, arm: Arm, candidates: Ids) -> Any:
         """(N,) what a static filter, fitted on all reference passages, ranks rows by.

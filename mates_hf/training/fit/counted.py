@@ -14,6 +14,7 @@ from typing import Any
 
 from mates_hf.data.column_types import TOKENS
 from mates_hf.prediction.moore_lewis import MooreLewisModel
+from mates_hf.reporting.lines import finite
 from mates_hf.selection.selector import MatesSelector
 from mates_hf.training.fit.inputs import (
     load_tokenizer,
@@ -86,7 +87,7 @@ def count_filter(
     about = {
         "step": 0,
         "num_usable": len(kept),
-        "separation": None if model.separation != model.separation else model.separation,
+        "separation": finite(model.separation),
         "read": {**facts, "pool": loaded.told, "column": column, "mean_tokens": float(kept.lengths.mean())},
         "reference": {"name": task.name},
         "num_passages": len(task),

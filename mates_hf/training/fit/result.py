@@ -75,13 +75,10 @@ class SelectorFit:
         """Ten lines for a person, or one more where a second selector was distilled."""
         about, read, seconds = self.about, self.about["read"], self.about["seconds"]
         yield f"selector: {self.out} ({about['max_length']:,} tokens of a text)"
-        model = about.get("model", {})
-        asked = (
-            f"{model['name']}, {model['num_parameters']:,} parameters, {about['step']:,} steps of warm-up"
-            if model
-            else ""
-        )
-        yield f"model: {asked or 'none, a filter by words'}"
+        model, asked = about.get("model"), "none, a filter by words"
+        if model:
+            asked = f"{model['name']}, {model['num_parameters']:,} parameters, {about['step']:,} steps of warm-up"
+        yield f"model: {asked}"
         yield f"pool: {read['pool']}, column `{read['column']}`{_left_out(read)}"
         yield from self._of_labels() if model else self._of_counts()
         parts = ", ".join(f"{name.replace('_', '-')} {value:,.0f} s" for name, value in seconds.items())

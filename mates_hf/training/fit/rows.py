@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mates_hf.data.arrow import effective_labels
+from mates_hf.data.arrow import effective_labels, joined_rows
 from mates_hf.data.column_types import TOKENS
 from mates_hf.data.files import Loaded
 from mates_hf.data.reference import ReferenceTask
@@ -50,13 +50,7 @@ def tokens_of(loaded: Loaded, column: str, tokenizer: Any, max_length: int, prog
         rows = opened.rows(np.arange(start, min(start + _AT_ONCE, len(dataset))))
         assert isinstance(rows, TokenRows)
         parts.append(_cut(rows, max_length))
-    labelled = any(part.labels is not None for part in parts)
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]).astype(np.int64)
-    return TokenRows(
-        values=np.concatenate([part.values for part in parts]),
-        offsets=offsets,
-        labels=np.concatenate([effective_labels(part) for part in parts]) if labelled else None,
-    )
+    return joined_rows(parts)
 
 
 def _cut(rows: TokenRows, max_length: int) -> TokenRows:
