@@ -604,3 +604,16 @@ def test_without_a_model_what_means_nothing_is_refused(inputs, tmp_path, capsys)
     command = ["fit", "--pool", inputs["pool"], "--reference", inputs["reference"], "--out", str(tmp_path / "z")]
     assert main([*command, "--quiet"]) == 1
     assert "`tokenizer` must be named where no model is" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_filter_by_words(tmp_path) -> None:
+    given = write_all(tmp_path)
+    tokenizer_of = given.pop("model")
+    (tmp_path / "run.py").write_text(RUN, encoding="utf-8")
+    options = {**given, "tokenizer": tokenizer_of, "max-length": 32, "device": "cpu"}
+    arguments = ["fit", *(f"--{name}={value}" for name, value in options.items()), "--quiet", "--json"]
+    codes, errors = ended([str(tmp_path / "run.py"), "nowhere", *arguments], size=2)
+    assert codes == [0, 0], errors
+    assert share_of_good(MatesSelector.from_pretrained(given["out"])) == 1
+    assert not Path(given["out"] + ".fit").exists()
