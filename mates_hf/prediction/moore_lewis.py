@@ -5,8 +5,8 @@ trains must beat. It is the difference of two cross-entropies (Moore and Lewis, 
 to unigrams. A run counts the same next to its labels (`ngram.evidence`). In the lab of long runs it gained as much as
 labels did (benchmark `horizon`).
 
-Trade-off: it knows which words the reference has, and nothing of what a model knows already. Rows that are counted
-rank a little below others, as bigrams that nobody else has are counted with them.
+Trade-off: it knows which words the reference has, and nothing of what a model knows already. Of a large pool a sample
+is counted, and those rows rank a little below others (`num_counted`).
 
 Shape suffixes: N rows, V vocabulary, H hash buckets.
 """
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mates_hf.data.arguments import described
 from mates_hf.data.arrow import joined_rows
@@ -35,20 +34,58 @@ from mates_hf.prediction.artifacts import damaged, read_without_report, write_ar
 from mates_hf.prediction.ngram.arguments import check_buckets
 from mates_hf.prediction.ngram.evidence import Passages, log_odds
 from mates_hf.prediction.ngram.tables import Tables
-from mates_hf.records import FloatArray
+from mates_hf.records import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
-BACKGROUND_TOKENS = 2**21  # of the pool that are counted, also by a run
-MOST_ROWS = 2**14  # in which they are; reading a row may take a call of a collator
+SAMPLE_TOKENS = 2**21  # of a large pool that are counted, also by a run
+SAMPLE_ROWS = 2**14  # in which they are, at most; reading a row may take a call of a collator
+WHOLE = 4  # times a sample: a pool up to this size is counted whole
 DISCOUNT = 1.0  # so that rows of the pool that are counted rank less below others
 _AT_ONCE = 1_024  # rows that are read together
 _FEWEST = 10  # passages or rows, below which none are kept out to judge by
 _CLOSE = 0.6  # chance below which passages are hardly told from the pool
 _SETTINGS = ("num_buckets", "bigrams", "seed", "separation", "reference")
+
+
+def num_counted(num_rows: int, tokens_per_row: float) -> int:
+    """How many rows of a pool to count: all of a small pool, a sample of a large one.
+
+    A row that was counted ranks below others, because its rarest bigrams are its own. In a pool that is counted whole
+    that is the same for all rows, and a sample is less than a quarter of its pool.
+
+    Args:
+        num_rows: Rows of the pool.
+        tokens_per_row: Mean tokens of a row.
+
+    Returns:
+        A number of at most `num_rows`.
+    """
+    sample = min(math.ceil(SAMPLE_TOKENS / max(tokens_per_row, 1.0)), SAMPLE_ROWS)
+    return num_rows if num_rows <= WHOLE * sample else sample
+
+
+def background_rows(num_rows: int, read: Callable[[IntArray], TokenRows], rng: np.random.Generator) -> TokenRows:
+    """Rows of the pool to count, drawn at random; the first of them say how long rows are.
+
+    Args:
+        num_rows: Rows of the pool.
+        read: Reads rows by their places in the pool, (N,) int64 ascending.
+        rng: Random generator that the draw alone reads.
+
+    Returns:
+        `num_counted` rows; of packed ones each document is a row.
+    """
+    drawn = rng.permutation(rng.choice(num_rows, min(num_rows, WHOLE * SAMPLE_ROWS), replace=False, shuffle=False))
+    first = read(np.sort(drawn[:_AT_ONCE])).unpacked()  # a document begins anew
+    wanted = num_counted(num_rows, len(first.values) / max(len(drawn[:_AT_ONCE]), 1))
+    if wanted < len(drawn[:_AT_ONCE]):
+        return read(np.sort(drawn[:wanted])).unpacked()
+    later = [read(np.sort(drawn[at : min(at + _AT_ONCE, wanted)])) for at in range(_AT_ONCE, wanted, _AT_ONCE)]
+    return joined_rows([first, *(rows.unpacked() for rows in later)])
 
 
 class MooreLewisModel:
@@ -116,13 +153,13 @@ class MooreLewisModel:
         """Count the passages and rows of the pool.
 
         A fifth of both is kept out first, and `separation` says how well what is counted tells these apart; then all
-        are counted. Some seconds for two million tokens, and tokenising where the pool is of texts.
+        are counted. Some seconds for each two million tokens, and tokenising where the pool is of texts.
 
         Args:
             reference: The task, or its rows. Where tokens have weights, one of weight 2 counts as two.
             background: The pool: a `datasets.Dataset` of tokens, texts or conversations, a `CandidatePool`,
-                `TokenRows`, or a sequence of dicts with `input_ids`. Of a large one, rows of about two million tokens
-                are drawn.
+                `TokenRows`, or a sequence of dicts with `input_ids`. Of one of more than eight million tokens, rows of
+                about two million are drawn.
             tokenizer: Tokenizer of the reference's tokens; needed where the pool is of texts or conversations.
             column: Column of a dataset; None takes `input_ids`, else `text`, else `messages`.
             max_length: Number of tokens that a text is cut to; None leaves it whole.
@@ -151,21 +188,11 @@ class MooreLewisModel:
         return self
 
     def _background(self, background: Any, tokenizer: Any, column: str | None, max_length: int | None) -> TokenRows:
-        """Rows of the pool that are counted, drawn at random where there are more; read until there are enough."""
+        """Rows of the pool that are counted."""
         if isinstance(background, ReferenceTask):
             raise TypeError("`background` must be the pool, got a ReferenceTask: `fit(reference, background)`.")
         num, read = _opened(background, tokenizer, column, max_length)
-        rng = np.random.default_rng([self.seed, 0])
-        drawn = rng.permutation(rng.choice(num, min(num, MOST_ROWS), replace=False, shuffle=False))
-        parts: list[TokenRows] = []
-        num_tokens = 0
-        for start in range(0, len(drawn), _AT_ONCE):
-            rows = read(np.sort(drawn[start : start + _AT_ONCE])).unpacked()  # a document begins anew
-            parts.append(rows)
-            num_tokens += len(rows.values)
-            if num_tokens >= BACKGROUND_TOKENS:
-                break
-        return joined_rows(parts) if parts else TokenRows.from_lists([])
+        return background_rows(num, read, np.random.default_rng([self.seed, 0]))
 
     def _count(self, passages: Passages, rows: TokenRows) -> Tables:
         tokens, bigrams = log_odds(passages, rows, self.num_buckets, DISCOUNT)
@@ -244,14 +271,14 @@ class MooreLewisModel:
 
 def _opened(
     background: Any, tokenizer: Any, column: str | None, max_length: int | None
-) -> tuple[int, Callable[[npt.NDArray[np.int64]], TokenRows]]:
+) -> tuple[int, Callable[[IntArray], TokenRows]]:
     """How many rows a pool has, and what reads some of them."""
     import datasets
 
     if isinstance(background, datasets.Dataset):
         opened = find_column(background.features.arrow_schema, column, tokenizer, max_length).open(background)
 
-        def read(ids: npt.NDArray[np.int64]) -> TokenRows:
+        def read(ids: IntArray) -> TokenRows:
             rows = opened.rows(ids)
             assert isinstance(rows, TokenRows)
             return rows

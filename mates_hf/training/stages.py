@@ -81,7 +81,7 @@ def fitted_model(run: Run, path: Path, labels: InfluenceLabels, documents: IntAr
         previous=run.latest_model,
         seed=stage_seed(run.config.selection_seed, number, "fit"),
         **({"documents": documents} if takes(unfitted.fit, "documents") else {}),
-        **evidence_for(run, labels),
+        **evidence_for(run),
     )
     # Renamed when all of it is there: which of a model's files comes last is the model's business.
     write_round_model(partial, fitted, run.tokenizer)

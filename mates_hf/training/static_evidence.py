@@ -5,30 +5,28 @@ Where it is used: `rounds` gives it to an influence model that counts it and who
 what is predicted. With it a few labels choose as many do without it (docs/LOG.md). Where a run has a `score_column`,
 that stands in its place beside the labels.
 
-Trade-off: a sample of the pool stands for all of it. Two million tokens know the usual bigrams, and reading more would
-take longer than a round's fit.
+Trade-off: a sample stands for a large pool. Two million tokens know the usual bigrams, and reading more would take
+longer than a round's fit.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 import numpy as np
 
-from mates_hf.prediction.moore_lewis import BACKGROUND_TOKENS, MOST_ROWS
-from mates_hf.records import InfluenceLabels
+from mates_hf.data.rows import TokenRows
+from mates_hf.prediction.moore_lewis import background_rows
 from mates_hf.selection.choose import stage_seed
 from mates_hf.training.run import Run
 
 
-def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
+def evidence_for(run: Run) -> dict[str, Any]:
     """What the fit of a round's influence model is given besides labels.
 
     Args:
         run: the run's state, which keeps what was counted.
-        labels: Labels of the round, whose rows say how long rows are.
 
     Returns:
         The arguments `evidence` and `evidence_weight` of the fit, or nothing where the model counts none, its `fit`
@@ -40,13 +38,14 @@ def evidence_for(run: Run, labels: InfluenceLabels) -> dict[str, Any]:
     if not run.reference.is_text or not hasattr(model, "count_evidence") or "evidence" not in known:
         return {}
     if run.evidence is None:
-        wanted = math.ceil(BACKGROUND_TOKENS / max(float(np.mean(labels.num_tokens)), 1.0))
-        blocked = None if run.blocked is None else run.blocked.mask
-        may = None if blocked is None else np.flatnonzero(~blocked)
-        num = len(run.pool) if may is None else len(may)
-        rng = np.random.default_rng(stage_seed(run.config.selection_seed, 0, "evidence"))
-        drawn = np.sort(rng.choice(num, min(wanted, MOST_ROWS, num), replace=False, shuffle=False))
-        drawn = drawn if may is None else may[drawn]
-        run.evidence = model.count_evidence(run.reference.weighted_rows, run.pool.token_rows(drawn))
+        run.evidence = model.count_evidence(run.reference.weighted_rows, _background(run))
     beside = run.config.score_column is None or "evidence_weight" not in known
     return {"evidence": run.evidence, **({} if beside else {"evidence_weight": 0.0})}
+
+
+def _background(run: Run) -> TokenRows:
+    """Rows of the pool that may be trained on; the same whenever a run counts them."""
+    pool, blocked = run.pool, None if run.blocked is None else run.blocked.mask
+    may = np.arange(len(pool)) if blocked is None else np.flatnonzero(~blocked)
+    rng = np.random.default_rng(stage_seed(run.config.selection_seed, 0, "evidence"))
+    return background_rows(len(may), lambda places: pool.token_rows(may[places]), rng)

@@ -109,7 +109,7 @@ def test_what_is_no_reference_task() -> None:
 def test_static_evidence_is_left_out_where_the_task_has_no_text() -> None:
     task = ReferenceTask.from_examples(captions(4))
     run = SimpleNamespace(influence_model=NgramInfluenceModel(text_only=True), reference=task, evidence=None)
-    assert evidence_for(run, None) == {}  # type: ignore[arg-type]
+    assert evidence_for(run) == {}  # type: ignore[arg-type]
     with pytest.raises(UnsupportedSettingError, match="must be of text for tokens of it to be read"):
         _ = task.weighted_rows
 

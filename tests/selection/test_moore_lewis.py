@@ -201,7 +201,7 @@ def test_what_it_cannot_count_is_refused(reference, pool, tiny_tokenizer, tmp_pa
 
 
 def test_of_a_large_pool_enough_is_read_and_no_more(reference, tiny_tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(moore_lewis, "BACKGROUND_TOKENS", 900)
+    monkeypatch.setattr(moore_lewis, "SAMPLE_TOKENS", 1_350)
     monkeypatch.setattr(moore_lewis, "_AT_ONCE", 50)
     read = []
 
@@ -215,7 +215,7 @@ def test_of_a_large_pool_enough_is_read_and_no_more(reference, tiny_tokenizer, m
     fitted = MooreLewisModel(num_buckets=BUCKETS).fit(
         reference, Dataset.from_dict({"text": texts}), tokenizer=tiny_tokenizer
     )
-    assert read == [50, 50]  # of rows of 18 tokens
+    assert read == [50, 30]  # of rows of 17 tokens
     assert fitted.separation > 0.85
 
 
@@ -240,3 +240,17 @@ def test_a_row_that_was_counted_ranks_less_below_others_by_the_discount(referenc
         gaps[discount] = (scores[~counted].mean() - scores[counted].mean()) / scores[~counted].std()
     assert gaps[0.0] > 5
     assert gaps[1.0] < 0.4 * gaps[0.0]
+
+
+@pytest.mark.parametrize("tokens_per_row", [0.0, 1.0, 127.0, 4_000.0])
+def test_a_sample_is_less_than_a_quarter_of_its_pool(tokens_per_row: float) -> None:
+    for num in (0, 1, 500, 2**14, 2**16, 2**16 + 1, 10**9):
+        counted = moore_lewis.num_counted(num, tokens_per_row)
+        assert counted == num or (4 * counted < num and counted * tokens_per_row >= min(2**21, 2**14 * tokens_per_row))
+
+
+def test_an_empty_pool_is_refused(reference, tiny_tokenizer) -> None:
+    with pytest.raises(ValueError, match="two tokens or more"):
+        MooreLewisModel().fit(reference, Dataset.from_dict({"text": []}), tokenizer=tiny_tokenizer)
+    with pytest.raises(ValueError, match="two tokens or more"):
+        MooreLewisModel().fit(reference, TokenRows.from_lists([]))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mates_hf import MatesCallback, NgramInfluenceModel
-from mates_hf.training import static_evidence
+from mates_hf.prediction import moore_lewis
 from mates_hf.training.verify import verify_run
 from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
 
@@ -55,11 +55,11 @@ def test_a_column_of_scores_stands_in_its_place_beside_the_labels(tmp_path: Path
 
 
 def test_a_large_pool_is_sampled_by_its_rows_length(tmp_path: Path, counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_evidence, "BACKGROUND_TOKENS", 1_100)  # rows of 11 trained tokens
-    run(make_arguments(tmp_path / "a", max_steps=8), [MatesCallback(make_reference(), small_config())])
-    monkeypatch.setattr(static_evidence, "MOST_ROWS", 30)
-    run(make_arguments(tmp_path / "b", max_steps=8), [MatesCallback(make_reference(), small_config())])
-    assert counted == [(24, 100), (24, 30)]
+    for name, most in (("SAMPLE_TOKENS", 1_200), ("SAMPLE_TOKENS", 1_188), ("SAMPLE_ROWS", 30)):  # rows of 12 tokens
+        monkeypatch.setattr(moore_lewis, name, most)
+        arguments = make_arguments(tmp_path / f"{name}-{most}", max_steps=8)
+        run(arguments, [MatesCallback(make_reference(), small_config())])
+    assert counted == [(24, 400), (24, 99), (24, 30)]  # four samples are the whole pool
 
 
 class NoEvidence(NgramInfluenceModel):
@@ -77,10 +77,20 @@ def test_a_model_that_does_not_name_it_gets_none(tmp_path: Path, counted) -> Non
     assert fits(tmp_path)[0]["evidence"] is None
 
 
-def test_a_resumed_run_chooses_as_one_that_was_not_stopped(tmp_path: Path) -> None:
-    whole = run(make_arguments(tmp_path / "a"), [MatesCallback(make_reference(), small_config())])
+@pytest.mark.parametrize("most", [2**21, 1_000], ids=["whole", "sample"])
+def test_a_resumed_run_chooses_as_one_that_was_not_stopped(tmp_path: Path, counted, monkeypatch, most: int) -> None:
+    monkeypatch.setattr(moore_lewis, "SAMPLE_TOKENS", most)
+    pool, rng = make_pool(), np.random.default_rng(0)
+    # Rounds probe rows with more and fewer targets. How many rows are counted must not follow from them.
+    labels = [
+        [-100] * skipped + row[skipped:]
+        for row, skipped in zip(pool["labels"], rng.integers(0, 6, len(pool)), strict=True)
+    ]
+    pool = pool.remove_columns("labels").add_column("labels", labels)
+    whole = run(make_arguments(tmp_path / "a"), [MatesCallback(make_reference(), small_config())], pool)
     arguments = make_arguments(tmp_path / "b", save_strategy="steps", save_steps=4)
-    run(arguments, [MatesCallback(make_reference(), small_config()), Stop(8)])
-    resumed = run(arguments, [MatesCallback(make_reference(), small_config())], resume=True)
+    run(arguments, [MatesCallback(make_reference(), small_config()), Stop(8)], pool)
+    resumed = run(arguments, [MatesCallback(make_reference(), small_config())], pool, resume=True)
+    assert counted == [(24, 400 if most > 4_000 else 84)] * 3
     assert np.array_equal(whole.rows[-len(resumed.rows) :], resumed.rows)
     assert fits(tmp_path / "a")[-1]["spearman"] == fits(tmp_path / "b")[-1]["spearman"]
