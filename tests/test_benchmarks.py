@@ -14,11 +14,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.lab import harness
+from benchmarks.lab.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -126,6 +129,27 @@ def test_a_page_that_does_not_follow_is_told(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*.json")
     harness.write_page(harness.questions()["large_pool"].module(), path)
     assert harness.check_all(tmp_path, "large_pool") == 0
+
+
+def test_tables_of_other_pages_are_written_and_compared(tmp_path: Path) -> None:
+    module: Any = SimpleNamespace(page=lambda document: "whole\n")
+    page = tmp_path / "page.md"
+    module.tables = lambda document: {page: [table(["arm", "loss"], document["rows"])]}
+    result = tmp_path / "asked_cpu2_2026-11.json"
+    result.write_text('{"rows": [["ours", 1.5], ["random", 2.0]]}', encoding="utf-8")
+    harness.write_page(module, result)
+    other, stale = "| other | loss |\n|---|---|\n| ours | 9 |", "| arm | loss |\n|:--|--:|\n| ours | 1.4 |\n| old |1|"
+    before = f"# Page\n\n{other}\n\n{stale}\n\nEnd\n"
+    page.write_text(before, encoding="utf-8")
+    assert any("arm | loss" in wrong for wrong in harness.check(result, module))
+    harness.write_tables(module, harness.read(result))
+    assert list(harness.check(result, module)) == []
+    after = before.replace("| ours | 1.4 |\n| old |1|", "| ours | 1.5 |\n| random | 2.0 |")
+    assert page.read_text(encoding="utf-8") == after
+    page.write_text(after.replace("End", "| arm | loss |\n|---|---|\n"), encoding="utf-8")  # which one is meant?
+    assert len(list(harness.check(result, module))) == 1
+    with pytest.raises(ValueError, match="2 tables in place of one"):
+        harness.write_tables(module, harness.read(result))
 
 
 def test_json_is_what_was_given_with_a_line_for_each_entry() -> None:

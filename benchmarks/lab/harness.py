@@ -7,6 +7,8 @@ list of figures. It may have
 
 - `add_options(parser)`: options of its own; `variant(options)`: what is added to the name of its results;
 - `differences(document)`: what is wrong with a document that its page does not show;
+- `tables(document)`: tables of other pages that follow from it, by the page's path: a run writes them there, where a
+  table has the same heads, and `--check` compares them;
 - `plot(document, path)`: a picture beside the page;
 - `DATA = True`: it reads the folder that `--data` names;
 - `DIGITS`: significant digits of figures in the JSON (9).
@@ -29,7 +31,7 @@ from typing import Any
 
 from benchmarks.lab import machine
 from benchmarks.lab.statistics import rounded
-from benchmarks.lab.tables import figures_page
+from benchmarks.lab.tables import figures_page, stale_tables, with_tables
 from mates_hf.disk import written_whole
 
 Document = dict[str, Any]
@@ -126,6 +128,8 @@ class Bench:
             with written_whole(path) as file:
                 file.write(text.encode("utf-8"))
             write_page(self.module, path)
+            if out == RESULTS:
+                write_tables(self.module, found)
 
 
 def say(text: str) -> None:
@@ -175,6 +179,17 @@ def write_page(module: Any, path: Path) -> None:
         module.plot(document, path.with_suffix(".svg"))
 
 
+def tables_of(module: Any, document: Document) -> dict[Path, list[str]]:
+    """Tables of other pages that follow from a document, by page."""
+    return dict(module.tables(document)) if hasattr(module, "tables") else {}
+
+
+def write_tables(module: Any, document: Document) -> None:
+    """Put tables that follow from a document in the place of the pages' own."""
+    for page, tables in tables_of(module, document).items():
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
 def question_of(path: Path, known: dict[str, Question]) -> Question | None:
     """The question that a result answers: the longest name that its own begins with."""
     names = [name for name in known if path.stem.startswith(name)]
@@ -187,6 +202,9 @@ def check(path: Path, module: Any) -> Iterator[str]:
     page = path.with_suffix(".md")
     if hasattr(module, "differences"):
         yield from module.differences(document)
+    for other, tables in tables_of(module, document).items():
+        for heads in stale_tables(other.read_text(encoding="utf-8"), tables):
+            yield f"{other.name} has another table than follows from {path.name}: {heads}"
     if not page.exists() or page_of(module, document) != page.read_text(encoding="utf-8"):
         yield f"{page.name} does not follow from {path.name}"
 

@@ -14,6 +14,35 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (heads, ["---"] * len(heads), *rows))
 
 
+def with_tables(page: str, tables: Sequence[str]) -> str:
+    """A page with these tables in the place of its own that have the same heads; how columns are set stays the page's.
+
+    Raises:
+        ValueError: the page has no table with the heads of one, or several.
+    """
+    lines = page.split("\n")
+    for wanted in tables:
+        own = wanted.rstrip("\n").split("\n")
+        starts = [i for i, line in enumerate(lines) if line == own[0]]
+        if len(starts) != 1:
+            raise ValueError(f"The page has {len(starts)} tables in place of one with these heads: {own[0]}")
+        end = next((i for i in range(starts[0], len(lines)) if not lines[i].startswith("|")), len(lines))
+        lines[starts[0] + 2 : end] = own[2:]
+    return "\n".join(lines)
+
+
+def stale_tables(page: str, tables: Sequence[str]) -> list[str]:
+    """Heads of the tables that a page has otherwise, or not at all."""
+    found = []
+    for wanted in tables:
+        try:
+            stale = with_tables(page, [wanted]) != page
+        except ValueError:
+            stale = True
+        found += [wanted.partition("\n")[0]] if stale else []
+    return found
+
+
 def markdown(*blocks: str) -> str:
     """A page of these blocks with an empty line between two; empty ones are left out."""
     return "\n\n".join(block.rstrip("\n") for block in blocks if block) + "\n"

@@ -1,13 +1,14 @@
-"""Tables of `README.md` and `docs/` on thousands of steps, from the JSON; `--check` compares them with those pages."""
+"""Tables of `README.md` and `docs/` on thousands of steps, made from the JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.lab.tables import table
 from benchmarks.quality.horizon.arms import ARMS as EVERY
 from benchmarks.quality.horizon.arms import OURS, RANDOM, REPORTED_SEEDS, TUNING_SEEDS
 from benchmarks.quality.horizon.frontier import SHARES, points_of
@@ -52,7 +53,7 @@ def _flops(pairs: Pairs) -> float:
     return float(np.mean([own["decayed"][-1]["flops"] / random["decayed"][-1]["flops"] for own, random in pairs]))
 
 
-def rows(document: Mapping[str, Any], setting: str) -> list[str]:
+def rows(document: Mapping[str, Any], setting: str) -> list[list[str]]:
     """The lines of a setting: arm, seeds, differences to random rows, how many times its steps those need, FLOPs."""
     units, found = units_of(document, setting), []
     for arm, name in ARMS.items():
@@ -61,13 +62,13 @@ def rows(document: Mapping[str, Any], setting: str) -> list[str]:
             continue
         ends = [(own["decayed"][-1], random["decayed"][-1]) for own, random in pairs]
         cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)]
-        label = name if setting == HEADLINE else f"{OTHERS[setting]} | {name}"
+        label = [name] if setting == HEADLINE else [OTHERS[setting], name]
         steps = "never" if np.isnan(steps := _times(pairs, setting)[0]) else f"{steps:.1f}"
-        found.append(f"| {' | '.join([label, str(len(pairs)), *cells, steps, f'{_flops(pairs):.2f}'])} |")
+        found.append([*label, str(len(pairs)), *cells, steps, f"{_flops(pairs):.2f}"])
     return found
 
 
-def shares(document: Mapping[str, Any]) -> list[str]:
+def shares(document: Mapping[str, Any]) -> list[list[str]]:
     """The lines on shares of random rows: what each method gains and gives up on the first seed.
 
     The last line of a setting is what a method would gain where it gives up as much as ours does at the default: read
@@ -82,12 +83,12 @@ def shares(document: Mapping[str, Any]) -> list[str]:
             cells = [of_method.get(share) for of_method in methods]
             if any(cells):
                 texts = [f"−{cell[1]:.3f} / {cell[0]:+.3f}".replace("-", "−") if cell else "" for cell in cells]
-                found.append(f"| {' | '.join([name, share, *texts])} |")
+                found.append([name, share, *texts])
         given = methods[0]["30%"][0]
         gains = [_gain_at(given, of_method) for of_method in methods]
         if any(gain is not None for gain in gains[1:]):
             texts = ["" if gain is None else f"−{gain:.3f} / {given:+.3f}" for gain in gains]
-            found.append(f"| {' | '.join([name, 'where as much is given up', *texts])} |")
+            found.append([name, "where as much is given up", *texts])
     return found
 
 
@@ -99,24 +100,23 @@ def _gain_at(given: float, shares: Mapping[str, list[float]]) -> float | None:
     return float(np.exp(np.interp(np.log(given), up, gained))) if known else None
 
 
-def changes(document: Mapping[str, Any], setting: str) -> list[str]:
-    """The lines of a setting on tuning seeds: what is changed, and differences to the default; below 0 is better."""
-    units, found = units_of(document, setting, TUNING_SEEDS), []
+def changes(document: Mapping[str, Any]) -> list[list[str]]:
+    """Of the tasks, on tuning seeds: what is changed, and differences to the default; below 0 is better."""
+    units, found = units_of(document, HEADLINE, TUNING_SEEDS), []
     for arm in EVERY:
         pairs = [] if arm == DEFAULT else pairs_of(units, arm, DEFAULT)
         if not pairs:
             continue
         ends = [(own["decayed"][-1], default["decayed"][-1]) for own, default in pairs]
-        cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)]
+        cells = [cell.replace("-", "−") for cell in differences_of(HEADLINE, ends)]
         name = "no random rows" if arm == OURS else arm.removeprefix(f"{OURS}, ")
         drawn = arm == RANDOM or "random" in name  # what most arms have goes without saying
         name = name.removesuffix(", 30 % random") if drawn else f"{name}, no random rows"
-        label = name if setting == HEADLINE else f"{OTHERS[setting]} | {name}"
-        found.append(f"| {' | '.join([label.replace(' %', '%'), *cells, f'{_flops(pairs):.2f}'])} |")
+        found.append([name.replace(" %", "%"), *cells, f"{_flops(pairs):.2f}"])
     return found
 
 
-def front_row(document: Mapping[str, Any], setting: str) -> str:
+def front_row(document: Mapping[str, Any], setting: str) -> list[str]:
     """A line of the README: steps and FLOPs of random rows, for ours and for DSIR, and what is given up in nats."""
     units = units_of(document, setting)
     ours, theirs = (pairs_of(units, arm, RANDOM) for arm in (DEFAULT, FILTER))
@@ -124,19 +124,23 @@ def front_row(document: Mapping[str, Any], setting: str) -> str:
     lost = [
         np.mean([a["decayed"][-1]["pool"] - b["decayed"][-1]["pool"] for a, b in pairs]) for pairs in (ours, theirs)
     ]
-    return f"| {' | '.join([NAMES[setting], *(f'{n:.1f}×' for n in times), *(f'{x:.2f}' for x in lost)])} |"
+    return [NAMES[setting], *(f"{n:.1f}×" for n in times), *(f"{x:.2f}" for x in lost)]
 
 
-def differences(document: Mapping[str, Any]) -> Iterator[str]:
-    """Whether the pages have the lines of the committed JSON."""
-    wanted = {
-        "docs/ablations.md": [line for setting in (HEADLINE, *OTHERS) for line in changes(document, setting)],
-        "docs/results.md": [
-            *(line for setting in (HEADLINE, *OTHERS) for line in rows(document, setting)),
-            *shares(document),
+def tables(document: Mapping[str, Any]) -> dict[Path, list[str]]:
+    """All of them, by page."""
+    ends = ["the pool's own text", "steps", "FLOPs"]
+    asked = ["items of five tasks", "right answers of four other tasks", "the pool's own text"]
+    front = ["reference", "steps: ours", "FLOPs: ours", "steps and FLOPs: DSIR", "lost: ours", "lost: DSIR"]
+    return {
+        ROOT / "README.md": [table(front, [front_row(document, setting) for setting in NAMES])],
+        ROOT / "docs" / "results.md": [
+            table(["method", "seeds", *asked[:2], *ends], rows(document, HEADLINE)),
+            table(
+                ["reference", "method", "seeds", "text like the reference", *ends],
+                [row for setting in OTHERS for row in rows(document, setting)],
+            ),
+            table(["reference", "random rows", "ours", "DSIR, tuned", "log-odds alone"], shares(document)),
         ],
-        "README.md": [front_row(document, setting) for setting in NAMES],
+        ROOT / "docs" / "ablations.md": [table(["change", *asked, "FLOPs"], changes(document))],
     }
-    for name, expected in wanted.items():
-        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        yield from (f"{name} lacks a line: {line}" for line in expected if line not in lines)

@@ -23,13 +23,13 @@ from typing import Any
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
 from benchmarks.lab.units import run_units
-from benchmarks.quality.modalities.docs import differences
+from benchmarks.quality.modalities.docs import tables
 from benchmarks.quality.modalities.labels import agreement, speed
 from benchmarks.quality.modalities.page import page
 from benchmarks.quality.modalities.setup import QUICK, TRAINED, Choice, Sizes
 from benchmarks.quality.modalities.training import HIGH, LOW, OURS, RANDOM, compare, tune
 
-__all__ = ["differences", "page", "run"]
+__all__ = ["page", "run", "tables"]
 DIGITS = 6
 FUNCTIONS = {"labels": agreement, "speed": speed, "tune": tune, "training": compare}
 Calls = dict[str, tuple[Any, ...]]
