@@ -22,6 +22,7 @@ import pytest
 
 from benchmarks.lab import harness
 from benchmarks.lab.tables import table
+from benchmarks.lab.units import side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -150,6 +151,10 @@ def test_tables_of_other_pages_are_written_and_compared(tmp_path: Path) -> None:
     assert len(list(harness.check(result, module))) == 1
     with pytest.raises(ValueError, match="2 tables in place of one"):
         harness.write_tables(module, harness.read(result))
+
+
+def test_no_unit_begins_after_the_deadline() -> None:
+    assert list(side_by_side(len, [("one",), ("two",)], 1, time.monotonic() - 1)) == []
 
 
 def test_json_is_what_was_given_with_a_line_for_each_entry() -> None:
@@ -299,9 +304,9 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
 
     names = (
         "ours", "CoLoR", "ours, virtual labels", "ours, keep 1", "ours, late", "ours, tokens masked",
-        "ours, passages apart",
+        "ours, passages apart", "mixer", "domain means", "random, watched",
     )  # fmt: skip
-    sizes = Sizes(warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, held=1)
+    sizes = Sizes(warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, watched=60, held=1)
     lab, runs = open_lab(write_built_in(tmp_path / "data"), tmp_path, "style", None, 8), {}
     for name in names:
         small = {"random_first": 2, "first_steps": None, "round_steps": 4, "probes": 24, "passages": 16}
@@ -327,6 +332,10 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
     assert not {bytes(read.row(i)[0]) for i in range(len(read))} & {bytes(passages.row(i)[0]) for i in apart.passages}
     kept = runs["ours, keep 1"][0]._read(8).rows.lengths
     assert kept[8:].sum() == pytest.approx(kept[:8].sum(), abs=64)
+    watched = runs["random, watched"][1]["watched"]
+    assert len(watched) == 1
+    assert len(watched[0]["label"]) == len(watched[0]["log_odds"]) == sizes.watched
+    assert [num for num, *_ in watched[0]["few"]] == [25]
     own = training.Run(
         lab, SETTINGS["style"], sizes, tmp_path, Unit(setting="style", arm="own domains, known", seed=10)
     )

@@ -95,7 +95,7 @@ def side_by_side(
     work: Callable[..., Any], calls: Iterable[tuple[Any, ...]], workers: int, deadline: float
 ) -> Iterator[Any]:
     """Run `work(*call)` for each call in `workers` processes, begin none after the deadline; yields what is done."""
-    todo = iter(calls)
+    todo = iter(calls if time.monotonic() < deadline else ())
     with single_threads(workers) as pool:
         running = {pool.submit(work, *call) for call in itertools.islice(todo, workers)}
         while running:

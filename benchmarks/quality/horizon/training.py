@@ -75,6 +75,7 @@ class Run:
         if self.arm.probed and self.arm.random_first:
             self.next_round = self.arm.random_first
         self.cursor = self.probed = 0
+        self.probes: Ids = self.reserved[:0]  # rows of the last labels
         self.queue: Ids = self._slice(sum(self._num_chosen(step) for step in range(self.next_round)))
         self.tables: NgramInfluenceModel | None = None
         self.weights = np.zeros(len(lab.domain_names))  # of the domains, in a mixer
@@ -193,7 +194,7 @@ class Run:
         losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=self.lab.tokens_per_batch)
         means, counts = self._by_domain(self.held, losses.reshape(len(self.held), -1).mean(1, dtype=np.float64))
         found["pool"] = float((means * self.share)[counts > 0].sum() / self.share[counts > 0].sum())
-        found["domains"] = means
+        found["domains"] = means.round(4)
         return found
 
     def _by_domain(self, rows: Ids, values: Any) -> tuple[Any, Any]:
