@@ -25,12 +25,18 @@ from benchmarks.quality.horizon.page import (
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADLINE, FILTER, ALONE = "tasks", "DSIR, 30 % random", "log-odds, 30 % random"
+LONGER = "ours, rounds of up to 800, 30 % random"
 ARMS = {
-    DEFAULT: "**ours**, the default", PRIOR: "ours, `evidence_weight=0`",
+    DEFAULT: "**ours**", LONGER: "ours, `update_steps=800`",
+    PRIOR: "ours, `evidence_weight=0`",
     ADDED: "ours with DSIR's scores as `score_column`", ALONE: "ours without labels: log-odds alone",
     FILTER: "DSIR, tuned", "fastText, 30 % random": "fastText, tuned",
     "ours, one round's model, 30 % random": "ours, the first round's model for all rounds",
     "domain means, 30 % random": "domains by the mean of our labels",
+    "stratified by domain": "as many rows of each domain",
+    "similarity, 30 % random": "similarity of embeddings", "mixer": "an online mixer of domains, by our labels",
+    "distilled": "a classifier of our first labels", "CoLoR, 30 % random": "CoLoR-Filter",
+    "MATES, small encoder, 30 % random": "MATES at this scale: an encoder fitted to one-step labels",
     "own domains, known, 30 % random": "rows of the reference's own domains, if one knew them",
 }  # fmt: skip
 OTHERS = {
