@@ -300,7 +300,9 @@ def test_every_source_is_read_again_from_any_buffer(tmp_path, name):
     assert read_all(stream, 40) == [[i, 1] for i in range(40)]  # the last buffer is full
 
 
-def test_interleaved_sources_and_sources_that_are_read_again(tmp_path):
+def test_interleaved_sources_and_sources_that_are_read_again(tmp_path, monkeypatch):
+    # `datasets` waits so long, 5 seconds, wherever such a reading ends, and here many do.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
     parts = [SOURCES["a stream of `datasets`"](tmp_path), shards(tmp_path, "parquet")]
     mixed = interleave_datasets(parts, probabilities=[0.3, 0.7], seed=3)
     assert read_all(MatesStream(mixed)) == [row["input_ids"] for row in mixed]
