@@ -14,11 +14,13 @@ from benchmarks.quality.horizon.arms import GROUPS, OURS, RANDOM, REPORTED_SEEDS
 from benchmarks.quality.horizon.settings import SETTINGS
 from mates_hf.evaluation.agreement import rank_correlation
 
-DEFAULT, ADDED = f"{OURS}, 30 % random", "ours and DSIR, 30 % random"
+BASE, ADDED = f"{OURS}, 30 % random", "ours and DSIR, 30 % random"  # the first is what changes are compared with
 PRIOR = f"{OURS}, evidence as prior alone, 30 % random"
+LONGER = f"{OURS}, rounds of up to 800, 30 % random"
 WAYS = {
-    DEFAULT: "what a run does by default", PRIOR: "a run with `evidence_weight=0`",
-    ADDED: "a run with DSIR's scores as its `score_column`",
+    LONGER: "what a run does by default, whose rounds grow to 1,000 steps",
+    BASE: "a run with `update_steps=200`", PRIOR: "the same with `evidence_weight=0`",
+    ADDED: "the same with DSIR's scores as its `score_column`",
 }  # fmt: skip
 Units = dict[tuple[str, int], Mapping[str, Any]]
 
