@@ -18,7 +18,7 @@ BASE, ADDED = f"{OURS}, 30 % random", "ours and DSIR, 30 % random"  # the first 
 PRIOR = f"{OURS}, evidence as prior alone, 30 % random"
 LONGER = f"{OURS}, rounds of up to 800, 30 % random"
 WAYS = {
-    LONGER: "what a run does by default, whose rounds grow to 1,000 steps",
+    LONGER: "a run with `update_steps=800`, near the default of 1,000",
     BASE: "a run with `update_steps=200`", PRIOR: "the same with `evidence_weight=0`",
     ADDED: "the same with DSIR's scores as its `score_column`",
 }  # fmt: skip
