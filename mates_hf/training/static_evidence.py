@@ -46,6 +46,8 @@ def evidence_for(run: Run) -> dict[str, Any]:
 def _background(run: Run) -> TokenRows:
     """Rows of the pool that may be trained on; the same whenever a run counts them."""
     pool, blocked = run.pool, None if run.blocked is None else run.blocked.mask
-    may = np.arange(len(pool)) if blocked is None else np.flatnonzero(~blocked)
     rng = np.random.default_rng(stage_seed(run.config.selection_seed, 0, "evidence"))
+    if blocked is None:
+        return background_rows(len(pool), pool.token_rows, rng)
+    may = np.flatnonzero(~blocked)
     return background_rows(len(may), lambda places: pool.token_rows(may[places]), rng)

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.lab.tables import table
 from benchmarks.quality.horizon.arms import ARMS as EVERY
 from benchmarks.quality.horizon.arms import OURS, RANDOM, REPORTED_SEEDS, TUNING_SEEDS
-from benchmarks.quality.horizon.frontier import SHARES, points_of
+from benchmarks.quality.horizon.frontier import SHARES, point_of, points_of
 from benchmarks.quality.horizon.page import (
     ADDED,
     BASE,
@@ -58,6 +58,12 @@ def _flops(pairs: Pairs) -> float:
     return float(np.mean([own["decayed"][-1]["flops"] / random["decayed"][-1]["flops"] for own, random in pairs]))
 
 
+def _cells(pairs: Pairs, setting: str) -> list[str]:
+    """What an arm ends at, minus the other: text like the reference, other tasks where there are some, the pool."""
+    ends = [(own["decayed"][-1], other["decayed"][-1]) for own, other in pairs]
+    return [cell.replace("-", "−") for cell in differences_of(setting, ends)]
+
+
 def rows(document: Mapping[str, Any], setting: str) -> list[list[str]]:
     """The lines of a setting: arm, seeds, differences to random rows, how many times its steps those need, FLOPs."""
     units, found = units_of(document, setting), []
@@ -65,8 +71,7 @@ def rows(document: Mapping[str, Any], setting: str) -> list[list[str]]:
         pairs = pairs_of(units, arm, RANDOM)
         if not pairs:
             continue
-        ends = [(own["decayed"][-1], random["decayed"][-1]) for own, random in pairs]
-        cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)]
+        cells = _cells(pairs, setting)
         label = [name] if setting == HEADLINE else [OTHERS[setting], name]
         steps = "never" if np.isnan(steps := _times(pairs, setting)[0]) else f"{steps:.1f}"
         found.append([*label, str(len(pairs)), *cells, steps, f"{_flops(pairs):.2f}"])
@@ -80,9 +85,8 @@ def against(document: Mapping[str, Any]) -> list[list[str]]:
         units = units_of(document, setting)
         for arm in (FILTER, ALONE):
             pairs = pairs_of(units, LONGER, arm)
-            ends = [(own["decayed"][-1], theirs["decayed"][-1]) for own, theirs in pairs]
-            cells = [cell.replace("-", "−") for cell in differences_of(setting, ends)] if ends else []
-            if cells:
+            if pairs:
+                cells = _cells(pairs, setting)
                 outside = cells[1] if len(cells) > 2 else ""
                 found.append([name, ARMS[arm], str(len(pairs)), cells[0], outside, cells[-1]])
     return found
@@ -121,32 +125,29 @@ def _gain_at(given: float, shares: Mapping[str, list[float]]) -> float | None:
 
 
 def changes(document: Mapping[str, Any]) -> list[list[str]]:
-    """Of the tasks, on tuning seeds: what is changed, and differences to the default; below 0 is better.
+    """Of the tasks, on tuning seeds: what is changed, and differences to ours with `update_steps=200`.
 
-    The last column but one is the difference on items where the default gives up as much: its gains are read off
-    between its shares of random rows, as in `shares`.
+    Below 0 is better. The last column but one is the difference on items where ours gives up as much, whose gains are
+    read off between its shares of random rows, as in `shares`.
     """
     units, found = units_of(document, HEADLINE, TUNING_SEEDS), []
-    default = points_of(document, HEADLINE, reference_loss, TUNING_SEEDS).get(OURS, {})
+    own_shares = points_of(document, HEADLINE, reference_loss, TUNING_SEEDS).get(OURS, {})
     for arm in EVERY:
         pairs = [] if arm == BASE else pairs_of(units, arm, BASE)
         if not pairs:
             continue
-        ends = [(own["decayed"][-1], theirs["decayed"][-1]) for own, theirs in pairs]
-        cells = [cell.replace("-", "−") for cell in differences_of(HEADLINE, ends)]
+        cells = _cells(pairs, HEADLINE)
         name = "no random rows" if arm == OURS else arm.removeprefix(f"{OURS}, ")
         drawn = arm == RANDOM or "random" in name  # what most arms have goes without saying
         name = name.removesuffix(", 30 % random") if drawn else f"{name}, no random rows"
-        there = _behind(pairs_of(units, arm, RANDOM), default)
+        there = _behind(pairs_of(units, arm, RANDOM), own_shares)
         found.append([name.replace(" %", "%"), *cells, there.replace("-", "−"), f"{_flops(pairs):.2f}"])
     return found
 
 
 def _behind(pairs: Pairs, shares: Mapping[str, list[float]]) -> str:
     """How much less is gained over random rows than a method gains that gives up as much; empty outside its shares."""
-    ends = [(own["decayed"][-1], random["decayed"][-1]) for own, random in pairs]
-    given = float(np.mean([own["pool"] - random["pool"] for own, random in ends]))
-    gained = np.mean([reference_loss(random, HEADLINE) - reference_loss(own, HEADLINE) for own, random in ends])
+    given, gained, *_ = point_of(pairs, HEADLINE, reference_loss)
     there = _gain_at(given, shares)
     return "" if there is None else f"{there - gained:+.3f}"
 

@@ -53,16 +53,20 @@ def points_of(
     found: Points = {}
     for method in METHODS:
         for share, name in SHARES.items():
-            pairs = [
-                (own["decayed"][-1], random["decayed"][-1])
-                for own, random in pairs_of(units, f"{method}{name}", RANDOM)
-            ]
+            pairs = pairs_of(units, f"{method}{name}", RANDOM)
             if pairs:
-                gains = [loss_of(random, setting) - loss_of(own, setting) for own, random in pairs]
-                given = float(np.mean([own["pool"] - random["pool"] for own, random in pairs]))
-                mean, half = mean_interval(gains)
-                found.setdefault(method, {})[share] = [given, mean, 0.0 if len(pairs) == 1 else half, len(pairs)]
+                found.setdefault(method, {})[share] = point_of(pairs, setting, loss_of)
     return found
+
+
+def point_of(
+    pairs: Sequence[tuple[Losses, Losses]], setting: str, loss_of: Callable[[Losses, str], float]
+) -> list[float]:
+    """What an arm gives up against random rows, what it gains, half the interval of that, and the number of seeds."""
+    ends = [(own["decayed"][-1], random["decayed"][-1]) for own, random in pairs]
+    given = float(np.mean([own["pool"] - random["pool"] for own, random in ends]))
+    mean, half = mean_interval([loss_of(random, setting) - loss_of(own, setting) for own, random in ends])
+    return [given, mean, 0.0 if len(ends) == 1 else half, len(ends)]
 
 
 def _ends(values: list[float]) -> tuple[float, float]:
