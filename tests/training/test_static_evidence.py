@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithFlattening, default_data_collator
 
-from mates_hf import MatesCallback, NgramInfluenceModel
+from mates_hf import MatesCallback, MatesStream, NgramInfluenceModel
 from mates_hf.prediction import moore_lewis
 from mates_hf.training.verify import verify_run
 from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
@@ -77,20 +80,49 @@ def test_a_model_that_does_not_name_it_gets_none(tmp_path: Path, counted) -> Non
     assert fits(tmp_path)[0]["evidence"] is None
 
 
-@pytest.mark.parametrize("most", [2**21, 1_000], ids=["whole", "sample"])
-def test_a_resumed_run_chooses_as_one_that_was_not_stopped(tmp_path: Path, counted, monkeypatch, most: int) -> None:
-    monkeypatch.setattr(moore_lewis, "SAMPLE_TOKENS", most)
+def unequal_targets() -> Dataset:
+    """Rows with more and fewer targets, of which rounds probe some. How many rows are counted must not follow."""
     pool, rng = make_pool(), np.random.default_rng(0)
-    # Rounds probe rows with more and fewer targets. How many rows are counted must not follow from them.
     labels = [
         [-100] * skipped + row[skipped:]
         for row, skipped in zip(pool["labels"], rng.integers(0, 6, len(pool)), strict=True)
     ]
-    pool = pool.remove_columns("labels").add_column("labels", labels)
-    whole = run(make_arguments(tmp_path / "a"), [MatesCallback(make_reference(), small_config())], pool)
-    arguments = make_arguments(tmp_path / "b", save_strategy="steps", save_steps=4)
-    run(arguments, [MatesCallback(make_reference(), small_config()), Stop(8)], pool)
-    resumed = run(arguments, [MatesCallback(make_reference(), small_config())], pool, resume=True)
-    assert counted == [(24, 400 if most > 4_000 else 84)] * 3
-    assert np.array_equal(whole.rows[-len(resumed.rows) :], resumed.rows)
-    assert fits(tmp_path / "a")[-1]["spearman"] == fits(tmp_path / "b")[-1]["spearman"]
+    return pool.remove_columns("labels").add_column("labels", labels)
+
+
+def last_tokens(rows: list[Any]) -> dict[str, Any]:
+    """A collator of one's own, whose labels the pool has not."""
+    batch = default_data_collator(rows)
+    return {**batch, "labels": batch["labels"].masked_fill(torch.arange(12) < 4, -100)}
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "unequal targets": (unequal_targets, default_data_collator),
+    "own collator": (make_pool, last_tokens),
+    "flattened": (lambda: Dataset.from_dict({"input_ids": make_pool()["input_ids"]}), DataCollatorWithFlattening()),
+    "packed": (
+        lambda: make_pool().add_column("position_ids", [[*range(5), *range(7)]] * 400), default_data_collator
+    ),
+    "stream": (lambda: MatesStream(make_pool(1_000).to_iterable_dataset(num_shards=4), 50), default_data_collator),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("unequal targets", 2**21), *((kind, 1_000) for kind in KINDS)], ids=["whole", *KINDS]
+)
+def test_a_resumed_run_chooses_as_one_that_was_not_stopped(tmp_path: Path, counted, monkeypatch, kind, most) -> None:
+    monkeypatch.setattr(moore_lewis, "SAMPLE_TOKENS", most)
+    make, collator = KINDS[kind]
+
+    def start(folder: str, *others: Any, resume: bool = False) -> Any:
+        arguments = make_arguments(tmp_path / folder, save_strategy="steps", save_steps=4)
+        callback = MatesCallback(make_reference(), small_config(num_probes=20))
+        return run(arguments, [callback, *others], make(), collator=collator, resume=resume)
+
+    whole = start("a")
+    start("b", Stop(8))
+    resumed = start("b", resume=True)
+    num = 400 if most > 4_000 else 154 if kind == "packed" else 84  # 77 packed rows of two documents
+    assert counted == [(24, num)] * 3
+    assert np.array_equal(whole.losses, resumed.losses)
+    assert [fit["spearman"] for fit in fits(tmp_path / "a")] == [fit["spearman"] for fit in fits(tmp_path / "b")]
