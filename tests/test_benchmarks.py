@@ -132,10 +132,11 @@ def test_a_page_that_does_not_follow_is_told(tmp_path: Path) -> None:
     assert harness.check_all(tmp_path, "large_pool") == 0
 
 
-def test_tables_of_other_pages_are_written_and_compared(tmp_path: Path) -> None:
+def test_tables_and_pictures_of_other_pages_are_written_and_compared(tmp_path: Path) -> None:
     module: Any = SimpleNamespace(page=lambda document: "whole\n")
-    page = tmp_path / "page.md"
+    page, picture = tmp_path / "page.md", tmp_path / "picture.svg"
     module.tables = lambda document: {page: [table(["arm", "loss"], document["rows"])]}
+    module.pictures = lambda document: {picture: f"<svg>{document['rows'][0][1]}</svg>"}
     result = tmp_path / "asked_cpu2_2026-11.json"
     result.write_text('{"rows": [["ours", 1.5], ["random", 2.0]]}', encoding="utf-8")
     harness.write_page(module, result)
@@ -143,14 +144,19 @@ def test_tables_of_other_pages_are_written_and_compared(tmp_path: Path) -> None:
     before = f"# Page\n\n{other}\n\n{stale}\n\nEnd\n"
     page.write_text(before, encoding="utf-8")
     assert any("arm | loss" in wrong for wrong in harness.check(result, module))
-    harness.write_tables(module, harness.read(result))
+    assert any("picture.svg is not drawn" in wrong for wrong in harness.check(result, module))
+    harness.write_docs(module, harness.read(result))
     assert list(harness.check(result, module)) == []
+    assert picture.read_text(encoding="utf-8") == "<svg>1.5</svg>"
+    picture.write_text("<svg>1.4</svg>", encoding="utf-8")
+    assert list(harness.check(result, module)) == ["picture.svg is not drawn from asked_cpu2_2026-11.json"]
+    picture.write_text("<svg>1.5</svg>", encoding="utf-8")
     after = before.replace("| ours | 1.4 |\n| old |1|", "| ours | 1.5 |\n| random | 2.0 |")
     assert page.read_text(encoding="utf-8") == after
     page.write_text(after.replace("End", "| arm | loss |\n|---|---|\n"), encoding="utf-8")  # which one is meant?
     assert len(list(harness.check(result, module))) == 1
     with pytest.raises(ValueError, match="2 tables in place of one"):
-        harness.write_tables(module, harness.read(result))
+        harness.write_docs(module, harness.read(result))
 
 
 def test_no_unit_begins_after_the_deadline() -> None:

@@ -9,6 +9,7 @@ list of figures. It may have
 - `differences(document)`: what is wrong with a document that its page does not show;
 - `tables(document)`: tables of other pages that follow from it, by the page's path: a run writes them there, where a
   table has the same heads, and `--check` compares them;
+- `pictures(document)`: pictures of other pages that follow from it, SVG text by path: written and compared as well;
 - `plot(document, path)`: a picture beside the page;
 - `DATA = True`: it reads the folder that `--data` names;
 - `DIGITS`: significant digits of figures in the JSON (9).
@@ -129,7 +130,7 @@ class Bench:
                 file.write(text.encode("utf-8"))
             write_page(self.module, path)
             if out == RESULTS:
-                write_tables(self.module, found)
+                write_docs(self.module, found)
 
 
 def say(text: str) -> None:
@@ -184,10 +185,17 @@ def tables_of(module: Any, document: Document) -> dict[Path, list[str]]:
     return dict(module.tables(document)) if hasattr(module, "tables") else {}
 
 
-def write_tables(module: Any, document: Document) -> None:
-    """Put tables that follow from a document in the place of the pages' own."""
+def pictures_of(module: Any, document: Document) -> dict[Path, str]:
+    """Pictures of other pages that follow from a document, by path."""
+    return dict(module.pictures(document)) if hasattr(module, "pictures") else {}
+
+
+def write_docs(module: Any, document: Document) -> None:
+    """Put tables that follow from a document in the place of the pages' own, and write its pictures for them."""
     for page, tables in tables_of(module, document).items():
         page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    for path, picture in pictures_of(module, document).items():
+        path.write_text(picture, encoding="utf-8")
 
 
 def question_of(path: Path, known: dict[str, Question]) -> Question | None:
@@ -205,6 +213,9 @@ def check(path: Path, module: Any) -> Iterator[str]:
     for other, tables in tables_of(module, document).items():
         for heads in stale_tables(other.read_text(encoding="utf-8"), tables):
             yield f"{other.name} has another table than follows from {path.name}: {heads}"
+    for other, picture in pictures_of(module, document).items():
+        if not other.exists() or other.read_text(encoding="utf-8") != picture:
+            yield f"{other.name} is not drawn from {path.name}"
     if not page.exists() or page_of(module, document) != page.read_text(encoding="utf-8"):
         yield f"{page.name} does not follow from {path.name}"
 

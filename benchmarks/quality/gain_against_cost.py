@@ -200,13 +200,10 @@ def draw(document: dict[str, Any]) -> str:
 
 
 def run(bench: harness.Bench) -> harness.Document:
-    """Points of all methods in all settings; the picture, where this is no trial."""
+    """Points of all methods in all settings."""
     source = harness.newest("selection")
     found = [points_of(source, task, filtered) for task, filtered, _ in PANELS]
-    document = {"settings": [{arm: list(point) for arm, point in points.items()} for points in found]}
-    if not bench.quick and bench.options.out is None:
-        PICTURE.write_text(draw(document), encoding="utf-8")
-    return document
+    return {"settings": [{arm: list(point) for arm, point in points.items()} for points in found]}
 
 
 def page(document: harness.Document) -> str:
@@ -223,11 +220,14 @@ def page(document: harness.Document) -> str:
 
 
 def differences(document: harness.Document) -> Iterator[str]:
-    """Whether points and picture are those of the committed result of `selection`."""
+    """Whether points are those of the committed result of `selection`."""
     source = harness.newest("selection")
     for (task, filtered, title), points in zip(PANELS, document["settings"], strict=True):
         known = {arm: list(point) for arm, point in points_of(source, task, filtered).items()}
         if known.keys() != points.keys() or any(not np.allclose(known[arm], points[arm], rtol=1e-6) for arm in known):
             yield f"{title}: the points are not those of `selection`"
-    if PICTURE.read_text(encoding="utf-8") != draw(document):
-        yield f"docs/{PICTURE.name} is not drawn from it"
+
+
+def pictures(document: harness.Document) -> dict[Path, str]:
+    """The picture, by its path."""
+    return {PICTURE: draw(document)}

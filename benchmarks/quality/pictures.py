@@ -264,12 +264,8 @@ DRAWN = {
 
 
 def run(bench: harness.Bench) -> harness.Document:
-    """All points; the pictures, where this is no trial."""
-    document = points()
-    if not bench.quick and bench.options.out is None:
-        for name, draw in DRAWN.items():
-            (FOLDER / f"{name}.svg").write_text(draw(document[name]), encoding="utf-8")
-    return document
+    """All points."""
+    return points()
 
 
 def page(document: harness.Document) -> str:
@@ -313,12 +309,14 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(document: harness.Document) -> Iterator[str]:
-    """Whether points and pictures are those of the committed results."""
+    """Whether points are those of the committed results."""
     known, told = dict(leaves(points())), dict(leaves(document))
     numbers = [name for name, value in known.items() if not isinstance(value, str)]
     same = known.keys() == told.keys() and all(known[name] == told[name] for name in known.keys() - set(numbers))
     if not same or not np.allclose([known[n] for n in numbers], [told[n] for n in numbers], rtol=1e-6, atol=1e-9):
         yield "the points are not those of `selection`, `influence_models` and `boundary_wait`"
-    for name, draw in DRAWN.items():
-        if (FOLDER / f"{name}.svg").read_text(encoding="utf-8") != draw(document[name]):
-            yield f"docs/{name}.svg is not drawn from it"
+
+
+def pictures(document: harness.Document) -> dict[Path, str]:
+    """The pictures by their paths."""
+    return {FOLDER / f"{name}.svg": draw(document[name]) for name, draw in DRAWN.items()}

@@ -22,21 +22,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.lab.harness import Bench, as_json
+from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
 from benchmarks.lab.units import read_units, recover, run_units
-from benchmarks.quality.horizon import frontier
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
 from benchmarks.quality.horizon.docs import tables
+from benchmarks.quality.horizon.frontier import pictures
 from benchmarks.quality.horizon.page import page
 from benchmarks.quality.horizon.settings import QUICK, SETTINGS, Scale, Sizes
 from benchmarks.quality.horizon.training import run_unit
 
-__all__ = ["add_options", "differences", "page", "run", "tables"]
+__all__ = ["add_options", "page", "pictures", "run", "tables"]
 DATA, DIGITS = True, 6
 FIRST_ARMS = (RANDOM, "ours", "fastText")
 FIRST_SETTINGS = [name for name, setting in SETTINGS.items() if setting.scale == Scale()]
@@ -65,16 +63,7 @@ def run(bench: Bench) -> dict[str, Any]:
     earlier = recover(bench, sizes, Unit, ARMS, Arm())
     done = run_units(bench, run_unit, {unit.name: (bench.data, bench.work, sizes, unit) for unit in units})
     found = {**earlier, **read_units(bench.work, earlier), **done}
-    document = {
+    return {
         "settings": {"quick": bench.quick, "sizes": dataclasses.asdict(sizes), **versions("torch", "transformers")},
         "units": list(found.values()),
     }
-    if not bench.quick and bench.options.out is None:
-        kept = json.loads(as_json(document, DIGITS))  # with the digits that are committed
-        frontier.PICTURE.write_text(frontier.draw(kept), encoding="utf-8")
-    return document
-
-
-def differences(document: dict[str, Any]) -> Iterator[str]:
-    """Whether `docs/` has the picture of the committed JSON."""
-    yield from frontier.differences(document)
