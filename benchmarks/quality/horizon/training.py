@@ -237,7 +237,6 @@ class Run:
         self.queue = np.random.default_rng([self.unit.seed, 4, self.number]).permutation(
             np.concatenate([chosen, others])
         )
-        record["domains"] = (np.bincount(self.lab.domain[self.queue], minlength=len(self.share)) / k).round(3)
         self.rounds.append(record)
         self.number += 1
         self.averages.pop("round", None)
