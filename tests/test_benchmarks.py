@@ -301,6 +301,28 @@ def test_a_penalty_spreads_a_set_and_a_mask_leaves_the_better_tokens() -> None:
     assert batch.num_targets.tolist() == [*masked.num_targets, 8, 8]
 
 
+def test_kinds_are_found_and_none_is_chosen_more_often_than_it_may_be() -> None:
+    from benchmarks.lab.corpus import as_rows
+    from benchmarks.quality.horizon.choosing import KINDS, capped_top_k, find_kinds, near_border
+
+    rng = np.random.default_rng(0)
+    topic = rng.integers(0, 8, 2_000)  # which tokens a row is of
+    rows = as_rows(8 * topic[:, None] + rng.integers(0, 8, (2_000, 32)), 32)
+    kind = find_kinds(rows, 64, 0)(rows)
+    assert kind.max() < KINDS
+    assert all(len(set(topic[kind == i])) <= 1 for i in range(KINDS)), "a kind is of one topic"
+
+    values = (topic == 3) + rng.normal(0, 0.1, 2_000)
+    chosen = capped_top_k(values, topic, 400, 2.0)
+    counts = np.bincount(topic[chosen], minlength=8) / (400 * np.bincount(topic) / 2_000)
+    assert len(set(chosen)) == 400
+    assert counts.max() == pytest.approx(2.0, abs=0.02) == counts[3]
+    assert set(np.flatnonzero(topic[chosen] == 3)) == set(range((topic[chosen] == 3).sum())), "its best come first"
+    assert len(capped_top_k(values, topic, 400, 0.5)) == 400  # filled up with the best of the others
+    near = near_border(values, 100, 0.2)
+    assert np.abs(values[near] - np.quantile(values, 0.8)).max() < 0.1
+
+
 @pytest.mark.slow
 def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.lab.corpus import write_built_in
@@ -310,7 +332,8 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
 
     names = (
         "ours", "CoLoR", "ours, virtual labels", "ours, keep 1", "ours, late", "ours, tokens masked",
-        "ours, passages apart", "mixer", "domain means", "random, watched",
+        "ours, passages apart", "ours, twice of a kind", "ours, probes near the border", "mixer", "domain means",
+        "random, watched",
     )  # fmt: skip
     sizes = Sizes(warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, watched=60, held=1)
     lab, runs = open_lab(write_built_in(tmp_path / "data"), tmp_path, "style", None, 8), {}

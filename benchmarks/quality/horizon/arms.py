@@ -53,6 +53,10 @@ class Arm(NeedsPackage):
     # whether one half of a round is chosen by labels of where the other half takes a copy of model and optimizer
     virtual: bool = False
     penalty: float = 0.0  # in standard deviations, for each nat by which chosen tokens are unlike the slice's
+    # of what is chosen, at most so many times a kind's share of its slice; kinds are clusters of rows by their words
+    kinds: float | None = None
+    # whether half of a round's probes are drawn from where choosing decides: rows that are predicted near its border
+    placed: bool = False
     masked: bool = False  # whether the loss is on the half of each row's tokens that tables give the higher effect
     beside: str | None = None  # an arm of a static filter whose ranking is added, both in their standard deviations
     prior: bool = True  # whether the tables shrink towards log-odds of the reference against the pool
@@ -156,6 +160,8 @@ GROUPS: dict[str, dict[str, Arm]] = {
                 "penalty 1": {"penalty": 1.0},
                 "penalty 3": {"penalty": 3.0},
                 "virtual labels": {"virtual": True},
+                "twice of a kind": {"kinds": 2.0},
+                "probes near the border": {"placed": True},
                 "keep 0.1": {"keep": 0.1},
                 "keep 0.3": {"keep": 0.3},
                 "keep 1": {"keep": 1.0},

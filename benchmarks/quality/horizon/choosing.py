@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas
 import torch
+from scipy.sparse import csr_matrix
+from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
 from benchmarks.lab import rivals
@@ -37,6 +40,7 @@ from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 
 CHUNKS = 20  # in which a set is chosen
+KINDS, KIND_SIZE = 32, 64  # kinds of text, and the size of the states that they are clusters of
 COUNTED, BUCKETS = 8_000, 2**20  # pool rows and hash buckets of log-odds
 FEW = (25, 50, 100, 250)  # labels
 
@@ -156,6 +160,38 @@ def spread_top_k(values: npt.NDArray[Any], rows: TokenRows, k: int, penalty: flo
         chosen[best] = True
         counts += np.bincount(ids[best].reshape(-1), minlength=len(counts))
     return np.flatnonzero(chosen)
+
+
+def capped_top_k(values: npt.NDArray[Any], kind: Ids, k: int, most: float) -> Ids:
+    """(k,) rows of high value, of each kind at most `most` times its share of all rows; `kind` is (N,) from 0 on."""
+    order = np.argsort(-values, kind="stable")
+    kinds = pandas.Series(kind[order])
+    within = kinds.groupby(kinds).cumcount() < np.ceil(most * k * np.bincount(kind)[kind[order]] / len(kind))
+    return np.concatenate([order[within], order[~within]])[:k]
+
+
+def find_kinds(rows: TokenRows, vocab_size: int, seed: int) -> Callable[[TokenRows], Ids]:
+    """Kinds of text found in these rows without a label: k-means of random projections of their token counts.
+
+    A token counts by how rare it is. What is returned gives the kind of each row, from 0 to `KINDS` - 1.
+    """
+    usual = np.bincount(rows.values, minlength=vocab_size) + 1.0
+    drawn = np.random.default_rng([seed, 10]).standard_normal((vocab_size, KIND_SIZE))
+    projection = (drawn * np.log(usual.sum() / usual)[:, None]).astype(np.float32)
+
+    def states(some: TokenRows) -> Any:
+        counts = (np.ones(len(some.values), np.float32), some.values, some.offsets)
+        return csr_matrix(counts, (len(some), vocab_size)) @ projection
+
+    found = states(rows)
+    centre, spread = found.mean(0), found.std(0)
+    means = MiniBatchKMeans(KINDS, batch_size=4_096, n_init=3, random_state=seed).fit((found - centre) / spread)
+    return lambda some: means.predict((states(some) - centre) / spread)
+
+
+def near_border(predicted: npt.NDArray[Any], num: int, ratio: float) -> Ids:
+    """(num,) rows whose predicted influence is nearest the least that would be chosen of them."""
+    return np.argsort(np.abs(predicted - np.quantile(predicted, 1 - ratio)), kind="stable")[:num]
 
 
 def best_tokens(rows: TokenRows, tables: NgramInfluenceModel) -> TokenRows:

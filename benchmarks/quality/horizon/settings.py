@@ -147,6 +147,12 @@ class Lab(Pool):
     judged: dict[str, dict[str, dict[str, ReferenceTask]]]
     tokens_per_batch: int
 
+    def by_domain(self, rows: Ids, values: Any) -> tuple[Any, Any]:
+        """Mean value of each domain, and how many of these pool rows are of it."""
+        domain, size = self.domain[rows], len(self.domain_names)
+        counts = np.bincount(domain, minlength=size)
+        return np.bincount(domain, values, size) / np.maximum(counts, 1), counts
+
 
 def _documents(data: Path, num: int | None) -> list[dict[str, Any]]:
     """Documents of both pools, each once, in an order of their own."""

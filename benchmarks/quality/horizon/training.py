@@ -25,15 +25,17 @@ from benchmarks.lab import rivals
 from benchmarks.lab.checkpoint import BATCH_ROWS, WINDOW, train_once
 from benchmarks.lab.corpus import together
 from benchmarks.lab.machine import written_once
-from benchmarks.lab.models import LR, Averager, build_model, build_optimizer, passage_losses, train_steps
+from benchmarks.lab.models import LR, Averager, build_model, build_optimizer, train_steps
 from benchmarks.lab.statistics import Ids
 from benchmarks.quality.horizon import choosing
 from benchmarks.quality.horizon.arms import ARMS, Arm, Unit
+from benchmarks.quality.horizon.reading import Reader
 from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, Lab, Scale, Setting, Sizes, open_lab, sizes_of
 from mates_hf.data.reference import ReferenceTask
+from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.flops import gradient_flops, num_path_points
-from mates_hf.influence.passes import mean_loss_gradient, token_losses
+from mates_hf.influence.passes import mean_loss_gradient
 from mates_hf.influence.probe import count_multiplied_parameters
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
@@ -41,6 +43,8 @@ from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
 from mates_hf.selection.choose import gumbel_top_k
+
+DRAWN = 3  # times the probes that are placed: rows they are drawn from
 
 
 class Run:
@@ -55,14 +59,13 @@ class Run:
         warm = order[known if setting.known else np.ones(len(order), bool)][: sizes.warm * BATCH_ROWS]
         rest = rng.permutation(np.setdiff1d(order, warm))
         by_domain = [rest[lab.domain[rest] == d][: sizes.held] for d in range(len(lab.domain_names))]
-        self.held = np.concatenate(by_domain)
-        rest = rest[~np.isin(rest, self.held)]
+        held = np.concatenate(by_domain)
+        rest = rest[~np.isin(rest, held)]
         self.reserved, self.open = rest[: sizes.reserved], rest[sizes.reserved :]
-        self.share = np.bincount(lab.domain, minlength=len(lab.domain_names)) / len(lab.domain)
         self.cache, self.start = cache, functools.partial(_warm_start, lab, setting.scale, warm, cache, unit.seed)
         self.model, self.optimizer = self.start()
         self.num_parameters = count_multiplied_parameters(self.model)
-        self.judged = lab.judged["development" if unit.seed >= 10 else "test"]
+        self.reader = Reader(lab, "development" if unit.seed >= 10 else "test", held, sizes.steps)
         self.passages, self.parts = self._passages(setting), setting.parts
         self._filter: rivals.StaticFilter | None = None
         self.curve: list[dict[str, Any]] = []
@@ -90,7 +93,7 @@ class Run:
             state = self._state() if end != sizes.steps else None
             begin, length = self.step, end // 10
             self._steps(end, lambda step, begin=begin, length=length: 1 - (step - begin) / length)
-            self.decayed.append(self._losses())
+            self.decayed.append(self.reader.losses(self.model, self.step, sum(self.flops.values())))
             if state is not None:
                 self._back_to(state)
         return {
@@ -171,7 +174,7 @@ class Run:
     # --- what is read of it, the same for every arm and not among its costs ---
 
     def _look(self) -> None:
-        self.curve.append(self._losses())
+        self.curve.append(self.reader.losses(self.model, self.step, sum(self.flops.values())))
         if self.arm.watched:
             rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
             labels = self._probe(256).measure(self.model, self.optimizer, self._read(256), rows)
@@ -181,27 +184,6 @@ class Run:
                 found["log_odds"] = self._log_odds[0].plus(self._log_odds[1]).scaled(1.0).score(rows)
                 found["asked"] = self._own(self.reserved[: self.sizes.watched])
             self.watched.append(found)
-
-    def _losses(self) -> dict[str, Any]:
-        """Losses of the passages by task, of the pool's own text, and of each domain."""
-        found: dict[str, Any] = {"step": self.step, "flops": sum(self.flops.values())}
-        for name, tasks in self.judged.items():
-            for loss_on, (sums, tokens) in passage_losses(self.model, tasks, self.lab.tokens_per_batch).items():
-                part = name if loss_on == "all" else f"{name}: answers"
-                found[part] = float(sums.sum() / tokens.sum())
-                if self.step == self.sizes.steps:
-                    found.setdefault("by_passage", {})[part] = [sums.round(1), tokens]
-        losses = token_losses(self.model, self.lab.rows.take(self.held), tokens_per_batch=self.lab.tokens_per_batch)
-        means, counts = self._by_domain(self.held, losses.reshape(len(self.held), -1).mean(1, dtype=np.float64))
-        found["pool"] = float((means * self.share)[counts > 0].sum() / self.share[counts > 0].sum())
-        found["domains"] = means.round(4)
-        return found
-
-    def _by_domain(self, rows: Ids, values: Any) -> tuple[Any, Any]:
-        """Mean value of each domain, and how many of these pool rows are of it."""
-        domain, size = self.lab.domain[rows], len(self.share)
-        counts = np.bincount(domain, minlength=size)
-        return np.bincount(domain, values, size) / np.maximum(counts, 1), counts
 
     # --- choosing ---
 
@@ -243,6 +225,9 @@ class Run:
 
     def _choose(self, candidates: Ids, num: int) -> Ids:
         values = self._values(candidates)
+        if self.arm.kinds is not None:
+            kind = self._kind_of(self.lab.rows.take(candidates))
+            return candidates[choosing.capped_top_k(values, kind, num, self.arm.kinds)]
         if self.arm.penalty:
             return candidates[choosing.spread_top_k(values, self.lab.rows.take(candidates), num, self.arm.penalty)]
         return candidates[gumbel_top_k(values, num, seed=(self.unit.seed, self.number))]
@@ -269,15 +254,24 @@ class Run:
     def _labels(self) -> InfluenceLabels:
         """Labels of a round's probes, at averaged weights."""
         arm = self.arm
-        where = (self.probed + np.arange(arm.probes)) % len(self.reserved)
-        self.probed += arm.probes
-        self.probes = self.reserved[where]
+        self.probes = self._draw(arm.probes)
+        if arm.placed and self.tables is not None:
+            usual, others = self.probes[: arm.probes // 2], self._draw(DRAWN * (arm.probes - arm.probes // 2))
+            predicted = self.tables.predict(self.lab.rows.take(others))
+            near = choosing.near_border(predicted, arm.probes - len(usual), arm.ratio)
+            self.probes = np.concatenate([usual, others[near]])
         reference, rows = self._read(arm.passages), self.lab.rows.take(self.probes)
         average = self.averages.pop("round", None)
         with average.swapped_in() if average is not None else contextlib.nullcontext():
             labels = self._probe(arm.passages).measure(self.model, self.optimizer, reference, rows)
         self._cost("probe", labels.info["flops"])
         return labels
+
+    def _draw(self, num: int) -> Ids:
+        """The next rows that no arm trains on."""
+        where = (self.probed + np.arange(num)) % len(self.reserved)
+        self.probed += num
+        return self.reserved[where]
 
     def _read(self, num: int) -> ReferenceTask:
         """The reference passages of a round, and pool text that should not be unlearned."""
@@ -290,6 +284,11 @@ class Run:
             return OneStepProbe(max_grad_norm=1.0, tokens_per_batch=self.lab.tokens_per_batch)
         points = num_path_points(self.arm.path_steps, passages)
         return DirectionalProbe(tokens_per_batch=self.lab.tokens_per_batch, path_steps=points, path_rate=0.5)
+
+    @functools.cached_property
+    def _kind_of(self) -> Callable[[TokenRows], Ids]:
+        """Which kind of text rows are of."""
+        return choosing.find_kinds(self.lab.rows.take(self.reserved), self.lab.vocab_size, self.unit.seed)
 
     @functools.cached_property
     def _log_odds(self) -> tuple[Tables, Tables]:
@@ -317,7 +316,7 @@ class Run:
             record["spearman"], flops = self.tables.report.spearman, self.tables.report.flops or 0.0
         self._cost("fit", flops)
         worth = (labels.influence_per_token - labels.influence_per_token.mean()) / labels.influence_per_token.std()
-        means, counts = self._by_domain(self.probes, worth)
+        means, counts = self.lab.by_domain(self.probes, worth)
         self.means = means * counts / (counts + 2)
         self.weights = self.weights + self.means
         if self.arm.rank == "distilled" and not self.number:
