@@ -80,12 +80,14 @@ def background_rows(num_rows: int, read: Callable[[IntArray], TokenRows], rng: n
         `num_counted` rows; of packed ones each document is a row.
     """
     drawn = rng.permutation(rng.choice(num_rows, min(num_rows, WHOLE * SAMPLE_ROWS), replace=False, shuffle=False))
-    first = read(np.sort(drawn[:_AT_ONCE])).unpacked()  # a document begins anew
-    wanted = num_counted(num_rows, len(first.values) / max(len(drawn[:_AT_ONCE]), 1))
-    if wanted < len(drawn[:_AT_ONCE]):
-        return read(np.sort(drawn[:wanted])).unpacked()
+    places = np.sort(drawn[:_AT_ONCE])
+    rows = read(places)
+    first = rows.unpacked()  # a document begins anew
+    wanted = num_counted(num_rows, len(first.values) / max(len(places), 1))
+    if wanted < len(places):
+        return rows.take(np.searchsorted(places, np.sort(drawn[:wanted]))).unpacked()
     later = [read(np.sort(drawn[at : min(at + _AT_ONCE, wanted)])) for at in range(_AT_ONCE, wanted, _AT_ONCE)]
-    return joined_rows([first, *(rows.unpacked() for rows in later)])
+    return joined_rows([first, *(some.unpacked() for some in later)])
 
 
 class MooreLewisModel:

@@ -249,6 +249,27 @@ def test_a_sample_is_less_than_a_quarter_of_its_pool(tokens_per_row: float) -> N
         assert counted == num or (4 * counted < num and counted * tokens_per_row >= min(2**21, 2**14 * tokens_per_row))
 
 
+@pytest.mark.parametrize("sample", [500 * 6, 1_100 * 6, 10**6], ids=["fewer than are read at first", "more", "whole"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_to_count_are_drawn_at_random_and_read_once(monkeypatch, sample: int, packed: bool) -> None:
+    monkeypatch.setattr(moore_lewis, "SAMPLE_TOKENS", sample)
+    lengths, reads = [[2, 4]] * 6_000 if packed else None, list[int]()
+    rows = TokenRows.from_lists([[i] * 6 for i in range(6_000)], seq_lengths=lengths)
+
+    def read(places: np.ndarray) -> TokenRows:
+        reads.extend(places.tolist())
+        return rows.take(places)
+
+    found = moore_lewis.background_rows(6_000, read, np.random.default_rng(0))
+    wanted = min(sample // 6, 6_000)
+    assert len(reads) == len(set(reads)) == max(wanted, 1_024)
+    firsts = np.unique(found.values)  # a row's tokens are its number
+    assert len(firsts) == wanted
+    assert found.segments is None
+    assert len(found) == (1 + packed) * len(firsts)
+    assert abs(firsts.mean() - 3_000) < 300
+
+
 def test_an_empty_pool_is_refused(reference, tiny_tokenizer) -> None:
     with pytest.raises(ValueError, match="two tokens or more"):
         MooreLewisModel().fit(reference, Dataset.from_dict({"text": []}), tokenizer=tiny_tokenizer)
