@@ -120,8 +120,8 @@ GROUPS: dict[str, dict[str, Arm]] = {
     },
     "labels, used in other ways": {
         **_mixed("domain means", Arm(rank="domain means")),
-        "mixer": Arm(rank="mixer"),
-        "distilled": Arm(rank="distilled", probes=1_000, once=True, package="fasttext"),
+        **_mixed("mixer", Arm(rank="mixer")),
+        **_mixed("distilled", Arm(rank="distilled", probes=1_000, once=True, package="fasttext")),
         # Not MATES as published: 22 million parameters in place of bert-base's 110, 200 labels a round of 500 steps
         # in place of 80,000 a round of 10,000, all tokens of 32 passages in place of the last word of 1,024, and
         # top-k without noise. The encoder reads 1,000 rows a round, and tables fitted to that rank the slice. With

@@ -33,8 +33,11 @@ ARMS = {
     "ours, one round's model, 30 % random": "ours, the first round's model for all rounds",
     "domain means, 30 % random": "domains by the mean of our labels",
     "stratified by domain": "as many rows of each domain",
-    "similarity, 30 % random": "similarity of embeddings", "mixer": "an online mixer of domains, by our labels",
-    "distilled": "a classifier of our first labels", "CoLoR, 30 % random": "CoLoR-Filter",
+    "similarity, 30 % random": "similarity of embeddings",
+    "mixer, 30 % random": "an online mixer of domains, by our labels",
+    "mixer": "the same mixer, no random rows",
+    "distilled, 30 % random": "a classifier of our first labels",
+    "distilled": "the same classifier, no random rows", "CoLoR, 30 % random": "CoLoR-Filter",
     "MATES, small encoder, 30 % random": "MATES at this scale: an encoder fitted to one-step labels",
     "own domains, known, 30 % random": "rows of the reference's own domains, if one knew them",
 }  # fmt: skip
