@@ -21,7 +21,7 @@ FAST := -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 .PHONY: help setup test test-slow test-oldest test-newest docs demo lint format clean
 
 help:
-	@echo "make test        tests that take less than 5 minutes together"
+	@echo "make test        tests that take less than 10 minutes together"
 	@echo "make test-slow   the other tests"
 	@echo "make test-oldest the tests of make test with the oldest supported versions (OLDEST_TORCH=2.4.0: torch too)"
 	@echo "make test-newest the tests of make test with the newest versions"

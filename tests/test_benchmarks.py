@@ -301,6 +301,18 @@ def test_a_penalty_spreads_a_set_and_a_mask_leaves_the_better_tokens() -> None:
     assert batch.num_targets.tolist() == [*masked.num_targets, 8, 8]
 
 
+def test_steps_are_read_off_between_decays_alone() -> None:
+    from benchmarks.quality.horizon.page import reaches
+
+    def unit(*losses: float) -> dict[str, Any]:
+        ends = [{"step": 100 * i, "lambada": loss} for i, loss in enumerate(losses)]
+        return {"curve": ends[:1], "decayed": ends[1:]}
+
+    assert reaches(unit(6.0, 5.0, 4.5), unit(6.0, 5.5, 5.0), "style") == pytest.approx(0.5)
+    assert reaches(unit(6.0, 5.6, 5.1), unit(6.0, 5.5, 5.0), "style") is None
+    assert reaches(unit(6.0, 4.5), unit(6.0, 5.0), "style") is None  # a line from the start would be far off the curve
+
+
 def test_kinds_are_found_and_none_is_chosen_more_often_than_it_may_be() -> None:
     from benchmarks.lab.corpus import as_rows
     from benchmarks.quality.horizon.choosing import KINDS, capped_top_k, find_kinds, near_border

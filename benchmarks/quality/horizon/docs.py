@@ -23,6 +23,7 @@ from benchmarks.quality.horizon.page import (
     reference_loss,
     units_of,
 )
+from benchmarks.quality.horizon.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADLINE, FILTER, ALONE = "tasks", "DSIR, 30 % random", "log-odds, 30 % random"
@@ -35,12 +36,16 @@ ARMS = {
     "stratified by domain": "as many rows of each domain",
     "similarity, 30 % random": "similarity of embeddings",
     "mixer, 30 % random": "an online mixer of domains, by our labels",
-    "mixer": "the same mixer, no random rows",
+    "mixer": "an online mixer of domains, no random rows",
     "distilled, 30 % random": "a classifier of our first labels",
-    "distilled": "the same classifier, no random rows", "CoLoR, 30 % random": "CoLoR-Filter",
+    "distilled": "a classifier of our first labels, no random rows", "CoLoR, 30 % random": "CoLoR-Filter",
     "MATES, small encoder, 30 % random": "MATES at this scale: an encoder fitted to one-step labels",
     "own domains, known, 30 % random": "rows of the reference's own domains, if one knew them",
 }  # fmt: skip
+LARGER = {
+    **ARMS,
+    **{f"{arm}, 60 % random": f"{ARMS[f'{arm}, 30 % random']}, 60% random rows" for arm in ("DSIR", "log-odds")},
+}
 OTHERS = {
     "broad": "eight domains at once", "continued": "continued: two known domains, two new",
     "style": "one style of text",
@@ -89,9 +94,27 @@ def against(document: Mapping[str, Any]) -> list[list[str]]:
         for arm in (FILTER, ALONE):
             pairs = pairs_of(units, LONGER, arm)
             if pairs:
-                cells = _cells(pairs, setting)
-                outside = cells[1] if len(cells) > 2 else ""
-                found.append([name, ARMS[arm], str(len(pairs)), cells[0], outside, cells[-1]])
+                found.append([name, ARMS[arm], str(len(pairs)), *_three(pairs, setting)])
+    return found
+
+
+def _three(pairs: Pairs, setting: str) -> list[str]:
+    """As `_cells`, with an empty cell where a setting has no other tasks."""
+    cells = _cells(pairs, setting)
+    return cells if len(cells) > 2 else [cells[0], "", cells[1]]
+
+
+def larger(document: Mapping[str, Any]) -> list[list[str]]:
+    """The lines of larger models: reference and size, method, seeds, differences to random rows, FLOPs."""
+    found = []
+    for setting in SETTINGS:
+        of, _, size = setting.partition(", ")
+        units = units_of(document, setting) if size else {}
+        for arm, name in LARGER.items():
+            pairs = pairs_of(units, arm, RANDOM)
+            if pairs:
+                cells = _three(pairs, setting)
+                found.append([f"{NAMES[of]}; {size}", name, str(len(pairs)), *cells, f"{_flops(pairs):.2f}"])
     return found
 
 
@@ -184,6 +207,17 @@ def tables(document: Mapping[str, Any]) -> dict[Path, list[str]]:
                 against(document),
             ),
             table(["reference", "random rows", "ours", "DSIR, tuned", "log-odds alone"], shares(document)),
+            table(
+                [
+                    "reference; parameters",
+                    "method",
+                    "seeds",
+                    "text like the reference",
+                    "answers of other tasks",
+                    *ends[::2],
+                ],
+                larger(document),
+            ),
         ],
         ROOT / "docs" / "ablations.md": [
             table(["change", *asked, "items, where as much is given up", "FLOPs"], changes(document))

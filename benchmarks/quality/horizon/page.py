@@ -125,14 +125,14 @@ def _against(setting: str, units: Units, ours: str) -> list[str]:
         if not pairs:
             continue
         ends = [(own["decayed"][-1], theirs["decayed"][-1]) for own, theirs in pairs]
-        reached = [reaches(own, theirs, setting) for own, theirs in pairs]
+        reached = [reaches(own, theirs, setting) for own, theirs in pairs if len(theirs["decayed"]) > 1]
         times = ", ".join("not" if share is None else f"{1 / share:.2f}" for share in reached)
         rows.append([arm, len(pairs), *differences_of(setting, ends), times])
     if not rows:
         return []
     return [
         f"`{ours}`, {WAYS[ours]}, minus each of these. Last column: how many times its steps an arm took to where the "
-        "arm ends, seed by seed; `not` where it does not get there.",
+        "arm ends, seed by seed; `not` where it does not get there, empty where decays of one length were made.",
         table(["minus", "seeds", *_heads(setting), "steps to its end"], rows),
     ]
 
@@ -198,7 +198,12 @@ def _few(found: Sequence[Any]) -> str:
 
 
 def reaches(unit: Mapping[str, Any], random: Mapping[str, Any], setting: str) -> float | None:
-    """The share of random's steps after which an arm has random's last loss, between the ends of its decays."""
+    """The share of random's steps after which an arm has random's last loss, between the ends of its decays.
+
+    None where it never has, and where there is one decay, between whose end and the start a line says nothing.
+    """
+    if len(unit["decayed"]) == 1:
+        return None
     goal = reference_loss(random["decayed"][-1], setting)
     curve = [
         {"step": losses["step"], "loss": reference_loss(losses, setting)}

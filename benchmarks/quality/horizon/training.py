@@ -313,7 +313,9 @@ class Run:
             previous, evidence = self.tables if self.arm.pooled else None, self._log_odds if self.arm.prior else None
             model = NgramInfluenceModel(seed=seed, evidence_weight=self.arm.evidence_weight)
             self.tables = model.fit(rows, labels, previous=previous, evidence=evidence)
-            record["spearman"], flops = self.tables.report.spearman, self.tables.report.flops or 0.0
+            report = self.tables.report
+            record["spearman"], record["evidence_weight"] = report.spearman, report.evidence_weight
+            flops = report.flops or 0.0
         self._cost("fit", flops)
         worth = (labels.influence_per_token - labels.influence_per_token.mean()) / labels.influence_per_token.std()
         means, counts = self.lab.by_domain(self.probes, worth)
