@@ -15,7 +15,7 @@ from transformers import DataCollatorWithFlattening, default_data_collator
 from mates_hf import MatesCallback, MatesStream, NgramInfluenceModel
 from mates_hf.prediction import moore_lewis
 from mates_hf.training.verify import verify_run
-from tests.training.kit import Stop, make_arguments, make_pool, make_reference, run, small_config
+from tests.training.kit import OLD_DATASETS, Stop, make_arguments, make_pool, make_reference, run, small_config
 
 
 @pytest.fixture
@@ -111,6 +111,8 @@ KINDS: dict[str, tuple[Any, Any]] = {
     ("kind", "most"), [("unequal targets", 2**21), *((kind, 1_000) for kind in KINDS)], ids=["whole", *KINDS]
 )
 def test_a_resumed_run_chooses_as_one_that_was_not_stopped(tmp_path: Path, counted, monkeypatch, kind, most) -> None:
+    if kind == "stream" and OLD_DATASETS:
+        pytest.skip("streams need datasets 4.0")
     monkeypatch.setattr(moore_lewis, "SAMPLE_TOKENS", most)
     make, collator = KINDS[kind]
 
