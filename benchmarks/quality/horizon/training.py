@@ -93,7 +93,7 @@ class Run:
             state = self._state() if end != sizes.steps else None
             begin, length = self.step, end // 10
             self._steps(end, lambda step, begin=begin, length=length: 1 - (step - begin) / length)
-            self.decayed.append(self.reader.losses(self.model, self.step, sum(self.flops.values())))
+            self.decayed.append(self._losses())
             if state is not None:
                 self._back_to(state)
         return {
@@ -174,7 +174,7 @@ class Run:
     # --- what is read of it, the same for every arm and not among its costs ---
 
     def _look(self) -> None:
-        self.curve.append(self.reader.losses(self.model, self.step, sum(self.flops.values())))
+        self.curve.append(self._losses())
         if self.arm.watched:
             rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
             labels = self._probe(256).measure(self.model, self.optimizer, self._read(256), rows)
@@ -184,6 +184,9 @@ class Run:
                 found["log_odds"] = self._log_odds[0].plus(self._log_odds[1]).scaled(1.0).score(rows)
                 found["asked"] = self._own(self.reserved[: self.sizes.watched])
             self.watched.append(found)
+
+    def _losses(self) -> dict[str, Any]:
+        return self.reader.losses(self.model, self.step, sum(self.flops.values()))
 
     # --- choosing ---
 
