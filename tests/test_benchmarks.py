@@ -313,6 +313,45 @@ def test_steps_are_read_off_between_decays_alone() -> None:
     assert reaches(unit(6.0, 4.5), unit(6.0, 5.0), "style") is None  # a line from the start would be far off the curve
 
 
+def test_units_are_found_in_the_json_and_in_the_folder_if_their_arm_is_as_it_was(tmp_path: Path) -> None:
+    from benchmarks.lab.units import keep, recover, unit_path
+
+    @dataclasses.dataclass(frozen=True)
+    class Cell:
+        arm: str
+        seed: int
+
+        @property
+        def name(self) -> str:
+            return f"{self.arm}/{self.seed}"
+
+    @dataclasses.dataclass(frozen=True)
+    class How:
+        rounds: int = 1
+        new_option: bool = False
+
+    def made(arm: str, seed: int, **settings: Any) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "settings": settings}
+
+    arms = {"a": How(), "b": How(rounds=2), "c": How(rounds=3)}
+    document = {"settings": {"sizes": {"steps": 4}}, "units": [made("a", 0, rounds=1), made("b", 0, rounds=1)]}
+    bench: Any = SimpleNamespace(work=tmp_path, earlier=lambda: document)
+    for result in (made("b", 1, rounds=2), made("c", 1, rounds=2), made("gone", 1, rounds=1)):
+        keep(unit_path(tmp_path, f"{result['arm']}/1"), result)
+    found = recover(bench, How(rounds=4), Cell, arms, How())  # of other sizes
+    assert set(found) == {"b/1"}
+
+    @dataclasses.dataclass(frozen=True)
+    class Sizes:
+        steps: int = 4
+
+    found = recover(bench, Sizes(), Cell, arms, How())
+    assert set(found) == {"a/0", "b/1"}, "an arm that changed since is none of its units"
+    assert found["b/1"]["settings"] == {"rounds": 2, "new_option": False}
+    assert unit_path(tmp_path, "a/0").exists()
+    assert not unit_path(tmp_path, "b/0").exists()
+
+
 def test_kinds_are_found_and_none_is_chosen_more_often_than_it_may_be() -> None:
     from benchmarks.lab.corpus import as_rows
     from benchmarks.quality.horizon.choosing import KINDS, capped_top_k, find_kinds, near_border

@@ -63,23 +63,30 @@ def take_over(work: Path, results: Mapping[str, Result], wanted: Mapping[str, Re
 
 
 def recover(bench: Bench, sizes: Any, unit_of: type, arms: Mapping[str, Any], default: Any) -> dict[str, Result]:
-    """Take over units of the newest JSON that were made at these sizes by arms as they are now; all such, by name.
+    """All units that were made by arms as they are now, by name: of the newest JSON, and those that are kept.
 
-    `unit_of` is the record of a unit, and `arms` are records by name. A field that an older unit does not know has the
-    value of the `default` arm there.
+    Units of a JSON of these sizes are kept from then on. `unit_of` is the record of a unit, and `arms` are records by
+    name. A field that an older unit does not know has the value of the `default` arm there.
     """
     document = bench.earlier()
-    if document is None or document["settings"]["sizes"] != plain(dataclasses.asdict(sizes)):
-        return {}
+    same = document is not None and document["settings"]["sizes"] == plain(dataclasses.asdict(sizes))
+    published = _as_now(document["units"] if document is not None and same else [], unit_of, arms, default)
+    take_over(bench.work, published, {name: result["settings"] for name, result in published.items()})
+    paths = sorted((bench.work / "units").glob("*.json"))
+    kept_units = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return {**published, **_as_now(kept_units, unit_of, arms, default)}
+
+
+def _as_now(results: Iterable[Result], unit_of: type, arms: Mapping[str, Any], default: Any) -> dict[str, Result]:
+    """Of these results those whose arm has the settings that it has now, by the unit's name."""
     keys = [field.name for field in dataclasses.fields(unit_of)]
     now = {name: plain(dataclasses.asdict(arm)) for name, arm in arms.items()}
     found = {}
-    for result in document["units"]:
+    for result in results:
         unit = unit_of(**{key: result[key] for key in keys})
         settings = {**plain(dataclasses.asdict(default)), **result["settings"]}
         if now.get(unit.arm) == settings:
             found[unit.name] = {**result, "settings": settings}
-    take_over(bench.work, found, {name: result["settings"] for name, result in found.items()})
     return found
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.lab.harness import Bench
 from benchmarks.lab.machine import versions
-from benchmarks.lab.units import read_units, recover, run_units
+from benchmarks.lab.units import recover, run_units
 from benchmarks.quality.horizon.arms import ARMS, RANDOM, REPORTED_SEEDS, Arm, Unit
 from benchmarks.quality.horizon.docs import tables
 from benchmarks.quality.horizon.frontier import pictures
@@ -62,7 +62,7 @@ def run(bench: Bench) -> dict[str, Any]:
     ]
     earlier = recover(bench, sizes, Unit, ARMS, Arm())
     done = run_units(bench, run_unit, {unit.name: (bench.data, bench.work, sizes, unit) for unit in units})
-    found = {**earlier, **read_units(bench.work, earlier), **done}
+    found = {**earlier, **done}
     return {
         "settings": {"quick": bench.quick, "sizes": dataclasses.asdict(sizes), **versions("torch", "transformers")},
         "units": list(found.values()),
