@@ -96,7 +96,7 @@ class DirectionalProbe:
             alone, the first-order value of one optimizer step. There are fewer where a share would have less than four
             passages, or, where weights are sharded, less than one for each process.
         path_rate: length of the strides from one to the next, in steps of the run at its learning rate; None makes all
-            of them together as long as the coming round is by its schedule, but no longer than 64 steps at the run's
+            of them together as long as the coming round is by its schedule, but no longer than 32 steps at the run's
             peak rate. Alone 0.5.
         rate_steps: the coming round in steps at the present learning rate, by the sums of the rates; None takes the
             run's, alone it is not known.

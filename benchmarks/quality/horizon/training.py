@@ -283,10 +283,11 @@ class Run:
 
     def _probe(self, passages: int) -> DirectionalProbe | OneStepProbe:
         """The probe of a round that reads so many passages; pool text among them makes no path longer."""
-        if self.arm.rank == "MATES":
-            return OneStepProbe(max_grad_norm=1.0, tokens_per_batch=self.lab.tokens_per_batch)
-        points = num_path_points(self.arm.path_steps, passages)
-        return DirectionalProbe(tokens_per_batch=self.lab.tokens_per_batch, path_steps=points, path_rate=0.5)
+        arm, size = self.arm, self.lab.tokens_per_batch
+        if arm.rank == "MATES":
+            return OneStepProbe(max_grad_norm=1.0, tokens_per_batch=size)
+        points = num_path_points(arm.path_steps, passages)
+        return DirectionalProbe(tokens_per_batch=size, path_steps=points, path_rate=arm.path_rate)
 
     @functools.cached_property
     def _kind_of(self) -> Callable[[TokenRows], Ids]:
