@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mates_hf.engine.combined_optimizer import CombinedOptimizer
     from mates_hf.errors import MatesError
     from mates_hf.influence.probe_directional import DirectionalProbe
+    from mates_hf.influence.probe_loss_reduction import LossReductionProbe
     from mates_hf.influence.probe_one_step import OneStepProbe
     from mates_hf.prediction.encoder_model import EncoderInfluenceModel
     from mates_hf.prediction.feature_model import FeatureInfluenceModel
@@ -42,6 +43,7 @@ __all__ = [
     "DirectionalProbe",
     "EncoderInfluenceModel",
     "FeatureInfluenceModel",
+    "LossReductionProbe",
     "MatesCallback",
     "MatesConfig",
     "MatesError",
@@ -65,6 +67,7 @@ _HOME = {
     "DirectionalProbe": "mates_hf.influence.probe_directional",
     "EncoderInfluenceModel": "mates_hf.prediction.encoder_model",
     "FeatureInfluenceModel": "mates_hf.prediction.feature_model",
+    "LossReductionProbe": "mates_hf.influence.probe_loss_reduction",
     "MatesCallback": "mates_hf.training.callback",
     "MatesConfig": "mates_hf.config",
     "MatesError": "mates_hf.errors",

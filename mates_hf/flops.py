@@ -16,6 +16,7 @@ FORWARD = 2.0
 FORWARD_AND_BACKWARD = 6.0
 NUM_EPSILON_CANDIDATES = 16  # candidates that choose ε, on either side at ε and at 2ε for each step tried
 PATH_STEPS = 32  # points of the default probe's path
+PASSAGES_PER_STEP = 16  # of `LossReductionProbe`
 MIN_PASSAGES = 4  # that a point of a path reads: fewer are mostly noise
 NUM_SECOND_MOMENT_BATCHES = 4  # batches of which E[g_B²] is the mean
 # Of the n-gram influence model, on the CPU. A labelled token: about 200 sweeps over the cells of three tables, most of
@@ -62,6 +63,30 @@ def directional_flops(
     once = gradient_flops(num_parameters, num_reference_tokens + num_second_moment_tokens)
     num_epsilon_tokens = 4 * epsilon_steps * NUM_EPSILON_CANDIDATES * tokens_per_row
     return once + forward_flops(num_parameters, 2 * num_candidate_tokens + num_epsilon_tokens + num_compared_tokens)
+
+
+def loss_reduction_flops(
+    num_parameters: int,
+    *,
+    num_candidate_tokens: float,
+    num_reference_tokens: float,
+    num_trained_tokens: float,
+    num_compared_tokens: float = 0,
+) -> float:
+    """FLOPs of one `LossReductionProbe.measure`: steps on passages, and two forward passes a candidate.
+
+    Args:
+        num_parameters: parameters a token is multiplied with.
+        num_candidate_tokens: tokens of all candidates.
+        num_reference_tokens: tokens of the reference task, read once before the steps.
+        num_trained_tokens: tokens of the passages that the steps read.
+        num_compared_tokens: tokens run forward to find how the run's loss is read.
+
+    Returns:
+        FLOPs, without those of the optimizer's steps.
+    """
+    forward = 2 * num_candidate_tokens + num_reference_tokens + num_compared_tokens
+    return gradient_flops(num_parameters, num_trained_tokens) + forward_flops(num_parameters, forward)
 
 
 def num_path_points(path_steps: int, num_passages: int, num_processes: int = 1) -> int:

@@ -23,6 +23,7 @@ IntArray = npt.NDArray[np.int64]
 _NO_NUMBERS = ("interval", "calibration", "ranking", "probe")  # of a fit report
 _LABEL_COLUMNS = ("candidate_id", "influence", "influence_per_token", "loss", "num_tokens", "probe")
 
+LOSS_REDUCTION = "loss_reduction"  # `InfluenceLabels.kind` of a `LossReductionProbe`
 PATH_LABELS = "path"  # `InfluenceLabels.kind` of a `DirectionalProbe` that read several points
 
 STATE_KEY = "mates_hf"  # of the run's state in `TrainerState.stateful_callbacks`
@@ -102,10 +103,10 @@ class InfluenceLabels:
 
     @property
     def kind(self) -> str:
-        """What the labels are: "path", "directional" (a derivative at one point), "one_step", or a probe's own name.
+        """What the labels are: "path", "directional" (a derivative at one point), or the name that a probe gives them.
 
-        Several are joined by commas. Labels of a `DirectionalProbe` that do not say how many points it read are taken
-        for path labels, its default.
+        Those are "one_step" and "loss_reduction" of the others here. Several are joined by commas. Labels of a
+        `DirectionalProbe` that do not say how many points it read are taken for path labels, its default.
         """
         names = [str(name) for name in np.unique(self.probe)]
         is_path = self.info.get("path_points", 2) != 1

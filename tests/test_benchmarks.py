@@ -383,8 +383,8 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
 
     names = (
         "ours", "CoLoR", "ours, virtual labels", "ours, keep 1", "ours, late", "ours, tokens masked",
-        "ours, passages apart", "ours, twice of a kind", "ours, probes near the border", "mixer", "domain means",
-        "random, watched",
+        "ours, passages apart", "ours, twice of a kind", "ours, probes near the border",
+        "ours, loss reduction", "mixer", "domain means", "random, watched",
     )  # fmt: skip
     sizes = Sizes(warm=4, steps=12, branches=(), marks=(), judged=8, reserved=200, watched=60, held=1)
     lab, runs = open_lab(write_built_in(tmp_path / "data"), tmp_path, "style", None, 8), {}
@@ -402,6 +402,7 @@ def test_arms_of_the_long_lab_choose_each_in_their_own_way(tmp_path: Path, monke
     }
     assert (probed["ours"], probed["ours, late"]) == ([2, 6, 10], [6, 10])
     assert runs["ours, virtual labels"][0].probed == 2 * runs["ours"][0].probed
+    assert runs["ours, loss reduction"][0].flops["probe"] < 0.8 * runs["ours"][0].flops["probe"]
     color, passages = runs["CoLoR"][0], lab.reference["all"].rows
     assert color._filter.rank(passages).mean() > color._filter.rank(lab.rows.take(color.reserved)).mean() + 0.05
     assert color.flops["score"] > color.flops["train"] > 0.1 * color.flops["fit"] > 0

@@ -80,6 +80,7 @@ def objects(folder: Path) -> list[Any]:
     dataset = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 50})
     config = mates_hf.MatesConfig(rounds_dir="d" * 5_000, update_steps=77)
     probes = [mates_hf.DirectionalProbe(learning_rates=(0.1,) * 500, loss=print), mates_hf.OneStepProbe(loss=print)]
+    probes.append(mates_hf.LossReductionProbe(learning_rates=(0.1,) * 500, loss=print))
     strange = {"number": EVIL, "guard": {"decision": EVIL, "spearman": float("nan"), "interval": EVIL}, "stages": [1]}
     return [
         rows, task, task.rows.take(np.arange(0)), CandidatePool(dataset), CandidatePool(dataset).select([1]), config,

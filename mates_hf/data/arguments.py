@@ -153,7 +153,9 @@ def check_probe(probe: Any) -> None:
     Raises:
         TypeError: It is a class, a name, or lacks `measure` or `for_run`.
     """
-    _check_parts("probe", probe, ("measure", "for_run"), "`DirectionalProbe()` or `OneStepProbe()`")
+    _check_parts(
+        "probe", probe, ("measure", "for_run"), "`DirectionalProbe()`, `LossReductionProbe()` or `OneStepProbe()`"
+    )
 
 
 def check_influence_model(model: Any, *needed: str) -> None:

@@ -167,18 +167,19 @@ def require_steps(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
-def require_real_steps(optimizer: torch.optim.Optimizer) -> None:
+def require_real_steps(optimizer: torch.optim.Optimizer, probe: str = "OneStepProbe") -> None:
     """Refuse an optimizer that a probe cannot take steps with and put back.
 
     Args:
         optimizer: the live optimizer, unwrapped.
+        probe: what messages call the probe.
 
     Raises:
         UnsupportedOptimizerError: says what stands in the way.
     """
     if engine_optimizer(optimizer) is not None:
         raise UnsupportedOptimizerError(
-            "`OneStepProbe` takes real steps, which DeepSpeed's engine takes alone. Use `DirectionalProbe`, or train "
+            f"`{probe}` takes real steps, which DeepSpeed's engine takes alone. Use `DirectionalProbe`, or train "
             "with DDP or FSDP2."
         )
     require_steps(optimizer)

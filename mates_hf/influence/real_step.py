@@ -1,6 +1,7 @@
 """One step of the run's own optimizer on the gradients at hand, by its own code, to be undone.
 
-Where it is used: `OneStepProbe` takes one for each candidate, and puts the parameters back by its snapshot.
+Where it is used: `OneStepProbe` takes one for each candidate, and puts the parameters back by its snapshot;
+`LossReductionProbe` takes one after the other.
 
 An optimizer that `preconditioner` knows moves each parameter by itself, most of them each element by itself. So it
 steps on one piece after the other, each with a copy of that piece's state: bit for bit the same step, without a copy
@@ -35,15 +36,18 @@ class RealStep:
     Args:
         optimizer: the live optimizer, unwrapped; inside `preserved`, which empties its hooks.
         learning_rates: one a parameter group.
+        stays: Whether steps follow each other and change the optimizer's state, as in training.
 
     Attributes:
         needs_copy: true where `take` changes the optimizer's state, so that it must be copied and put back.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, learning_rates: Sequence[float]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, learning_rates: Sequence[float], *, stays: bool = False
+    ) -> None:
         self._optimizer, self._rates = optimizer, list(learning_rates)
         self._alone = [stepped_alone(part) for part in optimizer_parts(optimizer)]
-        self.needs_copy = not all(self._alone)
+        self.needs_copy = stays or not all(self._alone)
         self._moved = {id(parameter): parameter for parameter in _parameters_of_null_step(optimizer)}
         groups = [group["params"] for group in optimizer.param_groups]
         shards = [local_shard(parameter) for group in groups for parameter in group]

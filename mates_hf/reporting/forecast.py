@@ -28,6 +28,7 @@ from mates_hf.flops import (
     directional_flops,
     forward_flops,
     gradient_flops,
+    loss_reduction_flops,
     num_path_points,
     one_step_flops,
 )
@@ -174,9 +175,10 @@ def predict_cost(
     size: RunSize,
     config: MatesConfig,
     *,
-    probe: Literal["directional", "one_step"] = "directional",
+    probe: Literal["directional", "one_step", "loss_reduction"] = "directional",
     second_moment: Literal["state", "batches"] = "state",
     path_steps: int = PATH_STEPS,
+    passes: float = 1.0,
     epsilon_steps: int = 1,
     encoder: Encoder | None = None,
 ) -> PredictedCost:
@@ -185,10 +187,11 @@ def predict_cost(
     Args:
         size: Size of the run.
         config: Config of the rounds.
-        probe: `DirectionalProbe`, or `OneStepProbe`, the paper's, which reads the reference task for each candidate
-            and is not audited.
+        probe: `DirectionalProbe`; `OneStepProbe`, the paper's, which reads the reference task for each candidate; or
+            `LossReductionProbe`. The first alone is audited.
         second_moment: Where the directional probe takes the second moment from.
         path_steps: Points of the directional probe's path.
+        passes: How often the probe of loss reductions trains on each passage.
         epsilon_steps: steps the directional probe tries to find ε; 0 where it is given.
         encoder: the influence model; None is the n-gram one, on the CPU.
 
@@ -225,6 +228,15 @@ def predict_cost(
             num_reference_tokens=num_passages * size.tokens_per_passage,
         )
 
+    def loss_reduction(num_candidates: int, num_passages: int) -> float:
+        return loss_reduction_flops(
+            size.multiplied,
+            num_candidate_tokens=num_candidates * size.tokens_per_row,
+            num_reference_tokens=num_passages * size.tokens_per_passage,
+            num_trained_tokens=passes * num_passages * size.tokens_per_passage,
+        )
+
+    measured = {"directional": directional, "one_step": one_step, "loss_reduction": loss_reduction}[probe]
     per_round: dict[str, float] = {}
     if probe == "directional":
         per_round["probe"] = directional(config.num_probes, size.num_passages, epsilon_steps)
@@ -232,11 +244,11 @@ def predict_cost(
             passages = min(NUM_AUDIT_PASSAGES, size.num_passages)
             per_round["audit"] = directional(NUM_AUDITED, passages, points=1) + one_step(NUM_AUDITED, passages)
     else:
-        per_round["probe"] = one_step(config.num_probes, size.num_passages)
+        per_round["probe"] = measured(config.num_probes, size.num_passages)
     grows, num_checks = config.first_steps is not None, sum(map(len, map(config.checks_inside, lengths)))
     few, passages = min(NUM_SENTINELS, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
     few = NUM_SENTINELS if grows else few
-    once = directional(few, passages) if probe == "directional" else one_step(few, passages)
+    once = measured(few, passages)
     if config.drift_check_steps and not grows:
         per_round["sentinel"] = once
     labelled = config.num_probes * size.tokens_per_row

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mates_hf.display import cut, interval, number
 from mates_hf.prediction.artifacts import model_digest
-from mates_hf.records import PATH_LABELS, FitReport
+from mates_hf.records import LOSS_REDUCTION, PATH_LABELS, FitReport
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,13 @@ LOG_ODDS = "log_odds"  # `label_unit` of a filter, which asks no model
 _UNITS = {  # what predictions are, by `label_unit`
     "step": "nats/token of reference loss that one optimizer step on the row takes off; > 0 helps, higher is better",
     LOG_ODDS: "nats/token by which the reference's words are likelier than the pool's; > 0 is more like the reference",
-    "order": "path labels give an order: higher is better, and zero and scale are not those of a step",
+    "order": "an order: higher is better, and zero and scale are not those of a step",
 }
 _MEASURED_BY = {  # by `FitReport.probe`
     PATH_LABELS: "`DirectionalProbe` along a path",
     "directional": "`DirectionalProbe` at one point",
     "one_step": "`OneStepProbe`",
+    LOSS_REDUCTION: "`LossReductionProbe`",
 }
 
 
@@ -127,7 +128,9 @@ def label_unit(report: Any, origin: Mapping[str, Any]) -> Any:
     if origin.get("label_unit") is not None:
         return origin["label_unit"]
     kinds = set((getattr(report, "probe", None) or "").split(", "))
-    return "order" if PATH_LABELS in kinds else "step" if kinds <= {"directional", "one_step"} else None
+    if kinds & {PATH_LABELS, LOSS_REDUCTION}:
+        return "order"
+    return "step" if kinds <= {"directional", "one_step"} else None
 
 
 def _measured_by(report: FitReport | None) -> str:

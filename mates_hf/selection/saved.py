@@ -294,7 +294,7 @@ def round_origin(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label_unit(info: Mapping[str, Any]) -> str | None:
-    """`"step"` where a round's labels price one step, `"order"` where they are of a path; None for another's probe."""
+    """`"step"` where a round's labels price one step, `"order"` where they look further; None for another's probe."""
     probe = info.get("probe")
     if isinstance(probe, Mapping):
         losses = probe.get("path_losses")  # of rounds before `path_points` was recorded
@@ -304,7 +304,8 @@ def _label_unit(info: Mapping[str, Any]) -> str | None:
     measured = info.get("measured_with")
     probe = measured.get("probe") if isinstance(measured, Mapping) else None
     name = str(probe.get("class", "")) if isinstance(probe, Mapping) else ""
-    return "step" if name.startswith("mates_hf.") and name.endswith(".OneStepProbe") else None
+    units = {"OneStepProbe": "step", "LossReductionProbe": "order"}
+    return units.get(name.rpartition(".")[2]) if name.startswith("mates_hf.") else None
 
 
 def _read_tokenizer(folder: Path, recorded: Any) -> Any:

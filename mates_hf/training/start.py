@@ -23,10 +23,10 @@ from mates_hf.engine.processes import Processes
 from mates_hf.engine.weight_store import adopt_engine
 from mates_hf.errors import UnsupportedSettingError
 from mates_hf.flops import PATH_STEPS
+from mates_hf.influence.own_probes import OWN_PROBES, STEPPING_PROBES
 from mates_hf.influence.preconditioner import require_known, require_real_steps, unwrap_optimizer
 from mates_hf.influence.probe import Probe, RunSettings, read_given
 from mates_hf.influence.probe_directional import DirectionalProbe
-from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.influence.reference_feed import fed_reference
 from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -262,8 +262,8 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     optimizer = unwrap_optimizer(loop.optimizer, unwrap(loop.model))
     if isinstance(parts.probe, DirectionalProbe):
         require_known(optimizer)
-    elif isinstance(parts.probe, OneStepProbe):
-        require_real_steps(optimizer)
+    elif isinstance(parts.probe, STEPPING_PROBES):
+        require_real_steps(optimizer, type(parts.probe).__name__)
     check_pool(loop.pool, loop.model)
     check_examples(loop.pool, parts.reference, parts.influence_model, rows_together=_rows_together(loop))
     reference = parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model))
@@ -359,7 +359,7 @@ def _compare(probe: Probe, loop: Loop, reference: ReferenceTask) -> ReferenceTas
 
     A probe of the user's own reads token rows as they are, and of other rows what the run's collator makes.
     """
-    if not isinstance(probe, (DirectionalProbe, OneStepProbe)) and reference.is_text and not loop.pool.beyond_text:
+    if not isinstance(probe, OWN_PROBES) and reference.is_text and not loop.pool.beyond_text:
         return reference
     loss, reference_loss = getattr(probe, "loss", None), getattr(probe, "reference_loss", None)
     is_given = loss is not None

@@ -13,6 +13,7 @@ from mates_hf.data.rows import TokenRows
 from mates_hf.errors import MatesError
 from mates_hf.influence.preconditioner import FreshOptimizerError
 from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_loss_reduction import LossReductionProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
@@ -37,7 +38,7 @@ def make_labels(num: int = 12) -> InfluenceLabels:
     )
 
 
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()])
+@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe(), LossReductionProbe()])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -73,7 +74,7 @@ def test_measure_says_what_it_was_given_and_how_to_make_it_right(probe, changes,
         probe.measure(given["model"], given["optimizer"], given["reference"], given["candidates"])
 
 
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()])
+@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe(), LossReductionProbe()])
 def test_a_fresh_optimizer_that_is_supported_is_said_to_be(probe, tiny_model):
     with pytest.raises(FreshOptimizerError, match=r"fresh RMSprop\. It is supported: train a step first"):
         probe.measure(tiny_model, torch.optim.RMSprop(tiny_model.parameters()), TASK, DATASET)

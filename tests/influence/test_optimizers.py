@@ -32,6 +32,7 @@ from mates_hf.influence.preconditioner import (
     require_steps,
 )
 from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_loss_reduction import LossReductionProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.influence.real_step import RealStep
 from tests.engine.test_preserve import assert_same, everything
@@ -639,7 +640,9 @@ REFUSED_MAKERS: dict[str, tuple[Make, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED_MAKERS)
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()], ids=["directional", "one_step"])
+@pytest.mark.parametrize(
+    "probe", [DirectionalProbe(), OneStepProbe(), LossReductionProbe()], ids=lambda probe: type(probe).__name__
+)
 def test_refused_by_name(name: str, probe: Any) -> None:
     make, message = REFUSED_MAKERS[name]
     model, _ = trained_by(of("SGD"), steps=0)

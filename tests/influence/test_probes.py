@@ -24,6 +24,7 @@ from mates_hf.influence.preconditioner import (
 )
 from mates_hf.influence.probe import RunSettings
 from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_loss_reduction import LossReductionProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.influence.reference_path import shares_of_path
 from mates_hf.records import InfluenceLabels
@@ -33,6 +34,7 @@ from tests.influence.test_passes import gpt2
 FLOAT32 = 3e-6  # labels are float32; relative to the largest
 # Of the central difference, relative to the largest label: Llama's norm computes in float32 even in a float64 model.
 EPSILON_AND_ERROR = {"gpt2": (1e-5, 3e-6), "llama": (3e-4, 1e-3)}
+EACH_KIND = (DirectionalProbe(), OneStepProbe(), LossReductionProbe())
 Live = tuple[Any, torch.optim.Optimizer]
 Optimizers = Callable[[Any], torch.optim.Optimizer]
 
@@ -395,8 +397,13 @@ def test_probes_agree_on_a_trained_model(trained: Live) -> None:
 
 @pytest.mark.parametrize(
     "probe",
-    [DirectionalProbe(), DirectionalProbe(path_steps=2), OneStepProbe(max_grad_norm=1.0)],
-    ids=["directional", "path", "one_step"],
+    [
+        DirectionalProbe(),
+        DirectionalProbe(path_steps=2),
+        OneStepProbe(max_grad_norm=1.0),
+        LossReductionProbe(passes=6),
+    ],
+    ids=["directional", "path", "one_step", "loss_reduction"],
 )
 def test_planted_candidates_rank_first(trained: Live, probe: Any) -> None:
     """Passages of the reference task itself help more than random tokens; a flipped sign would turn this round."""
@@ -409,8 +416,13 @@ def test_planted_candidates_rank_first(trained: Live, probe: Any) -> None:
 
 @pytest.mark.parametrize(
     "probe",
-    [DirectionalProbe(), DirectionalProbe(path_steps=2), OneStepProbe(max_grad_norm=1.0)],
-    ids=["directional", "path", "one_step"],
+    [
+        DirectionalProbe(),
+        DirectionalProbe(path_steps=2),
+        OneStepProbe(max_grad_norm=1.0),
+        LossReductionProbe(passes=6),
+    ],
+    ids=["directional", "path", "one_step", "loss_reduction"],
 )
 @pytest.mark.parametrize("fails_at", [None, 1, 2, 3, 6])
 def test_probing_changes_no_bit(make_live: Callable[..., Live], probe: Any, fails_at: int | None) -> None:
@@ -452,8 +464,9 @@ def columns(labels: InfluenceLabels) -> dict[str, Any]:
         DirectionalProbe(second_moment="batches", batch_rows=4),
         DirectionalProbe(path_steps=2),
         OneStepProbe(max_grad_norm=1.0),
+        LossReductionProbe(passes=4, max_grad_norm=1.0, seed=3),
     ],
-    ids=["directional", "batches", "path", "one_step"],
+    ids=["directional", "batches", "path", "one_step", "loss_reduction"],
 )
 def test_probing_twice_gives_the_same_bits(trained: Live, probe: Any) -> None:
     model, optimizer = trained
@@ -466,8 +479,8 @@ def test_probing_twice_gives_the_same_bits(trained: Live, probe: Any) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(
     "probe",
-    [DirectionalProbe(), DirectionalProbe(path_steps=2), OneStepProbe()],
-    ids=["directional", "path", "one_step"],
+    [DirectionalProbe(), DirectionalProbe(path_steps=2), OneStepProbe(), LossReductionProbe(passes=8)],
+    ids=["directional", "path", "one_step", "loss_reduction"],
 )
 def test_gradient_checkpointing_gives_the_same_bits(trained: Live, probe: Any, reentrant: bool) -> None:
     model, optimizer = copy.deepcopy(trained)
@@ -543,7 +556,7 @@ def test_frozen_and_unreached_parameters_stay_out(make_live: Callable[..., Live]
     model.extra = extra
     optimizer.add_param_group({"params": [extra]})
     before = everything(model, optimizer)
-    for probe in (DirectionalProbe(), OneStepProbe(max_grad_norm=1.0)):
+    for probe in (DirectionalProbe(), OneStepProbe(max_grad_norm=1.0), LossReductionProbe(passes=8)):
         labels = probe.measure(model, optimizer, task(random_rows(4, 100)), random_rows(5, 200))
         assert np.isfinite(labels.influence).all()
     assert_same(before, everything(model, optimizer))
@@ -552,7 +565,7 @@ def test_frozen_and_unreached_parameters_stay_out(make_live: Callable[..., Live]
     assert extra not in direction.by_parameter
 
 
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()], ids=["directional", "one_step"])
+@pytest.mark.parametrize("probe", EACH_KIND, ids=lambda probe: type(probe).__name__)
 def test_given_learning_rates_replace_a_zero(make_live: Callable[..., Live], probe: Any) -> None:
     model, optimizer = make_live(adamw)
     reference, candidates = task(random_rows(4, 100)), random_rows(5, 200)
@@ -578,9 +591,12 @@ def test_for_run_fills_only_what_is_open() -> None:
     assert OneStepProbe(max_grad_norm=0.0).for_run(settings) == OneStepProbe(
         max_grad_norm=0.0, learning_rates=(1.0,), tokens_per_batch=4, progress=True
     )
+    assert LossReductionProbe(seed=1).for_run(settings) == LossReductionProbe(
+        max_grad_norm=2.0, learning_rates=(1.0,), tokens_per_batch=4, seed=1, progress=True
+    )
 
 
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()], ids=["directional", "one_step"])
+@pytest.mark.parametrize("probe", EACH_KIND, ids=lambda probe: type(probe).__name__)
 @pytest.mark.parametrize("make_optimizer", [adamw, lambda model: sgd(model, momentum=0.9)], ids=["adamw", "sgd"])
 def test_fresh_optimizer_is_refused(make_live: Callable[..., Live], probe: Any, make_optimizer: Optimizers) -> None:
     model, optimizer = make_live(make_optimizer, steps=0)
@@ -603,12 +619,14 @@ def test_unknown_optimizers_are_refused(make_live: Callable[..., Live]) -> None:
             DirectionalProbe().measure(model, optimizer, reference, candidates)
     with pytest.raises(UnsupportedOptimizerError, match="several times"):
         OneStepProbe().measure(model, torch.optim.LBFGS(model.parameters()), reference, candidates)
+    with pytest.raises(UnsupportedOptimizerError, match="several times"):
+        LossReductionProbe().measure(model, torch.optim.LBFGS(model.parameters()), reference, candidates)
     other, _ = make_live(adamw)
     with pytest.raises(UnsupportedOptimizerError, match="parameters of `model`"):
         DirectionalProbe().measure(other, adamw(model), reference, candidates)
 
 
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()], ids=["directional", "one_step"])
+@pytest.mark.parametrize("probe", EACH_KIND, ids=lambda probe: type(probe).__name__)
 def test_labels_that_cannot_rank_are_an_error_by_name(make_live: Callable[..., Live], probe: Any) -> None:
     model, optimizer = make_live(adamw)
     reference, one = task(random_rows(4, 100)), random_rows(1, 200)
@@ -622,7 +640,7 @@ def test_labels_that_cannot_rank_are_an_error_by_name(make_live: Callable[..., L
         probe.measure(model, optimizer, reference, random_rows(5, 200))
 
 
-@pytest.mark.parametrize("probe", [DirectionalProbe(), OneStepProbe()], ids=["directional", "one_step"])
+@pytest.mark.parametrize("probe", EACH_KIND, ids=lambda probe: type(probe).__name__)
 def test_candidates_without_a_trained_token_are_skipped_and_named(make_live: Callable[..., Live], probe: Any) -> None:
     model, optimizer = make_live(adamw)
     full = [[5, 6, 7, 8], [9], [10, 11, 12], [13, 14], [20, 21, 22]]

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mates_hf import DirectionalProbe, OneStepProbe, ReferenceTask
+from mates_hf import DirectionalProbe, LossReductionProbe, OneStepProbe, ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.processes import Processes
 from mates_hf.errors import MatesError
@@ -61,6 +61,7 @@ def measure(model, processes=None):
         DirectionalProbe(processes=processes),
         DirectionalProbe(path_steps=2, processes=processes),
         OneStepProbe(max_grad_norm=1.0, processes=processes),
+        LossReductionProbe(max_grad_norm=1.0, passes=8, processes=processes),
     )
     state = [{name: local(value) for name, value in entry.items()} for entry in optimizer.state.values()]
     labels = [probe.measure(model, optimizer, reference, rows(5, 11)) for probe in probes]

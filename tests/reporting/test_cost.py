@@ -33,6 +33,7 @@ from mates_hf.evaluation.evaluator import Evaluator
 from mates_hf.flops import NGRAM_FIT_FLOPS, forward_flops, gradient_flops, one_step_flops
 from mates_hf.influence.probe import count_multiplied_parameters, count_parameters
 from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_loss_reduction import LossReductionProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.prediction.encoder_model import EncoderInfluenceModel
 from mates_hf.prediction.hidden_states import HiddenStateInfluenceModel
@@ -363,6 +364,18 @@ def test_recorded_flops_of_the_one_step_probe(make):
     assert_accounts_for(found[0].info["flops"], counted, attention)
 
 
+@each_model
+def test_recorded_flops_of_the_probe_of_loss_reductions(make):
+    model, rows, passages = make(), token_rows(4, 0), token_rows(3, 1)
+    optimizer = train_on(model, rows)
+    found: list[Any] = []
+    reference, probe = ReferenceTask(name="test", rows=passages), LossReductionProbe(passes=2)
+    counted = count(lambda: found.append(probe.measure(model, optimizer, reference, rows)))
+    # Two passes over three passages are one step; they are read once before, the candidates before and after.
+    attention = 3 * attention_forward(6) + attention_forward(3 + 2 * 4) + attention_of_comparison(found[0])
+    assert_accounts_for(found[0].info["flops"], counted, attention)
+
+
 def test_an_embedding_that_dominates_is_counted_where_it_is_multiplied():
     """All parameters are off by far where ids are looked up in most of them, the Trainer's where the head is tied."""
     rows = token_rows(4, 0)
@@ -609,6 +622,10 @@ def test_the_papers_schedule_in_closed_form():
     share = 4 * (6 * candidates + 2 * reference * 80_001) / (6 * training)
     assert theirs.stages["probe"] / theirs.training_flops == pytest.approx(share, rel=EXACT)
     assert set(theirs.stages) == {"probe", "fit", "guard", "score"}
+    other = predict_cost(PYTHIA, config, probe="loss_reduction", passes=2)
+    share = 4 * (2 * (2 * candidates + reference) + 6 * 2 * reference) / (6 * training)
+    assert other.stages["probe"] / other.training_flops == pytest.approx(share, rel=EXACT)
+    assert "audit" not in other.stages
     judged = 2 * 3 * candidates  # by the model of the round before, which the first has not: the report, and the gap
     assert theirs.stages["guard"] == pytest.approx(2 * Encoder().multiplied * judged, rel=EXACT)
     # Five times the rows that are selected, which the last round has `lead_steps` fewer of.

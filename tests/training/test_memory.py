@@ -17,6 +17,7 @@ from mates_hf import MatesCallback, load_round
 from mates_hf.engine.averaging import WeightAverage
 from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_loss_reduction import LossReductionProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training import memory
 from mates_hf.training.memory import DeviceMemory, RoundMemory, place_on_host
@@ -144,6 +145,8 @@ def test_what_probes_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     state = sum(value.nbytes for values in unknown.state.values() for value in values.values() if value is not None)
     assert state > size
     assert memory._probe_memory(OneStepProbe(), unknown, size) == 2 * size + state
+    momenta = sum(value.nbytes for values in known.state.values() for value in values.values() if value.dim())
+    assert memory._probe_memory(LossReductionProbe(), known, size) >= 2 * size + momenta
     container = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)  # somebody's own, with no state but its parts'
     container.optimizers = (unknown,)
     assert memory._probe_memory(OneStepProbe(), container, size) == 2 * size + state

@@ -48,7 +48,8 @@ class Arm(NeedsPackage):
     weighted: bool = True  # whether parts of the reference count alike, and answers as much as everything
     keep: float = 0.0  # tokens of pool text that a round reads as reference besides, for each token of the passages
     path_steps: int = PATH_STEPS  # points at which the reference gradient is taken
-    path_rate: float = 0.5  # steps of the run from one of them to the next
+    # passes over a round's passages that `LossReductionProbe` trains for; 0 is the derivative along the path
+    reduction: float = 0.0
     pooled: bool = True  # whether earlier rounds' labels count
     once: bool = False  # whether the first round's influence model serves all rounds
     # whether one half of a round is chosen by labels of where the other half takes a copy of model and optimizer
@@ -165,8 +166,9 @@ GROUPS: dict[str, dict[str, Arm]] = {
                 "virtual labels": {"virtual": True},
                 "twice of a kind": {"kinds": 2.0},
                 "probes near the border": {"placed": True},
-                "a path of 64 steps": {"path_rate": 2.0},
-                "a path of 256 steps": {"path_rate": 8.0},
+                "loss reduction": {"reduction": 1.0},
+                "loss reduction, four passes": {"reduction": 4.0},
+                "loss reduction, rounds of up to 800": {"reduction": 1.0, "round_steps": 800},
                 "keep 0.1": {"keep": 0.1},
                 "keep 0.3": {"keep": 0.3},
                 "keep 1": {"keep": 1.0},

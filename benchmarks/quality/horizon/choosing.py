@@ -32,8 +32,11 @@ from benchmarks.quality.horizon.settings import ROW_TOKENS, Lab
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import IGNORED, TokenRows
 from mates_hf.evaluation.agreement import rank_correlation
-from mates_hf.flops import forward_flops, gradient_flops
-from mates_hf.influence.probe import count_multiplied_parameters
+from mates_hf.flops import forward_flops, gradient_flops, num_path_points
+from mates_hf.influence.probe import Probe, count_multiplied_parameters
+from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_loss_reduction import LossReductionProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.prediction.ngram.evidence import log_odds
 from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
@@ -44,7 +47,8 @@ KINDS, KIND_SIZE = 32, 64  # kinds of text, and the size of the states that they
 COUNTED, BUCKETS = 8_000, 2**20  # pool rows and hash buckets of log-odds
 FEW = (25, 50, 100, 250)  # labels
 
-Start = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+Live = tuple[nn.Module, torch.optim.Optimizer]
+Start = Callable[[], Live]
 
 
 def reference_of_round(lab: Lab, arm: Arm, num: int, others: Ids, seed: tuple[int, int]) -> ReferenceTask:
@@ -124,6 +128,19 @@ def encoder_tables(
     fitted, asked = (rivals.encoder_flops(rivals.texts_of(rows, lab.tokenizer)) for rows in (probes, ahead))
     flops = 3 * encoder.num_epochs * fitted + asked + (tables.report.flops or 0.0)
     return tables, encoder.report.spearman, flops
+
+
+def measured(
+    lab: Lab, arm: Arm, live: Live, reference: ReferenceTask, rows: TokenRows, passages: int, seed: tuple[int, int]
+) -> InfluenceLabels:
+    """Labels of rows where model and optimizer (`live`) are now, of the kind that an arm has, by so many passages."""
+    size = {"tokens_per_batch": lab.tokens_per_batch}
+    probe: Probe = DirectionalProbe(path_steps=num_path_points(arm.path_steps, passages), path_rate=0.5, **size)
+    if arm.reduction:
+        probe = LossReductionProbe(passes=arm.reduction, max_grad_norm=1.0, seed=seed[1], **size)
+    elif arm.rank == "MATES":
+        probe = OneStepProbe(max_grad_norm=1.0, **size)
+    return probe.measure(*live, reference, rows)
 
 
 def few_labels(rows: TokenRows, labels: InfluenceLabels, evidence: tuple[Tables, Tables], seed: int) -> list[Any]:

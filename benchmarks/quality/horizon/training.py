@@ -34,11 +34,9 @@ from benchmarks.quality.horizon.settings import ROW_TOKENS, SETTINGS, Lab, Scale
 from mates_hf.data.reference import ReferenceTask
 from mates_hf.data.rows import TokenRows
 from mates_hf.engine.averaging import WeightAverage
-from mates_hf.flops import gradient_flops, num_path_points
+from mates_hf.flops import gradient_flops
 from mates_hf.influence.passes import mean_loss_gradient
 from mates_hf.influence.probe import count_multiplied_parameters
-from mates_hf.influence.probe_directional import DirectionalProbe
-from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.prediction.ngram.tables import Tables
 from mates_hf.prediction.ngram_model import NgramInfluenceModel
 from mates_hf.records import InfluenceLabels
@@ -177,7 +175,7 @@ class Run:
         self.curve.append(self._losses())
         if self.arm.watched:
             rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
-            labels = self._probe(256).measure(self.model, self.optimizer, self._read(256), rows)
+            labels = self._measured(self._read(256), rows, 256)
             few = choosing.few_labels(rows, labels, self._log_odds, self.unit.seed)
             found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss, "few": few}
             if not self.watched:
@@ -266,7 +264,7 @@ class Run:
         reference, rows = self._read(arm.passages), self.lab.rows.take(self.probes)
         average = self.averages.pop("round", None)
         with average.swapped_in() if average is not None else contextlib.nullcontext():
-            labels = self._probe(arm.passages).measure(self.model, self.optimizer, reference, rows)
+            labels = self._measured(reference, rows, arm.passages)
         self._cost("probe", labels.info["flops"])
         return labels
 
@@ -281,13 +279,10 @@ class Run:
         others = np.setdiff1d(self.reserved[-4_000:], self.probes) if self.arm.keep else self.probes[:0]
         return choosing.reference_of_round(self.lab, self.arm, num, others, (self.unit.seed, self.number))
 
-    def _probe(self, passages: int) -> DirectionalProbe | OneStepProbe:
-        """The probe of a round that reads so many passages; pool text among them makes no path longer."""
-        arm, size = self.arm, self.lab.tokens_per_batch
-        if arm.rank == "MATES":
-            return OneStepProbe(max_grad_norm=1.0, tokens_per_batch=size)
-        points = num_path_points(arm.path_steps, passages)
-        return DirectionalProbe(tokens_per_batch=size, path_steps=points, path_rate=arm.path_rate)
+    def _measured(self, reference: ReferenceTask, rows: TokenRows, passages: int) -> InfluenceLabels:
+        """Labels at the present weights; pool text besides so many passages makes no path longer."""
+        live, seed = (self.model, self.optimizer), (self.unit.seed, self.number)
+        return choosing.measured(self.lab, self.arm, live, reference, rows, passages, seed)
 
     @functools.cached_property
     def _kind_of(self) -> Callable[[TokenRows], Ids]:

@@ -21,9 +21,8 @@ from mates_hf.engine.model_traits import is_out_of_memory
 from mates_hf.engine.preserve import in_evaluation, preserved
 from mates_hf.errors import MatesError
 from mates_hf.influence.micro_batches import ProbeMemoryError
+from mates_hf.influence.own_probes import OWN_PROBES
 from mates_hf.influence.passes import mean_loss_gradient
-from mates_hf.influence.probe_directional import DirectionalProbe
-from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training import memory
 from mates_hf.training.checks.parallel import context_parallel_size
 from mates_hf.training.run import Run
@@ -41,7 +40,7 @@ def require_whole_rows(run: Run) -> None:
         ProbeMemoryError: a row does not fit; names it and its length.
         ProcessError: another process failed.
     """
-    if context_parallel_size() == 1 or not isinstance(run.probe, (DirectionalProbe, OneStepProbe)):
+    if context_parallel_size() == 1 or not isinstance(run.probe, OWN_PROBES):
         return
     ids = run.pool.candidate_ids[fixed_positions(len(run.pool), NUM_ROWS)]
     reading = run.pool.reading

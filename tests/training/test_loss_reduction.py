@@ -1,0 +1,70 @@
+"""A run whose labels are loss reductions: its records, going on from a checkpoint, and two processes of one order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mates_hf import LossReductionProbe, MatesCallback, MatesSelector, load_round
+from mates_hf.influence.preconditioner import UnsupportedOptimizerError
+from mates_hf.training.verify import verify_run
+from tests.training.kit import Result, make_arguments, make_reference, run, small_config
+
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+def mates(**config: Any) -> MatesCallback:
+    return MatesCallback(
+        make_reference(), small_config(switch_lead_steps=3, **config), probe=LossReductionProbe(passes=2)
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """20 steps with dropout; rounds at steps 6 and 12."""
+    where = tmp_path_factory.mktemp("run")
+    return where, run(make_arguments(where, **EVERY_STEP), [mates()], dropout=0.1)
+
+
+def test_rounds_say_what_their_labels_are_and_a_run_is_verified(finished: tuple[Path, Result]) -> None:
+    where, _ = finished
+    rounds = [load_round(path) for path in sorted((where / "_mates").glob("round-????"))]
+    assert len(rounds) == 2
+    for found in rounds:
+        assert found.info["measured_with"]["probe"]["class"].endswith(".LossReductionProbe")
+        assert found.info["probe"]["num_steps"] >= 1
+        assert found.info["fit"]["probe"] == "loss_reduction"
+        assert not found.info["fidelity"]  # a label of many steps has no single step to be held against
+    selector = MatesSelector.from_pretrained(where / "_mates" / "round-0001")
+    assert selector.origin["label_unit"] == "order"
+    assert verify_run(where).problem is None
+
+
+@pytest.mark.parametrize("step", [5, 8, 13])  # before the first round, in its lead, behind the second
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, finished: tuple[Path, Result], step: int) -> None:
+    from tests.training.test_resume import as_of, assert_goes_on
+
+    where, whole = finished
+    checkpoint = as_of(where, tmp_path, step)
+    rest = run(make_arguments(tmp_path, **EVERY_STEP), [mates()], dropout=0.1, resume=str(checkpoint))
+    assert_goes_on(rest, whole, step)
+
+
+def test_growing_rounds_measure_their_gap_with_it(tmp_path: Path) -> None:
+    config = small_config(first_round_steps=2, update_steps=6, num_probes=24)
+    run(make_arguments(tmp_path), [MatesCallback(make_reference(), config, probe=LossReductionProbe())])
+    rounds = [load_round(path).info for path in sorted((tmp_path / "_mates").glob("round-????"))]
+    assert len(rounds) > 1
+    assert all(found["gap"] is not None for found in rounds[1:])
+
+
+def with_lbfgs(trainer: Any) -> None:
+    trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
+
+
+def test_an_optimizer_that_takes_no_step_from_gradients_alone_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOptimizerError, match="several times"):
+        run(make_arguments(tmp_path), [mates()], prepare=with_lbfgs)
