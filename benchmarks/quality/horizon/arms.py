@@ -115,6 +115,7 @@ GROUPS: dict[str, dict[str, Arm]] = {
         **_shares("DSIR", FILTERS["DSIR: smoothed, mean over n-grams"]),
         # What a run counts itself, of pieces of words and their pairs, without a label: our evidence as a filter.
         **_shares("log-odds", Arm(rank="log-odds")),
+        "log-odds, 30 % random, watched": Arm(rank="log-odds", random_share=0.3, watched=True),
         # An encoder reads 6,000 rows, and tables fitted to them rank the slices (held-out Spearman 0.71 when tried).
         **_shares("similarity", FILTERS["similarity: nearest passage"]),
         # It reads every row of a slice with two models: in FLOPs three times the training, and in time as much.

@@ -46,7 +46,8 @@ def page(document: Mapping[str, Any]) -> str:
                         *_course(name, units),
                         *(part for arm in WAYS for part in _against(name, units, arm)),
                     ]
-                parts += [_drift(unit["watched"]) for unit in units.values() if unit["watched"]][:1]
+                seen = {arm: unit["watched"] for (arm, _), unit in reversed(units.items()) if unit["watched"]}
+                parts += [_drift(arm, watched) for arm, watched in reversed(seen.items())]
     return markdown(*parts)
 
 
@@ -169,19 +170,31 @@ def _crossed(ends: Sequence[tuple[Any, Any]], parts: Sequence[str]) -> str:
     return f"{mean:+.3f} ± {half:.3f}"
 
 
-def _drift(watched: Sequence[Mapping[str, Any]]) -> str:
-    """How labels of the same rows change while a model trains on random ones."""
+def _drift(arm: str, watched: Sequence[Mapping[str, Any]]) -> str:
+    """How labels of the same rows change while a model trains."""
     first, rows = watched[0], []
     asked = np.array(first["asked"], bool)
+    heads = ["step", "first labels", "last labels", "log-odds", "own loss", "mean label of its domains, sd"]
+    further = all("reduction" in found for found in watched)
+    if further:
+        heads += ["loss reductions: first", "loss reductions: last", "loss reductions: log-odds"]
     for found in watched:
         labels = np.array(found["label"])
         worth = (labels - labels.mean()) / labels.std()
         others = (watched[0]["label"], watched[-1]["label"], first["log_odds"], found["loss"])
-        cells = [f"{rank_correlation(labels, np.array(values)):.2f}" for values in others]
-        rows.append([found["step"], *cells, f"{worth[asked].mean():+.2f}" if asked.any() else ""])
-    heads = ["step", "first labels", "last labels", "log-odds", "own loss", "mean label of its domains, sd"]
-    about = "Labels of the same rows while a model trains on random ones: rank correlations (one seed)."
+        cells = [_alike(labels, values) for values in others]
+        cells.append(f"{worth[asked].mean():+.2f}" if asked.any() else "")
+        if further:
+            others = (first["reduction"], watched[-1]["reduction"], first["log_odds"])
+            cells += [_alike(found["reduction"], values) for values in others]
+        rows.append([found["step"], *cells])
+    kinds = " and loss reductions by four passes" if further else ""
+    about = f"Labels of the same rows{kinds}, in a run of `{arm}`: rank correlations (one seed)."
     return f"{about}\n\n{table(heads, rows)}{_few([found['few'] for found in watched[1:] if 'few' in found])}"
+
+
+def _alike(some: Sequence[float], others: Sequence[float]) -> str:
+    return f"{rank_correlation(np.array(some), np.array(others)):.2f}"
 
 
 def _few(found: Sequence[Any]) -> str:

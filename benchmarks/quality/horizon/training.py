@@ -176,8 +176,9 @@ class Run:
         if self.arm.watched:
             rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
             labels = self._measured(self._read(256), rows, 256)
-            few = choosing.few_labels(rows, labels, self._log_odds, self.unit.seed)
-            found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss, "few": few}
+            found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss}
+            found["reduction"] = self._measured(self._read(256), rows, 256, reduction=4.0).influence_per_token
+            found["few"] = choosing.few_labels(rows, labels, self._log_odds, self.unit.seed)
             if not self.watched:
                 found["log_odds"] = self._log_odds[0].plus(self._log_odds[1]).scaled(1.0).score(rows)
                 found["asked"] = self._own(self.reserved[: self.sizes.watched])
@@ -279,10 +280,11 @@ class Run:
         others = np.setdiff1d(self.reserved[-4_000:], self.probes) if self.arm.keep else self.probes[:0]
         return choosing.reference_of_round(self.lab, self.arm, num, others, (self.unit.seed, self.number))
 
-    def _measured(self, reference: ReferenceTask, rows: TokenRows, passages: int) -> InfluenceLabels:
-        """Labels at the present weights; pool text besides so many passages makes no path longer."""
-        live, seed = (self.model, self.optimizer), (self.unit.seed, self.number)
-        return choosing.measured(self.lab, self.arm, live, reference, rows, passages, seed)
+    def _measured(self, reference: ReferenceTask, rows: TokenRows, num: int, **changes: Any) -> InfluenceLabels:
+        """Labels at the present weights by `num` passages; pool text besides them makes no path longer."""
+        arm = dataclasses.replace(self.arm, **changes)
+        seed = (self.unit.seed, self.number)
+        return choosing.measured(self.lab, arm, (self.model, self.optimizer), reference, rows, num, seed)
 
     @functools.cached_property
     def _kind_of(self) -> Callable[[TokenRows], Ids]:
