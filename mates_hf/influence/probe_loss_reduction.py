@@ -78,7 +78,7 @@ class LossReductionProbe:
             alone this process does all of it.
     """
 
-    passes: float = 1.0
+    passes: float = 4.0
     max_grad_norm: float | None = None
     tokens_per_batch: int | None = None
     learning_rates: tuple[float, ...] | None = None

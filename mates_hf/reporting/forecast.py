@@ -178,7 +178,7 @@ def predict_cost(
     probe: Literal["directional", "one_step", "loss_reduction"] = "directional",
     second_moment: Literal["state", "batches"] = "state",
     path_steps: int = PATH_STEPS,
-    passes: float = 1.0,
+    passes: float = 4.0,
     epsilon_steps: int = 1,
     encoder: Encoder | None = None,
 ) -> PredictedCost:
