@@ -353,6 +353,17 @@ def test_linear_regression_influence_in_closed_form(momentum: float) -> None:
     )
     np.testing.assert_allclose(oracle.influence, exact, rtol=1e-5, atol=1e-9)
 
+    # Of one step on all passages at once, a candidate loses what its own loss is lower by afterwards.
+    features, residual = residuals(reference, weight)
+    step = (features * residual[:, None]).mean(0)
+    step = step + momentum * optimizer.state[model.weight]["momentum_buffer"] if momentum else step
+    lost = 0.5 * own.square() - 0.5 * residuals(candidates, weight - lr * step)[1].square()
+    reductions = LossReductionProbe(passes=1, loss=half_square, reference_loss=half_square).measure(
+        model, optimizer, task(reference), candidates
+    )
+    np.testing.assert_allclose(reductions.influence, lost, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(reductions.token_derivatives, reductions.influence)  # a token has its row's
+
 
 @pytest.fixture(scope="module")
 def trained(make_tiny_model: Callable[..., Any]) -> Live:

@@ -61,6 +61,23 @@ def test_growing_rounds_measure_their_gap_with_it(tmp_path: Path) -> None:
     assert all(found["gap"] is not None for found in rounds[1:])
 
 
+def test_images_and_flattened_rows_select(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import DataCollatorWithFlattening
+
+    from tests.training import test_modalities, test_packing
+
+    test_modalities.train(tmp_path / "images", probe=LossReductionProbe())
+    config = small_config(switch_lead_steps=2)
+    callback = MatesCallback(test_packing.make_reference(), config, probe=LossReductionProbe())
+    texts = Dataset.from_dict({"input_ids": test_packing.texts()})
+    test_packing.train(tmp_path / "flattened", texts, DataCollatorWithFlattening(), callback)
+    for name in ("images", "flattened"):
+        found = load_round(tmp_path / name / "_mates" / "round-0001")
+        assert (found.info["guard"]["decision"], found.labels.kind) == ("select", "loss_reduction")
+        assert verify_run(tmp_path / name).problem is None
+
+
 def with_lbfgs(trainer: Any) -> None:
     trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
 
