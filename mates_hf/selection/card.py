@@ -32,7 +32,7 @@ LOG_ODDS = "log_odds"  # `label_unit` of a filter, which asks no model
 _UNITS = {  # what predictions are, by `label_unit`
     "step": "nats/token of reference loss that one optimizer step on the row takes off; > 0 helps, higher is better",
     LOG_ODDS: "nats/token by which the reference's words are likelier than the pool's; > 0 is more like the reference",
-    "order": "an order: higher is better, and zero and scale are not those of a step",
+    "order": "path labels give an order: higher is better, and zero and scale are not those of a step",
 }
 _MEASURED_BY = {  # by `FitReport.probe`
     PATH_LABELS: "`DirectionalProbe` along a path",
@@ -65,7 +65,7 @@ def write_card(kind: str, report: FitReport | None, origin: Mapping[str, Any], t
     ]
     facts = [
         ("Influence model", _code(kind)),
-        ("Labels" if asked else "Scores", _UNITS.get(str(found), _UNKNOWN)),
+        ("Labels" if asked else "Scores", _unit_of(found, report, _UNKNOWN)),
         ("Reference task", _reference(origin.get("reference"))),
         ("Tokenizer", _UNKNOWN if tokenizer_name is None else f"{_code(tokenizer_name)} (in `tokenizer/`)"),
         *(of_probe if asked else []),
@@ -133,6 +133,14 @@ def label_unit(report: Any, origin: Mapping[str, Any]) -> Any:
     return "step" if kinds <= {"directional", "one_step"} else None
 
 
+def _unit_of(unit: Any, report: Any, unknown: str) -> str:
+    """What predictions of a `label_unit` are, in words."""
+    words = _UNITS.get(str(unit), unknown)
+    return (
+        words.replace("path labels", "loss reductions") if getattr(report, "probe", None) == LOSS_REDUCTION else words
+    )
+
+
 def _measured_by(report: FitReport | None) -> str:
     if report is None or report.probe is None:
         return f"probe {_UNKNOWN}"
@@ -172,7 +180,7 @@ def selector_facts(selector: Any) -> dict[str, str]:
     if origin.get("reference"):
         facts["reference"] = ", ".join(_reference_names(origin["reference"]))
     unit = label_unit(report, origin)
-    facts["influence"] = _UNITS.get(str(unit), "in the unit of the labels; higher is better (probe not recorded)")
+    facts["influence"] = _unit_of(unit, report, "in the unit of the labels; higher is better (probe not recorded)")
     return facts
 
 

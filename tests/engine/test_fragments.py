@@ -176,6 +176,8 @@ def test_the_optimizer_is_read_as_one_that_holds_the_fragments():
         optimizer.step()
     with pytest.raises(UnsupportedOptimizerError, match="`OneStepProbe` takes real steps"):
         require_real_steps(optimizer)
+    with pytest.raises(UnsupportedOptimizerError, match="`LossReductionProbe` takes real steps"):
+        require_real_steps(optimizer, "LossReductionProbe")
 
 
 @pytest.mark.parametrize(("kind", "decoupled"), [("DeepSpeedCPUAdam", True), ("FusedAdam", False)])

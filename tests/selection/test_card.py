@@ -95,15 +95,15 @@ def test_the_hub_reads_what_the_model_was_made_of_and_how_well_it_predicts() -> 
 @pytest.mark.parametrize(
     ("probe", "unit", "labels", "measured"),
     [
-        ("path", None, "an order: higher is better", "`DirectionalProbe` along a path"),
-        ("one_step, path", None, "an order: higher is better", "`OneStepProbe`, `DirectionalProbe` along a path"),
+        ("path", None, "path labels give an order", "`DirectionalProbe` along a path"),
+        ("one_step, path", None, "path labels give an order", "`OneStepProbe`, `DirectionalProbe` along a path"),
         ("directional", None, "one optimizer step", "`DirectionalProbe` at one point"),
         ("one_step", None, "one optimizer step", "`OneStepProbe`"),
-        ("loss_reduction", None, "an order: higher is better", "`LossReductionProbe`"),
+        ("loss_reduction", None, "loss reductions give an order", "`LossReductionProbe`"),
         ("mine", None, "not recorded", "`mine`"),
         (None, None, "not recorded", "probe not recorded"),
-        (None, "order", "an order: higher is better", "probe not recorded"),
-        ("one_step", "order", "an order: higher is better", "`OneStepProbe`"),  # what the round recorded counts
+        (None, "order", "path labels give an order", "probe not recorded"),
+        ("one_step", "order", "path labels give an order", "`OneStepProbe`"),  # what the round recorded counts
     ],
 )
 def test_what_a_prediction_means_follows_from_the_probe_of_its_labels(

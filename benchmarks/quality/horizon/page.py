@@ -175,20 +175,17 @@ def _drift(arm: str, watched: Sequence[Mapping[str, Any]]) -> str:
     first, rows = watched[0], []
     asked = np.array(first["asked"], bool)
     heads = ["step", "first labels", "last labels", "log-odds", "own loss", "mean label of its domains, sd"]
-    further = all("reduction" in found for found in watched)
-    if further:
-        heads += ["loss reductions: first", "loss reductions: last", "loss reductions: log-odds"]
+    further = [name for name in first if name.startswith("reduction")]
+    heads += [f"{name}: {with_what}" for name in further for with_what in ("first", "log-odds")]
     for found in watched:
         labels = np.array(found["label"])
         worth = (labels - labels.mean()) / labels.std()
         others = (watched[0]["label"], watched[-1]["label"], first["log_odds"], found["loss"])
         cells = [_alike(labels, values) for values in others]
         cells.append(f"{worth[asked].mean():+.2f}" if asked.any() else "")
-        if further:
-            others = (first["reduction"], watched[-1]["reduction"], first["log_odds"])
-            cells += [_alike(found["reduction"], values) for values in others]
+        cells += [_alike(found[name], values) for name in further for values in (first[name], first["log_odds"])]
         rows.append([found["step"], *cells])
-    kinds = " and loss reductions by four passes" if further else ""
+    kinds = " and loss reductions by four passes over so many passages" if further else ""
     about = f"Labels of the same rows{kinds}, in a run of `{arm}`: rank correlations (one seed)."
     return f"{about}\n\n{table(heads, rows)}{_few([found['few'] for found in watched[1:] if 'few' in found])}"
 

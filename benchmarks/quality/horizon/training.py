@@ -177,7 +177,9 @@ class Run:
             rows = self.lab.rows.take(self.reserved[: self.sizes.watched])
             labels = self._measured(self._read(256), rows, 256)
             found = {"step": self.step, "label": labels.influence_per_token, "loss": labels.loss}
-            found["reduction"] = self._measured(self._read(256), rows, 256, reduction=4.0).influence_per_token
+            for num in (256, self.arm.passages):
+                further = self._measured(self._read(num), rows, num, reduction=4.0).influence_per_token
+                found[f"reduction by {num}"] = further
             found["few"] = choosing.few_labels(rows, labels, self._log_odds, self.unit.seed)
             if not self.watched:
                 found["log_odds"] = self._log_odds[0].plus(self._log_odds[1]).scaled(1.0).score(rows)
