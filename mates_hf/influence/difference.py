@@ -110,6 +110,11 @@ class EpsilonChoice:
     num_tokens: int = 0
 
 
+def mean_of(row_losses: FloatArray, rows: Candidates, share: npt.NDArray[np.int64]) -> float:
+    """Mean loss over the trained tokens of some rows; `row_losses` is (N,) mean loss of each row, `share` numbers."""
+    return float(np.average(row_losses[share], weights=rows.num_targets[share]))
+
+
 def passage_losses(rows: Candidates, means: FloatArray | None) -> npt.NDArray[np.float32] | None:
     """What labels record of the reference task's passages.
 

@@ -26,6 +26,7 @@ from mates_hf.influence.run_loss import MODEL_LOSS, RunLoss, counted_tokens
 from mates_hf.records import InfluenceLabels, IntArray
 
 Self = TypeVar("Self", bound="Probe")
+Filled = TypeVar("Filled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,14 @@ class Probe(Protocol):
     def for_run(self: Self, settings: RunSettings) -> Self:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
         ...
+
+
+def filled(probe: Filled, settings: RunSettings) -> Filled:
+    """A probe of this library with what it leaves open (None) taken from the run; what was set is kept."""
+    own = {field.name for field in dataclasses.fields(probe)}  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(settings) if field.name in own]
+    changes = {name: getattr(settings, name) for name in names if getattr(probe, name) is None}
+    return dataclasses.replace(probe, **changes)  # type: ignore[type-var]
 
 
 class Measurable(NamedTuple):

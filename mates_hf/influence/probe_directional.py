@@ -65,7 +65,7 @@ from mates_hf.influence.preconditioner import (
     rarely_reached_parameters,
     unwrap_optimizer,
 )
-from mates_hf.influence.probe import RunSettings, count_multiplied_parameters, read_measurable
+from mates_hf.influence.probe import RunSettings, count_multiplied_parameters, filled, read_measurable
 from mates_hf.influence.reference_path import PathReader, ReferencePath, shares_of_path
 from mates_hf.influence.shards import Shards
 from mates_hf.influence.usual_batches import UsualBatches
@@ -160,11 +160,7 @@ class DirectionalProbe:
 
     def for_run(self, settings: RunSettings) -> DirectionalProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
-        own = {field.name for field in dataclasses.fields(self)}
-        names = [field.name for field in dataclasses.fields(settings) if field.name in own]
-        return dataclasses.replace(
-            self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
-        )
+        return filled(self, settings)
 
     def measure(self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: Any) -> InfluenceLabels:
         """Influence of candidates on the reference task; model, optimizer and random streams stay as they are.

@@ -34,7 +34,7 @@ from mates_hf.influence.preconditioner import (
     require_real_steps,
     unwrap_optimizer,
 )
-from mates_hf.influence.probe import RunSettings, count_multiplied_parameters, read_measurable
+from mates_hf.influence.probe import RunSettings, count_multiplied_parameters, filled, read_measurable
 from mates_hf.influence.real_step import RealStep, has_stepped
 from mates_hf.records import InfluenceLabels
 
@@ -85,10 +85,7 @@ class OneStepProbe:
 
     def for_run(self, settings: RunSettings) -> OneStepProbe:
         """The probe with what it leaves open (None) taken from the run; what was set is kept."""
-        names = ("max_grad_norm", "tokens_per_batch", "learning_rates", "progress", "processes")
-        return dataclasses.replace(
-            self, **{name: getattr(settings, name) for name in names if getattr(self, name) is None}
-        )
+        return filled(self, settings)
 
     def measure(self, model: nn.Module, optimizer: Any, reference: ReferenceTask, candidates: Any) -> InfluenceLabels:
         """Influence of candidates on the reference task; model, optimizer and random streams stay as they are.

@@ -33,7 +33,15 @@ from torch import Tensor, nn
 from mates_hf.data.batches import Candidates
 from mates_hf.engine.preserve import Snapshot, local_shard
 from mates_hf.flops import checked_passages, num_path_points
-from mates_hf.influence.difference import Direction, FloatArray, joint_norm, norm_by_parameter, norm_of, row_means
+from mates_hf.influence.difference import (
+    Direction,
+    FloatArray,
+    joint_norm,
+    mean_of,
+    norm_by_parameter,
+    norm_of,
+    row_means,
+)
 from mates_hf.influence.preconditioner import ParameterStep, grouped, squares_of, sum_of_squares
 from mates_hf.records import IntArray
 
@@ -147,7 +155,7 @@ class ReferencePath:
         shares = shares_of_path(self._rows, num_points, seed)
         num_stops = 0
         while True:
-            starts = [self._mean(at_null, share) for share in shares]
+            starts = [mean_of(at_null, self._rows, share) for share in shares]
             losses = self._visit(shares, starts, rate, stride)
             if losses is None:
                 continue  # in smaller micro-batches
@@ -327,7 +335,7 @@ class ReferencePath:
                 alpha=length / found.norm,
             )
         self._snapshot.written()
-        before, after = self._mean(at_null, last), self._mean(self._row_losses(last), last)
+        before, after = mean_of(at_null, self._rows, last), mean_of(self._row_losses(last), self._rows, last)
         self._snapshot.rewind_parameters()
         if not after < before:
             logger.warning(
@@ -344,10 +352,6 @@ class ReferencePath:
         means = np.zeros(len(self._rows))
         means[index[self._rows.num_targets[index] > 0]] = row_means(part, self._reading.token_losses(part))
         return means
-
-    def _mean(self, row_losses: FloatArray, share: IntArray) -> float:
-        """Mean loss over the trained tokens of a share."""
-        return float(np.average(row_losses[share], weights=self._rows.num_targets[share]))
 
 
 def _gradients(steps: list[ParameterStep]) -> list[Tensor]:
