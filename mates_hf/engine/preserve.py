@@ -7,7 +7,8 @@ weights under checkpointing, and adding then subtracting does not give the same 
 
 A backward pass of a probe is made `in_evaluation`: without dropout, and with the activations that the run saves.
 
-Trade-off: one copy of the trainable parameters, and one of the optimizer's state only where real steps are taken.
+Trade-off: one copy of the trainable parameters, and one of the optimizer's state only where real steps are taken. That
+one can be in the host's memory: slower to put back, which does not matter once a round, and free for the device.
 """
 
 from __future__ import annotations
@@ -57,9 +58,17 @@ class Snapshot:
         model: the live model, unwrapped.
         optimizer: the live optimizer, unwrapped, to rewind as well.
         copy_state: false where the optimizer's state is only read: then it is not copied.
+        on_host: whether that copy is kept in the host's memory.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, copy_state: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        copy_state: bool = True,
+        on_host: bool = False,
+    ) -> None:
         self._store = weight_store(model)
         found = {id(p): p for p in self._store.parameters().values()}
         for group in optimizer.param_groups if optimizer is not None else ():
@@ -70,7 +79,7 @@ class Snapshot:
         copy_all(self._saved, live)
         self._exact = self._store.remember()
         copied = optimizer if copy_state else None
-        self._rewind_optimizer = _remember_optimizer(copied) if copied is not None else None
+        self._rewind_optimizer = _remember_optimizer(copied, on_host) if copied is not None else None
 
     def restore(self, *, failing: bool = False) -> None:
         """Copy parameters and optimizer state back and drop gradients; exact, any number of times.
@@ -107,7 +116,11 @@ class Snapshot:
 
 @contextmanager
 def preserved(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, copy_state: bool = True
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    copy_state: bool = True,
+    state_on_host: bool = False,
 ) -> Iterator[Snapshot]:
     """Put everything a probe may touch back to the bit, also when the body raises.
 
@@ -121,11 +134,12 @@ def preserved(
         model: the live model, unwrapped.
         optimizer: the live optimizer, unwrapped, if the body takes real steps.
         copy_state: false where the body leaves the optimizer's state alone, which is then not copied.
+        state_on_host: whether the copy of that state is kept in the host's memory, for a body that rewinds seldom.
 
     Yields:
         The snapshot, to rewind to in the middle.
     """
-    snapshot = Snapshot(model, optimizer, copy_state=copy_state)
+    snapshot = Snapshot(model, optimizer, copy_state=copy_state, on_host=state_on_host)
     gradients = [parameter.grad for parameter in snapshot.parameters]
     put_back = [_remember_modules(model), _remember_random_streams([*model.parameters(), *snapshot.parameters])]
     hooks = [getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in snapshot.parameters]
@@ -266,20 +280,21 @@ def _empty(registry: dict[Any, Any]) -> Callable[[], None]:
     return fill
 
 
-def remember(value: Any, look_inside: bool = True) -> Callable[[], Any]:
+def remember(value: Any, *, look_inside: bool = True, on_host: bool = False) -> Callable[[], Any]:
     """Copy a value deeply; returns what puts the copy back into the same objects and gives the value.
 
     Of other objects the attributes are copied (GaLore keeps its projection in one), but not those of objects in them.
+    Copies of tensors are on their device, or in the host's memory.
     """
     if isinstance(value, Tensor):
-        saved = local_shard(value).clone()
+        saved = local_shard(value).to("cpu", copy=True) if on_host else local_shard(value).clone()
 
         def back() -> Any:
             local_shard(value).copy_(saved)
             return value
 
     elif isinstance(value, dict):
-        entries = {key: remember(entry, look_inside) for key, entry in value.items()}
+        entries = {key: remember(entry, look_inside=look_inside, on_host=on_host) for key, entry in value.items()}
 
         def back() -> Any:
             restored = {key: entry() for key, entry in entries.items()}
@@ -288,14 +303,14 @@ def remember(value: Any, look_inside: bool = True) -> Callable[[], Any]:
             return value
 
     elif isinstance(value, list):
-        elements = [remember(element, look_inside) for element in value]
+        elements = [remember(element, look_inside=look_inside, on_host=on_host) for element in value]
 
         def back() -> Any:
             value[:] = [element() for element in elements]
             return value
 
     elif look_inside and hasattr(value, "__dict__") and not isinstance(value, type):
-        contents = remember(vars(value), look_inside=False)
+        contents = remember(vars(value), look_inside=False, on_host=on_host)
 
         def back() -> Any:
             contents()
@@ -319,8 +334,8 @@ def _remember_attributes(owner: Any) -> Callable[[], None]:
     return back
 
 
-def _remember_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    parts = [_remember_optimizer(part) for part in optimizer_parts(optimizer) if part is not optimizer]
+def _remember_optimizer(optimizer: torch.optim.Optimizer, on_host: bool) -> Callable[[], None]:
+    parts = [_remember_optimizer(part, on_host) for part in optimizer_parts(optimizer) if part is not optimizer]
     if parts:
         attributes = _remember_attributes(optimizer)
 
@@ -329,7 +344,7 @@ def _remember_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                 undo()
 
         return all_back
-    state = remember(optimizer.state)
+    state = remember(optimizer.state, on_host=on_host)
     attributes = _remember_attributes(optimizer)
     groups = [
         (group, {key: remember(value) for key, value in group.items() if key != "params"})

@@ -11,7 +11,8 @@ what they chose, if there are passages enough (0.9 with a thousand, where labels
 It is the conditional loss reduction of CoLoR-Filter (arXiv:2406.10670), read anew from the live model each round and
 of a few hundred candidates, in place of two models that read the whole pool.
 
-Trade-off: a copy of the optimizer's state beside that of the parameters, for the steps change it.
+Trade-off: a copy of the optimizer's state beside that of the parameters, for the steps change it. It is put back once a
+round, so it is in the host's memory, and a device holds no more than for the other probes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class LossReductionProbe:
     """Measure influence by what training on the reference task takes off each candidate's own loss.
 
     Steps are the run's own: its optimizer by its own code, its learning rate and its clipping, `PASSAGES_PER_STEP`
-    passages each. Extra memory: the trainable parameters, their gradient, and the optimizer's state.
+    passages each. Extra memory: the trainable parameters and their gradient, and on the host the optimizer's state.
 
     Attributes:
         passes: how often each passage is trained on, in (0, 64]; the horizon of the labels.
@@ -138,7 +139,7 @@ class LossReductionProbe:
         def losses() -> FloatArray:
             return self._losses(model, rows, loss, progress=bool(self.progress))
 
-        with preserved(model, optimizer) as snapshot:
+        with preserved(model, optimizer, state_on_host=True) as snapshot:
             model.eval()
             starts = np.zeros(len(passages))
             trained = np.flatnonzero(passages.num_targets)

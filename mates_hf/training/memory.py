@@ -26,11 +26,12 @@ from mates_hf.engine.pieces import MAX_PIECE, mean_dtype
 from mates_hf.engine.preserve import local_shard, optimizer_parts
 from mates_hf.influence.micro_batches import ProbeMemoryError, max_tokens
 from mates_hf.influence.output_head import CHUNK_BYTES, has_plain_head
-from mates_hf.influence.own_probes import OWN_PROBES, STEPPING_PROBES
+from mates_hf.influence.own_probes import OWN_PROBES
 from mates_hf.influence.passes import DEFAULT_TOKENS_PER_BATCH
 from mates_hf.influence.preconditioner import stepped_alone
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_loss_reduction import LossReductionProbe
+from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -164,10 +165,11 @@ def _probe_memory(probe: Any, optimizer: Any, size: int) -> int:
     """What a probe of ours holds: a copy to go back to and a gradient, of `size` each; of others nothing is known."""
     if isinstance(probe, DirectionalProbe):
         return (3 if probe.second_moment == "batches" else 2) * size
-    if isinstance(probe, STEPPING_PROBES):
-        # Of steps that follow each other, or are those of an optimizer that is not known, all of the state is copied.
+    if isinstance(probe, LossReductionProbe):
+        return 2 * size  # its copy of the optimizer's state is on the host
+    if isinstance(probe, OneStepProbe):
         parts = optimizer_parts(optimizer)
-        copied = isinstance(probe, LossReductionProbe) or not all(stepped_alone(part) for part in parts)
+        copied = not all(stepped_alone(part) for part in parts)
         return 2 * size + (_state_memory([part.state for part in parts]) if copied else 0)
     return 0
 

@@ -86,15 +86,16 @@ def make_live(make_tiny_model: Callable[..., Any]) -> Callable[..., tuple[Any, t
     return build
 
 
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("raises", [False, True])
-def test_everything_is_put_back(make_live: Callable[..., Any], raises: bool) -> None:
+def test_everything_is_put_back(make_live: Callable[..., Any], raises: bool, on_host: bool) -> None:
     model, optimizer = make_live()
     before = everything(model, optimizer)
     step = vars(optimizer)["step"]  # the scheduler's wrapper
     rotary = model.model.rotary_emb
 
     def body() -> None:
-        with preserved(model, optimizer) as snapshot:
+        with preserved(model, optimizer, state_on_host=on_host) as snapshot:
             assert all(p.grad is None for p in model.parameters())
             model.eval()
             for seed in (7, 8):

@@ -145,8 +145,7 @@ def test_what_probes_hold_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     state = sum(value.nbytes for values in unknown.state.values() for value in values.values() if value is not None)
     assert state > size
     assert memory._probe_memory(OneStepProbe(), unknown, size) == 2 * size + state
-    momenta = sum(value.nbytes for values in known.state.values() for value in values.values() if value.dim())
-    assert memory._probe_memory(LossReductionProbe(), known, size) >= 2 * size + momenta
+    assert memory._probe_memory(LossReductionProbe(), known, size) == 2 * size  # its copy of the state is on the host
     container = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)  # somebody's own, with no state but its parts'
     container.optimizers = (unknown,)
     assert memory._probe_memory(OneStepProbe(), container, size) == 2 * size + state
