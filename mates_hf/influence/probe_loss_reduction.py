@@ -1,6 +1,6 @@
 """A label with a horizon: what a candidate's loss loses when the model trains on the reference task.
 
-Where it is used: given to a run, `MatesCallback(..., probe=LossReductionProbe())`. `DirectionalProbe`, the default,
+Where it is used: the default of a run whose reference task has passages enough (`own_probes`). `DirectionalProbe`
 prices a row at the margin: its direction is where the reference loss falls now. Tens of steps use that up, and what is
 bought next is another kind of row. This probe lets the run's own optimizer take some tens of real steps on the
 passages, reads the candidates before and after, and puts everything back. A step on a row and a step on a passage help
@@ -11,8 +11,8 @@ what they chose, if there are passages enough (0.9 with a thousand, where labels
 It is the conditional loss reduction of CoLoR-Filter (arXiv:2406.10670), read anew from the live model each round and
 of a few hundred candidates, in place of two models that read the whole pool.
 
-Trade-off: a copy of the optimizer's state beside that of the parameters, for the steps change it. It is put back once a
-round, so it is in the host's memory, and a device holds no more than for the other probes.
+Trade-off: a copy of the optimizer's state beside that of the parameters, for the steps change it. It is put back once
+a round, so it is in the host's memory, and a device holds no more than for the other probes.
 """
 
 from __future__ import annotations

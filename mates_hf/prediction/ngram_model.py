@@ -58,8 +58,8 @@ class NgramInfluenceModel:
             `influence_per_token`; `"both"`: token labels, then document labels on what is left over; `"auto"`:
             token labels where the probe measured derivatives, else document labels.
         evidence_weight: How much static evidence counts beside the labels in what is predicted, where a fit is given
-            some: both in their standard deviations, and evidence times how well labels agree with it
-            (`ngram.evidence.evidence_beside`). At 0 effects shrink towards it and no more.
+            some: both in their standard deviations, and evidence times how well labels agree with it, or agreed in an
+            earlier round (`ngram.evidence.evidence_beside`). At 0 effects shrink towards it and no more.
         text_only: Whether the text of rows is enough where they have other inputs, such as images, which are not read.
 
     Raises:
@@ -186,7 +186,8 @@ class NgramInfluenceModel:
         most = self.evidence_weight if evidence_weight is None else evidence_weight
         if evidence is not None and derivatives is not None and most:
             fits = standardised[fitted], choice.predicted[fitted]
-            found, weight = evidence_beside(evidence, rows.take(fitted), *fits)
+            least = previous.report.evidence_weight if previous is not None and self.pool_decay else None
+            found, weight = evidence_beside(evidence, rows.take(fitted), *fits, least or 0.0)
             beside = Tables.zeros(design.vocab_size, self.num_buckets).plus(found.resized(design.vocab_size), most)
             choice = dataclasses.replace(choice, predicted=choice.predicted + design.score(beside))
         token, document = design.solve(fitted, choice)
@@ -268,7 +269,7 @@ class NgramInfluenceModel:
         Returns:
             (N,) float32, > 0 helps, higher is better, in the unit of the labels; the intercept where a row has no
             target. Labels of one step are nats/token of reference loss that a step on the row takes off. Of path
-            labels (`DirectionalProbe(path_steps=...)`, the default of a run) only the order has a meaning.
+            labels and loss reductions, the defaults of a run, only the order has a meaning.
         """
         return (self._score(dataset) * self._step_size).astype(np.float32)
 

@@ -63,6 +63,7 @@ class Arm(NeedsPackage):
     beside: str | None = None  # an arm of a static filter whose ranking is added, both in their standard deviations
     prior: bool = True  # whether the tables shrink towards log-odds of the reference against the pool
     evidence_weight: float = 1.0  # how much those log-odds count once more, beside the labels, in what is predicted
+    evidence_kept: bool = False  # whether they count no less than in an earlier round
     watched: bool = False  # whether the same rows are probed again and again, to see how labels change
     package: str | None = None  # what must be installed
 
@@ -155,6 +156,12 @@ GROUPS: dict[str, dict[str, Arm]] = {
                 "rounds of 500": {"round_steps": 500, "first_steps": None},
                 "evidence as prior alone": {"evidence_weight": 0.0},
                 "evidence three times": {"evidence_weight": 3.0},
+                "evidence kept, rounds of up to 800": {"evidence_kept": True, "round_steps": 800},
+                "evidence three times, kept, rounds of up to 800": {
+                    "evidence_kept": True,
+                    "evidence_weight": 3.0,
+                    "round_steps": 800,
+                },
                 "without evidence": {"prior": False},
                 "every token alike": {"weighted": False},
                 "labels of one round": {"pooled": False},
@@ -171,6 +178,11 @@ GROUPS: dict[str, dict[str, Arm]] = {
                 "loss reduction, four passes": {"reduction": 4.0},
                 "loss reduction, four passes, rounds of up to 800": {"reduction": 4.0, "round_steps": 800},
                 "loss reduction, eight passes, rounds of up to 800": {"reduction": 8.0, "round_steps": 800},
+                "loss reduction, four passes, evidence kept, rounds of up to 800": {
+                    "reduction": 4.0,
+                    "evidence_kept": True,
+                    "round_steps": 800,
+                },
                 "keep 0.1": {"keep": 0.1},
                 "keep 0.3": {"keep": 0.3},
                 "keep 1": {"keep": 1.0},

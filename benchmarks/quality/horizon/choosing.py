@@ -8,6 +8,7 @@ Sign: higher is better.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,17 @@ def reference_of_round(lab: Lab, arm: Arm, num: int, others: Ids, seed: tuple[in
 def counted(lab: Lab, background: Ids) -> tuple[Tables, Tables]:
     """Log-odds of n-grams, the reference against these pool rows."""
     return log_odds(lab.reference["all"].weighted_rows, lab.rows.take(background), BUCKETS)
+
+
+def earlier(arm: Arm, tables: NgramInfluenceModel | None) -> NgramInfluenceModel | None:
+    """What the model of the round before leaves to a fit."""
+    if tables is None or not arm.pooled:
+        return None
+    if arm.evidence_kept:
+        return tables
+    found = copy.copy(tables)
+    found._report = dataclasses.replace(tables.report, evidence_weight=None)
+    return found
 
 
 def static_filter(lab: Lab, arm: Arm, seed: int, cache: Path, start: Start, num_encoded: int) -> rivals.StaticFilter:

@@ -313,7 +313,7 @@ class Run:
             self.tables, record["spearman"], flops = choosing.encoder_tables(self.lab, rows, labels, ahead, seed)
             record["spearman of tables"] = self.tables.report.spearman
         else:
-            previous, evidence = self.tables if self.arm.pooled else None, self._log_odds if self.arm.prior else None
+            previous, evidence = choosing.earlier(self.arm, self.tables), self._log_odds if self.arm.prior else None
             model = NgramInfluenceModel(seed=seed, evidence_weight=self.arm.evidence_weight)
             self.tables = model.fit(rows, labels, previous=previous, evidence=evidence)
             report = self.tables.report

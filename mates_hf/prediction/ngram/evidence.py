@@ -104,7 +104,11 @@ def weighted_evidence(evidence: tuple[Tables, Tables], rows: TokenRows, labels: 
 
 
 def evidence_beside(
-    evidence: tuple[Tables, Tables], rows: TokenRows, labels: FloatVector, predicted: FloatVector
+    evidence: tuple[Tables, Tables],
+    rows: TokenRows,
+    labels: FloatVector,
+    predicted: FloatVector,
+    least: float = 0.0,
 ) -> tuple[Tables, float]:
     """Log-odds to be added to what a fit predicts, so that both rank rows.
 
@@ -112,11 +116,15 @@ def evidence_beside(
     log-odds as well as with the predictions, and less as they agree less. The rank correlation of the log-odds counts
     minus its standard error, so that evidence which tells nothing of the labels adds no noise.
 
+    What a round found once counts from then on. Labels price one more row, and stop asking for the reference's own
+    words once a model has seen a few thousand rows with them, though such rows teach it for far longer.
+
     Args:
         evidence: What `log_odds` returned.
         rows: N candidates.
         labels: (N,) standardised label of each.
         predicted: (N,) what fits without the candidate predict.
+        least: the weight that an earlier round found.
 
     Returns:
         Tables in the unit of `predicted`, and the weight, in [0, 1].
@@ -125,8 +133,8 @@ def evidence_beside(
     scores = whole.scaled(1.0).score(rows)
     told = rank_correlation(scores, labels) - 1.0 / np.sqrt(len(labels)) if scores.std() > 0 else 0.0
     found = rank_correlation(predicted, labels) if predicted.std() > 0 else 0.0
-    weight = 0.0 if told <= 0 or found <= 0 else min(1.0, float(told / found))
-    unit = float(predicted.std() / scores.std()) if weight else 0.0
+    weight = max(least, 0.0 if told <= 0 or found <= 0 else min(1.0, float(told / found)))
+    unit = float(predicted.std() / scores.std()) if weight and scores.std() > 0 else 0.0
     return Tables.zeros(len(whole.token), len(whole.bigram)).plus(whole, weight * unit), weight
 
 
