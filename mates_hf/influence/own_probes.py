@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mates_hf.engine.weight_store import engine_optimizer
-from mates_hf.flops import PATH_STEPS
+from mates_hf.flops import MANY_PASSAGES, PATH_STEPS
 from mates_hf.influence.probe import Probe
 from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.influence.probe_loss_reduction import LossReductionProbe
@@ -20,9 +20,6 @@ OWN_PROBES = (DirectionalProbe, OneStepProbe, LossReductionProbe)
 """All of them have `loss`, `reference_loss` and `tokens_per_batch`."""
 STEPPING_PROBES = (OneStepProbe, LossReductionProbe)
 """Those that let the run's optimizer take real steps."""
-MANY_PASSAGES = 200
-"""From about so many passages on, training on them was seen to make the better labels (benchmark `horizon`, with 256
-and with 1,000). The fewer there are, the sooner they are learned by heart."""
 
 
 def default_probe(optimizer: Any, num_passages: int) -> Probe:
@@ -30,7 +27,7 @@ def default_probe(optimizer: Any, num_passages: int) -> Probe:
 
     Args:
         optimizer: the live optimizer, wrapped or not.
-        num_passages: of the reference task.
+        num_passages: how many the reference task has.
 
     Returns:
         `LossReductionProbe()`, whose labels look furthest, where the reference task has `MANY_PASSAGES`. With fewer,

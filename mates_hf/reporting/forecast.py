@@ -20,6 +20,7 @@ from typing import Literal
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, SENTINEL_SHARE, MatesConfig
 from mates_hf.data.mixing import PassageSchedule
 from mates_hf.flops import (
+    MANY_PASSAGES,
     NGRAM_FIT_FLOPS,
     NGRAM_SCORE_FLOPS,
     NUM_SECOND_MOMENT_BATCHES,
@@ -175,7 +176,7 @@ def predict_cost(
     size: RunSize,
     config: MatesConfig,
     *,
-    probe: Literal["directional", "one_step", "loss_reduction"] = "directional",
+    probe: Literal["directional", "one_step", "loss_reduction"] | None = None,
     second_moment: Literal["state", "batches"] = "state",
     path_steps: int = PATH_STEPS,
     passes: float = 4.0,
@@ -188,7 +189,7 @@ def predict_cost(
         size: Size of the run.
         config: Config of the rounds.
         probe: `DirectionalProbe`; `OneStepProbe`, the paper's, which reads the reference task for each candidate; or
-            `LossReductionProbe`. The first alone is audited.
+            `LossReductionProbe`. The first alone is audited. None is what a run takes with so many passages.
         second_moment: Where the directional probe takes the second moment from.
         path_steps: Points of the directional probe's path.
         passes: How often the probe of loss reductions trains on each passage.
@@ -201,6 +202,8 @@ def predict_cost(
     Raises:
         ValueError: `candidate_scope="pool"` without the pool's rows.
     """
+    if probe is None:
+        probe = "loss_reduction" if size.num_passages >= MANY_PASSAGES else "directional"
     lengths = _lengths(size, config)
     steps_done = itertools.accumulate(lengths, initial=_first_step(config))
     edges = [_pool_rows(size, config, step) for step in steps_done]

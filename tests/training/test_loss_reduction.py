@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mates_hf import DirectionalProbe, LossReductionProbe, MatesCallback, MatesSelector, load_round
-from mates_hf.influence.own_probes import MANY_PASSAGES, default_probe
+from mates_hf.flops import MANY_PASSAGES
+from mates_hf.influence.own_probes import default_probe
 from mates_hf.influence.preconditioner import UnsupportedOptimizerError
 from mates_hf.training.verify import verify_run
 from tests.training.kit import Result, make_arguments, make_reference, run, small_config
