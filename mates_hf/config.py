@@ -18,7 +18,6 @@ from mates_hf.display import changed_fields
 NUM_AUDITED = 16  # candidates that get both probes each round
 NUM_AUDIT_PASSAGES = 8  # reference passages of the audit; few do, because both probes read the same ones
 NUM_SENTINELS = 128  # candidates of a drift check
-SENTINEL_SHARE = 8  # a drift check reads one reference passage in so many
 # What runs of versions without these fields did; their rounds and checkpoints do not name them.
 BEFORE: dict[str, Any] = {
     "max_copies": None, "random_share": 0.0, "first_round_steps": None, "reference_passes": 0, "max_passes": 1,

@@ -21,6 +21,7 @@ PASSAGES_PER_STEP = 16  # of `LossReductionProbe`
 # and with 1,000), so a run takes `LossReductionProbe`. The fewer there are, the sooner they are learned by heart.
 MANY_PASSAGES = 200
 MIN_PASSAGES = 4  # that a point of a path reads: fewer are mostly noise
+SENTINEL_SHARE = 8  # a look into a round reads one reference passage in so many
 NUM_SECOND_MOMENT_BATCHES = 4  # batches of which E[g_B²] is the mean
 # Of the n-gram influence model, on the CPU. A labelled token: about 200 sweeps over the cells of three tables, most of
 # them to choose penalties by folds, at a dozen FLOPs each. A scored token: three look-ups and a hash; generous.
@@ -110,6 +111,11 @@ def num_path_points(path_steps: int, num_passages: int, num_processes: int = 1) 
 def checked_passages(num_passages: int) -> int:
     """Passages read once more to see that the loss falls along a path's direction: a quarter."""
     return max(1, round(num_passages / 4))
+
+
+def sentinel_passages(num_passages: int, *, trains: bool) -> int:
+    """Passages that a look into a round reads: an eighth, and `MANY_PASSAGES` at least where they are trained on."""
+    return max(-(-num_passages // SENTINEL_SHARE), min(num_passages, MANY_PASSAGES) if trains else 0)
 
 
 def one_step_flops(

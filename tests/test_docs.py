@@ -13,7 +13,8 @@ import torch
 
 import mates_hf
 from mates_hf.cli.plan import number
-from mates_hf.reporting.forecast import RunSize
+from mates_hf.config import MatesConfig
+from mates_hf.reporting.forecast import RunSize, predict_cost
 from mates_hf.reporting.payback import Machine, plan_selection
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -134,6 +135,17 @@ def test_every_public_name_is_on_the_page_of_the_api() -> None:
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     named = re.findall(r"^\.\. auto\w+:: (\w+)$", page.partition("\n## Evaluation\n")[0], re.MULTILINE)
     assert sorted(named) == sorted(mates_hf.__all__)
+
+
+def test_what_the_page_of_the_method_says_of_costs_is_what_is_predicted() -> None:
+    size = RunSize(
+        num_parameters=405_334_016, num_looked_up=50_304 * 1_024, tokens_per_row=1_024, batch_rows=512,
+        max_steps=50_000, num_passages=1_024, tokens_per_passage=90,
+    )  # fmt: skip
+    shares = [predict_cost(size, MatesConfig(), probe=probe).share_of_training for probe in (None, "directional")]
+    page = (DOCS / "method.md").read_text(encoding="utf-8")
+    assert f"says {shares[0]:.2%} of the training. Path labels take {shares[1]:.2%}." in page
+    assert shares[0] < 0.004
 
 
 def test_the_table_of_start_values_is_what_plan_proposes() -> None:

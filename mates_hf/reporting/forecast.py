@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
 
-from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, SENTINEL_SHARE, MatesConfig
+from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, MatesConfig
 from mates_hf.data.mixing import PassageSchedule
 from mates_hf.flops import (
     MANY_PASSAGES,
@@ -32,6 +32,7 @@ from mates_hf.flops import (
     loss_reduction_flops,
     num_path_points,
     one_step_flops,
+    sentinel_passages,
 )
 
 
@@ -249,7 +250,8 @@ def predict_cost(
     else:
         per_round["probe"] = measured(config.num_probes, size.num_passages)
     grows, num_checks = config.first_steps is not None, sum(map(len, map(config.checks_inside, lengths)))
-    few, passages = min(NUM_SENTINELS, config.num_probes), math.ceil(size.num_passages / SENTINEL_SHARE)
+    few = min(NUM_SENTINELS, config.num_probes)
+    passages = sentinel_passages(size.num_passages, trains=probe == "loss_reduction")
     few = NUM_SENTINELS if grows else few
     once = measured(few, passages)
     if config.drift_check_steps and not grows:

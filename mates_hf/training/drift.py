@@ -13,7 +13,7 @@ alike, labels no longer hold: `update_steps` is a maximum then.
 
 Trade-off: the sentinel is compared with itself and not with the round's labels, which are on all passages: how well
 the two agree is recorded in the round, and not held against the model. A check of either kind costs 2 x 128 candidates
-forward and an eighth of the reference task forward and backward.
+forward and a share of the reference task forward and backward (`flops.sentinel_passages`).
 """
 
 from __future__ import annotations

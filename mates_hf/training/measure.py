@@ -23,14 +23,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mates_hf.config import NUM_AUDIT_PASSAGES, SENTINEL_SHARE
+from mates_hf.config import NUM_AUDIT_PASSAGES
 from mates_hf.engine.digest import weights_digest
 from mates_hf.engine.model_traits import is_out_of_memory, is_sharded
 from mates_hf.engine.processes import ProcessError, Processes
 from mates_hf.engine.running_statistics import running_statistics, with_statistics
 from mates_hf.errors import InfluenceError, UnrankableError
+from mates_hf.flops import sentinel_passages
 from mates_hf.influence.micro_batches import ProbeMemoryError
 from mates_hf.influence.probe_directional import DirectionalProbe
+from mates_hf.influence.probe_loss_reduction import LossReductionProbe
 from mates_hf.influence.probe_one_step import OneStepProbe
 from mates_hf.records import InfluenceLabels, IntArray
 from mates_hf.training.run import Run
@@ -225,5 +227,6 @@ def _sentinel(run: Run, ids: IntArray, epsilon: float | None, seed: int) -> Infl
     probe = run.probe.for_run(dataclasses.replace(run.settings, progress=False, seed=seed))
     if isinstance(probe, DirectionalProbe):
         probe = dataclasses.replace(probe, epsilon=epsilon)
-    passages = run.reference.subset(-(-len(run.reference) // SENTINEL_SHARE), seed)
+    num = sentinel_passages(len(run.reference), trains=isinstance(run.probe, LossReductionProbe))
+    passages = run.reference.subset(num, seed)
     return probe.measure(run.model, run.optimizer, passages, run.pool.select(ids)).check()

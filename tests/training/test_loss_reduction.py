@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from mates_hf import DirectionalProbe, LossReductionProbe, MatesCallback, MatesSelector, load_round
-from mates_hf.flops import MANY_PASSAGES
+from mates_hf.flops import MANY_PASSAGES, sentinel_passages
 from mates_hf.influence.own_probes import default_probe
 from mates_hf.influence.preconditioner import UnsupportedOptimizerError
+from mates_hf.reporting.cost import run_cost
 from mates_hf.training.verify import verify_run
 from tests.training.kit import Result, make_arguments, make_reference, run, small_config
 
@@ -144,3 +146,22 @@ def with_lbfgs(trainer: Any) -> None:
 def test_an_optimizer_that_takes_no_step_from_gradients_alone_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedOptimizerError, match="several times"):
         run(make_arguments(tmp_path), [mates()], prepare=with_lbfgs)
+
+
+@pytest.mark.parametrize(
+    ("num", "trains", "read"), [(1_600, True, 200), (4_000, True, 500), (120, True, 120), (1_601, False, 201)]
+)
+def test_a_look_into_a_round_reads_passages_enough_for_what_its_labels_are(num: int, trains: bool, read: int) -> None:
+    assert sentinel_passages(num, trains=trains) == read
+
+
+def test_a_look_into_a_round_is_made_with_loss_reductions(tmp_path: Path) -> None:
+    config = small_config(first_round_steps=4, update_steps=8, num_probes=24, drift_check_steps=2)
+    run(make_arguments(tmp_path, max_steps=30), [MatesCallback(make_reference(MANY_PASSAGES + 24), config)])
+    looks = [json.loads(path.read_text()) for path in sorted((tmp_path / "_mates").glob("round-*/check-*.json"))]
+    assert looks
+    assert all(found["gap"] is not None for found in looks)
+    cost = run_cost(tmp_path)
+    read = [found["flops"] for found in looks if found["flops"]]
+    assert cost.stages["gap checks"].flops == pytest.approx(sum(read))
+    assert verify_run(tmp_path).problem is None
