@@ -127,7 +127,10 @@ def test_evidence_counts_beside_labels_as_much_as_labels_agree_with_it(evidence)
     # Evidence that says nothing of the labels or contradicts them, labels that nothing predicts, evidence of no words.
     for others, predicted in [(rng.normal(0, 1, 400), labels), (-labels, labels), (labels, np.zeros(400))]:
         assert evidence_beside(evidence, rows, others, predicted)[1] <= 0.05
-    assert evidence_beside(evidence, rows, -labels, labels, 0.4)[1] == 0.4  # which an earlier round found
+    noise = rng.normal(0, 1, 400)
+    assert evidence_beside(evidence, rows, noise, noise, 0.4)[1] == 0.4  # which an earlier round found
+    against = evidence_beside(evidence, rows, -labels, 0.1 * noise - labels, 1.0)[1]  # as far as half of it is left
+    assert 0 < against < 1
     nothing = (Tables.zeros(VOCAB, BUCKETS), Tables.zeros(VOCAB, BUCKETS))
     for least in (0.0, 0.4):
         tables, weight = evidence_beside(nothing, rows, labels, labels, least)
@@ -139,15 +142,19 @@ def test_what_labels_once_said_of_the_evidence_counts_in_later_rounds(evidence, 
     """Labels price one more row, and stop asking for words that the model has just been trained on."""
     rows, later, others = make_rows(300, seed=11), make_rows(300, seed=12), make_rows(300, seed=13)
     alike = make_labels(rows, lambda previous, token: (token < VOCAB // 4) * 1.0, noise=1.0)
-    against = make_labels(later, lambda previous, token: (token >= VOCAB // 4) + 2.0 * (token % 2), noise=1.0)
+    otherwise = make_labels(later, lambda previous, token: 2.0 * (token % 2), noise=1.0)
+    against = make_labels(later, lambda previous, token: (token >= VOCAB // 4) * 1.0, noise=1.0)
     first = model().fit(rows, alike, evidence=evidence)
     first.save_pretrained(tmp_path)
-    kept = model().fit(later, against, evidence=evidence, previous=NgramInfluenceModel.from_pretrained(tmp_path))
+    kept = model().fit(later, otherwise, evidence=evidence, previous=NgramInfluenceModel.from_pretrained(tmp_path))
     assert kept.report.evidence_weight == first.report.evidence_weight > 0.5
-    alone = model(evidence_weight=0.0).fit(later, against, evidence=evidence, previous=first)
+    alone = model(evidence_weight=0.0).fit(later, otherwise, evidence=evidence, previous=first)
     told = evidence[0].plus(evidence[1]).scaled(1.0).score(others)
     assert rank_correlation(kept.predict(others), told) > rank_correlation(alone.predict(others), told) + 0.2
     assert rank_correlation(kept.predict(others), alone.predict(others)) > 0.3  # labels count as well
+    # Labels that turn round are believed all the same, as far as half of what they say is left.
+    turned = model().fit(later, against, evidence=evidence, previous=first)
+    assert turned.report.evidence_weight < first.report.evidence_weight
     # Not where labels are not pooled, nor where the model before had none.
     assert model(pool_decay=0.0).fit(later, against, evidence=evidence, previous=first).report.evidence_weight == 0
     nobody = model(evidence_weight=0.0).fit(rows, alike, evidence=evidence)

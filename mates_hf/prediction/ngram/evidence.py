@@ -32,6 +32,7 @@ Passages = TokenRows | WeightedRows
 
 UNIGRAM_PRIOR = 100.0  # pool tokens that the reference's unigrams are given beforehand
 BIGRAM_PRIOR = 20.0  # tokens that a bigram model backs off with
+_STEPS = 9  # in which a weight is lowered
 
 
 def log_odds(
@@ -117,7 +118,8 @@ def evidence_beside(
     minus its standard error, so that evidence which tells nothing of the labels adds no noise.
 
     What a round found once counts from then on. Labels price one more row, and stop asking for the reference's own
-    words once a model has seen a few thousand rows with them, though such rows teach it for far longer.
+    words once a model has seen a few thousand rows with them, though such rows teach it for far longer. Only labels
+    that speak against the log-odds lower it: half of what predictions say of labels must be left.
 
     Args:
         evidence: What `log_odds` returned.
@@ -133,9 +135,19 @@ def evidence_beside(
     scores = whole.scaled(1.0).score(rows)
     told = rank_correlation(scores, labels) - 1.0 / np.sqrt(len(labels)) if scores.std() > 0 else 0.0
     found = rank_correlation(predicted, labels) if predicted.std() > 0 else 0.0
-    weight = max(least, 0.0 if told <= 0 or found <= 0 else min(1.0, float(told / found)))
+    weight = 0.0 if told <= 0 or found <= 0 else min(1.0, float(told / found))
+    if weight < least:
+        steps = np.linspace(least, weight, _STEPS)
+        left = (_agreement(predicted, scores, labels, step) for step in steps)
+        weight = next((float(step) for step, is_left in zip(steps, left, strict=True) if is_left >= found / 2), weight)
     unit = float(predicted.std() / scores.std()) if weight and scores.std() > 0 else 0.0
     return Tables.zeros(len(whole.token), len(whole.bigram)).plus(whole, weight * unit), weight
+
+
+def _agreement(predicted: FloatVector, scores: FloatVector, labels: FloatVector, weight: float) -> float:
+    """Rank correlation with labels of predictions and log-odds added, each in its standard deviation."""
+    parts = [values / (values.std() or 1.0) for values in (predicted, scores)]
+    return float(rank_correlation(parts[0] + weight * parts[1], labels))
 
 
 def _keys(rows: TokenRows) -> npt.NDArray[np.int64]:
