@@ -456,3 +456,21 @@ def test_every_place_that_kills_and_profiles_look_at_is_there() -> None:
         if file.startswith("mates_hf/"):
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             assert name in (None, *(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))), file
+
+
+def test_what_an_earlier_model_found_of_the_evidence_counts_for_arms_that_keep_it() -> None:
+    from benchmarks.quality.horizon.arms import ARMS
+    from benchmarks.quality.horizon.choosing import earlier
+    from mates_hf.prediction.ngram.evidence import log_odds
+    from tests.prediction.test_ngram import BUCKETS, make_labels, make_rows, model
+
+    rows = make_rows(60, seed=1)
+    labels = make_labels(rows, lambda previous, token: (token % 2) * 1.0)
+    evidence = log_odds(make_rows(20, seed=2), rows, BUCKETS)
+    tables = model().fit(rows, labels, evidence=evidence)
+    assert tables.report.evidence_weight is not None
+    kept = ARMS["ours, evidence kept, rounds of up to 800"]
+    assert earlier(kept, tables) is tables
+    assert earlier(ARMS["ours"], tables).report == dataclasses.replace(tables.report, evidence_weight=None)
+    assert earlier(ARMS["ours, labels of one round"], tables) is None
+    assert earlier(kept, None) is None
