@@ -15,11 +15,9 @@ from __future__ import annotations
 FORWARD = 2.0
 FORWARD_AND_BACKWARD = 6.0
 NUM_EPSILON_CANDIDATES = 16  # candidates that choose ε, on either side at ε and at 2ε for each step tried
-PATH_STEPS = 32  # points of a path, where a run was given no probe and takes one
+PATH_STEPS = 32  # points of the default probe's path
 PASSAGES_PER_STEP = 16  # of `LossReductionProbe`
-# From about so many passages on, training on them was seen to make the better labels (benchmark `horizon`, with 256
-# and with 1,000), so a run takes `LossReductionProbe`. The fewer there are, the sooner they are learned by heart.
-MANY_PASSAGES = 200
+MANY_PASSAGES = 200  # that `LossReductionProbe` needs in a look into a round: fewer are soon learned by heart
 MIN_PASSAGES = 4  # that a point of a path reads: fewer are mostly noise
 SENTINEL_SHARE = 8  # a look into a round reads one reference passage in so many
 NUM_SECOND_MOMENT_BATCHES = 4  # batches of which E[g_B²] is the mean

@@ -142,7 +142,9 @@ def test_what_the_page_of_the_method_says_of_costs_is_what_is_predicted() -> Non
         num_parameters=405_334_016, num_looked_up=50_304 * 1_024, tokens_per_row=1_024, batch_rows=512,
         max_steps=50_000, num_passages=1_024, tokens_per_passage=90,
     )  # fmt: skip
-    shares = [predict_cost(size, MatesConfig(), probe=probe).share_of_training for probe in (None, "directional")]
+    shares = [
+        predict_cost(size, MatesConfig(), probe=probe).share_of_training for probe in ("loss_reduction", "directional")
+    ]
     page = (DOCS / "method.md").read_text(encoding="utf-8")
     assert f"says {shares[0]:.2%} of the training. Path labels take {shares[1]:.2%}." in page
     assert shares[0] < 0.004

@@ -13,7 +13,6 @@ from typing import Any
 COLOURS = {  # each can be read on white and on black
     "random": "#7d8590",
     "ours": "#2f81f7",
-    "ours, path labels": "#3a94b8",
     "ours, frugal": "#17998a",
     "one round's influence": "#6f7df2",
     "ours and fastText": "#5a9e1e",

@@ -1,8 +1,7 @@
 """The forward-only probe: influence as a directional derivative of the candidate's own loss.
 
-Where it is used: the default of a run with few passages, or with DeepSpeed. With θ the weights, g_x the gradient of
-candidate x's mean loss and c · P the optimizer's linear response to one more gradient (`preconditioner`), a step on x
-ends at θ_null − c P g_x, so
+Where it is used: the default probe of a round. With θ the weights, g_x the gradient of candidate x's mean loss and
+c · P the optimizer's linear response to one more gradient (`preconditioner`), a step on x ends at θ_null − c P g_x, so
 
     influence(x) = L_ref(θ_null) − L_ref(θ_null − c P g_x)
                  ≈ c · ∇L_ref(θ_null)ᵀ P g_x = c · d/dε L(x; θ + ε u) at ε = 0

@@ -1,6 +1,6 @@
 """A label with a horizon: what a candidate's loss loses when the model trains on the reference task.
 
-Where it is used: the default of a run whose reference task has passages enough (`own_probes`). `DirectionalProbe`
+Where it is used: given to a run, `MatesCallback(..., probe=LossReductionProbe())`. `DirectionalProbe`, the default,
 prices a row at the margin: its direction is where the reference loss falls now. Tens of steps use that up, and what is
 bought next is another kind of row. This probe lets the run's own optimizer take some tens of real steps on the
 passages, reads the candidates before and after, and puts everything back. A step on a row and a step on a passage help

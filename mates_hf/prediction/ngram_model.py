@@ -269,7 +269,8 @@ class NgramInfluenceModel:
         Returns:
             (N,) float32, > 0 helps, higher is better, in the unit of the labels; the intercept where a row has no
             target. Labels of one step are nats/token of reference loss that a step on the row takes off. Of path
-            labels and loss reductions, the defaults of a run, only the order has a meaning.
+            labels (`DirectionalProbe(path_steps=...)`, the default of a run) and loss reductions only the order has a
+            meaning.
         """
         return (self._score(dataset) * self._step_size).astype(np.float32)
 

@@ -20,7 +20,6 @@ from typing import Literal
 from mates_hf.config import NUM_AUDIT_PASSAGES, NUM_AUDITED, NUM_SENTINELS, MatesConfig
 from mates_hf.data.mixing import PassageSchedule
 from mates_hf.flops import (
-    MANY_PASSAGES,
     NGRAM_FIT_FLOPS,
     NGRAM_SCORE_FLOPS,
     NUM_SECOND_MOMENT_BATCHES,
@@ -177,7 +176,7 @@ def predict_cost(
     size: RunSize,
     config: MatesConfig,
     *,
-    probe: Literal["directional", "one_step", "loss_reduction"] | None = None,
+    probe: Literal["directional", "one_step", "loss_reduction"] = "directional",
     second_moment: Literal["state", "batches"] = "state",
     path_steps: int = PATH_STEPS,
     passes: float = 4.0,
@@ -190,7 +189,7 @@ def predict_cost(
         size: Size of the run.
         config: Config of the rounds.
         probe: `DirectionalProbe`; `OneStepProbe`, the paper's, which reads the reference task for each candidate; or
-            `LossReductionProbe`. The first alone is audited. None is what a run takes with so many passages.
+            `LossReductionProbe`. The first alone is audited.
         second_moment: Where the directional probe takes the second moment from.
         path_steps: Points of the directional probe's path.
         passes: How often the probe of loss reductions trains on each passage.
@@ -203,8 +202,6 @@ def predict_cost(
     Raises:
         ValueError: `candidate_scope="pool"` without the pool's rows.
     """
-    if probe is None:
-        probe = "loss_reduction" if size.num_passages >= MANY_PASSAGES else "directional"
     lengths = _lengths(size, config)
     steps_done = itertools.accumulate(lengths, initial=_first_step(config))
     edges = [_pool_rows(size, config, step) for step in steps_done]

@@ -57,8 +57,7 @@ class MatesCallback(TrainerCallback):
     Args:
         reference: what the model should get better at.
         config: how data is chosen; None takes the defaults.
-        probe: measures influence; None is `LossReductionProbe()` where the reference has 200 passages or more, and
-            `DirectionalProbe(path_steps=32)` with fewer and with DeepSpeed.
+        probe: measures influence; None is `DirectionalProbe(path_steps=32)`, whose labels look further than a step.
         influence_model: predicts influence; None is `NgramInfluenceModel()`. An `EncoderInfluenceModel` takes the
             Trainer's `processing_class` as training tokenizer where it has none.
 

@@ -81,8 +81,7 @@ class MatesRounds:
         collate_fn: Makes the loop's batch of a list of rows. None where rows have `input_ids` and, where not every
             token is trained, `labels`.
         tokenizer: The tokenizer of the pool, for influence models that read text.
-        probe: Measures influence. None is `LossReductionProbe()` where the reference has 200 passages or more, and
-            `DirectionalProbe(path_steps=32)` with fewer and with DeepSpeed.
+        probe: Measures influence. None is `DirectionalProbe(path_steps=32)`.
         influence_model: Predicts influence. None is `NgramInfluenceModel()`.
         progress: Whether the main process shows progress bars.
 

@@ -22,9 +22,6 @@ from mates_hf.config import BEFORE, MatesConfig
 from mates_hf.engine.averaging import trainable_parameters
 from mates_hf.engine.digest import MARK, weight_marks
 from mates_hf.errors import MatesError, RoundMismatchError
-from mates_hf.flops import PATH_STEPS
-from mates_hf.influence.probe import Probe
-from mates_hf.influence.probe_directional import DirectionalProbe
 from mates_hf.records import STATE_KEY
 
 logger = logging.getLogger(__name__)
@@ -166,22 +163,6 @@ def config_to_resume(saved: Mapping[str, Any] | None, config: MatesConfig) -> Ma
             )  # fmt: skip
             kept[name] = value
     return dataclasses.replace(config, **kept)
-
-
-def began_with(saved: Mapping[str, Any] | None, default: Probe) -> Probe:
-    """The probe that a run which was given none goes on with.
-
-    Args:
-        saved: this library's state in the checkpoint, or None.
-        default: what a new run would take.
-
-    Returns:
-        `default`; or labels along a path, if the run began with a version that took no others.
-    """
-    measured = ((saved or {}).get("measured_with") or {}).get("probe") or {}
-    if str(measured.get("class", "")).endswith(f".{DirectionalProbe.__name__}"):
-        return DirectionalProbe(path_steps=PATH_STEPS)
-    return default
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

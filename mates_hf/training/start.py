@@ -22,7 +22,8 @@ from mates_hf.engine.model_traits import context_length, unwrap, vocabulary_size
 from mates_hf.engine.processes import Processes
 from mates_hf.engine.weight_store import adopt_engine
 from mates_hf.errors import UnsupportedSettingError
-from mates_hf.influence.own_probes import OWN_PROBES, STEPPING_PROBES, default_probe
+from mates_hf.flops import PATH_STEPS
+from mates_hf.influence.own_probes import OWN_PROBES, STEPPING_PROBES
 from mates_hf.influence.preconditioner import require_known, require_real_steps, unwrap_optimizer
 from mates_hf.influence.probe import Probe, RunSettings, read_given
 from mates_hf.influence.probe_directional import DirectionalProbe
@@ -64,30 +65,29 @@ class Parts(NamedTuple):
     Attributes:
         reference: What the model should get better at.
         config: How data is chosen.
-        probe: Measures influence; None is `default_probe`, which is known once the optimizer is.
+        probe: Measures influence.
         influence_model: Predicts influence.
     """
 
     reference: ReferenceTask
     config: MatesConfig
-    probe: Probe | None
+    probe: Probe
     influence_model: InfluenceModel
 
     def facts(self) -> dict[str, str]:
         """One short line for each, for a `repr`."""
-        probe = self.probe or default_probe(None, len(self.reference))
-        parts = {"config": self.config, "probe": probe, "influence_model": self.influence_model}
+        parts = {"config": self.config, "probe": self.probe, "influence_model": self.influence_model}
         shown = {name: " ".join(repr(part).split()) for name, part in parts.items()}
         return {"reference": f"{self.reference.name}, {len(self.reference):,} passages"} | shown
 
 
 def checked_parts(reference: Any, config: Any, probe: Any, influence_model: Any) -> Parts:
-    """The parts of a run, with defaults in place of None but for the probe, which depends on the optimizer.
+    """The parts of a run, with defaults in place of None.
 
     Args:
         reference: A `ReferenceTask`.
         config: A `MatesConfig`, or None for the default settings.
-        probe: A probe, or None, which stays None.
+        probe: A probe, or None for `DirectionalProbe(path_steps=32)`.
         influence_model: An influence model, or None for `NgramInfluenceModel()`.
 
     Returns:
@@ -103,9 +103,13 @@ def checked_parts(reference: Any, config: Any, probe: Any, influence_model: Any)
         )
     if config is not None and not isinstance(config, MatesConfig):
         raise TypeError(f"`config` must be a MatesConfig or None, got {type(config).__name__}.")
-    parts = Parts(reference, config or MatesConfig(), probe, influence_model or NgramInfluenceModel())
-    if probe is not None:
-        check_probe(probe)
+    parts = Parts(
+        reference,
+        config or MatesConfig(),
+        probe or DirectionalProbe(path_steps=PATH_STEPS),
+        influence_model or NgramInfluenceModel(),
+    )
+    check_probe(parts.probe)
     check_influence_model(parts.influence_model, "fit", "predict", "save_pretrained")
     return parts
 
@@ -256,21 +260,20 @@ def open_session(parts: Parts, loop: Loop, plan: RunPlan) -> Session:
     check_stream(loop.pool, parts.config, parts.influence_model, plan, loop.saved)
     adopt_engine(loop.model, loop.optimizer)
     optimizer = unwrap_optimizer(loop.optimizer, unwrap(loop.model))
-    probe = parts.probe or resume.began_with(loop.saved, default_probe(optimizer, len(parts.reference)))
-    if isinstance(probe, DirectionalProbe):
+    if isinstance(parts.probe, DirectionalProbe):
         require_known(optimizer)
-    elif isinstance(probe, STEPPING_PROBES):
-        require_real_steps(optimizer, type(probe).__name__)
+    elif isinstance(parts.probe, STEPPING_PROBES):
+        require_real_steps(optimizer, type(parts.probe).__name__)
     check_pool(loop.pool, loop.model)
     check_examples(loop.pool, parts.reference, parts.influence_model, rows_together=_rows_together(loop))
     reference = parts.reference.fit_to_model(vocabulary_size(loop.model), context_length(loop.model))
     with named_where_memory_ends(loop.pool):
-        reference = _compare(probe, loop, reference)
+        reference = _compare(parts.probe, loop, reference)
     if loop.mixed is not None and loop.pool.reading is not None:
         require_text(loop.pool.reading)
     processes = Processes.of_run()
     require_one_clock(processes, dataclasses.asdict(loop.clock))
-    run = _make_run(parts, probe, loop, optimizer, reference, processes)
+    run = _make_run(parts, loop, optimizer, reference, processes)
     processes.require_same("config, pool, reference and position", [run.identity(), loop.clock.start_position])
     require_whole_rows(run)
     check_scoring_time(run, plan)
@@ -318,9 +321,7 @@ def tell_opened(session: Session) -> None:
         )  # fmt: skip
 
 
-def _make_run(
-    parts: Parts, probe: Probe, loop: Loop, optimizer: Any, reference: ReferenceTask, processes: Processes
-) -> Run:
+def _make_run(parts: Parts, loop: Loop, optimizer: Any, reference: ReferenceTask, processes: Processes) -> Run:
     run = Run(
         model=loop.model,
         optimizer=optimizer,
@@ -329,7 +330,7 @@ def _make_run(
         pool_identity=pool_identity(loop.pool, loop.saved, loop.blocked, loop.rounds_dir, processes),
         passages={} if loop.mixed is None else loop.mixed.identity(),
         asked=loop.asked,
-        probe=probe,
+        probe=parts.probe,
         lr_scheduler=loop.lr_scheduler,
         loss_reading={} if loop.pool.reading is None else loop.pool.reading.to_dict(),
         influence_model=bound_to_run(parts.influence_model, loop.model, loop.tokenizer),

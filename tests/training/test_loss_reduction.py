@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mates_hf import DirectionalProbe, LossReductionProbe, MatesCallback, MatesSelector, load_round
+from mates_hf import LossReductionProbe, MatesCallback, MatesSelector, load_round
 from mates_hf.flops import MANY_PASSAGES, sentinel_passages
-from mates_hf.influence.own_probes import default_probe
 from mates_hf.influence.preconditioner import UnsupportedOptimizerError
 from mates_hf.reporting.cost import run_cost
 from mates_hf.training.verify import verify_run
@@ -83,62 +81,6 @@ def test_images_and_flattened_rows_select(tmp_path: Path) -> None:
         assert verify_run(tmp_path / name).problem is None
 
 
-# --- the probe of a run that was given none ---
-
-
-def probe_of(run_dir: Path, number: int = 1) -> str:
-    """Class of the probe that a round was measured with."""
-    found = load_round(run_dir / "_mates" / f"round-{number:04}").info
-    return str(found["measured_with"]["probe"]["class"]).rpartition(".")[2]
-
-
-def test_many_passages_are_trained_on_and_few_are_walked_along() -> None:
-    class OfAnEngine:
-        pass
-
-    OfAnEngine.__module__ = "deepspeed.runtime.zero.stage_1_and_2"
-    assert default_probe(None, MANY_PASSAGES) == LossReductionProbe()
-    assert default_probe(None, MANY_PASSAGES - 1) == DirectionalProbe(path_steps=32)
-    assert default_probe(OfAnEngine(), MANY_PASSAGES) == DirectionalProbe(path_steps=32)
-
-
-@pytest.mark.parametrize(("num", "name"), [(MANY_PASSAGES, "LossReductionProbe"), (100, "DirectionalProbe")])
-def test_a_run_takes_the_probe_that_its_passages_allow(tmp_path: Path, num: int, name: str) -> None:
-    callback = MatesCallback(make_reference(num), small_config())
-    assert name in repr(callback)
-    run(make_arguments(tmp_path, max_steps=8), [callback])
-    assert probe_of(tmp_path) == name
-    assert callback.probe is None  # and may be None again in another run with other passages
-
-
-def test_a_run_that_began_along_a_path_goes_on_so(tmp_path: Path) -> None:
-    """As one of an earlier version did, which had no other default."""
-    from tests.training.test_resume import assert_goes_on
-
-    arguments = make_arguments(tmp_path, save_strategy="steps", save_steps=8)
-    reference = make_reference(MANY_PASSAGES)
-    whole = run(arguments, [MatesCallback(reference, small_config(), probe=DirectionalProbe(path_steps=32))])
-    shutil.rmtree(tmp_path / "_mates" / "round-0002")
-    checkpoint = str(tmp_path / "checkpoint-8")
-    rest = run(arguments, [MatesCallback(reference, small_config())], resume=checkpoint)
-    assert probe_of(tmp_path, 2) == "DirectionalProbe"
-    assert_goes_on(rest, whole, 8)
-
-
-def test_an_optimizer_without_a_closed_form_is_no_longer_refused_with_many_passages(tmp_path: Path) -> None:
-    def prepare(trainer: Any) -> None:
-        trainer.optimizer = torch.optim.ASGD(trainer.model.parameters(), lr=0.01)
-
-    with pytest.raises(UnsupportedOptimizerError, match="ASGD"):
-        run(make_arguments(tmp_path / "few"), [MatesCallback(make_reference(), small_config())], prepare=prepare)
-    run(
-        make_arguments(tmp_path, max_steps=8),
-        [MatesCallback(make_reference(MANY_PASSAGES), small_config())],
-        prepare=prepare,
-    )
-    assert probe_of(tmp_path) == "LossReductionProbe"
-
-
 def with_lbfgs(trainer: Any) -> None:
     trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
 
@@ -157,7 +99,10 @@ def test_a_look_into_a_round_reads_passages_enough_for_what_its_labels_are(num: 
 
 def test_a_look_into_a_round_is_made_with_loss_reductions(tmp_path: Path) -> None:
     config = small_config(first_round_steps=4, update_steps=8, num_probes=24, drift_check_steps=2)
-    run(make_arguments(tmp_path, max_steps=30), [MatesCallback(make_reference(MANY_PASSAGES + 24), config)])
+    run(
+        make_arguments(tmp_path, max_steps=30),
+        [MatesCallback(make_reference(MANY_PASSAGES + 24), config, probe=LossReductionProbe())],
+    )
     looks = [json.loads(path.read_text()) for path in sorted((tmp_path / "_mates").glob("round-*/check-*.json"))]
     assert looks
     assert all(found["gap"] is not None for found in looks)

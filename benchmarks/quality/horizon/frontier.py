@@ -18,17 +18,17 @@ from benchmarks.lab import svg
 from benchmarks.lab.plots import COLOURS
 from benchmarks.lab.statistics import mean_interval
 from benchmarks.lab.svg import Frame, text
-from benchmarks.quality.horizon.arms import OURS, RANDOM, REPORTED_SEEDS
-from benchmarks.quality.horizon.page import AHEAD, outside_loss, pairs_of, reference_loss, units_of
+from benchmarks.quality.horizon.arms import RANDOM, REPORTED_SEEDS
+from benchmarks.quality.horizon.page import outside_loss, pairs_of, reference_loss, units_of
 
 PICTURE = Path(__file__).resolve().parents[3] / "docs" / "frontier.svg"
 SHARES = {"60%": ", 60 % random", "30%": ", 30 % random", "0%": ""}  # of random rows; what it is called in an arm
 DRAWN = ("60%", "30%")  # without any, several times as much is given up: a picture of both would show neither
 METHODS = {
-    AHEAD: "ours", OURS: "ours, path labels", "DSIR": "DSIR, tuned", "fastText": "fastText, tuned",
-    "ours and DSIR": "path labels and DSIR, added", "log-odds": "log-odds alone",
+    "ours": "ours", "DSIR": "DSIR, tuned", "fastText": "fastText, tuned", "ours and DSIR": "ours and DSIR, added",
+    "log-odds": "log-odds alone",
 }  # fmt: skip
-HOLLOW = "ours and DSIR"
+DASHED = "ours and DSIR"
 Losses = Mapping[str, Any]
 PANELS: tuple[tuple[str, str, Callable[[Losses, str], float]], ...] = (
     ("tasks", "items of five tasks", reference_loss),
@@ -99,15 +99,15 @@ def panel(points: Points, title: str, left: float, top: float) -> Iterator[str]:
             yield svg.line(frame, [(0.0, 0.0), *((cell[0], cell[1]) for cell in shares.values())], colour, 1.5)
         for share, (given, gain, half, _) in shares.items():
             x, y = frame.x(given), frame.y(gain)
-            fill = "none" if method == HOLLOW else colour
+            fill = "none" if method == DASHED else colour
             yield svg.whisker(x, frame.y(gain - half), frame.y(gain + half), colour)
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
-            if method == OURS:
+            if method == "ours":
                 yield text(x + 7, y + 14, share, extra=' class="small"')
 
 
 def _colour(method: str) -> str:
-    return COLOURS[{AHEAD: "ours", OURS: "ours, path labels", HOLLOW: "ours, path labels"}.get(method, method)]
+    return COLOURS["ours" if method == DASHED else method]
 
 
 def draw(document: Mapping[str, Any]) -> str:
@@ -125,19 +125,19 @@ def draw(document: Mapping[str, Any]) -> str:
     lines.append(text(14, middle, "gained: loss below that of random rows, nats/token", anchor="middle", extra=turned))
     drawn = [method for method in METHODS if any(method in points for _, points in shown)]
     for number, method in enumerate(drawn):
-        x, y = 60 + 220 * (number % 3), bottom + 68 + 18 * (number // 3)
-        fill = "none" if method == HOLLOW else _colour(method)
+        x, y = 60 + 160 * number, bottom + 68
+        fill = "none" if method == DASHED else _colour(method)
         lines.append(
             f'<circle cx="{x}" cy="{y - 4:.1f}" r="4.5" fill="{fill}" stroke="{_colour(method)}" stroke-width="2"/>'
         )
         lines.append(text(x + 10, y, METHODS[method]))
     note = (
-        "Grey: random rows alone. Numbers: share of random rows (random_share); ours with 30%. "
+        "Grey: random rows alone. Numbers beside ours: share of random rows (random_share). "
         "Intervals where there are seeds for them."
     )
-    lines.append(text(60, bottom + 110, note, extra=' class="small"'))
+    lines.append(text(60, bottom + 92, note, extra=' class="small"'))
     alt = "What each method gains against what it gives up, at the shares of random rows that were run."
-    return svg.picture(WIDTH, int(bottom + 124), "What is given up for the gain", alt, lines)
+    return svg.picture(WIDTH, int(bottom + 106), "What is given up for the gain", alt, lines)
 
 
 def pictures(document: Mapping[str, Any]) -> dict[Path, str]:

@@ -17,13 +17,12 @@ from mates_hf.evaluation.agreement import rank_correlation
 BASE, ADDED = f"{OURS}, 30 % random", "ours and DSIR, 30 % random"  # the first is what changes are compared with
 PRIOR = f"{OURS}, evidence as prior alone, 30 % random"
 LONGER = f"{OURS}, rounds of up to 800, 30 % random"
-AHEAD = f"{OURS}, loss reduction, four passes, evidence kept, rounds of up to 800"  # the default of a run
-DEFAULT = f"{AHEAD}, 30 % random"
+AHEAD = f"{OURS}, loss reduction, four passes, evidence kept, rounds of up to 800, 30 % random"
 WAYS = {
-    DEFAULT: "a run by default, with `update_steps=800`, near the default of 1,000",
-    LONGER: "a run with `DirectionalProbe(path_steps=32)` and `update_steps=800`",
-    BASE: "the same with `update_steps=200`", PRIOR: "that with `evidence_weight=0`",
-    ADDED: "that with DSIR's scores as its `score_column`",
+    LONGER: "a run with `update_steps=800`, near the default of 1,000",
+    AHEAD: "the same with `probe=LossReductionProbe()`",
+    BASE: "a run with `update_steps=200`", PRIOR: "the same with `evidence_weight=0`",
+    ADDED: "the same with DSIR's scores as its `score_column`",
 }  # fmt: skip
 Units = dict[tuple[str, int], Mapping[str, Any]]
 
