@@ -152,9 +152,8 @@ def size_of(model: str) -> RunSize:
 
 
 def ours(model: str, num_probes: int, update_steps: int = 10_000) -> PredictedCost:
-    """Path labels and the n-gram model."""
-    config = MatesConfig(update_steps=update_steps, num_probes=num_probes)
-    return predict_cost(size_of(model), config, probe="directional")
+    """The directional probe and the n-gram model."""
+    return predict_cost(size_of(model), MatesConfig(update_steps=update_steps, num_probes=num_probes))
 
 
 def theirs(model: str, num_probes: int = 80_000) -> PredictedCost:
@@ -168,8 +167,8 @@ def ways(model: str) -> dict[str, PredictedCost]:
     default, steps = MatesConfig().num_probes, MatesConfig().update_steps
     return {
         "ours, 80,000 probes a round": ours(model, 80_000),
-        f"ours, {default:,} probes a round": ours(model, default),
-        f"ours, {default:,} probes, a round each {steps:,} steps": ours(model, default, steps),
+        f"ours, {default:,} probes a round (default)": ours(model, default),
+        f"ours, {default:,} probes, a round each {steps:,} steps (all defaults)": ours(model, default, steps),
         "the paper's way": theirs(model),
     }
 

@@ -25,7 +25,7 @@ METRICS = {
     "mates/early": "1 where a check started the round before its time",
     "mates/reference_loss": "loss of the reference task at the null step, nats/token",
     "mates/reference_rise": "by how much that loss rose since the boundary before, nats/token",
-    "mates/fidelity": "rank correlation of a few candidates' path labels with real steps on them",
+    "mates/fidelity": "rank correlation of a few candidates' labels with real steps on them",
     "mates/num_candidates": "rows that the round chose from",
     "mates/num_probed": "candidates that were probed",
     "mates/num_rows": "rows of its order",
